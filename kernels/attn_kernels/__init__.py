@@ -1,0 +1,28 @@
+"""Attention functions that are not softmax: their formulas, their law and their kernels.
+
+`get_variant("softpick")` gives a variant, `variant_from_config` builds one from a checkpoint's
+`config.json`, `attend` computes it with torch operations, and `attn_kernels.reference` is the
+float64 law that every kernel is compared with.
+"""
+
+from attn_kernels.dense import attend, causal_mask, selectable_mask
+from attn_kernels.variant import (
+    Variant,
+    VariantError,
+    get_variant,
+    register,
+    variant_from_config,
+    variant_names,
+)
+
+__all__ = [
+    "Variant",
+    "VariantError",
+    "attend",
+    "causal_mask",
+    "get_variant",
+    "register",
+    "selectable_mask",
+    "variant_from_config",
+    "variant_names",
+]

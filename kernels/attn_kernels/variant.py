@@ -1,0 +1,171 @@
+"""What an attention variant is, and the registry of all of them.
+
+A variant is one file in `attn_kernels/variants/` (or a module of another package that names
+itself in the entry-point group `attnserve.variants`). It says its name, its parameters, and how a
+row of raw scores becomes a row of weights. Everything else iterates the registry.
+
+Notation, as in the papers: query `i` sees `n_i` keys; `x_ij = scale * q_i . k_j` is a raw score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+
+class VariantError(ValueError):
+    """A variant's name or parameters are wrong; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant(ABC):
+    """One attention function. Subclasses are frozen dataclasses: their fields are the parameters
+    that `config.json` may set.
+
+    Class attributes:
+        name: lower-case name, used in `config.json` and by `--attention-backend`.
+        paper: where the formula comes from.
+        uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
+        stateful: keeps a float32 accumulator for each cached token and overrides `select`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    uses_scale: ClassVar[bool] = True
+    stateful: ClassVar[bool] = False
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of the per-head tensors, each `[num_heads]`, that a checkpoint must carry in every
+        layer (`model.layers.N.self_attn.<name>`)."""
+        return ()
+
+    def initial(self, learned_name: str) -> float:
+        """The value a learned per-head tensor starts from when a model is trained from scratch."""
+        raise KeyError(learned_name)
+
+    def transform(
+        self, q: Tensor, k: Tensor, n: Tensor, learned: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Change queries and keys before the product (after RoPE).
+
+        Args:
+            q: `[..., num_heads, num_queries, head_size]`.
+            k: `[..., num_kv_heads, num_keys, head_size]`.
+            n: visible keys of each query, broadcastable to `[..., num_heads, num_queries, 1]`.
+            learned: the tensors named by `learned`.
+        """
+        return q, k
+
+    @abstractmethod
+    def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
+        """Turn raw scores into weights: what the paper calls its attention function.
+
+        Args:
+            scores: `[..., num_heads, num_queries, num_keys]`, finite.
+            mask: bool, broadcastable to scores, True where the query sees the key.
+            n: visible keys of each query, broadcastable to `[..., num_heads, num_queries, 1]`.
+
+        Returns:
+            Weights of the shape and dtype of `scores`, 0 where masked. A row that sees no key is 0.
+        """
+
+    def select(
+        self, q: Tensor, k: Tensor, selectable: Tensor, scale: float, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stateful variants only: what each query subtracts from its scores, and the new state.
+
+        Args:
+            q, k: as in `transform`; the selecting head must be head 0 of both.
+            selectable: bool `[..., num_queries, num_keys]`, True where the query may add to the
+                key's accumulator (see `dense.selectable_mask`).
+            scale: factor of the raw scores.
+            state: `[..., num_keys]` accumulators before the first of these queries.
+
+        Returns:
+            `(penalty [..., num_queries, num_keys], state [..., num_keys])`.
+        """
+        raise NotImplementedError(f"{self.name} is not stateful")
+
+
+_REGISTRY: dict[str, type[Variant]] = {}
+V = TypeVar("V", bound=type[Variant])
+
+
+def register(cls: V) -> V:
+    """Class decorator that adds a variant to the registry.
+
+    Raises:
+        VariantError: another class has the name already, or it is no lower-case identifier.
+    """
+    name = cls.name
+    if not (name.isidentifier() and name == name.lower()):
+        raise VariantError(f"variant name {name!r} must be a lower-case identifier")
+    if _REGISTRY.setdefault(name, cls) is not cls:
+        raise VariantError(f"two attention variants are named {name!r}")
+    return cls
+
+
+@functools.cache
+def _load_all() -> None:
+    """Import every variant once, on first use: importing a variant file registers it."""
+    package = importlib.import_module("attn_kernels.variants")
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+    for entry_point in entry_points(group="attnserve.variants"):
+        entry_point.load()
+
+
+def variant_names() -> tuple[str, ...]:
+    """The names of all registered variants, sorted."""
+    _load_all()
+    return tuple(sorted(_REGISTRY))
+
+
+def get_variant(name: str, /, **parameters: Any) -> Variant:
+    """The variant called `name`, with its default parameters unless some are given.
+
+    Raises:
+        VariantError: unknown name or parameter, or a parameter out of range.
+    """
+    _load_all()
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(str(name), _REGISTRY, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(variant_names())}"
+        raise VariantError(f"unknown attention variant {name!r}; {hint}")
+    cls = _REGISTRY[name]
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(parameters) - known):
+        takes = ", ".join(sorted(known)) or "no parameters"
+        raise VariantError(f"attention variant {name!r} has no parameter {unknown[0]!r}: {takes}")
+    return cls(**parameters)
+
+
+def variant_from_config(config: Any) -> Variant | None:
+    """The variant that a checkpoint's configuration names.
+
+    Args:
+        config: a mapping or a transformers config. Its `attention_variant` is a mapping
+            `{"name": ..., **parameters}`; absent or None means that the checkpoint names none.
+
+    Raises:
+        VariantError: the entry is malformed or names an unknown variant or parameter.
+    """
+    get = config.get if isinstance(config, Mapping) else functools.partial(getattr, config)
+    entry = get("attention_variant", None)
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise VariantError(
+            f"attention_variant in config.json must look like {{'name': 'softpick'}}, not {entry!r}"
+        )
+    return get_variant(entry["name"], **{k: v for k, v in entry.items() if k != "name"})

@@ -1,0 +1,1 @@
+"""One attention variant a file; importing a file registers it (`attn_kernels.variant`)."""
