@@ -1,0 +1,159 @@
+"""A Llama whose attention is a variant: `model_type` "variant_llama".
+
+Everything but the attention module is transformers' Llama. The learned per-head tensors of a
+variant are parameters of the attention modules: `model.layers.N.self_attn.ssmax_scale`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+from hf_attn.attention import attention_forward, selecting_head, selection_penalty
+from hf_attn.configuration import VariantLlamaConfig
+
+
+class VariantLlamaAttention(LlamaAttention):
+    """Llama's attention with a variant's formula and learned tensors.
+
+    For a stateful variant the cache holds one more head than the model has KV heads: its key is
+    head 0's key and its value head 0's query (`hf_attn.attention.selecting_head`), from which the
+    penalty is computed. So whatever crops, reorders or repeats the cache keeps them in step.
+    """
+
+    def __init__(self, config: VariantLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.variant = config.variant
+        for name in self.variant.learned:
+            setattr(self, name, nn.Parameter(torch.empty(config.num_attention_heads)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `hidden_states [batch, num_queries, hidden_size]`.
+
+        Args:
+            hidden_states: the layer's normalised input.
+            position_embeddings: cosines and sines `[batch, num_queries, head_size]`.
+            attention_mask: bool `[batch, 1, num_queries, num_keys]`.
+            past_key_values: the cache, which takes up these tokens.
+            kwargs: passed on to `attention_forward`.
+
+        Returns:
+            `(output [batch, num_queries, hidden_size],
+            weights [batch, num_heads, num_queries, num_keys])`.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+
+        own_key = torch.arange(q.shape[-2], device=q.device)
+        if past_key_values is not None:
+            _, first_key = past_key_values.get_mask_sizes(q.shape[-2], self.layer_idx)
+            own_key = own_key + past_key_values.get_query_offset(self.layer_idx) - first_key
+        if self.variant.stateful:
+            q0, k0 = selecting_head(q, k, attention_mask, own_key)
+            k, v = torch.cat((k, k0), 1), torch.cat((v, q0), 1)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        penalty = None
+        if self.variant.stateful:
+            k, k0 = k[:, :-1], k[:, -1:]
+            v, q0 = v[:, :-1], v[:, -1:]
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            with torch.autocast(q.device.type, enabled=False):
+                penalty = selection_penalty(
+                    self.variant, q0.to(dtype), k0.to(dtype), own_key, self.scaling
+                )
+        output, weights = attention_forward(
+            self.variant.name,
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            penalty=penalty,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class VariantLlamaPreTrainedModel(PreTrainedModel):
+    """What the model without and the model with a language-model head have in common."""
+
+    config_class = VariantLlamaConfig
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """The variant of the configuration, which is the only implementation there is.
+
+        Raises:
+            ValueError: another one was asked for.
+        """
+        name: str = self.config.variant.name
+        if requested_attention not in (None, name):
+            raise ValueError(
+                f'attn_implementation="{requested_attention}" does not fit a checkpoint of '
+                f"{name} attention: leave it out"
+            )
+        return name
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VariantLlamaAttention):
+            for name in module.variant.learned:
+                init.constant_(getattr(module, name), module.variant.initial(name))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the checkpoint lacks a learned tensor of its variant, which transformers
+                would fill with its initial value.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        learned = model.config.variant.learned
+        lacking = sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in learned)
+        if lacking:
+            raise ValueError(
+                f"the checkpoint lacks {lacking[0]} (of {len(lacking)} missing), which "
+                f"{model.config.variant.name} attention learns: it was not trained with it"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class VariantLlamaModel(VariantLlamaPreTrainedModel, LlamaModel):
+    """Llama without a head. Builds a `LlamaModel` and replaces its attention modules."""
+
+    def __init__(self, config: VariantLlamaConfig) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = VariantLlamaAttention(config, index)
+        self.post_init()
+
+
+class VariantLlamaForCausalLM(VariantLlamaPreTrainedModel, LlamaForCausalLM):
+    """Llama with a language-model head over `VariantLlamaModel`."""
+
+    def __init__(self, config: VariantLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = VariantLlamaModel(config)
+        self.post_init()
