@@ -1,0 +1,43 @@
+"""The vLLM plugin: every registered attention variant as an attention backend.
+
+vLLM finds the two functions below through its entry points and calls them in every process (API
+server, engine core, workers). Nothing in vLLM is patched on a CPU build: variants are registered
+with `AttentionBackendEnum.register`, the platform is a subclass that vLLM selects itself.
+"""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def register() -> None:
+    """Entry point `vllm.general_plugins`: make vLLM know every variant. Idempotent.
+
+    Raises:
+        StartupError: vLLM already has a backend of a variant's name.
+    """
+    import hf_attn  # noqa: F401  (registers model_type variant_llama with transformers' Auto classes)
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from vllm_attn import names, platform, report, versions
+
+    versions.warn_if_untried()
+    report.install_excepthook()
+    names.register_all()
+    ModelRegistry.register_model(
+        "VariantLlamaForCausalLM", "vllm_attn.model:VariantLlamaForCausalLM"
+    )
+    platform.ensure_active()
+
+
+def platform_plugin() -> str | None:
+    """Entry point `vllm.platform_plugins`: our CPU platform on a CPU build, else None.
+
+    vLLM's own CPU platform ignores `--attention-backend` and runs CPU_ATTN.
+    """
+    from vllm.platforms import cpu_platform_plugin
+
+    if cpu_platform_plugin() is None:
+        return None
+    return "vllm_attn.cpu_platform.VariantCpuPlatform"

@@ -1,0 +1,78 @@
+"""VariantLlamaForCausalLM for vLLM: a Llama whose attention may have learned per-head tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from attn_kernels import get_variant, variant_from_config
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_attn.backend import VariantImpl
+from vllm_attn.preflight import missing_tensor
+from vllm_attn.report import StartupError
+
+
+class VariantLlamaAttention(LlamaAttention):
+    """Llama attention, computed by the variant that the checkpoint names."""
+
+    def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(config, *args, prefix=prefix, **kwargs)
+        variant = variant_from_config(config) or get_variant("softmax")
+        impl = self.attn.impl
+        if isinstance(impl, VariantImpl) and impl.variant == variant:
+            for name in variant.learned:
+                # Float32 whatever the model's dtype: the scale multiplies every score.
+                scale = nn.Parameter(
+                    torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False
+                )
+                set_weight_attrs(scale, {"weight_loader": load_this_rank})
+                self.register_parameter(name, scale)
+                impl.learned[name] = scale
+        elif variant.name != "softmax":
+            raise StartupError(
+                f"layer {extract_layer_index(prefix)} would run {type(impl).__name__} instead of "
+                f"{variant.name} attention: is the attnserve plugin active in every process "
+                "(VLLM_PLUGINS)?"
+            )
+
+
+def load_this_rank(param: nn.Parameter, loaded: Tensor) -> None:
+    """Copy this tensor-parallel rank's heads of a per-head tensor `[num_heads]`."""
+    start = get_tensor_model_parallel_rank() * param.shape[0]
+    param.data.copy_(loaded.flatten()[start : start + param.shape[0]])
+
+
+class VariantLlamaDecoderLayer(LlamaDecoderLayer):
+    """A Llama layer with `VariantLlamaAttention`."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config, prefix, attn_layer_type=VariantLlamaAttention, **kwargs)
+
+
+class VariantLlamaForCausalLM(LlamaForCausalLM):
+    """Model class of checkpoints with `"architectures": ["VariantLlamaForCausalLM"]`."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(
+            vllm_config=vllm_config, prefix=prefix, layer_type=VariantLlamaDecoderLayer
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded: set[str] = super().load_weights(weights)
+        variant = variant_from_config(self.config) or get_variant("softmax")
+        for name, _ in self.named_parameters():
+            learned = name.rpartition(".")[2]
+            if learned in variant.learned and name not in loaded:
+                raise StartupError(missing_tensor(variant, learned, extract_layer_index(name)))
+        return loaded

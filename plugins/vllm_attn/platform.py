@@ -1,0 +1,49 @@
+"""Where vLLM asks which attention backend to run: the variant's, or start-up stops.
+
+`VariantCpuPlatform` is the normal way in. Only one out-of-tree platform can be active, vLLM skips
+them all when `VLLM_TARGET_DEVICE=cpu`, and a GPU keeps its own platform; there the class in use
+gets the same two methods.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from vllm.platforms.interface import Platform
+
+P = TypeVar("P", bound=type[Platform])
+
+
+def honour_variants(platform: P) -> P:
+    """Class decorator: check the configuration at start-up and select the variants' backends."""
+    stock_check = platform.check_and_update_config
+    stock_select = platform.get_attn_backend_cls
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        from vllm_attn import preflight
+
+        preflight.check(vllm_config)
+        stock_check(vllm_config)
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        from vllm_attn import names, preflight
+
+        if names.variant_of(selected_backend) is None:
+            return stock_select(selected_backend, attn_selector_config, num_heads=num_heads)
+        preflight.check_layer(selected_backend, attn_selector_config)
+        return selected_backend.get_path()
+
+    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[method-assign, assignment]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[method-assign, assignment]
+    platform.honours_variants = True  # type: ignore[attr-defined]
+    return platform
+
+
+def ensure_active() -> None:
+    """Make the platform in use honour variants if it is not ours."""
+    from vllm.platforms import current_platform
+
+    if not getattr(current_platform, "honours_variants", False):
+        honour_variants(type(current_platform))

@@ -1,0 +1,173 @@
+"""Checks before any weight is loaded: a checkpoint is never served with the wrong attention.
+
+They run in the API server's process, where an error is one clear line on the terminal, each time
+vLLM makes a configuration; so they are idempotent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from attn_kernels import Variant, get_variant, variant_from_config
+from safetensors import safe_open
+from vllm.logger import init_logger
+
+from vllm_attn import names
+from vllm_attn.report import StartupError
+
+logger = init_logger(f"vllm.{__name__}")
+
+KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+DRAFTLESS_SPECULATION = ("ngram", "ngram_gpu", "suffix")
+
+
+def check(vllm_config: Any) -> None:
+    """Resolve which variant runs, write it into the configuration, refuse what would be wrong.
+
+    Raises:
+        StartupError: with one line that says what is wrong and what to do.
+    """
+    if vllm_config.model_config is None:
+        return
+    variant = resolve(vllm_config)
+    if variant is None:
+        return
+    if vllm_config.device_config.device_type != "cpu":
+        raise StartupError(
+            f"{variant.name} attention runs on vLLM's CPU build only so far; "
+            "serve on a machine with `pip install attnserve[cpu]`"
+        )
+    check_options(vllm_config, variant)
+    check_learned_tensors(vllm_config.model_config, variant)
+
+
+def resolve(vllm_config: Any) -> Variant | None:
+    """The variant to serve with, or None if vLLM's own attention runs a softmax checkpoint.
+
+    The checkpoint's `attention_variant` decides; `--attention-backend` must agree with it. A
+    checkpoint that names no variant was trained with softmax; any variant may be tried on it.
+    """
+    model_config = vllm_config.model_config
+    attention_config = vllm_config.attention_config
+    declared = variant_from_config(model_config.hf_config)
+    backend = attention_config.backend
+    asked = names.variant_of(backend)
+    if declared is None:
+        if asked is None:
+            return None
+        if asked != "softmax":
+            logger.warning(
+                "%s was trained with softmax attention; serving it with %s is an experiment",
+                model_config.model,
+                asked,
+            )
+        variant = get_variant(asked)
+    elif backend is None:
+        attention_config.backend = names.backend_for(declared.name)
+        logger.info("%s attention, as the checkpoint's config.json says", declared.name)
+        variant = declared
+    elif asked == declared.name:
+        variant = declared
+    elif asked is None and declared.name == "softmax":
+        return None
+    else:
+        raise StartupError(
+            f"{model_config.model} was trained with {declared.name} attention and answers nonsense "
+            f"with {backend.name.lower()}: drop --attention-backend or pass "
+            f"--attention-backend {declared.name}"
+        )
+    others = {
+        kind: other.name.lower()
+        for kind, other in attention_config.backend_per_kind.items()
+        if names.variant_of(other) != variant.name
+    }
+    if others:
+        raise StartupError(
+            f"backend_per_kind {others} would run another attention than {variant.name} in some "
+            "layers: drop it"
+        )
+    if declared is not None and str(model_config.model_impl) == "transformers":
+        raise StartupError("--model-impl transformers does not know attention variants: drop it")
+    return variant
+
+
+def check_options(vllm_config: Any, variant: Variant) -> None:
+    """Refuse options under which this variant's answers would be wrong."""
+    cache_config = vllm_config.cache_config
+    if cache_config.cache_dtype not in KV_CACHE_DTYPES:
+        raise StartupError(
+            f"--kv-cache-dtype {cache_config.cache_dtype} is not supported with {variant.name} "
+            f"attention on CPU: use one of {', '.join(KV_CACHE_DTYPES)}"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None:
+        if variant.stateful:
+            raise StartupError(
+                f"{variant.name} attention cannot take back a token that speculative decoding "
+                "rejects: drop --speculative-config"
+            )
+        if speculative.method not in DRAFTLESS_SPECULATION:
+            raise StartupError(
+                f"a draft model would run with {variant.name} attention too: use one of "
+                f"{', '.join(DRAFTLESS_SPECULATION)} or drop --speculative-config"
+            )
+    if not variant.stateful:
+        return
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise StartupError(
+            f"{variant.name} attention needs head 0 on every rank, which tensor parallelism does "
+            "not give it yet: use --tensor-parallel-size 1"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise StartupError(
+            f"{variant.name} attention changes cached tokens after they are written, which KV "
+            "connectors do not follow: drop --kv-transfer-config"
+        )
+    if cache_config.enable_prefix_caching:
+        cache_config.enable_prefix_caching = False
+        logger.warning(
+            "prefix caching is off: %s attention's accumulators of a shared block depend on the "
+            "queries that came after it",
+            variant.name,
+        )
+
+
+def check_learned_tensors(model_config: Any, variant: Variant) -> None:
+    """Refuse a local checkpoint that lacks the variant's learned tensors.
+
+    A checkpoint that is no local folder of safetensors is checked when its weights are loaded
+    (`vllm_attn.model`).
+    """
+    files = sorted(Path(model_config.model).glob("*.safetensors"))
+    if not variant.learned or not files:
+        return
+    tensors: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            tensors.update(f.keys())
+    num_layers = model_config.hf_text_config.num_hidden_layers
+    for layer in range(num_layers):
+        for name in variant.learned:
+            if f"model.layers.{layer}.self_attn.{name}" not in tensors:
+                raise StartupError(missing_tensor(variant, name, layer))
+
+
+def missing_tensor(variant: Variant, name: str, layer: int) -> str:
+    """The line for a learned tensor that a checkpoint lacks."""
+    return (
+        f"the checkpoint has no tensor model.layers.{layer}.self_attn.{name}, which "
+        f"{variant.name} attention learns in every layer: train or convert it with {variant.name}"
+    )
+
+
+def check_layer(backend: Any, selector_config: Any) -> None:
+    """Refuse an attention layer that the backend cannot run, as vLLM's GPU platforms do."""
+    reasons = backend.get_class().validate_configuration(
+        device_capability=None, **selector_config._asdict()
+    )
+    if reasons:
+        raise StartupError(
+            f"--attention-backend {backend.name.lower()} cannot run this model: "
+            + "; ".join(reasons)
+        )

@@ -1,0 +1,49 @@
+"""Start-up errors, and how a user sees them: one line, exit code 1, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from attn_kernels import VariantError
+
+
+class StartupError(RuntimeError):
+    """The server must not start like this; the message says what to do.
+
+    Not a ValueError: pydantic would wrap it and bury the message.
+    """
+
+
+def one_line(error: BaseException | None) -> str | None:
+    """Our message inside an uncaught error, or None if the error is not ours.
+
+    Looks through the causes of an error and into pydantic's wrapping of a ValueError.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, StartupError | VariantError):
+            return str(error)
+        for detail in getattr(error, "errors", list)():
+            wrapped = detail.get("ctx", {}).get("error") if isinstance(detail, dict) else None
+            if isinstance(wrapped, VariantError):
+                return str(wrapped)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def install_excepthook() -> None:
+    """Print an uncaught StartupError or VariantError as one line; leave every other error alone."""
+    previous = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        message = one_line(error)
+        if message is None:
+            previous(kind, error, traceback)
+        else:
+            print(f"attnserve: {message}", file=sys.stderr)
+
+    sys.excepthook = hook
