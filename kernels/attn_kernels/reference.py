@@ -66,9 +66,7 @@ def attention(
         state = pad(state.double(), (0, num_keys - state.shape[-1]))
         selectable = selectable_mask(queries, keys, window)
         penalty, state = variant.select(q, k, selectable, scale, state)
-    output, _ = attend(
-        variant, q, k, v, mask[None], scale=scale, learned=learned, penalty=penalty
-    )
+    output, _ = attend(variant, q, k, v, mask[None], scale=scale, learned=learned, penalty=penalty)
     return output, state
 
 

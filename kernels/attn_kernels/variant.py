@@ -13,11 +13,12 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -131,15 +132,23 @@ def variant_names() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+def _is_a(value: Any, hint: Any) -> bool:
+    """A value from `config.json` fits a parameter's annotation; a float may be a whole number."""
+    kinds = get_args(hint) or (hint,)
+    if type(value) is int and float in kinds:
+        return True
+    return type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
+
+
 def get_variant(name: str, /, **parameters: Any) -> Variant:
     """The variant called `name`, with its default parameters unless some are given.
 
     Raises:
-        VariantError: unknown name or parameter, or a parameter out of range.
+        VariantError: unknown name or parameter, or a parameter of the wrong type or out of range.
     """
     _load_all()
     if name not in _REGISTRY:
-        close = difflib.get_close_matches(str(name), _REGISTRY, n=1)
+        close = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(variant_names())}"
         raise VariantError(f"unknown attention variant {name!r}; {hint}")
     cls = _REGISTRY[name]
@@ -147,6 +156,11 @@ def get_variant(name: str, /, **parameters: Any) -> Variant:
     if unknown := sorted(set(parameters) - known):
         takes = ", ".join(sorted(known)) or "no parameters"
         raise VariantError(f"attention variant {name!r} has no parameter {unknown[0]!r}: {takes}")
+    hints = get_type_hints(cls)
+    for parameter, value in parameters.items():
+        if not _is_a(value, hints[parameter]):
+            kind = getattr(hints[parameter], "__name__", None) or str(hints[parameter])
+            raise VariantError(f"{name}'s {parameter} must be a finite {kind}, not {value!r}")
     return cls(**parameters)
 
 
@@ -168,4 +182,7 @@ def variant_from_config(config: Any) -> Variant | None:
         raise VariantError(
             f"attention_variant in config.json must look like {{'name': 'softpick'}}, not {entry!r}"
         )
-    return get_variant(entry["name"], **{k: v for k, v in entry.items() if k != "name"})
+    try:
+        return get_variant(entry["name"], **{k: v for k, v in entry.items() if k != "name"})
+    except VariantError as error:
+        raise VariantError(f"attention_variant in config.json: {error}") from None

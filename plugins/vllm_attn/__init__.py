@@ -17,9 +17,9 @@ def register() -> None:
     Raises:
         StartupError: vLLM already has a backend of a variant's name.
     """
-    import hf_attn  # noqa: F401  (registers model_type variant_llama with transformers' Auto classes)
     from vllm.model_executor.models.registry import ModelRegistry
 
+    import hf_attn  # noqa: F401  (importing it registers model_type variant_llama)
     from vllm_attn import names, platform, report, versions
 
     versions.warn_if_untried()

@@ -1,8 +1,7 @@
-"""The attention backend of every variant: paged KV cache, metadata, and the torch path on CPU.
+"""The attention backend of every variant: what vLLM asks of it, metadata, and the impl on CPU.
 
 One backend class a variant, made from the registry. The KV cache is vLLM's logical
-`[num_blocks, num_kv_heads, block_size, 2 * head_size]` (keys, then values); a stateful variant
-appends one float32 accumulator to every slot, of which KV head 0's is used.
+`[num_blocks, num_kv_heads, block_size, content]`, laid out as `attn_kernels.paged` says.
 """
 
 from __future__ import annotations
@@ -11,15 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from attn_kernels import (
-    Variant,
-    attend,
-    causal_mask,
-    get_variant,
-    selectable_mask,
-    variant_from_config,
-    variant_names,
-)
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
@@ -32,15 +22,16 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from attn_kernels import (
+    Variant,
+    get_variant,
+    variant_from_config,
+    variant_names,
+)
+from attn_kernels.paged import STATE_BYTES, paged_attention, write_cache
 from vllm_attn import names
 from vllm_attn.preflight import KV_CACHE_DTYPES
 from vllm_attn.report import StartupError
-
-QUERY_TILE = 256
-"""Queries whose scores are materialised at once, which bounds the memory of a long prefill."""
-
-STATE_BYTES = 4
-"""A stateful variant's accumulator: one float32 a slot."""
 
 
 class VariantBackend(AttentionBackend):
@@ -123,7 +114,7 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[VariantMetadata]):
 
 
 class VariantImpl(AttentionImpl[VariantMetadata]):
-    """Attention of one layer with torch operations, scores and sums in float32."""
+    """Attention of one layer."""
 
     def __init__(
         self,
@@ -174,24 +165,8 @@ class VariantImpl(AttentionImpl[VariantMetadata]):
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Store this step's keys and values; accumulators of new tokens start at 0.
-
-        Args:
-            key, value: `[num_tokens, num_kv_heads, head_size]`.
-            kv_cache: `[num_blocks, num_kv_heads, block_size, content]`.
-            slot_mapping: `[num_tokens]`, slot `block * block_size + offset`, -1 for padding.
-        """
-        num_tokens = slot_mapping.shape[0]
-        slots, keep = slot_mapping, slice(num_tokens)
-        if num_tokens and int(slot_mapping.min()) < 0:
-            keep = slot_mapping >= 0
-            slots = slot_mapping[keep]
-        block_size = kv_cache.shape[2]
-        blocks, offsets = slots // block_size, slots % block_size
-        content = torch.cat([key[:num_tokens][keep], value[:num_tokens][keep]], -1)
-        kv_cache[blocks, :, offsets, : 2 * self.head_size] = content.to(kv_cache.dtype)
-        if self.variant.stateful:
-            accumulators(kv_cache, self.head_size)[blocks, offsets] = 0.0
+        """Store this step's keys and values, `[num_tokens, num_kv_heads, head_size]` each."""
+        write_cache(self.variant, key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -218,61 +193,23 @@ class VariantImpl(AttentionImpl[VariantMetadata]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:
             return output.zero_()
-        starts = attn_metadata.query_start_loc
-        for request, seq_len in enumerate(attn_metadata.seq_lens):
-            start, end = starts[request], starts[request + 1]
-            block_ids = attn_metadata.block_table[request]
-            for tile in range(start, end, QUERY_TILE):
-                tile_end = min(tile + QUERY_TILE, end)
-                output[tile:tile_end] = self.attend_tile(
-                    query[tile:tile_end], kv_cache, block_ids, seq_len - (end - tile)
-                )
-        return output
-
-    def attend_tile(
-        self, query: Tensor, kv_cache: Tensor, block_ids: Tensor, query_start: int
-    ) -> Tensor:
-        """Attention of consecutive queries of one request.
-
-        Only slots that a query sees are read: others may hold anything, and the block table may
-        name recycled blocks outside the sliding window.
-
-        Args:
-            query: `[num_queries, num_heads, head_size]`, the first at position `query_start`.
-            block_ids: `[max_blocks]`, the request's blocks in order.
-
-        Returns:
-            `[num_queries, num_heads, head_size]` float32.
-        """
-        block_size, d = kv_cache.shape[2], self.head_size
-        num_keys = query_start + query.shape[0]
-        window = self.sliding_window
-        first_key = 0 if window is None else max(0, query_start - window + 1)
-        queries = torch.arange(query_start, num_keys)
-        keys = torch.arange(first_key, num_keys)
-        blocks, offsets = block_ids[keys // block_size].long(), keys % block_size
-        # Advanced indices around a slice put the tokens first: [num_keys, num_kv_heads, content].
-        kv = kv_cache[blocks, :, offsets, : 2 * d].float().transpose(0, 1)
-        q, k, v = query.float().transpose(0, 1), kv[..., :d], kv[..., d:]
-        penalty = None
-        if self.variant.stateful:
-            state = accumulators(kv_cache, d)
-            selectable = selectable_mask(queries, keys, window)
-            penalty, state[blocks, offsets] = self.variant.select(
-                q, k, selectable, self.scale, state[blocks, offsets]
-            )
-        mask = causal_mask(queries, keys, window)[None]
-        out, _ = attend(
-            self.variant, q, k, v, mask, scale=self.scale, learned=self.learned, penalty=penalty
+        paged_attention(
+            self.variant,
+            query,
+            kv_cache,
+            attn_metadata.block_table,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            scale=self.scale,
+            window=self.sliding_window,
+            learned=self.learned,
+            out=output,
         )
-        return out.transpose(0, 1)
-
-
-def accumulators(kv_cache: Tensor, head_size: int) -> Tensor:
-    """View `[num_blocks, block_size]` float32 of a stateful variant's accumulators."""
-    return kv_cache[:, 0, :, 2 * head_size :].view(torch.float32)[..., 0]
+        return output
 
 
 for _name in variant_names():
     _class = names.class_name(_name)
-    globals()[_class] = type(_class, (VariantBackend,), {"variant_name": _name, "__module__": __name__})
+    globals()[_class] = type(
+        _class, (VariantBackend,), {"variant_name": _name, "__module__": __name__}
+    )

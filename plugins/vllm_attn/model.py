@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from attn_kernels import get_variant, variant_from_config
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -18,6 +17,7 @@ from vllm.model_executor.models.llama import (
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
+from attn_kernels import get_variant, variant_from_config
 from vllm_attn.backend import VariantImpl
 from vllm_attn.preflight import missing_tensor
 from vllm_attn.report import StartupError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attn_kernels import get_variant, variant_names
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from attn_kernels import get_variant, variant_names
 from vllm_attn.report import StartupError
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from attn_kernels import Variant, get_variant, variant_from_config
 from safetensors import safe_open
 from vllm.logger import init_logger
 
+from attn_kernels import Variant, get_variant, variant_from_config
 from vllm_attn import names
 from vllm_attn.report import StartupError
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 from types import TracebackType
 
-from attn_kernels import VariantError
+from attn_kernels import VariantError, variant_names
 
 
 class StartupError(RuntimeError):
@@ -25,12 +27,24 @@ def one_line(error: BaseException | None) -> str | None:
         seen.add(id(error))
         if isinstance(error, StartupError | VariantError):
             return str(error)
+        if unknown := re.match(r"Unknown attention backend: '(\w+)'", str(error)):
+            return unknown_backend(unknown[1])
         for detail in getattr(error, "errors", list)():
             wrapped = detail.get("ctx", {}).get("error") if isinstance(detail, dict) else None
             if isinstance(wrapped, VariantError):
                 return str(wrapped)
         error = error.__cause__ or error.__context__
     return None
+
+
+def unknown_backend(name: str) -> str:
+    """The line for an `--attention-backend` that vLLM does not know (it lists fifty names)."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    known = [member.lower() for member in AttentionBackendEnum.__members__]
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"variants: {', '.join(variant_names())}"
+    return f"unknown attention backend {name.lower()!r}; {hint}"
 
 
 def install_excepthook() -> None:

@@ -34,7 +34,7 @@ class LSSA(Variant):
 
     def positive_scores(self, scores: Tensor, mask: Tensor) -> Tensor:
         """`s_ij`, 0 where masked."""
-        # softplus' default switches to the identity above 20, which is off by 2e-9: not for float64.
+        # softplus' default is the identity above 20, which is off by 2e-9: too much for float64.
         return softplus(scores, threshold=50.0).masked_fill(~mask, 0.0)
 
     def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:

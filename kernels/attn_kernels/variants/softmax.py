@@ -14,7 +14,7 @@ from attn_kernels.variant import Variant, register
 def softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """`exp(x_ij) / sum_j exp(x_ij)` over visible keys; a row that sees no key is 0."""
     exp = (scores - masked_row_max(scores, mask)).masked_fill(~mask, -float("inf")).exp()
-    # With a visible key the sum is at least 1 (the maximum's own term): the clamp is for empty rows.
+    # With a visible key the sum is at least 1 (the maximum's own term); the clamp is for others.
     return exp / exp.sum(-1, keepdim=True).clamp_min(1.0)
 
 
