@@ -60,13 +60,13 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(PACKAGES) tools
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy $(PACKAGES) tools
 
 format: $(READY)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 checkpoints: $(READY)
 	$(BIN)/python -m training.checkpoints $(ARGS)
