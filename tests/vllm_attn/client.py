@@ -1,0 +1,56 @@
+"""Greedy completions of token ids from a running server."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from openai import OpenAI
+
+from tests.servers import Server
+
+
+class Client:
+    """Asks one server for greedy tokens; prompts and answers are token ids."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        self.model = self.openai.models.list().data[0].id
+
+    def _create(self, prompt: list[int], num_tokens: int, **options: Any) -> Any:
+        return self.openai.completions.create(
+            model=self.model,
+            prompt=prompt,
+            max_tokens=num_tokens,
+            temperature=0.0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+            **options,
+        )
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """The whole answer at once."""
+        tokens: list[int] = self._create(prompt, num_tokens).choices[0].token_ids
+        return tokens
+
+    def greedy_streamed(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """The answer from a stream of events."""
+        tokens: list[int] = []
+        for event in self._create(prompt, num_tokens, stream=True):
+            tokens += event.choices[0].token_ids or []
+        return tokens
+
+    def greedy_together(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        """All prompts at once, one connection each."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.greedy(prompt, num_tokens), prompts))
+
+    def metric(self, name: str) -> float:
+        """Sum of a Prometheus metric over its labels."""
+        with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
+            text = answer.read().decode()
+        values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+        assert values, f"{self.server.url}/metrics has no {name}"
+        return sum(map(float, values))

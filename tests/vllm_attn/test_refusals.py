@@ -1,0 +1,161 @@
+"""What must not be served ends start-up with one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.servers import failed_start
+from tests.tiny import tiny_checkpoint
+from vllm_attn.report import StartupError
+
+
+@pytest.fixture(scope="module")
+def softpick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("softpick")
+    tiny_checkpoint(folder, "softpick")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unknown_variant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unknown")
+    tiny_checkpoint(folder, "softpick")
+    config = json.loads((folder / "config.json").read_text())
+    config["attention_variant"]["name"] = "softpik"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scaleless_ssmax(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scaleless")
+    tiny_checkpoint(folder, "ssmax")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.ssmax_scale"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "args", "line"),
+    [
+        pytest.param(
+            "softpick",
+            ["--attention-backend=softpik"],
+            "unknown attention backend 'softpik'; did you mean 'softpick'?",
+            id="misspelt-backend",
+        ),
+        pytest.param(
+            "softpick",
+            ["--attention-backend=lssa"],
+            "was trained with softpick attention and answers nonsense with lssa: drop "
+            "--attention-backend or pass --attention-backend softpick",
+            id="another-variant",
+        ),
+        pytest.param(
+            "unknown_variant",
+            [],
+            "attention_variant in config.json: unknown attention variant 'softpik'; did you mean "
+            "'softpick'?",
+            id="unknown-variant",
+        ),
+        pytest.param(
+            "scaleless_ssmax",
+            ["--attention-backend=ssmax"],
+            "the checkpoint has no tensor model.layers.1.self_attn.ssmax_scale, which ssmax "
+            "attention learns in every layer: train or convert it with ssmax",
+            id="missing-scale",
+        ),
+        pytest.param(
+            "softpick",
+            ["--attention-backend=softpick", "--kv-cache-dtype=fp8"],
+            "--kv-cache-dtype fp8 is not supported with softpick attention on CPU: use one of auto",
+            id="fp8-cache",
+        ),
+    ],
+)
+def test_vllm_serve_stops(
+    checkpoint: str, args: list[str], line: str, request: pytest.FixtureRequest
+) -> None:
+    """A real `vllm serve` prints one line, last and without a traceback, and exits non-zero."""
+    code, output = failed_start(request.getfixturevalue(checkpoint), *args)
+    assert code == 1, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("attnserve: "), output
+    assert line in last
+    assert "Traceback" not in output
+
+
+def make_config(checkpoint: Path, **options: object) -> object:
+    """What vLLM does before it starts an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        str(checkpoint), dtype="float32", max_model_len=256, **options
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"attention_backend": "CPU_ATTN"}, "answers nonsense with cpu_attn"),
+        (
+            {"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}},
+            "would run another attention than softpick",
+        ),
+        ({"model_impl": "transformers"}, "--model-impl transformers does not know"),
+        ({"kv_cache_dtype": "turboquant_4bit_nc"}, "--kv-cache-dtype turboquant_4bit_nc"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_backend_never_runs_silently(
+    softpick: Path, options: dict[str, object], line: str
+) -> None:
+    with pytest.raises(StartupError, match=line):
+        make_config(softpick, **options)
+
+
+def test_the_checkpoint_chooses(softpick: Path) -> None:
+    """Without a flag the variant named by config.json runs."""
+    assert make_config(softpick).attention_config.backend.name == "SOFTPICK"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"tensor_parallel_size": 2}, "use --tensor-parallel-size 1"),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 2,
+                }
+            },
+            "drop --speculative-config",
+        ),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "drop --kv-transfer-config",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_selective_limits(tmp_path: Path, options: dict[str, object], line: str) -> None:
+    tiny_checkpoint(tmp_path, "selective")
+    with pytest.raises(StartupError, match=line):
+        make_config(tmp_path, **options)
+    assert not make_config(tmp_path).cache_config.enable_prefix_caching  # type: ignore[attr-defined]
+
+
+def test_platform_plugin_bypassed(softpick: Path) -> None:
+    """`VLLM_TARGET_DEVICE=cpu` makes vLLM skip platform plugins; the mismatch is still refused."""
+    code, output = failed_start(
+        softpick, "--attention-backend=lssa", env={"VLLM_TARGET_DEVICE": "cpu"}
+    )
+    assert code == 1
+    assert "answers nonsense with lssa" in output.strip().splitlines()[-1]

@@ -1,0 +1,100 @@
+"""Every variant from a real `vllm serve`: its greedy tokens are those of the float64 law."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_kernels import get_variant, variant_names
+from tests.law_model import law_greedy
+from tests.servers import vllm_server
+from tests.tiny import tiny_checkpoint
+from tests.vllm_attn.client import Client
+
+NUM_TOKENS = 24
+PROMPT_LENGTHS = (3, 7, 16, 17, 33, 63, 64, 65, 100, 129, 150, 200)
+"""Around the cache block (16) and the chunk (64), and prompts of several chunks."""
+
+CASES = [(name, None) for name in variant_names()] + [("softpick", 24), ("selective", 24)]
+SERVE_ARGS = (
+    "--dtype=float32",
+    "--max-num-batched-tokens=64",  # prefill in chunks, mixed with the decoding of other requests
+    "--max-num-seqs=16",
+    "--block-size=16",
+    "--max-model-len=256",
+    "--num-gpu-blocks-override=48",  # fewer than twelve requests need: some are preempted
+)
+
+
+@dataclass
+class Served:
+    """A served checkpoint, prompts, and what the law answers to each."""
+
+    variant_name: str
+    client: Client
+    prompts: list[list[int]]
+    law: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-window_{case[1]}")
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    name, window = request.param
+    ckpt = tmp_path_factory.mktemp(name)
+    tiny_checkpoint(ckpt, name, sliding_window=window)
+    prompts = make_prompts()
+    law = [answer(ckpt, prompt) for prompt in prompts]
+    with vllm_server(ckpt, f"--attention-backend={name}", *SERVE_ARGS) as server:
+        yield Served(name, Client(server), prompts, law)
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 256, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+def answer(ckpt: Path, prompt: list[int]) -> list[int]:
+    """The law's greedy tokens; refuses a near tie, which float32 may decide either way."""
+    tokens, margins = law_greedy(ckpt, prompt, NUM_TOKENS)
+    assert min(margins) > 1e-3, f"prompt of {len(prompt)} tokens has a near tie: choose another"
+    return tokens
+
+
+def test_answers_differ(served: Served) -> None:
+    """The comparison below means something: answers are no constant."""
+    assert len({tuple(tokens) for tokens in served.law}) > len(served.law) // 2
+    assert len({token for tokens in served.law for token in tokens}) > 20
+
+
+def test_alone(served: Served) -> None:
+    for prompt, law in zip(served.prompts, served.law, strict=True):
+        assert served.client.greedy(prompt, NUM_TOKENS) == law
+
+
+def test_streamed(served: Served) -> None:
+    for prompt, law in zip(served.prompts[::2], served.law[::2], strict=True):
+        assert served.client.greedy_streamed(prompt, NUM_TOKENS) == law
+
+
+def test_twelve_at_once(served: Served) -> None:
+    assert served.client.greedy_together(served.prompts, NUM_TOKENS) == served.law
+    assert served.client.metric("vllm:num_preemptions_total") > 0, "no request was preempted"
+
+
+def test_prefix_cache(served: Served) -> None:
+    """A repeated prompt, and one that goes on where an answer ended, reuse cached blocks."""
+    prompt, law = served.prompts[-1], served.law[-1]
+    before = served.client.metric("vllm:prefix_cache_hits_total")
+    assert served.client.greedy(prompt, NUM_TOKENS) == law
+    assert served.client.greedy(prompt, NUM_TOKENS) == law
+    assert served.client.greedy(prompt + law[:20], 4) == law[20:]
+    hits = served.client.metric("vllm:prefix_cache_hits_total") - before
+    if get_variant(served.variant_name).stateful:
+        assert hits == 0, "a stateful variant's accumulators cannot be shared"
+    else:
+        assert hits >= 2 * len(prompt) // 16 * 16
