@@ -1,10 +1,13 @@
-"""A tiny Llama with random weights and a real tokenizer, for tests that need just any model."""
+"""Tiny Llamas with random weights and a real tokenizer: a plain one, and one of any variant."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 
 LICENSE = Path(__file__).parent.parent / "LICENSE"
 
@@ -33,6 +36,7 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
+        head_dim=32,  # the smallest that vLLM's CPU attention takes
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -42,5 +46,44 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
         eos_token_id=0,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_checkpoint(folder: Path, variant: str | dict[str, Any], **overrides: Any) -> Path:
+    """Write a small random checkpoint of any variant and return `folder`.
+
+    Its weights are large enough for attention to be far from uniform and for greedy tokens to
+    vary, its learned per-head tensors all differ, and everything is float32.
+
+    Args:
+        folder: where to write.
+        variant: a variant's name, or `{"name": ..., **parameters}`.
+        overrides: fields of `VariantLlamaConfig`, for example `sliding_window=16`.
+    """
+    tokenizer = tiny_tokenizer(512)
+    fields = {
+        "attention_variant": {"name": variant} if isinstance(variant, str) else variant,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    torch.manual_seed(0)
+    model = VariantLlamaForCausalLM(VariantLlamaConfig(**fields | overrides))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in model.config.variant.learned:
+                parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

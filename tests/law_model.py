@@ -1,0 +1,132 @@
+"""The law of whole models: greedy decoding of a Llama checkpoint in float64, token by token.
+
+Written from the formulas and independent of transformers' and vLLM's model code: what those
+generate is compared with this.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import silu
+
+from attn_kernels import get_variant, variant_from_config
+from attn_kernels.reference import attention
+
+
+class Greedy(NamedTuple):
+    """What greedy decoding gives.
+
+    `margins` are the distances between the best and the second-best logit of each step: a token
+    may differ from the law's only where the margin is within the rounding of what is tested.
+    """
+
+    tokens: list[int]
+    margins: list[float]
+
+
+class LawModel:
+    """A Llama checkpoint in float64 that reads one token at a time.
+
+    Args:
+        folder: a Hugging Face folder of a `variant_llama` or a plain Llama (softmax).
+        variant: what attention to use instead of the one that the configuration names.
+    """
+
+    def __init__(self, folder: Path, variant: dict[str, Any] | None = None) -> None:
+        self.config = json.loads((folder / "config.json").read_text())
+        named = {"attention_variant": variant} if variant else self.config
+        self.variant = variant_from_config(named) or get_variant("softmax")
+        self.weights = {
+            name: tensor.double()
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        layers = self.config["num_hidden_layers"]
+        self.position = 0
+        self.keys: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.values: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.states: list[Tensor | None] = [None] * layers
+
+    def read(self, token: int) -> Tensor:
+        """Read the next token and return the logits `[vocab_size]` of the one after it."""
+        embeddings = self.weights["model.embed_tokens.weight"]
+        x = embeddings[token]
+        for layer in range(self.config["num_hidden_layers"]):
+            name = f"model.layers.{layer}."
+            x = x + self._attention(layer, self._norm(x, name + "input_layernorm"))
+            x = x + self._mlp(self._norm(x, name + "post_attention_layernorm"), name + "mlp.")
+        self.position += 1
+        head = self.weights.get("lm_head.weight", embeddings)
+        return head @ self._norm(x, "model.norm")
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        x = x / (x.square().mean() + self.config["rms_norm_eps"]).sqrt()
+        return x * self.weights[name + ".weight"]
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        y = self.weights[name + ".weight"] @ x
+        return y + self.weights[name + ".bias"] if name + ".bias" in self.weights else y
+
+    def _mlp(self, x: Tensor, name: str) -> Tensor:
+        gate, up = self._linear(x, name + "gate_proj"), self._linear(x, name + "up_proj")
+        return self._linear(silu(gate) * up, name + "down_proj")
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """RoPE of `[heads, head_size]` at the current position: pairs are half a head apart."""
+        half = x.shape[-1] // 2
+        theta = self.config["rope_parameters"]["rope_theta"]
+        angles = self.position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        a, b = x[:, :half], x[:, half:]
+        return torch.cat(
+            (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), 1
+        )
+
+    def _attention(self, layer: int, x: Tensor) -> Tensor:
+        name = f"model.layers.{layer}.self_attn."
+        heads = self.config["num_attention_heads"]
+        head_size = self.config.get("head_dim") or self.config["hidden_size"] // heads
+        q, k, v = (
+            self._linear(x, name + projection).view(-1, head_size)
+            for projection in ("q_proj", "k_proj", "v_proj")
+        )
+        self.keys[layer].append(self._rotate(k))
+        self.values[layer].append(v)
+        output, self.states[layer] = attention(
+            self.variant,
+            self._rotate(q)[:, None],
+            torch.stack(self.keys[layer], 1),
+            torch.stack(self.values[layer], 1),
+            window=self.config.get("sliding_window"),
+            learned={tensor: self.weights[name + tensor] for tensor in self.variant.learned},
+            state=self.states[layer],
+        )
+        return self._linear(output.flatten(), name + "o_proj")
+
+
+@torch.no_grad()
+def law_greedy(
+    folder: Path, prompt: list[int], num_tokens: int, variant: dict[str, Any] | None = None
+) -> Greedy:
+    """The `num_tokens` most likely tokens after the token ids of `prompt`, one after another.
+
+    The end-of-text token is a token like any other (`ignore_eos`). `folder` and `variant` are
+    those of `LawModel`.
+    """
+    model = LawModel(folder, variant)
+    for token in prompt[:-1]:
+        model.read(token)
+    token, tokens, margins = prompt[-1], [], []
+    for _ in range(num_tokens):
+        best = model.read(token).topk(2)
+        token = int(best.indices[0])
+        tokens.append(token)
+        margins.append(float(best.values[0] - best.values[1]))
+    return Greedy(tokens, margins)
