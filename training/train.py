@@ -1,0 +1,232 @@
+"""Train a small Llama with an attention variant on text files: `python -m training.train --help`.
+
+The run can be killed at any moment and started again with the same command: it goes on from its
+last saved state and ends in the same bits as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hf_attn import VariantLlamaForCausalLM
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from training.data import Batches, Tokens, fingerprint, read_tokens
+from training.recipe import Recipe, parse_variant
+
+STATE, LOSSES, MODEL = "state.pt", "loss.csv", "model"
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss_function(model: VariantLlamaForCausalLM, precision: str, compiled: bool = False) -> Loss:
+    """A function of inputs and targets, `[batch, context]` each: mean cross entropy in nats.
+
+    Args:
+        model: a causal language model.
+        precision: "fp32", or "bf16" to run matrix products outside attention in bfloat16.
+        compiled: compile it, which fuses attention's elementwise operations.
+    """
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(input_ids=inputs, use_cache=False).logits
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    return torch.compile(loss, dynamic=False) if compiled else loss
+
+
+class Run:
+    """One training run in a folder: its model, optimizer, step and losses.
+
+    Args:
+        folder: holds `state.pt`, `loss.csv` and at the end `model/`; made if absent. If it holds a
+            state, the run goes on from it.
+        recipe: the settings.
+        variant: `{"name": ..., **parameters}`.
+        tokenizer: of the text; saved with the model.
+        tokens: the text.
+
+    Raises:
+        ValueError: the folder holds a run with other settings or other text.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        variant: dict[str, Any],
+        tokenizer: PreTrainedTokenizerFast,
+        tokens: Tokens,
+    ) -> None:
+        self.folder, self.recipe, self.tokenizer = folder, recipe, tokenizer
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.batches = Batches(tokens, recipe.context, recipe.batch, bos, recipe.seed)
+        self.identity = {
+            **dataclasses.asdict(recipe),
+            "variant": variant,
+            "text": fingerprint(tokens),
+        }
+        torch.manual_seed(recipe.seed)
+        self.model = VariantLlamaForCausalLM(recipe.config(variant, len(tokenizer), bos, eos))
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": recipe.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            fused=True,
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / STATE).exists():
+            self._load()
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / STATE, weights_only=True)
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise ValueError(
+                    f"{self.folder} holds a run with {name} = {state['identity'].get(name)}, not "
+                    f"{value}: choose another --out or delete it"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+
+    def save(self) -> None:
+        """Write the state and the losses; each file is either the old or the new one, never half."""
+        state = {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+        }
+        temporary = self.folder / (STATE + ".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / STATE)
+        temporary = self.folder / (LOSSES + ".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["step", "learning_rate", "loss"])
+            for step, loss in enumerate(self.losses):
+                writer.writerow([step, f"{self.recipe.learning_rate_at(step):.6g}", f"{loss:.5f}"])
+        temporary.replace(self.folder / LOSSES)
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write a Hugging Face folder: configuration, weights in `dtype`, tokenizer."""
+        model = VariantLlamaForCausalLM(self.model.config)
+        model.load_state_dict(self.model.state_dict())
+        model.generation_config.do_sample = True
+        model.to(dtype).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def train(self, save_every: int, compiled: bool = False, quiet: bool = False) -> None:
+        """Take the remaining steps.
+
+        Args:
+            save_every: steps between saved states.
+            compiled: use `torch.compile`.
+            quiet: no progress bar.
+        """
+        loss_of = loss_function(self.model, self.recipe.precision, compiled)
+        progress = tqdm(
+            initial=self.step, total=self.recipe.steps, unit="step", disable=quiet, smoothing=0.05
+        )
+        started = time.monotonic() - self.seconds
+        while self.step < self.recipe.steps:
+            self.losses.append(self._take_step(loss_of))
+            self.step += 1
+            self.seconds = time.monotonic() - started
+            progress.update()
+            progress.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+            if self.step % save_every == 0 or self.step == self.recipe.steps:
+                self.save()
+        progress.close()
+
+    def _take_step(self, loss_of: Loss) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate_at(self.step)
+        loss = loss_of(*self.batches(self.step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="training.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--variant",
+        type=parse_variant,
+        required=True,
+        help='a name, or JSON with parameters: \'{"name": "lssar", "power": 3}\'',
+    )
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="UTF-8 text files")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder written by training.tokenizer"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--save-every", type=int, default=100, help="steps between states (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="use torch.compile: a minute or two to start, then many times faster on CPU",
+    )
+    Recipe.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokens = read_tokens(arguments.data, tokenizer)
+    recipe = Recipe.from_arguments(arguments)
+    try:
+        run = Run(arguments.out, recipe, arguments.variant, tokenizer, tokens)
+    except ValueError as error:
+        parser.error(str(error))
+    run.train(arguments.save_every, arguments.compile)
+    run.export(arguments.out / MODEL)
+    last = sum(run.losses[-100:]) / len(run.losses[-100:])
+    print(f"{run.step} steps in {run.seconds / 60:.1f} min, mean loss of the last 100: {last:.4f}")
+    print(
+        json.dumps(
+            {
+                "model": str(arguments.out / MODEL),
+                "steps": run.step,
+                "seconds": round(run.seconds, 1),
+                "tokens": run.step * recipe.batch * recipe.context,
+                "loss_last_100": round(last, 5),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
