@@ -27,7 +27,7 @@ ARGS ?=
 
 PACKAGES := $(wildcard kernels/attn_kernels plugins/vllm_attn plugins/hf_attn serving training)
 
-export HF_HUB_OFFLINE := 1
+export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .PHONY: install serve test test-slow test-gpu lint format checkpoints lock clean

@@ -64,7 +64,10 @@ async def http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message, code = f"Invalid URL ({request.method} {request.url.path})", "unknown_url"
     elif error.status_code == 405:
-        message, code = f"Not allowed to {request.method} on {request.url.path}", "method_not_supported"
+        message, code = (
+            f"Not allowed to {request.method} on {request.url.path}",
+            "method_not_supported",
+        )
     content = error_body(message, kind_of(error.status_code), code)
     return JSONResponse(content, error.status_code, error.headers)
 

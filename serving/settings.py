@@ -10,7 +10,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 def _plain_http_url(value: str) -> str:
     """An http(s) address without query or fragment, and without a slash at the end."""
     parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    is_http = parts.scheme in ("http", "https") and parts.hostname
+    if not is_http or parts.query or parts.fragment or parts.port == 0:  # port may raise, too
         raise ValueError("must be an address like http://127.0.0.1:8000")
     return value.rstrip("/")
 

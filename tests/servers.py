@@ -81,19 +81,23 @@ def spawn(
 
 
 def wait_until_healthy(
-    url: str, process: subprocess.Popen[bytes], log_file: Path, timeout: float = STARTUP_SECONDS
+    url: str,
+    process: subprocess.Popen[bytes],
+    log_file: Path,
+    timeout: float = STARTUP_SECONDS,
+    path: str = "/health",
 ) -> None:
-    """Wait until `url`/health answers 200; raise with the log's end if it ends or fails before."""
+    """Wait until `url` answers 200 under `path`; raise with the log's end if it ends or fails."""
     deadline = time.monotonic() + timeout
     while True:
         if process.poll() is not None:
             why = f"ended with exit code {process.returncode}"
             break
         try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            urllib.request.urlopen(f"{url}{path}", timeout=5).close()
             return
         except urllib.error.HTTPError as error:  # vLLM is up, its engine is dead
-            why = f"answered /health with {error.code}"
+            why = f"answered {path} with {error.code}"
             break
         except OSError:  # nothing listens yet
             pass

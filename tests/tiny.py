@@ -30,7 +30,7 @@ def tiny_tokenizer(vocab_size: int = 2048) -> PreTrainedTokenizerFast:
 
 
 def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint (2 layers, 4 heads, 2 KV heads, context 16384) and return `folder`."""
+    """Write the checkpoint (float32, 2 layers, 4 heads, 2 KV heads, context 16384) and return `folder`."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -45,7 +45,7 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
