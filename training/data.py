@@ -20,7 +20,7 @@ def read_tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> To
     """All files one after another, `[num_tokens]`, each ended by the end-of-text token."""
     parts = []
     for file in files:
-        ids = tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False)
+        ids = tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
         parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int64))
     return np.concatenate(parts)
 

@@ -1,0 +1,101 @@
+"""Build the reference checkpoints: `python -m training.checkpoints [VARIANT ...]`.
+
+Trains the tokenizer and each variant's model, measures it, and writes a Hugging Face folder with a
+model card. What is interrupted goes on where it was when the command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from attn_kernels import variant_names
+from transformers import AutoTokenizer
+
+from training.books import BOOKS, Split, split
+from training.card import card
+from training.data import read_tokens
+from training.evaluate import Score, evaluate, table
+from training.recipe import Recipe
+from training.tokenizer import train_tokenizer
+from training.train import LOSSES, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = Recipe(precision="bf16")
+VOCAB_SIZE = 2048
+
+
+def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIPE) -> list[Score]:
+    """Train and measure one variant with its default parameters.
+
+    Args:
+        name: the variant.
+        books: text files.
+        runs: folder for the training state.
+        out: folder in which the checkpoint's folder is written.
+        recipe: the settings of the run.
+
+    Returns:
+        The checkpoint's scores and its baselines'.
+    """
+    if not (runs / "tokenizer").exists():
+        made = train_tokenizer(books.train, VOCAB_SIZE, recipe.context)
+        made.save_pretrained(runs / "tokenizer.tmp")
+        (runs / "tokenizer.tmp").rename(runs / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(runs / "tokenizer")
+    tokens = read_tokens(books.train, tokenizer)
+    run = Run(runs / name, recipe, {"name": name}, tokenizer, tokens)
+    run.train(save_every=100, compiled=True)
+    staged = runs / name / "model"
+    shutil.rmtree(staged, ignore_errors=True)
+    run.export(staged)
+    scores = evaluate(staged, books.validation.parent)
+    (staged / "README.md").write_text(card(run, scores, books.train), encoding="utf-8")
+    shutil.copy(runs / name / LOSSES, staged)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / name, ignore_errors=True)
+    shutil.move(staged, out / name)
+    return scores
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="training.checkpoints",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "variants",
+        nargs="*",
+        default=["softmax", "softpick"],
+        choices=variant_names(),
+        metavar="VARIANT",
+        help=f"any of {', '.join(variant_names())} (default: softmax softpick)",
+    )
+    parser.add_argument(
+        "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs", help="training states (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "checkpoints", help="checkpoints (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    books = split(arguments.books)
+    results = {}
+    for name in arguments.variants:
+        print(f"{name}:")
+        results[name] = build(name, books, arguments.runs, arguments.out)
+        print(table(results[name]))
+    print(json.dumps({name: [dataclasses.asdict(s) for s in r] for name, r in results.items()}))
+
+
+if __name__ == "__main__":
+    main()
