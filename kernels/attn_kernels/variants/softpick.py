@@ -37,9 +37,11 @@ class Softpick(Variant):
         # Shifting by max(0, max) instead of max is exact (a row with max <= 0 is 0 anyway) and
         # keeps exp(-shift) <= 1 when every score is far below 0.
         shift = masked_row_max(scores, mask).clamp_min(0.0)
+        # A masked score becomes 0, which adds exp(0) - 1 = 0. Masking p instead would leave a NaN
+        # gradient: a masked score far above the row's visible maximum overflows in exp.
+        scores = scores.masked_fill(~mask, 0.0)
         one = torch.exp(-shift)
         # expm1 keeps small scores exact; beyond 1 the difference loses nothing and cannot overflow.
         small = torch.expm1(scores.clamp_max(1.0)) * one
         p = torch.where(scores < 1.0, small, torch.exp(scores - shift) - one)
-        p = p.masked_fill(~mask, 0.0)
         return p.relu() / (p.abs().sum(-1, keepdim=True) + self.eps)
