@@ -1,0 +1,146 @@
+"""Shapes, variants and inputs that the tests of this folder share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_kernels import Variant, get_variant, selectable_mask, variant_names
+from tests.attn_kernels import textbook
+
+# Parameters to try beside the defaults.
+CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in variant_names()),
+    ("softpick", {"eps": 0.25}),
+    ("ssmax", {"scale": 0.43}),
+    ("ssmax", {"bias": True}),
+    ("ssmax", {"scale": 0.168, "bias": True}),
+    ("lssar", {"power": 3.0}),
+]
+CONFIGURATION_IDS = ["-".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p in CONFIGURATIONS]
+VARIANTS = [get_variant(name, **parameters) for name, parameters in CONFIGURATIONS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A chunk of queries `start:stop` of a sequence of `length` keys."""
+
+    heads: int
+    kv_heads: int
+    start: int
+    stop: int
+    length: int
+    head_size: int
+    value_size: int
+    window: int | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"h{self.heads}kv{self.kv_heads}_q{self.start}to{self.stop}of{self.length}"
+            f"_d{self.head_size}v{self.value_size}_w{self.window}"
+        )
+
+
+SHAPES = [
+    Shape(1, 1, 0, 1, 1, 4, 4),
+    Shape(1, 1, 0, 9, 9, 1, 1),
+    Shape(2, 2, 0, 5, 5, 4, 4),
+    Shape(4, 2, 0, 13, 13, 8, 8),
+    Shape(6, 1, 0, 7, 7, 3, 5),
+    Shape(3, 3, 0, 12, 12, 5, 2, window=1),
+    Shape(4, 2, 0, 11, 11, 4, 4, window=3),
+    Shape(6, 3, 0, 17, 17, 2, 3, window=7),
+    Shape(4, 1, 0, 6, 6, 4, 4, window=40),
+    Shape(4, 2, 9, 13, 13, 8, 8),
+    Shape(2, 1, 16, 17, 17, 16, 4),
+    Shape(4, 2, 3, 7, 13, 4, 4),
+    Shape(2, 2, 10, 15, 19, 4, 4, window=3),
+    Shape(8, 2, 14, 15, 15, 4, 4, window=5),
+]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, so that no test depends on another."""
+    return torch.Generator().manual_seed(seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A whole sequence: q `[heads, length, d]`, k and v `[kv_heads, length, ...]`, float64."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    learned: dict[str, Tensor]
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+
+def make_inputs(variant: Variant, shape: Shape, seed: int = 0, spread: float = 1.0) -> Inputs:
+    """Normal random inputs; `spread` multiplies the queries and so the raw scores."""
+    g = seeded(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    return Inputs(
+        normal(shape.heads, shape.length, shape.head_size) * spread,
+        normal(shape.kv_heads, shape.length, shape.head_size),
+        normal(shape.kv_heads, shape.length, shape.value_size),
+        make_learned(variant, shape.heads, g),
+    )
+
+
+def make_learned(variant: Variant, heads: int, g: torch.Generator) -> dict[str, Tensor]:
+    """A tensor for each one that the variant learns, different in every head."""
+    return {
+        name: torch.rand(heads, generator=g, dtype=torch.float64) + 0.2 for name in variant.learned
+    }
+
+
+def in_textbook(
+    variant: Variant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rows: range | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    learned: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(weights, outputs)` of the textbook for whole sequences of queries, keys and values."""
+    weights, outputs = textbook.attention(
+        variant.name,
+        dataclasses.asdict(variant),
+        q.tolist(),
+        k.tolist(),
+        v.tolist(),
+        rows=range(q.shape[-2]) if rows is None else rows,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        window=window,
+        learned={name: tensor.tolist() for name, tensor in (learned or {}).items()},
+    )
+    return torch.tensor(weights, dtype=torch.float64), torch.tensor(outputs, dtype=torch.float64)
+
+
+def causal(length: int) -> Tensor:
+    """The plain causal mask `[length, length]`."""
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def penalties(
+    variant: Variant, q: Tensor, k: Tensor, scale: float, window: int | None = None
+) -> Tensor | None:
+    """What a stateful variant subtracts for a whole sequence, `[..., length, length]`."""
+    if not variant.stateful:
+        return None
+    positions = torch.arange(q.shape[-2])
+    zero = q.new_zeros((*q.shape[:-3], q.shape[-2]))
+    return variant.select(q, k, selectable_mask(positions, positions, window), scale, zero)[0]
