@@ -44,7 +44,7 @@ class VariantBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(KV_CACHE_DTYPES)
 
     @classmethod
-    def get_name(cls) -> str:  # type: ignore[override]
+    def get_name(cls) -> str:
         return cls.variant_name.upper()
 
     @staticmethod

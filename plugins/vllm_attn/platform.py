@@ -35,9 +35,9 @@ def honour_variants(platform: P) -> P:
         preflight.check_layer(selected_backend, attn_selector_config)
         return selected_backend.get_path()
 
-    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[method-assign, assignment]
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[method-assign, assignment]
-    platform.honours_variants = True  # type: ignore[attr-defined]
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    platform.honours_variants = True
     return platform
 
 

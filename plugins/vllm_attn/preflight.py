@@ -171,3 +171,4 @@ def check_layer(backend: Any, selector_config: Any) -> None:
             f"--attention-backend {backend.name.lower()} cannot run this model: "
             + "; ".join(reasons)
         )
+    logger.info("Using %s backend.", backend.name)

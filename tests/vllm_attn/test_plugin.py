@@ -1,4 +1,4 @@
-"""Registration: every variant is a backend that vLLM resolves, compares and sends to its processes."""
+"""Registration: vLLM resolves every variant's backend and sends it to its processes."""
 
 from __future__ import annotations
 

