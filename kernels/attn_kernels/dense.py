@@ -57,7 +57,7 @@ def attend(
 
     Args:
         variant: the attention function.
-        q: `[..., num_heads, num_queries, head_size]`, after RoPE and QK-norm.
+        q: `[..., num_heads, num_queries, head_size]`, after RoPE and QK-norm; float32 or float64.
         k: `[..., num_kv_heads, num_keys, head_size]`; `num_heads` is a multiple of `num_kv_heads`.
         v: `[..., num_kv_heads, num_keys, value_size]`.
         mask: bool, broadcastable to `[..., num_heads, num_queries, num_keys]`.
@@ -69,7 +69,12 @@ def attend(
     Returns:
         `(output [..., num_heads, num_queries, value_size],
         weights [..., num_heads, num_queries, num_keys])`, in the dtype of `q`.
+
+    Raises:
+        TypeError: a 16-bit dtype, in which neither scores nor the length of a context are exact.
     """
+    if q.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"attend computes in float32 or float64: convert q, k and v from {q.dtype}")
     num_kv_heads = k.shape[-3]
     n = mask.sum(-1, keepdim=True).to(q.dtype)
     q, k = variant.transform(q, k, n, learned or {})

@@ -225,3 +225,11 @@ def test_gradients_at_zero_queries_and_keys(variant: Variant, dtype: torch.dtype
     zero = torch.zeros(2, 6, 4, dtype=dtype)
     learned = make_learned(variant, 2, seeded(39))
     assert_finite(gradients(variant, (zero, zero, zero), causal(6), learned))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_inputs_are_refused(dtype: torch.dtype) -> None:
+    """257 keys are 256 in bfloat16: a length that a formula uses must not be rounded."""
+    x = torch.zeros(1, 1, 8, dtype=dtype)
+    with pytest.raises(TypeError, match="convert q, k and v"):
+        attend(get_variant("ssmax", scale=1.0), x, x, x, torch.ones(1, 1, 1, dtype=torch.bool))

@@ -42,6 +42,16 @@ class Client:
             tokens += event.choices[0].token_ids or []
         return tokens
 
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        """Log-probability of every prompt token but the first, given those before it."""
+        answer = self.openai.completions.create(
+            model=self.model, prompt=prompt, max_tokens=1, extra_body={"prompt_logprobs": 0}
+        )
+        given = answer.choices[0].prompt_logprobs[1:]
+        return [
+            entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], given, strict=True)
+        ]
+
     def greedy_together(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """All prompts at once, one connection each."""
         with ThreadPoolExecutor(len(prompts)) as pool:

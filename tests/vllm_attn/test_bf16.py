@@ -1,0 +1,31 @@
+"""bf16 weights and KV cache: log-probabilities stay near the law's, which uses the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.law_model import LawModel
+from tests.servers import vllm_server
+from tests.tiny import tiny_checkpoint
+from tests.vllm_attn.client import Client
+
+
+@pytest.mark.parametrize("name", ["softpick", "selective"])
+def test_prompt_logprobs(name: str, tmp_path: Path) -> None:
+    """A one-pass variant, and the one whose cache page mixes bf16 with float32 accumulators."""
+    # Smaller weights than the other tests': this network does not amplify bf16's rounding.
+    ckpt = tiny_checkpoint(tmp_path, name, initializer_range=0.08, dtype="bfloat16")
+    prompt = torch.randint(2, 256, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    law_model = LawModel(ckpt)
+    law = torch.stack([law_model.read(token).log_softmax(-1) for token in prompt[:-1]])
+    law = law[range(len(law)), prompt[1:]]
+    args = ("--dtype=bfloat16", "--max-num-batched-tokens=64", "--max-model-len=256")
+    with vllm_server(ckpt, *args) as server:
+        served = torch.tensor(Client(server).prompt_logprobs(prompt), dtype=torch.float64)
+    error = (served - law).abs()
+    assert law.std() > 0.1, "the law's log-probabilities hardly vary: the comparison means nothing"
+    assert error.mean() < 0.02 * law.std()
+    assert error.max() < 0.1 * law.std()
