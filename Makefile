@@ -8,14 +8,15 @@
 #   make lock         write requirements/cpu.txt again (UPGRADE=1: newest versions)
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve); ARGS (test); PYTHON;
-# TORCH_INDEX, a package index that has torch's CPU build, where pip does not know one already.
+# TORCH_INDEX, the package index with torch's CPU builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
-TORCH_INDEX ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 CKPT ?= checkpoints/softpick
@@ -40,8 +41,11 @@ $(READY): requirements/cpu.txt requirements/vllm-metadata/pyproject.toml pyproje
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: the lock is for Python 3.11 and $(PYTHON) is another; use make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV) (about three minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --no-deps --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/cpu.txt \
-	  || { echo "make: the install failed, see above. If torch's +cpu build was not found: make TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	@$(PIP) install --no-deps --quiet $(TORCH) 2>/dev/null \
+	  || { echo "PyPI has no CPU build of torch; looking in $(TORCH_INDEX)"; \
+	       $(PIP) install --no-deps --quiet --index-url $(TORCH_INDEX) $(TORCH); } \
+	  || { echo "make: no $(TORCH) there either; name an index that has it: make TORCH_INDEX=URL" >&2; exit 1; }
+	$(PIP) install --no-deps --quiet -r requirements/cpu.txt
 	$(PIP) install --no-deps --no-build-isolation --quiet ./requirements/vllm-metadata
 	$(PIP) install --no-deps --no-build-isolation --quiet --editable .
 	@touch $@

