@@ -39,7 +39,6 @@ def main() -> None:
         port=settings.port,
         access_log=False,
         server_header=False,
-        log_level="warning",
         timeout_graceful_shutdown=settings.drain_seconds,
     )
 

@@ -68,15 +68,15 @@ class Service:
         code = await self.process.wait()
         raise self.failed(f"ended with exit code {code}", code)
 
-    async def ready(self) -> None:
-        """Wait until its /health answers 200, saying now and then what it is doing."""
+    async def ready(self, path: str) -> None:
+        """Wait until it answers 200 under `path`, saying now and then what it is doing."""
         began = shown = time.monotonic()
         while True:
             try:
-                await asyncio.to_thread(fetch, f"{self.url}/health")
+                await asyncio.to_thread(fetch, f"{self.url}{path}")
                 return
             except urllib.error.HTTPError as error:
-                raise self.failed(f"answers /health with {error.code}") from error
+                raise self.failed(f"answers {path} with {error.code}") from error
             except OSError:
                 pass  # it does not listen yet
             if time.monotonic() - shown > 10:
@@ -131,9 +131,13 @@ def last_error(log: str) -> str:
     return (causes or errors or [last_line(log)])[-1]
 
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs of this machine, whatever http_proxy says."""
+
+
 def fetch(url: str) -> bytes:
     """The body of a GET that answers 200."""
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with DIRECT.open(url, timeout=5) as response:
         content: bytes = response.read()
         return content
 
@@ -188,10 +192,10 @@ async def run(vllm: Service, gateway: Service, options: argparse.Namespace) -> N
     }
     async with asyncio.TaskGroup() as group:
         group.create_task(vllm.ended())
-        await vllm.ready()
+        await vllm.ready("/health")
         await gateway.start([sys.executable, "-m", "serving"], gateway_environment)
         group.create_task(gateway.ended())
-        await gateway.ready()
+        await gateway.ready("/v1/models")
         curl = await asyncio.to_thread(curl_line, gateway.url)
         print(f"Ready; Ctrl-C stops it. Try:\n{curl}", flush=True)
 

@@ -83,6 +83,9 @@ class CountRequests:
         with self.metrics.in_flight.track_inprogress():
             try:
                 await self.app(scope, receive, send_and_note)
+            except Exception:
+                status = "500"  # written further out, by starlette's own error handling
+                raise
             finally:
                 route = getattr(scope.get("route"), "path", "unmatched")
                 self.metrics.requests.labels(route, status).inc()

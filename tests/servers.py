@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-STARTUP_SECONDS = 300
+STARTUP_SECONDS = 600
 """Longest wait for a server to come up: 30 s on an idle 2-core machine, more on a busy one."""
 
 COMMON_ARGS = (

@@ -28,12 +28,12 @@ def started(tmp_path: Path) -> Iterator["Started"]:
 
 
 class Started:
-    """A launcher's process, its output and the processes seen below it."""
+    """A launcher's process, its output and the process groups seen below it."""
 
     def __init__(self, folder: Path) -> None:
         self.output_file = folder / "output"
         self.ports = (free_port(), free_port())
-        self.family: set[psutil.Process] = set()
+        self.groups: set[int] = set()
 
     def start(self, command: list[str]) -> None:
         """Start `command` from the project's folder in a process group of its own."""
@@ -60,23 +60,27 @@ class Started:
         return self.output_file.read_text()
 
     def wait_for(self, text: str, timeout: float = STARTUP_SECONDS) -> str:
-        """Wait until it has printed `text`, noting its descendants."""
+        """Wait until it has printed `text`; what it has printed then."""
         deadline = time.monotonic() + timeout
         while text not in self.output():
             assert self.process.poll() is None, f"it ended: {self.output()}"
             assert time.monotonic() < deadline, f"it did not print {text!r}: {self.output()}"
             time.sleep(0.2)
-        self.note_family()
         return self.output()
 
-    def note_family(self) -> None:
-        """Remember the processes that are below it now."""
-        self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+    def note_groups(self) -> list[psutil.Process]:
+        """Remember the process groups below it; the processes in them."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            self.groups.add(os.getpgid(process.pid))
+        return self.survivors()
 
     def survivors(self) -> list[psutil.Process]:
-        """The processes seen below it that still run."""
-        alive = psutil.wait_procs(self.family, timeout=5)[1]
-        return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+        """The processes that run in the groups that were noted."""
+        return [
+            p
+            for p in psutil.process_iter()
+            if p.status() != psutil.STATUS_ZOMBIE and os.getpgid(p.pid) in self.groups
+        ]
 
     def clean_up(self) -> None:
         """End what a failed test may have left."""
@@ -90,13 +94,12 @@ def test_make_serve_answers_and_leaves_nothing(started: Started, tiny_llama: Pat
     vllm_port, gateway_port = started.ports
     settings = [f"VLLM_PORT={vllm_port}", f"GATEWAY_PORT={gateway_port}", f"CKPT={tiny_llama}"]
     started.start(["make", "serve", *settings, "VLLM_ARGS=--max-model-len 64 --dtype float32"])
-    curl = started.wait_for("curl ").splitlines()[-1]
-    started.wait_for(curl + "\n")
+    curl = started.wait_for("}'\n").splitlines()[-1]
 
     answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=60)
     assert f'"model":"{tiny_llama.name}"' in answer.stdout
-    started.note_family()
-    assert len(started.family) >= 4  # the launcher, vLLM, its engine, the gateway
+    assert len(started.note_groups()) >= 5  # make, the launcher, vLLM, its engine, the gateway
+    assert len(started.groups) == 3
 
     started.process.terminate()  # SIGTERM to make alone
     started.process.wait(60)
@@ -111,6 +114,7 @@ def test_ctrl_c_during_start_up_leaves_nothing(
 ) -> None:
     started.launch(tiny_llama, folder=tmp_path)
     started.wait_for(" s  ")  # the first line of progress: vLLM is loading
+    started.note_groups()
     os.killpg(started.process.pid, signal.SIGINT)  # as a terminal does
     assert started.process.wait(60) == 0
     assert started.survivors() == []
