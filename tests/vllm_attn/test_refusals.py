@@ -152,6 +152,15 @@ def test_selective_limits(tmp_path: Path, options: dict[str, object], line: str)
     assert not make_config(tmp_path).cache_config.enable_prefix_caching  # type: ignore[attr-defined]
 
 
+def test_learned_tensors_on_a_plain_llama(tiny_llama: Path) -> None:
+    """A plain Llama has no learned scale: refused, unless the scale is given as a constant."""
+    with pytest.raises(StartupError, match=r"no tensor model\.layers\.0\.self_attn\.ssmax_scale"):
+        make_config(tiny_llama, attention_backend="SSMAX")
+    constant = {"attention_variant": {"name": "ssmax", "scale": 0.168}}
+    config = make_config(tiny_llama, hf_overrides=constant)
+    assert config.attention_config.backend.name == "SSMAX"  # type: ignore[attr-defined]
+
+
 def test_platform_plugin_bypassed(softpick: Path) -> None:
     """`VLLM_TARGET_DEVICE=cpu` makes vLLM skip platform plugins; the mismatch is still refused."""
     code, output = failed_start(

@@ -1,13 +1,15 @@
-"""The softmax variant against vLLM's own attention, from real servers: the same greedy tokens."""
+"""Beside stock vLLM: softmax gives the same tokens, and a plain Llama runs with any variant."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.law_model import law_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.vllm_attn.client import Client
@@ -57,3 +59,28 @@ def test_same_tokens_as_stock(checkpoint: str, request: pytest.FixtureRequest) -
             answers[backend] = alone, together
             assert ("Using SOFTMAX backend" in server.log()) == (backend == "softmax")
     assert answers["softmax"] == answers["cpu_attn"]
+
+
+@pytest.fixture(scope="module")
+def plain_llama(tiny_softmax: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a checkpoint that has never heard of variants."""
+    folder = tmp_path_factory.mktemp("llama")
+    for file in tiny_softmax.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    del config["attention_variant"], config["sliding_window"]
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_any_variant_on_a_plain_llama(plain_llama: Path) -> None:
+    """The experiment people make first is allowed, named as such, and computed right."""
+    prompt = list(range(40, 120))
+    law = law_greedy(plain_llama, prompt, NUM_TOKENS, {"name": "lssa"})
+    assert min(law.margins) > 1e-3
+    assert law.tokens != law_greedy(plain_llama, prompt, NUM_TOKENS).tokens
+    args = ("--dtype=float32", "--max-model-len=256", "--attention-backend=lssa")
+    with vllm_server(plain_llama, *args) as server:
+        assert Client(server).greedy(prompt, NUM_TOKENS) == law.tokens
+        assert "was trained with softmax attention; serving it with lssa is an" in server.log()
