@@ -1,0 +1,23 @@
+"""Tensor parallelism: each rank takes its own heads of a learned per-head tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.law_model import law_greedy
+from tests.servers import vllm_server
+from tests.tiny import tiny_checkpoint
+from tests.vllm_attn.client import Client
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    """Two worker processes, two cores' worth of start-up: behind `-m slow`."""
+    ckpt = tiny_checkpoint(tmp_path, "ssmax")
+    prompt = list(range(40, 120))
+    law = law_greedy(ckpt, prompt, 24)
+    assert min(law.margins) > 1e-3
+    with vllm_server(ckpt, "--dtype=float32", "--tensor-parallel-size=2") as server:
+        assert Client(server).greedy(prompt, 24) == law.tokens
