@@ -30,7 +30,7 @@ def tiny_tokenizer(vocab_size: int = 2048) -> PreTrainedTokenizerFast:
 
 
 def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint (float32, 2 layers, 4 heads, 2 KV heads, context 16384) and return `folder`."""
+    """Write it (float32, 2 layers, 4 heads, 2 KV heads, context 16384) and return `folder`."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
