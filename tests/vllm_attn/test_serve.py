@@ -35,6 +35,7 @@ class Served:
     """A served checkpoint, prompts, and what the law answers to each."""
 
     variant_name: str
+    window: int | None
     client: Client
     prompts: list[list[int]]
     law: list[list[int]]
@@ -49,7 +50,7 @@ def served(
     tiny_checkpoint(ckpt, name, sliding_window=window)
     prompts, law = zip(*(ask_law(ckpt, n) for n in PROMPT_LENGTHS), strict=True)
     with vllm_server(ckpt, f"--attention-backend={name}", *SERVE_ARGS) as server:
-        yield Served(name, Client(server), list(prompts), list(law))
+        yield Served(name, window, Client(server), list(prompts), list(law))
 
 
 def ask_law(ckpt: Path, num_prompt_tokens: int) -> tuple[list[int], list[int]]:
@@ -84,7 +85,8 @@ def test_streamed(served: Served) -> None:
 
 def test_twelve_at_once(served: Served) -> None:
     assert served.client.greedy_together(served.prompts, NUM_TOKENS) == served.law
-    assert served.client.metric("vllm:num_preemptions_total") > 0, "no request was preempted"
+    if served.window is None:  # a window keeps few blocks: there is room for all
+        assert served.client.metric("vllm:num_preemptions_total") > 0, "no request was preempted"
 
 
 def test_prefix_cache(served: Served) -> None:

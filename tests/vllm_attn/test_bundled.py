@@ -1,0 +1,48 @@
+"""The trained checkpoints in the repository, served: the law's greedy tokens for real prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.law_model import law_greedy
+from tests.servers import vllm_server
+from tests.vllm_attn.client import Client
+
+CHECKPOINTS = sorted(Path(__file__).parents[2].glob("checkpoints/*/config.json"))
+TEXTS = (
+    "It was the best of times,",
+    "“My dear Mr. Bennet,” said his lady to him one day,",
+    "Call me Ishmael.",
+    "The old man looked at her",
+    "In the morning they went out together, and",
+    "He had never in his life",
+)
+NUM_TOKENS = 24
+
+
+@pytest.mark.parametrize("config", CHECKPOINTS, ids=lambda config: config.parent.name)
+def test_same_tokens_as_the_law(config: Path) -> None:
+    ckpt = config.parent
+    tokenizer = AutoTokenizer.from_pretrained(ckpt)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    law = [law_greedy(ckpt, prompt, NUM_TOKENS) for prompt in prompts]
+    # A served token may differ only where float32 cannot tell the two best apart.
+    decided = [
+        next((i for i, margin in enumerate(answer.margins) if margin < 1e-3), NUM_TOKENS)
+        for answer in law
+    ]
+    assert sum(decided) > 0.8 * NUM_TOKENS * len(prompts), "too many near ties to compare"
+    with vllm_server(ckpt, "--dtype=float32", f"--attention-backend={ckpt.name}") as server:
+        client = Client(server)
+        answers = [client.greedy(prompt, NUM_TOKENS) for prompt in prompts]
+        together = client.greedy_together(prompts, NUM_TOKENS)
+    for served in (answers, together):
+        for tokens, answer, n in zip(served, law, decided, strict=True):
+            assert tokens[:n] == answer.tokens[:n]
+
+
+def test_there_are_checkpoints() -> None:
+    assert {config.parent.name for config in CHECKPOINTS} >= {"softmax", "softpick"}
