@@ -36,16 +36,17 @@ unexport PYTHONPATH
 
 install: $(READY)
 
+# --no-compile: what is imported is compiled then, which is a small part of all that is installed.
 $(READY): requirements/cpu.txt requirements/vllm-metadata/pyproject.toml pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: the lock is for Python 3.11 and $(PYTHON) is another; use make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV) (about three minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --no-deps --quiet $(TORCH) 2>/dev/null \
+	@$(PIP) install --no-deps --no-compile --quiet $(TORCH) 2>/dev/null \
 	  || { echo "PyPI has no CPU build of torch; looking in $(TORCH_INDEX)"; \
-	       $(PIP) install --no-deps --quiet --index-url $(TORCH_INDEX) $(TORCH); } \
+	       $(PIP) install --no-deps --no-compile --quiet --index-url $(TORCH_INDEX) $(TORCH); } \
 	  || { echo "make: no $(TORCH) there either; name an index that has it: make TORCH_INDEX=URL" >&2; exit 1; }
-	$(PIP) install --no-deps --quiet -r requirements/cpu.txt
+	$(PIP) install --no-deps --no-compile --quiet -r requirements/cpu.txt
 	$(PIP) install --no-deps --no-build-isolation --quiet ./requirements/vllm-metadata
 	$(PIP) install --no-deps --no-build-isolation --quiet --editable .
 	@touch $@
