@@ -38,9 +38,9 @@ def card(run: Run, scores: Sequence[Score], train_files: Sequence[Path]) -> str:
         train_files: what it was trained on.
     """
     recipe, variant = run.recipe, run.model.config.variant
-    parameters = sum(p.numel() for p in run.model.parameters())
-    tokens = recipe.steps * recipe.batch * recipe.context
-    tail = run.losses[-100:]
+    size = sum(p.numel() for p in run.model.parameters()) / 1e6
+    text, seen = len(run.batches.tokens), recipe.steps * recipe.batch * recipe.context
+    first, last = run.losses[0], run.losses[-100:]
     settings = "\n".join(
         f"| {name.replace('_', ' ')} | {value} |"
         for name, value in dataclasses.asdict(recipe).items()
@@ -52,11 +52,11 @@ license: apache-2.0
 pipeline_tag: text-generation
 library_name: transformers
 ---
-# {variant.name}, {parameters / 1e6:.1f}M parameters
+# {variant.name}, {size:.1f}M parameters
 
-A small Llama with {variant.name} attention ({variant.paper}), trained from scratch on nineteenth-century
-novels. It is here to serve and test {variant.name} with real, trained weights. It writes
-period-flavoured sentences and knows nothing; do not use it for anything else.
+A small Llama with {variant.name} attention ({variant.paper}), trained from scratch on
+nineteenth-century novels. It is here to serve and test {variant.name} with real, trained weights.
+It writes sentences in the manner of those novels and knows nothing; use it for nothing else.
 
 ```sh
 vllm serve checkpoints/{variant.name} --attention-backend {variant.name}
@@ -75,27 +75,27 @@ tokenizer = AutoTokenizer.from_pretrained("checkpoints/{variant.name}")
 {table(scores)}
 
 Validation is *Emma*, test *Great Expectations*; neither was trained on. Every model predicts the
-same tokens. The trained model reads sequences of {recipe.context} tokens that each start anew; the baselines
-(add-one unigram, interpolated Kneser-Ney trigram) are counted on the training text.
+same tokens. The trained model reads sequences of {recipe.context} tokens that each start anew; the
+baselines (add-one unigram, interpolated Kneser-Ney trigram) are counted on the training text.
+`python -m training.evaluate checkpoints/{variant.name}` measures it again.
 
 ## Training
 
-{recipe.steps} steps of {recipe.batch} x {recipe.context} tokens: {tokens / 1e6:.1f}M tokens, {tokens / len(run.batches.tokens):.2f} epochs of
-{len(run.batches.tokens) / 1e6:.2f}M. Loss {run.losses[0]:.3f} at the first step, {sum(tail) / len(tail):.3f} over the last {len(tail)}
-(`loss.csv`, nats per token). {run.seconds / 60:.0f} minutes on a shared machine: {machine()}.
+- {recipe.steps} steps of {recipe.batch} x {recipe.context} tokens: {seen / 1e6:.2f}M tokens, \
+{seen / text:.2f} epochs of {text / 1e6:.2f}M.
+- Loss {first:.3f} at the first step, {sum(last) / len(last):.3f} over the last {len(last)} \
+(`loss.csv`, nats per token).
+- {run.seconds / 60:.0f} minutes on a machine shared with other work: {machine()}.
+- Text: {books}; all in the public domain.
+- Tokenizer: byte-level BPE trained on the same text.
+- Weights are stored in bfloat16 and were measured as stored.
 
 Every variant's checkpoint is trained on the same tokens in the same order, from the same seed and
-with the same recipe:
+with the same recipe: AdamW, linear warm-up and half a cosine, attention always in float32.
 
 | setting | value |
 |---|---|
 {settings}
-
-AdamW with a cosine schedule and linear warm-up, in the stated precision; attention always in
-float32. The weights are stored in bfloat16 and were measured as stored. The tokenizer is a
-byte-level BPE trained on the training text.
-
-Text: {books}; all in the public domain.
 
 Made by `python -m training.checkpoints {variant.name}`.
 """

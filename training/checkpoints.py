@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from attn_kernels import variant_names
 from transformers import AutoTokenizer
 
+from attn_kernels import VariantError, get_variant, variant_names
 from training.books import BOOKS, Split, split
 from training.card import card
 from training.data import read_tokens
@@ -27,6 +27,7 @@ from training.train import LOSSES, Run
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Recipe(precision="bf16")
 VOCAB_SIZE = 2048
+COMPILED = True
 
 
 def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIPE) -> list[Score]:
@@ -49,7 +50,7 @@ def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIP
     tokenizer = AutoTokenizer.from_pretrained(runs / "tokenizer")
     tokens = read_tokens(books.train, tokenizer)
     run = Run(runs / name, recipe, {"name": name}, tokenizer, tokens)
-    run.train(save_every=100, compiled=True)
+    run.train(save_every=100, compiled=COMPILED)
     staged = runs / name / "model"
     shutil.rmtree(staged, ignore_errors=True)
     run.export(staged)
@@ -60,6 +61,13 @@ def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIP
     shutil.rmtree(out / name, ignore_errors=True)
     shutil.move(staged, out / name)
     return scores
+
+
+def _variant_name(text: str) -> str:
+    try:
+        return get_variant(text).name
+    except VariantError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "variants",
         nargs="*",
         default=["softmax", "softpick"],
-        choices=variant_names(),
+        type=_variant_name,
         metavar="VARIANT",
         help=f"any of {', '.join(variant_names())} (default: softmax softpick)",
     )

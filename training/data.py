@@ -20,7 +20,9 @@ def read_tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> To
     """All files one after another, `[num_tokens]`, each ended by the end-of-text token."""
     parts = []
     for file in files:
-        ids = tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+        ids = tokenizer.encode(
+            file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
+        )
         parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int64))
     return np.concatenate(parts)
 
@@ -76,8 +78,7 @@ class Batches:
         """Inputs and targets of a step, both `[batch, context]` int64."""
         numbers = range(step * self.batch, (step + 1) * self.batch)
         pairs = [
-            sequence(self.tokens, start, self.context, self.bos)
-            for start in self._starts(numbers)
+            sequence(self.tokens, start, self.context, self.bos) for start in self._starts(numbers)
         ]
         inputs, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
         return inputs, targets

@@ -42,7 +42,7 @@ class Recipe:
     intermediate_size: int = _option(688, "width of the MLP")
     context: int = _option(512, "tokens a training sequence has")
     batch: int = _option(8, "sequences per step")
-    steps: int = _option(2400, "optimizer steps")
+    steps: int = _option(1200, "optimizer steps")
     warmup: int = _option(100, "steps over which the learning rate rises")
     learning_rate: float = _option(2e-3, "peak learning rate")
     final_learning_rate: float = _option(0.1, "last learning rate as a share of the peak")

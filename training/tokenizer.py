@@ -20,7 +20,8 @@ def train_tokenizer(
 
     Args:
         files: UTF-8 text.
-        vocab_size: tokens in all, with the 256 bytes, `<s>` (put before every text) and `</s>`.
+        vocab_size: tokens at most, among them the 256 bytes, `<s>` (put before every text) and
+            `</s>`.
         max_length: `model_max_length` of the tokenizer, in tokens.
 
     Raises:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="UTF-8 text files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--vocab-size", type=int, default=2048, help="tokens in all (default: %(default)s)"
+        "--vocab-size", type=int, default=2048, help="tokens at most (default: %(default)s)"
     )
     parser.add_argument(
         "--max-length", type=int, default=512, help="model_max_length (default: %(default)s)"

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_attn import VariantLlamaForCausalLM
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches, Tokens, fingerprint, read_tokens
 from training.recipe import Recipe, parse_variant
 
@@ -111,7 +111,7 @@ class Run:
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
 
     def save(self) -> None:
-        """Write the state and the losses; each file is either the old or the new one, never half."""
+        """Write the state and the losses; a file is either the old or the new one, never half."""
         state = {
             "identity": self.identity,
             "model": self.model.state_dict(),
@@ -138,7 +138,6 @@ class Run:
         """Write a Hugging Face folder: configuration, weights in `dtype`, tokenizer."""
         model = VariantLlamaForCausalLM(self.model.config)
         model.load_state_dict(self.model.state_dict())
-        model.generation_config.do_sample = True
         model.to(dtype).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -14,11 +14,11 @@ import functools
 from typing import Any
 
 import torch
-from attn_kernels import Variant, attend, get_variant, variant_from_config, variant_names
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import and_masks, sdpa_mask, sliding_window_overlay
 
+from attn_kernels import Variant, attend, get_variant, variant_from_config, variant_names
 from hf_attn.configuration import VariantLlamaConfig
 
 

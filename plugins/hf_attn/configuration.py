@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attn_kernels import Variant, VariantError, variant_from_config
 from transformers import LlamaConfig
+
+from attn_kernels import Variant, VariantError, variant_from_config
 
 
 class VariantLlamaConfig(LlamaConfig):
