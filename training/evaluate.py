@@ -79,8 +79,10 @@ def evaluate(checkpoint: Path, books: Path = BOOKS, quiet: bool = False) -> list
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     files = split(books)
     train = read_tokens(files.train, tokenizer)
-    counters = {"trigram": Trigram, "unigram": Unigram}
-    baselines = {name: count(train, len(tokenizer)) for name, count in counters.items()}
+    baselines: dict[str, Trigram | Unigram] = {
+        "trigram": Trigram(train, len(tokenizer)),
+        "unigram": Unigram(train, len(tokenizer)),
+    }
     context = model.config.max_position_embeddings
     scores = []
     for text, file in (("validation", files.validation), ("test", files.test)):

@@ -7,6 +7,7 @@ last saved state and ends in the same bits as a run that was never interrupted.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import json
@@ -136,9 +137,7 @@ class Run:
 
     def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write a Hugging Face folder: configuration, weights in `dtype`, tokenizer."""
-        model = VariantLlamaForCausalLM(self.model.config)
-        model.load_state_dict(self.model.state_dict())
-        model.to(dtype).save_pretrained(folder)
+        copy.deepcopy(self.model).to(dtype).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def train(self, save_every: int, compiled: bool = False, quiet: bool = False) -> None:

@@ -81,8 +81,8 @@ def test_batch_with_left_padding(case: Case, use_cache: bool) -> None:
 
 
 def test_static_cache(case: Case) -> None:
-    options = {"cache_implementation": "static", "disable_compile": True}
-    assert case.generate(*padded(left=True), **options) == case.tokens
+    tokens = case.generate(*padded(left=True), cache_implementation="static", disable_compile=True)
+    assert tokens == case.tokens
 
 
 @pytest.mark.parametrize("left", [True, False])

@@ -17,7 +17,7 @@ from tests.tiny import tiny_checkpoint
 
 IDS = torch.tensor([[5, 77, 31, 8, 220, 64, 3, 99]])
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}
-LEARNED = [
+LEARNED: list[tuple[dict[str, Any], str]] = [
     ({"name": name}, tensor) for name in variant_names() for tensor in get_variant(name).learned
 ]
 LEARNED.append(({"name": "ssmax", "bias": True}, "ssmax_bias"))

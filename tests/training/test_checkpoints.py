@@ -15,6 +15,7 @@ from tests.training.conftest import TINY
 from training import checkpoints, evaluate
 from training.books import split
 from training.evaluate import Score
+from training.train import Run
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_building_again_trains_no_further(
 ) -> None:
     folder, scores = built
     weights = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(checkpoints.Run, "_take_step", None)  # a step would fail
+    monkeypatch.setattr(Run, "_take_step", None)  # a step would fail
     recipe = dataclasses.replace(TINY, steps=40)
     runs = folder.parents[1] / "runs"
     assert checkpoints.build("softpick", split(books), runs, folder.parent, recipe) == scores
