@@ -87,8 +87,6 @@ def resolve(vllm_config: Any) -> Variant | None:
             f"backend_per_kind {others} would run another attention than {variant.name} in some "
             "layers: drop it"
         )
-    if declared is not None and str(model_config.model_impl) == "transformers":
-        raise StartupError("--model-impl transformers does not know attention variants: drop it")
     return variant
 
 

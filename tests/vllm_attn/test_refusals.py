@@ -107,7 +107,6 @@ def make_config(checkpoint: Path, **options: object) -> object:
             {"attention_config": {"backend_per_kind": {"full_attention": "CPU_ATTN"}}},
             "would run another attention than softpick",
         ),
-        ({"model_impl": "transformers"}, "--model-impl transformers does not know"),
         ({"kv_cache_dtype": "turboquant_4bit_nc"}, "--kv-cache-dtype turboquant_4bit_nc"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
