@@ -23,7 +23,7 @@ def machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
     return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{cpu}, {os.cpu_count()} cores (torch threads: {torch.get_num_threads()}), "
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
