@@ -38,7 +38,7 @@ def test_stream_has_the_same_tokens(client: openai.OpenAI, gateway: Server) -> N
         )
     )
     assert "".join(e.choices[0].text for e in events) == whole["choices"][0]["text"]
-    assert len(events) == 16
+    assert 1 < len(events) <= 16  # vLLM puts tokens into one event when it is ahead of its reader
 
 
 def test_stream_is_passed_on_piece_by_piece(gateway: Server) -> None:
