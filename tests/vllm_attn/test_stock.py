@@ -33,7 +33,13 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (weights,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm2")
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    AutoModelForCausalLM.from_pretrained(**source, dtype="float32").save_pretrained(folder)
+    dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+    # transformers saves no model that it remembers as GGUF: a fresh one takes the same weights.
+    config = dequantized.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(dequantized.state_dict())
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder
 
