@@ -155,7 +155,7 @@ def test_attention_weights_are_returned(name: str, tmp_path: Path) -> None:
     assert [tuple(layer.shape) for layer in weights] == [(1, 4, 8, 8)] * 2
     for layer in weights:
         assert (layer.triu(1) == 0).all()
-        assert (layer.sum(-1) <= 1 + 1e-5).all()
+        assert (layer >= 0).all() and layer.isfinite().all()
         assert (layer.sum(-1) > 0.5).any()
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from tests.hf_attn.conftest import one_thread  # noqa: F401  a fixture of this package too
 from training.recipe import Recipe
 from training.tokenizer import train_tokenizer
 

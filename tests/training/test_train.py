@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     for first_steps in (3, 20):
         process = subprocess.Popen(
             [sys.executable, "-m", "training.train", *killed],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as many as this process uses
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -1,0 +1,53 @@
+"""The checkpoints that the repository carries."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_attn  # noqa: F401  registers the model class
+from tests.law_model import law_greedy
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+SHIPPED = sorted(file.parent for file in CHECKPOINTS.glob("*/config.json"))
+
+
+def test_softmax_and_softpick_are_there() -> None:
+    assert {"softmax", "softpick"} <= {folder.name for folder in SHIPPED}
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_generates_the_laws_tokens(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.variant.name == folder.name
+    ids = AutoTokenizer.from_pretrained(folder)("The old man looked at", return_tensors="pt")
+    law = law_greedy(folder, ids.input_ids[0].tolist(), 24)
+    assert min(law.margins) > 1e-3
+    output = model.generate(
+        **ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert output[0, ids.input_ids.shape[1] :].tolist() == law.tokens
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_learned_more_than_a_trigram(folder: Path) -> None:
+    """By its card, on both held-out books; and its loss fell as its loss file says."""
+    rows = re.findall(
+        r"^\| (validation|test) \| (\w+) \| ([\d.]+) \|", (folder / "README.md").read_text(), re.M
+    )
+    perplexity = {(text, model): float(value) for text, model, value in rows}
+    assert len(perplexity) == 6
+    for text in ("validation", "test"):
+        assert perplexity[text, "model"] < perplexity[text, "trigram"]
+        assert perplexity[text, "trigram"] < perplexity[text, "unigram"]
+    losses = [float(row["loss"]) for row in csv.DictReader((folder / "loss.csv").open())]
+    assert losses[0] > 7
+    assert sum(losses[-100:]) / 100 < 4
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_small_enough_for_the_repository(folder: Path) -> None:
+    assert all(file.stat().st_size < 16e6 for file in folder.iterdir())
