@@ -95,8 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=ROOT / "checkpoints", help="checkpoints (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
+    try:
+        books = split(arguments.books)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    books = split(arguments.books)
     results = {}
     for name in arguments.variants:
         print(f"{name}:")

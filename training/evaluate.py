@@ -122,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
+    try:
+        split(arguments.books)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     scores = evaluate(arguments.checkpoint, arguments.books)
     print(table(scores))
     print(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,15 @@ def test_command_line_refuses_an_unknown_variant(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         checkpoints.main(["softpik"])
     assert "did you mean 'softpick'" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("main", [checkpoints.main, evaluate.main])
+def test_missing_books_are_one_line(
+    main: Callable[[list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["softmax", "--books", str(tmp_path)])
+    assert "emma.txt is not there: name the folder" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_evaluate_command_line(

@@ -16,8 +16,7 @@ def test_unigram_adds_one() -> None:
 
 
 def test_trigram_by_hand() -> None:
-    # Distinct trigrams: 012 120 201 013 130 301 122 220; 012 and 201 come twice... see counts:
-    # 012 x2, 120, 201, 013, 130, 301, 122, 220, all others once: D3 = 7 / (7 + 2).
+    # Trigrams: 012 twice, and 120, 201, 013, 130, 301, 122, 220 once: D3 = 7 / (7 + 2 * 1).
     # Their distinct bigrams, with the number of distinct tokens before each:
     # 12: {0}, 20: {1, 2}, 01: {2, 3}, 13: {0}, 30: {1}, 22: {1}: D2 = 4 / (4 + 2 * 2).
     # Their distinct unigrams: 2: {1, 2}, 0: {2, 3}, 1: {0}, 3: {1}; add one over 6 + 5.
