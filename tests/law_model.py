@@ -130,3 +130,18 @@ def law_greedy(
         tokens.append(token)
         margins.append(float(best.values[0] - best.values[1]))
     return Greedy(tokens, margins)
+
+
+def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple[list[int], Greedy]:
+    """A random prompt of byte tokens, and the law's greedy tokens after it.
+
+    A prompt with a near tie among its answers is passed over: float32 moves the logits of
+    `tests.tiny.tiny_checkpoint` by less than 1e-4 and may decide a tie either way.
+    """
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(1000 * num_prompt_tokens + seed)
+        prompt = torch.randint(2, 256, (num_prompt_tokens,), generator=generator).tolist()
+        law = law_greedy(folder, prompt, num_tokens)
+        if min(law.margins) > 1e-3:
+            return prompt, law
+    raise AssertionError(f"100 prompts of {num_prompt_tokens} tokens have near ties")

@@ -86,7 +86,7 @@ def test_static_cache(case: Case) -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_logits_of_a_padded_batch(case: Case, left: bool) -> None:
     """All logits of all prompts in one forward pass are the law's."""
-    ids, mask = padded(left)
+    ids, mask = padded(case.prompts, left)
     with torch.no_grad():
         position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
         logits = case.model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits

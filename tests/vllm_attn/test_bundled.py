@@ -42,7 +42,3 @@ def test_same_tokens_as_the_law(config: Path) -> None:
     for served in (answers, together):
         for tokens, answer, n in zip(served, law, decided, strict=True):
             assert tokens[:n] == answer.tokens[:n]
-
-
-def test_there_are_checkpoints() -> None:
-    assert {config.parent.name for config in CHECKPOINTS} >= {"softmax", "softpick"}
