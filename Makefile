@@ -67,7 +67,7 @@ test-gpu: $(READY)
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy $(PACKAGES) tools
+	$(BIN)/python -m mypy $(PACKAGES) tools tests
 
 format: $(READY)
 	$(BIN)/python -m ruff check --fix .

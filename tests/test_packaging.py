@@ -33,7 +33,7 @@ def test_vllm_metadata_owns_no_module() -> None:
 
 
 def test_vllm_command_knows_its_version() -> None:
-    command = [Path(sys.executable).with_name("vllm"), "--version"]
+    command = [str(Path(sys.executable).with_name("vllm")), "--version"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "0.32.0+cpu"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import get_variant, reference, variant_names
+from attn_kernels import Variant, get_variant, reference, variant_names
 from attn_kernels.paged import STATE_BYTES, paged_attention, write_cache
 
 TOLERANCE = 1e-5
@@ -24,7 +24,15 @@ class Cache:
     block_table: Tensor
 
     @classmethod
-    def make(cls, variant, seq_lens, num_kv_heads, head_size, block_size, dtype) -> Cache:
+    def make(
+        cls,
+        variant: Variant,
+        seq_lens: list[int],
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> Cache:
         blocks_each = [-(-n // block_size) for n in seq_lens]
         num_blocks = sum(blocks_each) + 3
         content = 2 * head_size + variant.stateful * STATE_BYTES // dtype.itemsize
@@ -53,8 +61,16 @@ class Cache:
 )
 @pytest.mark.parametrize("name", variant_names())
 def test_equals_law(
-    name, num_heads, num_kv_heads, head_size, block_size, longest, chunk, window, dtype
-):
+    name: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    longest: int,
+    chunk: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> None:
     """Requests of odd lengths, prefilled in chunks and decoded in one mixed batch."""
     torch.manual_seed(0)
     variant = get_variant(name)
@@ -125,7 +141,7 @@ def test_equals_law(
 
 
 @pytest.mark.parametrize("name", variant_names())
-def test_window_never_reads_recycled_blocks(name):
+def test_window_never_reads_recycled_blocks(name: str) -> None:
     """Blocks before the window may belong to another request: the answer must not change."""
     torch.manual_seed(1)
     variant = get_variant(name)

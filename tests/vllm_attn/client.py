@@ -44,7 +44,7 @@ class Client:
 
     def prompt_logprobs(self, prompt: list[int]) -> list[float]:
         """Log-probability of every prompt token but the first, given those before it."""
-        answer = self.openai.completions.create(
+        answer: Any = self.openai.completions.create(
             model=self.model, prompt=prompt, max_tokens=1, extra_body={"prompt_logprobs": 0}
         )
         given = answer.choices[0].prompt_logprobs[1:]
