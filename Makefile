@@ -30,6 +30,8 @@ PACKAGES := $(wildcard kernels/attn_kernels plugins/vllm_attn plugins/hf_attn se
 
 export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
+# The install compiles nothing (that was most of its time): let what is imported be cached.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install serve test test-slow test-gpu lint format checkpoints lock clean
 .DEFAULT_GOAL := install
