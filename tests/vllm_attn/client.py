@@ -20,7 +20,7 @@ class Client:
         self.openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         self.model = self.openai.models.list().data[0].id
 
-    def _create(self, prompt: list[int], num_tokens: int, **options: Any) -> Any:
+    def _create(self, prompt: list[int] | list[list[int]], num_tokens: int, **options: Any) -> Any:
         return self.openai.completions.create(
             model=self.model,
             prompt=prompt,
@@ -51,6 +51,11 @@ class Client:
         return [
             entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], given, strict=True)
         ]
+
+    def greedy_batch(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        """All prompts in one request, so that they reach the scheduler in the same step."""
+        choices = self._create(prompts, num_tokens).choices
+        return [choice.token_ids for choice in sorted(choices, key=lambda choice: choice.index)]
 
     def greedy_together(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """All prompts at once, one connection each."""

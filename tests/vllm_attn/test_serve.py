@@ -24,7 +24,7 @@ SERVE_ARGS = (
     "--max-num-seqs=16",
     "--block-size=16",
     "--max-model-len=256",
-    "--num-gpu-blocks-override=48",  # fewer than twelve requests need: some are preempted
+    "--num-gpu-blocks-override=32",  # half of what twelve requests need: some are preempted
 )
 
 
@@ -69,6 +69,11 @@ def test_streamed(served: Served) -> None:
 
 def test_twelve_at_once(served: Served) -> None:
     assert served.client.greedy_together(served.prompts, NUM_TOKENS) == served.law
+
+
+def test_preempted(served: Served) -> None:
+    """A request that loses its blocks to another is computed again from its first token."""
+    assert served.client.greedy_batch(served.prompts, NUM_TOKENS) == served.law
     if served.window is None:  # a window keeps few blocks: there is room for all
         assert served.client.metric("vllm:num_preemptions_total") > 0, "no request was preempted"
 
