@@ -8,6 +8,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny tensors gain nothing from a second thread, and lose much where a server runs beside the test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The default action ends Python at once and would leave the servers of a test running.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
