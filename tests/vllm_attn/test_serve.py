@@ -17,7 +17,11 @@ NUM_TOKENS = 24
 PROMPT_LENGTHS = (3, 7, 16, 17, 33, 63, 64, 65, 100, 129, 150, 200)
 """Around the cache block (16) and the chunk (64), and prompts of several chunks."""
 
-CASES = [(name, None) for name in variant_names()] + [("softpick", 24), ("selective", 24)]
+CASES = [
+    *((name, None) for name in variant_names()),
+    ("softpick", 24),
+    pytest.param(("selective", 24), marks=pytest.mark.slow),
+]
 SERVE_ARGS = (
     "--dtype=float32",
     "--max-num-batched-tokens=64",  # prefill in chunks, mixed with the decoding of other requests
