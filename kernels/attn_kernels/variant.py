@@ -18,6 +18,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
@@ -37,12 +38,15 @@ class Variant(ABC):
         paper: where the formula comes from.
         uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
         stateful: keeps a float32 accumulator for each cached token and overrides `select`.
+        cpu_header: the C++ form (`attn_kernels/cpu/variant.hpp` says what is in it), for variants of
+            other packages; None: `attn_kernels/cpu/variants/<name>.hpp`, if there is one.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     uses_scale: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
+    cpu_header: ClassVar[Path | None] = None
 
     @property
     def learned(self) -> tuple[str, ...]:

@@ -1,0 +1,57 @@
+"""Paged attention for CPUs: one C++ template, each variant a small struct in `variants/<name>.hpp`.
+
+`load(variant)` builds (once) and loads a variant's kernels. The torch operations of
+`attn_kernels.paged` are the fallback where that is impossible, correct and slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+from attn_kernels.cpu.build import HERE, BuildError, build_library, usable_isas
+from attn_kernels.cpu.kernel import CPUKernel
+from attn_kernels.variant import Variant
+
+__all__ = ["BuildError", "CPUKernel", "load", "usable_isas"]
+
+logger = logging.getLogger(__name__)
+
+
+def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
+    """The kernels of `variant`, built if need be (a few seconds, once per machine).
+
+    Args:
+        variant: the attention function; its C++ struct has the name of its class.
+        isa: one of `usable_isas()`; `$ATTNSERVE_CPU_ISA`, else the best, if None.
+
+    Returns:
+        None, after one warning that says why, if it has no C++ form or nothing can be built: serve
+        it with the torch operations of `attn_kernels.paged`.
+
+    Raises:
+        ValueError: this processor lacks the instruction set.
+    """
+    isa = isa or os.environ.get("ATTNSERVE_CPU_ISA") or usable_isas()[0]
+    if isa not in usable_isas():
+        raise ValueError(f"this processor has no {isa}: use one of {', '.join(usable_isas())}")
+    return _load(variant, isa)
+
+
+@functools.cache
+def _load(variant: Variant, isa: str) -> CPUKernel | None:
+    header = variant.cpu_header or HERE / "variants" / f"{variant.name}.hpp"
+    try:
+        if not header.exists():
+            raise BuildError(f"it has no C++ form ({header})")
+        return CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa)
+    except BuildError as error:
+        logger.warning(
+            "%s attention runs in torch operations, which are many times slower than its CPU "
+            "kernels: %s",
+            variant.name,
+            error,
+        )
+        return None

@@ -1,0 +1,134 @@
+"""Compiles a variant's kernels on first use and keeps them in a cache.
+
+One library a variant and instruction set, from `kernel.cpp` and `variants/<name>.hpp`. The flags name
+the instruction set instead of saying "native", so that a library runs wherever its instructions do,
+and only instruction sets of the running processor are ever chosen. Its file name holds a hash of the
+sources, the flags and the compiler.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    # Not -ffast-math: it would undo the rounding of exp2 and the meaning of NaN.
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+
+ISAS = {
+    "avx512": (
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+    ),
+    "avx2": ("-mavx2 -mfma -mf16c".split(), {"avx2", "fma", "f16c"}),
+    "portable": ([], set()),
+}
+"""Instruction sets, best first: compiler flags, and the processor's features they need."""
+
+
+class BuildError(RuntimeError):
+    """A library could not be built; the message says why and what to do, in one line."""
+
+
+@functools.cache
+def processor_features() -> frozenset[str]:
+    """Features that processor and operating system offer, in Linux' names; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), ":")
+    return frozenset(flags.split(":", 1)[1].split())
+
+
+def usable_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor has, best first."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return tuple(
+        isa
+        for isa, (flags, features) in ISAS.items()
+        if (x86 or not flags) and features <= processor_features()
+    )
+
+
+def cache_folder() -> Path:
+    """`$ATTNSERVE_CACHE`, else `attnserve` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if chosen := os.environ.get("ATTNSERVE_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "attnserve"
+
+
+def _compiler() -> tuple[str, str]:
+    """The C++ compiler and what it says its version is."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    for name in names:
+        if path := shutil.which(name):
+            asked = subprocess.run([path, "--version"], capture_output=True, text=True)
+            return path, asked.stdout
+    raise BuildError(f"no C++ compiler ({', '.join(names)}): install g++, or set CXX")
+
+
+@functools.cache
+def build_library(header: Path, struct: str, isa: str) -> Path:
+    """The shared library of the variant whose C++ struct is `struct` in `header`.
+
+    Built if no earlier one has the same sources, flags and compiler. Several processes may ask at
+    once: one builds, the others wait for it.
+
+    Raises:
+        BuildError: no compiler, it failed, or the cache cannot be written.
+    """
+    compiler, version = _compiler()
+    flags = [*FLAGS, *ISAS[isa][0], f"-DVARIANT={struct}"]
+    sources = sorted({*HERE.glob("*.[hc]pp"), *(HERE / "variants").glob("*.hpp"), header})
+    key = hashlib.sha256("\0".join([compiler, version, platform.machine(), *flags]).encode())
+    for source in sources:
+        key.update(source.name.encode() + b"\0" + source.read_bytes())
+    folder = cache_folder()
+    target = folder / f"{header.stem}-{isa}-{key.hexdigest()[:16]}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(folder / f"{target.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _compile([compiler, *flags, "-include", str(header)], target)
+    except OSError as error:
+        raise BuildError(
+            f"the kernel cache {folder} cannot be used ({error}): set ATTNSERVE_CACHE to a folder "
+            "that can be written"
+        ) from None
+    return target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Compile beside `target` and rename: whoever sees `target` sees all of it."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+        out = Path(folder) / target.name
+        done = subprocess.run(
+            [*command, str(HERE / "kernel.cpp"), "-o", str(out)], capture_output=True, text=True
+        )
+        if done.returncode:
+            log = target.with_suffix(".log")
+            log.write_text(f"{' '.join(command)}\n{done.stderr}")
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            why = errors[0] if errors else f"exit code {done.returncode}"
+            raise BuildError(f"{command[0]} failed ({why}); all of it is in {log}")
+        os.replace(out, target)

@@ -1,0 +1,316 @@
+// The entry points of one variant's library: compiled with -include variants/NAME.hpp and
+// -DVARIANT=Struct. Plain C arguments; no exception leaves.
+#include <omp.h>
+
+#include <atomic>
+#include <vector>
+
+#include "attention.hpp"
+
+namespace {
+
+// Rows of a tile: many, so that each key that is loaded meets many queries; but two-pass variants
+// keep the scores of a whole tile, and stateful ones its penalties.
+constexpr int MAX_TILE_ROWS = 8 * ROWS;
+constexpr int TILE_FLOATS = 1 << 18;
+
+// Splitting a context is worth its merge from so many keys a part.
+constexpr int MIN_PART = 4 * SPAN;
+// Parts a thread, so that an uneven batch still fills all threads.
+constexpr int PARTS_PER_THREAD = 4;
+
+template <class V, class T>
+class Plan {
+  using A = Attention<V, T>;
+  using Row = typename V::Row;
+
+  const A attention;
+  const Call& call;
+  std::vector<Task>& tasks;
+  Arena& shared;
+
+  // A request of several tiles whose accumulators must be known before each tile.
+  struct Walk {
+    int request, tile, begin, end;
+    ptrdiff_t stride;
+    float* snapshots;
+  };
+  std::vector<Walk> walks;
+
+  // Partial results of split tiles, [group][kv head of the task][part].
+  int num_groups = 0, max_rows = 0, max_parts = 1;
+  int heads_per_task;
+  std::atomic<int>* finished = nullptr;
+  float* part_outputs = nullptr;
+  Row* part_rows = nullptr;
+  Row* observed = nullptr;
+  float* part_scores = nullptr;
+  size_t scores_per_part = 0;
+
+ public:
+  Plan(const Call& c, std::vector<Task>& t, Arena& a)
+      : attention(c), call(c), tasks(t), shared(a),
+        heads_per_task(V::stateful ? c.cache.num_kv_heads : 1) {}
+
+  int tile_queries(int keys) const {
+    int rows = MAX_TILE_ROWS;
+    if (V::two_pass) rows = std::clamp(TILE_FLOATS / keys / ROWS * ROWS, ROWS, MAX_TILE_ROWS);
+    int queries = std::max(1, rows / attention.group_size);
+    if (V::stateful) queries = std::min(queries, std::max(1, TILE_FLOATS / keys));
+    return queries;
+  }
+
+  void make_tasks() {
+    tasks.clear();
+    int64_t total = 0;
+    for (int request = 0; request < call.num_reqs; request++) {
+      const int queries = attention.queries_of(request), keys = call.seq_lens[request];
+      const int first = attention.first_position(request);
+      const int tile = tile_queries(keys);
+      for (int q = 0; q < queries; q += tile) {
+        const int count = std::min(tile, queries - q);
+        const int begin = attention.first_visible(first + q), end = first + q + count;
+        // Few rows are bound by memory: four cost what one does.
+        const int64_t cost = (int64_t)std::max(4, count * attention.group_size) * (end - begin);
+        for (int h = 0; h < (V::stateful ? 1 : call.cache.num_kv_heads); h++) {
+          tasks.push_back({request, h, q, count, begin, end, 0, 1, 0, nullptr, cost * heads_per_task});
+          total += cost * heads_per_task;
+        }
+      }
+      if (V::stateful && queries > tile) {
+        const int begin = attention.first_visible(first) / PANEL * PANEL;
+        walks.push_back({request, tile, begin, keys, keys - begin, nullptr});
+      }
+    }
+    if (call.threads > 1) split(total / (call.threads * PARTS_PER_THREAD) + 1);
+    if (call.threads > 1)
+      std::stable_sort(tasks.begin(), tasks.end(),
+                       [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  }
+
+  void split(int64_t target) {
+    const size_t whole = tasks.size();
+    for (size_t i = 0; i < whole; i++) {
+      Task task = tasks[i];
+      const int begin = task.key_begin / SPAN * SPAN, spans = A::num_spans(begin, task.key_end);
+      const int wanted = std::min<int64_t>((task.cost + target - 1) / target,
+                                           (task.key_end - begin) / MIN_PART);
+      if (wanted <= 1) continue;
+      const int each = (spans + wanted - 1) / wanted, parts = (spans + each - 1) / each;
+      if (parts <= 1) continue;
+      task.group = num_groups++;
+      task.num_parts = parts;
+      task.cost /= parts;
+      max_rows = std::max(max_rows, task.num_queries * attention.group_size);
+      max_parts = std::max(max_parts, parts);
+      const int last = task.key_end, first = task.key_begin;
+      for (int part = 0; part < parts; part++) {
+        task.part = part;
+        task.key_begin = part ? begin + part * each * SPAN : first;
+        task.key_end = part == parts - 1 ? last : begin + (part + 1) * each * SPAN;
+        if (part)
+          tasks.push_back(task);
+        else
+          tasks[i] = task;
+        if (V::two_pass)
+          scores_per_part = std::max(
+              scores_per_part, A::scores_size(task.num_queries * attention.group_size,
+                                              task.key_begin, task.key_end));
+      }
+    }
+  }
+
+  void reserve() {
+    const size_t parts = (size_t)num_groups * heads_per_task * max_parts, rows = parts * max_rows;
+    const size_t outputs = rows * attention.head_size, scores = parts * scores_per_part;
+    const size_t seen = V::two_pass ? rows : 0, counters = (size_t)num_groups * heads_per_task;
+    size_t bytes = Arena::bytes<std::atomic<int>>(counters) + Arena::bytes<float>(outputs) +
+                   Arena::bytes<Row>(rows) + Arena::bytes<Row>(seen) + Arena::bytes<float>(scores);
+    for (const Walk& w : walks) bytes += Arena::bytes<float>(snapshots_of(w));
+    shared.reserve(bytes);
+    finished = shared.take<std::atomic<int>>(counters);
+    for (size_t i = 0; i < counters; i++) new (finished + i) std::atomic<int>(0);
+    part_outputs = shared.take<float>(outputs);
+    part_rows = shared.take<Row>(rows);
+    observed = shared.take<Row>(seen);
+    part_scores = shared.take<float>(scores);
+    for (Walk& w : walks) {
+      // Positions index a snapshot: move its start back by the keys that nobody sees.
+      w.snapshots = shared.take<float>(snapshots_of(w)) - w.begin;
+      for (Task& task : tasks)
+        if (task.request == w.request)
+          task.snapshot = w.snapshots + task.first_query / w.tile * w.stride;
+    }
+  }
+  size_t snapshots_of(const Walk& w) const {
+    return (size_t)((attention.queries_of(w.request) - 1) / w.tile + 1) * w.stride;
+  }
+
+  size_t part_index(const Task& task, int kv_head, int part) const {
+    const int head = V::stateful ? kv_head : 0;
+    return ((size_t)task.group * heads_per_task + head) * max_parts + part;
+  }
+
+  void run() {
+    make_tasks();
+    reserve();
+    const int num_tasks = tasks.size(), num_walks = walks.size();
+    std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(call.threads) if (num_tasks > 1)
+    {
+      static thread_local Arena arena;
+      const auto guarded = [&](auto&& f) {
+        try {
+          f();
+        } catch (...) {
+          failed = true;
+        }
+      };
+      if (num_walks) walk_all(arena, guarded);
+      if (V::two_pass && num_groups) {
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < num_tasks; i++)
+          if (tasks[i].num_parts > 1) guarded([&] { observe(tasks[i], arena); });
+      }
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int i = 0; i < num_tasks; i++) guarded([&] { attend(tasks[i], arena); });
+    }
+    if (failed) throw std::bad_alloc();
+  }
+
+  // Different keys' accumulators are independent: the keys of a request are walked in pieces.
+  template <class G>
+  void walk_all(Arena& arena, G& guarded) {
+    for (const Walk& w : walks) {
+      const int first = w.begin / SPAN, pieces = A::num_spans(w.begin, w.end);
+#pragma omp for schedule(dynamic, 1)
+      for (int piece = 0; piece < pieces; piece++)
+        guarded([&] {
+          attention.take_snapshots(w.request, w.tile, std::max(w.begin, (first + piece) * SPAN),
+                                   std::min(w.end, (first + piece + 1) * SPAN), w.snapshots,
+                                   w.stride, arena);
+        });
+    }
+  }
+
+  void observe(const Task& task, Arena& arena) {
+    auto tile = attention.make_tile(task, arena);
+    const size_t index = part_index(task, task.kv_head, task.part);
+    tile.scores = part_scores + index * scores_per_part;
+    attention.start(tile);
+    attention.run_pass(tile, task, A::OBSERVE);
+    std::copy_n(tile.row, tile.rows, observed + index * max_rows);
+  }
+
+  void attend(const Task& task, Arena& arena) {
+    auto tile = attention.make_tile(task, arena);
+    if constexpr (V::stateful) attention.find_penalties(tile, task);
+    for (int h = 0; h < heads_per_task; h++) {
+      if (V::stateful) tile.kv_head = h;
+      attention.start(tile);
+      if constexpr (V::two_pass) {
+        if (task.num_parts > 1)
+          recall(tile, task);
+        else
+          attention.run_pass(tile, task, A::OBSERVE);
+        attention.settle(tile);
+        attention.run_pass(tile, task, A::WEIGH);
+      } else {
+        attention.run_pass(tile, task, A::BOTH);
+      }
+      if (task.num_parts > 1)
+        hand_in(tile, task);
+      else
+        attention.finish(tile);
+    }
+  }
+
+  // The first pass of a split context is over: what all parts saw together.
+  void recall(typename A::Tile& tile, const Task& task) {
+    if constexpr (V::two_pass) {
+      tile.scores = part_scores + part_index(task, task.kv_head, task.part) * scores_per_part;
+      for (int part = 0; part < task.num_parts; part++) {
+        const Row* seen = observed + part_index(task, task.kv_head, part) * max_rows;
+        for (int r = 0; r < tile.rows; r++) attention.variant.combine(tile.row[r], seen[r]);
+      }
+    }
+  }
+
+  // Leaves a part's result; whoever comes last merges all parts, always in the same order.
+  void hand_in(const typename A::Tile& tile, const Task& task) {
+    const int d = attention.head_size;
+    const size_t first = part_index(task, tile.kv_head, 0);
+    const size_t mine = (first + task.part) * max_rows;
+    for (int r = 0; r < tile.rows; r++) {
+      part_rows[mine + r] = tile.row[r];
+      std::copy_n(tile.o + (ptrdiff_t)r * WIDE, d, part_outputs + (mine + r) * d);
+    }
+    if (finished[first / max_parts].fetch_add(1, std::memory_order_acq_rel) + 1 < task.num_parts)
+      return;
+    for (int r = 0; r < tile.rows; r++) {
+      Row row = part_rows[first * max_rows + r];
+      float* o = part_outputs + (first * max_rows + r) * d;
+      for (int part = 1; part < task.num_parts; part++) {
+        const size_t other = (first + part) * max_rows + r;
+        const Factors f = attention.variant.merge(row, part_rows[other]);
+        for (int j = 0; j < d; j++) o[j] = o[j] * f.mine + part_outputs[other * d + j] * f.theirs;
+      }
+      attention.write_out(tile, r, o, attention.variant.finish(row));
+    }
+  }
+};
+
+template <class T>
+void attend(const Call& call) {
+  static thread_local std::vector<Task> tasks;
+  static thread_local Arena shared;
+  Plan<VARIANT, T>(call, tasks, shared).run();
+}
+
+struct Write {
+  CacheShape cache;
+  const void *key, *value;  // [>= num_tokens, num_kv_heads, head_size], in the cache's format
+  int64_t key_stride, value_stride;  // of a token, in elements
+  const int64_t* slot_mapping;       // [num_tokens]; -1 is padding
+  int64_t num_tokens;
+  int32_t element_size, threads;
+};
+
+template <class T>
+void write(const Write& w) {
+  const Cache<T> cache(w.cache);
+#pragma omp parallel for num_threads(w.threads) if (w.num_tokens > 256) schedule(static)
+  for (int64_t i = 0; i < w.num_tokens; i++)
+    if (w.slot_mapping[i] >= 0)
+      cache.write(w.slot_mapping[i], (const T*)w.key + i * w.key_stride,
+                  (const T*)w.value + i * w.value_stride, VARIANT::stateful);
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 if memory ran out.
+int attnserve_attend(const Call* call) {
+  try {
+    switch (call->cache_format) {
+      case FLOAT32: attend<float>(*call); break;
+      case BFLOAT16: attend<BFloat16>(*call); break;
+      case FLOAT16: attend<Float16>(*call); break;
+    }
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+void attnserve_write(const Write* w) {
+  if (w->element_size == 4)
+    write<float>(*w);
+  else
+    write<BFloat16>(*w);  // 16 bits are copied as they are
+}
+
+// For the loader: a library whose structs differ from Python's must not be called.
+int attnserve_abi() { return (int)(sizeof(Call) * 1000 + sizeof(Write)); }
+}

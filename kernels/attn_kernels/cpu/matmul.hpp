@@ -1,0 +1,80 @@
+// The one product that attention needs: C[rows, 16] += A[rows, depth] * panel[depth, 16].
+// With keys as panels of sixteen tokens and values as panels of sixteen dims, both q.K and weights.V
+// are this product over memory that is read once and in order.
+#pragma once
+#include "simd.hpp"
+
+// Rows of C that stay in registers. AVX-512: 12 rows of 2 panels, 24 of 32 registers; AVX2: 6 rows of
+// 1 panel (2 vectors each), 12 of 16.
+constexpr int ROWS = REGISTERS == 32 ? 12 : 6;
+constexpr int PANELS = REGISTERS == 32 ? 2 : 1;
+constexpr int PARTS = PANEL / WIDTH;
+
+// Bytes between what is multiplied and what is fetched: a panel is a stream, but its hardware
+// prefetcher starts anew on every page.
+constexpr int AHEAD = 4096;
+
+// C[R, NP * 16] = C * rescale[row] + A * panels. A's rows are LDA floats apart, C's LDC; panel p
+// starts at `panels + p * panel_stride`. With ADD false, C is overwritten.
+template <int R, int NP, int LDA, int LDC, bool ADD, class T>
+inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, int depth, float* c,
+                     const float* rescale) {
+  constexpr int N = NP * PARTS;
+  // A row or two alone would wait for each addition: so many sums run side by side.
+  constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;
+  Vec sum[CHAINS][R][N] = {};
+  int k = 0;
+  for (; k + CHAINS <= depth; k += CHAINS)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < CHAINS; chain++) {
+      Vec b[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) {
+        const T* p = panels + j / PARTS * panel_stride + (k + chain) * PANEL + j % PARTS * WIDTH;
+        __builtin_prefetch((const char*)p + AHEAD);
+        b[j] = load(p);
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) sum[chain][r][j] += a[r * LDA + k + chain] * b[j];
+    }
+  for (; k < depth; k++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) {
+      const Vec b = load(panels + j / PARTS * panel_stride + k * PANEL + j % PARTS * WIDTH);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) sum[0][r][j] += a[r * LDA + k] * b;
+    }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) {
+      Vec total = sum[0][r][j];
+#pragma GCC unroll 4
+      for (int chain = 1; chain < CHAINS; chain++) total += sum[chain][r][j];
+      float* out = c + r * LDC + j * WIDTH;
+      store(out, ADD ? load(out) * rescale[r] + total : total);
+    }
+}
+
+// The least number of rows >= `rows` that `multiply_rows` has a kernel for.
+inline int kernel_rows(int rows) {
+  return rows <= 4 ? rows : rows <= 6 ? 6 : rows <= 8 && ROWS >= 8 ? 8 : ROWS;
+}
+
+// `multiply` for 1 to ROWS rows; rows up to kernel_rows(rows) of A and C must exist.
+template <int NP, int LDA, int LDC, bool ADD, class T>
+inline void multiply_rows(int rows, const float* a, const T* panels, ptrdiff_t panel_stride,
+                          int depth, float* c, const float* rescale) {
+  switch (kernel_rows(rows)) {
+#define CASE(R)                                                                        \
+  case R:                                                                              \
+    return multiply<R, NP, LDA, LDC, ADD>(a, panels, panel_stride, depth, c, rescale);
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(6)
+#if defined(__AVX512F__)
+    CASE(8) CASE(12)
+#endif
+#undef CASE
+  }
+}

@@ -1,0 +1,210 @@
+// Vectors of floats as wide as the processor's registers, in GCC's vector extensions (also clang's).
+// Intrinsics only where the extensions have no word for an instruction.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// Tokens of a key panel and dims of a value panel; a whole number of vectors.
+constexpr int PANEL = 16;
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+constexpr int REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+constexpr int REGISTERS = 16;
+#else
+constexpr int WIDTH = 4;
+constexpr int REGISTERS = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t IntVec __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(WIDTH * 2)));
+
+// Storage formats of a cache. Arithmetic is float32 whatever they are.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec max(Vec a, Vec b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Vec square_root(Vec a) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(a);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(a);
+#else
+  for (int lane = 0; lane < WIDTH; lane++) a[lane] = std::sqrt(a[lane]);
+  return a;
+#endif
+}
+
+inline Vec absolute(Vec a) { return (Vec)((IntVec)a & 0x7fffffff); }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, UintVec) << 16);
+}
+
+inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  const UintVec u = __builtin_convertvector(h, UintVec);
+  const Vec magnitude = (Vec)((u & 0x7fff) << 13) * 0x1p112f;  // exact, subnormals too
+  const UintVec infinite = (UintVec)(magnitude >= 0x1p16f) & 0x7f800000u;
+  return (Vec)((UintVec)magnitude | infinite | (u & 0x8000) << 16);
+#endif
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline float horizontal_max(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float top = v[0];
+  for (int i = 1; i < WIDTH; i++) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+
+inline float horizontal_sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lanes[WIDTH];
+  store(lanes, v);
+  for (int half = WIDTH / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline float to_float(Float16 x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16;
+  uint32_t bits = (uint32_t)(x.bits & 0x7fff) << 13;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  f *= 0x1p112f;
+  std::memcpy(&bits, &f, 4);
+  bits |= sign | (f >= 0x1p16f ? 0x7f800000u : 0);
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline void convert(float x, float& out) { out = x; }
+inline void convert(float x, BFloat16& out) {  // round to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out.bits = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void convert(float x, Float16& out) {  // round to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  const float magnitude = std::fabs(x);
+  if (x != x)
+    out.bits = 0x7e00;
+  else if (magnitude >= 65520.f)
+    out.bits = sign | 0x7c00;
+  else if (magnitude < 0x1p-14f)
+    out.bits = sign | (uint16_t)std::lrint(magnitude * 0x1p24f);
+  else
+    out.bits = sign | (uint16_t)(((bits & 0x7fffffff) - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+// ---- powers of two. Scores are in units of log2(e), so that exponents are integers and rescaling
+// by a difference of exponents is exact.
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LN2 = 0.69314718055994531f;
+
+// Adding it to |x| < 2^22 rounds x to an integer, which is then in the low bits.
+constexpr float ROUNDER = 0x1.8p23f;
+
+inline float nearest(float x) { return std::nearbyint(x); }
+
+// 2^n of whole numbers -127 <= n <= 127; 0 at -127.
+inline Vec power_of_two(Vec n) {
+  return (Vec)(((IntVec)(n + ROUNDER) << 23) + (127 << 23));
+}
+inline float power_of_two(float n) {
+  const int32_t bits = n <= -127.f ? 0 : ((int32_t)n + 127) << 23;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// (2^r - 1) for |r| <= 1/2, with a relative error of 1e-8 before rounding.
+inline Vec exp2m1_fraction(Vec r) {
+  Vec p = broadcast(0.000154035122f);
+  p = p * r + 0.00133907353f;
+  p = p * r + 0.00961823761f;
+  p = p * r + 0.0555035733f;
+  p = p * r + 0.240226492f;
+  p = p * r + 0.693147182f;
+  return p * r;
+}
+
+// 2^y for y <= 127; exactly 0 below -127. NaN stays NaN.
+inline Vec exp2(Vec y) {
+  y = max(broadcast(-127.f), y);
+  const Vec n = (y + ROUNDER) - ROUNDER;
+  const Vec scale = power_of_two(n);
+  return exp2m1_fraction(y - n) * scale + scale;
+}
+
+// log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity.
+inline Vec softplus2(Vec y) {
+  const Vec u = exp2(-absolute(y));
+  Vec p = broadcast(-0.00468013622f);
+  p = p * u + 0.0286395941f;
+  p = p * u - 0.0821752176f;
+  p = p * u + 0.152978376f;
+  p = p * u - 0.220813006f;
+  p = p * u + 0.283863783f;
+  p = p * u - 0.360012054f;
+  p = p * u + 0.480849713f;
+  p = p * u - 0.72134614f;
+  p = p * u + 1.44269502f;
+  return p * u + max(Vec{}, y);
+}

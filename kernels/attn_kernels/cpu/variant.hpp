@@ -1,0 +1,37 @@
+// What a variant's struct is. One file a variant in variants/, named as in config.json; the struct is
+// named as its Python class.
+//
+//   scores, s      a row of q.k, times query_factor; `masked` where the query does not see the key
+//   query_factor   (head, n, |q|): what a query is multiplied with; n is how many keys it sees
+//   Row            what a query row carries along its keys, and how it starts
+//   update         turns `count` scores (a multiple of 16, in place) into weights that are exactly 0
+//                  where masked; returns the factor for what was summed up so far
+//   merge          of two parts of a split context; returns the factors of both parts' outputs
+//   finish         the factor of the output after the last key
+//
+// unit_keys        the scores are also divided by |k|
+// two_pass         `observe` sees all scores first (and may change them, for `update`), `combine` adds
+//                  up parts of a split context and `settle` ends the pass
+// stateful         each token has a float32 accumulator: `penalise` scores by it, then add `selection`
+//                  of head 0's score
+#pragma once
+#include "simd.hpp"
+
+struct Parameters {
+  float scale;                    // the model's, usually 1/sqrt(head_size)
+  int head_size;
+  const float* values;            // the Python dataclass's fields in order; None is NaN
+  const float* const* learned;    // each [num_heads], in the order of Variant.learned
+};
+
+struct Factors {
+  float mine, theirs;
+};
+
+struct OnePass {
+  static constexpr bool unit_keys = false;
+  static constexpr bool two_pass = false;
+  static constexpr bool stateful = false;
+};
+
+inline float reciprocal(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }

@@ -1,0 +1,55 @@
+// Softpick (arXiv 2504.20966): relu(e^x - 1) / (sum |e^x - 1| + eps).
+#pragma once
+#include "../variant.hpp"
+
+struct Softpick : OnePass {
+  static constexpr float masked = 0.f;  // e^0 - 1 adds nothing to either sum
+
+  float scale, eps;
+  explicit Softpick(const Parameters& p) : scale(p.scale * LOG2E), eps(p.values[0]) {}
+
+  float query_factor(int, float, float) const { return scale; }
+
+  struct Row {
+    float exponent = 0.f;  // never below 0: a row without a positive score is 0 anyway
+    float top = 0.f;       // max(0, largest score), the unit of eps
+    Vec sum = {};
+  };
+
+  float update(Row& row, float* s, int count) const {
+    Vec tops = load(s);
+    for (int i = WIDTH; i < count; i += WIDTH) tops = max(tops, load(s + i));
+    const float top = horizontal_max(tops);
+    const float exponent = std::fmax(row.exponent, nearest(top));
+    const float one = power_of_two(-exponent);
+    Vec sum = {};
+    for (int i = 0; i < count; i += WIDTH) {
+      // (2^y - 1) 2^-exponent = 2^(n - exponent) (2^r - 1) + (2^(n - exponent) - 2^-exponent): small
+      // scores lose nothing, for n = 0 the bracket is exactly 0.
+      const Vec y = max(broadcast(-64.f), load(s + i));
+      const Vec n = (y + ROUNDER) - ROUNDER;
+      const Vec unit = power_of_two(max(broadcast(-127.f), n - exponent));
+      const Vec p = exp2m1_fraction(y - n) * unit + (unit - one);
+      store(s + i, max(Vec{}, p));
+      sum += absolute(p);
+    }
+    const float factor = power_of_two(row.exponent - exponent);
+    row.sum = row.sum * factor + sum;
+    row.exponent = exponent;
+    row.top = std::fmax(row.top, top);
+    return factor;
+  }
+
+  Factors merge(Row& row, const Row& other) const {
+    const float exponent = std::fmax(row.exponent, other.exponent);
+    const Factors f = {power_of_two(row.exponent - exponent), power_of_two(other.exponent - exponent)};
+    row.sum = row.sum * f.mine + other.sum * f.theirs;
+    row.exponent = exponent;
+    row.top = std::fmax(row.top, other.top);
+    return f;
+  }
+
+  float finish(const Row& row) const {
+    return 1.f / (horizontal_sum(row.sum) + eps * std::exp2(row.top - row.exponent));
+  }
+};
