@@ -5,10 +5,11 @@
 #   make lint         ruff and mypy
 #   make install      only the environment
 #   make checkpoints  train the reference checkpoints again
+#   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
 #   make lock         write requirements/cpu.txt again (UPGRADE=1: newest versions)
 #
-# Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve); ARGS (test); PYTHON;
-# TORCH_INDEX, the package index with torch's CPU builds, used if pip finds none by itself.
+# Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve); ARGS (test, bench-kernels);
+# PYTHON; TORCH_INDEX, the package index with torch's CPU builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -26,14 +27,14 @@ GATEWAY_PORT ?= 8080
 VLLM_ARGS ?=
 ARGS ?=
 
-PACKAGES := $(wildcard kernels/attn_kernels plugins/vllm_attn plugins/hf_attn serving training)
+PACKAGES := $(wildcard kernels/attn_kernels plugins/vllm_attn plugins/hf_attn serving training benchmarks)
 
 export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu lint format checkpoints lock clean
+.PHONY: install serve test test-slow test-gpu lint format checkpoints bench-kernels lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -77,6 +78,9 @@ format: $(READY)
 
 checkpoints: $(READY)
 	$(BIN)/python -m training.checkpoints $(ARGS)
+
+bench-kernels: $(READY)
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py $(if $(UPGRADE),--upgrade)

@@ -1,0 +1,176 @@
+"""A case: one shape of attention call, and the random tensors that every candidate gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Phase = Literal["decode", "prefill"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of equal requests, each with `new_tokens` queries against its cached context.
+
+    Attributes:
+        phase: "decode" has one query a request.
+        dtype: of queries, keys, values and outputs; a key of DTYPES.
+        head_dim: elements of a head's query, key or value.
+        ctx: decode: tokens in the cache, the new one included. Prefill: tokens before the new ones.
+        batch: requests.
+        new_tokens: queries of each request.
+        num_heads, num_kv_heads: query heads and KV heads.
+        block_size: tokens in a block of the paged cache.
+    """
+
+    phase: Phase
+    dtype: str
+    head_dim: int
+    ctx: int
+    batch: int
+    new_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of each request in the cache, the new ones included."""
+        return self.ctx if self.phase == "decode" else self.ctx + self.new_tokens
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of each request."""
+        return -(-self.seq_len // self.block_size)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that a call must read."""
+        tokens = self.batch * self.seq_len
+        return tokens * self.num_kv_heads * 2 * self.head_dim * DTYPES[self.dtype].itemsize
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the two products over the visible (query, key) pairs."""
+        first = self.seq_len - self.new_tokens + 1
+        pairs = self.new_tokens * (first + self.seq_len) // 2
+        return 4 * self.batch * self.num_heads * self.head_dim * pairs
+
+    @property
+    def label(self) -> str:
+        """Short name without phase and dtype."""
+        if self.phase == "decode":
+            return f"D{self.head_dim} ctx {self.ctx} x{self.batch}"
+        return f"D{self.head_dim} {self.ctx}+{self.new_tokens}"
+
+    def describe(self) -> str:
+        """Short name."""
+        return f"{self.phase} {self.dtype} {self.label}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cases of a run: decode over `ctx x batch`, prefill (batch 1) over `context x new_tokens`,
+    both in every dtype and head size."""
+
+    phases: tuple[Phase, ...] = ("decode", "prefill")
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    head_dims: tuple[int, ...] = (64, 128)
+    ctx: tuple[int, ...] = (512, 4096, 16384)
+    batch: tuple[int, ...] = (1, 8, 32)
+    new_tokens: tuple[int, ...] = (512, 2048)
+    context: tuple[int, ...] = (0, 4096)
+
+    def cases(self, num_heads: int, num_kv_heads: int, block_size: int) -> Iterable[Case]:
+        """All cases, decode first, in the order of the fields."""
+        heads = (num_heads, num_kv_heads, block_size)
+        each = product(self.dtypes, self.head_dims)
+        for phase, (dtype, head_dim) in product(self.phases, list(each)):
+            if phase == "decode":
+                for ctx, batch in product(self.ctx, self.batch):
+                    yield Case(phase, dtype, head_dim, ctx, batch, 1, *heads)
+            else:
+                for ctx, new_tokens in product(self.context, self.new_tokens):
+                    yield Case(phase, dtype, head_dim, ctx, 1, new_tokens, *heads)
+
+
+FULL = Grid()
+QUICK = Grid(head_dims=(64,), ctx=(512, 4096), batch=(8,), new_tokens=(512,))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random tensors of a case.
+
+    Attributes:
+        case: the case.
+        query: `[batch * new_tokens, num_heads, head_dim]`.
+        key, value: `[batch, seq_len, num_kv_heads, head_dim]`.
+        query_start_loc: int32 `[batch + 1]`.
+        seq_lens: int32 `[batch]`.
+    """
+
+    case: Case
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+
+    @classmethod
+    def make(cls, case: Case) -> Inputs:
+        """Standard normal inputs from torch's global generator."""
+        dtype = DTYPES[case.dtype]
+        num_queries = case.batch * case.new_tokens
+        kv_shape = (case.batch, case.seq_len, case.num_kv_heads, case.head_dim)
+        return cls(
+            case,
+            torch.randn(num_queries, case.num_heads, case.head_dim, dtype=dtype),
+            torch.randn(kv_shape, dtype=dtype),
+            torch.randn(kv_shape, dtype=dtype),
+            torch.arange(case.batch + 1, dtype=torch.int32) * case.new_tokens,
+            torch.full((case.batch,), case.seq_len, dtype=torch.int32),
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the raw scores."""
+        return float(self.case.head_dim**-0.5)
+
+
+class Paging:
+    """Copies of a case's batch scattered over one pool of blocks: as many layers of a model.
+
+    Calls that take the copies in turn find none of it in the processor's caches, as in serving,
+    where the other layers come in between.
+
+    Args:
+        case: the case.
+        copies: block tables, which share no block.
+    """
+
+    def __init__(self, case: Case, copies: int) -> None:
+        self.case = case
+        self.num_blocks = copies * case.batch * case.blocks
+        order = torch.randperm(self.num_blocks, dtype=torch.int32)
+        self.tables = order.view(copies, case.batch, case.blocks)
+
+    def slots(self, copy: int, start: int) -> Tensor:
+        """int64 `[batch * (seq_len - start)]`: slots of each request's tokens from `start` on."""
+        size = self.case.block_size
+        positions = torch.arange(start, self.case.seq_len)
+        blocks = self.tables[copy].long()[:, positions // size]
+        return (blocks * size + positions % size).flatten()
+
+
+def copies_needed(case: Case, cold_bytes: int) -> int:
+    """Copies of a case's cache that together hold `cold_bytes`. Prefill needs one: it is bound by
+    arithmetic, and its new tokens have just been written when it begins."""
+    return 1 if case.phase == "prefill" else max(1, -(-cold_bytes // case.kv_bytes))

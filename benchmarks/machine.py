@@ -1,0 +1,74 @@
+"""What a measurement was taken on: the processor, the software and the commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, else as Python does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def last_level_cache() -> int:
+    """Bytes of the first processor's largest cache; 0 if Linux does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    texts = [size.read_text(encoding="utf-8").strip() for size in sizes]
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text), default=0)
+
+
+def compiler() -> str:
+    """First line of the C++ compiler's `--version`: the compiler that `attn_kernels.cpu` uses (CXX,
+    else the first of g++, clang++ and c++); empty if there is none."""
+    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]:
+        if command := shutil.which(name):
+            asked = [command, "--version"]
+            done = subprocess.run(asked, capture_output=True, text=True, check=False)
+            return done.stdout.partition("\n")[0]
+    return ""
+
+
+def package(name: str) -> str:
+    """Version of an installed distribution; empty if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in the checkout; empty if it fails or there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """Short commit of the checkout, with `-dirty` where a file outside benchmarks/results differs
+    from it; empty outside a checkout."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    dirty = head and _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return head + "-dirty" if dirty else head

@@ -1,0 +1,86 @@
+"""The gate: right kernels pass it, and nothing wrong is ever timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_kernels import get_variant, variant_names
+from benchmarks.kernels import gate
+from benchmarks.kernels.candidates import Kernel, Ours, Pool, TorchSdpa
+from benchmarks.kernels.case import Case, Inputs, Paging
+from benchmarks.kernels.gate import Law
+from tests.benchmarks.fakes import Forgetful, NotANumber, NotQuite, TorchKernel
+
+CASES = [
+    Case("decode", "fp32", 32, 100, 3, 1, 4, 2, 32),
+    Case("prefill", "fp32", 32, 40, 1, 300, 4, 2, 32),
+]
+
+
+def error_of(kernel: Kernel, name: str, case: Case) -> float:
+    inputs = Inputs.make(case)
+    candidate = Ours(get_variant(name), kernel, inputs, Paging(case, 2), {})
+    law = Law.of(candidate.variant, inputs, candidate.learned)
+    return gate.check(candidate, inputs, law)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=Case.describe)
+@pytest.mark.parametrize("name", variant_names())
+def test_right_kernel_passes(name: str, case: Case) -> None:
+    assert error_of(TorchKernel(get_variant(name)), name, case) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fake", "name", "case"),
+    [
+        *((NotQuite, "softpick", case) for case in CASES),
+        *((NotANumber, "softmax", case) for case in CASES),
+        # In prefill, a call's selections are used by the call itself.
+        (Forgetful, "selective", CASES[0]),
+    ],
+)
+def test_wrong_kernel_is_red(fake: type[TorchKernel], name: str, case: Case) -> None:
+    error = error_of(fake(get_variant(name)), name, case)
+    assert gate.red(error, gate.LIMITS["fp32"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=Case.describe)
+def test_sdpa_is_softmax(case: Case) -> None:
+    inputs = Inputs.make(case)
+    candidate = TorchSdpa(inputs, 2)
+    law = Law.of(candidate.variant, inputs, {})
+    assert not gate.red(gate.check(candidate, inputs, law), gate.PEER_LIMITS["fp32"])
+    candidate.prepare()
+    candidate.run()
+    assert law.error(candidate.out) <= gate.PEER_LIMITS["fp32"], "the second copy differs"
+
+
+def test_copies_hold_the_same() -> None:
+    """Every copy gives the gated answer, also for a variant that shares its pool."""
+    case = CASES[0]
+    inputs = Inputs.make(case)
+    pools: dict[str, Pool] = {}
+    paging = Paging(case, 3)
+    ours = [
+        Ours(get_variant(name), TorchKernel(get_variant(name)), inputs, paging, pools)
+        for name in ("softmax", "softpick")
+    ]
+    assert len(pools) == 1
+    for candidate in ours:
+        law = Law.of(candidate.variant, inputs, candidate.learned)
+        for _ in range(4):
+            candidate.prepare()
+            candidate.run()
+            assert law.error(candidate.out) <= 1e-5
+
+
+def test_limits() -> None:
+    assert not gate.red(1e-6, 1e-6)
+    assert gate.red(1.1e-6, 1e-6)
+    assert gate.red(float("nan"), 1e-6)
