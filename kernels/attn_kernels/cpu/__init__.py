@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 
 from attn_kernels.cpu.build import HERE, BuildError, build_library, usable_isas
-from attn_kernels.cpu.kernel import CPUKernel
+from attn_kernels.cpu.kernel import CPUKernel, CPULayer
 from attn_kernels.variant import Variant
 
-__all__ = ["BuildError", "CPUKernel", "load", "usable_isas"]
+__all__ = ["BuildError", "CPUKernel", "CPULayer", "load", "usable_isas"]
 
 logger = logging.getLogger(__name__)
 

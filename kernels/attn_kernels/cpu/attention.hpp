@@ -82,6 +82,8 @@ class Attention {
  public:
   using Row = typename V::Row;
 
+  static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
   const Call& call;
   const Cache<T> cache;
   const V variant;
@@ -113,7 +115,8 @@ class Attention {
   // Everything a tile needs, in this thread's arena.
   struct Tile {
     int request, first_position, num_queries, rows, key_begin, key_end, kv_head;
-    float *q, *o, *scores, *wide_keys, *wide_values, *per_norm, *penalty;
+    float *q, *o, *scores, *per_norm, *penalty;
+    Float32 *wide_keys, *wide_values;
     Row* row;
   };
 
@@ -137,8 +140,8 @@ class Attention {
     t.q = arena.take<float>(matrix);
     t.o = arena.take<float>(matrix);
     t.scores = arena.take<float>(scores);
-    t.wide_keys = arena.take<float>(span);
-    t.wide_values = arena.take<float>(span);
+    t.wide_keys = arena.take<Float32>(span);
+    t.wide_values = arena.take<Float32>(span);
     t.per_norm = arena.take<float>(SPAN);
     t.penalty = arena.take<float>(penalties);
     t.row = arena.take<Row>(pad);
@@ -150,7 +153,7 @@ class Attention {
     const int64_t token = call.query_start_loc[request] + position - first_position(request);
     const int64_t offset = token * call.query_stride + (int64_t)head * head_size;
     switch (call.query_format) {
-      case FLOAT32: std::memcpy(q, (const float*)call.query + offset, head_size * 4); break;
+      case FLOAT32: std::memcpy(q, (const Float32*)call.query + offset, head_size * 4); break;
       case BFLOAT16: widen((const BFloat16*)call.query + offset, q); break;
       case FLOAT16: widen((const Float16*)call.query + offset, q); break;
     }
@@ -219,20 +222,28 @@ class Attention {
   bool gathers(const Tile& t) const {
     return t.rows > ROWS && (sizeof(T) < 4 || cache.block_size % SPAN);
   }
-  Span<float> gather(const Tile& t, const Span<T>& span, bool keys, bool values) const {
-    Span<float> wide{span.begin, span.end, 1, {}};
+  // `count` elements of whole rows, of pairs of rows as far as there are.
+  static void widen_panels(const T* from, int count, Float32* to) {
+    constexpr int PAIR = T::PAIR;
+    for (int i = 0; i < count; i += PANEL * PAIR)
+      for (int j = 0; j < PANEL; j += WIDTH) {
+        Vec rows[PAIR];
+        load_rows(from + i + j * PAIR, rows);
+        for (int k = 0; k < PAIR; k++) store((float*)to + i + k * PANEL + j, rows[k]);
+      }
+  }
+  Span<Float32> gather(const Tile& t, const Span<T>& span, bool keys, bool values) const {
+    Span<Float32> wide{span.begin, span.end, 1, {}};
     wide.segments[0] = {t.wide_keys, t.wide_values, SPAN * PANEL, 0, span.end - span.begin};
     for (int i = 0; i < span.count; i++) {
       const Segment<T>& g = span.segments[i];
-      const int size = round_up(g.length, PANEL) * head_size;
       if (keys)
-        for (int j = 0; j < size; j += WIDTH)
-          store(t.wide_keys + g.column * head_size + j, load(g.keys + j));
+        widen_panels(g.keys, round_up(g.length, PANEL) * head_size,
+                     t.wide_keys + g.column * head_size);
       if (values)
         for (int d = 0; d < head_size / PANEL; d++)
-          for (int j = 0; j < g.length * PANEL; j += WIDTH)
-            store(t.wide_values + (d * SPAN + g.column) * PANEL + j,
-                  load(g.values + d * g.value_panel + j));
+          widen_panels(g.values + d * g.value_panel, g.length * PANEL,
+                       t.wide_values + (d * SPAN + g.column) * PANEL);
     }
     return wide;
   }
@@ -244,13 +255,27 @@ class Attention {
       const Segment<U>& g = span.segments[i];
       for (int c = 0; c < g.length; c += PANEL)
         for (int j = 0; j < PANEL; j += WIDTH) {
-          const U* k = g.keys + c * head_size + j;
+          const U* k = g.keys + c * head_size + j * U::PAIR;
           Vec squares = {};
-          for (int d = 0; d < head_size; d++) squares += load(k + d * PANEL) * load(k + d * PANEL);
+          for (int d = 0; d < head_size; d += U::PAIR) {
+            Vec rows[U::PAIR];
+            load_rows(k + d * PANEL, rows);
+            for (const Vec& row : rows) squares += row * row;
+          }
           store(per_norm + g.column + c + j,
                 1.f / max(broadcast(1e-12f), square_root(squares)));
         }
     }
+  }
+
+  // Sixteen dims are summed up at a time: one running sum over all would carry the rounding of the
+  // whole score at every step, and the score is an exponent.
+  template <int NP, class U>
+  void dot(int rows, const float* q, const U* panels, float* s) const {
+    const ptrdiff_t stride = (ptrdiff_t)head_size * PANEL;
+    multiply_rows<NP, WIDE, SCORES, false>(rows, q, panels, stride, PANEL, s, nullptr);
+    for (int d = PANEL; d < head_size; d += PANEL)
+      multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + d * PANEL, stride, PANEL, s, ones);
   }
 
   // Scores of `rows` rows in the span's columns [from, to), both multiples of 16.
@@ -262,11 +287,10 @@ class Attention {
       for (int c = std::max(from, g.column); c < last;) {
         const U* k = g.keys + (ptrdiff_t)(c - g.column) * head_size;
         if (PANELS == 2 && rows > 4 && last - c >= 2 * PANEL) {
-          multiply_rows<PANELS, WIDE, SCORES, false>(rows, q, k, (ptrdiff_t)head_size * PANEL,
-                                                     head_size, s + c, nullptr);
+          dot<PANELS>(rows, q, k, s + c);
           c += PANELS * PANEL;
         } else {
-          multiply_rows<1, WIDE, SCORES, false>(rows, q, k, 0, head_size, s + c, nullptr);
+          dot<1>(rows, q, k, s + c);
           c += PANEL;
         }
       }
@@ -277,10 +301,10 @@ class Attention {
   template <class U>
   void add_values(const Span<U>& span, int rows, const float* weights, int from, int to, float* o,
                   const float* rescale) const {
-    static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     for (int i = 0; i < span.count; i++) {
       const Segment<U>& g = span.segments[i];
-      const int c = std::max(from, g.column), depth = std::min(to, g.column + g.length) - c;
+      // An even row: the token before `from` is this request's too, and its weight is 0.
+      const int c = std::max(from / U::PAIR * U::PAIR, g.column), depth = std::min(to, g.column + g.length) - c;
       if (depth <= 0) continue;
       const U* v = g.values + (ptrdiff_t)(c - g.column) * PANEL;
       for (int d = 0; d < head_size; v += g.value_panel) {
@@ -520,7 +544,7 @@ class Attention {
     const int64_t head = t.kv_head * group_size + r % group_size;
     const int64_t offset = token * call.out_stride + head * head_size;
     switch (call.out_format) {
-      case FLOAT32: narrow(o, factor, (float*)call.out + offset); break;
+      case FLOAT32: narrow(o, factor, (Float32*)call.out + offset); break;
       case BFLOAT16: narrow(o, factor, (BFloat16*)call.out + offset); break;
       case FLOAT16: narrow(o, factor, (Float16*)call.out + offset); break;
     }

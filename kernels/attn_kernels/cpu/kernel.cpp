@@ -273,7 +273,7 @@ struct Write {
   int64_t key_stride, value_stride;  // of a token, in elements
   const int64_t* slot_mapping;       // [num_tokens]; -1 is padding
   int64_t num_tokens;
-  int32_t element_size, threads;
+  int32_t cache_format, threads;
 };
 
 template <class T>
@@ -294,7 +294,7 @@ extern "C" {
 int attnserve_attend(const Call* call) {
   try {
     switch (call->cache_format) {
-      case FLOAT32: attend<float>(*call); break;
+      case FLOAT32: attend<Float32>(*call); break;
       case BFLOAT16: attend<BFloat16>(*call); break;
       case FLOAT16: attend<Float16>(*call); break;
     }
@@ -305,10 +305,11 @@ int attnserve_attend(const Call* call) {
 }
 
 void attnserve_write(const Write* w) {
-  if (w->element_size == 4)
-    write<float>(*w);
-  else
-    write<BFloat16>(*w);  // 16 bits are copied as they are
+  switch (w->cache_format) {
+    case FLOAT32: write<Float32>(*w); break;
+    case BFLOAT16: write<BFloat16>(*w); break;
+    case FLOAT16: write<Float16>(*w); break;
+  }
 }
 
 // For the loader: a library whose structs differ from Python's must not be called.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -68,18 +69,13 @@ class _Write(ctypes.Structure):
         ("value_stride", c_int64),
         ("slot_mapping", c_void_p),
         ("num_tokens", c_int64),
-        ("element_size", c_int32),
+        ("cache_format", c_int32),
         ("threads", c_int32),
     )
 
 
 def _as_float(value: float | bool | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _rows(x: Tensor, head_size: int) -> Tensor:
-    """`x` `[tokens, heads, head_size]` with its heads side by side in memory, copied if need be."""
-    return x if x.stride(2) == 1 and x.stride(1) == head_size else x.contiguous()
 
 
 class CPUKernel:
@@ -97,7 +93,7 @@ class CPUKernel:
         if self.library.attnserve_abi() != expected:
             raise RuntimeError(f"{library} does not fit this version of attnserve: delete it")
         fields = [_as_float(getattr(variant, f.name)) for f in dataclasses.fields(variant)]
-        self._values = (c_float * max(1, len(fields)))(*fields)
+        self.values = (c_float * max(1, len(fields)))(*fields)
 
     def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
         """What keeps these kernels from serving a cache of this shape; None if nothing does."""
@@ -107,46 +103,11 @@ class CPUKernel:
             return f"block size {block_size} (they take multiples of 16)"
         return None if dtype in FORMATS else f"a KV cache of {dtype}"
 
-    def _shape(self, kv_cache: Tensor) -> _CacheShape:
-        num_kv_heads, block_size, content = kv_cache.shape[1:]
-        state = STATE_BYTES // kv_cache.element_size() if self.variant.stateful else 0
-        return _CacheShape(
-            kv_cache.data_ptr(),
-            kv_cache.stride(0),
-            kv_cache.stride(1),
-            block_size,
-            (content - state) // 2,
-            num_kv_heads,
-        )
-
     def write_cache(
         self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Store keys and values of new tokens, in place; their accumulators start at 0.
-
-        Args:
-            key, value: `[>= num_tokens, num_kv_heads, head_size]`.
-            kv_cache: the layer's cache, its blocks' interiors contiguous.
-            slot_mapping: `[num_tokens]` int64, `block * block_size + offset`, or -1 for padding.
-        """
-        dtype, head_size = kv_cache.dtype, key.shape[2]
-        key, value = _rows(key.to(dtype), head_size), _rows(value.to(dtype), head_size)
-        slot_mapping = slot_mapping.long()
-        self.library.attnserve_write(
-            ctypes.byref(
-                _Write(
-                    self._shape(kv_cache),
-                    key.data_ptr(),
-                    value.data_ptr(),
-                    key.stride(0),
-                    value.stride(0),
-                    slot_mapping.data_ptr(),
-                    slot_mapping.shape[0],
-                    kv_cache.element_size(),
-                    torch.get_num_threads(),
-                )
-            )
-        )
+        """`CPULayer.write_cache`, for a single call."""
+        CPULayer(self, kv_cache, num_heads=0, scale=1.0).write_cache(key, value, slot_mapping)
 
     def paged_attention(
         self,
@@ -161,48 +122,128 @@ class CPUKernel:
         learned: Mapping[str, Tensor] | None = None,
         out: Tensor,
     ) -> None:
+        """`CPULayer.attend`, for a single call."""
+        layer = CPULayer(
+            self, kv_cache, num_heads=query.shape[1], scale=scale, window=window, learned=learned
+        )
+        layer.attend(query, block_table, query_start_loc, seq_lens, out)
+
+
+class CPULayer:
+    """The kernels bound to one layer's cache, so that a call only fills in what changes.
+
+    Args:
+        kernel: the variant's kernels.
+        kv_cache: `[num_blocks, num_kv_heads, block_size, content]`, the last two dimensions
+            contiguous.
+        num_heads: query heads, a multiple of `num_kv_heads`.
+        scale: factor of the raw scores, where the variant uses it.
+        window: sliding window in tokens, the query's own included.
+        learned: the variant's per-head tensors, each `[num_heads]`, as they are now.
+    """
+
+    def __init__(
+        self,
+        kernel: CPUKernel,
+        kv_cache: Tensor,
+        *,
+        num_heads: int,
+        scale: float,
+        window: int | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        num_kv_heads, block_size, content = kv_cache.shape[1:]
+        if kv_cache.stride()[2:] != (content, 1):
+            raise ValueError("the interior of the cache's blocks must be contiguous")
+        state = STATE_BYTES // kv_cache.element_size() if kernel.variant.stateful else 0
+        self.kv_cache = kv_cache
+        self.head_size = (content - state) // 2
+        if reason := kernel.unsupported(self.head_size, block_size, kv_cache.dtype):
+            raise ValueError(f"the CPU kernels do not support {reason}")
+        shape = _CacheShape(
+            kv_cache.data_ptr(),
+            kv_cache.stride(0),
+            kv_cache.stride(1),
+            block_size,
+            self.head_size,
+            num_kv_heads,
+        )
+        self._write = _Write(cache=shape, cache_format=FORMATS[kv_cache.dtype])
+        self._call = _Call(
+            cache=shape,
+            values=kernel.values,
+            scale=scale,
+            num_heads=num_heads,
+            window=window or 0,
+            cache_format=FORMATS[kv_cache.dtype],
+        )
+        if learned:  # the call points into these
+            self._learned = [learned[n].float().contiguous() for n in kernel.variant.learned]
+            pointers = [t.data_ptr() for t in self._learned]
+            self._call.learned = (c_void_p * max(1, len(pointers)))(*pointers)
+        self._attend = functools.partial(kernel.library.attnserve_attend, byref(self._call))
+        self._store = functools.partial(kernel.library.attnserve_write, byref(self._write))
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, int]:
+        """`x` `[tokens, heads, head_size]` with its heads side by side in memory, copied if need be,
+        and the distance of its tokens."""
+        token, head, dim = x.stride()
+        if dim != 1 or head != self.head_size:
+            x = x.contiguous()
+            token = x.stride(0)
+        return x, token
+
+    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Store keys and values of new tokens, in place; their accumulators start at 0.
+
+        Args:
+            key, value: `[>= num_tokens, num_kv_heads, head_size]`.
+            slot_mapping: `[num_tokens]` int64, `block * block_size + offset`, or -1 for padding.
+        """
+        if key.dtype != self.kv_cache.dtype:
+            key, value = key.to(self.kv_cache.dtype), value.to(self.kv_cache.dtype)
+        call = self._write
+        key, call.key_stride = self._rows(key)
+        value, call.value_stride = self._rows(value)
+        call.key = key.data_ptr()
+        call.value = value.data_ptr()
+        call.slot_mapping = slot_mapping.data_ptr()
+        call.num_tokens = slot_mapping.shape[0]
+        call.threads = torch.get_num_threads()
+        self._store()
+
+    def attend(
+        self,
+        query: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+    ) -> None:
         """Attention of a batch, decode and prefill mixed; see `attn_kernels.paged.paged_attention`.
 
         Args:
-            query: `[num_tokens, num_heads, head_size]`, any of the three dtypes.
-            kv_cache: the layer's cache, filled by `write_cache`.
+            query: `[num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.
             block_table: `[num_reqs, max_blocks]` int32.
             query_start_loc: `[num_reqs + 1]` int32.
             seq_lens: `[num_reqs]` int32.
-            scale, window, learned: as in the torch path.
-            out: `[>= num_tokens, num_heads, head_size]`, written in place; heads side by side.
+            out: `[>= num_tokens, num_heads, head_size]`, written in place; its heads side by side.
 
         Raises:
             MemoryError: no memory for the kernel's scratch space.
         """
-        num_heads, head_size = query.shape[1:]
-        query = _rows(query, head_size)
-        tensors = [(learned or {})[name].float().contiguous() for name in self.variant.learned]
-        pointers = (c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
-        failed = self.library.attnserve_attend(
-            ctypes.byref(
-                _Call(
-                    self._shape(kv_cache),
-                    query.data_ptr(),
-                    out.data_ptr(),
-                    query.stride(0),
-                    out.stride(0),
-                    block_table.data_ptr(),
-                    block_table.stride(0),
-                    query_start_loc.data_ptr(),
-                    seq_lens.data_ptr(),
-                    self._values,
-                    pointers,
-                    scale,
-                    seq_lens.shape[0],
-                    num_heads,
-                    window or 0,
-                    FORMATS[query.dtype],
-                    FORMATS[out.dtype],
-                    FORMATS[kv_cache.dtype],
-                    torch.get_num_threads(),
-                )
-            )
-        )
-        if failed:
+        call = self._call
+        query, call.query_stride = self._rows(query)
+        call.query = query.data_ptr()
+        call.query_format = FORMATS[query.dtype]
+        call.out = out.data_ptr()
+        call.out_stride = out.stride(0)
+        call.out_format = FORMATS[out.dtype]
+        call.block_table = block_table.data_ptr()
+        call.block_table_stride = block_table.stride(0)
+        call.query_start_loc = query_start_loc.data_ptr()
+        call.seq_lens = seq_lens.data_ptr()
+        call.num_reqs = seq_lens.shape[0]
+        call.threads = torch.get_num_threads()
+        if self._attend():
             raise MemoryError("no memory for the attention kernel's scratch space")

@@ -15,36 +15,43 @@ constexpr int PARTS = PANEL / WIDTH;
 constexpr int AHEAD = 4096;
 
 // C[R, NP * 16] = C * rescale[row] + A * panels. A's rows are LDA floats apart, C's LDC; panel p
-// starts at `panels + p * panel_stride`. With ADD false, C is overwritten.
+// starts at `panels + p * panel_stride`, at an even row. With ADD false, C is overwritten.
 template <int R, int NP, int LDA, int LDC, bool ADD, class T>
-inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, int depth, float* c,
+inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, ptrdiff_t depth, float* c,
                      const float* rescale) {
-  constexpr int N = NP * PARTS;
+  constexpr int N = NP * PARTS, PAIR = T::PAIR;
   // A row or two alone would wait for each addition: so many sums run side by side.
-  constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;
+  constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4, STEP = CHAINS > PAIR ? CHAINS : PAIR;
+  const auto at = [&](ptrdiff_t k, int j) {
+    return panels + j / PARTS * panel_stride + k * PANEL + j % PARTS * WIDTH * PAIR;
+  };
   Vec sum[CHAINS][R][N] = {};
-  int k = 0;
-  for (; k + CHAINS <= depth; k += CHAINS)
+  ptrdiff_t k = 0;
+  for (; k + STEP <= depth; k += STEP)
 #pragma GCC unroll 4
-    for (int chain = 0; chain < CHAINS; chain++) {
-      Vec b[N];
+    for (int pair = 0; pair < STEP; pair += PAIR) {
+      Vec b[N][PAIR];
 #pragma GCC unroll 4
       for (int j = 0; j < N; j++) {
-        const T* p = panels + j / PARTS * panel_stride + (k + chain) * PANEL + j % PARTS * WIDTH;
+        const T* p = at(k + pair, j);
         __builtin_prefetch((const char*)p + AHEAD);
-        b[j] = load(p);
+        load_rows(p, b[j]);
       }
+#pragma GCC unroll 2
+      for (int i = 0; i < PAIR; i++)
 #pragma GCC unroll 12
-      for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) sum[chain][r][j] += a[r * LDA + k + chain] * b[j];
+          for (int j = 0; j < N; j++)
+            sum[(pair + i) % CHAINS][r][j] += a[r * LDA + k + pair + i] * b[j][i];
     }
   for (; k < depth; k++)
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) {
-      const Vec b = load(panels + j / PARTS * panel_stride + k * PANEL + j % PARTS * WIDTH);
+      Vec b[PAIR];
+      load_rows(at(k / PAIR * PAIR, j), b);
 #pragma GCC unroll 12
-      for (int r = 0; r < R; r++) sum[0][r][j] += a[r * LDA + k] * b;
+      for (int r = 0; r < R; r++) sum[0][r][j] += a[r * LDA + k] * b[k % PAIR];
     }
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
@@ -66,7 +73,7 @@ inline int kernel_rows(int rows) {
 // `multiply` for 1 to ROWS rows; rows up to kernel_rows(rows) of A and C must exist.
 template <int NP, int LDA, int LDC, bool ADD, class T>
 inline void multiply_rows(int rows, const float* a, const T* panels, ptrdiff_t panel_stride,
-                          int depth, float* c, const float* rescale) {
+                          ptrdiff_t depth, float* c, const float* rescale) {
   switch (kernel_rows(rows)) {
 #define CASE(R)                                                                        \
   case R:                                                                              \

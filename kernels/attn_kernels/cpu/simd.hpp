@@ -28,12 +28,19 @@ typedef int32_t IntVec __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(WIDTH * 2)));
 
-// Storage formats of a cache. Arithmetic is float32 whatever they are.
+// Storage formats of a cache. Arithmetic is float32 whatever they are. PAIR: a panel's rows come in
+// twos, row k and row k + 1 in the halves of 32-bit words (below).
+struct Float32 {
+  float value;
+  static constexpr int PAIR = 1;
+};
 struct BFloat16 {
   uint16_t bits;
+  static constexpr int PAIR = 2;
 };
 struct Float16 {
   uint16_t bits;
+  static constexpr int PAIR = 1;
 };
 
 inline Vec broadcast(float x) { return x - Vec{}; }
@@ -67,12 +74,6 @@ inline Vec load(const float* p) {
   return v;
 }
 
-inline Vec load(const BFloat16* p) {
-  HalfVec h;
-  std::memcpy(&h, p, sizeof h);
-  return (Vec)(__builtin_convertvector(h, UintVec) << 16);
-}
-
 inline Vec load(const Float16* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -86,6 +87,17 @@ inline Vec load(const Float16* p) {
   const UintVec infinite = (UintVec)(magnitude >= 0x1p16f) & 0x7f800000u;
   return (Vec)((UintVec)magnitude | infinite | (u & 0x8000) << 16);
 #endif
+}
+
+// Rows k to k + PAIR - 1 of WIDTH columns of a panel, of which `p` is the first element. A pair of
+// bfloat16 rows is widened by one shift and one mask.
+inline void load_rows(const Float32* p, Vec rows[1]) { rows[0] = load((const float*)p); }
+inline void load_rows(const Float16* p, Vec rows[1]) { rows[0] = load(p); }
+inline void load_rows(const BFloat16* p, Vec rows[2]) {
+  UintVec words;
+  std::memcpy(&words, p, sizeof words);
+  rows[0] = (Vec)(words << 16);
+  rows[1] = (Vec)(words & 0xffff0000u);
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -112,7 +124,7 @@ inline float horizontal_sum(Vec v) {
 #endif
 }
 
-inline float to_float(float x) { return x; }
+inline float to_float(Float32 x) { return x.value; }
 inline float to_float(BFloat16 x) {
   const uint32_t bits = (uint32_t)x.bits << 16;
   float f;
@@ -131,7 +143,7 @@ inline float to_float(Float16 x) {
   return f;
 }
 
-inline void convert(float x, float& out) { out = x; }
+inline void convert(float x, Float32& out) { out.value = x; }
 inline void convert(float x, BFloat16& out) {  // round to nearest even
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
