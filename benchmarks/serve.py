@@ -193,8 +193,8 @@ async def measure(peers: Sequence[Peer], options: argparse.Namespace) -> list[Ca
         found = {i: measured(await peers[i].round(prompts, n), len(prompts[0])) for i in order}
         return [found[i] for i in range(len(peers))]
 
-    for peer in peers:  # a process's first request does things that no later one does
-        await peer.round([[1] * 16], 4)
+    for peer in peers:  # a server's first prompt of some length takes three times as long as others
+        await peer.round([[1] * min(options.prompt_lens)], 4)
     total = len(cases) * (options.prefill_rounds + options.rounds)
     with tqdm(total=total, unit="round", mininterval=5) as bar:
         for case in cases:
