@@ -138,17 +138,16 @@ def wrapper_cost(repeats: int = 20_000) -> float:
 
 
 def kernel_points(impl: Any) -> list[Point]:
-    """The kernels below an attention impl: its ctypes functions, else the Python that stands for
-    them (the plugin's torch operations), else vLLM's own operators."""
-    library = getattr(getattr(impl, "kernel", None), "library", None)
-    if library is not None:  # ctypes keeps every function that was called in its library's dict
-        names = [name for name in vars(library) if not name.startswith("_")]
-        return [Point(library, n, WRITE if "write" in n else ATTENTION) for n in names]
+    """The kernels below an attention impl: its layer's C functions, else the torch operations that
+    stand for them, else vLLM's own operators."""
+    layer = getattr(impl, "layer", None)
+    if layer is not None:
+        compiled = hasattr(layer, "run_attend")
+        attend, write = ("run_attend", "run_write") if compiled else ("attend", "write_cache")
+        return [Point(layer, attend, ATTENTION), Point(layer, write, WRITE)]
     module = sys.modules[type(impl).__module__]
     owner: ModuleType = getattr(module, "ops", module)
     labels = {
-        "paged_attention": ATTENTION,
-        "write_cache": WRITE,
         "cpu_attention_with_kv_cache": ATTENTION,
         "cpu_attn_reshape_and_cache": WRITE,
     }

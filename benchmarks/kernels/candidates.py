@@ -23,33 +23,41 @@ Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """`(key, value, kv_cache, slot_mapping)`, as `attn_kernels.paged.write_cache`."""
 
 
+class Layer(Protocol):
+    """What `attn_kernels.cpu.CPULayer` is."""
+
+    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Store keys and values."""
+
+    def attend(
+        self,
+        query: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Attention of a batch."""
+
+
 class Kernel(Protocol):
-    """What `attn_kernels.cpu.load` returns."""
+    """What `attn_kernels.cpu.CPUKernel` is."""
 
     isa: str
 
     def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
         """Why such a cache cannot be served; None if it can."""
 
-    def write_cache(
-        self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """As `attn_kernels.paged.write_cache`, in the kernel's own order inside a block."""
-
-    def paged_attention(
+    def layer(
         self,
-        query: Tensor,
         kv_cache: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
         *,
+        num_heads: int,
         scale: float,
         window: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
-        out: Tensor,
-    ) -> None:
-        """As `attn_kernels.paged.paged_attention`, with int32 tensors for the two sequences."""
+    ) -> Layer:
+        """The kernel bound to a cache."""
 
 
 class Pool:
@@ -121,30 +129,33 @@ class Ours:
             for name in variant.learned
         }
         self.out = torch.zeros_like(inputs.query)
-        self._kernel, self._inputs = kernel, inputs
+        self._inputs = inputs
         case = inputs.case
         if why := kernel.unsupported(case.head_dim, case.block_size, inputs.key.dtype):
             raise ValueError(f"no {why}")
-        key = variant.name if variant.stateful else "stateless"
-        if key not in pools:
+
+        def bind(kv: Tensor) -> Layer:
+            return kernel.layer(
+                kv, num_heads=case.num_heads, scale=inputs.scale, learned=self.learned
+            )
+
+        def write(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
+            bind(kv).write_cache(key, value, slots)
+
+        name = variant.name if variant.stateful else "stateless"
+        if name not in pools:
             state_bytes = STATE_BYTES if variant.stateful else 0
-            pools[key] = Pool(inputs, paging, kernel.write_cache, state_bytes=state_bytes)
-        self._pool = pools[key]
+            pools[name] = Pool(inputs, paging, write, state_bytes=state_bytes)
+        self._pool = pools[name]
+        self._layer = bind(self._pool.kv)
 
     def prepare(self) -> None:
         self._pool.next_copy()
 
     def run(self) -> None:
         inputs = self._inputs
-        self._kernel.paged_attention(
-            inputs.query,
-            self._pool.kv,
-            self._pool.table,
-            inputs.query_start_loc,
-            inputs.seq_lens,
-            scale=inputs.scale,
-            learned=self.learned,
-            out=self.out,
+        self._layer.attend(
+            inputs.query, self._pool.table, inputs.query_start_loc, inputs.seq_lens, self.out
         )
 
 

@@ -8,6 +8,7 @@ accumulator, of which KV head 0's is used. Scores and sums are float32 whatever 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -92,6 +93,42 @@ def paged_attention(
                 window,
                 learned,
             )
+
+
+class TorchLayer:
+    """The torch operations bound to one layer's cache: what `attn_kernels.cpu.CPULayer` is for the
+    kernels, with the same methods and arguments, and another order inside the cache's blocks."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        kv_cache: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.kv_cache = kv_cache
+        self._write = functools.partial(write_cache, variant)
+        self._attend = functools.partial(
+            paged_attention, variant, scale=scale, window=window, learned=learned
+        )
+
+    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """See `write_cache`."""
+        self._write(key, value, self.kv_cache, slot_mapping)
+
+    def attend(
+        self,
+        query: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `paged_attention`; `query_start_loc` and `seq_lens` are int32 tensors."""
+        starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+        self._attend(query, self.kv_cache, block_table, starts, lens, out=out)
 
 
 def _attend_tile(

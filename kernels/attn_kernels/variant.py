@@ -38,8 +38,8 @@ class Variant(ABC):
         paper: where the formula comes from.
         uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
         stateful: keeps a float32 accumulator for each cached token and overrides `select`.
-        cpu_header: the C++ form (`attn_kernels/cpu/variant.hpp` says what is in it), for variants of
-            other packages; None: `attn_kernels/cpu/variants/<name>.hpp`, if there is one.
+        cpu_header: the C++ form of a variant of another package (what is in it:
+            `attn_kernels/cpu/variant.hpp`); None: `attn_kernels/cpu/variants/<name>.hpp`, if any.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,8 @@
 """The attention backend of every variant: what vLLM asks of it, metadata, and the impl on CPU.
 
 One backend class a variant, made from the registry. The KV cache is vLLM's logical
-`[num_blocks, num_kv_heads, block_size, content]`, laid out as `attn_kernels.paged` says.
+`[num_blocks, num_kv_heads, block_size, content]`, laid out inside each block as
+`attn_kernels.cpu` (or, where it cannot be built, `attn_kernels.paged`) likes it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from attn_kernels import (
-    Variant,
-    get_variant,
-    variant_from_config,
-    variant_names,
-)
-from attn_kernels.paged import STATE_BYTES, paged_attention, write_cache
+from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
+from attn_kernels.paged import STATE_BYTES, TorchLayer
 from vllm_attn import names
 from vllm_attn.preflight import KV_CACHE_DTYPES
 from vllm_attn.report import StartupError
@@ -78,10 +74,10 @@ class VariantBackend(AttentionBackend):
 class VariantMetadata:
     """One step's batch. Request `r` owns queries `query_start_loc[r] : query_start_loc[r + 1]`."""
 
-    query_start_loc: list[int]
-    """`num_reqs + 1` offsets into the step's tokens."""
-    seq_lens: list[int]
-    """Tokens of each request in the cache, this step's included."""
+    query_start_loc: Tensor
+    """`[num_reqs + 1]` int32: offsets into the step's tokens."""
+    seq_lens: Tensor
+    """`[num_reqs]` int32: tokens of each request in the cache, this step's included."""
     block_table: Tensor
     """`[num_reqs, max_blocks]` int32: each request's cache blocks in order."""
 
@@ -107,9 +103,9 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[VariantMetadata]):
         if common_attn_metadata.causal is not True:
             raise NotImplementedError("attention variants are causal only")
         return VariantMetadata(
-            query_start_loc=common_attn_metadata.query_start_loc_cpu.tolist(),
-            seq_lens=common_attn_metadata.seq_lens.tolist(),
-            block_table=common_attn_metadata.block_table_tensor,
+            query_start_loc=common_attn_metadata.query_start_loc_cpu.int(),
+            seq_lens=common_attn_metadata.seq_lens.int(),
+            block_table=common_attn_metadata.block_table_tensor.int(),
         )
 
 
@@ -152,6 +148,9 @@ class VariantImpl(AttentionImpl[VariantMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.learned: dict[str, Tensor] = {}
         """The variant's per-head tensors, `[num_heads]` each; the model class fills it."""
+        self.layer: cpu.CPULayer | TorchLayer | None = None
+        """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
+        cpu.load(self.variant)  # builds the kernels now rather than in the first request
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         for name in self.variant.learned:
@@ -162,11 +161,24 @@ class VariantImpl(AttentionImpl[VariantMetadata]):
                     '\'{"attention_variant": {"name": "%s", ...}}\'' % self.variant.name
                 )
 
+    def bound(self, kv_cache: Tensor) -> cpu.CPULayer | TorchLayer:
+        """`layer`, bound to this cache."""
+        if self.layer is None or self.layer.kv_cache is not kv_cache:
+            self.layer = cpu.bind(
+                self.variant,
+                kv_cache,
+                num_heads=self.num_heads,
+                scale=self.scale,
+                window=self.sliding_window,
+                learned=self.learned,
+            )
+        return self.layer
+
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Store this step's keys and values, `[num_tokens, num_kv_heads, head_size]` each."""
-        write_cache(self.variant, key, value, kv_cache, slot_mapping)
+        self.bound(kv_cache).write_cache(key, value, slot_mapping)
 
     def forward(
         self,
@@ -193,17 +205,12 @@ class VariantImpl(AttentionImpl[VariantMetadata]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:
             return output.zero_()
-        paged_attention(
-            self.variant,
+        self.bound(kv_cache).attend(
             query,
-            kv_cache,
             attn_metadata.block_table,
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
-            scale=self.scale,
-            window=self.sliding_window,
-            learned=self.learned,
-            out=output,
+            output,
         )
         return output
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attn_kernels import Variant, paged
+from attn_kernels import Variant
+from attn_kernels.paged import TorchLayer
 
 
 class TorchKernel:
@@ -23,38 +24,44 @@ class TorchKernel:
     def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
         return None
 
-    def write_cache(
-        self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        paged.write_cache(self.variant, key, value, kv_cache, slot_mapping)
-
-    def paged_attention(
+    def layer(
         self,
-        query: Tensor,
         kv_cache: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
         *,
+        num_heads: int,
         scale: float,
         window: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
+    ) -> SpoiledLayer:
+        return SpoiledLayer(self, kv_cache, scale=scale, window=window, learned=learned)
+
+
+class SpoiledLayer(TorchLayer):
+    """The torch path, spoiled by its kernel."""
+
+    def __init__(
+        self,
+        kernel: TorchKernel,
+        kv_cache: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        learned: Mapping[str, Tensor] | None,
+    ) -> None:
+        super().__init__(kernel.variant, kv_cache, scale=scale, window=window, learned=learned)
+        self.kernel = kernel
+
+    def attend(
+        self,
+        query: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
         out: Tensor,
     ) -> None:
-        before = kv_cache.clone()
-        paged.paged_attention(
-            self.variant,
-            query,
-            kv_cache,
-            block_table,
-            query_start_loc.tolist(),
-            seq_lens.tolist(),
-            scale=scale,
-            window=window,
-            learned=learned,
-            out=out,
-        )
-        self.spoil(out, kv_cache, before)
+        before = self.kv_cache.clone()
+        super().attend(query, block_table, query_start_loc, seq_lens, out)
+        self.kernel.spoil(out, self.kv_cache, before)
 
 
 class NotQuite(TorchKernel):

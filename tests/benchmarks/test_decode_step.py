@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -12,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from attn_kernels import cpu, get_variant
 from benchmarks import decode_step as bench
 from tests.tiny import tiny_checkpoint
 
@@ -61,15 +62,15 @@ def test_wrappers_leave_no_trace() -> None:
     assert watch.calls == {"b": 1}
 
 
-def test_finds_the_ctypes_calls_of_a_kernel() -> None:
-    library = ctypes.CDLL(None)
-    assert library.abs(-2) == 2
-    impl = SimpleNamespace(kernel=SimpleNamespace(library=library))
-    (point,) = bench.kernel_points(impl)
+def test_finds_the_c_functions_of_a_layer() -> None:
+    kernel = cpu.load(get_variant("softmax"))
+    assert kernel is not None
+    layer = kernel.layer(torch.zeros(1, 1, 16, 64), num_heads=1, scale=1.0)
     watch = bench.Stopwatch()
-    with watch.installed([point]):
-        assert library.abs(-3) == 3
-    assert (point.name, watch.calls) == ("abs", {bench.ATTENTION: 1})
+    with watch.installed(bench.kernel_points(SimpleNamespace(layer=layer))):
+        layer.write_cache(torch.ones(1, 1, 32), torch.ones(1, 1, 32), torch.tensor([3]))
+    assert watch.calls == {bench.WRITE: 1}
+    assert layer.kv_cache.sum() == 64
 
 
 OPERATORS = {"_C::onednn_mm": 5e-3, "aten::bmm": 9e-3, "## Call CompiledFxGraph None ##": 1e-3}

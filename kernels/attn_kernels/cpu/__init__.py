@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from pathlib import Path
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from attn_kernels.cpu.build import HERE, BuildError, build_library, usable_isas
 from attn_kernels.cpu.kernel import CPUKernel, CPULayer
+from attn_kernels.paged import TorchLayer
 from attn_kernels.variant import Variant
 
-__all__ = ["BuildError", "CPUKernel", "CPULayer", "load", "usable_isas"]
+__all__ = ["BuildError", "CPUKernel", "CPULayer", "bind", "load", "usable_isas"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +51,42 @@ def _load(variant: Variant, isa: str) -> CPUKernel | None:
             raise BuildError(f"it has no C++ form ({header})")
         return CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa)
     except BuildError as error:
-        logger.warning(
-            "%s attention runs in torch operations, which are many times slower than its CPU "
-            "kernels: %s",
-            variant.name,
-            error,
-        )
+        _warn(variant.name, str(error))
         return None
+
+
+@functools.cache
+def _warn(name: str, why: str) -> None:
+    """Once for each reason: there are many layers."""
+    logger.warning(
+        "attnserve: %s attention runs in torch operations, many times slower than CPU kernels: %s",
+        name,
+        why,
+    )
+
+
+def bind(
+    variant: Variant,
+    kv_cache: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+    window: int | None = None,
+    learned: Mapping[str, Tensor] | None = None,
+) -> CPULayer | TorchLayer:
+    """The fastest that this machine has for one layer: the kernels, or the torch operations.
+
+    The cache must be written and read by the same one; arguments as in `CPULayer`.
+    """
+    kernel = load(variant)
+    block_size, content = kv_cache.shape[2:]
+    if kernel is not None:
+        why = kernel.unsupported(
+            kernel.head_size(content, kv_cache.dtype), block_size, kv_cache.dtype
+        )
+        if why is None:
+            return kernel.layer(
+                kv_cache, num_heads=num_heads, scale=scale, window=window, learned=learned
+            )
+        _warn(variant.name, f"they do not support {why}")
+    return TorchLayer(variant, kv_cache, scale=scale, window=window, learned=learned)

@@ -1,9 +1,9 @@
 """Compiles a variant's kernels on first use and keeps them in a cache.
 
-One library a variant and instruction set, from `kernel.cpp` and `variants/<name>.hpp`. The flags name
-the instruction set instead of saying "native", so that a library runs wherever its instructions do,
-and only instruction sets of the running processor are ever chosen. Its file name holds a hash of the
-sources, the flags and the compiler.
+One library a variant and instruction set, from `kernel.cpp` and `variants/<name>.hpp`. The flags
+name the instruction set instead of saying "native", so that a library runs wherever its
+instructions do, and only instruction sets of the running processor are ever chosen. Its file name
+holds a hash of the sources, the flags and the compiler.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ FLAGS = (
     "-fno-trapping-math",
 )
 
+AVX2 = ("avx2", "fma", "f16c")
+
 ISAS = {
-    "avx512": (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
-        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
-    ),
-    "avx2": ("-mavx2 -mfma -mf16c".split(), {"avx2", "fma", "f16c"}),
-    "portable": ([], set()),
+    "avx512": (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx2": AVX2,
+    "portable": (),
 }
-"""Instruction sets, best first: compiler flags, and the processor's features they need."""
+"""Instruction sets, best first: the processor's features that they need, by the names that Linux
+and, behind -m, the compilers give them."""
 
 
 class BuildError(RuntimeError):
@@ -63,8 +63,8 @@ def usable_isas() -> tuple[str, ...]:
     x86 = platform.machine() in ("x86_64", "AMD64")
     return tuple(
         isa
-        for isa, (flags, features) in ISAS.items()
-        if (x86 or not flags) and features <= processor_features()
+        for isa, features in ISAS.items()
+        if (x86 or not features) and processor_features().issuperset(features)
     )
 
 
@@ -97,7 +97,7 @@ def build_library(header: Path, struct: str, isa: str) -> Path:
         BuildError: no compiler, it failed, or the cache cannot be written.
     """
     compiler, version = _compiler()
-    flags = [*FLAGS, *ISAS[isa][0], f"-DVARIANT={struct}"]
+    flags = [*FLAGS, *(f"-m{feature}" for feature in ISAS[isa]), f"-DVARIANT={struct}"]
     sources = sorted({*HERE.glob("*.[hc]pp"), *(HERE / "variants").glob("*.hpp"), header})
     key = hashlib.sha256("\0".join([compiler, version, platform.machine(), *flags]).encode())
     for source in sources:

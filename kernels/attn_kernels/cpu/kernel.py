@@ -79,8 +79,10 @@ def _as_float(value: float | bool | None) -> float:
 
 
 class CPUKernel:
-    """Paged attention of one variant. The cache is that of `attn_kernels.paged`, but the interior of
-    each block of each KV head is in packed order (cache.hpp): fill it with `write_cache` only.
+    """Paged attention of one variant.
+
+    The cache is that of `attn_kernels.paged`, but the interior of each block of each KV head is in
+    packed order (cache.hpp): fill it with `CPULayer.write_cache` only.
 
     Threads: as many as torch uses. Scores and sums are float32.
     """
@@ -95,6 +97,11 @@ class CPUKernel:
         fields = [_as_float(getattr(variant, f.name)) for f in dataclasses.fields(variant)]
         self.values = (c_float * max(1, len(fields)))(*fields)
 
+    def head_size(self, content: int, dtype: torch.dtype) -> int:
+        """Of a cache whose slots have `content` elements."""
+        state = STATE_BYTES // dtype.itemsize if self.variant.stateful else 0
+        return (content - state) // 2
+
     def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
         """What keeps these kernels from serving a cache of this shape; None if nothing does."""
         if head_size not in HEAD_SIZES:
@@ -103,34 +110,24 @@ class CPUKernel:
             return f"block size {block_size} (they take multiples of 16)"
         return None if dtype in FORMATS else f"a KV cache of {dtype}"
 
-    def write_cache(
-        self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """`CPULayer.write_cache`, for a single call."""
-        CPULayer(self, kv_cache, num_heads=0, scale=1.0).write_cache(key, value, slot_mapping)
-
-    def paged_attention(
+    def layer(
         self,
-        query: Tensor,
         kv_cache: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
         *,
+        num_heads: int,
         scale: float,
         window: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
-        out: Tensor,
-    ) -> None:
-        """`CPULayer.attend`, for a single call."""
-        layer = CPULayer(
-            self, kv_cache, num_heads=query.shape[1], scale=scale, window=window, learned=learned
+    ) -> CPULayer:
+        """The kernels bound to one layer's cache; see `CPULayer`."""
+        return CPULayer(
+            self, kv_cache, num_heads=num_heads, scale=scale, window=window, learned=learned
         )
-        layer.attend(query, block_table, query_start_loc, seq_lens, out)
 
 
 class CPULayer:
-    """The kernels bound to one layer's cache, so that a call only fills in what changes.
+    """The kernels bound to one layer's cache, so that a call only fills in what changes. Not for
+    concurrent calls.
 
     Args:
         kernel: the variant's kernels.
@@ -155,9 +152,8 @@ class CPULayer:
         num_kv_heads, block_size, content = kv_cache.shape[1:]
         if kv_cache.stride()[2:] != (content, 1):
             raise ValueError("the interior of the cache's blocks must be contiguous")
-        state = STATE_BYTES // kv_cache.element_size() if kernel.variant.stateful else 0
         self.kv_cache = kv_cache
-        self.head_size = (content - state) // 2
+        self.head_size = kernel.head_size(content, kv_cache.dtype)
         if reason := kernel.unsupported(self.head_size, block_size, kv_cache.dtype):
             raise ValueError(f"the CPU kernels do not support {reason}")
         shape = _CacheShape(
@@ -181,12 +177,14 @@ class CPULayer:
             self._learned = [learned[n].float().contiguous() for n in kernel.variant.learned]
             pointers = [t.data_ptr() for t in self._learned]
             self._call.learned = (c_void_p * max(1, len(pointers)))(*pointers)
-        self._attend = functools.partial(kernel.library.attnserve_attend, byref(self._call))
-        self._store = functools.partial(kernel.library.attnserve_write, byref(self._write))
+        self.run_attend = functools.partial(kernel.library.attnserve_attend, byref(self._call))
+        """The C function, on what `attend` filled in."""
+        self.run_write = functools.partial(kernel.library.attnserve_write, byref(self._write))
+        """The C function, on what `write_cache` filled in."""
 
     def _rows(self, x: Tensor) -> tuple[Tensor, int]:
-        """`x` `[tokens, heads, head_size]` with its heads side by side in memory, copied if need be,
-        and the distance of its tokens."""
+        """`x` `[tokens, heads, head_size]` with its heads side by side in memory, copied if need
+        be, and the distance of its tokens."""
         token, head, dim = x.stride()
         if dim != 1 or head != self.head_size:
             x = x.contiguous()
@@ -202,6 +200,8 @@ class CPULayer:
         """
         if key.dtype != self.kv_cache.dtype:
             key, value = key.to(self.kv_cache.dtype), value.to(self.kv_cache.dtype)
+        if slot_mapping.dtype != torch.int64:
+            slot_mapping = slot_mapping.long()
         call = self._write
         key, call.key_stride = self._rows(key)
         value, call.value_stride = self._rows(value)
@@ -210,7 +210,7 @@ class CPULayer:
         call.slot_mapping = slot_mapping.data_ptr()
         call.num_tokens = slot_mapping.shape[0]
         call.threads = torch.get_num_threads()
-        self._store()
+        self.run_write()
 
     def attend(
         self,
@@ -245,5 +245,5 @@ class CPULayer:
         call.seq_lens = seq_lens.data_ptr()
         call.num_reqs = seq_lens.shape[0]
         call.threads = torch.get_num_threads()
-        if self._attend():
+        if self.run_attend():
             raise MemoryError("no memory for the attention kernel's scratch space")

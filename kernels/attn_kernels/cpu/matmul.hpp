@@ -45,7 +45,7 @@ inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, pt
           for (int j = 0; j < N; j++)
             sum[(pair + i) % CHAINS][r][j] += a[r * LDA + k + pair + i] * b[j][i];
     }
-  for (; k < depth; k++)
+  for (int rest = 1; rest < STEP && k < depth; rest++, k++)
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) {
       Vec b[PAIR];
