@@ -1,0 +1,80 @@
+"""docs/VARIANT.md's example as it is printed there: a variant of another package, whose Python file
+and C++ header lie in a folder of their own."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_kernels import Variant, cpu, get_variant, reference, variant_names
+from attn_kernels import variant as registry
+from tests.attn_kernels import cases, test_paged, textbook
+
+DOCS = (Path(__file__).parents[2] / "docs/VARIANT.md").read_text()
+
+
+def example(language: str, what: str) -> str:
+    """The one code block of docs/VARIANT.md in this language that has this text in it."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", DOCS, re.M | re.S)
+    (block,) = (block for block in blocks if what in block)
+    return str(block)
+
+
+@pytest.fixture
+def sigmoid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant]:
+    """The example, registered for one test."""
+    variant_names()  # loads what there is, so that only the example is forgotten afterwards
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "sigmoid.py").write_text(example("python", "class Sigmoid"))
+    (tmp_path / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
+    importlib.import_module("sigmoid")
+    yield get_variant("sigmoid")
+    del sys.modules["sigmoid"]
+
+
+@pytest.mark.parametrize("shape", [cases.SHAPES[3], cases.SHAPES[7], cases.SHAPES[11]], ids=str)
+def test_law_equals_textbook(
+    sigmoid: Variant, shape: cases.Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textbook, "TEXTBOOK", dict(textbook.TEXTBOOK))
+    exec(example("python", "TEXTBOOK["), dict(vars(textbook)))
+    inputs = cases.make_inputs(sigmoid, shape, seed=1)
+    rows = range(shape.start, shape.stop)
+    _, want = cases.in_textbook(sigmoid, *inputs.qkv, rows=rows, window=shape.window)
+    q, k, v = inputs.qkv
+    got, _ = reference.attention(
+        sigmoid, q[:, rows.start : rows.stop], k, v, query_start=rows.start, window=shape.window
+    )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.xfail(strict=True, reason="the compiler is not told where variant.hpp is")
+@pytest.mark.usefixtures("sigmoid")
+@pytest.mark.parametrize("path", cpu.usable_isas())
+def test_kernels_equal_law(path: str) -> None:
+    for shape in test_paged.SHAPES:
+        for window in (None, 19):
+            for dtype in (torch.float32, torch.bfloat16):
+                error = test_paged.error_against_law(path, "sigmoid", shape, window, dtype, 1)
+                assert error <= test_paged.TOLERANCE, (shape, window, dtype)
+    split = test_paged.Shape(4, 2, 32, 16, 1800, 1797)
+    error = test_paged.error_against_law(path, "sigmoid", split, None, torch.float32, threads=2)
+    assert error <= test_paged.TOLERANCE
+
+
+@pytest.mark.xfail(strict=True, reason="the compiler is not told where variant.hpp is")
+def test_serving_binds_the_kernels(sigmoid: Variant, caplog: pytest.LogCaptureFixture) -> None:
+    layer = cpu.bind(sigmoid, torch.zeros(2, 1, 16, 64), num_heads=2, scale=0.2)
+    assert isinstance(layer, cpu.CPULayer)
+    assert not caplog.records
+
+
+def test_example_is_gone() -> None:
+    assert "sigmoid" not in variant_names()
