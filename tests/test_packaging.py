@@ -56,3 +56,7 @@ def test_wheel_holds_the_packages_and_does_not_ask_for_vllm(tmp_path: Path) -> N
     found = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert found == {Path(package).name for package in listed}
     assert not [line for line in asked if line.startswith("vllm") and "extra ==" not in line]
+    # The kernels are compiled where they are installed.
+    package = ROOT / "kernels/attn_kernels"
+    sources = {p.relative_to(package.parent).as_posix() for p in package.rglob("*.[hc]pp")}
+    assert "attn_kernels/cpu/kernel.cpp" in sources and sources <= set(names)
