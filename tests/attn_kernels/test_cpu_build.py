@@ -256,7 +256,6 @@ def test_named_compiler_does_not_exist(
     assert "no C++ compiler (/nonexistent/g++): install g++" in only_warning(caplog)
 
 
-@pytest.mark.xfail(strict=True, reason="attn_kernels.cpu lets the error through")
 def test_compiler_cannot_be_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     place.compiler.write_text("not a program of this machine")
     check_bound(TorchLayer)
@@ -302,7 +301,6 @@ def test_cache_cannot_be_used(
     assert message.endswith("set ATTNSERVE_CACHE to a folder that can be written")
 
 
-@pytest.mark.xfail(strict=True, reason="attn_kernels.cpu lets the error through")
 def test_no_home(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container may run as a user that nobody has heard of."""
     for variable in ("ATTNSERVE_CACHE", "XDG_CACHE_HOME", "HOME"):
@@ -312,7 +310,6 @@ def test_no_home(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPat
     assert "ATTNSERVE_CACHE" in only_warning(caplog)
 
 
-@pytest.mark.xfail(strict=True, reason="attn_kernels.cpu lets the error through")
 @pytest.mark.parametrize("content", [b"", b"no library" * 1000], ids=["empty", "garbage"])
 def test_damaged_library(content: bytes, place: Place, caplog: pytest.LogCaptureFixture) -> None:
     library = build.build_library(HEADER, "Softpick", "portable")

@@ -55,7 +55,6 @@ def test_law_equals_textbook(
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="the compiler is not told where variant.hpp is")
 @pytest.mark.usefixtures("sigmoid")
 @pytest.mark.parametrize("path", cpu.usable_isas())
 def test_kernels_equal_law(path: str) -> None:
@@ -69,7 +68,6 @@ def test_kernels_equal_law(path: str) -> None:
     assert error <= test_paged.TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, reason="the compiler is not told where variant.hpp is")
 def test_serving_binds_the_kernels(sigmoid: Variant, caplog: pytest.LogCaptureFixture) -> None:
     layer = cpu.bind(sigmoid, torch.zeros(2, 1, 16, 64), num_heads=2, scale=0.2)
     assert isinstance(layer, cpu.CPULayer)

@@ -37,22 +37,24 @@ def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
     Raises:
         ValueError: this processor lacks the instruction set.
     """
-    isa = isa or os.environ.get("ATTNSERVE_CPU_ISA") or usable_isas()[0]
-    if isa not in usable_isas():
-        raise ValueError(f"this processor has no {isa}: use one of {', '.join(usable_isas())}")
-    return _load(variant, isa)
+    chosen = isa or os.environ.get("ATTNSERVE_CPU_ISA")
+    if chosen and chosen not in usable_isas():
+        raise ValueError(f"this processor has no {chosen}: use one of {', '.join(usable_isas())}")
+    return _load(variant, (chosen,) if chosen else usable_isas())
 
 
 @functools.cache
-def _load(variant: Variant, isa: str) -> CPUKernel | None:
+def _load(variant: Variant, isas: tuple[str, ...]) -> CPUKernel | None:
+    """The first of `isas` that the compiler knows."""
     header = variant.cpu_header or HERE / "variants" / f"{variant.name}.hpp"
-    try:
-        if not header.exists():
-            raise BuildError(f"it has no C++ form ({header})")
-        return CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa)
-    except BuildError as error:
-        _warn(variant.name, str(error))
-        return None
+    why = f"it has no C++ form ({header})"
+    for isa in isas if header.exists() else ():
+        try:
+            return CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa)
+        except BuildError as error:
+            why = str(error)
+    _warn(variant.name, why)
+    return None
 
 
 @functools.cache

@@ -3,18 +3,22 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <optional>
+#include <type_traits>
 
+#include "amx.hpp"
 #include "cache.hpp"
 #include "matmul.hpp"
 #include "variant.hpp"
 
-// Keys whose scores are in flight at once: with twelve rows they stay in the first-level cache.
-constexpr int SPAN = 128;
 constexpr int MAX_HEAD_SIZE = 256;
-// Row strides of the scratch matrices. A panel more than the content, so that rows do not share
-// cache sets.
+// Row stride of the scratch matrices of queries and outputs. A panel more than the content, so that
+// rows do not share cache sets.
 constexpr int WIDE = MAX_HEAD_SIZE + PANEL;
-constexpr int SCORES = SPAN + PANEL;
+
+// Rows that are scored and weighed together.
+constexpr int MAX_BLOCK = 16;
+static_assert(ROWS <= MAX_BLOCK && TILE_ROWS <= MAX_BLOCK);
 
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -82,6 +86,13 @@ class Attention {
  public:
   using Row = typename V::Row;
 
+  // Keys whose scores are in flight at once: those of a block of rows stay in the first-level cache.
+  // Tiles multiply so fast that the rest of a span's work counts.
+  static constexpr bool TILES = HAS_AMX && std::is_same_v<T, BFloat16>;
+  static constexpr int SPAN = TILES ? 256 : 128;
+  static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
+  static constexpr int NARROW = SPAN + 2 * PANEL;  // row stride of bfloat16 weights
+
   static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
   const Call& call;
@@ -106,7 +117,8 @@ class Attention {
     return call.window ? std::max(0, position - call.window + 1) : 0;
   }
 
-  static int padded(int rows) { return rows <= ROWS ? kernel_rows(rows) : round_up(rows, ROWS); }
+  // Rows of scratch memory; a block's kernel may have a few more rows than the block.
+  static int padded(int rows) { return round_up(rows, MAX_BLOCK); }
   static int num_spans(int begin, int end) { return (end - 1) / SPAN - begin / SPAN + 1; }
   static size_t scores_size(int rows, int begin, int end) {
     return (size_t)padded(rows) * SCORES * (V::two_pass ? num_spans(begin, end) : 1);
@@ -115,20 +127,36 @@ class Attention {
   // Everything a tile needs, in this thread's arena.
   struct Tile {
     int request, first_position, num_queries, rows, key_begin, key_end, kv_head;
+    int block;  // rows of a block
+    bool amx;
     float *q, *o, *scores, *per_norm, *penalty;
+    float* factor;                       // amx: of each row's scores
+    BFloat16 *narrow_q, *narrow_weights; // amx: [rows, WIDE] and [block, NARROW]
+    BFloat16* last_values;               // amx: the last values of a context, zeros behind them
     Float32 *wide_keys, *wide_values;
     Row* row;
   };
 
+  // Tiles need bfloat16 on both sides, whole tiles of dims, and those of tokens within a block.
+  bool uses_amx() const {
+    return TILES && call.query_format == BFLOAT16 &&
+           head_size % TILE_DEPTH == 0 && cache.block_size % TILE_DEPTH == 0 && amx_permitted();
+  }
+
   Tile make_tile(const Task& task, Arena& arena) const {
-    const int rows = task.num_queries * group_size, pad = std::max(padded(rows), ROWS);
+    const int rows = task.num_queries * group_size, pad = padded(rows);
     const int keys = round_up(task.key_end - task.key_begin, SPAN) + SPAN;
     const size_t matrix = (size_t)pad * WIDE, span = (size_t)SPAN * head_size;
-    const size_t scores = scores_size(rows, task.key_begin, task.key_end) + ROWS * SCORES;
+    const size_t scores = scores_size(rows, task.key_begin, task.key_end) + MAX_BLOCK * SCORES;
+    const bool amx = uses_amx();
+    const size_t narrow_q = amx ? matrix : 0, narrow_weights = amx ? MAX_BLOCK * NARROW : 0;
+    const size_t last_values = amx ? 2 * TILE_DEPTH * PANEL : 0;
     const size_t penalties = V::stateful ? (size_t)task.num_queries * keys : 0;
     arena.reserve(2 * Arena::bytes<float>(matrix) + Arena::bytes<float>(scores) +
                   2 * Arena::bytes<float>(span) + Arena::bytes<float>(SPAN) +
-                  Arena::bytes<float>(penalties) + Arena::bytes<Row>(pad));
+                  Arena::bytes<float>(penalties) + Arena::bytes<Row>(pad) +
+                  Arena::bytes<float>(pad) + Arena::bytes<BFloat16>(narrow_q) +
+                  Arena::bytes<BFloat16>(narrow_weights) + Arena::bytes<BFloat16>(last_values));
     Tile t;
     t.request = task.request;
     t.first_position = first_position(task.request) + task.first_query;
@@ -145,13 +173,24 @@ class Attention {
     t.per_norm = arena.take<float>(SPAN);
     t.penalty = arena.take<float>(penalties);
     t.row = arena.take<Row>(pad);
+    t.factor = arena.take<float>(pad);
+    t.narrow_q = arena.take<BFloat16>(narrow_q);
+    t.narrow_weights = arena.take<BFloat16>(narrow_weights);
+    t.last_values = arena.take<BFloat16>(last_values);
+    t.amx = amx;
+    t.block = amx ? TILE_ROWS : ROWS;
     return t;
   }
 
-  // One head's query at a position, widened and scaled.
-  void prepare(int request, int position, int head, float* q) const {
+  // Where in `query` a head's query at a position begins.
+  int64_t query_offset(int request, int position, int head) const {
     const int64_t token = call.query_start_loc[request] + position - first_position(request);
-    const int64_t offset = token * call.query_stride + (int64_t)head * head_size;
+    return token * call.query_stride + (int64_t)head * head_size;
+  }
+
+  // One head's query at a position, widened; returns what it is to be multiplied with.
+  float prepare(int request, int position, int head, float* q) const {
+    const int64_t offset = query_offset(request, position, head);
     switch (call.query_format) {
       case FLOAT32: std::memcpy(q, (const Float32*)call.query + offset, head_size * 4); break;
       case BFLOAT16: widen((const BFloat16*)call.query + offset, q); break;
@@ -160,8 +199,10 @@ class Attention {
     Vec squares = {};
     for (int d = 0; d < head_size; d += WIDTH) squares += load(q + d) * load(q + d);
     const float n = position + 1 - first_visible(position);
-    const float factor = variant.query_factor(head, n, std::sqrt(horizontal_sum(squares)));
-    for (int d = 0; d < head_size; d += WIDTH) store(q + d, load(q + d) * factor);
+    return variant.query_factor(head, n, std::sqrt(horizontal_sum(squares)));
+  }
+  void scale(float* x, int count, float factor) const {
+    for (int i = 0; i < count; i += WIDTH) store(x + i, load(x + i) * factor);
   }
 
   template <class U>
@@ -171,10 +212,21 @@ class Attention {
 
   void start(Tile& t) const {
     const int pad = padded(t.rows);
-    for (int r = 0; r < t.rows; r++)
-      prepare(t.request, t.first_position + r / group_size,
-              t.kv_head * group_size + r % group_size, t.q + (ptrdiff_t)r * WIDE);
-    for (int r = t.rows; r < pad; r++) std::fill_n(t.q + (ptrdiff_t)r * WIDE, head_size, 0.f);
+    for (int r = 0; r < t.rows; r++) {
+      const int position = t.first_position + r / group_size;
+      const int head = t.kv_head * group_size + r % group_size;
+      float* q = t.q + (ptrdiff_t)r * WIDE;
+      t.factor[r] = prepare(t.request, position, head, q);
+      if (t.amx)  // as it is: its scores are scaled instead
+        std::copy_n((const BFloat16*)call.query + query_offset(t.request, position, head),
+                    head_size, t.narrow_q + (ptrdiff_t)r * WIDE);
+      else
+        scale(q, head_size, t.factor[r]);
+    }
+    for (int r = t.rows; r < pad; r++) {
+      std::fill_n(t.q + (ptrdiff_t)r * WIDE, head_size, 0.f);
+      if (t.amx) std::fill_n(t.narrow_q + (ptrdiff_t)r * WIDE, head_size, BFloat16{0});
+    }
     for (int r = 0; r < pad; r++) {
       new (t.row + r) Row();
       std::fill_n(t.o + (ptrdiff_t)r * WIDE, head_size, 0.f);
@@ -220,7 +272,7 @@ class Attention {
 
   // With many rows, widening 16-bit panels (and joining small blocks) once pays.
   bool gathers(const Tile& t) const {
-    return t.rows > ROWS && (sizeof(T) < 4 || cache.block_size % SPAN);
+    return !t.amx && t.rows > ROWS && (sizeof(T) < 4 || cache.block_size % SPAN);
   }
   // `count` elements of whole rows, of pairs of rows as far as there are.
   static void widen_panels(const T* from, int count, Float32* to) {
@@ -268,14 +320,17 @@ class Attention {
     }
   }
 
-  // Sixteen dims are summed up at a time: one running sum over all would carry the rounding of the
+  // DIMS dims are summed up at a time: one running sum over all would carry the rounding of the
   // whole score at every step, and the score is an exponent.
+  static constexpr int DIMS = 32;
   template <int NP, class U>
   void dot(int rows, const float* q, const U* panels, float* s) const {
     const ptrdiff_t stride = (ptrdiff_t)head_size * PANEL;
-    multiply_rows<NP, WIDE, SCORES, false>(rows, q, panels, stride, PANEL, s, nullptr);
-    for (int d = PANEL; d < head_size; d += PANEL)
-      multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + d * PANEL, stride, PANEL, s, ones);
+    multiply_rows<NP, WIDE, SCORES, false>(rows, q, panels, stride, std::min(DIMS, head_size), s,
+                                           nullptr);
+    for (int d = DIMS; d < head_size; d += DIMS)
+      multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + d * PANEL, stride,
+                                            std::min(DIMS, head_size - d), s, ones);
   }
 
   // Scores of `rows` rows in the span's columns [from, to), both multiples of 16.
@@ -340,6 +395,65 @@ class Attention {
     return c;
   }
 
+  // `score` and `add_values` on tiles.
+  void score_tiles(const Tile& t, const Span<BFloat16>& span, int first, int count,
+                   const Columns& c, float* s) const {
+    const BFloat16* q = t.narrow_q + (ptrdiff_t)first * WIDE;
+    for (int i = 0; i < span.count; i++) {
+      const Segment<BFloat16>& g = span.segments[i];
+      const int last = std::min(c.panel_to, g.column + round_up(g.length, PANEL));
+      for (int j = std::max(c.panel_from, g.column); j < last; j += 2 * PANEL) {
+        const BFloat16* k = g.keys + (ptrdiff_t)(j - g.column) * head_size;
+        if (last - j > PANEL)
+          amx_multiply<2, false>(q, WIDE, k, (ptrdiff_t)head_size * PANEL, head_size, s + j, SCORES);
+        else
+          amx_multiply<1, false>(q, WIDE, k, 0, head_size, s + j, SCORES);
+      }
+    }
+    for (int r = 0; r < count; r++)
+      scale(s + r * SCORES + c.panel_from, c.panel_to - c.panel_from, t.factor[first + r]);
+  }
+
+  void add_values_tiles(const Tile& t, const Span<BFloat16>& span, int count, const Columns& c,
+                        const float* s, float* o, const float* rescale) const {
+    // Weights of whole tiles: those of keys that no row sees are 0.
+    const int from = c.panel_from / TILE_DEPTH * TILE_DEPTH, to = round_up(c.panel_to, TILE_DEPTH);
+    for (int r = 0; r < count; r++) {
+      BFloat16* weights = t.narrow_weights + r * NARROW;
+      std::fill(weights + from, weights + c.panel_from, BFloat16{0});
+      for (int j = c.panel_from; j < c.panel_to; j += PANEL) round_panel(s + r * SCORES + j, weights + j);
+      std::fill(weights + c.panel_to, weights + to, BFloat16{0});
+      if (rescale[r] != 1.f) scale(o + (ptrdiff_t)r * WIDE, head_size, rescale[r]);
+    }
+    for (int i = 0; i < span.count; i++) {
+      const Segment<BFloat16>& g = span.segments[i];
+      const int first = std::max(from, g.column), end = std::min(to, g.column + g.length);
+      if (first >= end) continue;
+      const int whole = (end - first) / TILE_DEPTH * TILE_DEPTH;
+      for (int d = 0; d < head_size; d += 2 * PANEL) {
+        const BFloat16* v =
+            g.values + d / PANEL * g.value_panel + (ptrdiff_t)(first - g.column) * PANEL;
+        const BFloat16* weights = t.narrow_weights + first;
+        if (whole) amx_multiply<2, true>(weights, NARROW, v, g.value_panel, whole, o + d, WIDE);
+        if (whole == end - first) continue;
+        // What is behind the context's end was never written, and may be NaN.
+        for (int panel = 0; panel < 2; panel++)
+          copy_rows(v + panel * g.value_panel + whole * PANEL, end - first - whole,
+                    t.last_values + panel * TILE_DEPTH * PANEL);
+        amx_multiply<2, true>(weights + whole, NARROW, t.last_values, TILE_DEPTH * PANEL,
+                              TILE_DEPTH, o + d, WIDE);
+      }
+    }
+  }
+
+  // `count` rows of a woven panel, zeros behind them up to a whole tile.
+  static void copy_rows(const BFloat16* from, int count, BFloat16* to) {
+    std::copy_n(from, count / 2 * 2 * PANEL, to);
+    std::fill(to + count / 2 * 2 * PANEL, to + TILE_DEPTH * PANEL, BFloat16{0});
+    if (count % 2)
+      for (int j = 0; j < PANEL; j++) to[(count - 1) * PANEL + 2 * j] = from[(count - 1) * PANEL + 2 * j];
+  }
+
   void mask(const Tile& t, int begin, int first, int count, const Columns& c, float* s) const {
     for (int r = 0; r < count; r++, s += SCORES) {
       const int position = t.first_position + (first + r) / group_size;
@@ -353,7 +467,14 @@ class Attention {
   template <class U>
   void score_block(Tile& t, const Task& task, const Span<U>& span, int first, int count,
                    const Columns& c, float* s) const {
-    score(span, count, t.q + (ptrdiff_t)first * WIDE, s, c.panel_from, c.panel_to);
+    if constexpr (std::is_same_v<U, BFloat16>) {
+      if (t.amx)
+        score_tiles(t, span, first, count, c, s);
+      else
+        score(span, count, t.q + (ptrdiff_t)first * WIDE, s, c.panel_from, c.panel_to);
+    } else {
+      score(span, count, t.q + (ptrdiff_t)first * WIDE, s, c.panel_from, c.panel_to);
+    }
     if constexpr (V::unit_keys)
       for (int r = 0; r < count; r++)
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
@@ -374,11 +495,15 @@ class Attention {
   template <class U>
   void weigh_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
                    float* s) const {
-    float rescale[ROWS] = {};
+    float rescale[MAX_BLOCK] = {};
     for (int r = 0; r < count; r++)
       rescale[r] = variant.update(t.row[first + r], s + r * SCORES + c.panel_from,
                                   c.panel_to - c.panel_from);
-    add_values(span, count, s, c.from, c.to, t.o + (ptrdiff_t)first * WIDE, rescale);
+    float* o = t.o + (ptrdiff_t)first * WIDE;
+    if constexpr (std::is_same_v<U, BFloat16>) {
+      if (t.amx) return add_values_tiles(t, span, count, c, s, o, rescale);
+    }
+    add_values(span, count, s, c.from, c.to, o, rescale);
   }
 
   enum Pass { OBSERVE = 1, WEIGH = 2, BOTH = 3 };
@@ -387,8 +512,8 @@ class Attention {
   void span_pass(Tile& t, const Task& task, const Span<U>& span, Pass pass) const {
     if (V::unit_keys && pass & OBSERVE) norms(span, t.per_norm);
     const int index = span.begin / SPAN - t.key_begin / SPAN;
-    for (int first = 0; first < t.rows; first += ROWS) {
-      const int count = std::min(ROWS, t.rows - first);
+    for (int first = 0; first < t.rows; first += t.block) {
+      const int count = std::min(t.block, t.rows - first);
       const Columns c = visible(t, span.begin, span.end, first, count);
       if (c.from >= c.to) continue;
       float* s = t.scores;
@@ -405,6 +530,8 @@ class Attention {
   }
 
   void run_pass(Tile& t, const Task& task, Pass pass) const {
+    std::optional<AmxTiles> tiles;
+    if (t.amx) tiles.emplace(std::min(t.rows, TILE_ROWS));
     for_each_span(t.request, t.kv_head, t.key_begin, t.key_end, [&](const Span<T>& span) {
       if (gathers(t))
         span_pass(t, task, gather(t, span, pass & OBSERVE, pass & WEIGH), pass);
@@ -459,7 +586,8 @@ class Attention {
       const int rows = std::min(ROWS, count - i);
       const int position = first_position(request) + first + i;
       const int to = std::min(span.end, position + rows) - span.begin;
-      for (int r = 0; r < rows; r++) prepare(request, position + r, 0, q + r * WIDE);
+      for (int r = 0; r < rows; r++)
+        scale(q + r * WIDE, head_size, prepare(request, position + r, 0, q + r * WIDE));
       if (to > 0) score(span, rows, q, s, 0, round_up(to, PANEL));
       for (int r = 0; r < rows; r++) {
         before(first + i + r, state);

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,14 +34,15 @@ FLAGS = (
 )
 
 AVX2 = ("avx2", "fma", "f16c")
+AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 ISAS = {
-    "avx512": (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "amx": (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512": AVX512,
     "avx2": AVX2,
     "portable": (),
 }
-"""Instruction sets, best first: the processor's features that they need, by the names that Linux
-and, behind -m, the compilers give them."""
+"""Instruction sets, best first: the processor's features that they need, by Linux' names."""
 
 
 class BuildError(RuntimeError):
@@ -69,21 +71,33 @@ def usable_isas() -> tuple[str, ...]:
 
 
 def cache_folder() -> Path:
-    """`$ATTNSERVE_CACHE`, else `attnserve` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """`$ATTNSERVE_CACHE`, else `attnserve` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        BuildError: none of them is known.
+    """
     if chosen := os.environ.get("ATTNSERVE_CACHE"):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise BuildError("this user has no home folder: set ATTNSERVE_CACHE") from None
     return Path(base) / "attnserve"
 
 
-def _compiler() -> tuple[str, str]:
-    """The C++ compiler and what it says its version is."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    for name in names:
-        if path := shutil.which(name):
-            asked = subprocess.run([path, "--version"], capture_output=True, text=True)
-            return path, asked.stdout
-    raise BuildError(f"no C++ compiler ({', '.join(names)}): install g++, or set CXX")
+def _compiler() -> tuple[list[str], str]:
+    """The command of the C++ compiler and what it says its version is."""
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            try:
+                asked = subprocess.run([*command, "--version"], capture_output=True, text=True)
+            except OSError as error:
+                raise BuildError(f"CXX={name} cannot be run ({error}): set it to g++") from None
+            return command, asked.stdout
+    what = f"CXX={chosen} is not found" if chosen else "no C++ compiler (g++, clang++, c++)"
+    raise BuildError(f"{what}: install g++, or set CXX")
 
 
 @functools.cache
@@ -97,19 +111,22 @@ def build_library(header: Path, struct: str, isa: str) -> Path:
         BuildError: no compiler, it failed, or the cache cannot be written.
     """
     compiler, version = _compiler()
-    flags = [*FLAGS, *(f"-m{feature}" for feature in ISAS[isa]), f"-DVARIANT={struct}"]
+    options = [feature.replace("amx_", "amx-").replace("2_", "2") for feature in ISAS[isa]]
+    flags = [*FLAGS, *(f"-m{option}" for option in options), f"-DVARIANT={struct}"]
     sources = sorted({*HERE.glob("*.[hc]pp"), *(HERE / "variants").glob("*.hpp"), header})
-    key = hashlib.sha256("\0".join([compiler, version, platform.machine(), *flags]).encode())
+    key = hashlib.sha256("\0".join([*compiler, version, platform.machine(), *flags]).encode())
     for source in sources:
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = cache_folder()
     target = folder / f"{header.stem}-{isa}-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(folder / f"{target.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _compile([compiler, *flags, "-include", str(header)], target)
+                _compile([*compiler, *flags, f"-I{HERE}", "-include", str(header)], target)
     except OSError as error:
         raise BuildError(
             f"the kernel cache {folder} cannot be used ({error}): set ATTNSERVE_CACHE to a folder "
@@ -131,4 +148,6 @@ def _compile(command: list[str], target: Path) -> None:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             why = errors[0] if errors else f"exit code {done.returncode}"
             raise BuildError(f"{command[0]} failed ({why}); all of it is in {log}")
+        with open(out, "rb") as written:
+            os.fsync(written.fileno())  # a truncated library kills the process that loads it
         os.replace(out, target)

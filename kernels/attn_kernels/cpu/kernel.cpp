@@ -11,11 +11,11 @@ namespace {
 
 // Rows of a tile: many, so that each key that is loaded meets many queries; but two-pass variants
 // keep the scores of a whole tile, and stateful ones its penalties.
-constexpr int MAX_TILE_ROWS = 8 * ROWS;
+constexpr int MAX_TILE_ROWS = 6 * MAX_BLOCK;
 constexpr int TILE_FLOATS = 1 << 18;
 
 // Splitting a context is worth its merge from so many keys a part.
-constexpr int MIN_PART = 4 * SPAN;
+constexpr int MIN_PART = 512;
 // Parts a thread, so that an uneven batch still fills all threads.
 constexpr int PARTS_PER_THREAD = 4;
 
@@ -23,6 +23,7 @@ template <class V, class T>
 class Plan {
   using A = Attention<V, T>;
   using Row = typename V::Row;
+  static constexpr int SPAN = A::SPAN;
 
   const A attention;
   const Call& call;
@@ -54,7 +55,8 @@ class Plan {
 
   int tile_queries(int keys) const {
     int rows = MAX_TILE_ROWS;
-    if (V::two_pass) rows = std::clamp(TILE_FLOATS / keys / ROWS * ROWS, ROWS, MAX_TILE_ROWS);
+    if (V::two_pass) rows = std::clamp(TILE_FLOATS / keys / MAX_BLOCK * MAX_BLOCK, MAX_BLOCK,
+                                 MAX_TILE_ROWS);
     int queries = std::max(1, rows / attention.group_size);
     if (V::stateful) queries = std::min(queries, std::max(1, TILE_FLOATS / keys));
     return queries;
@@ -65,6 +67,7 @@ class Plan {
     int64_t total = 0;
     for (int request = 0; request < call.num_reqs; request++) {
       const int queries = attention.queries_of(request), keys = call.seq_lens[request];
+      if (queries == 0) continue;
       const int first = attention.first_position(request);
       const int tile = tile_queries(keys);
       for (int q = 0; q < queries; q += tile) {

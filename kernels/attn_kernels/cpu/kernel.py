@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attn_kernels.cpu.build import BuildError
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.variant import Variant
 
@@ -90,10 +91,13 @@ class CPUKernel:
     def __init__(self, variant: Variant, library: Path, isa: str) -> None:
         self.variant = variant
         self.isa = isa
-        self.library = ctypes.CDLL(str(library))
+        try:
+            self.library = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise BuildError(f"{library} cannot be loaded ({error}): delete it") from None
         expected = ctypes.sizeof(_Call) * 1000 + ctypes.sizeof(_Write)
         if self.library.attnserve_abi() != expected:
-            raise RuntimeError(f"{library} does not fit this version of attnserve: delete it")
+            raise BuildError(f"{library} does not fit this version of attnserve: delete it")
         fields = [_as_float(getattr(variant, f.name)) for f in dataclasses.fields(variant)]
         self.values = (c_float * max(1, len(fields)))(*fields)
 
@@ -137,6 +141,10 @@ class CPULayer:
         scale: factor of the raw scores, where the variant uses it.
         window: sliding window in tokens, the query's own included.
         learned: the variant's per-head tensors, each `[num_heads]`, as they are now.
+
+    Raises:
+        ValueError: the kernels do not support such a cache.
+        KeyError: a learned tensor is missing.
     """
 
     def __init__(
@@ -173,10 +181,10 @@ class CPULayer:
             window=window or 0,
             cache_format=FORMATS[kv_cache.dtype],
         )
-        if learned:  # the call points into these
-            self._learned = [learned[n].float().contiguous() for n in kernel.variant.learned]
-            pointers = [t.data_ptr() for t in self._learned]
-            self._call.learned = (c_void_p * max(1, len(pointers)))(*pointers)
+        # The call points into these.
+        tensors = [(learned or {})[n].float().contiguous() for n in kernel.variant.learned]
+        self._learned = tensors, (c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
+        self._call.learned = self._learned[1]
         self.run_attend = functools.partial(kernel.library.attnserve_attend, byref(self._call))
         """The C function, on what `attend` filled in."""
         self.run_write = functools.partial(kernel.library.attnserve_write, byref(self._write))

@@ -174,11 +174,19 @@ constexpr float LN2 = 0.69314718055994531f;
 constexpr float ROUNDER = 0x1.8p23f;
 
 inline float nearest(float x) { return std::nearbyint(x); }
+inline float larger(float a, float b) { return a > b ? a : b; }  // std::fmax is a call
 
-// 2^n of whole numbers -127 <= n <= 127; 0 at -127.
-inline Vec power_of_two(Vec n) {
-  return (Vec)(((IntVec)(n + ROUNDER) << 23) + (127 << 23));
-}
+// The nearest whole numbers n of y, and 2^(n - exponent); 0 where that is 2^-127. `exponent` is a whole
+// number, and -127 <= y - exponent <= 127.
+struct Whole {
+  Vec n, power;
+  Whole(Vec y, float exponent) {
+    const float rounder = ROUNDER - exponent;
+    const Vec bits = y + rounder;
+    n = bits - rounder;
+    power = (Vec)(((IntVec)bits << 23) + (127 << 23));
+  }
+};
 inline float power_of_two(float n) {
   const int32_t bits = n <= -127.f ? 0 : ((int32_t)n + 127) << 23;
   float f;
@@ -197,12 +205,11 @@ inline Vec exp2m1_fraction(Vec r) {
   return p * r;
 }
 
-// 2^y for y <= 127; exactly 0 below -127. NaN stays NaN.
-inline Vec exp2(Vec y) {
-  y = max(broadcast(-127.f), y);
-  const Vec n = (y + ROUNDER) - ROUNDER;
-  const Vec scale = power_of_two(n);
-  return exp2m1_fraction(y - n) * scale + scale;
+// 2^(y - exponent) for y <= exponent + 127; exactly 0 below exponent - 127. NaN stays NaN.
+inline Vec exp2(Vec y, float exponent = 0.f) {
+  y = max(broadcast(exponent - 127.f), y);
+  const Whole whole(y, exponent);
+  return exp2m1_fraction(y - whole.n) * whole.power + whole.power;
 }
 
 // log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity.

@@ -11,7 +11,7 @@ struct LSSA : OnePass {
   explicit LSSA(const Parameters& p) : scale(std::log((float)p.head_size) * LOG2E) {}
 
   float query_factor(int, float n, float norm) const {
-    return scale * std::log(n) / std::fmax(norm, 1e-12f);
+    return scale * std::log(n) / larger(norm, 1e-12f);
   }
 
   struct Row {

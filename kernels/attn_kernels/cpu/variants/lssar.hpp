@@ -26,12 +26,12 @@ struct LSSAR : LSSA {
       top = max(top, w);
     }
     row.total += horizontal_sum(sum);
-    row.top = std::fmax(row.top, horizontal_max(top));
+    row.top = larger(row.top, horizontal_max(top));
   }
 
   void combine(Row& row, const Row& other) const {
     row.total += other.total;
-    row.top = std::fmax(row.top, other.top);
+    row.top = larger(row.top, other.top);
   }
 
   void settle(Row& row, float n) const {

@@ -18,10 +18,10 @@ struct Softmax : OnePass {
   float update(Row& row, float* s, int count) const {
     Vec top = load(s);
     for (int i = WIDTH; i < count; i += WIDTH) top = max(top, load(s + i));
-    const float exponent = std::fmax(row.exponent, nearest(horizontal_max(top)));
+    const float exponent = larger(row.exponent, nearest(horizontal_max(top)));
     Vec sum = {};
     for (int i = 0; i < count; i += WIDTH) {
-      const Vec w = exp2(load(s + i) - exponent);
+      const Vec w = exp2(load(s + i), exponent);
       store(s + i, w);
       sum += w;
     }
@@ -32,7 +32,7 @@ struct Softmax : OnePass {
   }
 
   Factors merge(Row& row, const Row& other) const {
-    const float exponent = std::fmax(row.exponent, other.exponent);
+    const float exponent = larger(row.exponent, other.exponent);
     const Factors f = {power_of_two(row.exponent - exponent), power_of_two(other.exponent - exponent)};
     row.sum = row.sum * f.mine + other.sum * f.theirs;
     row.exponent = exponent;

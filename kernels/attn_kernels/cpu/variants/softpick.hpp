@@ -20,32 +20,31 @@ struct Softpick : OnePass {
     Vec tops = load(s);
     for (int i = WIDTH; i < count; i += WIDTH) tops = max(tops, load(s + i));
     const float top = horizontal_max(tops);
-    const float exponent = std::fmax(row.exponent, nearest(top));
+    const float exponent = larger(row.exponent, nearest(top));
     const float one = power_of_two(-exponent);
     Vec sum = {};
     for (int i = 0; i < count; i += WIDTH) {
       // (2^y - 1) 2^-exponent = 2^(n - exponent) (2^r - 1) + (2^(n - exponent) - 2^-exponent): small
       // scores lose nothing, for n = 0 the bracket is exactly 0.
-      const Vec y = max(broadcast(-64.f), load(s + i));
-      const Vec n = (y + ROUNDER) - ROUNDER;
-      const Vec unit = power_of_two(max(broadcast(-127.f), n - exponent));
-      const Vec p = exp2m1_fraction(y - n) * unit + (unit - one);
+      const Vec y = max(broadcast(exponent - 127.f), load(s + i));
+      const Whole whole(y, exponent);
+      const Vec p = exp2m1_fraction(y - whole.n) * whole.power + (whole.power - one);
       store(s + i, max(Vec{}, p));
       sum += absolute(p);
     }
     const float factor = power_of_two(row.exponent - exponent);
     row.sum = row.sum * factor + sum;
     row.exponent = exponent;
-    row.top = std::fmax(row.top, top);
+    row.top = larger(row.top, top);
     return factor;
   }
 
   Factors merge(Row& row, const Row& other) const {
-    const float exponent = std::fmax(row.exponent, other.exponent);
+    const float exponent = larger(row.exponent, other.exponent);
     const Factors f = {power_of_two(row.exponent - exponent), power_of_two(other.exponent - exponent)};
     row.sum = row.sum * f.mine + other.sum * f.theirs;
     row.exponent = exponent;
-    row.top = std::fmax(row.top, other.top);
+    row.top = larger(row.top, other.top);
     return f;
   }
 
