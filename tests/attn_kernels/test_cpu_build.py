@@ -67,7 +67,7 @@ class Place:
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
     forget()
-    place = Place(tmp_path / "cache", tmp_path / "compiler", build._compiler()[0])
+    place = Place(tmp_path / "cache", tmp_path / "compiler", build._compiler()[0][0])
     place.compile_with("")
     monkeypatch.setenv("ATTNSERVE_CACHE", str(place.cache))
     monkeypatch.setenv("ATTNSERVE_CPU_ISA", "portable")
@@ -253,7 +253,7 @@ def test_named_compiler_does_not_exist(
 ) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     check_bound(TorchLayer)
-    assert "no C++ compiler (/nonexistent/g++): install g++" in only_warning(caplog)
+    assert "CXX=/nonexistent/g++ is not found: install g++" in only_warning(caplog)
 
 
 def test_compiler_cannot_be_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -323,14 +323,14 @@ def test_damaged_library(content: bytes, place: Place, caplog: pytest.LogCapture
     check_bound(cpu.CPULayer)
 
 
-def test_library_of_another_version(place: Place) -> None:
+def test_library_of_another_version(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     """Its structs have other sizes: calling it would read past them."""
     library = build.build_library(HEADER, "Softpick", "portable")
     source = place.compiler.with_name("other.cpp")
     source.write_text('extern "C" int attnserve_abi() { return 7; }')
     subprocess.run([place.real, "-shared", "-fPIC", source, "-o", library], check=True)
-    with pytest.raises(RuntimeError, match=f"{library} does not fit this version .*: delete it"):
-        cpu.load(get_variant("softpick"))
+    check_bound(TorchLayer)
+    assert f"{library} does not fit this version of attnserve: delete it" in only_warning(caplog)
 
 
 def test_shapes_that_the_kernels_do_not_take(caplog: pytest.LogCaptureFixture) -> None:

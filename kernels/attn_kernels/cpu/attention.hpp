@@ -1,73 +1,8 @@
 // Attention of one tile of query rows over a range of keys: what one thread does at a time.
 #pragma once
-#include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <optional>
-#include <type_traits>
 
-#include "amx.hpp"
-#include "cache.hpp"
-#include "matmul.hpp"
-#include "variant.hpp"
-
-constexpr int MAX_HEAD_SIZE = 256;
-// Row stride of the scratch matrices of queries and outputs. A panel more than the content, so that
-// rows do not share cache sets.
-constexpr int WIDE = MAX_HEAD_SIZE + PANEL;
-
-// Rows that are scored and weighed together.
-constexpr int MAX_BLOCK = 16;
-static_assert(ROWS <= MAX_BLOCK && TILE_ROWS <= MAX_BLOCK);
-
-enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
-
-// Arguments of one call; attn_kernels/cpu/kernel.py has the same fields in the same order.
-struct Call {
-  CacheShape cache;
-  const void* query;              // [num_tokens, num_heads, head_size]
-  void* out;                      // [>= num_tokens, num_heads, head_size]
-  int64_t query_stride, out_stride;  // of a token, in elements
-  const int32_t* block_table;     // [num_reqs, block_table_stride]
-  int64_t block_table_stride;
-  const int32_t* query_start_loc; // [num_reqs + 1]
-  const int32_t* seq_lens;        // [num_reqs]
-  const float* values;            // see Parameters
-  const float* const* learned;
-  float scale;
-  int32_t num_reqs, num_heads, window;  // window: 0 is none
-  int32_t query_format, out_format, cache_format, threads;
-};
-
-// Memory that grows and is kept: a call a layer must not ask the system for pages.
-class Arena {
-  char* memory = nullptr;
-  size_t capacity = 0, used = 0;
-
- public:
-  ~Arena() { std::free(memory); }
-  void reserve(size_t bytes) {
-    used = 0;
-    if (bytes <= capacity) return;
-    std::free(memory);
-    capacity = (bytes + bytes / 4 + 63) / 64 * 64;
-    memory = (char*)std::aligned_alloc(64, capacity);
-    if (!memory) {
-      capacity = 0;
-      throw std::bad_alloc();
-    }
-  }
-  template <class X>
-  static size_t bytes(size_t count) {
-    return (count * sizeof(X) + 63) / 64 * 64;
-  }
-  template <class X>
-  X* take(size_t count) {
-    X* p = (X*)(memory + used);
-    used += bytes<X>(count);
-    return p;
-  }
-};
+#include "accumulators.hpp"
 
 // A unit of work: the queries [first_query, first_query + num_queries) of a request against its keys
 // [key_begin, key_end), for one KV head or (stateful variants) for all.
@@ -79,47 +14,25 @@ struct Task {
   int64_t cost;
 };
 
-inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
 template <class V, class T>
-class Attention {
+class Attention : public Accumulators<V, T> {
  public:
+  using Base = Accumulators<V, T>;
+  using Base::accumulate, Base::add_values, Base::cache, Base::call, Base::first_position,
+      Base::first_visible, Base::for_each_piece, Base::for_each_span, Base::gather, Base::group_size,
+      Base::head_size, Base::load_state, Base::NARROW, Base::norms, Base::num_spans, Base::prepare,
+      Base::query_offset, Base::save_state, Base::scale, Base::score, Base::SCORES,
+      Base::selection, Base::SPAN, Base::TILES, Base::variant;
+  template <class U>
+  using Span = typename Base::template Span<U>;
+  template <class U>
+  using Segment = typename Base::template Segment<U>;
   using Row = typename V::Row;
 
-  // Keys whose scores are in flight at once: those of a block of rows stay in the first-level cache.
-  // Tiles multiply so fast that the rest of a span's work counts.
-  static constexpr bool TILES = HAS_AMX && std::is_same_v<T, BFloat16>;
-  static constexpr int SPAN = TILES ? 256 : 128;
-  static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
-  static constexpr int NARROW = SPAN + 2 * PANEL;  // row stride of bfloat16 weights
-
-  static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
-  const Call& call;
-  const Cache<T> cache;
-  const V variant;
-  const int head_size, group_size;  // group_size: query heads of a KV head
-
-  explicit Attention(const Call& c)
-      : call(c),
-        cache(c.cache),
-        variant(Parameters{c.scale, c.cache.head_size, c.values, c.learned}),
-        head_size(c.cache.head_size),
-        group_size(c.num_heads / c.cache.num_kv_heads) {}
-
-  int queries_of(int request) const {
-    return call.query_start_loc[request + 1] - call.query_start_loc[request];
-  }
-  // Position in its context of a request's first query of this call.
-  int first_position(int request) const { return call.seq_lens[request] - queries_of(request); }
-  // The first key that a query sees.
-  int first_visible(int position) const {
-    return call.window ? std::max(0, position - call.window + 1) : 0;
-  }
+  explicit Attention(const Call& c) : Base(c) {}
 
   // Rows of scratch memory; a block's kernel may have a few more rows than the block.
   static int padded(int rows) { return round_up(rows, MAX_BLOCK); }
-  static int num_spans(int begin, int end) { return (end - 1) / SPAN - begin / SPAN + 1; }
   static size_t scores_size(int rows, int begin, int end) {
     return (size_t)padded(rows) * SCORES * (V::two_pass ? num_spans(begin, end) : 1);
   }
@@ -182,34 +95,6 @@ class Attention {
     return t;
   }
 
-  // Where in `query` a head's query at a position begins.
-  int64_t query_offset(int request, int position, int head) const {
-    const int64_t token = call.query_start_loc[request] + position - first_position(request);
-    return token * call.query_stride + (int64_t)head * head_size;
-  }
-
-  // One head's query at a position, widened; returns what it is to be multiplied with.
-  float prepare(int request, int position, int head, float* q) const {
-    const int64_t offset = query_offset(request, position, head);
-    switch (call.query_format) {
-      case FLOAT32: std::memcpy(q, (const Float32*)call.query + offset, head_size * 4); break;
-      case BFLOAT16: widen((const BFloat16*)call.query + offset, q); break;
-      case FLOAT16: widen((const Float16*)call.query + offset, q); break;
-    }
-    Vec squares = {};
-    for (int d = 0; d < head_size; d += WIDTH) squares += load(q + d) * load(q + d);
-    const float n = position + 1 - first_visible(position);
-    return variant.query_factor(head, n, std::sqrt(horizontal_sum(squares)));
-  }
-  void scale(float* x, int count, float factor) const {
-    for (int i = 0; i < count; i += WIDTH) store(x + i, load(x + i) * factor);
-  }
-
-  template <class U>
-  void widen(const U* from, float* to) const {
-    for (int d = 0; d < head_size; d++) to[d] = to_float(from[d]);
-  }
-
   void start(Tile& t) const {
     const int pad = padded(t.rows);
     for (int r = 0; r < t.rows; r++) {
@@ -233,150 +118,10 @@ class Attention {
     }
   }
 
-  // Consecutive tokens of a span that lie in one block.
-  template <class U>
-  struct Segment {
-    const U *keys, *values;
-    ptrdiff_t value_panel;
-    int column, length;  // columns of the span
-  };
-  template <class U>
-  struct Span {
-    int begin, end, count;
-    Segment<U> segments[SPAN / PANEL];
-  };
-
-  Span<T> find_span(int request, int kv_head, int begin, int end) const {
-    Span<T> span{begin, end, 0, {}};
-    const int32_t* table = call.block_table + request * call.block_table_stride;
-    for (int p = begin; p < end;) {
-      const int offset = p % cache.block_size, length = std::min(cache.block_size - offset, end - p);
-      const int64_t index = table[p / cache.block_size];
-      span.segments[span.count++] = {cache.keys(index, kv_head, offset),
-                                     cache.values(index, kv_head, offset), cache.value_panel(),
-                                     p - begin, length};
-      p += length;
-    }
-    return span;
-  }
-
-  // Spans end at multiples of SPAN; the first begins at a panel.
-  template <class F>
-  void for_each_span(int request, int kv_head, int begin, int end, F&& f) const {
-    for (int p = begin / PANEL * PANEL; p < end;) {
-      const int stop = std::min((p / SPAN + 1) * SPAN, end);
-      f(find_span(request, kv_head, p, stop));
-      p = stop;
-    }
-  }
-
   // With many rows, widening 16-bit panels (and joining small blocks) once pays.
   bool gathers(const Tile& t) const {
     return !t.amx && t.rows > ROWS && (sizeof(T) < 4 || cache.block_size % SPAN);
   }
-  // `count` elements of whole rows, of pairs of rows as far as there are.
-  static void widen_panels(const T* from, int count, Float32* to) {
-    constexpr int PAIR = T::PAIR;
-    for (int i = 0; i < count; i += PANEL * PAIR)
-      for (int j = 0; j < PANEL; j += WIDTH) {
-        Vec rows[PAIR];
-        load_rows(from + i + j * PAIR, rows);
-        for (int k = 0; k < PAIR; k++) store((float*)to + i + k * PANEL + j, rows[k]);
-      }
-  }
-  Span<Float32> gather(const Tile& t, const Span<T>& span, bool keys, bool values) const {
-    Span<Float32> wide{span.begin, span.end, 1, {}};
-    wide.segments[0] = {t.wide_keys, t.wide_values, SPAN * PANEL, 0, span.end - span.begin};
-    for (int i = 0; i < span.count; i++) {
-      const Segment<T>& g = span.segments[i];
-      if (keys)
-        widen_panels(g.keys, round_up(g.length, PANEL) * head_size,
-                     t.wide_keys + g.column * head_size);
-      if (values)
-        for (int d = 0; d < head_size / PANEL; d++)
-          widen_panels(g.values + d * g.value_panel, g.length * PANEL,
-                       t.wide_values + (d * SPAN + g.column) * PANEL);
-    }
-    return wide;
-  }
-
-  // 1 / |k| of a span's keys.
-  template <class U>
-  void norms(const Span<U>& span, float* per_norm) const {
-    for (int i = 0; i < span.count; i++) {
-      const Segment<U>& g = span.segments[i];
-      for (int c = 0; c < g.length; c += PANEL)
-        for (int j = 0; j < PANEL; j += WIDTH) {
-          const U* k = g.keys + c * head_size + j * U::PAIR;
-          Vec squares = {};
-          for (int d = 0; d < head_size; d += U::PAIR) {
-            Vec rows[U::PAIR];
-            load_rows(k + d * PANEL, rows);
-            for (const Vec& row : rows) squares += row * row;
-          }
-          store(per_norm + g.column + c + j,
-                1.f / max(broadcast(1e-12f), square_root(squares)));
-        }
-    }
-  }
-
-  // DIMS dims are summed up at a time: one running sum over all would carry the rounding of the
-  // whole score at every step, and the score is an exponent.
-  static constexpr int DIMS = 32;
-  template <int NP, class U>
-  void dot(int rows, const float* q, const U* panels, float* s) const {
-    const ptrdiff_t stride = (ptrdiff_t)head_size * PANEL;
-    multiply_rows<NP, WIDE, SCORES, false>(rows, q, panels, stride, std::min(DIMS, head_size), s,
-                                           nullptr);
-    for (int d = DIMS; d < head_size; d += DIMS)
-      multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + d * PANEL, stride,
-                                            std::min(DIMS, head_size - d), s, ones);
-  }
-
-  // Scores of `rows` rows in the span's columns [from, to), both multiples of 16.
-  template <class U>
-  void score(const Span<U>& span, int rows, const float* q, float* s, int from, int to) const {
-    for (int i = 0; i < span.count; i++) {
-      const Segment<U>& g = span.segments[i];
-      const int last = std::min(to, g.column + round_up(g.length, PANEL));
-      for (int c = std::max(from, g.column); c < last;) {
-        const U* k = g.keys + (ptrdiff_t)(c - g.column) * head_size;
-        if (PANELS == 2 && rows > 4 && last - c >= 2 * PANEL) {
-          dot<PANELS>(rows, q, k, s + c);
-          c += PANELS * PANEL;
-        } else {
-          dot<1>(rows, q, k, s + c);
-          c += PANEL;
-        }
-      }
-    }
-  }
-
-  // o = o * rescale + weights . values over the span's columns [from, to).
-  template <class U>
-  void add_values(const Span<U>& span, int rows, const float* weights, int from, int to, float* o,
-                  const float* rescale) const {
-    for (int i = 0; i < span.count; i++) {
-      const Segment<U>& g = span.segments[i];
-      // An even row: the token before `from` is this request's too, and its weight is 0.
-      const int c = std::max(from / U::PAIR * U::PAIR, g.column), depth = std::min(to, g.column + g.length) - c;
-      if (depth <= 0) continue;
-      const U* v = g.values + (ptrdiff_t)(c - g.column) * PANEL;
-      for (int d = 0; d < head_size; v += g.value_panel) {
-        if (PANELS == 2 && rows > 4 && head_size - d >= 2 * PANEL) {
-          multiply_rows<PANELS, SCORES, WIDE, true>(rows, weights + c, v, g.value_panel, depth,
-                                                    o + d, rescale);
-          v += g.value_panel;
-          d += PANELS * PANEL;
-        } else {
-          multiply_rows<1, SCORES, WIDE, true>(rows, weights + c, v, 0, depth, o + d, rescale);
-          d += PANEL;
-        }
-      }
-      rescale = ones;
-    }
-  }
-
   // ---- one block of rows against one span
 
   // The columns of a span that the rows [first, first + count) see between them.
@@ -534,7 +279,7 @@ class Attention {
     if (t.amx) tiles.emplace(std::min(t.rows, TILE_ROWS));
     for_each_span(t.request, t.kv_head, t.key_begin, t.key_end, [&](const Span<T>& span) {
       if (gathers(t))
-        span_pass(t, task, gather(t, span, pass & OBSERVE, pass & WEIGH), pass);
+        span_pass(t, task, gather(span, t.wide_keys, t.wide_values, pass & OBSERVE, pass & WEIGH), pass);
       else
         span_pass(t, task, span, pass);
     });
@@ -548,67 +293,11 @@ class Attention {
       }
   }
 
-  // ---- accumulators of stateful variants
-
-  // f(accumulators, column, length) for the pieces of the positions [begin, end) in each block.
-  template <class F>
-  void for_each_piece(int request, int begin, int end, F&& f) const {
-    const int32_t* table = call.block_table + request * call.block_table_stride;
-    for (int p = begin; p < end;) {
-      const int offset = p % cache.block_size, length = std::min(cache.block_size - offset, end - p);
-      f(cache.accumulators(table[p / cache.block_size]) + offset, p - begin, length);
-      p += length;
-    }
-  }
-
-  // What a query of head 0 adds to the accumulators of the span's columns [from, to): nothing to its
-  // own token's and nothing to the first's.
-  void selection(int position, int begin, int from, int to, const float* s, float* added) const {
-    std::fill_n(added, SPAN, 0.f);
-    if constexpr (V::stateful)
-      for (int j = from / WIDTH * WIDTH; j < to; j += WIDTH) store(added + j, V::selection(load(s + j)));
-    for (int j = from / WIDTH * WIDTH; j < std::max(from, 1 - begin); j++) added[j] = 0.f;
-    for (int j = std::max(0, std::min(to, position - begin)); j < SPAN; j++) added[j] = 0.f;
-  }
+  // ---- stateful variants: what each query subtracts from its scores
 
   float* penalties(const Tile& t, int query, int position) const {
     const int first = t.key_begin / SPAN * SPAN;
     return t.penalty + (ptrdiff_t)query * (round_up(t.key_end - t.key_begin, SPAN) + SPAN) + position - first;
-  }
-
-  // Runs the queries [first, first + count) of head 0 over a span: their selections are added to
-  // `state` [SPAN] in order, and before(query, state) is called ahead of each query's own.
-  template <class F>
-  void accumulate(int request, int first, int count, const Span<T>& span, float* q, float* s,
-                  float* state, F&& before) const {
-    alignas(64) float added[SPAN];
-    for (int i = 0; i < count; i += ROWS) {
-      const int rows = std::min(ROWS, count - i);
-      const int position = first_position(request) + first + i;
-      const int to = std::min(span.end, position + rows) - span.begin;
-      for (int r = 0; r < rows; r++)
-        scale(q + r * WIDE, head_size, prepare(request, position + r, 0, q + r * WIDE));
-      if (to > 0) score(span, rows, q, s, 0, round_up(to, PANEL));
-      for (int r = 0; r < rows; r++) {
-        before(first + i + r, state);
-        const int from = std::max(0, first_visible(position + r) - span.begin);
-        const int seen = std::min(span.end, position + r + 1) - span.begin;
-        if (from >= seen) continue;
-        selection(position + r, span.begin, from, seen, s + r * SCORES, added);
-        for (int j = 0; j < SPAN; j++) state[j] += added[j];
-      }
-    }
-  }
-
-  void load_state(int request, int begin, int end, float* state) const {
-    for_each_piece(request, begin, end, [&](const float* accumulators, int column, int length) {
-      std::copy_n(accumulators, length, state + column);
-    });
-  }
-  void save_state(int request, int begin, int end, const float* state) const {
-    for_each_piece(request, begin, end, [&](float* accumulators, int column, int length) {
-      std::copy_n(state + column, length, accumulators);
-    });
   }
 
   void select_one(const Tile& t, int begin, int end, const Columns& c, const float* s) const {
@@ -637,25 +326,6 @@ class Attention {
                    std::copy_n(now, length, penalties(t, query - task.first_query, span.begin));
                  });
       if (!task.snapshot) save_state(t.request, span.begin, span.end, state);
-    });
-  }
-
-  // A request of several tiles: the accumulators before each tile of `tile` queries, as
-  // snapshots[tile * stride + position], for the keys [begin, end); the cache gets the last ones.
-  void take_snapshots(int request, int tile, int begin, int end, float* snapshots, ptrdiff_t stride,
-                      Arena& arena) const {
-    const size_t queries = ROWS * WIDE, scores = ROWS * SCORES;
-    arena.reserve(Arena::bytes<float>(queries) + Arena::bytes<float>(scores));
-    float *q = arena.take<float>(queries), *s = arena.take<float>(scores);
-    alignas(64) float state[SPAN];
-    for_each_span(request, 0, begin, end, [&](const Span<T>& span) {
-      load_state(request, span.begin, span.end, state);
-      accumulate(request, 0, queries_of(request), span, q, s, state, [&](int query, const float* now) {
-        if (query % tile == 0)
-          std::copy_n(now, span.end - span.begin,
-                      snapshots + query / tile * stride + span.begin);
-      });
-      save_state(request, span.begin, span.end, state);
     });
   }
 

@@ -90,7 +90,8 @@ def _compiler() -> tuple[list[str], str]:
     chosen = os.environ.get("CXX")
     for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
         command = shlex.split(name)
-        if command and shutil.which(command[0]):
+        if command and (path := shutil.which(command[0])):
+            command[0] = path
             try:
                 asked = subprocess.run([*command, "--version"], capture_output=True, text=True)
             except OSError as error:

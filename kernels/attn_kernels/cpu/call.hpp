@@ -1,0 +1,58 @@
+// The arguments of a call, and memory for its scratch matrices.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "cache.hpp"
+
+enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+// Arguments of one call; attn_kernels/cpu/kernel.py has the same fields in the same order.
+struct Call {
+  CacheShape cache;
+  const void* query;              // [num_tokens, num_heads, head_size]
+  void* out;                      // [>= num_tokens, num_heads, head_size]
+  int64_t query_stride, out_stride;  // of a token, in elements
+  const int32_t* block_table;     // [num_reqs, block_table_stride]
+  int64_t block_table_stride;
+  const int32_t* query_start_loc; // [num_reqs + 1]
+  const int32_t* seq_lens;        // [num_reqs]
+  const float* values;            // see Parameters
+  const float* const* learned;
+  float scale;
+  int32_t num_reqs, num_heads, window;  // window: 0 is none
+  int32_t query_format, out_format, cache_format, threads;
+};
+
+// Memory that grows and is kept: a call a layer must not ask the system for pages.
+class Arena {
+  char* memory = nullptr;
+  size_t capacity = 0, used = 0;
+
+ public:
+  ~Arena() { std::free(memory); }
+  void reserve(size_t bytes) {
+    used = 0;
+    if (bytes <= capacity) return;
+    std::free(memory);
+    capacity = (bytes + bytes / 4 + 63) / 64 * 64;
+    memory = (char*)std::aligned_alloc(64, capacity);
+    if (!memory) {
+      capacity = 0;
+      throw std::bad_alloc();
+    }
+  }
+  template <class X>
+  static size_t bytes(size_t count) {
+    return (count * sizeof(X) + 63) / 64 * 64;
+  }
+  template <class X>
+  X* take(size_t count) {
+    X* p = (X*)(memory + used);
+    used += bytes<X>(count);
+    return p;
+  }
+};
+
+inline int round_up(int x, int to) { return (x + to - 1) / to * to; }

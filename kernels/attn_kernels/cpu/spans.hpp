@@ -1,0 +1,202 @@
+// The keys and values of requests, a span at a time, and the two products with them.
+#pragma once
+#include <type_traits>
+
+#include "amx.hpp"
+#include "call.hpp"
+#include "matmul.hpp"
+
+constexpr int MAX_HEAD_SIZE = 256;
+// Row stride of the scratch matrices of queries and outputs. A panel more than the content, so that
+// rows do not share cache sets.
+constexpr int WIDE = MAX_HEAD_SIZE + PANEL;
+
+// Rows that are scored and weighed together.
+constexpr int MAX_BLOCK = 16;
+static_assert(ROWS <= MAX_BLOCK && TILE_ROWS <= MAX_BLOCK);
+
+template <class T>
+class Spans {
+ public:
+  // Keys whose scores are in flight at once: those of a block of rows stay in the first-level cache.
+  // Tiles multiply so fast that the rest of a span's work counts.
+  static constexpr bool TILES = HAS_AMX && std::is_same_v<T, BFloat16>;
+  static constexpr int SPAN = TILES ? 256 : 128;
+  static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
+  static constexpr int NARROW = SPAN + 2 * PANEL;  // row stride of bfloat16 weights
+
+  static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+  const Call& call;
+  const Cache<T> cache;
+  const int head_size, group_size;  // group_size: query heads of a KV head
+
+  explicit Spans(const Call& c)
+      : call(c),
+        cache(c.cache),
+        head_size(c.cache.head_size),
+        group_size(c.num_heads / c.cache.num_kv_heads) {}
+
+  int queries_of(int request) const {
+    return call.query_start_loc[request + 1] - call.query_start_loc[request];
+  }
+  // Position in its context of a request's first query of this call.
+  int first_position(int request) const { return call.seq_lens[request] - queries_of(request); }
+  // The first key that a query sees.
+  int first_visible(int position) const {
+    return call.window ? std::max(0, position - call.window + 1) : 0;
+  }
+
+  static int num_spans(int begin, int end) { return (end - 1) / SPAN - begin / SPAN + 1; }
+
+  // Where in `query` a head's query at a position begins.
+  int64_t query_offset(int request, int position, int head) const {
+    const int64_t token = call.query_start_loc[request] + position - first_position(request);
+    return token * call.query_stride + (int64_t)head * head_size;
+  }
+
+  void scale(float* x, int count, float factor) const {
+    for (int i = 0; i < count; i += WIDTH) store(x + i, load(x + i) * factor);
+  }
+
+  // Consecutive tokens of a span that lie in one block.
+  template <class U>
+  struct Segment {
+    const U *keys, *values;
+    ptrdiff_t value_panel;
+    int column, length;  // columns of the span
+  };
+  template <class U>
+  struct Span {
+    int begin, end, count;
+    Segment<U> segments[SPAN / PANEL];
+  };
+
+  Span<T> find_span(int request, int kv_head, int begin, int end) const {
+    Span<T> span{begin, end, 0, {}};
+    const int32_t* table = call.block_table + request * call.block_table_stride;
+    for (int p = begin; p < end;) {
+      const int offset = p % cache.block_size, length = std::min(cache.block_size - offset, end - p);
+      const int64_t index = table[p / cache.block_size];
+      span.segments[span.count++] = {cache.keys(index, kv_head, offset),
+                                     cache.values(index, kv_head, offset), cache.value_panel(),
+                                     p - begin, length};
+      p += length;
+    }
+    return span;
+  }
+
+  // Spans end at multiples of SPAN; the first begins at a panel.
+  template <class F>
+  void for_each_span(int request, int kv_head, int begin, int end, F&& f) const {
+    for (int p = begin / PANEL * PANEL; p < end;) {
+      const int stop = std::min((p / SPAN + 1) * SPAN, end);
+      f(find_span(request, kv_head, p, stop));
+      p = stop;
+    }
+  }
+
+  // `count` elements of whole rows, of pairs of rows as far as there are.
+  static void widen_panels(const T* from, int count, Float32* to) {
+    constexpr int PAIR = T::PAIR;
+    for (int i = 0; i < count; i += PANEL * PAIR)
+      for (int j = 0; j < PANEL; j += WIDTH) {
+        Vec rows[PAIR];
+        load_rows(from + i + j * PAIR, rows);
+        for (int k = 0; k < PAIR; k++) store((float*)to + i + k * PANEL + j, rows[k]);
+      }
+  }
+  Span<Float32> gather(const Span<T>& span, Float32* wide_keys, Float32* wide_values, bool keys,
+                       bool values) const {
+    Span<Float32> wide{span.begin, span.end, 1, {}};
+    wide.segments[0] = {wide_keys, wide_values, SPAN * PANEL, 0, span.end - span.begin};
+    for (int i = 0; i < span.count; i++) {
+      const Segment<T>& g = span.segments[i];
+      if (keys)
+        widen_panels(g.keys, round_up(g.length, PANEL) * head_size,
+                     wide_keys + g.column * head_size);
+      if (values)
+        for (int d = 0; d < head_size / PANEL; d++)
+          widen_panels(g.values + d * g.value_panel, g.length * PANEL,
+                       wide_values + (d * SPAN + g.column) * PANEL);
+    }
+    return wide;
+  }
+
+  // 1 / |k| of a span's keys.
+  template <class U>
+  void norms(const Span<U>& span, float* per_norm) const {
+    for (int i = 0; i < span.count; i++) {
+      const Segment<U>& g = span.segments[i];
+      for (int c = 0; c < g.length; c += PANEL)
+        for (int j = 0; j < PANEL; j += WIDTH) {
+          const U* k = g.keys + c * head_size + j * U::PAIR;
+          Vec squares = {};
+          for (int d = 0; d < head_size; d += U::PAIR) {
+            Vec rows[U::PAIR];
+            load_rows(k + d * PANEL, rows);
+            for (const Vec& row : rows) squares += row * row;
+          }
+          store(per_norm + g.column + c + j,
+                1.f / max(broadcast(1e-12f), square_root(squares)));
+        }
+    }
+  }
+
+  // DIMS dims are summed up at a time: one running sum over all would carry the rounding of the
+  // whole score at every step, and the score is an exponent.
+  static constexpr int DIMS = 32;
+  template <int NP, class U>
+  void dot(int rows, const float* q, const U* panels, float* s) const {
+    const ptrdiff_t stride = (ptrdiff_t)head_size * PANEL;
+    multiply_rows<NP, WIDE, SCORES, false>(rows, q, panels, stride, std::min(DIMS, head_size), s,
+                                           nullptr);
+    for (int d = DIMS; d < head_size; d += DIMS)
+      multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + d * PANEL, stride,
+                                            std::min(DIMS, head_size - d), s, ones);
+  }
+
+  // Scores of `rows` rows in the span's columns [from, to), both multiples of 16.
+  template <class U>
+  void score(const Span<U>& span, int rows, const float* q, float* s, int from, int to) const {
+    for (int i = 0; i < span.count; i++) {
+      const Segment<U>& g = span.segments[i];
+      const int last = std::min(to, g.column + round_up(g.length, PANEL));
+      for (int c = std::max(from, g.column); c < last;) {
+        const U* k = g.keys + (ptrdiff_t)(c - g.column) * head_size;
+        if (PANELS == 2 && rows > 4 && last - c >= 2 * PANEL) {
+          dot<PANELS>(rows, q, k, s + c);
+          c += PANELS * PANEL;
+        } else {
+          dot<1>(rows, q, k, s + c);
+          c += PANEL;
+        }
+      }
+    }
+  }
+
+  // o = o * rescale + weights . values over the span's columns [from, to).
+  template <class U>
+  void add_values(const Span<U>& span, int rows, const float* weights, int from, int to, float* o,
+                  const float* rescale) const {
+    for (int i = 0; i < span.count; i++) {
+      const Segment<U>& g = span.segments[i];
+      // An even row: the token before `from` is this request's too, and its weight is 0.
+      const int c = std::max(from / U::PAIR * U::PAIR, g.column), depth = std::min(to, g.column + g.length) - c;
+      if (depth <= 0) continue;
+      const U* v = g.values + (ptrdiff_t)(c - g.column) * PANEL;
+      for (int d = 0; d < head_size; v += g.value_panel) {
+        if (PANELS == 2 && rows > 4 && head_size - d >= 2 * PANEL) {
+          multiply_rows<PANELS, SCORES, WIDE, true>(rows, weights + c, v, g.value_panel, depth,
+                                                    o + d, rescale);
+          v += g.value_panel;
+          d += PANELS * PANEL;
+        } else {
+          multiply_rows<1, SCORES, WIDE, true>(rows, weights + c, v, 0, depth, o + d, rescale);
+          d += PANEL;
+        }
+      }
+      rescale = ones;
+    }
+  }
+};
