@@ -62,7 +62,7 @@ def test_kernels_equal_law(path: str) -> None:
         for window in (None, 19):
             for dtype in (torch.float32, torch.bfloat16):
                 error = test_paged.error_against_law(path, "sigmoid", shape, window, dtype, 1)
-                assert error <= test_paged.TOLERANCE, (shape, window, dtype)
+                assert error <= test_paged.tolerance(path, dtype), (shape, window, dtype)
     split = test_paged.Shape(4, 2, 32, 16, 1800, 1797)
     error = test_paged.error_against_law(path, "sigmoid", split, None, torch.float32, threads=2)
     assert error <= test_paged.TOLERANCE

@@ -17,13 +17,23 @@ from torch import Tensor
 from attn_kernels import Variant, causal_mask, cpu, get_variant, reference, variant_names
 from attn_kernels.paged import STATE_BYTES, TorchLayer
 
-PATHS = ("torch", *cpu.usable_isas())
+ISAS = cpu.usable_isas()
+PATHS = ("torch", *ISAS)
+
+CASES = [
+    (path, name)
+    for path in PATHS
+    for name in variant_names()
+    # An instruction set differs in simd.hpp and matmul.hpp, which all variants share: beside the
+    # best one, one variant of each kind.
+    if path in ("torch", ISAS[0]) or name in ("softpick", "lssar", "selective")
+]
 TOLERANCE = 2e-6
 """Relative to the largest output, in every cache dtype: the law sees the same rounded inputs, and
 scores and sums are float32."""
 
 AMX_TOLERANCE = 1e-2
-"""Of bfloat16 on AMX, whose tiles take the weights rounded to bfloat16 (seen: SEEN)."""
+"""Of bfloat16 on AMX, whose tiles take the weights rounded to bfloat16 (seen: 4e-3)."""
 
 SCORE_ROUNDING = 2**-22
 """Error of a float32 score in units of |q||k|: four roundings of half a unit in the last place.
@@ -35,6 +45,12 @@ that is the limit."""
 TORCH_TOLERANCE = 1e-5
 """Of the torch operations, whose scores carry the rounding of one long sum: 3e-6 was seen where
 lssar takes the 15th power of a score."""
+
+
+def tolerance(path: str, dtype: torch.dtype) -> float:
+    if path == "amx" and dtype == torch.bfloat16:
+        return AMX_TOLERANCE
+    return TORCH_TOLERANCE if path == "torch" else TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,8 @@ SHAPES = (
     Shape(6, 1, 64, 16, 270, 263),  # more than one tile of the torch operations
     Shape(9, 3, 80, 128, 300, 290),  # more than one tile of the kernels, more rows than registers
     Shape(26, 2, 256, 48, 150, 77),  # more heads to a KV head than registers, spans across blocks
+    Shape(8, 2, 64, 32, 333, 200),  # AMX tiles: blocks and head sizes in multiples of 32
+    Shape(5, 5, 128, 128, 290, 150),
 )
 
 
@@ -251,37 +269,32 @@ def law_of_rounded_scores(
     ids=str,
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", variant_names())
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "name"), sorted(CASES, key=lambda case: case[1]))
 def test_equals_law(
     path: str, name: str, shape: Shape, window: int | None, dtype: torch.dtype
 ) -> None:
     error = error_against_law(path, name, shape, window, dtype, threads=1)
-    if path == "amx" and dtype == torch.bfloat16:
-        assert error <= AMX_TOLERANCE
-    else:
-        assert error <= (TORCH_TOLERANCE if path == "torch" else TOLERANCE)
+    assert error <= tolerance(path, dtype)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-@pytest.mark.parametrize("name", variant_names())
-@pytest.mark.parametrize("path", cpu.usable_isas())
+@pytest.mark.parametrize(("path", "name"), [case for case in CASES if case[0] != "torch"])
 def test_split_contexts_equal_law(path: str, name: str, threads: int) -> None:
     """Long contexts are cut into parts for the threads, and the parts' results merged."""
-    shape = Shape(4, 2, 32, 16, 1800, 1797)
+    shape = Shape(4, 2, 32, 32, 1800, 1797)
     for window in (None, 1000):
-        error = error_against_law(path, name, shape, window, torch.float32, threads)
-        assert error <= TOLERANCE
+        for dtype in (torch.float32, torch.bfloat16):
+            error = error_against_law(path, name, shape, window, dtype, threads)
+            assert error <= tolerance(path, dtype)
 
 
-@pytest.mark.parametrize("name", variant_names())
-@pytest.mark.parametrize("path", cpu.usable_isas())
+@pytest.mark.parametrize(("path", "name"), [case for case in CASES if case[0] != "torch"])
 def test_single_visible_key(path: str, name: str) -> None:
     error = error_against_law(path, name, SHAPES[0], 1, torch.float32, threads=1)
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize("path", cpu.usable_isas())
+@pytest.mark.parametrize("path", ISAS)
 def test_16_bit_outputs(path: str) -> None:
     """Outputs are rounded to nearest, ties to even, as torch does."""
     variant = get_variant("softmax")
@@ -299,8 +312,7 @@ def test_16_bit_outputs(path: str) -> None:
         assert torch.equal(rounded, exact.to(dtype))
 
 
-@pytest.mark.parametrize("name", variant_names())
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "name"), CASES)
 def test_window_never_reads_recycled_blocks(path: str, name: str) -> None:
     """Blocks before the window may belong to another request: the answer must not change."""
     torch.manual_seed(1)
