@@ -10,7 +10,11 @@ constexpr int ROWS = REGISTERS == 32 ? 12 : 6;
 constexpr int PANELS = REGISTERS == 32 ? 2 : 1;
 constexpr int PARTS = PANEL / WIDTH;
 
-// Bytes between what is multiplied and what is fetched: a panel is a stream, but its hardware
+// Panels that a few rows read side by side: four streams of memory are faster than one (and than one
+// with prefetching).
+constexpr int STREAMS = REGISTERS == 32 ? 4 : 1;
+
+// Where there is one stream, bytes between what is multiplied and what is fetched: a panel's hardware
 // prefetcher starts anew on every page.
 constexpr int AHEAD = 4096;
 
@@ -34,7 +38,7 @@ inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, pt
 #pragma GCC unroll 4
       for (int j = 0; j < N; j++) {
         const T* p = at(k + pair, j);
-        __builtin_prefetch((const char*)p + AHEAD);
+        if constexpr (NP == 1) __builtin_prefetch((const char*)p + AHEAD);
         load_rows(p, b[j]);
       }
 #pragma GCC unroll 2

@@ -145,7 +145,7 @@ class Spans {
 
   // DIMS dims are summed up at a time: one running sum over all would carry the rounding of the
   // whole score at every step, and the score is an exponent.
-  static constexpr int DIMS = 32;
+  static constexpr int DIMS = 16;
   template <int NP, class U>
   void dot(int rows, const float* q, const U* panels, float* s) const {
     const ptrdiff_t stride = (ptrdiff_t)head_size * PANEL;
@@ -156,6 +156,12 @@ class Spans {
                                             std::min(DIMS, head_size - d), s, ones);
   }
 
+  // Woven panels are read as fast one by one.
+  template <class U>
+  static bool streams(int rows) {
+    return STREAMS > 1 && U::PAIR == 1 && rows <= 4;
+  }
+
   // Scores of `rows` rows in the span's columns [from, to), both multiples of 16.
   template <class U>
   void score(const Span<U>& span, int rows, const float* q, float* s, int from, int to) const {
@@ -164,7 +170,10 @@ class Spans {
       const int last = std::min(to, g.column + round_up(g.length, PANEL));
       for (int c = std::max(from, g.column); c < last;) {
         const U* k = g.keys + (ptrdiff_t)(c - g.column) * head_size;
-        if (PANELS == 2 && rows > 4 && last - c >= 2 * PANEL) {
+        if (streams<U>(rows) && last - c >= STREAMS * PANEL) {
+          dot<STREAMS>(rows, q, k, s + c);
+          c += STREAMS * PANEL;
+        } else if (PANELS == 2 && rows > 4 && last - c >= 2 * PANEL) {
           dot<PANELS>(rows, q, k, s + c);
           c += PANELS * PANEL;
         } else {
@@ -186,7 +195,12 @@ class Spans {
       if (depth <= 0) continue;
       const U* v = g.values + (ptrdiff_t)(c - g.column) * PANEL;
       for (int d = 0; d < head_size; v += g.value_panel) {
-        if (PANELS == 2 && rows > 4 && head_size - d >= 2 * PANEL) {
+        if (streams<U>(rows) && head_size - d >= STREAMS * PANEL) {
+          multiply_rows<STREAMS, SCORES, WIDE, true>(rows, weights + c, v, g.value_panel, depth,
+                                                     o + d, rescale);
+          v += (STREAMS - 1) * g.value_panel;
+          d += STREAMS * PANEL;
+        } else if (PANELS == 2 && rows > 4 && head_size - d >= 2 * PANEL) {
           multiply_rows<PANELS, SCORES, WIDE, true>(rows, weights + c, v, g.value_panel, depth,
                                                     o + d, rescale);
           v += g.value_panel;
