@@ -305,7 +305,7 @@ def test_single_visible_key(name: str) -> None:
 @pytest.mark.parametrize("path", ISAS)
 def test_16_bit_outputs(path: str) -> None:
     """Outputs are rounded to nearest, ties to even, as torch does."""
-    variant = get_variant("softmax")
+    variant = get_variant("softpick")
     for dtype in (torch.bfloat16, torch.float16):
         torch.manual_seed(0)
         cache = Cache.make(variant, [40], 1, 32, 16, dtype)
