@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import machine
-from benchmarks.serve import positive
+from benchmarks.options import command_line, positive
 from serving.launch import last_error
 
 BLOCK = 5
@@ -352,16 +352,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def add(name: str, text: str, **settings: Any) -> None:
-        text += "" if settings.get("required") else " (default: %(default)s)"
-        parser.add_argument(name, help=text, **settings)
-
+    parser, add = command_line("benchmarks.decode_step", __doc__)
     add("--ckpt", "the checkpoint's folder", type=Path, required=True)
     add("--backend", "vLLM's attention backend", default="softpick")
     add("--prompt-len", "tokens of a prompt", type=positive, default=1024)

@@ -33,6 +33,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks.options import command_line, positive
 from serving.launch import HOST, LaunchError, Service
 
 CSV = machine.RESULTS / "serve_cpu.csv"
@@ -337,25 +338,9 @@ def described(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def add(name: str, text: str, **settings: Any) -> None:
-        text += "" if settings.get("required") else " (default: %(default)s)"
-        parser.add_argument(name, help=text, **settings)
-
+    parser, add = command_line("benchmarks.serve", __doc__)
     add("--ckpt", "the checkpoint's folder", type=Path, required=True)
     backends = ["cpu_attn", "softmax", "softpick"]
     add("--backends", "names, the first is what others compare to", nargs="+", default=backends)

@@ -28,17 +28,10 @@ from benchmarks.kernels.case import DTYPES, FULL, QUICK, Grid
 from benchmarks.kernels.measure import Budget
 from benchmarks.kernels.peer import ISAS, PeerError
 from benchmarks.kernels.run import BenchmarkError, Options, run
+from benchmarks.options import positive
 
 CSV = machine.RESULTS / "kernels_cpu.csv"
 SECONDS, QUICK_SECONDS = 6.0, 1.0
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def natural(text: str) -> int:

@@ -279,7 +279,8 @@ class Attention : public Accumulators<V, T> {
     if (t.amx) tiles.emplace(std::min(t.rows, TILE_ROWS));
     for_each_span(t.request, t.kv_head, t.key_begin, t.key_end, [&](const Span<T>& span) {
       if (gathers(t))
-        span_pass(t, task, gather(span, t.wide_keys, t.wide_values, pass & OBSERVE, pass & WEIGH), pass);
+        span_pass(t, task,
+                  gather(span, t.wide_keys, t.wide_values, pass & OBSERVE, pass & WEIGH), pass);
       else
         span_pass(t, task, span, pass);
     });
