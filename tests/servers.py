@@ -26,6 +26,7 @@ COMMON_ARGS = (
 COMMON_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",  # tests read the lines that say what was chosen
     "DO_NOT_TRACK": "1",
     # Several servers may run at once; the default binds each of them to the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

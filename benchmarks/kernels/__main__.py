@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,6 +173,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = read_options(argv)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read where vLLM is imported
     try:
         return run(options)
     except (BenchmarkError, PeerError) as error:

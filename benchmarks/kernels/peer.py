@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ def load_vllm(isa: str) -> str:
     """
     if isa == "amx" and not amx_available():
         raise PeerError("--peer-isa amx: this processor or kernel has no AMX tiles; use vec")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
