@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attn_kernels import VariantError, get_variant, variant_names
 from training.books import BOOKS, Split, split
@@ -30,6 +30,16 @@ VOCAB_SIZE = 2048
 COMPILED = True
 
 
+def shared_tokenizer(books: Split, runs: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of every reference checkpoint; trained at the first call, kept in `runs`."""
+    if not (runs / "tokenizer").exists():
+        made = train_tokenizer(books.train, VOCAB_SIZE, RECIPE.context)
+        made.save_pretrained(runs / "tokenizer.tmp")
+        (runs / "tokenizer.tmp").rename(runs / "tokenizer")
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(runs / "tokenizer")
+    return tokenizer
+
+
 def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIPE) -> list[Score]:
     """Train and measure one variant with its default parameters.
 
@@ -43,11 +53,7 @@ def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIP
     Returns:
         The checkpoint's scores and its baselines'.
     """
-    if not (runs / "tokenizer").exists():
-        made = train_tokenizer(books.train, VOCAB_SIZE, recipe.context)
-        made.save_pretrained(runs / "tokenizer.tmp")
-        (runs / "tokenizer.tmp").rename(runs / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(runs / "tokenizer")
+    tokenizer = shared_tokenizer(books, runs)
     tokens = read_tokens(books.train, tokenizer)
     run = Run(runs / name, recipe, {"name": name}, tokenizer, tokens)
     run.train(save_every=100, compiled=COMPILED)
@@ -63,7 +69,8 @@ def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIP
     return scores
 
 
-def _variant_name(text: str) -> str:
+def variant_name(text: str) -> str:
+    """An argument that must be a registered variant."""
     try:
         return get_variant(text).name
     except VariantError as error:
@@ -80,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "variants",
         nargs="*",
-        default=["softmax", "softpick"],
-        type=_variant_name,
+        default=variant_names(),
+        type=variant_name,
         metavar="VARIANT",
-        help=f"any of {', '.join(variant_names())} (default: softmax softpick)",
+        help=f"any of {', '.join(variant_names())} (default: all)",
     )
     parser.add_argument(
         "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
