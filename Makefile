@@ -58,8 +58,9 @@ serve: $(READY)
 	@exec $(BIN)/python -m serving.launch --ckpt "$(CKPT)" --backend "$(BACKEND)" \
 	  --vllm-port "$(VLLM_PORT)" --gateway-port "$(GATEWAY_PORT)" -- $(VLLM_ARGS)
 
+# Two workers, a file each at a time: most of a test's time is one thread of one vLLM server.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
