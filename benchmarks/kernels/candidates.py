@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_kernels import Variant, get_variant
+from attn_kernels.batch import Batch
 from attn_kernels.dense import causal_mask
 from attn_kernels.paged import STATE_BYTES
 from benchmarks.kernels.case import DTYPES, Inputs, Paging
@@ -29,14 +30,7 @@ class Layer(Protocol):
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store keys and values."""
 
-    def attend(
-        self,
-        query: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
-        out: Tensor,
-    ) -> None:
+    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
         """Attention of a batch."""
 
 
@@ -148,15 +142,17 @@ class Ours:
             pools[name] = Pool(inputs, paging, write, state_bytes=state_bytes)
         self._pool = pools[name]
         self._layer = bind(self._pool.kv)
+        self._batch = self._batch_of_copy()
+
+    def _batch_of_copy(self) -> Batch:
+        return Batch(self._pool.table, self._inputs.query_start_loc, self._inputs.seq_lens)
 
     def prepare(self) -> None:
         self._pool.next_copy()
+        self._batch = self._batch_of_copy()
 
     def run(self) -> None:
-        inputs = self._inputs
-        self._layer.attend(
-            inputs.query, self._pool.table, inputs.query_start_loc, inputs.seq_lens, self.out
-        )
+        self._layer.attend(self._inputs.query, self._batch, self.out)
 
 
 class VllmSoftmax:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from attn_kernels.batch import Batch
 from attn_kernels.dense import attend, causal_mask, selectable_mask
 from attn_kernels.variant import Variant
 
@@ -121,14 +122,12 @@ class TorchLayer:
     def attend(
         self,
         query: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
+        batch: Batch,
         out: Tensor,
     ) -> None:
-        """See `paged_attention`; `query_start_loc` and `seq_lens` are int32 tensors."""
-        starts, lens = query_start_loc.tolist(), seq_lens.tolist()
-        self._attend(query, self.kv_cache, block_table, starts, lens, out=out)
+        """See `paged_attention`."""
+        starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        self._attend(query, self.kv_cache, batch.block_table, starts, lens, out=out)
 
 
 def _attend_tile(

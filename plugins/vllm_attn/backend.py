@@ -7,7 +7,7 @@ One backend class a variant, made from the registry. The KV cache is vLLM's logi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
+from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES, TorchLayer
 from vllm_attn import names
 from vllm_attn.preflight import KV_CACHE_DTYPES
@@ -70,19 +71,7 @@ class VariantBackend(AttentionBackend):
         return replace(spec, state_content_bytes=spec.state_content_size_bytes + STATE_BYTES)
 
 
-@dataclass
-class VariantMetadata:
-    """One step's batch. Request `r` owns queries `query_start_loc[r] : query_start_loc[r + 1]`."""
-
-    query_start_loc: Tensor
-    """`[num_reqs + 1]` int32: offsets into the step's tokens."""
-    seq_lens: Tensor
-    """`[num_reqs]` int32: tokens of each request in the cache, this step's included."""
-    block_table: Tensor
-    """`[num_reqs, max_blocks]` int32: each request's cache blocks in order."""
-
-
-class VariantMetadataBuilder(AttentionMetadataBuilder[VariantMetadata]):
+class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
     """Reads vLLM's batch once a step; all layers share the result."""
 
     def __init__(
@@ -99,17 +88,17 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[VariantMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> VariantMetadata:
+    ) -> Batch:
         if common_attn_metadata.causal is not True:
             raise NotImplementedError("attention variants are causal only")
-        return VariantMetadata(
-            query_start_loc=common_attn_metadata.query_start_loc_cpu.int(),
-            seq_lens=common_attn_metadata.seq_lens.int(),
-            block_table=common_attn_metadata.block_table_tensor.int(),
+        return Batch(
+            common_attn_metadata.block_table_tensor,
+            common_attn_metadata.query_start_loc_cpu,
+            common_attn_metadata.seq_lens,
         )
 
 
-class VariantImpl(AttentionImpl[VariantMetadata]):
+class VariantImpl(AttentionImpl[Batch]):
     """Attention of one layer."""
 
     def __init__(
@@ -187,7 +176,7 @@ class VariantImpl(AttentionImpl[VariantMetadata]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: VariantMetadata | None,
+        attn_metadata: Batch | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -205,13 +194,7 @@ class VariantImpl(AttentionImpl[VariantMetadata]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:
             return output.zero_()
-        self.bound(kv_cache).attend(
-            query,
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            output,
-        )
+        self.bound(kv_cache).attend(query, attn_metadata, output)
         return output
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from attn_kernels import cpu, get_variant, reference
+from attn_kernels.batch import Batch
 from attn_kernels.cpu import build
 from attn_kernels.paged import TorchLayer
 from tests.attn_kernels.test_paged import TORCH_TOLERANCE, Cache, relative_error
@@ -88,7 +89,7 @@ def check_bound(
     q, k, v = (torch.randn(40, heads, head_size) for heads in (4, 2, 2))
     layer.write_cache(k, v, cache.slots(0, 0, 40))
     out = torch.empty_like(q)
-    layer.attend(q, cache.block_table, torch.tensor([0, 40]).int(), torch.tensor([40]).int(), out)
+    layer.attend(q, Batch(cache.block_table, torch.tensor([0, 40]), torch.tensor([40])), out)
     law, _ = reference.attention(
         variant, *(x.double().transpose(0, 1) for x in (q, k, v)), scale=0.2
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import Variant, causal_mask, cpu, get_variant, reference, variant_names
+from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES, TorchLayer
 
 ISAS = cpu.usable_isas()
@@ -212,9 +213,11 @@ def error_against_law(
         out = torch.full((starts[-1] + 2, num_heads, head_size), float("nan"))
         layer.attend(
             step_q,
-            cache.block_table[active],
-            torch.tensor(starts, dtype=torch.int32),
-            torch.tensor([ends[r] for r in active], dtype=torch.int32),
+            Batch(
+                cache.block_table[active],
+                torch.tensor(starts),
+                torch.tensor([ends[r] for r in active]),
+            ),
             out,
         )
         assert out[starts[-1] :].isnan().all(), "wrote behind the last query"
@@ -312,11 +315,10 @@ def test_16_bit_outputs(path: str) -> None:
         layer = cache.layer(path, variant, 2, scale=0.2, window=None, learned={})
         k, v, q = (torch.randn(40, heads, 32).to(dtype) for heads in (1, 1, 2))
         layer.write_cache(k, v, cache.slots(0, 0, 40))
+        batch = Batch(cache.block_table, torch.tensor([0, 40]), torch.tensor([40]))
         exact, rounded = torch.empty(40, 2, 32), torch.empty(40, 2, 32, dtype=dtype)
         for out in (exact, rounded):
-            layer.attend(
-                q, cache.block_table, torch.tensor([0, 40]).int(), torch.tensor([40]).int(), out
-            )
+            layer.attend(q, batch, out)
         assert torch.equal(rounded, exact.to(dtype))
 
 
@@ -340,6 +342,6 @@ def test_window_never_reads_recycled_blocks(name: str, path: str) -> None:
         if recycle:
             cache.kv[cache.block_table[0, : (n - window) // 16].long()] = float("nan")
         out = torch.empty(1, 2, 32)
-        layer.attend(q, cache.block_table, torch.tensor([0, 1]).int(), torch.tensor([n]).int(), out)
+        layer.attend(q, Batch(cache.block_table, torch.tensor([0, 1]), torch.tensor([n])), out)
         outs.append(out)
     assert torch.equal(*outs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import Variant
+from attn_kernels.batch import Batch
 from attn_kernels.paged import TorchLayer
 
 
@@ -54,13 +55,11 @@ class SpoiledLayer(TorchLayer):
     def attend(
         self,
         query: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
+        batch: Batch,
         out: Tensor,
     ) -> None:
         before = self.kv_cache.clone()
-        super().attend(query, block_table, query_start_loc, seq_lens, out)
+        super().attend(query, batch, out)
         self.kernel.spoil(out, self.kv_cache, before)
 
 

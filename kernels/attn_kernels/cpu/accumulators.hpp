@@ -39,7 +39,7 @@ class Accumulators : public Spans<T> {
   // f(accumulators, column, length) for the pieces of the positions [begin, end) in each block.
   template <class F>
   void for_each_piece(int request, int begin, int end, F&& f) const {
-    const int32_t* table = call.block_table + request * call.block_table_stride;
+    const int32_t* table = call.batch->block_table + request * call.batch->block_table_stride;
     for (int p = begin; p < end;) {
       const int offset = p % cache.block_size, length = std::min(cache.block_size - offset, end - p);
       f(cache.accumulators(table[p / cache.block_size]) + offset, p - begin, length);

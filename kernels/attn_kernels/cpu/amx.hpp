@@ -41,7 +41,7 @@ struct AmxTiles {
 // apart, C's are `ldc` floats apart; depth is a multiple of TILE_DEPTH.
 template <int NP, bool ADD>
 inline void amx_multiply(const BFloat16* a, int lda, const BFloat16* panels, ptrdiff_t panel_stride,
-                         int depth, float* c, int ldc) {
+                         int depth, float* c, int ldc, ptrdiff_t ahead) {
   written(a);
   if constexpr (ADD) {
     _tile_loadd(0, c, ldc * 4);
@@ -53,7 +53,7 @@ inline void amx_multiply(const BFloat16* a, int lda, const BFloat16* panels, ptr
   for (int k = 0; k < depth; k += TILE_DEPTH) {
     for (int line = 0; line < 16; line++)
       for (int p = 0; p < NP; p++)
-        __builtin_prefetch((const char*)(panels + p * panel_stride + k * PANEL) + line * 64 + AHEAD);
+        prefetch((const char*)(panels + p * panel_stride + k * PANEL) + line * 64 + ahead);
     _tile_loadd(2, a + k, lda * 2);
     _tile_loadd(3, panels + k * PANEL, 64);
     _tile_dpbf16ps(0, 2, 3);
@@ -79,7 +79,7 @@ struct AmxTiles {
   explicit AmxTiles(int) {}
 };
 template <int NP, bool ADD>
-inline void amx_multiply(const BFloat16*, int, const BFloat16*, ptrdiff_t, int, float*, int) {}
+inline void amx_multiply(const BFloat16*, int, const BFloat16*, ptrdiff_t, int, float*, int, ptrdiff_t) {}
 inline void round_panel(const float*, BFloat16*) {}
 constexpr bool HAS_AMX = false;
 #endif

@@ -150,9 +150,10 @@ class Attention : public Accumulators<V, T> {
       for (int j = std::max(c.panel_from, g.column); j < last; j += 2 * PANEL) {
         const BFloat16* k = g.keys + (ptrdiff_t)(j - g.column) * head_size;
         if (last - j > PANEL)
-          amx_multiply<2, false>(q, WIDE, k, (ptrdiff_t)head_size * PANEL, head_size, s + j, SCORES);
+          amx_multiply<2, false>(q, WIDE, k, (ptrdiff_t)head_size * PANEL, head_size, s + j, SCORES,
+                               g.ahead);
         else
-          amx_multiply<1, false>(q, WIDE, k, 0, head_size, s + j, SCORES);
+          amx_multiply<1, false>(q, WIDE, k, 0, head_size, s + j, SCORES, g.ahead);
       }
     }
     for (int r = 0; r < count; r++)
@@ -179,14 +180,15 @@ class Attention : public Accumulators<V, T> {
         const BFloat16* v =
             g.values + d / PANEL * g.value_panel + (ptrdiff_t)(first - g.column) * PANEL;
         const BFloat16* weights = t.narrow_weights + first;
-        if (whole) amx_multiply<2, true>(weights, NARROW, v, g.value_panel, whole, o + d, WIDE);
+        if (whole)
+          amx_multiply<2, true>(weights, NARROW, v, g.value_panel, whole, o + d, WIDE, g.ahead);
         if (whole == end - first) continue;
         // What is behind the context's end was never written, and may be NaN.
         for (int panel = 0; panel < 2; panel++)
           copy_rows(v + panel * g.value_panel + whole * PANEL, end - first - whole,
                     t.last_values + panel * TILE_DEPTH * PANEL);
         amx_multiply<2, true>(weights + whole, NARROW, t.last_values, TILE_DEPTH * PANEL,
-                              TILE_DEPTH, o + d, WIDE);
+                              TILE_DEPTH, o + d, WIDE, 0);
       }
     }
   }
@@ -338,7 +340,7 @@ class Attention : public Accumulators<V, T> {
   }
 
   void write_out(const Tile& t, int r, const float* o, float factor) const {
-    const int64_t token = call.query_start_loc[t.request] + t.first_position + r / group_size -
+    const int64_t token = call.batch->query_start_loc[t.request] + t.first_position + r / group_size -
                           first_position(t.request);
     const int64_t head = t.kv_head * group_size + r % group_size;
     const int64_t offset = token * call.out_stride + head * head_size;

@@ -65,8 +65,8 @@ class Plan {
   void make_tasks() {
     tasks.clear();
     int64_t total = 0;
-    for (int request = 0; request < call.num_reqs; request++) {
-      const int queries = attention.queries_of(request), keys = call.seq_lens[request];
+    for (int request = 0; request < call.batch->num_reqs; request++) {
+      const int queries = attention.queries_of(request), keys = call.batch->seq_lens[request];
       if (queries == 0) continue;
       const int first = attention.first_position(request);
       const int tile = tile_queries(keys);
@@ -85,8 +85,8 @@ class Plan {
         walks.push_back({request, tile, begin, keys, keys - begin, nullptr});
       }
     }
-    if (call.threads > 1) split(total / (call.threads * PARTS_PER_THREAD) + 1);
-    if (call.threads > 1)
+    if (call.batch->threads > 1) split(total / (call.batch->threads * PARTS_PER_THREAD) + 1);
+    if (call.batch->threads > 1)
       std::stable_sort(tasks.begin(), tasks.end(),
                        [](const Task& a, const Task& b) { return a.cost > b.cost; });
   }
@@ -159,7 +159,7 @@ class Plan {
     reserve();
     const int num_tasks = tasks.size(), num_walks = walks.size();
     std::atomic<bool> failed{false};
-#pragma omp parallel num_threads(call.threads) if (num_tasks > 1)
+#pragma omp parallel num_threads(call.batch->threads) if (num_tasks > 1)
     {
       static thread_local Arena arena;
       const auto guarded = [&](auto&& f) {

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attn_kernels.batch import Batch
 from attn_kernels.cpu.build import BuildError
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.variant import Variant
@@ -42,20 +43,15 @@ class _Call(ctypes.Structure):
         ("out", c_void_p),
         ("query_stride", c_int64),
         ("out_stride", c_int64),
-        ("block_table", c_void_p),
-        ("block_table_stride", c_int64),
-        ("query_start_loc", c_void_p),
-        ("seq_lens", c_void_p),
+        ("batch", c_void_p),
         ("values", POINTER(c_float)),
         ("learned", POINTER(c_void_p)),
         ("scale", c_float),
-        ("num_reqs", c_int32),
         ("num_heads", c_int32),
         ("window", c_int32),
         ("query_format", c_int32),
         ("out_format", c_int32),
         ("cache_format", c_int32),
-        ("threads", c_int32),
     )
 
 
@@ -223,18 +219,14 @@ class CPULayer:
     def attend(
         self,
         query: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
+        batch: Batch,
         out: Tensor,
     ) -> None:
         """Attention of a batch, decode and prefill mixed; see `attn_kernels.paged.paged_attention`.
 
         Args:
             query: `[num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.
-            block_table: `[num_reqs, max_blocks]` int32.
-            query_start_loc: `[num_reqs + 1]` int32.
-            seq_lens: `[num_reqs]` int32.
+            batch: its requests.
             out: `[>= num_tokens, num_heads, head_size]`, written in place; its heads side by side.
 
         Raises:
@@ -247,11 +239,6 @@ class CPULayer:
         call.out = out.data_ptr()
         call.out_stride = out.stride(0)
         call.out_format = FORMATS[out.dtype]
-        call.block_table = block_table.data_ptr()
-        call.block_table_stride = block_table.stride(0)
-        call.query_start_loc = query_start_loc.data_ptr()
-        call.seq_lens = seq_lens.data_ptr()
-        call.num_reqs = seq_lens.shape[0]
-        call.threads = torch.get_num_threads()
+        call.batch = batch.address
         if self.run_attend():
             raise MemoryError("no memory for the attention kernel's scratch space")

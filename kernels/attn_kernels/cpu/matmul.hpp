@@ -10,19 +10,19 @@ constexpr int ROWS = REGISTERS == 32 ? 12 : 6;
 constexpr int PANELS = REGISTERS == 32 ? 2 : 1;
 constexpr int PARTS = PANEL / WIDTH;
 
-// Panels that a few rows read side by side: four streams of memory are faster than one (and than one
-// with prefetching).
+// Panels that a few rows read side by side: four streams of memory are faster than one.
 constexpr int STREAMS = REGISTERS == 32 ? 4 : 1;
 
-// Where there is one stream, bytes between what is multiplied and what is fetched: a panel's hardware
-// prefetcher starts anew on every page.
-constexpr int AHEAD = 4096;
+// Into the second-level cache: what is fetched is a block away.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // C[R, NP * 16] = C * rescale[row] + A * panels. A's rows are LDA floats apart, C's LDC; panel p
-// starts at `panels + p * panel_stride`, at an even row. With ADD false, C is overwritten.
+// starts at `panels + p * panel_stride`, at an even row. With ADD false, C is overwritten. `ahead` is
+// how many bytes behind a panel the memory lies that is to be fetched meanwhile: a few rows wait for
+// memory, and the processor's own prefetcher stops at every page.
 template <int R, int NP, int LDA, int LDC, bool ADD, class T>
 inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, ptrdiff_t depth, float* c,
-                     const float* rescale) {
+                     const float* rescale, ptrdiff_t ahead) {
   constexpr int N = NP * PARTS, PAIR = T::PAIR;
   // A row or two alone would wait for each addition: so many sums run side by side.
   constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4, STEP = CHAINS > PAIR ? CHAINS : PAIR;
@@ -38,7 +38,7 @@ inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, pt
 #pragma GCC unroll 4
       for (int j = 0; j < N; j++) {
         const T* p = at(k + pair, j);
-        if constexpr (NP == 1) __builtin_prefetch((const char*)p + AHEAD);
+        if constexpr (R <= 4) prefetch((const char*)p + ahead);
         load_rows(p, b[j]);
       }
 #pragma GCC unroll 2
@@ -77,11 +77,11 @@ inline int kernel_rows(int rows) {
 // `multiply` for 1 to ROWS rows; rows up to kernel_rows(rows) of A and C must exist.
 template <int NP, int LDA, int LDC, bool ADD, class T>
 inline void multiply_rows(int rows, const float* a, const T* panels, ptrdiff_t panel_stride,
-                          ptrdiff_t depth, float* c, const float* rescale) {
+                          ptrdiff_t depth, float* c, const float* rescale, ptrdiff_t ahead) {
   switch (kernel_rows(rows)) {
 #define CASE(R)                                                                        \
   case R:                                                                              \
-    return multiply<R, NP, LDA, LDC, ADD>(a, panels, panel_stride, depth, c, rescale);
+    return multiply<R, NP, LDA, LDC, ADD>(a, panels, panel_stride, depth, c, rescale, ahead);
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(6)
 #if defined(__AVX512F__)
     CASE(8) CASE(12)

@@ -38,10 +38,10 @@ class Spans {
         group_size(c.num_heads / c.cache.num_kv_heads) {}
 
   int queries_of(int request) const {
-    return call.query_start_loc[request + 1] - call.query_start_loc[request];
+    return call.batch->query_start_loc[request + 1] - call.batch->query_start_loc[request];
   }
   // Position in its context of a request's first query of this call.
-  int first_position(int request) const { return call.seq_lens[request] - queries_of(request); }
+  int first_position(int request) const { return call.batch->seq_lens[request] - queries_of(request); }
   // The first key that a query sees.
   int first_visible(int position) const {
     return call.window ? std::max(0, position - call.window + 1) : 0;
@@ -51,7 +51,7 @@ class Spans {
 
   // Where in `query` a head's query at a position begins.
   int64_t query_offset(int request, int position, int head) const {
-    const int64_t token = call.query_start_loc[request] + position - first_position(request);
+    const int64_t token = call.batch->query_start_loc[request] + position - first_position(request);
     return token * call.query_stride + (int64_t)head * head_size;
   }
 
@@ -65,6 +65,7 @@ class Spans {
     const U *keys, *values;
     ptrdiff_t value_panel;
     int column, length;  // columns of the span
+    ptrdiff_t ahead;     // bytes from this block to the request's next, 0 behind the last
   };
   template <class U>
   struct Span {
@@ -74,13 +75,16 @@ class Spans {
 
   Span<T> find_span(int request, int kv_head, int begin, int end) const {
     Span<T> span{begin, end, 0, {}};
-    const int32_t* table = call.block_table + request * call.block_table_stride;
+    const int32_t* table = call.batch->block_table + request * call.batch->block_table_stride;
     for (int p = begin; p < end;) {
       const int offset = p % cache.block_size, length = std::min(cache.block_size - offset, end - p);
-      const int64_t index = table[p / cache.block_size];
+      const int block = p / cache.block_size;
+      const bool last = (block + 1) * cache.block_size >= call.batch->seq_lens[request];
+      const int64_t index = table[block], next = last ? index : table[block + 1];
       span.segments[span.count++] = {cache.keys(index, kv_head, offset),
                                      cache.values(index, kv_head, offset), cache.value_panel(),
-                                     p - begin, length};
+                                     p - begin, length,
+                                     (next - index) * cache.block_stride * (ptrdiff_t)sizeof(T)};
       p += length;
     }
     return span;
@@ -109,7 +113,7 @@ class Spans {
   Span<Float32> gather(const Span<T>& span, Float32* wide_keys, Float32* wide_values, bool keys,
                        bool values) const {
     Span<Float32> wide{span.begin, span.end, 1, {}};
-    wide.segments[0] = {wide_keys, wide_values, SPAN * PANEL, 0, span.end - span.begin};
+    wide.segments[0] = {wide_keys, wide_values, SPAN * PANEL, 0, span.end - span.begin, 0};
     for (int i = 0; i < span.count; i++) {
       const Segment<T>& g = span.segments[i];
       if (keys)
@@ -131,14 +135,15 @@ class Spans {
       for (int c = 0; c < g.length; c += PANEL)
         for (int j = 0; j < PANEL; j += WIDTH) {
           const U* k = g.keys + c * head_size + j * U::PAIR;
-          Vec squares = {};
-          for (int d = 0; d < head_size; d += U::PAIR) {
-            Vec rows[U::PAIR];
+          Vec squares[2] = {};
+          for (int d = 0; d < head_size; d += 2) {
+            Vec rows[2];
             load_rows(k + d * PANEL, rows);
-            for (const Vec& row : rows) squares += row * row;
+            if constexpr (U::PAIR == 1) load_rows(k + (d + 1) * PANEL, rows + 1);
+            for (int i = 0; i < 2; i++) squares[i] += rows[i] * rows[i];
           }
           store(per_norm + g.column + c + j,
-                1.f / max(broadcast(1e-12f), square_root(squares)));
+                1.f / max(broadcast(1e-12f), square_root(squares[0] + squares[1])));
         }
     }
   }
@@ -147,13 +152,13 @@ class Spans {
   // whole score at every step, and the score is an exponent.
   static constexpr int DIMS = 16;
   template <int NP, class U>
-  void dot(int rows, const float* q, const U* panels, float* s) const {
+  void dot(int rows, const float* q, const U* panels, float* s, ptrdiff_t ahead) const {
     const ptrdiff_t stride = (ptrdiff_t)head_size * PANEL;
     multiply_rows<NP, WIDE, SCORES, false>(rows, q, panels, stride, std::min(DIMS, head_size), s,
-                                           nullptr);
+                                           nullptr, ahead);
     for (int d = DIMS; d < head_size; d += DIMS)
       multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + d * PANEL, stride,
-                                            std::min(DIMS, head_size - d), s, ones);
+                                            std::min(DIMS, head_size - d), s, ones, ahead);
   }
 
   // Woven panels are read as fast one by one.
@@ -171,13 +176,13 @@ class Spans {
       for (int c = std::max(from, g.column); c < last;) {
         const U* k = g.keys + (ptrdiff_t)(c - g.column) * head_size;
         if (streams<U>(rows) && last - c >= STREAMS * PANEL) {
-          dot<STREAMS>(rows, q, k, s + c);
+          dot<STREAMS>(rows, q, k, s + c, g.ahead);
           c += STREAMS * PANEL;
         } else if (PANELS == 2 && rows > 4 && last - c >= 2 * PANEL) {
-          dot<PANELS>(rows, q, k, s + c);
+          dot<PANELS>(rows, q, k, s + c, g.ahead);
           c += PANELS * PANEL;
         } else {
-          dot<1>(rows, q, k, s + c);
+          dot<1>(rows, q, k, s + c, g.ahead);
           c += PANEL;
         }
       }
@@ -197,16 +202,16 @@ class Spans {
       for (int d = 0; d < head_size; v += g.value_panel) {
         if (streams<U>(rows) && head_size - d >= STREAMS * PANEL) {
           multiply_rows<STREAMS, SCORES, WIDE, true>(rows, weights + c, v, g.value_panel, depth,
-                                                     o + d, rescale);
+                                                     o + d, rescale, g.ahead);
           v += (STREAMS - 1) * g.value_panel;
           d += STREAMS * PANEL;
         } else if (PANELS == 2 && rows > 4 && head_size - d >= 2 * PANEL) {
           multiply_rows<PANELS, SCORES, WIDE, true>(rows, weights + c, v, g.value_panel, depth,
-                                                    o + d, rescale);
+                                                    o + d, rescale, g.ahead);
           v += g.value_panel;
           d += PANELS * PANEL;
         } else {
-          multiply_rows<1, SCORES, WIDE, true>(rows, weights + c, v, 0, depth, o + d, rescale);
+          multiply_rows<1, SCORES, WIDE, true>(rows, weights + c, v, 0, depth, o + d, rescale, g.ahead);
           d += PANEL;
         }
       }

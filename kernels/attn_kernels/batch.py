@@ -1,0 +1,48 @@
+"""A step's requests, as every layer's attention reads them."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+
+class _Batch(ctypes.Structure):
+    """`Batch` of cpu/call.hpp."""
+
+    _fields_ = (
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("query_start_loc", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("num_reqs", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Batch:
+    """One step's batch. Made once a step for all layers: what a layer does in Python, it does as
+    often as there are layers.
+
+    Args:
+        block_table: `[num_reqs, max_blocks]` int32: each request's cache blocks in order.
+        query_start_loc: `[num_reqs + 1]` int32: request r owns the step's queries
+            `query_start_loc[r] : query_start_loc[r + 1]`, its last tokens.
+        seq_lens: `[num_reqs]` int32: tokens of each request in the cache, this step's included.
+    """
+
+    def __init__(self, block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor) -> None:
+        self.block_table = block_table.int()
+        self.query_start_loc = query_start_loc.int()
+        self.seq_lens = seq_lens.int()
+        self._struct = _Batch(
+            self.block_table.data_ptr(),
+            self.block_table.stride(0),
+            self.query_start_loc.data_ptr(),
+            self.seq_lens.data_ptr(),
+            self.seq_lens.shape[0],
+            torch.get_num_threads(),
+        )
+        self.address = ctypes.addressof(self._struct)
+        """Of the C struct that points into the tensors."""
