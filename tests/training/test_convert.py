@@ -1,0 +1,312 @@
+"""training.convert: the swap is the one of the paper, fine-tuning trains what it says, and a
+conversion that makes no sense is refused in one line."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from attn_kernels import get_variant, variant_names
+from hf_attn import VariantLlamaForCausalLM
+from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer
+from training.convert import convert, initial_scale, main
+from training.data import read_tokens
+from training.finetune import STATE, FineTune, FineTuneError, Settings, fused_attention
+
+TRAINED = Path(__file__).resolve().parents[2] / "checkpoints" / "softmax"
+LENGTH = 64
+"""`max_position_embeddings` of the checkpoint that is converted."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose attention is far from uniform, with grouped heads; float32."""
+    tokenizer = tiny_tokenizer(512)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("plain")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids(plain: Path) -> Tensor:
+    """Three times as many tokens as the checkpoint was trained on: `[1, 192]`."""
+    tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
+    return torch.from_numpy(tokens[None, : 3 * LENGTH])
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    output: Tensor = model(input_ids=ids, use_cache=False).logits
+    return output
+
+
+def test_initial_scale() -> None:
+    assert initial_scale(1024) == pytest.approx(0.168, abs=5e-4)  # the paper's number
+    for length in (2, 3, 100, 8192):
+        mean = np.log(np.arange(1, length + 1)).mean()
+        assert initial_scale(length) == pytest.approx(1 / mean, rel=1e-12)
+
+
+def test_ssmax_is_softmax_with_queries_scaled_by_hand(
+    plain: Path, ids: Tensor, tmp_path: Path
+) -> None:
+    """At the n-th token the scores are ln(n) / mean(ln n over the training length) as large."""
+    main([str(plain), str(tmp_path / "ssmax"), "--variant", "ssmax"])
+    ln = torch.arange(1, ids.shape[1] + 1, dtype=torch.float64).log()
+    factor = (ln / ln[:LENGTH].mean()).float()[:, None]
+    model = load(plain)
+    unchanged = logits(model, ids)
+    for layer in model.model.layers:  # RoPE rotates: a factor before it is a factor after it
+        layer.self_attn.q_proj.register_forward_hook(lambda _module, _input, q: q * factor)
+    by_hand = logits(model, ids)
+    converted = load(tmp_path / "ssmax")
+    assert isinstance(converted, VariantLlamaForCausalLM)
+    torch.testing.assert_close(logits(converted, ids), by_hand, atol=2e-4, rtol=1e-4)
+    assert (by_hand - unchanged).abs().max() > 0.1
+
+    stored = load_file(tmp_path / "ssmax" / "model.safetensors")
+    for layer in range(2):
+        scale = stored[f"model.layers.{layer}.self_attn.ssmax_scale"]
+        torch.testing.assert_close(scale, torch.full((4,), initial_scale(LENGTH)))
+
+
+@pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).learned])
+def test_variants_without_tensors_only_change_the_name(name: str, plain: Path, ids: Tensor) -> None:
+    converted = convert(plain, {"name": name})
+    stock = load(plain, attn_implementation=name)
+    torch.testing.assert_close(logits(converted, ids), logits(stock, ids), atol=1e-4, rtol=1e-4)
+    assert converted.config.variant.name == name
+
+
+def test_options(plain: Path, ids: Tensor) -> None:
+    """Training length, rotary base, positions, and a variant's own parameters."""
+    model = convert(
+        plain, {"name": "ssmax", "bias": True}, train_length=1000, rope_theta=2e4, positions=4096
+    )
+    for layer in model.model.layers:
+        assert layer.self_attn.ssmax_scale.tolist() == pytest.approx([initial_scale(1000)] * 4)
+        assert layer.self_attn.ssmax_bias.tolist() == [0.0] * 4
+    assert model.config.max_position_embeddings == 4096
+    theta = model.config.rope_parameters["rope_theta"]
+    assert theta == 2e4
+
+    wider = convert(plain, {"name": "softmax"}, rope_theta_factor=50.0)
+    rope = {"rope_type": "default", "rope_theta": 50 * 10000.0}
+    torch.testing.assert_close(
+        logits(wider, ids), logits(load(plain, rope_parameters=rope), ids), atol=1e-4, rtol=1e-4
+    )
+    assert not torch.allclose(logits(wider, ids), logits(load(plain), ids), atol=0.1)
+
+
+def test_dtype_and_the_projects_own_format(tmp_path: Path) -> None:
+    """A `variant_llama` of softmax is converted too, and 16-bit weights stay as they are."""
+    tiny_checkpoint(tmp_path / "source", "softmax")
+    source = load(tmp_path / "source").to(torch.bfloat16)
+    source.save_pretrained(tmp_path / "source")
+    main([str(tmp_path / "source"), str(tmp_path / "out"), "--variant", "ssmax"])
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
+    added = {f"model.layers.{layer}.self_attn.ssmax_scale" for layer in range(3)}
+    assert set(after) - set(before) == added
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_same_variant_keeps_its_scales(tmp_path: Path) -> None:
+    """A checkpoint that learned its scales takes another rotary base and more positions."""
+    tiny_checkpoint(tmp_path / "learned", "ssmax")
+    options = ("--rope-theta-factor", "50", "--positions", "4096")
+    main([str(tmp_path / "learned"), str(tmp_path / "wide"), "--variant", "ssmax", *options])
+    files = (tmp_path / name / "model.safetensors" for name in ("learned", "wide"))
+    before, after = map(load_file, files)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == 50 * 10000.0
+    assert config["max_position_embeddings"] == 4096
+    assert json.loads((tmp_path / "wide" / "conversion.json").read_text())["train_length"] == 1024
+
+
+def mean_loss(model: Any, ids: Tensor) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def tune_arguments(*extra: str) -> list[str]:
+    return ["--data", str(LICENSE), "--sequence", "48", "--batch", "2", *extra]
+
+
+def test_finetuning_the_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the scales change, and the loss gets lower: of a model that was trained, swapped."""
+    swapped, tuned = tmp_path / "swapped", tmp_path / "tuned"
+    main([str(TRAINED), str(swapped), "--variant", "ssmax"])
+    options = ("--steps", "30", "--learning-rate", "0.02", "--seed", "3", "--sequence", "96")
+    main([str(TRAINED), str(tuned), "--variant", "ssmax", *tune_arguments(*options)])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record == json.loads((tuned / "conversion.json").read_text())
+    assert record["finetuning"]["seed"] == 3
+    assert len(record["finetuning"]["losses"]) == 30
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (swapped, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.ssmax_scale" for layer in range(4)}
+    assert all(len(after[name].unique()) == 4 for name in changed), "each head has its own"
+    tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(TRAINED))
+    ids = torch.from_numpy(tokens[: 10 * 96].reshape(10, 96))
+    assert mean_loss(load(tuned), ids) < mean_loss(load(swapped), ids) - 0.02
+    assert not (tmp_path / "tuned.part").exists()
+
+
+def test_finetuning_everything(plain: Path, ids: Tensor, tmp_path: Path) -> None:
+    options = ("--steps", "30", "--train", "all", "--learning-rate", "0.003")
+    main([str(plain), str(tmp_path / "all"), "--variant", "softpick", *tune_arguments(*options)])
+    before, after = load(plain, attn_implementation="softpick"), load(tmp_path / "all")
+    assert mean_loss(after, ids) < mean_loss(before, ids) - 0.15
+    old = dict(before.named_parameters())
+    assert not any(torch.equal(p, old[name]) for name, p in after.named_parameters())
+
+
+@pytest.mark.parametrize("variant", ["softmax", "ssmax", "softpick"])
+def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: Tensor) -> None:
+    """Loss and gradients of training's own attention, where there is one."""
+    model = convert(plain, {"name": variant})
+    results = []
+    for fused in (False, True):
+        model.zero_grad()
+        if fused:
+            with fused_attention(model) as fits:
+                assert fits == (variant != "softpick")
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        else:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=2e-4)
+
+
+def tune(plain: Path, folder: Path, **changes: Any) -> FineTune:
+    settings = Settings(steps=100, learning_rate=0.01, sequence=16, seed=1)
+    tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
+    model = convert(plain, {"name": "ssmax"})
+    return FineTune(
+        model, dataclasses.replace(settings, **changes), tokens, 0, folder, save_seconds=0.0
+    )
+
+
+def test_interrupted_and_continued_equals_uninterrupted(plain: Path, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        while not (tmp_path / "part" / STATE).exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        tune(plain, tmp_path / "part").run(quiet=True)
+    continued = tune(plain, tmp_path / "part")
+    assert 0 < len(continued.losses) < 100
+    continued.run(quiet=True)
+    whole = tune(plain, tmp_path / "whole")
+    whole.run(quiet=True)
+    assert continued.losses == whole.losses
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(continued.model.state_dict()[name], tensor), name
+
+    with pytest.raises(FineTuneError, match="unfinished run with seed = 1, not 2"):
+        tune(plain, tmp_path / "part", seed=2)
+
+
+def test_learning_rate() -> None:
+    settings = Settings(steps=40, learning_rate=1.0)
+    rates = [settings.learning_rate_at(step) for step in range(40)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.05
+    assert Settings(steps=1, learning_rate=1.0).learning_rate_at(0) == 1.0
+
+
+REFUSED = {
+    "no folder": (["{tmp}/none", "{tmp}/out"], "has no config.json: name the folder"),
+    "not a Llama": (["{tmp}/gpt2", "{tmp}/out"], "is a gpt2: only Llamas can be converted"),
+    "another variant": (["{tmp}/softpick", "{tmp}/out"], "has softpick attention already"),
+    "quantized": (["{tmp}/quantized", "{tmp}/out"], "is quantized: convert the original"),
+    "out is there": (["{plain}", "{tmp}"], "is there already: choose another folder"),
+    "steps alone": (["{plain}", "{tmp}/out", "--steps", "2"], "--steps and --data go together"),
+    "data alone": (["{plain}", "{tmp}/out", "--data", "x"], "--steps and --data go together"),
+    "no data": (["{plain}", "{tmp}/out", "--steps", "2", "--data", "{tmp}/x"], "no file "),
+    "short data": (
+        ["{plain}", "{tmp}/out", "--steps", "2", "--data", "{tmp}/softpick/config.json"],
+        "too few for sequences of 1024: name more --data or a shorter --sequence",
+    ),
+    "train length": (["{plain}", "{tmp}/out", "--train-length", "1"], "at least 2 tokens"),
+    "no tensors": (
+        ["{plain}", "{tmp}/out", "--variant", "lssa", "--steps", "2", "--data", "{license}"],
+        "lssa learns no per-head tensors: use --train all",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(
+    arguments: list[str], message: str, plain: Path, tmp_path: Path
+) -> None:
+    tiny_checkpoint(tmp_path / "softpick", "softpick")
+    for name, fields in (
+        ("gpt2", {"model_type": "gpt2"}),
+        ("quantized", {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(fields))
+    places = {"tmp": tmp_path, "plain": plain, "license": LICENSE}
+    argv = [argument.format(**places) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(["--variant", "ssmax", *argv])
+    line = str(stopped.value)
+    assert line.startswith("training.convert: ")
+    assert message in line
+    assert "\n" not in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--variant", "softpik"], "did you mean 'softpick'"),
+        (["--rope-theta", "0"], "0 is not a number above 0"),
+        (["--positions", "-1"], "not a whole number above 0"),
+    ],
+)
+def test_wrong_options(
+    option: list[str], message: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(plain), str(tmp_path / "out"), "--variant", "ssmax", *option])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
