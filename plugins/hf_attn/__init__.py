@@ -5,22 +5,33 @@ Importing this package registers
 - every variant as an attention function of its own name, so that
   `AutoModelForCausalLM.from_pretrained(path, attn_implementation="softpick")` runs a stock Llama,
   Mistral or Qwen with it, and
-- `VariantLlamaConfig` and `VariantLlamaForCausalLM` with the Auto classes, so that a checkpoint
-  whose `config.json` says `"model_type": "variant_llama"` loads without remote code.
+- the models `variant_llama` (ours) and `transformer` (flash-linear-attention's, with softpick) with
+  the Auto classes, so that checkpoints of these `model_type`s load without remote code.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
+from hf_attn import fla
 from hf_attn.attention import register_attention_functions
 from hf_attn.configuration import VariantLlamaConfig
+from hf_attn.fla import TransformerConfig, TransformerForCausalLM, TransformerModel
 from hf_attn.modeling import VariantLlamaForCausalLM, VariantLlamaModel
 
 register_attention_functions()
-AutoConfig.register(VariantLlamaConfig.model_type, VariantLlamaConfig, exist_ok=True)
-AutoModel.register(VariantLlamaConfig, VariantLlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(VariantLlamaConfig, VariantLlamaForCausalLM, exist_ok=True)
+register_checkpoint_conversion_mapping(TransformerConfig.model_type, fla.RENAMINGS, overwrite=True)
+for config, model, causal_lm in (
+    (VariantLlamaConfig, VariantLlamaModel, VariantLlamaForCausalLM),
+    (TransformerConfig, TransformerModel, TransformerForCausalLM),
+):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
 
 __all__ = [
+    "TransformerConfig",
+    "TransformerForCausalLM",
+    "TransformerModel",
     "VariantLlamaConfig",
     "VariantLlamaForCausalLM",
     "VariantLlamaModel",

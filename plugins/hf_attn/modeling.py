@@ -6,7 +6,7 @@ variant are parameters of the attention modules: `model.layers.N.self_attn.ssmax
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,23 @@ class VariantLlamaAttention(LlamaAttention):
         for name in self.variant.learned:
             setattr(self, name, nn.Parameter(torch.empty(config.num_attention_heads)))
 
+    def rotate(
+        self,
+        query: Tensor,
+        key: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        position_ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Projected queries and keys, `[batch, heads, num_queries, head_size]` each, with RoPE."""
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key
+
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor,
+        position_ids: Tensor,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
@@ -46,6 +58,7 @@ class VariantLlamaAttention(LlamaAttention):
             hidden_states: the layer's normalised input.
             position_embeddings: cosines and sines `[batch, num_queries, head_size]`.
             attention_mask: bool `[batch, 1, num_queries, num_keys]`.
+            position_ids: `[batch or 1, num_queries]`.
             past_key_values: the cache, which takes up these tokens.
             kwargs: passed on to `attention_forward`.
 
@@ -58,7 +71,7 @@ class VariantLlamaAttention(LlamaAttention):
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k = self.rotate(q, k, position_embeddings, position_ids)
 
         own_key = torch.arange(q.shape[-2], device=q.device)
         if past_key_values is not None:
@@ -96,7 +109,8 @@ class VariantLlamaAttention(LlamaAttention):
 class VariantLlamaPreTrainedModel(PreTrainedModel):
     """What the model without and the model with a language-model head have in common."""
 
-    config_class = VariantLlamaConfig
+    config_class: ClassVar[type[VariantLlamaConfig]] = VariantLlamaConfig
+    attention_class: ClassVar[type[VariantLlamaAttention]] = VariantLlamaAttention
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -146,14 +160,16 @@ class VariantLlamaModel(VariantLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: VariantLlamaConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
-            layer.self_attn = VariantLlamaAttention(config, index)
+            layer.self_attn = self.attention_class(config, index)
         self.post_init()
 
 
 class VariantLlamaForCausalLM(VariantLlamaPreTrainedModel, LlamaForCausalLM):
     """Llama with a language-model head over `VariantLlamaModel`."""
 
+    model_class: ClassVar[type[VariantLlamaModel]] = VariantLlamaModel
+
     def __init__(self, config: VariantLlamaConfig) -> None:
         super().__init__(config)
-        self.model = VariantLlamaModel(config)
+        self.model = self.model_class(config)
         self.post_init()

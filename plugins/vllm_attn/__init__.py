@@ -19,15 +19,14 @@ def register() -> None:
     """
     from vllm.model_executor.models.registry import ModelRegistry
 
-    import hf_attn  # noqa: F401  (importing it registers model_type variant_llama)
+    import hf_attn  # noqa: F401  (importing it registers the models' configurations)
     from vllm_attn import names, platform, report, versions
 
     versions.warn_if_untried()
     report.install_excepthook()
     names.register_all()
-    ModelRegistry.register_model(
-        "VariantLlamaForCausalLM", "vllm_attn.model:VariantLlamaForCausalLM"
-    )
+    for model in ("model:VariantLlamaForCausalLM", "fla_model:TransformerForCausalLM"):
+        ModelRegistry.register_model(model.partition(":")[2], f"vllm_attn.{model}")
     platform.ensure_active()
 
 

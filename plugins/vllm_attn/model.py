@@ -32,13 +32,8 @@ class VariantLlamaAttention(LlamaAttention):
         impl = self.attn.impl
         if isinstance(impl, VariantImpl) and impl.variant == variant:
             for name in variant.learned:
-                # Float32 whatever the model's dtype: the scale multiplies every score.
-                scale = nn.Parameter(
-                    torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False
-                )
-                set_weight_attrs(scale, {"weight_loader": load_this_rank})
-                self.register_parameter(name, scale)
-                impl.learned[name] = scale
+                impl.learned[name] = per_head_parameter(self.num_heads)
+                self.register_parameter(name, impl.learned[name])
         elif variant.name != "softmax":
             raise StartupError(
                 f"layer {extract_layer_index(prefix)} would run {type(impl).__name__} instead of "
@@ -47,8 +42,18 @@ class VariantLlamaAttention(LlamaAttention):
             )
 
 
+def per_head_parameter(num_heads: int) -> nn.Parameter:
+    """A learned tensor of this rank's heads, `[num_heads]`.
+
+    Float32 whatever the model's dtype: it multiplies every score.
+    """
+    parameter = nn.Parameter(torch.empty(num_heads, dtype=torch.float32), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": load_this_rank})
+    return parameter
+
+
 def load_this_rank(param: nn.Parameter, loaded: Tensor) -> None:
-    """Copy this tensor-parallel rank's heads of a per-head tensor `[num_heads]`."""
+    """Copy this tensor-parallel rank's heads of a per-head tensor `[num_heads]` (or `[.., 1]`)."""
     start = get_tensor_model_parallel_rank() * param.shape[0]
     param.data.copy_(loaded.flatten()[start : start + param.shape[0]])
 
@@ -63,10 +68,14 @@ class VariantLlamaDecoderLayer(LlamaDecoderLayer):
 class VariantLlamaForCausalLM(LlamaForCausalLM):
     """Model class of checkpoints with `"architectures": ["VariantLlamaForCausalLM"]`."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(
-            vllm_config=vllm_config, prefix=prefix, layer_type=VariantLlamaDecoderLayer
-        )
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        layer_type: type[LlamaDecoderLayer] = VariantLlamaDecoderLayer,
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loaded: set[str] = super().load_weights(weights)

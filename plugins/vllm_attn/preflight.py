@@ -26,11 +26,12 @@ def check(vllm_config: Any) -> None:
     """Resolve which variant runs, write it into the configuration, refuse what would be wrong.
 
     Raises:
-        StartupError: with one line that says what is wrong and what to do.
+        StartupError, VariantError: with one line that says what is wrong and what to do.
     """
     if vllm_config.model_config is None:
         return
     variant = resolve(vllm_config)
+    check_format(vllm_config.model_config)
     if variant is None:
         return
     if vllm_config.device_config.device_type != "cpu":
@@ -131,24 +132,36 @@ def check_options(vllm_config: Any, variant: Variant) -> None:
         )
 
 
-def check_learned_tensors(model_config: Any, variant: Variant) -> None:
-    """Refuse a local checkpoint that lacks the variant's learned tensors.
+def check_format(model_config: Any) -> None:
+    """Refuse a local checkpoint that lacks tensors of its format, or has others (`hf_attn.fla`)."""
+    check_tensors = getattr(model_config.hf_config, "check_tensors", None)
+    if check_tensors is not None and (names := tensor_names(model_config)):
+        check_tensors(names)
 
-    A checkpoint that is no local folder of safetensors is checked when its weights are loaded
-    (`vllm_attn.model`).
-    """
-    files = sorted(Path(model_config.model).glob("*.safetensors"))
-    if not variant.learned or not files:
+
+def check_learned_tensors(model_config: Any, variant: Variant) -> None:
+    """Refuse a local checkpoint that lacks the variant's learned tensors."""
+    tensors = tensor_names(model_config) if variant.learned else set()
+    if not tensors:
         return
-    tensors: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as f:
-            tensors.update(f.keys())
     num_layers = model_config.hf_text_config.num_hidden_layers
     for layer in range(num_layers):
         for name in variant.learned:
             if f"model.layers.{layer}.self_attn.{name}" not in tensors:
                 raise StartupError(missing_tensor(variant, name, layer))
+
+
+def tensor_names(model_config: Any) -> set[str]:
+    """All tensors of a local folder of safetensors.
+
+    Empty for any other checkpoint, which is checked when its weights are loaded (`vllm_attn.model`,
+    `vllm_attn.fla_model`).
+    """
+    names: set[str] = set()
+    for file in sorted(Path(model_config.model).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            names.update(f.keys())
+    return names
 
 
 def missing_tensor(variant: Variant, name: str, layer: int) -> str:

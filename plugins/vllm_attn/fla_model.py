@@ -1,0 +1,77 @@
+"""TransformerForCausalLM for vLLM: flash-linear-attention's `transformer` (`hf_attn.fla`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import WeightsMapper
+
+from hf_attn.fla import DERIVED, QK_NORM_EPS, RENAMINGS
+from vllm_attn.model import VariantLlamaAttention, VariantLlamaForCausalLM, per_head_parameter
+
+TO_LLAMA = WeightsMapper(
+    orig_to_new_renaming=RENAMINGS, orig_to_new_suffix={f".{name}": None for name in DERIVED}
+)
+"""From the format's tensor names to those of vLLM's Llama."""
+
+
+class TransformerAttention(VariantLlamaAttention):
+    """Llama attention with QK-norm and a learned scale of the queries, where configured."""
+
+    def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(config, *args, prefix=prefix, **kwargs)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=QK_NORM_EPS)
+            self.k_norm = RMSNorm(self.head_dim, eps=QK_NORM_EPS)
+        self.scaled = config.implementation.scaled
+        if self.scaled:
+            self.s = per_head_parameter(self.num_heads)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """Attention of `hidden_states [num_tokens, hidden_size]` at `positions [num_tokens]`."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.qk_norm:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q, k = self.rotary_emb(positions, q, k)
+        if self.scaled:
+            factor = self.s * (positions + 2).float().log()[:, None]  # [num_tokens, num_heads]
+            heads = q.unflatten(-1, (-1, self.head_dim))
+            q = (heads * factor[..., None]).to(q.dtype).flatten(-2)
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+
+class TransformerDecoderLayer(LlamaDecoderLayer):
+    """A Llama layer with `TransformerAttention`."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config, prefix, attn_layer_type=TransformerAttention, **kwargs)
+
+
+class TransformerForCausalLM(VariantLlamaForCausalLM):
+    """Model class of checkpoints with `"architectures": ["TransformerForCausalLM"]`."""
+
+    hf_to_vllm_mapper = TO_LLAMA | LlamaForCausalLM.hf_to_vllm_mapper
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=TransformerDecoderLayer)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        names = set()
+
+        def noted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                names.add(name)
+                yield name, tensor
+
+        loaded = super().load_weights(TO_LLAMA.apply(noted()))
+        self.config.check_tensors(names)
+        return loaded
