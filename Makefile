@@ -5,11 +5,13 @@
 #   make lint         ruff and mypy
 #   make install      only the environment
 #   make checkpoints  train the reference checkpoints again
+#   make analyze      measure what is in checkpoints/ and not measured yet; write docs/RESULTS.md
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
 #   make lock         write requirements/cpu.txt again (UPGRADE=1: newest versions)
 #
-# Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve); ARGS (test, bench-kernels);
-# PYTHON; TORCH_INDEX, the package index with torch's CPU builds, used if pip finds none by itself.
+# Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
+# ARGS (test, analyze, bench-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
+# builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -34,7 +36,7 @@ unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu lint format checkpoints bench-kernels lock clean
+.PHONY: install serve test test-slow test-gpu lint format checkpoints analyze bench-kernels lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -79,6 +81,10 @@ format: $(READY)
 
 checkpoints: $(READY)
 	$(BIN)/python -m training.checkpoints $(ARGS)
+
+analyze: $(READY)
+	$(BIN)/python -m training.analyze $(wildcard checkpoints/*) $(ARGS)
+	$(BIN)/python -m training.report
 
 bench-kernels: $(READY)
 	$(BIN)/python -m benchmarks.kernels $(ARGS)

@@ -1,0 +1,161 @@
+"""Attention maps and hidden states: sinks, outliers, exact zeros, dead heads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from training.analyze.intervals import mean_interval
+from training.analyze.lambada import spread
+from training.analyze.measure import Checkpoint, Data, Measure, Result
+from training.analyze.scorer import Scorer
+from training.analyze.transformers_scorer import load
+from training.books import split
+from training.data import read_tokens
+
+SINK_EPS = (0.2, 0.3)
+QUIET = 0.01
+"""A head is quiet at a token if its output is shorter than this share of the layer's median."""
+DEAD = 0.99
+"""A head is dead if it is quiet at this share of all tokens or more."""
+
+Figures = dict[str, list[NDArray[np.float64]]]
+
+
+@dataclass(frozen=True)
+class Attention(Measure):
+    """Figures of the attention maps and hidden states on sequences of the test book.
+
+    - Sink rate (arXiv 2410.10781, 2504.20966): share of (layer, head) whose attention map's first
+      column has a mean above eps; of each sequence, then averaged. The first token is the
+      begin-of-text token.
+    - Kurtosis (not excess: 3 for a normal distribution), largest |x| and largest over median |x| of
+      the hidden states: the embeddings and what each layer leaves in the residual stream; of each
+      sequence and layer over all tokens and channels, then averaged.
+    - Zeros: share of exact zeros among the weights of keys that the query sees.
+    - Dead heads: share of heads whose output (before the output projection) is shorter than 1 % of
+      the median length in its layer at 99 % of all tokens or more. Silent: share of (layer, head,
+      token) whose output is exactly 0.
+
+    Args:
+        sequences: of the training length, at even distances in the book.
+    """
+
+    name: ClassVar[str] = "attention"
+    title: ClassVar[str] = "attention sinks, outliers, zeros, dead heads"
+    counts: ClassVar[tuple[str, ...]] = ("sequences",)
+    needs_scores: ClassVar[bool] = False
+
+    sequences: int = 32
+
+    def files(self, data: Data) -> list[Path]:
+        return [split(data.books).test]
+
+    def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
+        tokens = read_tokens(self.files(data), checkpoint.tokenizer)[:-1]
+        fitting = len(tokens) // checkpoint.context
+        if fitting < 2:
+            raise ValueError(
+                f"the test book has {len(tokens)} tokens, too few for two sequences of "
+                f"{checkpoint.context}: lower --context"
+            )
+        # The registered "softmax" is a model's own attention, with its maps.
+        own = checkpoint.config.model_type == "variant_llama"
+        attention: dict[str, Any] = {} if own else {"attn_implementation": "softmax"}
+        model = load(checkpoint.folder, **attention)
+        chosen = spread(self.sequences, fitting)
+        found: Figures = defaultdict(list)
+        with torch.inference_mode(), watched(model) as figures:
+            for index in tqdm(chosen, desc=self.name, unit="sequence"):
+                start = index * checkpoint.context
+                text = tokens[start : start + checkpoint.context - 1].tolist()
+                figures.clear()
+                model(input_ids=torch.tensor([[checkpoint.bos, *text]]), use_cache=False)
+                for name, layers in figures.items():
+                    found[name].append(np.stack(layers))
+        return summarise({name: np.stack(rows) for name, rows in found.items()})
+
+
+def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
+    """From the figures of all sequences: `first_column`, `zeros`, `quiet` and `silent`
+    `[sequences, layers, heads]`, `kurtosis`, `largest` and `median` `[sequences, layers + 1]`."""
+    summary = {
+        f"sink rate at {eps}": mean_interval((f["first_column"] > eps).mean((1, 2)))
+        for eps in SINK_EPS
+    }
+    # Single sequences are short of a head's quiet tokens: only all of them tell a dead head.
+    dead = f["quiet"].mean(0) >= DEAD
+    ratio = f["largest"] / np.maximum(f["median"], np.finfo(np.float64).tiny)
+    summary |= {
+        "kurtosis": mean_interval(f["kurtosis"].mean(1)),
+        "kurtosis, largest of the layers": mean_interval(f["kurtosis"].max(1)),
+        "largest |x|": mean_interval(f["largest"].max(1)),
+        "largest over median |x|": mean_interval(ratio.max(1)),
+        "zeros": mean_interval(f["zeros"].mean((1, 2))),
+        "silent": mean_interval(f["silent"].mean((1, 2))),
+    }
+    units: dict[str, Any] = {
+        "dead_heads": int(dead.sum()),
+        "heads": int(dead.size),
+        "sequence_kurtosis": f["kurtosis"].mean(1).round(4).tolist(),
+        "layer_kurtosis": f["kurtosis"].mean(0).round(4).tolist(),
+        "layer_largest": f["largest"].mean(0).round(4).tolist(),
+    }
+    units |= {
+        f"head_{name}": f[name].mean(0).round(5).tolist()
+        for name in ("first_column", "zeros", "quiet", "silent")
+    }
+    for eps in SINK_EPS:
+        rates = (f["first_column"] > eps).mean((1, 2))
+        units[f"sequence_sink_rate_{eps}"] = rates.round(5).tolist()
+    return Result(summary, units)
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[Figures]:
+    """Collect a forward pass's figures, layer by layer: no map outlives its layer."""
+    figures: Figures = defaultdict(list)
+
+    def maps(module: Any, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        weights = output[1][0]
+        n = weights.shape[-1]
+        seen = n * (n + 1) / 2
+        zeros = (weights == 0).sum((1, 2)) - n * (n - 1) / 2  # those above the diagonal
+        figures["first_column"].append(weights[..., 0].mean(-1).double().numpy())
+        figures["zeros"].append((zeros / seen).double().numpy())
+
+    def heads(module: Any, args: tuple[Tensor]) -> None:
+        outputs = args[0][0].unflatten(-1, (model.config.num_attention_heads, -1))
+        lengths = outputs.norm(dim=-1)
+        quiet = lengths < QUIET * lengths.median()
+        figures["quiet"].append(quiet.double().mean(0).numpy())
+        figures["silent"].append((lengths == 0).double().mean(0).numpy())
+
+    def states(module: Any, args: Any, output: Tensor) -> None:
+        x = output[0].double()
+        centred = x - x.mean()
+        kurtosis = centred.pow(4).mean() / centred.pow(2).mean().pow(2)
+        figures["kurtosis"].append(kurtosis.numpy())
+        figures["largest"].append(x.abs().max().numpy())
+        figures["median"].append(x.abs().median().numpy())
+
+    with ExitStack() as stack:
+        hooks = [model.model.embed_tokens.register_forward_hook(states)]
+        for layer in model.model.layers:
+            hooks.append(layer.self_attn.register_forward_hook(maps))
+            hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(heads))
+            hooks.append(layer.register_forward_hook(states))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield figures

@@ -1,0 +1,134 @@
+"""What a measure is, and what it measures: a checkpoint, beside the texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+import hf_attn  # noqa: F401  registers the configuration
+from training.analyze.intervals import Estimate
+from training.analyze.scorer import Scorer
+from training.books import BOOKS
+
+EVAL = BOOKS.parent / "eval"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Folders of text: the books that `training.books.split` splits, and the evaluation sets."""
+
+    books: Path = BOOKS
+    evaluation: Path = EVAL
+
+
+class Checkpoint:
+    """A Hugging Face folder.
+
+    Args:
+        folder: the folder; its name is the checkpoint's.
+        context: tokens it was trained with; None: what `config.json` says.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def __init__(self, folder: Path, context: int | None = None) -> None:
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+        self.folder = folder
+        self.name = folder.resolve().name
+        self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.context: int = context or self.config.max_position_embeddings
+
+    @property
+    def variant(self) -> str:
+        """Its attention function's name; softmax if it names none."""
+        entry = getattr(self.config, "attention_variant", None) or {"name": "softmax"}
+        return str(entry["name"])
+
+    @property
+    def bos(self) -> int:
+        """The token that starts every text."""
+        first = self.tokenizer.bos_token_id
+        return int(self.tokenizer.eos_token_id if first is None else first)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of configuration, weights and tokenizer."""
+        files = [self.folder / "config.json", self.folder / "tokenizer.json"]
+        files += sorted(self.folder.glob("*.safetensors"))
+        return digest(*(file for file in files if file.exists()))
+
+
+def digest(*files: Path) -> str:
+    """A hash of the contents of files."""
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a measure gives."""
+
+    summary: dict[str, Estimate]
+    """Figures for the table."""
+    units: dict[str, Any]
+    """What was measured on each text, for comparisons in pairs: lists and numbers."""
+
+
+@dataclass(frozen=True)
+class Measure(ABC):
+    """One thing to measure. The fields of a subclass are its settings; a result is good for the
+    settings, texts and checkpoint that it was measured with.
+
+    Class attributes:
+        name: of the measure, and of its results' files.
+        title: one line for people.
+        counts: the settings that are sample sizes, which `--limit` caps.
+        needs_scores: it asks a `Scorer`, so that every engine can do it; else it reads a
+            transformers model's inside.
+        uses_length: it takes the model beyond its training length, so that RoPE's theta matters.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    counts: ClassVar[tuple[str, ...]]
+    needs_scores: ClassVar[bool] = True
+    uses_length: ClassVar[bool] = False
+
+    @abstractmethod
+    def files(self, data: Data) -> list[Path]:
+        """The texts it reads."""
+
+    @abstractmethod
+    def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
+        """Measure.
+
+        Raises:
+            ValueError: the texts are too short for the settings.
+        """
+
+    def longest(self, checkpoint: Checkpoint) -> int:
+        """Tokens of its longest item, the begin-of-text token included."""
+        return checkpoint.context + 1
+
+    def limited(self, limit: int | None) -> Self:
+        """The same with every sample size at most `limit`."""
+        if limit is None:
+            return self
+        smaller: dict[str, Any] = {name: min(limit, getattr(self, name)) for name in self.counts}
+        return dataclasses.replace(self, **smaller)

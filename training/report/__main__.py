@@ -1,0 +1,59 @@
+"""Write docs/RESULTS.md and its figures from what `training.analyze` has measured.
+
+Takes whatever results there are and names the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.analyze.store import FOLDER, ROOT
+from training.report.claims import PAPERS
+from training.report.document import document, table, write
+from training.report.evidence import load
+from training.report.plots import draw
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(name: str, default: Path, text: str) -> None:
+        parser.add_argument(name, type=Path, default=default, help=text + " (default: %(default)s)")
+
+    add("--results", FOLDER, "folder that training.analyze wrote")
+    add("--checkpoints", ROOT / "checkpoints", "folder of checkpoints with their loss.csv")
+    add(
+        "--learning-rates",
+        ROOT / "training" / "results" / "learning_rate.csv",
+        "table of training.learning_rate",
+    )
+    add("--out", ROOT / "docs" / "RESULTS.md", "the document")
+    add("--figures", ROOT / "docs" / "results", "folder of the PNG files")
+    options = parser.parse_args(argv)
+    try:
+        evidence = load(options.results, options.checkpoints, options.learning_rates)
+    except ValueError as error:
+        parser.error(str(error))
+    plots = draw(evidence, options.figures)
+    folder = Path(os.path.relpath(options.figures, options.out.parent)).as_posix()
+    write(document(evidence, plots, folder), options.out)
+    findings = [(p, c, c.judge(evidence)) for p in PAPERS for c in p.claims]
+    rows = [[p.title.partition(" (")[0], c.text, str(f.verdict)] for p, c, f in findings]
+    print(table(["paper", "claim", "verdict"], rows, left=3))
+    verdicts: dict[str, dict[str, str]] = {}
+    for p, c, f in findings:
+        verdicts.setdefault(p.title, {})[c.text] = str(f.verdict)
+    print(json.dumps({"out": str(options.out), "figures": plots, "verdicts": verdicts}))
+
+
+if __name__ == "__main__":
+    main()

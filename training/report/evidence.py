@@ -1,0 +1,158 @@
+"""Everything that was measured, read from files, and comparisons of two checkpoints in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from training.analyze.intervals import Estimate, mean_interval
+from training.analyze.length import BINS
+from training.analyze.store import Stored, read
+
+Values = NDArray[np.float64]
+LAST_STEPS = 100
+
+
+class Missing(Exception):
+    """A claim cannot be judged: the message says what is not there."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All results.
+
+    Args:
+        results: by checkpoint, measure, RoPE factor and engine.
+        curves: training losses, one frame `step, learning_rate, loss` a checkpoint.
+        rates: the table of `training.learning_rate`, or None.
+    """
+
+    results: dict[tuple[str, str, float, str], Stored]
+    curves: dict[str, pd.DataFrame]
+    rates: pd.DataFrame | None
+
+    @property
+    def names(self) -> list[str]:
+        """Checkpoints with any result or curve: softmax first, the others by name."""
+        found = {key[0] for key in self.results} | set(self.curves)
+        return sorted(found, key=lambda name: (name != "softmax", name))
+
+    def find(self, name: str, measure: str, factor: float = 1.0) -> Stored | None:
+        """A result of any engine, transformers' if there are several."""
+        for engine in ("transformers", "vllm"):
+            if (name, measure, factor, engine) in self.results:
+                return self.results[name, measure, factor, engine]
+        return None
+
+    def get(self, name: str, measure: str, factor: float = 1.0) -> Stored:
+        """A result.
+
+        Raises:
+            Missing: there is none.
+        """
+        found = self.find(name, measure, factor)
+        if found is None:
+            theta = "" if factor == 1.0 else f" with theta x{factor:g}"
+            raise Missing(f"no result {measure}{theta} of {name}")
+        return found
+
+    def pair(
+        self, name: str, other: str, measure: str, factor: float = 1.0
+    ) -> tuple[Stored, Stored]:
+        """Results of two checkpoints that were measured on the same texts in the same way.
+
+        Raises:
+            Missing: there is one or none, or they were not.
+        """
+        a, b = self.get(name, measure, factor), self.get(other, measure, factor)
+        for part in ("context", "settings", "texts"):
+            if a.key[part] != b.key[part]:
+                raise Missing(f"{measure} of {name} and {other} differ in their {part}")
+        return a, b
+
+    def estimate(self, name: str, measure: str, figure: str, factor: float = 1.0) -> Estimate:
+        """A figure of a result's summary.
+
+        Raises:
+            Missing: there is none.
+        """
+        found = self.get(name, measure, factor).result.summary
+        if figure not in found:
+            raise Missing(f"{measure} of {name} has no figure {figure}")
+        return found[figure]
+
+
+def load(results: Path, checkpoints: Path, rates: Path) -> Evidence:
+    """Read everything.
+
+    Args:
+        results: the folder that `training.analyze` writes.
+        checkpoints: a folder of checkpoints with their `loss.csv`.
+        rates: the table of `training.learning_rate`; need not exist.
+
+    Raises:
+        ValueError: a file of results is none.
+    """
+    stored = [read(path) for path in sorted(results.glob("*/*.json"))]
+    curves = {path.parent.name: pd.read_csv(path) for path in checkpoints.glob("*/loss.csv")}
+    return Evidence(
+        {(s.checkpoint, s.measure, s.rope_theta_factor, s.engine): s for s in stored},
+        {name: curves[name] for name in sorted(curves)},
+        pd.read_csv(rates) if rates.exists() else None,
+    )
+
+
+def difference(a: Sequence[float] | Values, b: Sequence[float] | Values) -> Estimate:
+    """Mean of `a - b`, value by value on the same texts."""
+    return mean_interval(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+
+
+def windows(stored: Stored, multiple: int) -> Values:
+    """Mean loss of each window's first `multiple` training lengths, read as one, `[windows]`.
+
+    Raises:
+        Missing: the windows are shorter.
+    """
+    bins = np.asarray(stored.result.units["windows"], np.float64)
+    if bins.shape[1] < multiple * BINS:
+        raise Missing(f"length of {stored.checkpoint} ends before {multiple}x")
+    return bins[:, : multiple * BINS].mean(1)
+
+
+def pieces(stored: Stored, multiple: int) -> Values:
+    """Mean loss of the same tokens as `windows`, read in pieces of the training length."""
+    windows(stored, multiple)
+    return np.asarray(stored.result.units["pieces"], np.float64)[:, : multiple * BINS].mean(1)
+
+
+def rise(stored: Stored, multiple: int) -> Estimate:
+    """What a context of `multiple` training lengths costs (or, below 0, brings), in nats."""
+    return difference(windows(stored, multiple), pieces(stored, multiple))
+
+
+def gains(stored: Stored, multiple: int) -> Values:
+    """The passkey gain of each pair at `multiple` training lengths.
+
+    Raises:
+        Missing: it was not measured at this length.
+    """
+    if str(multiple) not in stored.result.units:
+        raise Missing(f"passkey of {stored.checkpoint} ends before {multiple}x")
+    return np.asarray(stored.result.units[str(multiple)]["gain"], np.float64)
+
+
+def last_losses(evidence: Evidence, name: str, steps: int = LAST_STEPS) -> tuple[int, Values]:
+    """The number of training steps, and the losses of the last of them.
+
+    Raises:
+        Missing: there is no curve.
+    """
+    if name not in evidence.curves:
+        raise Missing(f"no loss.csv of {name}")
+    losses = evidence.curves[name]["loss"].to_numpy(np.float64)
+    return len(losses), losses[-steps:]

@@ -1,0 +1,134 @@
+"""What is measured for each claim: a figure with its interval, and the range it must lie in."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from training.analyze.intervals import Estimate, mean_interval
+from training.analyze.length import BINS
+from training.report.evidence import (
+    LAST_STEPS,
+    Evidence,
+    Missing,
+    difference,
+    gains,
+    last_losses,
+    pieces,
+    windows,
+)
+from training.report.rules import Condition, Finding, Range, decide, widened
+
+CONTROL = "softmax"
+EQUAL = Range(-0.05, 0.05)
+LOWER = Range(high=0.0)
+HIGHER = Range(low=0.0)
+FAILS = Range(low=0.2)
+"""A model fails at a length that costs it 0.2 nats per token or more: a perplexity 22 % higher."""
+STAYS_LOW = Range(high=0.2)
+RETRIEVES = Range(low=0.1)
+"""A key is seen if planting it brings it 0.1 nats."""
+
+
+def sink_rate(eps: float, evidence: Evidence) -> Finding:
+    """Softpick has no sinks, where softmax has some."""
+    figure = f"sink rate at {eps}"
+    control = Condition(
+        "softmax's", evidence.estimate(CONTROL, "attention", figure), Range(low=0.05)
+    )
+    ours = evidence.estimate("softpick", "attention", figure)
+    return decide("sink rate", ours, Range(high=0.01), (control,))
+
+
+def kurtosis(evidence: Evidence) -> Finding:
+    """Softpick's hidden states have fewer outliers, where softmax has some."""
+    a, b = evidence.pair(CONTROL, "softpick", "attention")
+    logs = [np.log(stored.result.units["sequence_kurtosis"]) for stored in (a, b)]
+    control = Condition("softmax's kurtosis", a.result.summary["kurtosis"], Range(low=6.0))
+    ratio = difference(*logs).exp()
+    return decide("softmax's kurtosis over softpick's", ratio, Range(low=2.0), (control,), 2)
+
+
+def zeros(evidence: Evidence) -> Finding:
+    """Most of softpick's weights are exactly zero."""
+    share = evidence.estimate("softpick", "attention", "zeros")
+    return decide("share of exact zeros", share, Range(low=0.95))
+
+
+def held_out_loss(name: str, range_: Range, evidence: Evidence) -> Finding:
+    """Loss on the test book at the training length, against softmax's on the same sequences."""
+    a, b = evidence.pair(name, CONTROL, "perplexity")
+    both = [stored.result.units["test"]["sequence_losses"] for stored in (a, b)]
+    return decide("nats per token more than softmax", widened(difference(*both)), range_)
+
+
+def lambada(evidence: Evidence) -> Finding:
+    """LAMBADA accuracy, passage by passage."""
+    a, b = evidence.pair("softpick", CONTROL, "lambada")
+    control = Condition("softmax's accuracy", b.result.summary["accuracy"], Range(low=0.01))
+    more = difference(a.result.units["hits"], b.result.units["hits"])
+    return decide("accuracy more than softmax's", more, Range(-0.02, 0.02), (control,))
+
+
+def training_loss(evidence: Evidence) -> Finding:
+    """Training loss of the same last batches."""
+    (steps, ours), (others, control) = (last_losses(evidence, name) for name in ("ssmax", CONTROL))
+    if steps != others:
+        raise Missing(f"ssmax was trained for {steps} steps and softmax for {others}")
+    what = f"nats per token more than softmax, last {LAST_STEPS} steps"
+    return decide(what, widened(difference(ours, control)), LOWER)
+
+
+def window_loss(
+    name: str, multiple: int, range_: Range, evidence: Evidence, factor: float = 1.0
+) -> Finding:
+    """Loss of windows of some length, against softmax's on the same windows.
+
+    At the training length that is all tokens of the windows, in pieces. At longer ones there must
+    be something to win: softmax fails.
+    """
+    a, b = evidence.pair(name, CONTROL, "length", factor)
+    what = f"nats per token more than softmax at {multiple}x"
+    if multiple == 1:
+        longest = len(b.result.units["windows"][0]) // BINS
+        more = difference(pieces(a, longest), pieces(b, longest))
+        return decide(what, widened(more), range_)
+    more = difference(windows(a, multiple), windows(b, multiple))
+    return decide(what, widened(more), range_, (softmax_fails(evidence, multiple, factor),))
+
+
+def stays_low(name: str, multiple: int, evidence: Evidence, factor: float = 1.0) -> Finding:
+    """What a long context costs, against the same tokens in pieces of the training length, where
+    it costs softmax much."""
+    rise = rise_of(evidence, name, multiple, factor)
+    conditions = (softmax_fails(evidence, multiple, factor),)
+    return decide(f"rise of the loss at {multiple}x", rise, STAYS_LOW, conditions)
+
+
+def softmax_fails(evidence: Evidence, multiple: int, factor: float = 1.0) -> Condition:
+    """The control must lose something at this length."""
+    return Condition("softmax's rise", rise_of(evidence, CONTROL, multiple, factor), FAILS)
+
+
+def rise_of(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Estimate:
+    """Loss of long windows less the loss of the same tokens in pieces of the training length, these
+    always with the RoPE that the model was trained with."""
+    long, short = evidence.get(name, "length", factor), evidence.get(name, "length")
+    for part in ("context", "settings", "texts", "checkpoint"):
+        if long.key[part] != short.key[part]:
+            raise Missing(f"length of {name} with theta x{factor:g} and x1 differ in their {part}")
+    return difference(windows(long, multiple), pieces(short, multiple))
+
+
+def retrieves(name: str, multiple: int, evidence: Evidence, factor: float = 1.0) -> Finding:
+    """The key's gain against softmax's on the same prompts, if the model sees a key at all at its
+    training length."""
+    a, b = evidence.pair(name, CONTROL, "passkey", factor)
+    at_home = Condition("its gain at 1x", mean_interval(gains(a, 1)), RETRIEVES)
+    more = difference(gains(a, multiple), gains(b, multiple))
+    what = f"gain more than softmax's at {multiple}x, nats"
+    return decide(what, more, HIGHER, (at_home,))
+
+
+def unmeasured(why: str, evidence: Evidence) -> Finding:
+    """What this project does not measure here."""
+    raise Missing(why)

@@ -1,0 +1,167 @@
+"""The report's figures, as PNG files that are the same for the same results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from training.analyze.intervals import mean_interval
+from training.analyze.length import BINS
+from training.report.evidence import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHED = 50
+"""Training steps that a point of the training curves averages."""
+
+COLORS = dict(
+    zip(
+        ("softmax", "softpick", "ssmax", "lssa", "lssar", "selective"),
+        ("black", "tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"),
+        strict=True,
+    )
+)
+
+
+def color(name: str) -> str:
+    """A checkpoint's color; grey for those that are not of the reference set."""
+    return COLORS.get(name, "tab:gray")
+
+
+def training(evidence: Evidence) -> Figure | None:
+    """Training loss against steps."""
+    if not evidence.curves:
+        return None
+    figure, (axes,) = canvas(1)
+    for name, curve in sorted(evidence.curves.items(), key=lambda pair: pair[0] != "softmax"):
+        smooth = curve["loss"].rolling(SMOOTHED, min_periods=SMOOTHED).mean()
+        axes.plot(curve["step"], smooth, label=name, color=color(name), linewidth=1)
+    axes.set(
+        xlabel="step", ylabel="training loss, nats per token", title=f"mean of {SMOOTHED} steps"
+    )
+    axes.set_ylim(top=axes.get_ylim()[0] + 1.5)
+    axes.legend()
+    return figure
+
+
+def length(evidence: Evidence) -> Figure | None:
+    """Loss against position, one panel a factor of RoPE's theta."""
+    factors = sorted({key[2] for key in evidence.results if key[1] == "length"})
+    if not factors:
+        return None
+    figure, panels = canvas(len(factors))
+    for factor, axes in zip(factors, panels, strict=True):
+        for name in evidence.names:
+            found = evidence.find(name, "length", factor)
+            if found is None:
+                continue
+            bins = np.asarray(found.result.units["windows"])
+            spans = list(itertools.pairwise(edges(bins.shape[1])))
+            means = [mean_interval(bins[:, start:end].mean(1)) for start, end in spans]
+            places = [(start + end) / 2 / BINS for start, end in spans]
+            values, low, high = (np.array(column) for column in zip(*means, strict=True))
+            axes.plot(places, values, label=name, color=color(name), marker=".")
+            axes.fill_between(places, low, high, color=color(name), alpha=0.1)
+        axes.axvline(1, color="gray", linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set(
+            xlabel="position, training lengths",
+            ylabel="loss, nats per token",
+            title="RoPE as trained" if factor == 1 else f"RoPE's theta x{factor:g}",
+        )
+    panels[0].legend()
+    return figure
+
+
+def edges(count: int) -> list[int]:
+    """Ends of spans of bins that widen with the distance from the start: 0, 1, 2, 3, 4, 6, 8, 12,
+    16, ... `count`. Far positions have enough tokens to be averaged."""
+    powers = [2**power for power in range(2, count.bit_length())]
+    wide = [end for power in powers for end in (power, power * 3 // 2)]
+    return [0, 1, 2, 3, *(end for end in wide if end < count), count]
+
+
+def attention(evidence: Evidence) -> Figure | None:
+    """Bars of sink rate, kurtosis and zeros."""
+    names = [name for name in evidence.names if evidence.find(name, "attention")]
+    if not names:
+        return None
+    figures = ("sink rate at 0.3", "kurtosis", "zeros")
+    figure, panels = canvas(len(figures))
+    for key, axes in zip(figures, panels, strict=True):
+        for name in names:
+            value, low, high = evidence.get(name, "attention").result.summary[key]
+            error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.bar(name, value, yerr=error, color=color(name), capsize=3)
+        axes.set_title({"zeros": "share of exact zeros"}.get(key, key))
+        axes.tick_params(axis="x", rotation=45)
+    return figure
+
+
+def passkey(evidence: Evidence) -> Figure | None:
+    """The key's gain and the accuracy against length."""
+    factors = sorted({key[2] for key in evidence.results if key[1] == "passkey"})
+    if not factors:
+        return None
+    figure, panels = canvas(2)
+    for factor in factors:
+        for name in evidence.names:
+            found = evidence.find(name, "passkey", factor)
+            if found is None:
+                continue
+            for what, axes in zip(("gain", "accuracy"), panels, strict=True):
+                multiples = [int(multiple) for multiple in found.result.units]
+                means = [found.result.summary[f"{what} at {m}x"] for m in multiples]
+                values, low, high = (np.array(column) for column in zip(*means, strict=True))
+                theta = "" if factor == 1 else f", theta x{factor:g}"
+                axes.errorbar(
+                    multiples,
+                    values,
+                    yerr=(values - low, high - values),
+                    label=name + theta,
+                    color=color(name),
+                    linestyle="-" if factor == 1 else ":",
+                    capsize=3,
+                )
+    panels[0].set_ylabel("gain of the planted key, nats")
+    panels[1].set_ylabel("accuracy")
+    for axes in panels:
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("length of the prompt, training lengths")
+    panels[0].legend()
+    return figure
+
+
+PLOTS: dict[str, Callable[[Evidence], Figure | None]] = {
+    "training": training,
+    "length": length,
+    "attention": attention,
+    "passkey": passkey,
+}
+
+
+def canvas(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side."""
+    figure = Figure(figsize=(6 if panels == 1 else 4.5 * panels, 4), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def draw(evidence: Evidence, folder: Path) -> list[str]:
+    """Draw what there is evidence for; returns the names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with matplotlib.rc_context({"font.size": 9}):
+        for name, plot in PLOTS.items():
+            figure = plot(evidence)
+            if figure is not None:
+                # Without the version of matplotlib, which would change the file.
+                figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+                drawn.append(name)
+    return drawn
