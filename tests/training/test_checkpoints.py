@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from attn_kernels import variant_names
 from tests.training.conftest import TINY
 from training import checkpoints, evaluate
 from training.books import split
@@ -103,7 +104,7 @@ def test_building_again_trains_no_further(
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize(("argv", "names"), [([], ["softmax", "softpick"]), (["lssar"], ["lssar"])])
+@pytest.mark.parametrize(("argv", "names"), [([], variant_names()), (["lssar"], ["lssar"])])
 def test_command_line_builds_each_variant(
     argv: list[str],
     names: list[str],
