@@ -18,8 +18,8 @@ template <class V, class T>
 class Attention : public Accumulators<V, T> {
  public:
   using Base = Accumulators<V, T>;
-  using Base::accumulate, Base::add_values, Base::cache, Base::call, Base::first_position,
-      Base::first_visible, Base::for_each_piece, Base::for_each_span, Base::gather, Base::group_size,
+  using Base::add_values, Base::cache, Base::call, Base::first_position, Base::first_visible,
+      Base::for_each_span, Base::gather, Base::group_size,
       Base::head_size, Base::load_state, Base::NARROW, Base::norms, Base::num_spans, Base::prepare,
       Base::query_offset, Base::save_state, Base::scale, Base::score, Base::SCORES,
       Base::selection, Base::SPAN, Base::TILES, Base::variant;
@@ -42,7 +42,8 @@ class Attention : public Accumulators<V, T> {
     int request, first_position, num_queries, rows, key_begin, key_end, kv_head;
     int block;  // rows of a block
     bool amx;
-    float *q, *o, *scores, *per_norm, *penalty;
+    float *q, *o, *scores, *per_norm;
+    float *penalty, *state;              // stateful: [num_queries, keys], and of the span at hand
     float* factor;                       // amx: of each row's scores
     BFloat16 *narrow_q, *narrow_weights; // amx: [rows, WIDE] and [block, NARROW]
     BFloat16* last_values;               // amx: the last values of a context, zeros behind them
@@ -65,11 +66,13 @@ class Attention : public Accumulators<V, T> {
     const size_t narrow_q = amx ? matrix : 0, narrow_weights = amx ? MAX_BLOCK * NARROW : 0;
     const size_t last_values = amx ? 2 * TILE_DEPTH * PANEL : 0;
     const size_t penalties = V::stateful ? (size_t)task.num_queries * keys : 0;
+    const size_t state = V::stateful ? SPAN : 0;
     arena.reserve(2 * Arena::bytes<float>(matrix) + Arena::bytes<float>(scores) +
                   2 * Arena::bytes<float>(span) + Arena::bytes<float>(SPAN) +
-                  Arena::bytes<float>(penalties) + Arena::bytes<Row>(pad) +
-                  Arena::bytes<float>(pad) + Arena::bytes<BFloat16>(narrow_q) +
-                  Arena::bytes<BFloat16>(narrow_weights) + Arena::bytes<BFloat16>(last_values));
+                  Arena::bytes<float>(penalties) + Arena::bytes<float>(state) +
+                  Arena::bytes<Row>(pad) + Arena::bytes<float>(pad) +
+                  Arena::bytes<BFloat16>(narrow_q) + Arena::bytes<BFloat16>(narrow_weights) +
+                  Arena::bytes<BFloat16>(last_values));
     Tile t;
     t.request = task.request;
     t.first_position = first_position(task.request) + task.first_query;
@@ -85,6 +88,7 @@ class Attention : public Accumulators<V, T> {
     t.wide_values = arena.take<Float32>(span);
     t.per_norm = arena.take<float>(SPAN);
     t.penalty = arena.take<float>(penalties);
+    t.state = arena.take<float>(state);
     t.row = arena.take<Row>(pad);
     t.factor = arena.take<float>(pad);
     t.narrow_q = arena.take<BFloat16>(narrow_q);
@@ -212,8 +216,8 @@ class Attention : public Accumulators<V, T> {
   }
 
   template <class U>
-  void score_block(Tile& t, const Task& task, const Span<U>& span, int first, int count,
-                   const Columns& c, float* s) const {
+  void score_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
+                   float* s) const {
     if constexpr (std::is_same_v<U, BFloat16>) {
       if (t.amx)
         score_tiles(t, span, first, count, c, s);
@@ -227,9 +231,7 @@ class Attention : public Accumulators<V, T> {
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
           store(s + r * SCORES + j, load(s + r * SCORES + j) * load(t.per_norm + j));
     if constexpr (V::stateful) {
-      // A single query adds to the accumulators in the pass that has head 0's scores anyway.
-      if (!task.snapshot && t.num_queries == 1 && t.kv_head == 0 && first == 0)
-        select_one(t, span.begin, span.end, c, s);
+      if (t.kv_head == 0) select(t, span.begin, first, count, c, s);
       for (int r = 0; r < count; r++) {
         const float* penalty = penalties(t, (first + r) / group_size, span.begin);
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
@@ -258,6 +260,7 @@ class Attention : public Accumulators<V, T> {
   template <class U>
   void span_pass(Tile& t, const Task& task, const Span<U>& span, Pass pass) const {
     if (V::unit_keys && pass & OBSERVE) norms(span, t.per_norm);
+    if (V::stateful && t.kv_head == 0) find_state(t, task, span.begin, span.end);
     const int index = span.begin / SPAN - t.key_begin / SPAN;
     for (int first = 0; first < t.rows; first += t.block) {
       const int count = std::min(t.block, t.rows - first);
@@ -265,7 +268,7 @@ class Attention : public Accumulators<V, T> {
       if (c.from >= c.to) continue;
       float* s = t.scores;
       if (V::two_pass) s += ((ptrdiff_t)index * padded(t.rows) + first) * SCORES;
-      if (pass & OBSERVE) score_block(t, task, span, first, count, c, s);
+      if (pass & OBSERVE) score_block(t, span, first, count, c, s);
       if constexpr (V::two_pass) {
         if (pass & OBSERVE)
           for (int r = 0; r < count; r++)
@@ -274,6 +277,8 @@ class Attention : public Accumulators<V, T> {
       }
       if (pass & WEIGH) weigh_block(t, span, first, count, c, s);
     }
+    if (V::stateful && t.kv_head == 0 && !task.snapshot)
+      save_state(t.request, span.begin, span.end, t.state);
   }
 
   void run_pass(Tile& t, const Task& task, Pass pass) const {
@@ -303,33 +308,28 @@ class Attention : public Accumulators<V, T> {
     return t.penalty + (ptrdiff_t)query * (round_up(t.key_end - t.key_begin, SPAN) + SPAN) + position - first;
   }
 
-  void select_one(const Tile& t, int begin, int end, const Columns& c, const float* s) const {
-    alignas(64) float added[SPAN];
-    selection(t.first_position, begin, c.from, c.to, s, added);
-    for_each_piece(t.request, begin, end, [&](float* accumulators, int column, int length) {
-      for (int j = 0; j < length; j++) accumulators[j] += added[column + j];
-    });
+  // The accumulators ahead of a tile, for its walk over a span.
+  void find_state(Tile& t, const Task& task, int begin, int end) const {
+    if (task.snapshot)
+      std::copy_n(task.snapshot + begin, end - begin, t.state);
+    else
+      load_state(t.request, begin, end, t.state);
   }
 
-  // What each query of a tile subtracts from its scores.
-  void find_penalties(Tile& t, const Task& task) const {
-    alignas(64) float state[SPAN];
-    for_each_span(t.request, 0, t.key_begin, t.key_end, [&](const Span<T>& span) {
-      const int length = span.end - span.begin;
-      if (task.snapshot)
-        std::copy_n(task.snapshot + span.begin, length, state);
-      else
-        load_state(t.request, span.begin, span.end, state);
-      if (t.num_queries == 1) {
-        std::copy_n(state, length, penalties(t, 0, span.begin));
-        return;
-      }
-      accumulate(t.request, task.first_query, t.num_queries, span, t.q, t.scores, state,
-                 [&](int query, const float* now) {
-                   std::copy_n(now, length, penalties(t, query - task.first_query, span.begin));
-                 });
-      if (!task.snapshot) save_state(t.request, span.begin, span.end, state);
-    });
+  // A block's scores before penalties, of KV head 0: each query keeps the accumulators as its
+  // penalties for all KV heads, then adds what its head 0 selects.
+  void select(const Tile& t, int begin, int first, int count, const Columns& c, const float* s) const {
+    alignas(64) float added[SPAN];
+    for (int row = round_up(first, group_size); row < first + count; row += group_size) {
+      const int query = row / group_size, position = t.first_position + query;
+      std::copy(t.state + c.panel_from, t.state + c.panel_to,
+                penalties(t, query, begin) + c.panel_from);
+      const int from = std::max(0, std::max(t.key_begin, first_visible(position)) - begin);
+      const int to = std::min(c.to, position + 1 - begin);
+      if (from >= to) continue;
+      selection(position, begin, from, to, s + (row - first) * SCORES, added);
+      for (int j = c.panel_from; j < c.panel_to; j++) t.state[j] += added[j];
+    }
   }
 
   // ---- results

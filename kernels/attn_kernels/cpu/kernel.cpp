@@ -12,7 +12,7 @@ namespace {
 // Rows of a tile: many, so that each key that is loaded meets many queries; but two-pass variants
 // keep the scores of a whole tile, and stateful ones its penalties.
 constexpr int MAX_TILE_ROWS = 6 * MAX_BLOCK;
-constexpr int TILE_FLOATS = 1 << 18;
+constexpr int TILE_FLOATS = 1 << 20;
 
 // Splitting a context is worth its merge from so many keys a part.
 constexpr int MIN_PART = 512;
@@ -207,7 +207,6 @@ class Plan {
 
   void attend(const Task& task, Arena& arena) {
     auto tile = attention.make_tile(task, arena);
-    if constexpr (V::stateful) attention.find_penalties(tile, task);
     for (int h = 0; h < heads_per_task; h++) {
       if (V::stateful) tile.kv_head = h;
       attention.start(tile);

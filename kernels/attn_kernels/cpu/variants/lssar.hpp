@@ -7,7 +7,15 @@ struct LSSAR : LSSA {
   static constexpr bool two_pass = true;
 
   float power;
-  explicit LSSAR(const Parameters& p) : LSSA(p), power(p.values[0]) {}
+  bool by_squaring;  // a whole power
+  // Smaller bases are taken as 0: their powers are subnormal, which processors handle slowly.
+  float least;
+
+  explicit LSSAR(const Parameters& p)
+      : LSSA(p),
+        power(p.values[0]),
+        by_squaring(power == std::floor(power) && power <= 64.f),
+        least(std::exp2(-126.f / power)) {}
 
   struct Row {
     double total = 0.;            // of s over the visible keys; its error is raised to the power
@@ -42,31 +50,52 @@ struct LSSAR : LSSA {
 
   // Second pass.
   float update(Row& row, float* s, int count) const {
+    constexpr int SIDE_BY_SIDE = REGISTERS / 4;
     Vec sum = {};
-    for (int i = 0; i < count; i += WIDTH) {
-      const Vec x = load(s + i);
-      Vec w;
-      if (row.per_spread == 0.f)
-        w = x > 0.f ? broadcast(1.f) : Vec{};  // masked keys have s = 0
-      else
-        w = to_the_power(max(Vec{}, (x - row.mean) * row.per_spread));
-      store(s + i, w);
-      sum += w;
-    }
+    int i = 0;
+    for (; i + SIDE_BY_SIDE * WIDTH <= count; i += SIDE_BY_SIDE * WIDTH)
+      sum += weigh<SIDE_BY_SIDE>(row, s + i);
+    for (; i < count; i += WIDTH) sum += weigh<1>(row, s + i);
     row.sum += sum;
     return 1.f;
   }
 
-  Vec to_the_power(Vec base) const {
-    if (power != (float)(int)power || power > 64.f) {
-      for (int lane = 0; lane < WIDTH; lane++) base[lane] = std::pow(base[lane], power);
-      return base;
+  // Turns N vectors of s into weights; returns their sum.
+  template <int N>
+  Vec weigh(const Row& row, float* s) const {
+    Vec w[N], sum = {};
+    for (int i = 0; i < N; i++) {
+      const Vec x = load(s + i * WIDTH), base = (x - row.mean) * row.per_spread;
+      if (row.per_spread == 0.f)
+        w[i] = x > 0.f ? broadcast(1.f) : Vec{};  // masked keys have s = 0
+      else
+        w[i] = base > least ? base : Vec{};
     }
-    Vec result = broadcast(1.f);
-    for (int n = (int)power;; base *= base) {
-      if (n & 1) result *= base;
-      if (!(n >>= 1)) return result;
+    raise(w);
+    for (int i = 0; i < N; i++) {
+      store(s + i * WIDTH, w[i]);
+      sum += w[i];
     }
+    return sum;
+  }
+
+  // To the power, several vectors side by side since each product waits for the one before.
+  template <int N>
+  void raise(Vec (&base)[N]) const {
+    if (!by_squaring) {
+      for (Vec& b : base)
+        for (int lane = 0; lane < WIDTH; lane++) b[lane] = std::pow(b[lane], power);
+      return;
+    }
+    Vec result[N];
+    for (Vec& r : result) r = broadcast(1.f);
+    for (int n = (int)power;; n >>= 1) {
+      if (n & 1)
+        for (int i = 0; i < N; i++) result[i] *= base[i];
+      if (n <= 1) break;
+      for (Vec& b : base) b *= b;
+    }
+    for (int i = 0; i < N; i++) base[i] = result[i];
   }
 
   Factors merge(Row& row, const Row& other) const {
