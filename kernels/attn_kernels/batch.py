@@ -30,12 +30,28 @@ class Batch:
         query_start_loc: `[num_reqs + 1]` int32: request r owns the step's queries
             `query_start_loc[r] : query_start_loc[r + 1]`, its last tokens.
         seq_lens: `[num_reqs]` int32: tokens of each request in the cache, this step's included.
+        slot_mapping: `[num_tokens]` int64: where the step's new tokens go in the cache, as
+            `write_cache` takes it. Empty unless given.
+        max_query_len, max_seq_len: no request has more queries, or more tokens; the size of what is
+            launched on a GPU.
     """
 
-    def __init__(self, block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor) -> None:
+    def __init__(
+        self,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        slot_mapping: Tensor | None = None,
+        *,
+        max_query_len: int = 0,
+        max_seq_len: int = 0,
+    ) -> None:
         self.block_table = block_table.int()
         self.query_start_loc = query_start_loc.int()
         self.seq_lens = seq_lens.int()
+        self.slot_mapping = seq_lens.new_empty(0) if slot_mapping is None else slot_mapping
+        self.slot_mapping = self.slot_mapping.long()
+        self.max_query_len, self.max_seq_len = max_query_len, max_seq_len
         self._struct = _Batch(
             self.block_table.data_ptr(),
             self.block_table.stride(0),

@@ -40,6 +40,8 @@ class Variant(ABC):
         stateful: keeps a float32 accumulator for each cached token and overrides `select`.
         cpu_header: the C++ form of a variant of another package (what is in it:
             `attn_kernels/cpu/variant.hpp`); None: `attn_kernels/cpu/variants/<name>.hpp`, if any.
+        triton_module: the module with its Triton form (what is in it:
+            `attn_kernels.triton.variants`); None: `attn_kernels.triton.variants.<name>`, if any.
     """
 
     name: ClassVar[str]
@@ -47,6 +49,7 @@ class Variant(ABC):
     uses_scale: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
     cpu_header: ClassVar[Path | None] = None
+    triton_module: ClassVar[str | None] = None
 
     @property
     def learned(self) -> tuple[str, ...]:

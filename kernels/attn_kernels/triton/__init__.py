@@ -1,0 +1,6 @@
+"""Paged attention for GPUs: one family of Triton kernels, each variant a few functions in
+`variants/<name>.py`."""
+
+from attn_kernels.triton.layer import Scratch, TritonLayer
+
+__all__ = ["Scratch", "TritonLayer"]

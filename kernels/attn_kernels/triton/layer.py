@@ -1,0 +1,301 @@
+"""The kernels bound to one layer's cache: what `attn_kernels.cpu.CPULayer` is on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attn_kernels.batch import Batch
+from attn_kernels.paged import STATE_BYTES
+from attn_kernels.triton import attention
+from attn_kernels.triton.attention import attend_kernel, merge_kernel
+from attn_kernels.triton.cache import write_kernel
+from attn_kernels.triton.select import select_kernel
+from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
+from attn_kernels.variant import Variant
+
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+"""Cache dtypes that need scales."""
+
+
+@functools.cache
+def functions(variant: Variant) -> dict[str, Any]:
+    """The variant's Triton form (`variants/__init__.py`) as compile-time arguments.
+
+    Raises:
+        ValueError: it has none.
+    """
+    name = variant.triton_module or f"attn_kernels.triton.variants.{variant.name}"
+    try:
+        module: ModuleType = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ValueError(f"{variant.name} has no Triton form ({name})") from None
+    values = (getattr(variant, field.name) for field in dataclasses.fields(variant))
+    return {
+        "QUERY_FACTOR": module.query_factor,
+        "START": module.start,
+        "WEIGH_TILE": module.weigh,
+        "FINISH": module.finish,
+        "MERGE": module.merge,
+        "OBSERVE_TILE": getattr(module, "observe", None),
+        "SETTLE": getattr(module, "settle", None),
+        "UNIT_KEYS": module.UNIT_KEYS,
+        "PARAMS": tuple(math.nan if value is None else float(value) for value in values),
+    }
+
+
+class Scratch:
+    """Memory of a step that all layers share. It only grows, and never while a CUDA graph is
+    captured: reserve what the largest captured step needs before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A float32 tensor that is good until the next `take` of this name."""
+        count = math.prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < count:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"no room for {count} {name} while a CUDA graph is captured")
+            buffer = self.buffers[name] = torch.empty(count, device=self.device)
+        return buffer[:count].view(shape)
+
+
+class TritonLayer:
+    """One layer's attention on a GPU. No call waits for the device.
+
+    Inside each block of each KV head lie all keys, then all values, then the accumulators: fill the
+    cache with `write_cache` only.
+
+    Args:
+        variant: the attention function.
+        kv_cache: `[num_blocks, num_kv_heads, block_size, content]`, the last two dimensions
+            contiguous; float32, bfloat16, float16, or (with scales) float8_e4m3fn or int8.
+        num_heads: query heads, a multiple of `num_kv_heads`.
+        scale: factor of the raw scores, where the variant uses it.
+        window: sliding window in tokens, the query's own included.
+        soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`.
+        learned: the variant's per-head tensors, each `[num_heads]`.
+        key_scale, value_scale: `[1]` float32: a quantized cache holds keys and values divided by
+            them.
+        scratch: shared with other layers.
+        arch: "sm_90", "gfx942"; the device's if None.
+
+    Raises:
+        ValueError: the kernels do not support this.
+        KeyError: a learned tensor is missing.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        kv_cache: Tensor,
+        *,
+        num_heads: int,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
+        scratch: Scratch | None = None,
+        arch: str | None = None,
+    ) -> None:
+        num_kv_heads, block_size, content = kv_cache.shape[1:]
+        if kv_cache.stride()[2:] != (content, 1):
+            raise ValueError("the interior of the cache's blocks must be contiguous")
+        if soft_cap and (variant.stateful or not variant.uses_scale):
+            raise ValueError(f"{variant.name} attention does not support a soft cap")
+        self.quantized = kv_cache.dtype in QUANTIZED
+        if self.quantized and (key_scale is None or value_scale is None):
+            raise ValueError(f"a cache of {kv_cache.dtype} needs key_scale and value_scale")
+        self.variant, self.kv_cache, self.num_heads = variant, kv_cache, num_heads
+        state = STATE_BYTES // kv_cache.dtype.itemsize if variant.stateful else 0
+        self.num_kv_heads, self.head_size = num_kv_heads, (content - state) // 2
+        self.group = num_heads // num_kv_heads
+        self.scale, self.window = scale, window or 0
+        self.scratch = scratch or Scratch(kv_cache.device)
+        self.arch, self.num_processors = device_figures(kv_cache.device)
+        self.arch = arch or self.arch
+        tensors = [(learned or {})[name].float().contiguous() for name in variant.learned]
+        self.learned = (*tensors, None, None)[:2]
+        self.scales = (key_scale, value_scale) if self.quantized else (None, None)
+        self.functions = functions(variant)
+        self.shape = {
+            "HEAD_SIZE": self.head_size,
+            "BLOCK_SIZE": block_size,
+            "DIMS": triton.next_power_of_2(self.head_size),
+        }
+        self.attend_constants = {
+            **{name: f for name, f in self.functions.items() if name != "MERGE"},
+            "STATEFUL": variant.stateful,
+            "NUM_LEARNED": len(tensors),
+            "QUANTIZED": self.quantized,
+            "SOFT_CAP": soft_cap or 0.0,
+            "WINDOW": self.window,
+            "NUM_KV_HEADS": num_kv_heads,
+            "GROUP": self.group,
+            **self.shape,
+        }
+
+    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Store keys and values of new tokens, in place; their accumulators start at 0.
+
+        Args:
+            key, value: `[>= num_tokens, num_kv_heads, head_size]`.
+            slot_mapping: `[num_tokens]` int64, `block * block_size + offset`, or -1 for padding.
+        """
+        if slot_mapping.shape[0] == 0:
+            return
+        key, value = self._rows(key), self._rows(value)
+        largest = 127.0 if self.kv_cache.dtype == torch.int8 else 448.0
+        write_kernel[(slot_mapping.shape[0], self.num_kv_heads)](
+            key,
+            value,
+            self.kv_cache,
+            slot_mapping,
+            *self.scales,
+            key.stride(0),
+            value.stride(0),
+            *self.kv_cache.stride()[:2],
+            QUANTIZED=self.quantized,
+            STATEFUL=self.variant.stateful,
+            LARGEST=largest,
+            **self.shape,
+            num_warps=1,
+        )
+
+    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+        """Attention of a batch, decode and prefill mixed.
+
+        Args:
+            query: `[>= num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.
+            batch: its requests, `max_query_len` and `max_seq_len` given.
+            out: `[>= num_tokens, num_heads, head_size]`, written in place; its heads side by side.
+        """
+        query = self._rows(query)
+        num_reqs, num_tokens = batch.seq_lens.shape[0], query.shape[0]  # padding included
+        decode = batch.max_query_len == 1
+        phase = DECODE if decode else PREFILL
+        tile = tile_for(phase, self.arch, self.head_size, query.element_size(), self.group)
+        queries = 1 if decode else tile.queries(self.group)
+        tiles = num_tokens if decode else num_tokens // queries + num_reqs
+        if tiles == 0:
+            return
+        parts = parts_for(tiles * self.num_kv_heads, self.num_processors) if decode else 1
+        rows = parts_outputs = observed = snapshots = None
+        if parts > 1:
+            rows = self.scratch.take("part_rows", num_tokens, self.num_heads, parts, 2)
+            parts_outputs = self.scratch.take(
+                "part_outputs", num_tokens, self.num_heads, parts, self.head_size
+            )
+            if self.functions["SETTLE"] is not None:
+                observed = self.scratch.take("observed", num_tokens, self.num_heads, parts, 2)
+        if self.variant.stateful:
+            snapshots = self._select(query, batch, tile, queries, tiles)
+        launch = functools.partial(
+            attend_kernel[(tiles, self.num_kv_heads, parts)],
+            out,
+            query,
+            self.kv_cache,
+            batch.block_table,
+            batch.query_start_loc,
+            batch.seq_lens,
+            *self.learned,
+            snapshots,
+            observed,
+            rows,
+            parts_outputs,
+            *self.scales,
+            self.scale if self.variant.uses_scale else 1.0,
+            num_reqs,
+            query.stride(0),
+            out.stride(0),
+            *self.kv_cache.stride()[:2],
+            batch.block_table.stride(0),
+            0 if snapshots is None else snapshots.stride(0),
+            ROWS=tile.rows,
+            QUERIES=queries,
+            KEYS=tile.keys,
+            SPLITS=parts,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **self.attend_constants,
+        )
+        if observed is None:
+            launch(PASS=attention.BOTH)
+        else:
+            launch(PASS=attention.OBSERVE)
+            launch(PASS=attention.WEIGH)
+        if parts > 1:
+            merge_kernel[(num_tokens, self.num_heads)](
+                out,
+                rows,
+                parts_outputs,
+                batch.query_start_loc,
+                num_reqs,
+                out.stride(0),
+                MERGE=self.functions["MERGE"],
+                FINISH=self.functions["FINISH"],
+                PARAMS=self.functions["PARAMS"],
+                HEAD_SIZE=self.head_size,
+                DIMS=self.shape["DIMS"],
+                SPLITS=parts,
+                num_warps=4,
+            )
+
+    def _select(self, query: Tensor, batch: Batch, tile: Tile, queries: int, tiles: int) -> Tensor:
+        """The accumulators ahead of each tile of queries, `[tiles, keys]`."""
+        keys = triton.cdiv(batch.max_seq_len, tile.keys) * tile.keys
+        snapshots = self.scratch.take("snapshots", tiles, keys)
+        select_kernel[(batch.seq_lens.shape[0], keys // tile.keys)](
+            query,
+            self.kv_cache,
+            batch.block_table,
+            batch.query_start_loc,
+            batch.seq_lens,
+            snapshots,
+            self.scales[0],
+            self.scale,
+            query.stride(0),
+            *self.kv_cache.stride()[:2],
+            batch.block_table.stride(0),
+            keys,
+            QUANTIZED=self.quantized,
+            WINDOW=self.window,
+            ROWS=max(16, triton.next_power_of_2(queries)),
+            QUERIES=queries,
+            KEYS=tile.keys,
+            **self.shape,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        return snapshots
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """`x` `[tokens, heads, head_size]` with its heads side by side in memory."""
+        return x if x.stride()[1:] == (self.head_size, 1) else x.contiguous()
+
+
+@functools.cache
+def device_figures(device: torch.device) -> tuple[str, int]:
+    """Architecture and number of multiprocessors; those of an H100 where the interpreter runs."""
+    if device.type != "cuda":
+        return "sm_90", 132
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count

@@ -1,0 +1,20 @@
+"""Scalable softmax (arXiv 2501.19399): softmax of scores times s ln(n) + b."""
+
+import triton
+import triton.language as tl
+
+from attn_kernels.triton.variants.softmax import finish, merge, start, weigh
+
+__all__ = ["UNIT_KEYS", "finish", "merge", "query_factor", "start", "weigh"]
+
+UNIT_KEYS = False
+
+
+@triton.jit
+def query_factor(n, norm, first, second, scale, head_size: tl.constexpr, params: tl.constexpr):
+    fixed: tl.constexpr = params[0]
+    learned: tl.constexpr = fixed != fixed
+    factor = tl.log(n) * (first if learned else fixed)
+    if params[1]:
+        factor += second if learned else first
+    return factor * scale * 1.4426950408889634

@@ -1,0 +1,193 @@
+"""The GPU kernels against the float64 law, in Triton's interpreter: odd shapes, random paging, NaN
+in every unused slot, by the same test as the CPU's.
+
+The interpreter is right in float32 and float16; its product of bfloat16 matrices is not (it
+multiplies bit patterns), so bfloat16 waits for a GPU (`make gpu-check`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_kernels import Variant, get_variant, reference, variant_names
+from attn_kernels.batch import Batch
+from tests.attn_kernels import test_paged as paged
+
+if TYPE_CHECKING:
+    from attn_kernels.triton import TritonLayer
+
+TOLERANCE = 2e-6
+SHAPES = (
+    paged.Shape(4, 2, 32, 16, 83, 7),
+    paged.Shape(3, 3, 48, 48, 131, 64),  # a head size that is no power of two
+    paged.Shape(9, 3, 64, 32, 150, 90),  # nor is the group
+    paged.Shape(20, 1, 32, 16, 70, 33),  # more heads to a KV head than a tensor core has rows
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    """Kernels that are imported from now on are interpreted: no other file imports them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
+def launch(layer: TritonLayer, query: Tensor, batch: Batch, out: Tensor) -> None:
+    """Attend with the sizes that a server knows."""
+    lens = batch.query_start_loc.diff()
+    batch.max_query_len, batch.max_seq_len = int(lens.max()), int(batch.seq_lens.max())
+    type(layer).attend(layer, query, batch, out)
+
+
+def make_layer(
+    cache: paged.Cache,
+    path: str,
+    variant: Variant,
+    num_heads: int,
+    *,
+    scale: float,
+    window: int | None,
+    learned: Mapping[str, Tensor],
+) -> Any:
+    """In place of `Cache.layer`. `path`: processors of the device, which decide into how many parts
+    a context is cut."""
+    from attn_kernels.triton import TritonLayer
+
+    layer = TritonLayer(
+        variant, cache.kv, num_heads=num_heads, scale=scale, window=window, learned=learned
+    )
+    layer.num_processors = int(path)
+    layer.attend = functools.partial(launch, layer)  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize("processors", ["1", "132"])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("name", variant_names())
+def test_equals_the_law(
+    name: str, window: int | None, processors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill in chunks and decoding, mixed; one request alone decodes against a split context."""
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    shape = SHAPES[window is not None and processors == "1"]
+    error = paged.error_against_law(processors, name, shape, window, torch.float32, 1)
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+@pytest.mark.parametrize("name", ["softpick", "lssar", "selective"])
+def test_groups_of_any_size(name: str, shape: paged.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    assert paged.error_against_law("16", name, shape, None, torch.float32, 1) <= TOLERANCE
+
+
+class Single(NamedTuple):
+    """One request's prefill: queries, what the cache holds, and outputs, `[heads, n, 32]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    output: Tensor
+
+
+def single(name: str, dtype: torch.dtype, **options: Any) -> Single:
+    """37 tokens with a scale of 0.2."""
+    from attn_kernels.triton import TritonLayer
+
+    n = 37
+    torch.manual_seed(0)
+    cache = paged.Cache.make(get_variant(name), [n], 2, 32, 16, torch.float32)
+    kv = torch.zeros(cache.kv.shape).to(dtype)
+    layer = TritonLayer(get_variant(name), kv, num_heads=4, scale=0.2, **options)
+    q, k, v = torch.randn(n, 4, 32) * 2, torch.randn(n, 2, 32), torch.randn(n, 2, 32)
+    slots = cache.slots(0, 0, n)
+    layer.write_cache(k, v, slots)
+    out = torch.full((n, 4, 32), float("nan"))
+    batch = Batch(cache.block_table, torch.tensor([0, n]), torch.tensor([n]))
+    launch(layer, q, batch, out)
+    # What the cache holds: per block and head all keys, then all values.
+    blocks = kv[cache.block_table[0, : -(-n // 16)].long()].float().flatten(2)
+    k, v = (
+        x.unflatten(2, (16, 32)).transpose(0, 1).flatten(1, 2)[:, :n] for x in blocks.split(512, 2)
+    )
+    if dtype == torch.int8:
+        k, v = k * options["key_scale"], v * options["value_scale"]
+    return Single(q.double().transpose(0, 1), k.double(), v.double(), out.transpose(0, 1))
+
+
+@pytest.mark.parametrize("name", ["softmax", "lssa"])
+def test_quantized_cache(name: str) -> None:
+    """Keys and values divided by their scales and rounded: the law of what the cache holds."""
+    scales = {"key_scale": torch.tensor([0.03]), "value_scale": torch.tensor([0.04])}
+    found = single(name, torch.int8, **scales)
+    assert (found.k / 0.03).abs().max() > 100
+    law, _ = reference.attention(get_variant(name), found.q, found.k, found.v, scale=0.2)
+    assert paged.relative_error(found.output, law) <= TOLERANCE
+
+
+def test_soft_cap() -> None:
+    """Against softmax of capped scores, written out."""
+    cap = 3.0
+    found = single("softmax", torch.float32, soft_cap=cap)
+    k, v = (x.repeat_interleave(2, 0) for x in (found.k, found.v))
+    scores = found.q @ k.mT * 0.2
+    hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+    weights = (cap * (scores / cap).tanh()).masked_fill(hidden, -torch.inf).softmax(-1)
+    assert paged.relative_error(found.output, weights @ v) <= TOLERANCE
+
+
+def test_requests_that_pad_a_graph() -> None:
+    """Requests without queries, whose rows of the block table name no block, are left alone."""
+    from attn_kernels.triton import TritonLayer
+
+    for name in ("softmax", "selective"):
+        variant = get_variant(name)
+        cache = paged.Cache.make(variant, [20, 18], 1, 32, 16, torch.float32)
+        layer = TritonLayer(variant, cache.kv, num_heads=2, scale=0.2)
+        for request, n in enumerate((20, 18)):
+            layer.write_cache(
+                torch.randn(n, 1, 32), torch.randn(n, 1, 32), cache.slots(request, 0, n)
+            )
+        table = torch.cat([cache.block_table, torch.full((3, 3), 10**9, dtype=torch.int32)])
+        q = torch.randn(5, 2, 32)
+        outs = []
+        for padding in (0, 3):
+            batch = Batch(
+                table[: 2 + padding],
+                torch.tensor([0, 1, 2, *[2] * padding]),
+                torch.tensor([20, 18, *[0] * padding]),
+            )
+            before = cache.kv.clone()
+            out = torch.full((5, 2, 32), float("nan"))
+            launch(layer, q, batch, out)
+            assert out[2:].isnan().all()
+            outs.append(out[:2])
+            cache.kv.copy_(before)
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options", "message"),
+    [
+        ("lssa", torch.float32, {"soft_cap": 3.0}, "lssa attention does not support a soft cap"),
+        ("softmax", torch.int8, {}, "needs key_scale and value_scale"),
+    ],
+)
+def test_refusals(name: str, dtype: torch.dtype, options: dict[str, Any], message: str) -> None:
+    from attn_kernels.triton import TritonLayer
+
+    with pytest.raises(ValueError, match=message):
+        TritonLayer(
+            get_variant(name),
+            torch.zeros(2, 1, 16, 64).to(dtype),
+            num_heads=1,
+            scale=1.0,
+            **options,
+        )
