@@ -228,7 +228,8 @@ class Engine:
             Point(self.engine.output_processor, "process_outputs", OUTPUT),
         ]
         for impl in self.impls:
-            points += [Point(impl, name, BACKEND) for name in ("forward", "do_kv_cache_update")]
+            hooks = [name for name in ("forward", "do_kv_cache_update") if hasattr(impl, name)]
+            points += [Point(impl, name, BACKEND) for name in hooks]
         shared = {(id(p.owner), p.name): p for impl in self.impls for p in kernel_points(impl)}
         points += list(shared.values())
         return points if compiled else points + model_points(runner.model)

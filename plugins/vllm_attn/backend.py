@@ -36,7 +36,9 @@ class VariantBackend(AttentionBackend):
 
     variant_name: ClassVar[str]
 
-    forward_includes_kv_cache_update: bool = False
+    # One custom operator a layer rather than two: on a CPU each costs as much as attention to a
+    # short context.
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(KV_CACHE_DTYPES)
 
@@ -95,6 +97,7 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
             common_attn_metadata.block_table_tensor,
             common_attn_metadata.query_start_loc_cpu,
             common_attn_metadata.seq_lens,
+            common_attn_metadata.slot_mapping,
         )
 
 
@@ -135,6 +138,7 @@ class VariantImpl(AttentionImpl[Batch]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
+        self.owns_cache = kv_sharing_target_layer_name is None
         self.learned: dict[str, Tensor] = {}
         """The variant's per-head tensors, `[num_heads]` each; the model class fills it."""
         self.layer: cpu.CPULayer | TorchLayer | None = None
@@ -163,12 +167,6 @@ class VariantImpl(AttentionImpl[Batch]):
             )
         return self.layer
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Store this step's keys and values, `[num_tokens, num_kv_heads, head_size]` each."""
-        self.bound(kv_cache).write_cache(key, value, slot_mapping)
-
     def forward(
         self,
         layer: Any,
@@ -181,11 +179,12 @@ class VariantImpl(AttentionImpl[Batch]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of every request of the step against its cached keys and values.
+        """Store the step's keys and values, then attention of every request against its own.
 
         Args:
             query: `[num_tokens, num_heads, head_size]`.
-            key, value: unused, they are in the cache already.
+            key, value: `[num_tokens, num_kv_heads, head_size]`; None, or not to be stored, where
+                the cache is another layer's.
             kv_cache: `[num_blocks, num_kv_heads, block_size, content]`.
             attn_metadata: the step's batch; None while vLLM profiles its memory.
             output: `[num_tokens, num_heads, head_size]`, written in place.
@@ -194,7 +193,10 @@ class VariantImpl(AttentionImpl[Batch]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:
             return output.zero_()
-        self.bound(kv_cache).attend(query, attn_metadata, output)
+        bound = self.bound(kv_cache)
+        if self.owns_cache:
+            bound.write_cache(key, value, attn_metadata.slot_mapping)
+        bound.attend(query, attn_metadata, output)
         return output
 
 
