@@ -1,20 +1,23 @@
-"""The attention backend of every variant: what vLLM asks of it, metadata, and the impl on CPU.
+"""The attention backend of every variant: what vLLM asks of it, metadata, and the impl.
 
 One backend class a variant, made from the registry. The KV cache is vLLM's logical
-`[num_blocks, num_kv_heads, block_size, content]`, laid out inside each block as
-`attn_kernels.cpu` (or, where it cannot be built, `attn_kernels.paged`) likes it.
+`[num_blocks, num_kv_heads, block_size, content]`, laid out inside each block as the kernels like
+it: `attn_kernels.triton` on a GPU, `attn_kernels.cpu` (or, where that cannot be built,
+`attn_kernels.paged`) on a CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -27,8 +30,13 @@ from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES, TorchLayer
 from vllm_attn import names
-from vllm_attn.preflight import KV_CACHE_DTYPES
+from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
 from vllm_attn.report import StartupError
+
+if TYPE_CHECKING:
+    from attn_kernels.triton import TritonLayer
+
+    Layer = cpu.CPULayer | TorchLayer | TritonLayer
 
 
 class VariantBackend(AttentionBackend):
@@ -40,7 +48,7 @@ class VariantBackend(AttentionBackend):
     # short context.
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(KV_CACHE_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*KV_CACHE_DTYPES, *FP8_DTYPES]
 
     @classmethod
     def get_name(cls) -> str:
@@ -59,6 +67,10 @@ class VariantBackend(AttentionBackend):
         return [MultipleOf(16)]
 
     @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or capability.major >= 8  # Triton's bfloat16; None: a CPU
+
+    @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
 
@@ -74,7 +86,15 @@ class VariantBackend(AttentionBackend):
 
 
 class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
-    """Reads vLLM's batch once a step; all layers share the result."""
+    """Reads vLLM's batch once a step; all layers share the result.
+
+    On a GPU it refers to vLLM's persistent buffers, copies nothing and waits for nothing, and what
+    is launched depends on the numbers of tokens and requests only (and, for a stateful variant, on
+    the longest context, which is the model's while a graph is captured): a captured CUDA graph
+    serves every batch of its size.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     def __init__(
         self,
@@ -93,12 +113,21 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
     ) -> Batch:
         if common_attn_metadata.causal is not True:
             raise NotImplementedError("attention variants are causal only")
+        common = common_attn_metadata
         return Batch(
-            common_attn_metadata.block_table_tensor,
-            common_attn_metadata.query_start_loc_cpu,
-            common_attn_metadata.seq_lens,
-            common_attn_metadata.slot_mapping,
+            common.block_table_tensor,
+            common.query_start_loc_cpu if self.device.type == "cpu" else common.query_start_loc,
+            common.seq_lens,
+            common.slot_mapping,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
         )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Batch:
+        batch = self.build(0, common_attn_metadata)
+        batch.max_seq_len = self.vllm_config.model_config.max_model_len
+        batch.seq_lens.fill_(1)  # the longest contexts would make the capture slow
+        return batch
 
 
 class VariantImpl(AttentionImpl[Batch]):
@@ -125,7 +154,7 @@ class VariantImpl(AttentionImpl[Batch]):
         self.variant: Variant = declared or get_variant(name)
         unsupported = {
             "ALiBi": alibi_slopes is not None,
-            "a soft cap on the scores": bool(logits_soft_cap),
+            "a soft cap on the scores": bool(logits_soft_cap) and not self.takes_soft_cap(),
             "KV sharing between layers": kv_sharing_target_layer_name is not None
             and self.variant.stateful,
         }
@@ -139,11 +168,34 @@ class VariantImpl(AttentionImpl[Batch]):
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         self.owns_cache = kv_sharing_target_layer_name is None
+        self.cache: Tensor | None = None
         self.learned: dict[str, Tensor] = {}
         """The variant's per-head tensors, `[num_heads]` each; the model class fills it."""
-        self.layer: cpu.CPULayer | TorchLayer | None = None
+        self.soft_cap = logits_soft_cap or None
+        self.layer: Layer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
-        cpu.load(self.variant)  # builds the kernels now rather than in the first request
+        self.prepare_kernels()
+
+    def takes_soft_cap(self) -> bool:
+        """The GPU kernels cap raw scores, where the variant is made of them alone."""
+        on_gpu = current_platform.is_cuda_alike()
+        return on_gpu and self.variant.uses_scale and not self.variant.stateful
+
+    def prepare_kernels(self) -> None:
+        """Find or build them now rather than in the first request.
+
+        Raises:
+            StartupError: there are none for this device.
+        """
+        if not current_platform.is_cuda_alike():
+            cpu.load(self.variant)
+            return
+        from attn_kernels import triton
+
+        try:
+            triton.functions(self.variant)
+        except ValueError as error:
+            raise StartupError(f"{error}: serve it on a CPU") from None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         for name in self.variant.learned:
@@ -154,17 +206,30 @@ class VariantImpl(AttentionImpl[Batch]):
                     '\'{"attention_variant": {"name": "%s", ...}}\'' % self.variant.name
                 )
 
-    def bound(self, kv_cache: Tensor) -> cpu.CPULayer | TorchLayer:
-        """`layer`, bound to this cache."""
-        if self.layer is None or self.layer.kv_cache is not kv_cache:
-            self.layer = cpu.bind(
-                self.variant,
-                kv_cache,
-                num_heads=self.num_heads,
-                scale=self.scale,
-                window=self.sliding_window,
-                learned=self.learned,
-            )
+    def bound(self, layer: Any, kv_cache: Tensor) -> Layer:
+        """`self.layer`, bound to this cache of vLLM's `layer`."""
+        if self.layer is None or self.cache is not kv_cache:
+            self.cache = kv_cache
+            common: dict[str, Any] = {
+                "num_heads": self.num_heads,
+                "scale": self.scale,
+                "window": self.sliding_window,
+                "learned": self.learned,
+            }
+            if kv_cache.device.type == "cpu":
+                self.layer = cpu.bind(self.variant, kv_cache, **common)
+            else:
+                from attn_kernels.triton import TritonLayer
+
+                quantized = self.kv_cache_dtype in FP8_DTYPES
+                self.layer = TritonLayer(
+                    self.variant,
+                    kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache,
+                    soft_cap=self.soft_cap,
+                    key_scale=layer._k_scale,
+                    value_scale=layer._v_scale,
+                    **common,
+                )
         return self.layer
 
     def forward(
@@ -193,7 +258,7 @@ class VariantImpl(AttentionImpl[Batch]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:
             return output.zero_()
-        bound = self.bound(kv_cache)
+        bound = self.bound(layer, kv_cache)
         if self.owns_cache:
             bound.write_cache(key, value, attn_metadata.slot_mapping)
         bound.attend(query, attn_metadata, output)

@@ -32,7 +32,7 @@ def honour_variants(platform: P) -> P:
 
         if names.variant_of(selected_backend) is None:
             return stock_select(selected_backend, attn_selector_config, num_heads=num_heads)
-        preflight.check_layer(selected_backend, attn_selector_config)
+        preflight.check_layer(selected_backend, attn_selector_config, cls.get_device_capability())
         return selected_backend.get_path()
 
     platform.check_and_update_config = classmethod(check_and_update_config)

@@ -19,6 +19,8 @@ from vllm_attn.report import StartupError
 logger = init_logger(f"vllm.{__name__}")
 
 KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+FP8_DTYPES = ("fp8", "fp8_e4m3")
+"""KV caches that GPU kernels take besides."""
 DRAFTLESS_SPECULATION = ("ngram", "ngram_gpu", "suffix")
 
 
@@ -34,10 +36,10 @@ def check(vllm_config: Any) -> None:
     check_format(vllm_config.model_config)
     if variant is None:
         return
-    if vllm_config.device_config.device_type != "cpu":
+    device = vllm_config.device_config.device_type
+    if device not in ("cpu", "cuda"):
         raise StartupError(
-            f"{variant.name} attention runs on vLLM's CPU build only so far; "
-            "serve on a machine with `pip install attnserve[cpu]`"
+            f"{variant.name} attention has no kernels for {device}: serve on a CPU or a CUDA device"
         )
     check_options(vllm_config, variant)
     check_learned_tensors(vllm_config.model_config, variant)
@@ -94,10 +96,12 @@ def resolve(vllm_config: Any) -> Variant | None:
 def check_options(vllm_config: Any, variant: Variant) -> None:
     """Refuse options under which this variant's answers would be wrong."""
     cache_config = vllm_config.cache_config
-    if cache_config.cache_dtype not in KV_CACHE_DTYPES:
+    device = vllm_config.device_config.device_type
+    supported = KV_CACHE_DTYPES if device == "cpu" else KV_CACHE_DTYPES + FP8_DTYPES
+    if cache_config.cache_dtype not in supported:
         raise StartupError(
             f"--kv-cache-dtype {cache_config.cache_dtype} is not supported with {variant.name} "
-            f"attention on CPU: use one of {', '.join(KV_CACHE_DTYPES)}"
+            f"attention on {device.upper()}: use one of {', '.join(supported)}"
         )
     speculative = vllm_config.speculative_config
     if speculative is not None:
@@ -172,11 +176,20 @@ def missing_tensor(variant: Variant, name: str, layer: int) -> str:
     )
 
 
-def check_layer(backend: Any, selector_config: Any) -> None:
-    """Refuse an attention layer that the backend cannot run, as vLLM's GPU platforms do."""
+def check_layer(backend: Any, selector_config: Any, capability: Any = None) -> None:
+    """Refuse an attention layer that the backend cannot run, as vLLM's GPU platforms do.
+
+    Args:
+        backend: the enum's member.
+        selector_config: what vLLM says of the layer.
+        capability: the GPU's; None on a CPU.
+    """
     reasons = backend.get_class().validate_configuration(
-        device_capability=None, **selector_config._asdict()
+        device_capability=capability, **selector_config._asdict()
     )
+    quantized = selector_config.kv_cache_dtype in FP8_DTYPES
+    if quantized and capability is not None and capability.to_int() < 89:
+        reasons.append("float8 needs a GPU of compute capability 8.9 or later")
     if reasons:
         raise StartupError(
             f"--attention-backend {backend.name.lower()} cannot run this model: "

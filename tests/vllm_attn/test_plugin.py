@@ -6,16 +6,22 @@ import copy
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from attn_kernels import VariantError, get_variant, variant_names
 from vllm_attn import names, register
-from vllm_attn.backend import VariantBackend
+from vllm_attn.backend import VariantBackend, VariantMetadataBuilder
+from vllm_attn.preflight import check_layer
 from vllm_attn.report import StartupError, one_line
 
 register()
@@ -57,6 +63,56 @@ def test_cache_page(name: str, dtype: torch.dtype) -> None:
     page = AttentionBackendEnum[name.upper()].get_class().customize_spec(spec).page_size_bytes
     extra = 4 * 2 * 16 if get_variant(name).stateful else 0
     assert page == spec.page_size_bytes + extra
+
+
+@pytest.mark.parametrize(
+    ("capability", "kv_cache_dtype", "message"),
+    [
+        ((9, 0), "fp8", None),
+        ((8, 0), "auto", None),
+        ((8, 6), "fp8_e4m3", "float8 needs a GPU of compute capability 8.9 or later"),
+        ((7, 5), "auto", "compute capability not supported"),
+        (None, "auto", None),
+    ],
+)
+def test_what_a_gpu_must_have(
+    capability: tuple[int, int] | None, kv_cache_dtype: Any, message: str | None
+) -> None:
+    gpu = DeviceCapability(*capability) if capability else None
+    layer = AttentionSelectorConfig(128, torch.bfloat16, kv_cache_dtype, block_size=16)
+    member = AttentionBackendEnum["SOFTPICK"]
+    if message is None:
+        check_layer(member, layer, gpu)
+        return
+    with pytest.raises(StartupError, match=message):
+        check_layer(member, layer, gpu)
+
+
+def test_graphs_are_captured_for_the_longest_context() -> None:
+    """vLLM's buffers themselves, on the GPU's side, and the sizes of what is launched."""
+    builder: Any = object.__new__(VariantMetadataBuilder)
+    builder.device = torch.device("cuda")
+    builder.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=4096))
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32),
+        query_start_loc_cpu=torch.tensor([0, 1, 2], dtype=torch.int32),
+        seq_lens=torch.tensor([7, 9], dtype=torch.int32),
+        num_reqs=2,
+        num_actual_tokens=2,
+        max_query_len=1,
+        max_seq_len=9,
+        block_table_tensor=torch.zeros(2, 4, dtype=torch.int32),
+        slot_mapping=torch.zeros(2, dtype=torch.int64),
+    )
+    batch = builder.build(0, common)
+    for name in ("query_start_loc", "seq_lens", "slot_mapping"):
+        assert getattr(batch, name) is getattr(common, name)
+    assert batch.block_table is common.block_table_tensor
+    assert (batch.max_query_len, batch.max_seq_len) == (1, 9)
+    captured = builder.build_for_cudagraph_capture(common)
+    assert (captured.max_query_len, captured.max_seq_len) == (1, 4096)
+    assert captured.seq_lens is common.seq_lens
+    assert captured.seq_lens.tolist() == [1, 1]
 
 
 def test_one_line_finds_our_error_inside_others() -> None:

@@ -56,22 +56,33 @@ def functions(variant: Variant) -> dict[str, Any]:
 
 
 class Scratch:
-    """Memory of a step that all layers share. It only grows, and never while a CUDA graph is
-    captured: reserve what the largest captured step needs before."""
+    """Memory of a step, shared by a device's layers."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[str, list[Tensor]] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A float32 tensor that is good until the next `take` of this name."""
+        """A float32 tensor that is good until the next `take` of this name.
+
+        Raises:
+            RuntimeError: it would have to grow while a CUDA graph is captured. Run the step once
+                before it is captured, as vLLM does.
+        """
         count = math.prod(shape)
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < count:
+        buffers = self.buffers.setdefault(name, [])
+        if not buffers or buffers[-1].numel() < count:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"no room for {count} {name} while a CUDA graph is captured")
-            buffer = self.buffers[name] = torch.empty(count, device=self.device)
-        return buffer[:count].view(shape)
+            # The smaller ones stay: a captured graph may still write there.
+            buffers.append(torch.empty(count, device=self.device))
+        return buffers[-1][:count].view(shape)
+
+
+@functools.cache
+def scratch_of(device: torch.device) -> Scratch:
+    """The one of a device."""
+    return Scratch(device)
 
 
 class TritonLayer:
@@ -91,7 +102,6 @@ class TritonLayer:
         learned: the variant's per-head tensors, each `[num_heads]`.
         key_scale, value_scale: `[1]` float32: a quantized cache holds keys and values divided by
             them.
-        scratch: shared with other layers.
         arch: "sm_90", "gfx942"; the device's if None.
 
     Raises:
@@ -111,7 +121,6 @@ class TritonLayer:
         learned: Mapping[str, Tensor] | None = None,
         key_scale: Tensor | None = None,
         value_scale: Tensor | None = None,
-        scratch: Scratch | None = None,
         arch: str | None = None,
     ) -> None:
         num_kv_heads, block_size, content = kv_cache.shape[1:]
@@ -127,7 +136,7 @@ class TritonLayer:
         self.num_kv_heads, self.head_size = num_kv_heads, (content - state) // 2
         self.group = num_heads // num_kv_heads
         self.scale, self.window = scale, window or 0
-        self.scratch = scratch or Scratch(kv_cache.device)
+        self.scratch = scratch_of(kv_cache.device)
         self.arch, self.num_processors = device_figures(kv_cache.device)
         self.arch = arch or self.arch
         tensors = [(learned or {})[name].float().contiguous() for name in variant.learned]
