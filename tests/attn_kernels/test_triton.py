@@ -18,6 +18,9 @@ from torch import Tensor
 from attn_kernels import Variant, get_variant, reference, variant_names
 from attn_kernels.batch import Batch
 from tests.attn_kernels import test_paged as paged
+from tests.attn_kernels.test_example import sigmoid
+
+__all__ = ["sigmoid"]
 
 if TYPE_CHECKING:
     from attn_kernels.triton import TritonLayer
@@ -86,6 +89,13 @@ def test_equals_the_law(
 def test_groups_of_any_size(name: str, shape: paged.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
     assert paged.error_against_law("16", name, shape, None, torch.float32, 1) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("sigmoid")
+def test_the_example_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    error = paged.error_against_law("132", "sigmoid", SHAPES[0], None, torch.float32, 1)
+    assert error <= TOLERANCE
 
 
 class Single(NamedTuple):

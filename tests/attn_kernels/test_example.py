@@ -1,5 +1,5 @@
-"""docs/VARIANT.md's example as it is printed there: a variant of another package, whose Python file
-and C++ header lie in a folder of their own."""
+"""docs/VARIANT.md's example as it is printed there: a variant of another package, whose Python
+files and C++ header lie in a folder of their own."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ def sigmoid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "sigmoid.py").write_text(example("python", "class Sigmoid"))
     (tmp_path / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
+    (tmp_path / "sigmoid_triton.py").write_text(example("python", "import triton"))
     importlib.import_module("sigmoid")
     yield get_variant("sigmoid")
     del sys.modules["sigmoid"]
+    sys.modules.pop("sigmoid_triton", None)
 
 
 @pytest.mark.parametrize("shape", [cases.SHAPES[3], cases.SHAPES[7], cases.SHAPES[11]], ids=str)
