@@ -153,6 +153,39 @@ def test_soft_cap() -> None:
     assert paged.relative_error(found.output, weights @ v) <= TOLERANCE
 
 
+def test_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are timed once, one that does not fit is passed over, the answer stays the law's."""
+    from triton.runtime.errors import OutOfResources
+
+    from attn_kernels.triton import tuning
+
+    tiles = [tuning.Tile(32, 16), tuning.Tile(16, 32), tuning.Tile(64, 64)]
+    ran: list[tuning.Tile] = []
+    timed = tuning.seconds
+
+    def seconds(tile: tuning.Tile, run: Any, rounds: int) -> float:
+        ran.append(tile)
+        if tile == tiles[2]:
+            run = functools.partial(fail, OutOfResources(10**6, 10**5, "shared memory"))
+        return timed(tile, run, rounds)
+
+    monkeypatch.setattr(tuning, "AUTOTUNE", True)
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(tuning, "candidates", lambda tile: tiles)
+    monkeypatch.setattr(tuning, "seconds", seconds)
+    for _ in range(2):
+        found = single("softpick", torch.float32)
+        law, _ = reference.attention(get_variant("softpick"), found.q, found.k, found.v, scale=0.2)
+        assert paged.relative_error(found.output, law) <= TOLERANCE
+    assert ran == tiles
+    (chosen,) = tuning._fastest.values()
+    assert chosen in tiles[:2]
+
+
+def fail(error: Exception, _: Any) -> None:
+    raise error
+
+
 def test_requests_that_pad_a_graph() -> None:
     """Requests without queries, whose rows of the block table name no block, are left alone."""
     from attn_kernels.triton import TritonLayer

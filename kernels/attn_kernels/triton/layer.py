@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES
-from attn_kernels.triton import attention
+from attn_kernels.triton import attention, tuning
 from attn_kernels.triton.attention import attend_kernel, merge_kernel
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.select import select_kernel
@@ -72,11 +72,16 @@ class Scratch:
         count = math.prod(shape)
         buffers = self.buffers.setdefault(name, [])
         if not buffers or buffers[-1].numel() < count:
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing(self.device):
                 raise RuntimeError(f"no room for {count} {name} while a CUDA graph is captured")
             # The smaller ones stay: a captured graph may still write there.
             buffers.append(torch.empty(count, device=self.device))
         return buffers[-1][:count].view(shape)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -196,14 +201,23 @@ class TritonLayer:
             out: `[>= num_tokens, num_heads, head_size]`, written in place; its heads side by side.
         """
         query = self._rows(query)
-        num_reqs, num_tokens = batch.seq_lens.shape[0], query.shape[0]  # padding included
-        decode = batch.max_query_len == 1
-        phase = DECODE if decode else PREFILL
+        if query.shape[0] == 0:
+            return
+        phase = DECODE if batch.max_query_len == 1 else PREFILL
+        run = functools.partial(self._attend, phase, query, batch, out)
         tile = tile_for(phase, self.arch, self.head_size, query.element_size(), self.group)
+        # A second run would advance accumulators twice.
+        if tuning.AUTOTUNE and not self.variant.stateful and not capturing(query.device):
+            kind = (phase, self.arch, query.dtype, self.variant, *self.attend_constants.items())
+            tile = tuning.fastest(kind, tile, run)
+        run(tile)
+
+    def _attend(self, phase: str, query: Tensor, batch: Batch, out: Tensor, tile: Tile) -> None:
+        """`attend` with a tile."""
+        num_reqs, num_tokens = batch.seq_lens.shape[0], query.shape[0]  # padding included
+        decode = phase == DECODE
         queries = 1 if decode else tile.queries(self.group)
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
-        if tiles == 0:
-            return
         parts = parts_for(tiles * self.num_kv_heads, self.num_processors) if decode else 1
         rows = parts_outputs = observed = snapshots = None
         if parts > 1:

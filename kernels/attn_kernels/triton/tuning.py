@@ -1,10 +1,17 @@
-"""Sizes of tiles, warps and stages for each architecture: a small table."""
+"""Sizes of tiles, warps and stages for each architecture: a small table, or what is fastest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import os
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
 
+import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 
 @dataclass(frozen=True)
@@ -55,3 +62,58 @@ def parts_for(num_programs: int, num_processors: int) -> int:
     if num_programs >= 2 * num_processors:
         return 1
     return min(32, triton.next_power_of_2(triton.cdiv(2 * num_processors, num_programs)))
+
+
+# ---- autotuning
+
+AUTOTUNE = os.environ.get("ATTNSERVE_TRITON_AUTOTUNE", "0") == "1"
+"""Time a few tiles at the first batch of a kind, which takes seconds and waits for the device."""
+
+_fastest: dict[Hashable, Tile] = {}
+
+
+def candidates(tile: Tile) -> Iterator[Tile]:
+    """Tiles around one, itself first."""
+    yield tile
+    rows = {tile.rows, tile.rows * 2} if tile.rows > 16 else {tile.rows}
+    keys = {16, 32, 64, 128}
+    for r, k, warps, stages in itertools.product(sorted(rows), sorted(keys), (4, 8), (1, 2, 3)):
+        other = replace(tile, rows=r, keys=k, num_warps=warps, num_stages=stages)
+        if other != tile:
+            yield other
+
+
+def fastest(key: Hashable, tile: Tile, run: Callable[[Tile], None], rounds: int = 5) -> Tile:
+    """The fastest of `candidates(tile)`, timed once for each `key`.
+
+    Args:
+        key: whatever a kernel's speed depends on.
+        tile: the table's.
+        run: launches the kernels with a tile; may be repeated.
+        rounds: repetitions, of which the median counts.
+    """
+    if key not in _fastest:
+        _fastest[key] = min(candidates(tile), key=lambda other: seconds(other, run, rounds))
+    return _fastest[key]
+
+
+def seconds(tile: Tile, run: Callable[[Tile], None], rounds: int) -> float:
+    """Of one run; infinite if the device cannot hold the tile."""
+    times = []
+    try:
+        run(tile)  # compiles
+        for _ in range(rounds):
+            synchronize()
+            start = time.perf_counter()
+            run(tile)
+            synchronize()
+            times.append(time.perf_counter() - start)
+    except OutOfResources:
+        return float("inf")
+    return median(times)
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
