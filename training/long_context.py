@@ -31,11 +31,12 @@ from transformers import AutoConfig, AutoTokenizer
 from attn_kernels import variant_from_config
 from benchmarks import machine
 from benchmarks.options import command_line, positive
+from training.analyze.scorer import Item
+from training.analyze.vllm_scorer import DTYPE_BYTES, VLLMScorer
 from training.books import BOOKS, split
 from training.checkpoints import ROOT
 from training.convert import read_record, trained_length
 from training.data import read_tokens
-from training.scoring import DTYPE_BYTES, Scorer
 
 CSV = ROOT / "training" / "results" / "long_context.csv"
 FIRST_BIN, WIDEST_BIN = 64, 2048
@@ -161,10 +162,11 @@ def measure(job: Job) -> None:
     missing = [(t, start) for start, t in windows if have.get((t, start), 0) < job.length]
     if not missing:
         return
-    with closing(Scorer(job.checkpoint, job.length + 1, job.dtype)) as scorer:
+    with closing(VLLMScorer(job.checkpoint, job.length + 1, job.dtype, quiet=True)) as scorer:
         for text, start in tqdm(missing, desc=job.checkpoint.name, unit="window"):
             window = tokens[text][start : start + job.length]
-            losses = scorer.losses(np.concatenate(([bos], window)))
+            (scored,) = scorer.score([Item([bos], window.tolist())], text)
+            losses = -scored.logprobs
             place = {"text": text, "start": start}
             rows = [
                 {**model, **place, "seen_from": a + 1, "seen_to": b, "loss": losses[a:b].mean()}

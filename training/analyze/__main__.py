@@ -106,7 +106,10 @@ def scorer_for(
 
         longest = max(measure.longest(checkpoint) for measure in missing)
         return VLLMScorer(
-            checkpoint.folder, longest, options.rope_theta_factor, options.kv_cache_memory_bytes
+            checkpoint.folder,
+            longest,
+            rope_theta_factor=options.rope_theta_factor,
+            kv_cache_memory_bytes=options.kv_cache_memory_bytes,
         )
     from training.analyze.transformers_scorer import TransformersScorer
 
