@@ -1,0 +1,149 @@
+"""Selective attention with a budget: context pruning (arXiv 2410.02703, section 4).
+
+A layer keeps at most `budget` tokens of a request. The rule, token by token:
+
+    Before token i is inserted: if `budget` tokens are stored, evict the one, other than the first,
+    with the largest accumulator F_j, the oldest of equal ones. Insert i, attend, then F += S_i.
+
+`S_i` is what head 0's raw scores add (`Selective.select`); it does not depend on what has been
+evicted, so that a chunk's accumulators are prefix sums, the evictions are one greedy scan over
+them, and a mask of births and deaths gives every query the tokens that it would have seen alone.
+For F to be the same in any order of additions it is a fixed-point integer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_kernels.dense import attend
+from attn_kernels.variants.selective import Selective
+
+FRACTION_BITS = 16
+"""Of an accumulator: an int32 in units of 2^-16, which stays at LARGEST rather than overflow."""
+
+LARGEST = 2**31 - 1
+
+LEAST_BUDGET = 2
+"""The first token, which is never evicted, and the newest."""
+
+
+@dataclass
+class Page:
+    """What one layer keeps of one request. Slots are in no order; `min(num_tokens, budget)` are
+    taken, from the front.
+
+    Attributes:
+        keys, values: `[num_kv_heads, budget, head_size]`.
+        accumulators: `[budget]` int32.
+        positions: `[budget]` int32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    accumulators: Tensor
+    positions: Tensor
+
+    @classmethod
+    def empty(
+        cls, num_kv_heads: int, budget: int, head_size: int, dtype: torch.dtype = torch.float32
+    ) -> Page:
+        """A page that holds nothing yet.
+
+        Raises:
+            ValueError: the budget is below LEAST_BUDGET.
+        """
+        if budget < LEAST_BUDGET:
+            raise ValueError(f"a budget must be at least {LEAST_BUDGET} tokens, not {budget}")
+        shape = (num_kv_heads, budget, head_size)
+        numbers = torch.empty(2, budget, dtype=torch.int32)
+        return cls(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), *numbers)
+
+
+def fixed_point(x: Tensor) -> Tensor:
+    """`relu(x)` in units of 2^-FRACTION_BITS, int64, at most LARGEST."""
+    return (x.double().relu() * 2**FRACTION_BITS).round().clamp(max=LARGEST).long()
+
+
+def evict(
+    accumulators: Tensor, positions: Tensor, stored: int, budget: int
+) -> tuple[Tensor, Tensor]:
+    """The greedy scan.
+
+    Args:
+        accumulators: `[num_queries, stored + num_queries]` int64: of the stored tokens and then of
+            the chunk's own, as each query finds them.
+        positions: `[stored + num_queries]`.
+        stored: tokens in slots 0 to `stored - 1` before the chunk.
+        budget: slots.
+
+    Returns:
+        `(deaths, slots)`, each `[stored + num_queries]`: which query first misses the token (the
+        number of queries if none does), and the token's slot.
+    """
+    num_queries, num_tokens = accumulators.shape
+    deaths = torch.full((num_tokens,), num_queries)
+    slots = torch.arange(num_tokens)
+    # The largest accumulator first, then the smallest position; the first token and those that
+    # are not there last.
+    rank = (accumulators << 31) - positions
+    rank.masked_fill_(positions == 0, -1 << 62)
+    absent = torch.arange(num_tokens) >= stored
+    for i in range(num_queries):
+        if stored == budget:
+            victim = int(rank[i].masked_fill(absent, torch.iinfo(torch.int64).min).argmax())
+            absent[victim] = True
+            deaths[victim] = i
+            slots[num_tokens - num_queries + i] = slots[victim]
+        else:
+            slots[num_tokens - num_queries + i] = stored
+            stored += 1
+        absent[num_tokens - num_queries + i] = False
+    return deaths, slots
+
+
+def attend_pruned(
+    q: Tensor, k: Tensor, v: Tensor, page: Page, num_tokens: int, scale: float
+) -> Tensor:
+    """A chunk of a request's tokens against what its page keeps, and into the page with them.
+
+    The result is that of one token at a time, however a text is cut into chunks.
+
+    Args:
+        q: `[num_heads, num_queries, head_size]`, float32 or float64.
+        k, v: `[num_kv_heads, num_queries, head_size]` of the same tokens.
+        page: changed in place.
+        num_tokens: of the request before the chunk.
+        scale: factor of the raw scores.
+
+    Returns:
+        `[num_heads, num_queries, head_size]`.
+    """
+    num_queries, budget = q.shape[-2], page.positions.shape[0]
+    stored = min(num_tokens, budget)
+    query = torch.arange(num_queries)
+    keys = torch.cat([page.keys[:, :stored].to(k.dtype), k], 1)
+    values = torch.cat([page.values[:, :stored].to(v.dtype), v], 1)
+    positions = torch.cat([page.positions[:stored].long(), num_tokens + query])
+    births = torch.cat([torch.full((stored,), -1), query])
+
+    selectable = (births < query[:, None]) & (positions != 0)
+    added = fixed_point(q[0] * scale @ keys[0].T).masked_fill(~selectable, 0)
+    earlier = torch.cat([page.accumulators[:stored].long(), torch.zeros_like(query)])
+    after = (earlier + added.cumsum(0)).clamp(max=LARGEST)
+    before = torch.cat([earlier[None], after[:-1]])
+    deaths, slots = evict(before, positions, stored, budget)
+
+    mask = (births <= query[:, None]) & (query[:, None] < deaths)
+    penalty = before.to(q.dtype) / 2**FRACTION_BITS
+    output, _ = attend(Selective(), q, keys, values, mask[None], scale=scale, penalty=penalty)
+
+    kept = deaths == num_queries
+    place = slots[kept]
+    page.keys[:, place] = keys[:, kept].to(page.keys.dtype)
+    page.values[:, place] = values[:, kept].to(page.values.dtype)
+    page.accumulators[place] = after[-1][kept].int()
+    page.positions[place] = positions[kept].int()
+    return output
