@@ -7,10 +7,11 @@
 #   make checkpoints  train the reference checkpoints again
 #   make analyze      measure what is in checkpoints/ and not measured yet; write docs/RESULTS.md
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
+#   make compile-kernels  compile the GPU kernels for GPUs that are not here (ARGS=--quick: a minute)
 #   make lock         write requirements/cpu.txt again (UPGRADE=1: newest versions)
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
-# ARGS (test, analyze, bench-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
+# ARGS (test, analyze, bench-kernels, compile-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
 # builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
@@ -36,7 +37,7 @@ unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu lint format checkpoints analyze bench-kernels lock clean
+.PHONY: install serve test test-slow test-gpu lint format checkpoints analyze bench-kernels compile-kernels lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -88,6 +89,9 @@ analyze: $(READY)
 
 bench-kernels: $(READY)
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+compile-kernels: $(READY)
+	$(BIN)/python -m benchmarks.triton_compile $(ARGS)
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py $(if $(UPGRADE),--upgrade)
