@@ -7,6 +7,7 @@
 #   make checkpoints  train the reference checkpoints again
 #   make analyze      measure what is in checkpoints/ and not measured yet; write docs/RESULTS.md
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
+#   make gpu-check    the first hour on an NVIDIA GPU, in 8 minutes; needs GPU_PYTHON=
 #   make compile-kernels  compile the GPU kernels for GPUs that are not here (ARGS=--quick: a minute)
 #   make lock         write requirements/cpu.txt again (UPGRADE=1: newest versions)
 #
@@ -29,6 +30,8 @@ VLLM_PORT ?= 8000
 GATEWAY_PORT ?= 8080
 VLLM_ARGS ?=
 ARGS ?=
+# Python of an environment with CUDA's torch: pip install -e '.[cuda,bench,dev]'. .venv has the CPU's.
+GPU_PYTHON ?= python3
 
 PACKAGES := $(wildcard kernels/attn_kernels plugins/vllm_attn plugins/hf_attn serving training benchmarks)
 
@@ -37,7 +40,7 @@ unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu lint format checkpoints analyze bench-kernels compile-kernels lock clean
+.PHONY: install serve test test-slow test-gpu lint format checkpoints analyze bench-kernels gpu-check compile-kernels lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -92,6 +95,10 @@ bench-kernels: $(READY)
 
 compile-kernels: $(READY)
 	$(BIN)/python -m benchmarks.triton_compile $(ARGS)
+
+# Not in .venv, whose torch is for CPUs.
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lock: $(READY)
 	$(BIN)/python tools/lock.py $(if $(UPGRADE),--upgrade)

@@ -62,7 +62,8 @@ class Task:
     @classmethod
     def loads(cls, text: str) -> Task:
         """From a command-line argument."""
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        fields: dict[str, Any] = json.loads(text)
+        fields |= {name: tuple(x) for name, x in fields.items() if isinstance(x, list)}
         return cls(**{**fields, "rows": Path(fields["rows"])})
 
 

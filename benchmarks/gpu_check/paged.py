@@ -169,7 +169,7 @@ class Paged:
         # All bits set is NaN in all of these formats.
         bits = torch.full((*shape[:3], content * dtype.itemsize), 255, dtype=torch.uint8)
         self.kv = bits.to(self.device).view(dtype)
-        scales = {}
+        scales: dict[str, Any] = {}
         if setup.fp8:
             scales["key_scale"] = torch.tensor([KEY_SCALE], device=self.device)
             scales["value_scale"] = torch.tensor([VALUE_SCALE], device=self.device)
@@ -251,8 +251,13 @@ class Paged:
         for (r, a, b), output in zip(spans, outputs, strict=True):
             law = self.requests.laws[r]
             error = float((output.double() - law[a:b]).abs().max() / law.abs().max())
-            worst = error if not error <= worst else worst
+            worst = worse(error, worst)
         return worst
+
+
+def worse(a: float, b: float) -> float:
+    """The larger error; NaN if one is."""
+    return a if a != a or a > b else b
 
 
 def nothing(x: Tensor) -> Tensor:

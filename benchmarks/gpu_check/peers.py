@@ -5,6 +5,7 @@ They are made on torch's default device (`with torch.device("cuda")`).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -52,10 +53,10 @@ class FlashAttention(Peer):
     def __init__(self, inputs: Inputs, paging: Paging) -> None:
         super().__init__(inputs)
         try:
-            from flash_attn import flash_attn_with_kvcache
+            module = importlib.import_module("flash_attn")
         except ImportError as error:
             raise SkippedError(f"flash_attn is not installed ({error})") from None
-        self.call: Callable[..., Tensor] = flash_attn_with_kvcache
+        self.call: Callable[..., Tensor] = module.flash_attn_with_kvcache
 
     def run(self) -> None:
         inputs = self.inputs
