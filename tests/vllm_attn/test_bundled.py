@@ -23,7 +23,21 @@ TEXTS = (
 NUM_TOKENS = 24
 
 
-@pytest.mark.parametrize("config", CHECKPOINTS, ids=lambda config: config.parent.name)
+QUICK = ("softmax", "softpick")
+"""Of the others `test_serve.py` serves random weights, with the same comparison."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            config,
+            id=config.parent.name,
+            marks=[] if config.parent.name in QUICK else pytest.mark.slow,
+        )
+        for config in CHECKPOINTS
+    ],
+)
 def test_same_tokens_as_the_law(config: Path) -> None:
     ckpt = config.parent
     tokenizer = AutoTokenizer.from_pretrained(ckpt)
