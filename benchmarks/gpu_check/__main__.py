@@ -28,7 +28,7 @@ try:
     from benchmarks import machine
     from benchmarks.gpu_check import report
     from benchmarks.gpu_check.checks import Task
-    from benchmarks.gpu_check.run import SHARES, run
+    from benchmarks.gpu_check.run import GRACE_SECONDS, SHARES, STOP_SECONDS, run
     from benchmarks.kernels.case import DTYPES
     from benchmarks.options import command_line, positive
 except ImportError as error:  # the environment of `make install` is for CPUs
@@ -112,9 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows=Path(folder),
             seed=options.seed,
         )
-        rows = run(
-            parts, options.minutes * 60, template, options.workers, Path(folder), environment
-        )
+        seconds = options.minutes * 60
+        seconds -= min(seconds / 4, GRACE_SECONDS + STOP_SECONDS)  # for what ends late
+        rows = run(parts, seconds, template, options.workers, Path(folder), environment)
     report.write(options.out, about, rows)
     print(report.table(rows))
     found = report.counted(rows)

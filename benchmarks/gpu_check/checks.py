@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
+
 Row = dict[str, Any]
 """At least `part`, `check`, `status` ("ok", "failed" or "skipped") and `detail`."""
 
@@ -73,6 +75,18 @@ class Check:
 
     name: str
     run: Callable[[], Iterable[Row]]
+
+
+def require_vllm(device: str) -> None:
+    """Make sure of vLLM's CUDA build.
+
+    Raises:
+        SkippedError: it is not installed.
+    """
+    found = machine.package("vllm")
+    if device != "cuda" or not found or found.endswith("+cpu"):
+        has = f"found {found}" if found else "found none"
+        raise SkippedError(f"vLLM for CUDA is not installed ({has})")
 
 
 def first_line(error: BaseException) -> str:

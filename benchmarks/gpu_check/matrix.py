@@ -93,8 +93,10 @@ def check(setup: Setup) -> Iterable[Row]:
 
 
 def require_fp8(device: str) -> None:
-    """Raises:
-    SkippedError: the device cannot convert float8.
+    """Make sure that the device converts float8.
+
+    Raises:
+        SkippedError: it does not.
     """
     import torch
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import Variant, get_variant
-from benchmarks.gpu_check.checks import SkippedError
+from benchmarks.gpu_check.checks import SkippedError, require_vllm
 from benchmarks.kernels.case import Inputs, Paging
 
 
@@ -76,6 +76,7 @@ class VllmFlashAttention(Peer):
 
     def __init__(self, inputs: Inputs, paging: Paging) -> None:
         super().__init__(inputs)
+        require_vllm(inputs.query.device.type)
         try:
             from vllm.vllm_flash_attn import flash_attn_varlen_func
         except ImportError as error:
@@ -110,6 +111,7 @@ class UnifiedAttention(Peer):
 
     def __init__(self, inputs: Inputs, paging: Paging) -> None:
         super().__init__(inputs)
+        require_vllm(inputs.query.device.type)
         try:
             from vllm.v1.attention.ops.triton_unified_attention import unified_attention
         except ImportError as error:

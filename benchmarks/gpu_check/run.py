@@ -25,6 +25,9 @@ SHARES = {"matrix": 45.0, "graph": 10.0, "timing": 25.0, "serve": 20.0}
 GRACE_SECONDS = 15.0
 """How long a check may go on after the part's deadline before it is ended."""
 
+STOP_SECONDS = 25.0
+"""How long a worker may take to stop: one of them has a server to end."""
+
 HANG_SECONDS = 90.0
 """A check that is ended after so long is red: no check should take that."""
 
@@ -92,7 +95,11 @@ class Worker:
             )
 
     def kill(self) -> None:
-        """End its process with all its children."""
+        """End its process with all its children: ask first."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import signal
 import sys
+import time
 import urllib.request
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu_check.checks import Check, Row, SkippedError, Task
+from benchmarks.gpu_check.checks import Check, Row, SkippedError, Task, require_vllm
 from benchmarks.serve import free_port
 from serving.launch import DIRECT, HOST, Service
 
@@ -23,7 +25,8 @@ PROMPT_TOKENS, NEW_TOKENS = (5, 40, 120), 24
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}
 """Distance of the law's two best logits below which a token may come out the other way."""
 
-START_SECONDS = 180
+LEAST_SECONDS = 20
+"""No server is started with less time than this left."""
 
 
 def agreement(
@@ -45,16 +48,6 @@ def agreement(
     return {"tokens": len(answer), "status": "ok", "detail": ""}
 
 
-def require_vllm(device: str) -> None:
-    """Raises:
-    SkippedError: there is no CUDA build of vLLM.
-    """
-    found = machine.package("vllm")
-    if device != "cuda" or not found or found.endswith("+cpu"):
-        has = f"found {found}" if found else "found none"
-        raise SkippedError(f"vLLM for CUDA is not installed ({has})")
-
-
 def ask(url: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Greedy tokens of all prompts in one request."""
     body: dict[str, Any] = {"model": "model", "prompt": prompts, "max_tokens": NEW_TOKENS}
@@ -67,12 +60,23 @@ def ask(url: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return [choice["token_ids"] for choice in sorted(choices, key=lambda c: int(c["index"]))]
 
 
-async def answers(dtype: str, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], str]:
+async def answers(
+    dtype: str, prompts: Sequence[Sequence[int]], seconds: float
+) -> tuple[list[list[int]], str]:
     """What a server says, and its log.
+
+    Args:
+        dtype: of the model.
+        prompts: token ids.
+        seconds: that it may take to start.
 
     Raises:
         LaunchError: it does not start.
     """
+    own = asyncio.current_task()
+    assert own is not None
+    # Else the server, in a process group of its own, would outlive this process.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, own.cancel)
     service = Service("gpu-check-vllm", free_port(), machine.ROOT / ".run")
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT)]
     command += [f"--host={HOST}", f"--port={service.url.rpartition(':')[2]}"]
@@ -83,13 +87,13 @@ async def answers(dtype: str, prompts: Sequence[Sequence[int]]) -> tuple[list[li
         ended = asyncio.ensure_future(service.ended())
         ready = asyncio.ensure_future(service.ready("/health"))
         done, _ = await asyncio.wait(
-            (ended, ready), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            (ended, ready), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
         )
         for task in (ended, ready):
             task.cancel()
         await asyncio.gather(ended, ready, return_exceptions=True)
         if not done:
-            raise service.failed(f"did not start in {START_SECONDS} s")
+            raise service.failed(f"did not start in {seconds:.0f} s")
         for task in done:
             task.result()
         return await asyncio.to_thread(ask, service.url, prompts), service.log()
@@ -114,7 +118,10 @@ def check(dtype: str, task: Task) -> Iterable[Row]:
     prompts = [
         torch.randint(2, vocabulary, (n,), generator=generator).tolist() for n in PROMPT_TOKENS
     ]
-    found, log = asyncio.run(answers(dtype, prompts))
+    left = task.deadline - time.time()
+    if left < LEAST_SECONDS:
+        raise SkippedError(f"out of time: {left:.0f} s are left to start a server")
+    found, log = asyncio.run(answers(dtype, prompts, left))
     rows: list[Row] = []
     for prompt, answer in zip(prompts, found, strict=True):
         law = law_greedy(CHECKPOINT, prompt, NEW_TOKENS)
