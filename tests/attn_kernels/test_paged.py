@@ -6,6 +6,7 @@ Every way to compute it that this machine has: torch operations and each instruc
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -239,7 +240,7 @@ def error_against_law(
             rounded = law_of_rounded_scores(case, request, window, scale)
             moved = max(relative_error(next(rounded), law) for _ in range(4))
             error *= TOLERANCE / max(TOLERANCE, moved)
-        if not error <= worst:  # NaN too
+        if error > worst or math.isnan(error):  # of which nothing is larger afterwards
             worst = error
     return worst
 
