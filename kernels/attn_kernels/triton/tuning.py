@@ -48,16 +48,16 @@ def tile_for(phase: str, arch: str, head_size: int, element_size: int, group: in
     """
     least = max(16, triton.next_power_of_2(group))
     row_bytes = triton.next_power_of_2(head_size) * element_size
-    stages = 1 if arch.startswith("gfx") else 2
-    if arch == "sm_80" and row_bytes > 256:
-        stages = 3  # with 2, ssmax and lssar spill
-    if phase == DECODE:
-        keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-        return Tile(least, keys, num_warps=4, num_stages=stages)
-    rows = 64 if row_bytes <= 256 else 32
+    stages = 1 if arch.startswith("gfx") else 2 if arch == "sm_90" else 3
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    warps = 4 if row_bytes <= 512 else 8  # with 4, all spill on sm_100
-    return Tile(max(least, rows), keys, num_warps=warps, num_stages=stages)
+    if phase == DECODE:
+        return Tile(least, keys, num_warps=4, num_stages=stages)
+    # The largest whose compiled kernels spill no registers (benchmarks.triton_compile).
+    if element_size == 4:  # multiplied by plain float32 arithmetic, whose operands are in registers
+        keys = 32 if row_bytes <= 256 else 16
+        return Tile(max(least, 32), keys, num_warps=8, num_stages=stages)
+    rows = 64 if row_bytes <= (128 if arch == "sm_80" else 256) else 32
+    return Tile(max(least, rows), keys, num_warps=4, num_stages=stages)
 
 
 def parts_for(num_programs: int, num_processors: int) -> int:
