@@ -50,14 +50,15 @@ def tile_for(phase: str, arch: str, head_size: int, element_size: int, group: in
     row_bytes = triton.next_power_of_2(head_size) * element_size
     stages = 1 if arch.startswith("gfx") else 2 if arch == "sm_90" else 3
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    # The largest that hardly spill a register where they are compiled (benchmarks.triton_compile).
+    # float32 is multiplied by plain arithmetic, whose operands are in registers.
+    num_warps = 8 if element_size == 4 else 4
     if phase == DECODE:
-        return Tile(least, keys, num_warps=4, num_stages=stages)
-    # The largest whose compiled kernels spill no registers (benchmarks.triton_compile).
-    if element_size == 4:  # multiplied by plain float32 arithmetic, whose operands are in registers
-        keys = 32 if row_bytes <= 256 else 16
-        return Tile(max(least, 32), keys, num_warps=8, num_stages=stages)
+        return Tile(least, keys, num_warps, stages)
+    if element_size == 4:
+        return Tile(max(least, 32), 32 if row_bytes <= 256 else 16, num_warps, stages)
     rows = 64 if row_bytes <= (128 if arch == "sm_80" else 256) else 32
-    return Tile(max(least, rows), keys, num_warps=4, num_stages=stages)
+    return Tile(max(least, rows), keys, num_warps, stages)
 
 
 def parts_for(num_programs: int, num_processors: int) -> int:
