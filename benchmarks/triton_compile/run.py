@@ -64,7 +64,7 @@ def about() -> Row:
 
 
 def launch_name(compiled: Compiled) -> str:
-    """ "attend", or which of its two passes; "merge", "select", "write"."""
+    """The kernel's name without "_kernel", or which of its two passes this is."""
     passes = {attention.OBSERVE.value: "observe", attention.WEIGH.value: "weigh"}
     number = compiled.constants.get("PASS")
     return passes.get(getattr(number, "value", number), compiled.kernel.removesuffix("_kernel"))
@@ -102,20 +102,23 @@ class Matrix:
 
     Attributes:
         compiler: the dry driver.
-        peer: vLLM's kernel; None where it cannot be imported.
+        peer: vLLM's kernel; None leaves it out.
     """
 
     compiler: DryCompiler
     peer: Vllm | None
 
     def rows(self, case: Case) -> list[Row]:
-        """One row a kernel; a kernel that does not compile is one with `error`."""
+        """One row a kernel; one that does not compile has `error`, and ends its call."""
+        failed: list[Row] = []
+        self.compiler.found = []
         try:
             compiled = compile_case(self.compiler, case)
         except Exception as error:  # the compiler raises all kinds; the other cases go on
-            failed = dict.fromkeys(COLUMNS) | dataclasses.asdict(case)
-            return [failed | {"kernel": case.phase, "violation": "", "error": reason(error)}]
-        return [self.row(case, kernel) for kernel in compiled]
+            compiled = self.compiler.found  # what the call launched before
+            row = dict.fromkeys(COLUMNS) | dataclasses.asdict(case)
+            failed = [row | {"kernel": case.phase, "violation": "", "error": reason(error)}]
+        return [self.row(case, kernel) for kernel in compiled] + failed
 
     def row(self, case: Case, kernel: Compiled) -> Row:
         """One row, with vLLM's figures where they can be compared."""
@@ -127,7 +130,7 @@ class Matrix:
             row |= self.vllm(self.peer, case, kernel)
         if row["vllm_registers"]:
             row["registers_to_vllm"] = round(row["registers"] / row["vllm_registers"], 3)
-        return row | {"violation": violations(row)}
+        return row | {"violation": "; ".join(filter(None, (row["violation"], violations(row))))}
 
     def vllm(self, peer: Vllm, case: Case, kernel: Compiled) -> Row:
         """vLLM's figures with this kernel's tile and with its own."""
@@ -136,7 +139,7 @@ class Matrix:
             try:
                 (theirs,) = peer.compile(self.compiler, case, ours)
             except Exception as error:  # theirs does not compile: there is nothing to compare
-                tqdm.write(f"vLLM's kernel, {case}: {reason(error)}")
+                found["violation"] = f"vLLM's kernel does not compile: {reason(error)}"
                 continue
             figures = dataclasses.asdict(theirs.figures) | {"code": theirs.code}
             figures |= {} if ours else tile_of(theirs)
