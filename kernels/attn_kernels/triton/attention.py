@@ -138,7 +138,7 @@ def attend_kernel(
     raw = scale  # of q.k, before a soft cap
     if QUANTIZED and not UNIT_KEYS:
         raw *= tl.load(key_scale)
-    rest = 1.0 if SOFT_CAP else raw
+    rest = 1.0 if SOFT_CAP > 0.0 else raw
     factor = QUERY_FACTOR(n, norm, one_learned, two_learned, rest, HEAD_SIZE, PARAMS)
     selecting = q
     if STATEFUL and QUERIES > 1:
@@ -195,7 +195,7 @@ def attend_kernel(
             BLOCK_SIZE, HEAD_SIZE, DIMS,
         )  # fmt: skip
         s = multiply(q, k, tl.zeros([ROWS, KEYS], tl.float32))
-        if SOFT_CAP:
+        if SOFT_CAP > 0.0:
             s = SOFT_CAP * tanh(s * (raw / SOFT_CAP))
         s *= factor[:, None]
         if UNIT_KEYS:

@@ -189,6 +189,7 @@ class TritonLayer:
             STATEFUL=self.variant.stateful,
             LARGEST=largest,
             **self.shape,
+            enable_fp_fusion=True,
             num_warps=1,
         )
 
@@ -254,6 +255,7 @@ class TritonLayer:
             QUERIES=queries,
             KEYS=tile.keys,
             SPLITS=parts,
+            enable_fp_fusion=True,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **self.attend_constants,
@@ -277,6 +279,7 @@ class TritonLayer:
                 HEAD_SIZE=self.head_size,
                 DIMS=self.shape["DIMS"],
                 SPLITS=parts,
+                enable_fp_fusion=True,
                 num_warps=4,
             )
 
@@ -303,6 +306,7 @@ class TritonLayer:
             QUERIES=queries,
             KEYS=tile.keys,
             **self.shape,
+            enable_fp_fusion=True,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

@@ -15,6 +15,6 @@ def query_factor(n, norm, first, second, scale, head_size: tl.constexpr, params:
     fixed: tl.constexpr = params[0]
     learned: tl.constexpr = fixed != fixed
     factor = tl.log(n) * (first if learned else fixed)
-    if params[1]:
+    if params[1] != 0.0:
         factor += second if learned else first
     return factor * scale * 1.4426950408889634
