@@ -374,6 +374,7 @@ def test_bad_options(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A real worker in the interpreter."""
     out = tmp_path / "made" / "gpu_check.json"
