@@ -6,6 +6,7 @@ import functools
 import random
 from collections.abc import Iterable, Iterator
 from itertools import product
+from typing import Any
 
 from benchmarks.gpu_check.checks import Check, Row, SkippedError, Task
 from benchmarks.gpu_check.paged import Paged, Requests, Setup, judged, worse
@@ -26,19 +27,19 @@ def split_processors(device: str) -> int:
 def setups(task: Task) -> list[Setup]:
     """All of them: first each variant in each dtype in its most usual shape, then float8 caches,
     then the rest in random order, so that a run that is cut short has seen something of all."""
-    common = {"longest": task.longest, "device": task.device, "seed": task.seed}
+    common: dict[str, Any] = {"longest": task.longest, "device": task.device, "seed": task.seed}
     usual = 128 if 128 in task.head_dims else task.head_dims[0]
     first = [
-        Setup(variant, dtype, usual, 4, None, **common)  # type: ignore[arg-type]
+        Setup(variant, dtype, usual, 4, None, **common)
         for dtype, variant in product(task.dtypes, task.variants)
     ]
     quantized = [
-        Setup(variant, "bf16", head_dim, 4, None, fp8=True, **common)  # type: ignore[arg-type]
+        Setup(variant, "bf16", head_dim, 4, None, fp8=True, **common)
         for head_dim, variant in product(task.head_dims, task.variants)
         if "bf16" in task.dtypes
     ]
     rest = [
-        Setup(variant, dtype, head_dim, group, window, **common)  # type: ignore[arg-type]
+        Setup(variant, dtype, head_dim, group, window, **common)
         for variant, dtype, head_dim, group, window in product(
             task.variants, task.dtypes, task.head_dims, GROUPS, WINDOWS
         )

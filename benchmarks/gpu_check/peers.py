@@ -6,6 +6,7 @@ They are made on torch's default device (`with torch.device("cuda")`).
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.gpu_check.checks import SkippedError, require_vllm
 from benchmarks.kernels.case import Inputs, Paging
 
 
-class Peer:
+class Peer(ABC):
     """What `benchmarks.kernels.gate.Checked` is."""
 
     def __init__(self, inputs: Inputs) -> None:
@@ -31,9 +32,9 @@ class Peer:
         """Output of the last `run`, on the CPU."""
         return self.result.cpu()
 
+    @abstractmethod
     def run(self) -> None:
         """Attend."""
-        raise NotImplementedError
 
     def paged(self, paging: Paging) -> tuple[Tensor, Tensor]:
         """Keys and values `[num_blocks, block_size, num_kv_heads, head_dim]` of the first copy."""

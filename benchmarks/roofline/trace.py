@@ -96,6 +96,7 @@ class Traced:
     __add__ = __radd__ = __sub__ = __rsub__ = _sum
     __rmul__ = __mul__
     __lt__ = __le__ = __gt__ = __ge__ = __and__ = __rand__ = __or__ = __ror__ = _with
+    # A comparison is another value, as Triton's are, and not a bool; so there is no hash either.
     __eq__ = __ne__ = _with  # type: ignore[assignment]
     __hash__ = None  # type: ignore[assignment]
 

@@ -94,7 +94,7 @@ class DryDriver(DriverBase):
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def get_benchmarker(self) -> Any:
+    def get_benchmarker(self) -> Any:  # every driver must have one
         raise NotImplementedError("nothing runs here")
 
 

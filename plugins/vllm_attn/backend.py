@@ -152,6 +152,7 @@ class VariantImpl(AttentionImpl[Batch]):
             raise StartupError("an attnserve backend was made without --attention-backend")
         declared = variant_from_config(vllm_config.model_config.hf_config)
         self.variant: Variant = declared or get_variant(name)
+        self.prepare_kernels()
         unsupported = {
             "ALiBi": alibi_slopes is not None,
             "a soft cap on the scores": bool(logits_soft_cap) and not self.takes_soft_cap(),
@@ -174,12 +175,14 @@ class VariantImpl(AttentionImpl[Batch]):
         self.soft_cap = logits_soft_cap or None
         self.layer: Layer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
-        self.prepare_kernels()
 
     def takes_soft_cap(self) -> bool:
-        """The GPU kernels cap raw scores, where the variant is made of them alone."""
-        on_gpu = current_platform.is_cuda_alike()
-        return on_gpu and self.variant.uses_scale and not self.variant.stateful
+        """Only the GPU kernels cap scores."""
+        if not current_platform.is_cuda_alike():
+            return False
+        from attn_kernels import triton
+
+        return triton.takes_soft_cap(self.variant)
 
     def prepare_kernels(self) -> None:
         """Find or build them now rather than in the first request.

@@ -55,6 +55,12 @@ def functions(variant: Variant) -> dict[str, Any]:
     }
 
 
+def takes_soft_cap(variant: Variant) -> bool:
+    """Whether raw scores can be capped: where the variant's are the model's, seen in one pass."""
+    two_pass = functions(variant)["SETTLE"] is not None
+    return variant.uses_scale and not variant.stateful and not two_pass
+
+
 class Scratch:
     """Memory of a step, shared by a device's layers."""
 
@@ -131,7 +137,7 @@ class TritonLayer:
         num_kv_heads, block_size, content = kv_cache.shape[1:]
         if kv_cache.stride()[2:] != (content, 1):
             raise ValueError("the interior of the cache's blocks must be contiguous")
-        if soft_cap and (variant.stateful or not variant.uses_scale):
+        if soft_cap and not takes_soft_cap(variant):
             raise ValueError(f"{variant.name} attention does not support a soft cap")
         self.quantized = kv_cache.dtype in QUANTIZED
         if self.quantized and (key_scale is None or value_scale is None):
