@@ -29,10 +29,25 @@ def machine() -> str:
     )
 
 
-def card(run: Run, scores: Sequence[Score], train_files: Sequence[Path]) -> str:
+def memory(run: Run) -> str:
+    """The lines about the memory loss; empty for a run without it."""
+    if not run.memory:
+        return ""
+    last = run.memory[-100:]
+    return f"""\
+- The loss that is minimised is that plus {run.recipe.memory_loss:g} times the share of the tokens \
+that the layers must keep
+  (arXiv 2410.02703; `training/memory_loss.py`): {run.memory[0]:.3f} at the first step, \
+{sum(last) / len(last):.3f} over the last {len(last)}.
+  So a KV cache can drop more tokens.
+"""
+
+
+def card(name: str, run: Run, scores: Sequence[Score], train_files: Sequence[Path]) -> str:
     """The text of `README.md`.
 
     Args:
+        name: the checkpoint's.
         run: a finished run.
         scores: what `training.evaluate.evaluate` gives.
         train_files: what it was trained on.
@@ -42,8 +57,8 @@ def card(run: Run, scores: Sequence[Score], train_files: Sequence[Path]) -> str:
     text, seen = len(run.batches.tokens), recipe.steps * recipe.batch * recipe.context
     first, last = run.losses[0], run.losses[-100:]
     settings = "\n".join(
-        f"| {name.replace('_', ' ')} | {value} |"
-        for name, value in dataclasses.asdict(recipe).items()
+        f"| {setting.replace('_', ' ')} | {value} |"
+        for setting, value in dataclasses.asdict(recipe).items()
     )
     books = ", ".join(f"`{file.name}`" for file in train_files)
     return f"""---
@@ -52,22 +67,22 @@ license: apache-2.0
 pipeline_tag: text-generation
 library_name: transformers
 ---
-# {variant.name}, {size:.1f}M parameters
+# {name}, {size:.1f}M parameters
 
 A small Llama with {variant.name} attention ({variant.paper}), trained from scratch on
 nineteenth-century novels. It is here to serve and test {variant.name} with real, trained weights.
 It writes sentences in the manner of those novels and knows nothing; use it for nothing else.
 
 ```sh
-vllm serve checkpoints/{variant.name} --attention-backend {variant.name}
+vllm serve checkpoints/{name} --attention-backend {variant.name}
 ```
 
 ```python
 import hf_attn  # registers the model class
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("checkpoints/{variant.name}")
-tokenizer = AutoTokenizer.from_pretrained("checkpoints/{variant.name}")
+model = AutoModelForCausalLM.from_pretrained("checkpoints/{name}")
+tokenizer = AutoTokenizer.from_pretrained("checkpoints/{name}")
 ```
 
 ## Perplexity
@@ -77,7 +92,7 @@ tokenizer = AutoTokenizer.from_pretrained("checkpoints/{variant.name}")
 Validation is *Emma*, test *Great Expectations*; neither was trained on. Every model predicts the
 same tokens. The trained model reads sequences of {recipe.context} tokens that each start anew; the
 baselines (add-one unigram, interpolated Kneser-Ney trigram) are counted on the training text.
-`python -m training.evaluate checkpoints/{variant.name}` measures it again.
+`python -m training.evaluate checkpoints/{name}` measures it again.
 
 ## Training
 
@@ -85,6 +100,7 @@ baselines (add-one unigram, interpolated Kneser-Ney trigram) are counted on the 
 {seen / text:.2f} epochs of {text / 1e6:.2f}M.
 - Loss {first:.3f} at the first step, {sum(last) / len(last):.3f} over the last {len(last)} \
 (`loss.csv`, nats per token).
+{memory(run)}\
 - {run.seconds / 60:.0f} minutes on a machine shared with other work: {machine()}.
 - Text: {books}; all in the public domain.
 - Tokenizer: byte-level BPE trained on the same text.
@@ -97,5 +113,5 @@ with the same recipe: AdamW, linear warm-up and half a cosine, attention always 
 |---|---|
 {settings}
 
-Made by `python -m training.checkpoints {variant.name}`.
+Made by `python -m training.checkpoints {name}`.
 """

@@ -1,7 +1,7 @@
-"""Build the reference checkpoints: `python -m training.checkpoints [VARIANT ...]`.
+"""Build the reference checkpoints: `python -m training.checkpoints [NAME ...]`.
 
-Trains the tokenizer and each variant's model, measures it, and writes a Hugging Face folder with a
-model card. What is interrupted goes on where it was when the command is given again.
+Trains the tokenizer and each model, measures it, and writes a Hugging Face folder with a model
+card. What is interrupted goes on where it was when the command is given again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Recipe(precision="bf16")
 VOCAB_SIZE = 2048
 COMPILED = True
+EXTRA = {"selective_prunable": ("selective", dataclasses.replace(RECIPE, memory_loss=0.1))}
+"""Checkpoints beside the one of each variant, which has the variant's name and `RECIPE`."""
 
 
 def shared_tokenizer(books: Split, runs: Path) -> PreTrainedTokenizerFast:
@@ -40,28 +42,31 @@ def shared_tokenizer(books: Split, runs: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build(name: str, books: Split, runs: Path, out: Path, recipe: Recipe = RECIPE) -> list[Score]:
-    """Train and measure one variant with its default parameters.
+def build(
+    name: str, books: Split, runs: Path, out: Path, recipe: Recipe | None = None
+) -> list[Score]:
+    """Train and measure one checkpoint; its variant has its default parameters.
 
     Args:
-        name: the variant.
+        name: a variant's, or one of `EXTRA`.
         books: text files.
         runs: folder for the training state.
         out: folder in which the checkpoint's folder is written.
-        recipe: the settings of the run.
+        recipe: the settings of the run if they are not the checkpoint's own.
 
     Returns:
         The checkpoint's scores and its baselines'.
     """
     tokenizer = shared_tokenizer(books, runs)
     tokens = read_tokens(books.train, tokenizer)
-    run = Run(runs / name, recipe, {"name": name}, tokenizer, tokens)
+    variant, own_recipe = EXTRA.get(name, (name, RECIPE))
+    run = Run(runs / name, recipe or own_recipe, {"name": variant}, tokenizer, tokens)
     run.train(save_every=100, compiled=COMPILED)
     staged = runs / name / "model"
     shutil.rmtree(staged, ignore_errors=True)
     run.export(staged)
     scores = evaluate(staged, books.validation.parent)
-    (staged / "README.md").write_text(card(run, scores, books.train), encoding="utf-8")
+    (staged / "README.md").write_text(card(name, run, scores, books.train), encoding="utf-8")
     shutil.copy(runs / name / LOSSES, staged)
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / name, ignore_errors=True)
@@ -77,6 +82,11 @@ def variant_name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def checkpoint_name(text: str) -> str:
+    """An argument that must be a registered variant or one of `EXTRA`."""
+    return text if text in EXTRA else variant_name(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -85,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "variants",
+        "names",
         nargs="*",
         default=variant_names(),
-        type=variant_name,
-        metavar="VARIANT",
-        help=f"any of {', '.join(variant_names())} (default: all)",
+        type=checkpoint_name,
+        metavar="NAME",
+        help=f"any of {', '.join(variant_names())} (default: all of these) or {', '.join(EXTRA)}",
     )
     parser.add_argument(
         "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
@@ -108,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     arguments.runs.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name in arguments.variants:
+    for name in arguments.names:
         print(f"{name}:")
         results[name] = build(name, books, arguments.runs, arguments.out)
         print(table(results[name]))

@@ -211,7 +211,7 @@ class FineTune:
         step = len(self.losses)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(step)
-        loss = loss_of(*self.batches(step))
+        loss, _ = loss_of(*self.batches(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()

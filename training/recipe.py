@@ -55,6 +55,11 @@ class Recipe:
         "matrix products outside attention; attention is always fp32",
         choices=("fp32", "bf16"),
     )
+    memory_loss: float = _option(
+        0.0,
+        "weight of the loss term for context pruning (0.1 in the paper); of selective attention "
+        "only",
+    )
     seed: int = _option(0, "seed of the initial weights and of the data order")
 
     @classmethod

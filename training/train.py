@@ -25,25 +25,33 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches, Tokens, fingerprint, read_tokens
+from training.memory_loss import memory_share
 from training.recipe import Recipe, parse_variant
 
 STATE, LOSSES, MODEL = "state.pt", "loss.csv", "model"
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
-def loss_function(model: VariantLlamaForCausalLM, precision: str, compiled: bool = False) -> Loss:
-    """A function of inputs and targets, `[batch, context]` each: mean cross entropy in nats.
+def loss_function(
+    model: VariantLlamaForCausalLM, precision: str, compiled: bool = False, memory: bool = False
+) -> Loss:
+    """A function of inputs and targets, `[batch, context]` each: the mean cross entropy in nats,
+    and `memory_share` or None.
 
     Args:
         model: a causal language model.
         precision: "fp32", or "bf16" to run matrix products outside attention in bfloat16.
         compiled: compile it, which fuses attention's elementwise operations.
+        memory: give the share of memory too; for a stateful variant.
     """
 
-    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        penalties: list[Tensor] = []
+        wanted = {"penalties": penalties} if memory else {}
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(input_ids=inputs, use_cache=False).logits
-        return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+        share = memory_share(penalties) if memory else None
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten()), share
 
     return torch.compile(loss, dynamic=False) if compiled else loss
 
@@ -60,7 +68,8 @@ class Run:
         tokens: the text.
 
     Raises:
-        ValueError: the folder holds a run with other settings or other text.
+        ValueError: the folder holds a run with other settings or other text, or the recipe's
+            `memory_loss` is of no use to the variant.
     """
 
     def __init__(
@@ -81,6 +90,8 @@ class Run:
         }
         torch.manual_seed(recipe.seed)
         self.model = VariantLlamaForCausalLM(recipe.config(variant, len(tokenizer), bos, eos))
+        if recipe.memory_loss and not self.model.config.variant.stateful:
+            raise ValueError(f"{variant['name']} attention masks no tokens: leave out memory_loss")
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -95,21 +106,25 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         self.losses: list[float] = []
+        self.memory: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._load()
 
     def _load(self) -> None:
         state = torch.load(self.folder / STATE, weights_only=True)
+        # A state that is older than a setting was made with its default.
+        found = dataclasses.asdict(Recipe()) | state["identity"]
         for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
+            if found[name] != value:
                 raise ValueError(
-                    f"{self.folder} holds a run with {name} = {state['identity'].get(name)}, not "
+                    f"{self.folder} holds a run with {name} = {found[name]}, not "
                     f"{value}: choose another --out or delete it"
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        self.memory = state.get("memory", [])
 
     def save(self) -> None:
         """Write the state and the losses; a file is either the old or the new one, never half."""
@@ -120,6 +135,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "losses": self.losses,
+            "memory": self.memory,
         }
         temporary = self.folder / (STATE + ".tmp")
         with temporary.open("wb") as file:
@@ -130,9 +146,12 @@ class Run:
         temporary = self.folder / (LOSSES + ".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["step", "learning_rate", "loss"])
+            # `memory` only of a run with the memory loss, of which `loss` is no part.
+            writer.writerow(["step", "learning_rate", "loss", *["memory"] * bool(self.memory)])
             for step, loss in enumerate(self.losses):
-                writer.writerow([step, f"{self.recipe.learning_rate_at(step):.6g}", f"{loss:.5f}"])
+                memory = [f"{share:.5f}" for share in self.memory[step : step + 1]]
+                rate = f"{self.recipe.learning_rate_at(step):.6g}"
+                writer.writerow([step, rate, f"{loss:.5f}", *memory])
         temporary.replace(self.folder / LOSSES)
 
     def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -148,13 +167,14 @@ class Run:
             compiled: use `torch.compile`.
             quiet: no progress bar.
         """
-        loss_of = loss_function(self.model, self.recipe.precision, compiled)
+        memory = self.recipe.memory_loss > 0
+        loss_of = loss_function(self.model, self.recipe.precision, compiled, memory)
         progress = tqdm(
             initial=self.step, total=self.recipe.steps, unit="step", disable=quiet, smoothing=0.05
         )
         started = time.monotonic() - self.seconds
         while self.step < self.recipe.steps:
-            self.losses.append(self._take_step(loss_of))
+            self._take_step(loss_of)
             self.step += 1
             self.seconds = time.monotonic() - started
             progress.update()
@@ -163,15 +183,18 @@ class Run:
                 self.save()
         progress.close()
 
-    def _take_step(self, loss_of: Loss) -> float:
+    def _take_step(self, loss_of: Loss) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step)
-        loss = loss_of(*self.batches(self.step))
-        loss.backward()
+        loss, memory = loss_of(*self.batches(self.step))
+        objective = loss if memory is None else loss + self.recipe.memory_loss * memory
+        objective.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        self.losses.append(loss.item())
+        if memory is not None:
+            self.memory.append(memory.item())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

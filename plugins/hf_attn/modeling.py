@@ -50,6 +50,7 @@ class VariantLlamaAttention(LlamaAttention):
         attention_mask: Tensor,
         position_ids: Tensor,
         past_key_values: Cache | None = None,
+        penalties: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Attention of `hidden_states [batch, num_queries, hidden_size]`.
@@ -60,6 +61,8 @@ class VariantLlamaAttention(LlamaAttention):
             attention_mask: bool `[batch, 1, num_queries, num_keys]`.
             position_ids: `[batch or 1, num_queries]`.
             past_key_values: the cache, which takes up these tokens.
+            penalties: a list to which the layer adds what a stateful variant subtracts from its
+                scores, `[batch, num_queries, num_keys]`; a model passes it on to every layer.
             kwargs: passed on to `attention_forward`.
 
         Returns:
@@ -91,6 +94,8 @@ class VariantLlamaAttention(LlamaAttention):
                 penalty = selection_penalty(
                     self.variant, q0.to(dtype), k0.to(dtype), own_key, self.scaling
                 )
+            if penalties is not None:
+                penalties.append(penalty)
         output, weights = attention_forward(
             self.variant.name,
             self,

@@ -104,7 +104,38 @@ def test_building_again_trains_no_further(
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize(("argv", "names"), [([], variant_names()), (["lssar"], ["lssar"])])
+def test_a_checkpoint_beside_its_variants(
+    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a folder of its own name, its variant's name in config.json, and says why it is."""
+    monkeypatch.setattr(checkpoints, "VOCAB_SIZE", 299)
+    monkeypatch.setattr(checkpoints, "COMPILED", False)
+    variant, recipe = checkpoints.EXTRA["selective_prunable"]
+    assert recipe == dataclasses.replace(checkpoints.RECIPE, memory_loss=0.1)
+    recipe = dataclasses.replace(TINY, memory_loss=recipe.memory_loss)
+    out = tmp_path / "checkpoints"
+    checkpoints.build("selective_prunable", split(books), tmp_path / "runs", out, recipe)
+    folder = out / "selective_prunable"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["attention_variant"] == {"name": variant} == {"name": "selective"}
+    card = (folder / "README.md").read_text()
+    assert "# selective_prunable, " in card
+    assert "vllm serve checkpoints/selective_prunable --attention-backend selective\n" in card
+    assert "plus 0.1 times the share of the tokens that the layers must keep" in card
+    assert "| memory loss | 0.1 |" in card
+    assert "Made by `python -m training.checkpoints selective_prunable`." in card
+    rows = list(csv.DictReader((folder / "loss.csv").open()))
+    assert len(rows) == TINY.steps and "memory" in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], variant_names()),
+        (["lssar"], ["lssar"]),
+        (["selective_prunable"], ["selective_prunable"]),
+    ],
+)
 def test_command_line_builds_each_variant(
     argv: list[str],
     names: list[str],
