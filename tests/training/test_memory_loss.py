@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_a_models_penalties(precision: str) -> None:
     ids = torch.randint(19, (2, 13))
     scores: list[Tensor] = []
 
-    def recorded(attention: VariantLlamaAttention, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def recorded(attention: VariantLlamaAttention, *args: Any) -> tuple[Tensor, Tensor]:
         q, k = VariantLlamaAttention.rotate(attention, *args)
         scores.append(q[:, 0].double() * attention.scaling @ k[:, 0].double().mT)
         return q, k
