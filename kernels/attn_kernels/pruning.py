@@ -13,21 +13,23 @@ For F to be the same in any order of additions it is a fixed-point integer.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attn_kernels.batch import Batch
 from attn_kernels.dense import attend
-from attn_kernels.variants.selective import Selective
+from attn_kernels.variants.selective import LEAST_BUDGET, Selective
 
 FRACTION_BITS = 16
 """Of an accumulator: an int32 in units of 2^-16, which stays at LARGEST rather than overflow."""
 
 LARGEST = 2**31 - 1
 
-LEAST_BUDGET = 2
-"""The first token, which is never evicted, and the newest."""
+NUMBERS_BYTES = 8
+"""Of a slot's accumulator and position."""
 
 
 @dataclass
@@ -47,19 +49,27 @@ class Page:
     positions: Tensor
 
     @classmethod
-    def empty(
-        cls, num_kv_heads: int, budget: int, head_size: int, dtype: torch.dtype = torch.float32
+    def view(
+        cls, memory: Tensor, budget: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
     ) -> Page:
-        """A page that holds nothing yet.
+        """A page in `memory`: `[budget * slot_bytes(...)]` uint8, whatever is in it.
+
+        Keys, values, accumulators and positions follow one another, each in the order of its shape.
 
         Raises:
             ValueError: the budget is below LEAST_BUDGET.
         """
         if budget < LEAST_BUDGET:
             raise ValueError(f"a budget must be at least {LEAST_BUDGET} tokens, not {budget}")
-        shape = (num_kv_heads, budget, head_size)
-        numbers = torch.empty(2, budget, dtype=torch.int32)
-        return cls(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), *numbers)
+        numbers = memory[-NUMBERS_BYTES * budget :].view(torch.int32).view(2, budget)
+        rest = memory[: -NUMBERS_BYTES * budget].view(dtype)
+        keys, values = rest.view(2, num_kv_heads, budget, head_size)
+        return cls(keys, values, *numbers)
+
+
+def slot_bytes(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a page for each token of its budget."""
+    return 2 * num_kv_heads * head_size * dtype.itemsize + NUMBERS_BYTES
 
 
 def fixed_point(x: Tensor) -> Tensor:
@@ -147,3 +157,54 @@ def attend_pruned(
     page.accumulators[place] = after[-1][kept].int()
     page.positions[place] = positions[kept].int()
     return output
+
+
+class TorchPrunedLayer:
+    """`attend_pruned` bound to one layer's pages, in torch operations: correct and slow.
+
+    Args:
+        pages: `[num_pages, budget * slot_bytes(...)]` uint8.
+        budget: slots of a page.
+        num_heads, num_kv_heads, head_size: the layer's.
+        dtype: of the pages' keys and values.
+        scale: factor of the raw scores.
+    """
+
+    def __init__(
+        self,
+        pages: Tensor,
+        *,
+        budget: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        scale: float,
+    ) -> None:
+        self.pages = pages
+        self.shape = budget, num_kv_heads, head_size, dtype
+        self.dtype = dtype
+        self.scale = scale
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
+        """Store a step's tokens and attend.
+
+        Args:
+            query: `[num_tokens, num_heads, head_size]`.
+            key, value: `[num_tokens, num_kv_heads, head_size]`; stored, and seen, in the pages'
+                dtype.
+            batch: its requests; the first entry of a request's block table is its page.
+            out: `[>= num_tokens, num_heads, head_size]`, written in place.
+        """
+        starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        for request, (start, stop) in enumerate(itertools.pairwise(starts)):
+            if start == stop:
+                continue
+            page = Page.view(self.pages[batch.block_table[request, 0]], *self.shape)
+            q, k, v = (
+                x[start:stop].transpose(0, 1).double()
+                for x in (query, key.to(self.dtype), value.to(self.dtype))
+            )
+            num_before = lens[request] - (stop - start)
+            output = attend_pruned(q, k, v, page, num_before, self.scale)
+            out[start:stop] = output.transpose(0, 1).to(out.dtype)

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -56,6 +56,16 @@ class Variant(ABC):
         """Names of the per-head tensors, each `[num_heads]`, that a checkpoint must carry in every
         layer (`model.layers.N.self_attn.<name>`)."""
         return ()
+
+    def numbers(self) -> list[float]:
+        """The parameters in the fields' order, as kernels take them: None is NaN, lists are left
+        out."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [
+            math.nan if value is None else float(value)
+            for value in values
+            if not isinstance(value, tuple)
+        ]
 
     def initial(self, learned_name: str) -> float:
         """The value a learned per-head tensor starts from when a model is trained from scratch."""
@@ -140,7 +150,10 @@ def variant_names() -> tuple[str, ...]:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """A value from `config.json` fits a parameter's annotation; a float may be a whole number."""
+    """A value from `config.json` fits a parameter's annotation; a float may be a whole number, and
+    `tuple[X, ...]` stands for a list."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is_a(x, get_args(hint)[0]) for x in value)
     kinds = get_args(hint) or (hint,)
     if type(value) is int and float in kinds:
         return True
@@ -165,9 +178,14 @@ def get_variant(name: str, /, **parameters: Any) -> Variant:
         raise VariantError(f"attention variant {name!r} has no parameter {unknown[0]!r}: {takes}")
     hints = get_type_hints(cls)
     for parameter, value in parameters.items():
-        if not _is_a(value, hints[parameter]):
-            kind = getattr(hints[parameter], "__name__", None) or str(hints[parameter])
-            raise VariantError(f"{name}'s {parameter} must be a finite {kind}, not {value!r}")
+        hint = hints[parameter]
+        if not _is_a(value, hint):
+            kind = f"finite {hint if get_args(hint) else hint.__name__}"
+            if get_origin(hint) is tuple:
+                kind = f"list of {get_args(hint)[0].__name__}s"
+            raise VariantError(f"{name}'s {parameter} must be a {kind}, not {value!r}")
+        if isinstance(value, list):
+            parameters[parameter] = tuple(value)
     return cls(**parameters)
 
 

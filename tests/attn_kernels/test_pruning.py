@@ -65,12 +65,22 @@ def inputs(n: int, heads: int = 3, size: int = 8, spread: float = 1.0) -> tuple[
     return q, k, v
 
 
+def poisoned_page(
+    budget: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
+) -> pruning.Page:
+    """A page as another request left it: its numbers are wild, its keys and values NaN."""
+    num_bytes = budget * pruning.slot_bytes(num_kv_heads, head_size, dtype)
+    memory = torch.full((num_bytes,), 0x7F, dtype=torch.uint8)
+    page = pruning.Page.view(memory, budget, num_kv_heads, head_size, dtype)
+    page.keys.fill_(float("nan"))
+    page.values.fill_(float("nan"))
+    return page
+
+
 def in_chunks(
     q: Tensor, k: Tensor, v: Tensor, budget: int, chunk: int, scale: float
 ) -> tuple[Tensor, pruning.Page]:
-    page = pruning.Page.empty(k.shape[0], budget, k.shape[-1], torch.float64)
-    for tensor in (page.keys, page.values):
-        tensor.fill_(float("nan"))
+    page = poisoned_page(budget, k.shape[0], k.shape[-1], torch.float64)
     n = q.shape[1]
     outputs = []
     for start in range(0, n, chunk):
@@ -129,4 +139,4 @@ def test_the_first_token_stays() -> None:
 
 def test_refuses_a_budget_without_room() -> None:
     with pytest.raises(ValueError, match="a budget must be at least 2 tokens, not 1"):
-        pruning.Page.empty(1, 1, 8)
+        poisoned_page(1, 1, 8, torch.float32)

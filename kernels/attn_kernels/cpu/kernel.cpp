@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "pruned.hpp"
 
 namespace {
 
@@ -288,17 +289,14 @@ void write(const Write& w) {
                   (const T*)w.value + i * w.value_stride, VARIANT::stateful);
 }
 
-}  // namespace
-
-extern "C" {
-
-// 0, or 1 if memory ran out.
-int attnserve_attend(const Call* call) {
+// Runs `f` on a value of the cache's format; 0, or 1 if memory ran out.
+template <class F>
+int in_format(int32_t format, F&& f) {
   try {
-    switch (call->cache_format) {
-      case FLOAT32: attend<Float32>(*call); break;
-      case BFLOAT16: attend<BFloat16>(*call); break;
-      case FLOAT16: attend<Float16>(*call); break;
+    switch (format) {
+      case FLOAT32: f(Float32{}); break;
+      case BFLOAT16: f(BFloat16{}); break;
+      case FLOAT16: f(Float16{}); break;
     }
     return 0;
   } catch (...) {
@@ -306,14 +304,28 @@ int attnserve_attend(const Call* call) {
   }
 }
 
-void attnserve_write(const Write* w) {
-  switch (w->cache_format) {
-    case FLOAT32: write<Float32>(*w); break;
-    case BFLOAT16: write<BFloat16>(*w); break;
-    case FLOAT16: write<Float16>(*w); break;
-  }
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 if memory ran out.
+int attnserve_attend(const Call* call) {
+  return in_format(call->cache_format, [&](auto t) { attend<decltype(t)>(*call); });
+}
+
+int attnserve_write(const Write* w) {
+  return in_format(w->cache_format, [&](auto t) { write<decltype(t)>(*w); });
+}
+
+// Of a stateful variant within a budget: stores the new tokens and attends.
+int attnserve_attend_pruned(const PrunedCall* call) {
+  return in_format(call->page_format, [&](auto t) {
+    if constexpr (VARIANT::stateful) Pruned<VARIANT, decltype(t)>(*call).run();
+  });
 }
 
 // For the loader: a library whose structs differ from Python's must not be called.
-int attnserve_abi() { return (int)(sizeof(Call) * 1000 + sizeof(Write)); }
+int attnserve_abi() {
+  return (int)(sizeof(Call) * 1000000 + sizeof(Write) * 1000 + sizeof(PrunedCall));
+}
 }

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
-import math
 from collections.abc import Mapping
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import byref, c_float, c_void_p
 from pathlib import Path
 
 import torch
@@ -15,64 +13,11 @@ from torch import Tensor
 
 from attn_kernels.batch import Batch
 from attn_kernels.cpu.build import BuildError
+from attn_kernels.cpu.structs import FORMATS, CacheShape, Call, PrunedCall, Write, head_rows
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.variant import Variant
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 HEAD_SIZES = range(32, 257, 16)
-
-
-class _CacheShape(ctypes.Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        ("block_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_size", c_int32),
-        ("head_size", c_int32),
-        ("num_kv_heads", c_int32),
-    )
-
-
-class _Call(ctypes.Structure):
-    """`Call` of attention.hpp."""
-
-    _fields_ = (
-        ("cache", _CacheShape),
-        ("query", c_void_p),
-        ("out", c_void_p),
-        ("query_stride", c_int64),
-        ("out_stride", c_int64),
-        ("batch", c_void_p),
-        ("values", POINTER(c_float)),
-        ("learned", POINTER(c_void_p)),
-        ("scale", c_float),
-        ("num_heads", c_int32),
-        ("window", c_int32),
-        ("query_format", c_int32),
-        ("out_format", c_int32),
-        ("cache_format", c_int32),
-    )
-
-
-class _Write(ctypes.Structure):
-    """`Write` of kernel.cpp."""
-
-    _fields_ = (
-        ("cache", _CacheShape),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("key_stride", c_int64),
-        ("value_stride", c_int64),
-        ("slot_mapping", c_void_p),
-        ("num_tokens", c_int64),
-        ("cache_format", c_int32),
-        ("threads", c_int32),
-    )
-
-
-def _as_float(value: float | bool | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 class CPUKernel:
@@ -91,11 +36,12 @@ class CPUKernel:
             self.library = ctypes.CDLL(str(library))
         except OSError as error:
             raise BuildError(f"{library} cannot be loaded ({error}): delete it") from None
-        expected = ctypes.sizeof(_Call) * 1000 + ctypes.sizeof(_Write)
+        sizes = ctypes.sizeof(Call), ctypes.sizeof(Write), ctypes.sizeof(PrunedCall)
+        expected = sizes[0] * 1000000 + sizes[1] * 1000 + sizes[2]
         if self.library.attnserve_abi() != expected:
             raise BuildError(f"{library} does not fit this version of attnserve: delete it")
-        fields = [_as_float(getattr(variant, f.name)) for f in dataclasses.fields(variant)]
-        self.values = (c_float * max(1, len(fields)))(*fields)
+        numbers = variant.numbers()
+        self.values = (c_float * max(1, len(numbers)))(*numbers)
 
     def head_size(self, content: int, dtype: torch.dtype) -> int:
         """Of a cache whose slots have `content` elements."""
@@ -160,7 +106,7 @@ class CPULayer:
         self.head_size = kernel.head_size(content, kv_cache.dtype)
         if reason := kernel.unsupported(self.head_size, block_size, kv_cache.dtype):
             raise ValueError(f"the CPU kernels do not support {reason}")
-        shape = _CacheShape(
+        shape = CacheShape(
             kv_cache.data_ptr(),
             kv_cache.stride(0),
             kv_cache.stride(1),
@@ -168,8 +114,8 @@ class CPULayer:
             self.head_size,
             num_kv_heads,
         )
-        self._write = _Write(cache=shape, cache_format=FORMATS[kv_cache.dtype])
-        self._call = _Call(
+        self._write = Write(cache=shape, cache_format=FORMATS[kv_cache.dtype])
+        self._call = Call(
             cache=shape,
             values=kernel.values,
             scale=scale,
@@ -186,15 +132,6 @@ class CPULayer:
         self.run_write = functools.partial(kernel.library.attnserve_write, byref(self._write))
         """The C function, on what `write_cache` filled in."""
 
-    def _rows(self, x: Tensor) -> tuple[Tensor, int]:
-        """`x` `[tokens, heads, head_size]` with its heads side by side in memory, copied if need
-        be, and the distance of its tokens."""
-        token, head, dim = x.stride()
-        if dim != 1 or head != self.head_size:
-            x = x.contiguous()
-            token = x.stride(0)
-        return x, token
-
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store keys and values of new tokens, in place; their accumulators start at 0.
 
@@ -207,8 +144,8 @@ class CPULayer:
         if slot_mapping.dtype != torch.int64:
             slot_mapping = slot_mapping.long()
         call = self._write
-        key, call.key_stride = self._rows(key)
-        value, call.value_stride = self._rows(value)
+        key, call.key_stride = head_rows(key)
+        value, call.value_stride = head_rows(value)
         call.key = key.data_ptr()
         call.value = value.data_ptr()
         call.slot_mapping = slot_mapping.data_ptr()
@@ -233,7 +170,7 @@ class CPULayer:
             MemoryError: no memory for the kernel's scratch space.
         """
         call = self._call
-        query, call.query_stride = self._rows(query)
+        query, call.query_stride = head_rows(query)
         call.query = query.data_ptr()
         call.query_format = FORMATS[query.dtype]
         call.out = out.data_ptr()

@@ -89,6 +89,14 @@ inline Vec load(const Float16* p) {
 #endif
 }
 
+inline Vec load(const Float32* p) { return load((const float*)p); }
+
+inline Vec load(const BFloat16* p) {
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, UintVec) << 16);
+}
+
 // Rows k to k + PAIR - 1 of WIDTH columns of a panel, of which `p` is the first element. A pair of
 // bfloat16 rows is widened by one shift and one mask.
 inline void load_rows(const Float32* p, Vec rows[1]) { rows[0] = load((const float*)p); }

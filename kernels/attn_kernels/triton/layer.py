@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import math
@@ -41,7 +40,6 @@ def functions(variant: Variant) -> dict[str, Any]:
         if error.name != name:
             raise
         raise ValueError(f"{variant.name} has no Triton form ({name})") from None
-    values = (getattr(variant, field.name) for field in dataclasses.fields(variant))
     return {
         "QUERY_FACTOR": module.query_factor,
         "START": module.start,
@@ -51,7 +49,7 @@ def functions(variant: Variant) -> dict[str, Any]:
         "OBSERVE_TILE": getattr(module, "observe", None),
         "SETTLE": getattr(module, "settle", None),
         "UNIT_KEYS": module.UNIT_KEYS,
-        "PARAMS": tuple(math.nan if value is None else float(value) for value in values),
+        "PARAMS": tuple(variant.numbers()),
     }
 
 

@@ -7,8 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attn_kernels.variant import Variant, register
+from attn_kernels.variant import Variant, VariantError, register
 from attn_kernels.variants.softmax import softmax
+
+LEAST_BUDGET = 2
+"""Tokens that a layer keeps: the first, which is never evicted, and the newest."""
 
 
 @register
@@ -18,11 +21,24 @@ class Selective(Variant):
 
     `x0` is head 0's raw score (no penalty subtracted) and `F` is subtracted in every head. `F` is
     kept as one accumulator per token and layer: query i uses it, then adds its own `relu(x0_ij)`.
+
+    Args:
+        kv_budgets: how many tokens of a request each layer keeps, in the layers' order
+            (`attn_kernels.pruning`); none: all.
     """
 
     name: ClassVar[str] = "selective"
     paper: ClassVar[str] = "arXiv 2410.02703"
     stateful: ClassVar[bool] = True
+
+    kv_budgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kv_budgets and min(self.kv_budgets) < LEAST_BUDGET:
+            raise VariantError(
+                f"selective's kv_budgets must be at least {LEAST_BUDGET} tokens a layer, the first "
+                f"and the newest, not {min(self.kv_budgets)}"
+            )
 
     def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
         return softmax(scores, mask)

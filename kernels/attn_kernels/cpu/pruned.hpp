@@ -1,0 +1,240 @@
+// Attention of a stateful variant within a budget: each request keeps at most `budget` tokens a layer,
+// in one page. The rule of eviction is that of attn_kernels/pruning.py, carried out token by token: a
+// page is small, so that a query meets `budget` keys however long its context is.
+//
+// A page: keys [num_kv_heads][budget][head_size], values likewise, accumulators [budget] int32,
+// positions [budget] int32. Slots are in no order; the first min(tokens, budget) are taken.
+#pragma once
+#include <vector>
+
+#include "call.hpp"
+#include "spans.hpp"
+#include "variant.hpp"
+
+// Arguments of one call; attn_kernels/cpu/pruned.py has the same fields in the same order.
+struct PrunedCall {
+  void* pages;
+  int64_t page_stride;  // in bytes
+  const void *query, *key, *value;  // [num_tokens, heads, head_size]; key and value as in the page
+  void* out;                        // [>= num_tokens, num_heads, head_size]
+  int64_t query_stride, key_stride, value_stride, out_stride;  // of a token, in elements
+  const Batch* batch;               // the first entry of a request's block table is its page
+  const float* values;              // see Parameters
+  float scale;
+  int32_t num_heads, num_kv_heads, head_size, budget;
+  int32_t query_format, out_format, page_format;
+};
+
+template <class V, class T>
+class Pruned {
+  static_assert(V::stateful && !V::two_pass && !V::unit_keys, "a one-pass variant with accumulators");
+  static constexpr float FRACTION = 0x1p16f;  // of an accumulator
+
+  const PrunedCall& call;
+  const V variant;
+  const int head_size, budget, group_size, padded;  // padded: slots in whole vectors of `update`
+
+  // The scan of a request's tokens, which KV head 0 leaves for the other heads.
+  struct Scan {
+    int request, first_token, num_tokens, num_before;
+    int32_t* slots;    // [num_tokens]: where each token goes
+    float* penalties;  // [num_tokens, padded]
+  };
+
+ public:
+  explicit Pruned(const PrunedCall& c)
+      : call(c),
+        variant(Parameters{c.scale, c.head_size, c.values, nullptr}),
+        head_size(c.head_size),
+        budget(c.budget),
+        group_size(c.num_heads / c.num_kv_heads),
+        padded(round_up(c.budget, PANEL)) {}
+
+  void run() {
+    static thread_local Arena shared;
+    static thread_local std::vector<Scan> scans;
+    const Batch& batch = *call.batch;
+    scans.clear();
+    int64_t total = 0;
+    for (int r = 0; r < batch.num_reqs; r++) {
+      const int first = batch.query_start_loc[r], count = batch.query_start_loc[r + 1] - first;
+      if (count == 0) continue;
+      scans.push_back({r, first, count, batch.seq_lens[r] - count, nullptr, nullptr});
+      total += count;
+    }
+    shared.reserve(Arena::bytes<int32_t>(total) + Arena::bytes<float>(total * padded));
+    int32_t* slots = shared.take<int32_t>(total);
+    float* penalties = shared.take<float>(total * padded);
+    for (Scan& scan : scans) {
+      scan.slots = slots;
+      scan.penalties = penalties;
+      slots += scan.num_tokens;
+      penalties += (ptrdiff_t)scan.num_tokens * padded;
+    }
+    const Scan* all = scans.data();
+    const int num = scans.size(), others = call.num_kv_heads - 1;
+    std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(batch.threads) if (num * call.num_kv_heads > 1)
+    {
+      static thread_local Arena arena;
+      float *q = nullptr, *s = nullptr;
+      try {
+        const size_t queries = (size_t)group_size * head_size, scores = (size_t)group_size * padded;
+        arena.reserve(Arena::bytes<float>(queries) + Arena::bytes<float>(scores));
+        q = arena.take<float>(queries);
+        s = arena.take<float>(scores);
+      } catch (...) {
+        failed = true;
+      }
+#pragma omp barrier
+      if (!failed) {
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < num; i++) select(all[i], q, s);
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < num * others; i++) follow(all[i / others], 1 + i % others, q, s);
+      }
+    }
+    if (failed) throw std::bad_alloc();
+  }
+
+ private:
+  char* page(const Scan& scan) const {
+    const int64_t index = call.batch->block_table[scan.request * call.batch->block_table_stride];
+    return (char*)call.pages + index * call.page_stride;
+  }
+  T* keys(const Scan& scan, int kv_head) const {
+    return (T*)page(scan) + (ptrdiff_t)kv_head * budget * head_size;
+  }
+  T* values(const Scan& scan, int kv_head) const {
+    return keys(scan, call.num_kv_heads + kv_head);
+  }
+
+  // KV head 0: evicts, inserts, attends and accumulates.
+  void select(const Scan& scan, float* q, float* s) const {
+    int32_t* accumulators = (int32_t*)keys(scan, 2 * call.num_kv_heads);
+    int32_t* positions = accumulators + budget;
+    for (int i = 0; i < scan.num_tokens; i++) {
+      const int position = scan.num_before + i, stored = std::min(position + 1, budget);
+      const int slot = position < budget ? position : victim(accumulators, positions);
+      scan.slots[i] = slot;
+      accumulators[slot] = 0;
+      positions[slot] = position;
+      float* penalties = scan.penalties + (ptrdiff_t)i * padded;
+      for (int j = 0; j < stored; j++) penalties[j] = accumulators[j] * (1 / FRACTION);
+      attend(scan, 0, i, q, s, [&](const float* scores) {
+        accumulate(scores, stored, slot, accumulators, positions);
+      });
+    }
+  }
+
+  // Another KV head, in the slots that head 0 chose.
+  void follow(const Scan& scan, int kv_head, float* q, float* s) const {
+    for (int i = 0; i < scan.num_tokens; i++) attend(scan, kv_head, i, q, s, [](const float*) {});
+  }
+
+  // The largest accumulator's slot, the oldest of equal ones, never the first token's.
+  int victim(const int32_t* accumulators, const int32_t* positions) const {
+    int chosen = -1;
+    for (int j = 0; j < budget; j++) {
+      if (positions[j] == 0) continue;
+      if (chosen < 0 || accumulators[j] > accumulators[chosen] ||
+          (accumulators[j] == accumulators[chosen] && positions[j] < positions[chosen]))
+        chosen = j;
+    }
+    return chosen;
+  }
+
+  // What the newest token, in `slot`, adds to the others: nothing to the first.
+  void accumulate(const float* scores, int stored, int slot, int32_t* accumulators,
+                  const int32_t* positions) const {
+    for (int j = 0; j < stored; j += WIDTH) {
+      alignas(64) float added[WIDTH];
+      store(added, V::selection(load(scores + j)));
+      for (int k = 0; k < std::min(WIDTH, stored - j); k++) {
+        if (j + k == slot || positions[j + k] == 0) continue;
+        // Both fit a double exactly; INT32_MAX is where an accumulator stays.
+        const double sum = accumulators[j + k] + std::nearbyint((double)added[k] * FRACTION);
+        accumulators[j + k] = (int32_t)std::min(sum, (double)INT32_MAX);
+      }
+    }
+  }
+
+  // One token: into its slot, then against all that is there. before(scores of the group's first
+  // head) sees them without penalties.
+  template <class F>
+  void attend(const Scan& scan, int kv_head, int i, float* q, float* s, F&& before) const {
+    const int token = scan.first_token + i, stored = std::min(scan.num_before + i + 1, budget);
+    T *k = keys(scan, kv_head), *v = values(scan, kv_head);
+    const ptrdiff_t place = (ptrdiff_t)scan.slots[i] * head_size, head = (ptrdiff_t)kv_head * head_size;
+    std::copy_n((const T*)call.key + token * call.key_stride + head, head_size, k + place);
+    std::copy_n((const T*)call.value + token * call.value_stride + head, head_size, v + place);
+    const int end = round_up(stored, PANEL);
+    for (int r = 0; r < group_size; r++) prepare(token, kv_head * group_size + r, stored, q + r * head_size);
+    for (int j = 0; j < stored; j++)
+      for (int r = 0; r < group_size; r++) s[r * padded + j] = dot(q + r * head_size, k + (ptrdiff_t)j * head_size);
+    before(s);
+    const float* penalties = scan.penalties + (ptrdiff_t)i * padded;
+    for (int r = 0; r < group_size; r++) {
+      float* scores = s + r * padded;
+      for (int j = 0; j < stored; j += WIDTH)
+        store(scores + j, V::penalise(load(scores + j), load(penalties + j)));
+      std::fill(scores + stored, scores + end, V::masked);
+      typename V::Row row;
+      variant.update(row, scores, end);
+      weigh(scores, v, stored, variant.finish(row), token, kv_head * group_size + r);
+    }
+  }
+
+  void prepare(int token, int head, int stored, float* q) const {
+    const int64_t offset = token * call.query_stride + (int64_t)head * head_size;
+    switch (call.query_format) {
+      case FLOAT32: widen((const Float32*)call.query + offset, q); break;
+      case BFLOAT16: widen((const BFloat16*)call.query + offset, q); break;
+      case FLOAT16: widen((const Float16*)call.query + offset, q); break;
+    }
+    Vec squares = {};
+    for (int d = 0; d < head_size; d += WIDTH) squares += load(q + d) * load(q + d);
+    const float factor = variant.query_factor(head, stored, std::sqrt(horizontal_sum(squares)));
+    for (int d = 0; d < head_size; d += WIDTH) store(q + d, load(q + d) * factor);
+  }
+  template <class U>
+  void widen(const U* from, float* to) const {
+    for (int d = 0; d < head_size; d += WIDTH) store(to + d, load(from + d));
+  }
+
+  // Always summed up in the same order, whatever else is in the call: evictions depend on it.
+  float dot(const float* q, const T* k) const {
+    Vec sum = {};
+    for (int d = 0; d < head_size; d += WIDTH) sum += load(q + d) * load(k + d);
+    return horizontal_sum(sum);
+  }
+
+  void weigh(const float* weights, const T* v, int stored, float factor, int token, int head) const {
+    constexpr int VECTORS = 4;
+    alignas(64) float o[MAX_HEAD_SIZE + VECTORS * WIDTH];
+    for (int d = 0; d < head_size; d += VECTORS * WIDTH) {
+      const int vectors = std::min(VECTORS, (head_size - d) / WIDTH);
+      Vec sum[VECTORS] = {};
+      if (vectors == VECTORS)
+        for (int j = 0; j < stored; j++)
+#pragma GCC unroll 4
+          for (int n = 0; n < VECTORS; n++)
+            sum[n] += weights[j] * load(v + (ptrdiff_t)j * head_size + d + n * WIDTH);
+      else
+        for (int j = 0; j < stored; j++)
+          for (int n = 0; n < vectors; n++)
+            sum[n] += weights[j] * load(v + (ptrdiff_t)j * head_size + d + n * WIDTH);
+      for (int n = 0; n < VECTORS; n++) store(o + d + n * WIDTH, sum[n] * factor);
+    }
+    const int64_t offset = token * call.out_stride + (int64_t)head * head_size;
+    switch (call.out_format) {
+      case FLOAT32: narrow(o, (Float32*)call.out + offset); break;
+      case BFLOAT16: narrow(o, (BFloat16*)call.out + offset); break;
+      case FLOAT16: narrow(o, (Float16*)call.out + offset); break;
+    }
+  }
+  template <class O>
+  void narrow(const float* o, O* out) const {
+    for (int d = 0; d < head_size; d++) convert(o[d], out[d]);
+  }
+};
