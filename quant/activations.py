@@ -1,0 +1,99 @@
+"""What else than weights is quantized: the inputs of linear layers, and the cache's keys and values.
+
+Both are fake: values are put on a grid and stay float32. Nothing here knows an attention variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+
+from quant.weight import Grid
+
+
+def on_grid(values: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Values `[..., size]` on a grid of their own for each row of `size`, as `rtn` puts weights."""
+    grid = Grid(bits, None, symmetric)
+    rows = values.reshape(-1, values.shape[-1])
+    scales, zeros = grid.fit(rows)
+    codes = grid.encode(rows, scales, zeros)
+    zero: Tensor | int = grid.middle if zeros is None else zeros.float()
+    return ((codes.float() - zero) * scales.float()).view_as(values)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Symmetric quantization of the inputs of linear layers.
+
+    Args:
+        bits: 2 to 8.
+        static: one scale a layer, fitted to calibration texts, beyond which values are cut off;
+            else one scale a token, fitted to the token.
+    """
+
+    bits: int
+    static: bool = False
+
+    def attach(self, layers: Mapping[str, nn.Linear], largest: Mapping[str, float]) -> None:
+        """Quantize the layers' inputs from now on.
+
+        Args:
+            layers: by name.
+            largest: each layer's largest absolute input on the calibration texts, if static.
+        """
+        for name, layer in layers.items():
+            reach = largest[name] if self.static else None
+            layer.register_forward_pre_hook(self._hook(reach))
+
+    def _hook(self, reach: float | None) -> Any:
+        grid = Grid(self.bits, None, symmetric=True)
+
+        def dynamic(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (on_grid(args[0], self.bits, symmetric=True),)
+
+        if reach is None:
+            return dynamic
+        scale, _ = grid.fit(torch.tensor([[reach]]))
+
+        def static(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            codes = grid.encode(args[0], scale[0], None)
+            return ((codes.float() - grid.middle) * scale[0].float(),)
+
+        return static
+
+
+class QuantizedCache(DynamicCache):
+    """A cache whose keys (after RoPE) and values lie on a grid for each token and head.
+
+    A query meets its own token's key and value quantized too, as it does where they are written to
+    a paged cache first.
+
+    Args:
+        config: the model's.
+        bits: 2 to 8.
+        symmetric: else each token and head has a zero point of its own.
+    """
+
+    def __init__(self, config: PreTrainedConfig, bits: int, symmetric: bool) -> None:
+        super().__init__()
+        self.heads = config.num_key_value_heads
+        self.bits, self.symmetric = bits, symmetric
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values `[batch, heads, tokens, head_size]`; returns all of them.
+
+        `hf_attn` keeps a stateful variant's selecting head as one head more, with a key of head 0
+        and a query in place of the value. A paged cache stores no query, so that stays exact.
+        """
+        keys = on_grid(key_states, self.bits, self.symmetric)
+        values = value_states.clone()
+        values[:, : self.heads] = on_grid(values[:, : self.heads], self.bits, self.symmetric)
+        found: tuple[Tensor, Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
+        return found

@@ -1,0 +1,7 @@
+"""What the commands refuse."""
+
+from __future__ import annotations
+
+
+class Refusal(Exception):
+    """One line for the user: what is wrong, and what to do."""

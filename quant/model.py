@@ -1,0 +1,114 @@
+"""Models with quantized linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import hf_attn  # noqa: F401  registers the model classes
+from quant.schemes.hessian import layer_by_layer
+from quant.schemes.registry import Scheme
+from quant.weight import Grid, QuantizedWeight
+
+HEAD = "lm_head"
+Observer = Callable[[str, Tensor], None]
+
+
+def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
+    """The linear layers by name; embeddings are none, and the head only if asked for."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (lm_head or name != HEAD)
+    }
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """A checkpoint's model without its weights, for shapes."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return model
+
+
+def quantize(
+    model: PreTrainedModel,
+    scheme: Scheme,
+    grid: Grid,
+    texts: Tensor,
+    lm_head: bool = False,
+    act_order: bool = False,
+) -> dict[str, QuantizedWeight]:
+    """Quantize a model's linear layers in place; it computes with the dequantized weights.
+
+    Args:
+        model: in float32.
+        scheme: of all layers.
+        grid: of all layers.
+        texts: token ids `[sequences, tokens]` that a calibrated scheme calibrates on.
+        lm_head: the head too; one that is tied to the embeddings gets a matrix of its own.
+        act_order: see `gptq`.
+    """
+    chosen = linears(model, lm_head)
+    quantized: dict[str, QuantizedWeight] = {}
+
+    def replace(name: str, hessian: Tensor | None) -> None:
+        quantized[name] = scheme(chosen[name].weight.data, grid, hessian, act_order)
+        put(chosen[name], quantized[name])
+
+    if scheme.calibrated:
+        layer_by_layer(model, chosen, texts, replace)
+    else:
+        for name in chosen:
+            replace(name, None)
+    return quantized
+
+
+def put(layer: nn.Linear, quantized: QuantizedWeight) -> None:
+    """Make a layer compute with a quantized weight; a tied weight is untied."""
+    layer.weight = nn.Parameter(quantized.dequantize(), requires_grad=False)
+
+
+def stored_bytes(
+    model: PreTrainedModel, quantized: Mapping[str, QuantizedWeight], item: int
+) -> int:
+    """Bytes of all parameters: quantized ones packed, the others at `item` bytes a number.
+
+    Args:
+        model: with the quantized weights in place.
+        quantized: by layer.
+        item: bytes of a number in the checkpoint.
+    """
+    packed = {f"{name}.weight" for name in quantized}
+    plain = sum(p.numel() for name, p in model.named_parameters() if name not in packed)
+    return plain * item + sum(weight.packed_bytes for weight in quantized.values())
+
+
+def observe(model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor, see: Observer) -> None:
+    """Run a model over texts `[sequences, tokens]`, one at a time, and show each layer's inputs
+    `[tokens, columns]` to `see(name, inputs)`."""
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda module, args: see(name, args[0].flatten(0, -2))
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.inference_mode():
+            for text in texts:
+                model(input_ids=text[None], use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def largest_inputs(model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor) -> dict[str, float]:
+    """The largest absolute input of each layer, over texts."""
+    found = dict.fromkeys(layers, 0.0)
+
+    def see(name: str, inputs: Tensor) -> None:
+        found[name] = max(found[name], float(inputs.abs().max()))
+
+    observe(model, layers, texts, see)
+    return found

@@ -1,0 +1,54 @@
+"""Outliers of weights and of the inputs of linear layers: what may explain the cost of few bits.
+
+A grid must reach to the largest value, so a few far ones make its steps coarse for all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quant.model import observe
+from training.analyze.intervals import Estimate, mean_interval
+
+FIGURES = ("kurtosis", "largest over median")
+
+
+def figures(values: Tensor) -> tuple[float, float]:
+    """Kurtosis (3 for a normal distribution) and `max |x| / median |x|`, of all values as one."""
+    x = values.double()
+    centred = x - x.mean()
+    variance = centred.pow(2).mean().clamp(min=1e-300)
+    size = x.abs()
+    ratio = size.max() / size.median().clamp(min=1e-30)
+    return float(centred.pow(4).mean() / variance.pow(2)), float(ratio)
+
+
+def weight_outliers(layers: Mapping[str, nn.Linear]) -> dict[str, list[float]]:
+    """`figures` of each layer's weights."""
+    return {name: list(figures(layer.weight.data)) for name, layer in layers.items()}
+
+
+def input_outliers(
+    model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor
+) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
+    """Outliers of the inputs of linear layers.
+
+    Returns:
+        Means over layers with an interval over texts, and each layer's means over texts.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
+    observe(model, layers, texts, lambda name, inputs: found[name].append(figures(inputs)))
+    table = np.array(list(found.values()))  # [layers, texts, figures]
+    summary = {
+        f"inputs, {figure}": mean_interval(table[:, :, place].mean(0))
+        for place, figure in enumerate(FIGURES)
+    }
+    summary |= {
+        f"inputs, {figure}, largest of the layers": mean_interval(table[:, :, place].max(0))
+        for place, figure in enumerate(FIGURES)
+    }
+    return summary, dict(zip(found, table.mean(1).round(4).tolist(), strict=True))

@@ -1,0 +1,101 @@
+"""Tasks in this process, in several, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+T = TypeVar("T")
+R = TypeVar("R")
+Outcome = tuple[T, R | Exception]
+
+
+class Died(Exception):
+    """A worker process ended without an answer."""
+
+    def __init__(self) -> None:
+        super().__init__("its process was killed, probably for want of memory: lower --jobs")
+
+
+def serial(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[Outcome[T, R]]:
+    """Each task with its result or what it raised, one after another."""
+    for task in tasks:
+        yield task, attempt(work, task)
+
+
+def attempt(work: Callable[[T], R], task: T) -> R | Exception:
+    """The result, or what was raised."""
+    try:
+        return work(task)
+    except Exception as error:
+        return error
+
+
+def parallel(work: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Iterator[Outcome[T, R]]:
+    """Each task with its result or what it raised, as they are done, from `jobs` processes.
+
+    When one of them is killed, the pool is lost and with it what the others were at; those tasks
+    are tried again, one at a time, so that only the one that kills its process fails.
+    """
+    suspects = yield from _window(work, list(tasks), jobs)
+    for task in suspects:
+        if (yield from _window(work, [task], 1)):
+            yield task, Died()
+
+
+def _window(
+    work: Callable[[T], R], tasks: list[T], jobs: int
+) -> Iterator[Outcome[T, R]]:  # its return value: the tasks that were under way as a process died
+    lost: list[T] = []
+    while tasks:
+        running: dict[Future[R | Exception], T] = {}
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, prepare, (jobs,)) as pool:
+            try:
+                while tasks or running:
+                    while tasks and len(running) < jobs:
+                        running[pool.submit(attempt, work, tasks[0])] = tasks.pop(0)
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        outcome = done.result()
+                        yield running.pop(done), outcome
+            except BrokenProcessPool:
+                lost += running.values()
+    return lost
+
+
+def prepare(jobs: int) -> None:
+    """Set a worker up: its share of the cores, and an end when the sweep ends, even by SIGKILL."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
+    transformers.utils.logging.disable_progress_bar()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def on_ray(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[Outcome[T, R]]:
+    """As `parallel`, spread over the Ray cluster that `RAY_ADDRESS` names (else this machine)."""
+    import ray
+
+    ray.init(ignore_reinit_error=True)
+    remote = ray.remote(num_cpus=1, max_retries=0)(attempt)
+    running: dict[Any, T] = {remote.remote(work, task): task for task in tasks}
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        try:
+            outcome = ray.get(done)
+        except Exception as error:  # a worker or its machine is gone
+            outcome = error
+        yield running.pop(done), outcome

@@ -1,0 +1,98 @@
+"""Hessians of linear layers, from texts, one decoder layer after another.
+
+As GPTQ does: a decoder layer's Hessians are of the inputs that it gets from quantized layers
+before it, so that later layers make up for earlier ones. Texts go through each layer twice, before
+and after it is quantized, and never through the whole model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Replace = Callable[[str, Tensor], None]
+
+
+class Stopped(Exception):
+    """The first layer's inputs are known."""
+
+
+@torch.inference_mode()
+def layer_by_layer(
+    model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor, replace: Replace
+) -> None:
+    """Call `replace(name, hessian)` for each linear layer, in order.
+
+    Args:
+        model: one whose decoder layers are `model.model.layers`.
+        layers: the linear layers by name.
+        texts: token ids `[sequences, tokens]`.
+        replace: quantizes the layer, given `X X^T / tokens` float32 `[columns, columns]`.
+    """
+    states, arguments = first_inputs(model, texts)
+    for decoder in model.model.layers:
+        own = {name: layer for name, layer in layers.items() if is_inside(layer, decoder)}
+        hessians = watch(own, lambda: [decoder(state, **arguments) for state in states])
+        for name, hessian in hessians.items():
+            replace(name, hessian)
+        states = [decoder(state, **arguments) for state in states]
+    outside = {
+        name: layer for name, layer in layers.items() if not is_inside(layer, model.model.layers)
+    }
+    if outside:  # the head
+        normed = [model.model.norm(state) for state in states]
+        hessians = watch(outside, lambda: [layer(x) for layer in outside.values() for x in normed])
+        for name, hessian in hessians.items():
+            replace(name, hessian)
+
+
+def first_inputs(model: PreTrainedModel, texts: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    """The first decoder layer's inputs for each text, and what all decoder layers get besides."""
+    states: list[Tensor] = []
+    arguments: dict[str, Any] = {}
+
+    def hook(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
+        states.append(args[0])
+        arguments.update(kwargs)
+        raise Stopped
+
+    with ExitStack() as stack:
+        handle = model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+        stack.callback(handle.remove)
+        for text in texts:
+            try:
+                model(input_ids=text[None], use_cache=False)
+            except Stopped:
+                continue
+    return states, arguments
+
+
+def watch(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, Tensor]:
+    """The Hessians of layers over whatever `run` runs."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def add(module: nn.Module, args: tuple[Tensor]) -> None:
+            inputs = args[0].flatten(0, -2).float()
+            product = inputs.T @ inputs
+            sums[name] = sums[name] + product if name in sums else product
+            counts[name] += len(inputs)
+
+        return add
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+        run()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def is_inside(layer: nn.Module, parent: nn.Module) -> bool:
+    """Whether a module is a part of another."""
+    return any(part is layer for part in parent.modules())

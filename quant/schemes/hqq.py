@@ -1,0 +1,59 @@
+"""HQQ, half-quadratic quantization (Badri and Shaji, mobiusml.github.io/hqq_blog, 2023).
+
+Without data, the zero points are chosen so that few weights err, rather than that none errs much:
+minimise `sum |w - (q - z) s| ** p` with p < 1. Half-quadratic splitting alternates between the
+proximal step of the p-norm, `e = shrink(w - w_r)` with
+`shrink(x) = sign(x) relu(|x| - |x| ** (p - 1) / beta)`, and the zero points' closed form,
+`z = mean(q - (w - e) / s)`, while beta grows by kappa.
+
+Errors are in steps here, so that the result does not depend on the weights' unit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.schemes.rtn import rtn
+from quant.weight import Grid, QuantizedWeight
+
+P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
+
+
+def hqq(weight: Tensor, grid: Grid) -> QuantizedWeight:
+    """Quantize float32 `[rows, columns]`.
+
+    Each group keeps the best zero point that it has met, that of round-to-nearest included, so it
+    is never worse in its objective.
+
+    Args:
+        weight: the matrix.
+        grid: not symmetric: the zero points are what is optimised.
+    """
+    start = rtn(weight, grid)
+    assert start.zeros is not None
+    values = grid.grouped(weight) / start.scales.float()[..., None]
+    inside = grid.grouped(torch.ones_like(weight))
+    count = inside.sum(-1)
+    zeros = start.zeros.float()
+    best, lowest = zeros, torch.full_like(zeros, torch.inf)
+    beta = BETA
+    for _ in range(ITERATIONS + 1):
+        codes = (values + zeros[..., None]).round().clamp(0, grid.highest)
+        error = (values - codes + zeros[..., None]) * inside
+        cost = error.abs().pow(P).sum(-1)
+        best, lowest = torch.where(cost < lowest, zeros, best), torch.minimum(cost, lowest)
+        size = error.abs()
+        shrunk = error.sign() * (size - size.clamp(min=1e-8).pow(P - 1) / beta).relu()
+        zeros = ((codes - values + shrunk) * inside).sum(-1) / count
+        zeros = zeros.half().float()  # as they are stored
+        beta *= KAPPA
+    columns = weight.shape[1]
+    codes = grid.encode(weight, grid.spread(start.scales, columns), grid.spread(best, columns))
+    return QuantizedWeight(codes, start.scales, best.half(), grid)
+
+
+def objective(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """What `hqq` minimises, for each row and group, in steps: `[rows, groups]`."""
+    error = quantized.grid.grouped(weight - quantized.dequantize())
+    return (error / quantized.scales.float()[..., None]).abs().pow(P).sum(-1)

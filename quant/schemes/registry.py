@@ -1,0 +1,109 @@
+"""The schemes by name, and what each can do."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quant.errors import Refusal
+from quant.schemes.compressed_tensors import compressed_tensors
+from quant.schemes.gptq import gptq
+from quant.schemes.hqq import hqq
+from quant.schemes.rtn import rtn
+from quant.weight import BITS, Grid, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to choose codes, scales and zero points.
+
+    Args:
+        name: on the command line and in results.
+        title: one line for people.
+        run: `(weight, grid)`, or `(weight, grid, hessian, act_order)` if calibrated.
+        calibrated: it wants the Hessian of the layer's inputs.
+        symmetric: it has a symmetric form.
+        short_groups: it takes groups that do not divide the columns.
+        bits: widths it can do.
+        library: the import package that it needs.
+    """
+
+    name: str
+    title: str
+    run: Callable[..., QuantizedWeight]
+    calibrated: bool = False
+    symmetric: bool = True
+    short_groups: bool = True
+    bits: range = BITS
+    library: str | None = None
+
+    def check(self, grid: Grid, columns: set[int]) -> None:
+        """Say before any work that something will not do.
+
+        Args:
+            grid: what is asked for.
+            columns: the widths of all matrices.
+
+        Raises:
+            Refusal: the scheme cannot do this, or its library is missing.
+        """
+        if grid.bits not in self.bits:
+            widths = ", ".join(map(str, self.bits))
+            raise Refusal(f"scheme {self.name} cannot do {grid.bits} bits: it has {widths}")
+        if grid.symmetric and not self.symmetric:
+            raise Refusal(f"scheme {self.name} has no symmetric form: leave out --symmetric")
+        if self.library is not None and not installed(self.library):
+            raise Refusal(
+                f"scheme {self.name} needs the library {self.library}, which is not installed: "
+                "install it or leave the scheme out"
+            )
+        short = sorted(c for c in columns if c % grid.size(c))
+        if short and not self.short_groups:
+            raise Refusal(
+                f"scheme {self.name} cannot cut {short[0]} columns into groups of "
+                f"{grid.group_size}: use --groups channel or a divisor"
+            )
+
+    def __call__(
+        self, weight: Tensor, grid: Grid, hessian: Tensor | None = None, act_order: bool = False
+    ) -> QuantizedWeight:
+        """Quantize float32 `[rows, columns]`; the Hessian only if `calibrated`."""
+        if self.calibrated:
+            return self.run(weight, grid, hessian, act_order)
+        return self.run(weight, grid)
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("rtn", "round to nearest", rtn),
+        Scheme("hqq", "HQQ, zero points optimised without data", hqq, symmetric=False),
+        Scheme("gptq", "GPTQ, calibrated on training text", gptq, calibrated=True),
+        Scheme(
+            "compressed-tensors",
+            "the library's own round to nearest",
+            compressed_tensors,
+            short_groups=False,
+            library="compressed_tensors",
+        ),
+    )
+}
+
+
+def get_scheme(name: str) -> Scheme:
+    """A scheme by name.
+
+    Raises:
+        Refusal: there is none.
+    """
+    if name not in SCHEMES:
+        raise Refusal(f"unknown scheme {name!r}: use one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def installed(library: str) -> bool:
+    """Whether an import package is there, without importing it."""
+    return importlib.util.find_spec(library) is not None

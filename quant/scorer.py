@@ -1,0 +1,159 @@
+"""Scores of a model, and how far its predictions are from the unquantized model's.
+
+The unquantized model's log-probabilities of every token are kept in files, since all cells of a
+checkpoint are compared with the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from training.analyze.intervals import Estimate, mean_interval
+from training.analyze.perplexity import Perplexity
+from training.analyze.scorer import Item, Scored
+from training.analyze.transformers_scorer import TransformersScorer
+
+
+class Watcher(Protocol):
+    """Sees the predictions for the texts whose perplexity is measured."""
+
+    def see(self, text: str, index: int, logprobs: Tensor) -> None:
+        """The log-probabilities `[tokens, vocab_size]` of a text's sequence."""
+        ...
+
+
+class WatchedScorer(TransformersScorer):
+    """Scores with a model that is there already.
+
+    Args:
+        model: in float32.
+        cache: makes a cache for each forward pass, if keys and values are to go through one.
+        watcher: sees what `Perplexity` scores.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Callable[[], Cache] | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        # Not TransformersScorer's, which loads a model and makes it attend in tiles, without cache.
+        self.model, self.cache, self.watcher = model, cache, watcher
+        self.quiet = True
+        self._text: str | None = None
+        self._index: dict[int, int] = {}
+
+    def score(self, items: Sequence[Item], label: str) -> list[Scored]:
+        """See `Scorer`."""
+        measure, _, text = label.partition(", ")
+        self._text = text if measure == Perplexity.name else None
+        self._index = {id(item): index for index, item in enumerate(items)}
+        return super().score(items, label)
+
+    def _score(self, items: Sequence[Item]) -> list[Scored]:
+        longest = max(len(item.tokens) for item in items)
+        ids = torch.tensor([item.tokens + [0] * (longest - len(item.tokens)) for item in items])
+        kwargs: dict[str, Any] = {"use_cache": False}
+        if self.cache is not None:
+            kwargs = {"use_cache": True, "past_key_values": self.cache()}
+        logprobs = self.model(input_ids=ids[:, :-1], **kwargs).logits.float().log_softmax(-1)
+        own = logprobs.gather(-1, ids[:, 1:, None])
+        greedy = (logprobs >= own).sum(-1) == 1
+        found = []
+        for row, item in enumerate(items):
+            start = len(item.prompt) - 1
+            place = slice(start, start + len(item.continuation))
+            found.append(Scored(own[row, place, 0].double().numpy(), greedy[row, place].numpy()))
+            if self.watcher is not None and self._text is not None:
+                self.watcher.see(self._text, self._index[id(item)], logprobs[row, place])
+        return found
+
+
+def file_of(folder: Path, text: str, index: int) -> Path:
+    """Where a sequence's log-probabilities lie."""
+    return folder / f"{text}.{index}.npz"
+
+
+class Recorder:
+    """Writes a model's log-probabilities in float16, and its likeliest tokens, whole or not at all.
+
+    Args:
+        folder: where they will be after `close`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / ".gitignore").write_text("*\n")
+        self.staged = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(self.staged, ignore_errors=True)
+        self.staged.mkdir()
+
+    def see(self, text: str, index: int, logprobs: Tensor) -> None:
+        """See `Watcher`."""
+        best = logprobs.argmax(-1).numpy()
+        np.savez(file_of(self.staged, text, index), logprobs=logprobs.half().numpy(), best=best)
+
+    def close(self) -> None:
+        """Put the folder in its place; if another process was first, its own is as good."""
+        try:
+            self.staged.rename(self.folder)
+        except OSError:
+            shutil.rmtree(self.staged)
+
+
+class Comparison:
+    """Kullback-Leibler divergence from the unquantized model, and agreement on the likeliest token.
+
+    Float16 moves a log-probability by a thousandth of its size at most; the distributions are
+    normalised again, so that a divergence is never below 0. Of a model from its own record it is
+    about 1e-7 nats.
+
+    Args:
+        folder: what a `Recorder` wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.divergence: dict[str, dict[int, NDArray[np.float64]]] = defaultdict(dict)
+        self.agreement: dict[str, dict[int, float]] = defaultdict(dict)
+
+    def see(self, text: str, index: int, logprobs: Tensor) -> None:
+        """See `Watcher`."""
+        with np.load(file_of(self.folder, text, index)) as record:
+            reference = torch.from_numpy(record["logprobs"]).float().log_softmax(-1)
+            best = torch.from_numpy(record["best"])
+        each = (reference.exp() * (reference - logprobs)).sum(-1)
+        self.divergence[text][index] = each.double().numpy()
+        self.agreement[text][index] = float((logprobs.argmax(-1) == best).double().mean())
+
+    def summary(self) -> dict[str, Estimate]:
+        """Means over sequences, in nats per token, and shares."""
+        found = {}
+        for text, each in self.divergence.items():
+            found[f"{text} KL"] = mean_interval([values.mean() for values in each.values()])
+            found[f"{text} top-1"] = mean_interval(list(self.agreement[text].values()))
+        return found
+
+    def details(self) -> dict[str, dict[str, float]]:
+        """The spread over tokens of each text's divergence, in nats."""
+        return {
+            text: {
+                "median": float(np.median(tokens)),
+                "99 %": float(np.quantile(tokens, 0.99)),
+                "largest": float(tokens.max()),
+            }
+            for text, each in self.divergence.items()
+            for tokens in [np.concatenate(list(each.values()))]
+        }

@@ -1,0 +1,107 @@
+"""Results as files: one JSON a cell, `FOLDER/CHECKPOINT/CELL.json`, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.cell import Cell
+from training.analyze.intervals import Estimate
+from training.analyze.store import ROOT
+
+FOLDER = ROOT / "quant" / "results"
+FIELDS = ("checkpoint", "variant", "context", "key", "machine", "seconds", "size", "details")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A cell's result.
+
+    Args:
+        checkpoint, variant, context: what was measured; context in tokens.
+        key: what the result is good for.
+        machine: and versions.
+        seconds: that it took.
+        size: bytes of the checkpoint and of its quantized part, and numbers quantized.
+        details: figures without intervals.
+        summary: figures with theirs.
+        units: what was measured on each text.
+    """
+
+    checkpoint: str
+    variant: str
+    context: int
+    key: dict[str, Any]
+    machine: str
+    seconds: float
+    size: dict[str, int]
+    details: dict[str, Any]
+    summary: dict[str, Estimate]
+    units: dict[str, Any]
+
+    @property
+    def cell(self) -> Cell:
+        """What was quantized."""
+        return Cell.from_json(self.key["cell"])
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits of a quantized number, scales and zero points included."""
+        numbers = self.size["quantized_numbers"]
+        return 8 * self.size["quantized_bytes"] / numbers if numbers else None
+
+
+def path_of(folder: Path, checkpoint: str, cell: Cell) -> Path:
+    """`folder/softpick/weights-gptq-w3-g64.json`."""
+    return folder / checkpoint / f"{cell.name}.json"
+
+
+def write(folder: Path, result: dict[str, Any]) -> Path:
+    """Write what `quant.measure.measure` gave; returns its path."""
+    path = path_of(folder, result["checkpoint"], Cell.from_json(result["key"]["cell"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One line a field diffs well and does not fill pages.
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read(path: Path) -> Stored:
+    """A result.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        summary = {name: Estimate.from_json(ends) for name, ends in fields["summary"].items()}
+        common = {name: fields[name] for name in FIELDS}
+        found = Stored(**common, summary=summary, units=fields["units"])
+        assert found.cell.name
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a result of quant.sweep: {error!r}") from error
+    return found
+
+
+def read_all(folder: Path) -> list[Stored]:
+    """All results, softmax first, the unquantized model before its cells.
+
+    Raises:
+        ValueError: a file is none, or there is no result.
+    """
+    found = [read(path) for path in sorted(folder.glob("*/*.json"))]
+    if not found:
+        raise ValueError(f"{folder} holds no results: run python -m quant.sweep")
+    return sorted(found, key=order)
+
+
+def order(stored: Stored) -> tuple[Any, ...]:
+    """Sorts results for tables."""
+    cell = stored.cell
+    first = (stored.variant != "softmax", stored.checkpoint, cell != Cell(), cell.what)
+    return (*first, cell.scheme or "", cell.bits or 0, cell.group or 0, cell.name)
