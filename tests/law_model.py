@@ -5,6 +5,8 @@ generate is compared with this.
 """
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from torch.nn.functional import silu
 
 from attn_kernels import get_variant, variant_from_config
 from attn_kernels.reference import attention
+from attn_kernels.variants.selective import Selective
 
 
 class Greedy(NamedTuple):
@@ -22,10 +25,23 @@ class Greedy(NamedTuple):
 
     `margins` are the distances between the best and the second-best logit of each step: a token
     may differ from the law's only where the margin is within the rounding of what is tested.
+    `closest_eviction` is the least distance, over all evictions, between the accumulator of the
+    token that went and of the runner-up; infinite where nothing was evicted.
     """
 
     tokens: list[int]
     margins: list[float]
+    closest_eviction: float
+
+
+@dataclass
+class Stored:
+    """A token that a layer with a budget keeps: its accumulator is in units of 2^-16."""
+
+    position: int
+    key: Tensor
+    value: Tensor
+    accumulator: int = 0
 
 
 class LawModel:
@@ -40,6 +56,7 @@ class LawModel:
         self.config = json.loads((folder / "config.json").read_text())
         named = {"attention_variant": variant} if variant else self.config
         self.variant = variant_from_config(named) or get_variant("softmax")
+        self.budgets = self.variant.kv_budgets if isinstance(self.variant, Selective) else ()
         self.weights = {
             name: tensor.double()
             for file in sorted(folder.glob("*.safetensors"))
@@ -54,6 +71,8 @@ class LawModel:
         self.keys: list[list[Tensor]] = [[] for _ in range(layers)]
         self.values: list[list[Tensor]] = [[] for _ in range(layers)]
         self.states: list[Tensor | None] = [None] * layers
+        self.stored: list[list[Stored]] = [[] for _ in range(layers)]
+        self.closest_eviction = math.inf
 
     def read(self, token: int) -> Tensor:
         """Read the next token and return the logits `[vocab_size]` of the one after it."""
@@ -97,6 +116,9 @@ class LawModel:
             self._linear(x, name + projection).view(-1, head_size)
             for projection in ("q_proj", "k_proj", "v_proj")
         )
+        if self.budgets:
+            output = self._pruned(layer, self._rotate(q), self._rotate(k), v)
+            return self._linear(output.flatten(), name + "o_proj")
         self.keys[layer].append(self._rotate(k))
         self.values[layer].append(v)
         output, self.states[layer] = attention(
@@ -109,6 +131,30 @@ class LawModel:
             state=self.states[layer],
         )
         return self._linear(output.flatten(), name + "o_proj")
+
+    def _pruned(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Selective attention within a budget, as the rule is written (`attn_kernels.pruning`)."""
+        stored = self.stored[layer]
+        if len(stored) == self.budgets[layer]:
+            ranked = sorted(
+                (token for token in stored if token.position),
+                key=lambda token: (-token.accumulator, token.position),
+            )
+            stored.remove(ranked[0])
+            if len(ranked) > 1:
+                gap = (ranked[0].accumulator - ranked[1].accumulator) / 2**16
+                self.closest_eviction = min(self.closest_eviction, gap)
+        stored.append(Stored(self.position, k, v))
+        keys = torch.stack([token.key for token in stored], 1)
+        values = torch.stack([token.value for token in stored], 1)
+        group = len(q) // len(k)
+        scores = (keys.repeat_interleave(group, 0) @ q[:, :, None])[..., 0] * q.shape[-1] ** -0.5
+        penalties = torch.tensor([token.accumulator for token in stored]).double() / 2**16
+        weights = (scores - penalties).softmax(-1)
+        for token, score in zip(stored[:-1], scores[0].tolist(), strict=False):
+            if token.position:
+                token.accumulator += round(max(0.0, score) * 2**16)
+        return (weights[:, None] @ values.repeat_interleave(group, 0))[:, 0]
 
 
 @torch.no_grad()
@@ -129,19 +175,20 @@ def law_greedy(
         token = int(best.indices[0])
         tokens.append(token)
         margins.append(float(best.values[0] - best.values[1]))
-    return Greedy(tokens, margins)
+    return Greedy(tokens, margins, model.closest_eviction)
 
 
 def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple[list[int], Greedy]:
     """A random prompt of byte tokens, and the law's greedy tokens after it.
 
-    A prompt with a near tie among its answers is passed over: float32 moves the logits of
-    `tests.tiny.tiny_checkpoint` by less than 1e-4 and may decide a tie either way.
+    A prompt with a near tie among its answers, or among the tokens to evict, is passed over:
+    float32 moves the logits of `tests.tiny.tiny_checkpoint` by less than 1e-4 and may decide a tie
+    either way.
     """
     for seed in range(100):
         generator = torch.Generator().manual_seed(1000 * num_prompt_tokens + seed)
         prompt = torch.randint(2, 256, (num_prompt_tokens,), generator=generator).tolist()
         law = law_greedy(folder, prompt, num_tokens)
-        if min(law.margins) > 1e-3:
+        if min(*law.margins, law.closest_eviction) > 1e-3:
             return prompt, law
     raise AssertionError(f"100 prompts of {num_prompt_tokens} tokens have near ties")

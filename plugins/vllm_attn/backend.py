@@ -28,9 +28,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
+from attn_kernels.cpu.pruned import PrunedCPULayer
 from attn_kernels.paged import STATE_BYTES, TorchLayer
-from vllm_attn import names
+from attn_kernels.pruning import TorchPrunedLayer
+from vllm_attn import names, pruned
 from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
+from vllm_attn.pruned import SelectiveStateSpec
 from vllm_attn.report import StartupError
 
 if TYPE_CHECKING:
@@ -80,7 +83,7 @@ class VariantBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if not get_variant(cls.variant_name).stateful:
+        if not get_variant(cls.variant_name).stateful or isinstance(spec, SelectiveStateSpec):
             return spec
         return replace(spec, state_content_bytes=spec.state_content_size_bytes + STATE_BYTES)
 
@@ -104,6 +107,8 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if isinstance(kv_cache_spec, SelectiveStateSpec):
+            pruned.announce(vllm_config, kv_cache_spec)
 
     def build(
         self,
@@ -173,6 +178,10 @@ class VariantImpl(AttentionImpl[Batch]):
         self.learned: dict[str, Tensor] = {}
         """The variant's per-head tensors, `[num_heads]` each; the model class fills it."""
         self.soft_cap = logits_soft_cap or None
+        self.budget: int | None = None
+        """Tokens of a request that the layer keeps; None: all. The model class sets it."""
+        self.pruned_layer: PrunedCPULayer | TorchPrunedLayer | None = None
+        """In place of `layer` where there is a budget."""
         self.layer: Layer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
 
@@ -235,6 +244,22 @@ class VariantImpl(AttentionImpl[Batch]):
                 )
         return self.layer
 
+    def bound_pruned(self, kv_cache: Tensor) -> PrunedCPULayer | TorchPrunedLayer:
+        """`self.pruned_layer`, bound to these pages."""
+        if self.pruned_layer is None or self.cache is not kv_cache:
+            assert self.budget is not None
+            self.cache = kv_cache
+            self.pruned_layer = pruned.bind(
+                self.variant,
+                kv_cache,
+                self.budget,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_size=self.head_size,
+                scale=self.scale,
+            )
+        return self.pruned_layer
+
     def forward(
         self,
         layer: Any,
@@ -253,7 +278,8 @@ class VariantImpl(AttentionImpl[Batch]):
             query: `[num_tokens, num_heads, head_size]`.
             key, value: `[num_tokens, num_kv_heads, head_size]`; None, or not to be stored, where
                 the cache is another layer's.
-            kv_cache: `[num_blocks, num_kv_heads, block_size, content]`.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, content]`, or
+                `[num_pages, 1, budget, content]`.
             attn_metadata: the step's batch; None while vLLM profiles its memory.
             output: `[num_tokens, num_heads, head_size]`, written in place.
         """
@@ -261,6 +287,9 @@ class VariantImpl(AttentionImpl[Batch]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:
             return output.zero_()
+        if self.budget is not None:
+            self.bound_pruned(kv_cache).attend(query, key, value, attn_metadata, output)
+            return output
         bound = self.bound(layer, kv_cache)
         if self.owns_cache:
             bound.write_cache(key, value, attn_metadata.slot_mapping)

@@ -18,7 +18,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
 from attn_kernels import get_variant, variant_from_config
+from vllm_attn import pruned
 from vllm_attn.backend import VariantImpl
+from vllm_attn.budgets import budgets_of
 from vllm_attn.preflight import missing_tensor
 from vllm_attn.report import StartupError
 
@@ -34,6 +36,8 @@ class VariantLlamaAttention(LlamaAttention):
             for name in variant.learned:
                 impl.learned[name] = per_head_parameter(self.num_heads)
                 self.register_parameter(name, impl.learned[name])
+            if budgets := budgets_of(variant):
+                pruned.give_budget(self.attn, budgets[extract_layer_index(prefix)])
         elif variant.name != "softmax":
             raise StartupError(
                 f"layer {extract_layer_index(prefix)} would run {type(impl).__name__} instead of "

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from attn_kernels import Variant, get_variant, variant_from_config
 from vllm_attn import names
+from vllm_attn.budgets import check_budgets
 from vllm_attn.report import StartupError
 
 logger = init_logger(f"vllm.{__name__}")
@@ -42,6 +43,7 @@ def check(vllm_config: Any) -> None:
             f"{variant.name} attention has no kernels for {device}: serve on a CPU or a CUDA device"
         )
     check_options(vllm_config, variant)
+    check_budgets(vllm_config, variant)
     check_learned_tensors(vllm_config.model_config, variant)
 
 

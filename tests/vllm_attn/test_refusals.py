@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,33 @@ def test_selective_limits(tmp_path: Path, options: dict[str, object], line: str)
     with pytest.raises(StartupError, match=line):
         make_config(tmp_path, **options)
     assert not make_config(tmp_path).cache_config.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("budgets", "options", "line"),
+    [
+        ([24, 24], {}, "kv_budgets has 2 entries and the model 3 layers: give one budget a layer"),
+        ([24, 24, 1], {}, "kv_budgets must be at least 2 tokens a layer"),
+        ([24, 24, 2.5], {}, "kv_budgets must be a list of ints"),
+        (24, {}, "kv_budgets must be a list of ints"),
+        ([24] * 3, {"tensor_parallel_size": 2}, "use --tensor-parallel-size 1"),
+        ([24] * 3, {"pipeline_parallel_size": 3}, "do not go with pipeline parallelism"),
+        ([24] * 3, {"hf_overrides": {"sliding_window": 16}}, "do not go with a sliding window"),
+    ],
+    ids=str,
+)
+def test_budget_limits(tmp_path: Path, budgets: object, options: dict[str, Any], line: str) -> None:
+    tiny_checkpoint(tmp_path, "selective")
+    overrides = {"attention_variant": {"name": "selective", "kv_budgets": budgets}}
+    options = options | {"hf_overrides": overrides | options.get("hf_overrides", {})}
+    with pytest.raises((StartupError, ValueError), match=re.escape(line)):  # pydantic wraps some
+        make_config(tmp_path, **options)
+
+
+def test_budgets_need_our_model_class(tiny_llama: Path) -> None:
+    budgets = {"attention_variant": {"name": "selective", "kv_budgets": [24, 24]}}
+    with pytest.raises(StartupError, match="LlamaForCausalLM, whose layers cannot have budgets"):
+        make_config(tiny_llama, hf_overrides=budgets)
 
 
 def test_learned_tensors_on_a_plain_llama(tiny_llama: Path) -> None:

@@ -1,0 +1,124 @@
+"""Layers that keep a budget of tokens (`attn_kernels.pruning`): one page a request, of a size of
+its own in every layer.
+
+vLLM's `CircularBufferSpec` is one block a request for its whole life, without prefix caching; a
+subclass says how large it is. Layers of different sizes share one block table
+(`UniformTypeKVCacheSpecs`), so that memory holds exactly the budgets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import CircularBufferSpec
+
+from attn_kernels import Variant, cpu, variant_from_config
+from attn_kernels.cpu.pruned import PrunedCPULayer
+from attn_kernels.paged import STATE_BYTES
+from attn_kernels.pruning import TorchPrunedLayer, slot_bytes
+from vllm_attn.budgets import budgets_of
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveStateSpec(CircularBufferSpec):
+    """A page of `slots` tokens a request.
+
+    `block_size`, in tokens, is only what positions are divided by to index the block table, which
+    has one column: no request is longer.
+    """
+
+    slots: int
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        return self.slots
+
+
+class PrunedAttention(Attention):
+    """vLLM's attention layer with a page instead of paged blocks."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SelectiveStateSpec:
+        dtype = self.kv_cache_torch_dtype
+        max_model_len = vllm_config.model_config.max_model_len
+        return SelectiveStateSpec(
+            block_size=-(-max_model_len // 16) * 16,  # kernel blocks are multiples of 16
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=dtype,
+            slots=self.impl.budget,
+            num_head_slots=1,
+            state_content_bytes=slot_bytes(self.num_kv_heads, self.head_size, dtype),
+        )
+
+
+def give_budget(attention: Attention, budget: int) -> None:
+    """Make a layer keep `budget` tokens of a request.
+
+    The layer is another class from now on: Llama's attention makes it and takes no class for it.
+    """
+    attention.impl.budget = min(budget, get_current_vllm_config().model_config.max_model_len)
+    attention.__class__ = PrunedAttention
+
+
+def announce(vllm_config: VllmConfig, spec: SelectiveStateSpec) -> None:
+    """One line: what a request costs and how many fit, against unpruned."""
+    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    variant = variant_from_config(model_config.hf_config)
+    assert variant is not None
+    length = model_config.max_model_len
+    slots = sum(min(budget, length) for budget in budgets_of(variant))
+    pruned = slots * spec.state_content_size_bytes
+    token = spec.num_kv_heads * (2 * spec.head_size * spec.dtype.itemsize + STATE_BYTES)
+    whole = len(budgets_of(variant)) * length * token
+    num_pages = cache_config.num_gpu_blocks or 0
+    logger.info_once(
+        "Pruned to kv_budgets: %s bytes of KV cache a request, %.1f times less than the %s of an "
+        "unpruned one of %d tokens; %d requests fit (unpruned: %d). --max-num-seqs %d and "
+        "--max-num-batched-tokens %d are the other limits.",
+        f"{pruned:,}",
+        whole / pruned,
+        f"{whole:,}",
+        length,
+        max(0, num_pages - 1),  # vLLM keeps one for padding
+        num_pages * pruned // whole,
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+    )
+
+
+def bind(
+    variant: Variant,
+    kv_cache: Tensor,
+    budget: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    scale: float,
+) -> PrunedCPULayer | TorchPrunedLayer:
+    """The fastest that this machine has for one layer.
+
+    Args:
+        kv_cache: `[num_pages, 1, budget, content]`.
+        budget: its slots.
+    """
+    arguments: dict[str, Any] = {
+        "budget": budget,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_size": head_size,
+        "dtype": kv_cache.dtype,
+        "scale": scale,
+    }
+    pages = kv_cache.flatten(1).view(torch.uint8)
+    kernel = cpu.load(variant)
+    if kernel is not None and kernel.unsupported(head_size, 16, kv_cache.dtype) is None:
+        return PrunedCPULayer(kernel, pages, **arguments)
+    return TorchPrunedLayer(pages, **arguments)
