@@ -1,4 +1,4 @@
-"""What else than weights is quantized: the inputs of linear layers, and the cache's keys and values.
+"""What is quantized besides weights: inputs of linear layers, and the cache's keys and values.
 
 Both are fake: values are put on a grid and stay float32. Nothing here knows an attention variant.
 """

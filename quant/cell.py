@@ -119,8 +119,11 @@ def cells(
                 symmetric=symmetric and parts != ["activations"],
             )
             if "weights" not in parts:
-                first = "activations" if "activations" in parts else "kv"
-                found[dataclasses.replace(cell, **{first: width})] = None
+                if "activations" in parts:
+                    cell = dataclasses.replace(cell, activations=width)
+                else:
+                    cell = dataclasses.replace(cell, kv=width)
+                found[cell] = None
                 continue
             for scheme in schemes:
                 for group in groups:

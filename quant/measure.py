@@ -24,7 +24,7 @@ from quant.schemes.registry import get_scheme
 from quant.scorer import Comparison, Recorder, WatchedScorer, Watcher
 from quant.texts import calibration
 from training.analyze.blimp import Blimp
-from training.analyze.intervals import Z, Estimate, mean_interval
+from training.analyze.intervals import Estimate, Z, mean_interval
 from training.analyze.lambada import Lambada
 from training.analyze.measure import Checkpoint, Data, Measure, digest
 from training.analyze.perplexity import TEXTS, Perplexity

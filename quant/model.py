@@ -30,7 +30,9 @@ def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
 def empty_model(folder: Path) -> PreTrainedModel:
     """A checkpoint's model without its weights, for shapes."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder)
+        )
     return model
 
 
@@ -87,9 +89,12 @@ def stored_bytes(
     return plain * item + sum(weight.packed_bytes for weight in quantized.values())
 
 
-def observe(model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor, see: Observer) -> None:
+def observe(
+    model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor, see: Observer
+) -> None:
     """Run a model over texts `[sequences, tokens]`, one at a time, and show each layer's inputs
     `[tokens, columns]` to `see(name, inputs)`."""
+
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
         return lambda module, args: see(name, args[0].flatten(0, -2))
 
@@ -103,7 +108,9 @@ def observe(model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tens
             handle.remove()
 
 
-def largest_inputs(model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor) -> dict[str, float]:
+def largest_inputs(
+    model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor
+) -> dict[str, float]:
     """The largest absolute input of each layer, over texts."""
     found = dict.fromkeys(layers, 0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -53,7 +53,8 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Iterator[
 
 def _window(
     work: Callable[[T], R], tasks: list[T], jobs: int
-) -> Iterator[Outcome[T, R]]:  # its return value: the tasks that were under way as a process died
+) -> Generator[Outcome[T, R], None, list[T]]:
+    """Yields as `parallel`; returns the tasks that were under way as a process died."""
     lost: list[T] = []
     while tasks:
         running: dict[Future[R | Exception], T] = {}

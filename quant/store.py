@@ -1,4 +1,4 @@
-"""Results as files: one JSON a cell, `FOLDER/CHECKPOINT/CELL.json`, whole or not there."""
+"""Results as files: one JSON a cell, `FOLDER/cells/CHECKPOINT/CELL.json`, whole or not there."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Stored:
 
 
 def path_of(folder: Path, checkpoint: str, cell: Cell) -> Path:
-    """`folder/softpick/weights-gptq-w3-g64.json`."""
-    return folder / checkpoint / f"{cell.name}.json"
+    """`folder/cells/softpick/weights-gptq-w3-g64.json`."""
+    return folder / "cells" / checkpoint / f"{cell.name}.json"
 
 
 def write(folder: Path, result: dict[str, Any]) -> Path:
@@ -94,7 +94,7 @@ def read_all(folder: Path) -> list[Stored]:
     Raises:
         ValueError: a file is none, or there is no result.
     """
-    found = [read(path) for path in sorted(folder.glob("*/*.json"))]
+    found = [read(path) for path in sorted(folder.glob("cells/*/*.json"))]
     if not found:
         raise ValueError(f"{folder} holds no results: run python -m quant.sweep")
     return sorted(found, key=order)

@@ -2,8 +2,8 @@
 
     python -m quant.sweep checkpoints/softmax checkpoints/softpick --bits 2 3 4 8
 
-Each cell is a file, CHECKPOINT/CELL.json under --out, written when it is done: a sweep that was
-killed goes on where it was when the command is given again, and what is there is not measured
+Each cell is a file, cells/CHECKPOINT/CELL.json under --out, written when it is done: a sweep that
+was killed goes on where it was when the command is given again, and what is there is not measured
 again. The unquantized model is measured first; every cell is compared with it, text by text.
 """
 
@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 import transformers
-from torch import nn
 from tqdm import tqdm
 
 from attn_kernels import VariantError
@@ -39,7 +38,9 @@ WORKER_BYTES = 700 * 2**20
 BATCH_TOKENS = 2048
 
 
-def tasks_of(checkpoint: Checkpoint, chosen: Sequence[Cell], options: argparse.Namespace) -> list[Task]:
+def tasks_of(
+    checkpoint: Checkpoint, chosen: Sequence[Cell], options: argparse.Namespace
+) -> list[Task]:
     """A checkpoint's cells, the unquantized one first.
 
     Raises:
@@ -106,14 +107,16 @@ def affordable(jobs: int, folders: Sequence[Path]) -> int:
     """As many of the jobs as fit into the memory that is free, one at least."""
     largest = 0
     for folder in folders:
-        model: nn.Module = empty_model(folder)
+        model = empty_model(folder)
         logits = 3 * BATCH_TOKENS * model.config.vocab_size
         largest = max(largest, 4 * (2 * sum(p.numel() for p in model.parameters()) + logits))
     fitting = int(psutil.virtual_memory().available // (WORKER_BYTES + largest))
     return max(1, min(jobs, fitting))
 
 
-def run(tasks: Sequence[Task], jobs: int, ray: bool) -> Iterator[pool.Outcome[Task, dict[str, Any]]]:
+def run(
+    tasks: Sequence[Task], jobs: int, ray: bool
+) -> Iterator[pool.Outcome[Task, dict[str, Any]]]:
     """Measure tasks wherever the options say."""
     if ray:
         return pool.on_ray(measure, tasks)
@@ -143,12 +146,11 @@ def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict
     return failures
 
 
-def with_baseline(
-    task: Task, options: argparse.Namespace, failures: dict[str, str]
-) -> Task | None:
+def with_baseline(task: Task, options: argparse.Namespace, failures: dict[str, str]) -> Task | None:
     """A task with the unquantized model's units; None, and a failure, if they are not there."""
-    path = store.path_of(options.out, task.folder.resolve().name, Cell())
-    if not path.exists():
+    name = task.folder.resolve().name
+    path = store.path_of(options.out, name, Cell())
+    if f"{name} {Cell().name}" in failures or not path.exists():
         failures[task.name] = "the unquantized model could not be measured"
         return None
     return dataclasses.replace(task, baseline=store.read(path).units)
@@ -303,8 +305,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     written = report.write(options.out) if results else {}
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    cells_done = {f"{stored.checkpoint} {stored.cell.name}": report.brief(stored) for stored in results}
-    print(json.dumps({"out": str(options.out), "written": written, "cells": cells_done, "failed": failures}))
+    cells_done = {
+        f"{stored.checkpoint} {stored.cell.name}": report.brief(stored) for stored in results
+    }
+    print(
+        json.dumps(
+            {"out": str(options.out), "written": written, "cells": cells_done, "failed": failures}
+        )
+    )
     if failures:
         sys.exit(1)
 

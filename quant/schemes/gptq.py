@@ -18,9 +18,7 @@ BLOCK = 128
 """Columns whose corrections of the later ones are made at once; the result is the same."""
 
 
-def gptq(
-    weight: Tensor, grid: Grid, hessian: Tensor, act_order: bool = False
-) -> QuantizedWeight:
+def gptq(weight: Tensor, grid: Grid, hessian: Tensor, act_order: bool = False) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`.
 
     Args:

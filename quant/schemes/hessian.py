@@ -7,8 +7,8 @@ and after it is quantized, and never through the whole model again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -37,18 +37,18 @@ def layer_by_layer(
     states, arguments = first_inputs(model, texts)
     for decoder in model.model.layers:
         own = {name: layer for name, layer in layers.items() if is_inside(layer, decoder)}
-        hessians = watch(own, lambda: [decoder(state, **arguments) for state in states])
+        with watched(own) as hessians:
+            for state in states:
+                decoder(state, **arguments)
         for name, hessian in hessians.items():
             replace(name, hessian)
         states = [decoder(state, **arguments) for state in states]
-    outside = {
-        name: layer for name, layer in layers.items() if not is_inside(layer, model.model.layers)
-    }
-    if outside:  # the head
-        normed = [model.model.norm(state) for state in states]
-        hessians = watch(outside, lambda: [layer(x) for layer in outside.values() for x in normed])
-        for name, hessian in hessians.items():
-            replace(name, hessian)
+    for name, layer in layers.items():
+        if not is_inside(layer, model.model.layers):  # the head
+            with watched({name: layer}) as hessians:
+                for state in states:
+                    layer(model.model.norm(state))
+            replace(name, hessians[name])
 
 
 def first_inputs(model: PreTrainedModel, texts: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
@@ -72,8 +72,9 @@ def first_inputs(model: PreTrainedModel, texts: Tensor) -> tuple[list[Tensor], d
     return states, arguments
 
 
-def watch(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, Tensor]:
-    """The Hessians of layers over whatever `run` runs."""
+@contextmanager
+def watched(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """Collect `X X^T / tokens` of layers' inputs; complete when the context is left."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
 
@@ -89,8 +90,9 @@ def watch(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[st
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        run()
-    return {name: total / counts[name] for name, total in sums.items()}
+        yield sums
+    for name in sums:
+        sums[name] = sums[name] / counts[name]
 
 
 def is_inside(layer: nn.Module, parent: nn.Module) -> bool:

@@ -1,0 +1,103 @@
+"""Do outliers explain which checkpoint loses most? Rank correlation over checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant.cell import Cell
+from quant.outliers import FIGURES
+from quant.store import Stored
+
+FEWEST = 4
+"""Checkpoints: with fewer, no order of them has a probability below 5 %."""
+LEVEL = 0.05
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the cost of quantizing something goes with a statistic of outliers, over checkpoints.
+
+    Args:
+        what: is quantized.
+        statistic: mean of the linear layers.
+        correlation: Spearman's, of the statistic and the checkpoints' mean rank of divergence over
+            all settings and widths.
+        chance: the share of all orders of the checkpoints whose correlation is as high.
+        checkpoints: number of them.
+    """
+
+    what: str
+    statistic: str
+    correlation: float
+    chance: float
+    checkpoints: int
+
+    @property
+    def verdict(self) -> str:
+        """Positive and rarer than one in twenty, or not."""
+        if self.checkpoints < FEWEST:
+            return f"cannot be told with fewer than {FEWEST} checkpoints"
+        return "explains it" if self.chance < LEVEL else "does not explain it"
+
+
+def ranks(values: Values) -> Values:
+    """1 for the smallest; equal values share their mean rank."""
+    return np.array([1 + (values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
+
+
+def correlation(a: Values, b: Values) -> float:
+    """Pearson's; 0 if one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else 0.0
+
+
+def spearman(a: Values, b: Values) -> tuple[float, float]:
+    """Rank correlation, and the share of all orders of `b` that give one as high."""
+    first, second = ranks(a), ranks(b)
+    found = correlation(first, second)
+    orders = itertools.permutations(range(len(b)))
+    as_high = [correlation(first, second[list(order)]) >= found - 1e-12 for order in orders]
+    return found, float(np.mean(as_high))
+
+
+def statistics(unquantized: Sequence[Stored]) -> dict[str, Values]:
+    """Each statistic of outliers, a value a checkpoint."""
+    return {
+        f"{kind}s: {figure}": np.array(
+            [
+                np.mean([layer[place] for layer in stored.details[f"{kind} outliers"].values()])
+                for stored in unquantized
+            ]
+        )
+        for kind in ("weight", "input")
+        for place, figure in enumerate(FIGURES)
+    }
+
+
+def explanations(results: Sequence[Stored]) -> list[Explanation]:
+    """For everything that was quantized, and each statistic. Only cells that all checkpoints have
+    count."""
+    unquantized = [stored for stored in results if stored.cell == Cell()]
+    names = [stored.checkpoint for stored in unquantized]
+    costs: dict[Cell, dict[str, float]] = defaultdict(dict)
+    for stored in results:
+        if "test KL" in stored.summary:
+            costs[stored.cell][stored.checkpoint] = stored.summary["test KL"].value
+    places: dict[str, list[Values]] = defaultdict(list)
+    for cell, cost in costs.items():
+        if names and set(names) <= set(cost):
+            places[cell.what].append(ranks(np.array([cost[name] for name in names])))
+    return [
+        Explanation(what, statistic, *spearman(values, np.mean(found, axis=0)), len(names))
+        for what, found in places.items()
+        for statistic, values in statistics(unquantized).items()
+    ]

@@ -1,0 +1,105 @@
+"""Results as a table: one row a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from quant.cell import Cell
+from quant.store import Stored
+from training.analyze.intervals import Estimate
+
+ENDS = ("", " low", " high")
+
+
+def setting(cell: Cell) -> str:
+    """Everything about a cell but the width that the sweep varies."""
+    parts = []
+    if cell.weights:
+        parts += [str(cell.scheme), f"groups of {cell.group}" if cell.group else "a row a group"]
+        if cell.activations:
+            parts.append(f"{cell.activations}-bit activations")
+    if cell.kv and cell.kv != cell.bits:
+        parts.append(f"{cell.kv}-bit cache")
+    flags = {
+        "symmetric": cell.symmetric,
+        "act-order": cell.act_order,
+        "static": cell.static,
+        "with head": cell.lm_head,
+    }
+    return ", ".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
+
+
+def row(stored: Stored) -> dict[str, Any]:
+    """A cell as flat values. What only a served model can tell is empty until it is measured."""
+    cell, served = stored.cell, stored.details.get("served", {})
+    values: dict[str, Any] = {
+        "checkpoint": stored.checkpoint,
+        "variant": stored.variant,
+        "what": cell.what,
+        "bits": cell.bits,
+        "setting": setting(cell),
+        **{f"cell {name}": value for name, value in dataclasses.asdict(cell).items()},
+        "bytes": stored.size["bytes"],
+        "bits per weight": stored.bits_per_weight,
+        "resident bytes": served.get("resident_bytes"),
+        "tokens per second": served.get("tokens_per_second"),
+        "seconds": stored.seconds,
+        "machine": stored.machine,
+    }
+    for name, estimate in stored.summary.items():
+        values |= {f"{name}{end}": x for end, x in zip(ENDS, estimate, strict=True)}
+    for text, spread in stored.details.get("KL over tokens", {}).items():
+        values |= {f"{text} KL, {name}": value for name, value in spread.items()}
+    return values
+
+
+def frame(results: Sequence[Stored]) -> pd.DataFrame:
+    """All cells, with value and ends of the 95 % interval of every figure."""
+    rows = pd.DataFrame([row(stored) for stored in results])
+    integers = [name for name in rows if name in ("bits", "resident bytes") or "cell " in str(name)]
+    for name in integers:
+        if rows[name].map(lambda value: isinstance(value, int | float)).any():
+            rows[name] = rows[name].astype("Int64") if rows[name].dtype != bool else rows[name]
+    return rows
+
+
+COLUMNS: dict[str, tuple[str, int, float]] = {
+    "perplexity: test per token": ("perplexity", 2, 1.0),
+    "test loss change": ("loss change", 4, 1.0),
+    "test KL": ("KL", 5, 1.0),
+    "test top-1": ("same top-1, %", 1, 100.0),
+    "wikitext2 KL": ("KL, wikitext2", 5, 1.0),
+    "blimp change": ("BLiMP change, %", 1, 100.0),
+    "lambada loss change": ("LAMBADA loss change", 3, 1.0),
+}
+"""Of the terminal's table: heading, digits, factor. Perplexity, loss and KL are the test book's."""
+
+
+def table(results: Sequence[Stored]) -> str:
+    """The main figures for people, with 95 % intervals."""
+    head = ["checkpoint", "what", "bits", "setting", "MB", "bits/weight"]
+    lines = [[*head, *(heading for heading, _, _ in COLUMNS.values())]]
+    for stored in results:
+        cell, per_weight = stored.cell, stored.bits_per_weight
+        cells = [stored.checkpoint, cell.what, str(cell.bits or ""), setting(cell)]
+        cells.append(f"{stored.size['bytes'] / 1e6:.2f}")
+        cells.append("" if per_weight is None else f"{per_weight:.2f}")
+        for name, (_, digits, factor) in COLUMNS.items():
+            estimate = stored.summary.get(name)
+            cells.append("" if estimate is None else estimate.shown(digits, factor))
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def brief(stored: Stored) -> dict[str, list[float | None]]:
+    """The same figures for the JSON line."""
+    found: dict[str, Estimate] = stored.summary
+    return {name: found[name].json() for name in COLUMNS if name in found}

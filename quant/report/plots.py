@@ -1,0 +1,84 @@
+"""The sweep's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from quant.cell import Cell
+from quant.outliers import FIGURES
+from quant.report.frame import setting
+from quant.store import Stored
+from training.report.plots import color
+
+METRICS = {"test KL": "KL to the unquantized model, nats", "test loss change": "loss change, nats"}
+
+
+def degradation(results: Sequence[Stored], what: str) -> Figure:
+    """Divergence and change of loss on the test book against bits: a column a setting, a line a
+    checkpoint."""
+    own = [stored for stored in results if stored.cell.what == what]
+    settings = list(dict.fromkeys(setting(stored.cell) for stored in own))
+    figure = Figure(figsize=(1 + 3.6 * len(settings), 6.5), layout="constrained")
+    panels = figure.subplots(2, len(settings), squeeze=False, sharex=True, sharey="row")
+    for column, name in enumerate(settings):
+        chosen = [stored for stored in own if setting(stored.cell) == name]
+        for checkpoint in dict.fromkeys(stored.checkpoint for stored in chosen):
+            line = [stored for stored in chosen if stored.checkpoint == checkpoint]
+            line.sort(key=lambda stored: stored.cell.bits or 0)
+            bits = [stored.cell.bits for stored in line]
+            for axes, metric in zip(panels[:, column], METRICS, strict=True):
+                ends = np.array([stored.summary[metric] for stored in line])
+                error = np.abs(ends[:, 1:] - ends[:, :1]).T
+                shade = color(line[0].variant)
+                axes.errorbar(
+                    bits, ends[:, 0], error, label=checkpoint, color=shade, marker=".", capsize=2
+                )
+        panels[0, column].set(title=name or "for each token and head", yscale="log")
+        panels[1, column].set(xlabel=f"bits of {what.partition('+')[0]}")
+        panels[1, column].set_yscale("symlog", linthresh=1e-3)
+        panels[1, column].axhline(0, color="gray", linewidth=0.5)
+    for axes, label in zip(panels[:, 0], METRICS.values(), strict=True):
+        axes.set_ylabel(label)
+    panels[0, 0].legend(fontsize="small")
+    figure.suptitle(f"{what}, test book, 95 % intervals")
+    return figure
+
+
+def outliers(results: Sequence[Stored]) -> Figure:
+    """Kurtosis and largest over median of weights and of linear inputs: mean and largest layer."""
+    own = [stored for stored in results if stored.cell == Cell()]
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for row, kind in enumerate(("weight", "input")):
+        for column, name in enumerate(FIGURES):
+            axes = panels[row, column]
+            for stored in own:
+                layers = np.array(list(stored.details[f"{kind} outliers"].values()))[:, column]
+                shade = color(stored.variant)
+                axes.bar(stored.checkpoint, layers.mean(), color=shade)
+                axes.plot([stored.checkpoint], [layers.max()], color=shade, marker="_", ls="")
+            axes.set(title=f"{kind}s: {name}", yscale="log")
+            axes.tick_params(axis="x", rotation=45)
+    figure.suptitle("bar: mean of the linear layers; dash: the largest of them")
+    return figure
+
+
+def draw(results: Sequence[Stored], folder: Path) -> dict[str, Path]:
+    """Draw what there is; returns the PNG files by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    with matplotlib.rc_context({"font.size": 9}):
+        whats = dict.fromkeys(s.cell.what for s in results if s.cell != Cell())
+        figures = {f"degradation-{what}": degradation(results, what) for what in whats}
+        if any(stored.cell == Cell() for stored in results):
+            figures["outliers"] = outliers(results)
+        for name, figure in figures.items():
+            drawn[name] = folder / f"{name}.png"
+            # Without the version of matplotlib, which would change the file.
+            figure.savefig(drawn[name], dpi=110, metadata={"Software": None})
+    return drawn

@@ -1,0 +1,137 @@
+"""The section on quantization of docs/RESULTS.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quant.cell import Cell
+from quant.report import explain, paper
+from quant.report.frame import setting
+from quant.store import Stored
+from training.report.document import table
+
+METRICS = {
+    "test KL": "KL divergence to the unquantized model, nats per token, test book",
+    "test loss change": "Change of loss, nats per token, test book",
+}
+
+
+def section(results: Sequence[Stored], plots: Sequence[str] = (), plot_folder: str = "") -> str:
+    """Markdown from the results of a sweep.
+
+    Args:
+        results: what `quant.store.read_all` gives.
+        plots: names of the PNG files that were drawn.
+        plot_folder: where they lie, as seen from the document.
+    """
+    images = [f"![{name}]({plot_folder}/{name}.png)" for name in plots]
+    parts = [
+        "## Quantization",
+        "Weights, inputs of linear layers and the cache on grids of few bits, computed in float32 "
+        "(`python -m quant.sweep`; docs/QUANT.md). Embeddings and the tied head stay as they are. "
+        "95 % intervals are over texts; changes are against the unquantized model on the same "
+        "texts. Each variant was trained once.",
+        "### Softmax against softpick, as in the softpick paper\n\n" + against_the_paper(results),
+        *(f"### {text}\n\n{by_variant(results, metric)}" for metric, text in METRICS.items()),
+        *images,
+        "### Do outliers explain it?\n\n" + outliers(results),
+        provenance(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def against_the_paper(results: Sequence[Stored]) -> str:
+    """The paper's rows beside ours."""
+    rows = []
+    for row in paper.ROWS:
+        pairs = [paper.find(results, variant, row) for variant in ("softmax", "softpick")]
+        cells = [row.name, arrow(row.wikitext, 2), arrow(row.lambada, 2) if row.lambada else ""]
+        for figure in ("perplexity: test per token", "perplexity: wikitext2 per word"):
+            values = [stored.summary[figure].value for stored in pairs if stored is not None]
+            cells.append(arrow(values, 2) if len(values) == 2 else "not measured")
+        ours = paper.our_advantage(results, row, "test") if row.scheme else None
+        cells.append(f"{paper.advantage(row):+.3f}" if row.scheme else "")
+        cells.append(ours.shown(4) if ours else "")
+        cells.append(f"**{paper.verdict(row, ours)}**" if ours else "")
+        rows.append(cells)
+    header = [
+        "softmax -> softpick",
+        "paper: Wikitext, word",
+        "paper: LAMBADA, %",
+        "here: test book, token",
+        "here: WikiText-2, word",
+        "paper: softpick's advantage",
+        "here",
+        "the paper's sign",
+    ]
+    return (
+        "The paper's models have 340M parameters, these 3.7M, which get no LAMBADA passage right. "
+        "Advantage: how much more softmax's loss rises than softpick's, in nats (the paper's per "
+        "word of Wikitext, ours per token of the test book, in pairs). bitsandbytes is not "
+        "installed here: its rows stand beside round-to-nearest of the same width.\n\n"
+        + table(header, rows)
+    )
+
+
+def arrow(pair: Sequence[float], digits: int) -> str:
+    """`1.00 -> 2.00`."""
+    return " -> ".join(f"{value:.{digits}f}" for value in pair)
+
+
+def by_variant(results: Sequence[Stored], metric: str) -> str:
+    """A row a cell, a column a checkpoint."""
+    names = list(dict.fromkeys(stored.checkpoint for stored in results))
+    found = {(s.cell, s.checkpoint): s.summary[metric] for s in results if metric in s.summary}
+    chosen = dict.fromkeys(stored.cell for stored in results if stored.cell != Cell())
+    rows = []
+    for cell in sorted(chosen, key=lambda c: (c.what, setting(c), c.bits or 0)):
+        cells = [found.get((cell, name)) for name in names]
+        shown = ["" if estimate is None else estimate.shown(4) for estimate in cells]
+        rows.append([cell.what, setting(cell), str(cell.bits), *shown])
+    return table(["what", "how", "bits", *names], rows, left=3)
+
+
+def outliers(results: Sequence[Stored]) -> str:
+    """Statistics of outliers, and whether they go with the cost."""
+    own = [stored for stored in results if stored.cell == Cell()]
+    values = explain.statistics(own)
+    rows = [
+        [stored.checkpoint, *(f"{column[place]:.2f}" for column in values.values())]
+        for place, stored in enumerate(own)
+    ]
+    tests = [
+        [e.what, e.statistic, f"{e.correlation:+.2f}", f"{e.chance:.3f}", f"**{e.verdict}**"]
+        for e in explain.explanations(results)
+    ]
+    return (
+        "Means over the linear layers of the unquantized models; kurtosis is 3 for a normal "
+        "distribution.\n\n"
+        + table(["", *values], rows)
+        + "\n\nRank correlation, over the checkpoints, with their mean rank of divergence over all "
+        "settings and widths; chance is the share of all orders of the checkpoints that give one "
+        f"as high. A statistic explains it if that is below {explain.LEVEL:g}. With "
+        f"{len(tests)} rows, some will be by chance alone.\n\n"
+        + table(["quantized", "outliers", "correlation", "chance", ""], tests, left=2)
+    )
+
+
+def explanations(results: Sequence[Stored]) -> list[str]:
+    """The same as sentences."""
+    return [
+        f"{e.what}: {e.statistic} (mean of the layers) has rank correlation {e.correlation:+.2f} "
+        f"with the cost over {e.checkpoints} checkpoints, chance {e.chance:.3f}: {e.verdict}."
+        for e in explain.explanations(results)
+    ]
+
+
+def provenance(results: Sequence[Stored]) -> str:
+    """Samples, hashes and machine."""
+    hashes = {stored.checkpoint: stored.key["checkpoint"] for stored in results}
+    samples = sorted({str(stored.key["samples"]) for stored in results})
+    minutes = sum(stored.seconds for stored in results) / 60
+    machines = "; ".join(sorted({stored.machine for stored in results}))
+    return (
+        f"Samples: {'; '.join(samples)}. Checkpoints: "
+        + ", ".join(f"{name} {value}" for name, value in hashes.items())
+        + f". {len(results)} cells in {minutes:.0f} minutes of one process. On: {machines}."
+    )

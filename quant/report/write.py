@@ -1,0 +1,43 @@
+"""Every output, from the results' folder alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quant import store
+from quant.report.frame import frame
+from quant.report.page import page
+from quant.report.plots import draw
+from quant.schemes.registry import installed
+
+
+def write(folder: Path) -> dict[str, str]:
+    """Write `cells.csv`, `cells.json`, `cells.parquet`, `plots/*.png` and `report.html` into the
+    results' folder; returns their paths by kind.
+
+    Raises:
+        ValueError: there are no results, or a file is none.
+    """
+    results = store.read_all(folder)
+    rows = frame(results)
+    written = {}
+
+    def put(kind: str, name: str, content: str) -> None:
+        path = folder / name
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+        written[kind] = str(path)
+
+    put("csv", "cells.csv", rows.to_csv(index=False))
+    put("json", "cells.json", rows.to_json(orient="records", indent=1) + "\n")
+    if installed("pyarrow"):
+        rows.to_parquet(folder / "cells.parquet")
+        written["parquet"] = str(folder / "cells.parquet")
+    else:
+        print("no cells.parquet: it needs the library pyarrow, which is not installed")
+    plots = draw(results, folder / "plots")
+    written |= {f"plot {name}": str(path) for name, path in plots.items()}
+    put("html", "report.html", page(results, plots))
+    return written
