@@ -21,9 +21,13 @@ def on_grid(values: Tensor, bits: int, symmetric: bool) -> Tensor:
     grid = Grid(bits, None, symmetric)
     rows = values.reshape(-1, values.shape[-1])
     scales, zeros = grid.fit(rows)
-    codes = grid.encode(rows, scales, zeros)
-    zero: Tensor | int = grid.middle if zeros is None else zeros.float()
-    return ((codes.float() - zero) * scales.float()).view_as(values)
+    return snapped(rows, grid, scales, zeros).view_as(values)
+
+
+def snapped(values: Tensor, grid: Grid, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Values at the nearest point of a grid whose parameters broadcast with them."""
+    scale, zero = scales.float(), grid.middle if zeros is None else zeros.float()
+    return (grid.nearest(values / scale + zero) - zero) * scale
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,7 @@ class Activations:
         scale, _ = grid.fit(torch.tensor([[reach]]))
 
         def static(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            codes = grid.encode(args[0], scale[0], None)
-            return ((codes.float() - grid.middle) * scale[0].float(),)
+            return (snapped(args[0], grid, scale, None),)
 
         return static
 

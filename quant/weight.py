@@ -92,8 +92,11 @@ class Grid:
         """The nearest codes, uint8, of values `[rows, columns]`; the parameters have a column for
         each column or one for all."""
         zero = self.middle if zeros is None else zeros.float()
-        codes = (matrix / scales.float() + zero).round()
-        return codes.clamp(0, self.highest).to(torch.uint8)
+        return self.nearest(matrix / scales.float() + zero).to(torch.uint8)
+
+    def nearest(self, places: Tensor) -> Tensor:
+        """The nearest codes of places on the grid, in the same dtype."""
+        return places.round().clamp(0, self.highest)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def hqq(weight: Tensor, grid: Grid) -> QuantizedWeight:
     best, lowest = zeros, torch.full_like(zeros, torch.inf)
     beta = BETA
     for _ in range(ITERATIONS + 1):
-        codes = (values + zeros[..., None]).round().clamp(0, grid.highest)
+        codes = grid.nearest(values + zeros[..., None])
         error = (values - codes + zeros[..., None]) * inside
         cost = error.abs().pow(P).sum(-1)
         best, lowest = torch.where(cost < lowest, zeros, best), torch.minimum(cost, lowest)

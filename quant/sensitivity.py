@@ -1,0 +1,357 @@
+"""Which layers can do with few bits? One layer at a time, then a width for each within a budget.
+
+    python -m quant.sensitivity checkpoints/softpick --budget 1200000
+
+Divergences of single layers are measured on the validation book; the frontier of mixed widths, and
+the uniform widths beside it, on the test book. Calibrated schemes see the unquantized model's
+inputs in every layer, so that each layer's weights are the same in any mixture. What has been
+measured is in JOURNAL.jsonl under --out, and is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from attn_kernels import VariantError
+from quant.errors import Refusal
+from quant.measure import NUMERICS, Samples, Subject
+from quant.mixed import Price, Prices, Widths, path, total, within
+from quant.model import linears, put
+from quant.schemes.hessian import watched
+from quant.schemes.registry import SCHEMES, Scheme, get_scheme
+from quant.store import FOLDER
+from quant.sweep import group, positive
+from quant.texts import calibration
+from quant.weight import BITS, Grid, QuantizedWeight
+from training.analyze.intervals import Estimate, mean_interval
+from training.analyze.lambada import spread
+from training.analyze.measure import Checkpoint, digest
+from training.analyze.transformers_scorer import load
+from training.books import BOOKS, split
+from training.card import machine
+from training.report.document import table
+
+POINTS = 9
+"""Of the frontier, at even distances in bytes, both ends included."""
+
+Quantized = dict[str, dict[int, QuantizedWeight]]
+
+
+def held_out(checkpoint: Checkpoint, file: Path, sequences: int) -> Tensor:
+    """Token ids `[sequences, context]` at even distances in a book, after the begin-of-text token.
+
+    Raises:
+        Refusal: the book is too short.
+    """
+    tokens = checkpoint.encode(file.read_text(encoding="utf-8"))
+    length = checkpoint.context - 1
+    if len(tokens) < 2 * length:
+        raise Refusal(f"{file} has fewer than {2 * length} tokens: lower --length")
+    places = [index * length for index in spread(sequences, len(tokens) // length)]
+    return torch.tensor([[checkpoint.bos, *tokens[p : p + length]] for p in places])
+
+
+def quantize_all(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Linear],
+    scheme: Scheme,
+    grids: Sequence[Grid],
+    texts: Tensor,
+) -> Quantized:
+    """Every layer at every width."""
+    hessians: dict[str, Tensor] = {}
+    if scheme.calibrated:
+        with torch.inference_mode(), watched(layers) as hessians:
+            for text in texts:
+                model(input_ids=text[None], use_cache=False)
+    return {
+        name: {grid.bits: scheme(layer.weight.data, grid, hessians.get(name)) for grid in grids}
+        for name, layer in tqdm(layers.items(), desc="quantize", unit="layer")
+    }
+
+
+class Divergence:
+    """KL divergence of a changed model from what it was, on texts `[sequences, tokens]`."""
+
+    def __init__(self, model: PreTrainedModel, texts: Tensor) -> None:
+        self.model, self.texts = model, texts
+        self.reference = [self._logprobs(text) for text in texts]
+
+    def __call__(self) -> list[float]:
+        """Mean over tokens of each sequence, in nats."""
+        found = []
+        for text, reference in zip(self.texts, self.reference, strict=True):
+            each = reference.exp() * (reference - self._logprobs(text))
+            found.append(float(each.sum(-1).mean()))
+        return found
+
+    @torch.inference_mode()
+    def _logprobs(self, text: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=text[None], use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+
+class Journal:
+    """Measured values by name, a JSON line each, after a line that says what they depend on.
+
+    Raises:
+        Refusal: the file has values of something else.
+    """
+
+    def __init__(self, file: Path, key: dict[str, Any], force: bool) -> None:
+        self.file, self.values = file, dict[str, list[float]]()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [] if force or not file.exists() else file.read_text().splitlines(keepends=True)
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        if whole and whole[0] != key:
+            differing = ", ".join(name for name in key if key[name] != whole[0].get(name))
+            raise Refusal(
+                f"{file} has values with another {differing}: --force measures again, --out DIR "
+                "writes elsewhere"
+            )
+        for name, value in whole[1:]:
+            self.values[name] = value
+        # A line that a kill cut short is left out.
+        temporary = file.with_suffix(".tmp")
+        texts = [key, *self.values.items()]
+        temporary.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        os.replace(temporary, file)
+
+    def add(self, name: str, value: list[float]) -> None:
+        """Keep a value."""
+        self.values[name] = value
+        with self.file.open("a") as file:
+            file.write(json.dumps([name, value]) + "\n")
+
+
+class Mixtures:
+    """A model whose layers can each be set to a width, with what that costs."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Mapping[str, nn.Linear], quantized: Quantized
+    ) -> None:
+        self.layers, self.quantized = layers, quantized
+        self.original = {name: layer.weight for name, layer in layers.items()}
+
+    def set(self, widths: Widths) -> None:
+        """These layers quantized, all others not."""
+        for name, layer in self.layers.items():
+            if name in widths:
+                put(layer, self.quantized[name][widths[name]])
+            elif layer.weight is not self.original[name]:
+                layer.weight = self.original[name]
+
+    def measure(
+        self, journal: Journal, divergence: Divergence, label: str, wanted: dict[str, Widths]
+    ) -> dict[str, list[float]]:
+        """The divergence of each choice of widths, a value a sequence."""
+        found = {}
+        for name, widths in tqdm(wanted.items(), desc=label):
+            # A digit a layer: a step of another path may have the same bytes.
+            entry = f"{label} " + "".join(str(widths.get(layer, "-")) for layer in self.layers)
+            if entry not in journal.values:
+                self.set(widths)
+                journal.add(entry, divergence())
+            found[name] = journal.values[entry]
+        self.set({})
+        return found
+
+
+def frontier(prices: Prices) -> list[Widths]:
+    """Some steps of the greedy path, at even distances in bytes."""
+    steps = path(prices)
+    sizes = [total(prices, widths) for widths in steps]
+    chosen = []
+    for point in range(POINTS):
+        wanted = sizes[0] + (sizes[-1] - sizes[0]) * point / (POINTS - 1)
+        chosen.append(min(range(len(steps)), key=lambda step: abs(sizes[step] - wanted)))
+    return [steps[step] for step in sorted(set(chosen))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A choice of widths, measured.
+
+    Args:
+        kind: `uniform`, `mixed` or `budget`.
+        widths: by layer.
+        size: bytes of the quantized layers.
+        bits: mean stored bits of a weight.
+        divergence: nats per token on the test book.
+    """
+
+    kind: str
+    widths: Widths
+    size: int
+    bits: float
+    divergence: Estimate
+
+
+def plot(checkpoint: str, prices: Prices, points: Sequence[Point], file: Path) -> None:
+    """The layers' divergences, and the frontier beside the uniform widths."""
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for bits in next(iter(prices.values())):
+            left.plot([own[bits].divergence for own in prices.values()], label=f"{bits} bits")
+        left.set(yscale="log", xlabel="linear layer", ylabel="KL with only this one, nats")
+        for kind, style in (("uniform", "s"), ("mixed", ".-"), ("budget", "*")):
+            own = sorted((p for p in points if p.kind == kind), key=lambda p: p.size)
+            if own:
+                values = [p.divergence.value for p in own]
+                right.plot([p.size / 1e6 for p in own], values, style, label=kind)
+        right.set(yscale="log", xlabel="MB of the quantized layers", ylabel="KL, test book, nats")
+        left.legend()
+        right.legend()
+        figure.suptitle(checkpoint)
+        figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def analyze(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything for one checkpoint, printed and written; returns the summary.
+
+    Raises:
+        Refusal, ValueError, FileNotFoundError, VariantError: something will not do.
+    """
+    for bits in options.bits:
+        if bits not in BITS:
+            raise Refusal(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
+    scheme, books = get_scheme(options.scheme), split(options.books)
+    grids = [Grid(bits, options.group, options.symmetric) for bits in sorted(set(options.bits))]
+    checkpoint = Subject(options.checkpoint, options.length)
+    model = load(options.checkpoint)
+    layers = linears(model, options.lm_head)
+    for grid in grids:
+        scheme.check(grid, {layer.in_features for layer in layers.values()})
+    key = {
+        "checkpoint": checkpoint.digest,
+        "texts": digest(*books.train, books.validation, books.test),
+        "numerics": NUMERICS,
+    }
+    settings = ("scheme", "group", "symmetric", "lm_head", "sequences", "length", "calibration")
+    key |= {name: getattr(options, name) for name in (*settings, "seed")}
+    name = f"{checkpoint.name}-{scheme.name}-g{options.group or 'channel'}"
+    journal = Journal(options.out / f"{name}.jsonl", key, options.force)
+    texts = calibration(checkpoint, options.books, options.calibration, options.seed)
+    quantized = quantize_all(model, layers, scheme, grids, texts)
+    mixtures = Mixtures(model, layers, quantized)
+    choose = Divergence(model, held_out(checkpoint, books.validation, options.sequences))
+    single = {f"{layer} {grid.bits}": {layer: grid.bits} for layer in layers for grid in grids}
+    measured = mixtures.measure(journal, choose, "layers", single)
+    prices: Prices = {
+        layer: {
+            bits: Price(float(np.mean(measured[f"{layer} {bits}"])), weight.packed_bytes)
+            for bits, weight in own.items()
+        }
+        for layer, own in quantized.items()
+    }
+    wanted = {f"uniform {grid.bits}": dict.fromkeys(layers, grid.bits) for grid in grids}
+    wanted |= {f"mixed {total(prices, widths)}": widths for widths in frontier(prices)}
+    if options.budget is not None:
+        wanted[f"budget {options.budget}"] = within(prices, options.budget)
+    report = Divergence(model, held_out(checkpoint, books.test, options.sequences))
+    found = mixtures.measure(journal, report, "mixtures", wanted)
+    numbers = sum(layer.weight.numel() for layer in layers.values())
+    points = []
+    for label, widths in wanted.items():
+        size = total(prices, widths)
+        kind = label.partition(" ")[0]
+        points.append(Point(kind, widths, size, 8 * size / numbers, mean_interval(found[label])))
+    plot(checkpoint.name, prices, points, options.out / f"{name}.png")
+    print(tables(prices, points))
+    summary = {
+        "checkpoint": checkpoint.name,
+        "key": key,
+        "machine": machine(),
+        "layers": {
+            layer: {bits: dataclasses.astuple(price) for bits, price in own.items()}
+            for layer, own in prices.items()
+        },
+        "points": [
+            dataclasses.asdict(point) | {"divergence": point.divergence.json()} for point in points
+        ],
+    }
+    (options.out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return {
+        "out": str(options.out / f"{name}.json"),
+        "plot": str(options.out / f"{name}.png"),
+        "points": [[p.kind, p.size, round(p.bits, 3), *p.divergence.json()] for p in points],
+    }
+
+
+def tables(prices: Prices, points: Sequence[Point]) -> str:
+    """The layers' divergences, and the choices of widths, with 95 % intervals."""
+    widths = list(next(iter(prices.values())))
+    rows = [
+        [layer, *(f"{own[bits].divergence:.6f}" for bits in widths)]
+        for layer, own in prices.items()
+    ]
+    single = table(["KL of one layer, nats", *(f"{bits} bits" for bits in widths)], rows)
+    lines = [
+        [p.kind, f"{p.bits:.3f}", f"{p.size}", p.divergence.shown(5)]
+        for p in sorted(points, key=lambda p: p.size)
+    ]
+    return f"{single}\n\n{table(['', 'bits/weight', 'bytes', 'KL, test book, nats'], lines)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    samples = Samples()
+    parser = argparse.ArgumentParser(
+        prog="python -m quant.sensitivity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a Hugging Face folder")
+    add("--bits", nargs="+", type=int, default=[2, 3, 4, 8], help="widths (default: 2 3 4 8)")
+    add("--scheme", default="gptq", help=f"one of {', '.join(SCHEMES)} (default: %(default)s)")
+    add("--group", type=group, default=64, help="columns, or channel (default: %(default)s)")
+    add("--symmetric", action="store_true", help="no zero points (default: with)")
+    add("--lm-head", action="store_true", help="the head too")
+    add("--budget", type=positive, help="bytes of the quantized layers (default: none)")
+    add("--sequences", type=positive, default=8, help="of each book (default: %(default)s)")
+    add(
+        "--length",
+        type=positive,
+        default=samples.length,
+        help="tokens of a sequence; the training length at most (default: %(default)s)",
+    )
+    add(
+        "--calibration",
+        type=positive,
+        default=samples.calibration,
+        help="sequences of training text (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the calibration's places (default: %(default)s)")
+    add("--books", type=Path, default=BOOKS, help="folder (default: %(default)s)")
+    add("--out", type=Path, default=FOLDER / "sensitivity", help="folder (default: %(default)s)")
+    add("--force", action="store_true", help="measure again what is there")
+    options = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        summary = analyze(options)
+    except (Refusal, ValueError, FileNotFoundError, VariantError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
