@@ -15,43 +15,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import signal
-import socket
 import sys
-import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
-import aiohttp
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from serving.launch import HOST, LaunchError, Service
+from benchmarks.servers import Answer, Server, append_csv, run
+from serving.launch import LaunchError
 
 CSV = machine.RESULTS / "serve_cpu.csv"
-MODEL = "model"
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""vLLM's default binds every server to the same cores."""
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prompt's answer: when it was sent and when each token came, in s."""
-
-    sent: float
-    tokens: list[float]
-    cached_tokens: int
-    """Of the prompt; vLLM tells it for one prompt of a batch, so it is the same for all."""
 
 
 @dataclass(frozen=True)
@@ -78,83 +59,17 @@ class Case:
     """`[round][backend]`"""
 
 
-class Peer:
+class Peer(Server):
     """One backend's server."""
 
     def __init__(self, backend: str, options: argparse.Namespace) -> None:
-        self.backend = backend
-        self.options = options
-        self.service = Service(f"bench-{backend}", free_port(), options.log_folder)
-
-    async def start(self) -> None:
-        """Start its process; `service.ready` waits until it answers."""
-        o = self.options
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(o.ckpt)]
-        command += [f"--host={HOST}", f"--port={self.service.url.rpartition(':')[2]}"]
-        command += [f"--served-model-name={MODEL}", f"--dtype={o.dtype}"]
-        command += [f"--max-model-len={max(o.prompt_lens) + o.new_tokens}"]
-        command += [f"--kv-cache-memory-bytes={o.kv_cache_memory_bytes}"]
-        command += [f"--attention-backend={self.backend}", "--enable-prompt-tokens-details"]
-        command += ["--enforce-eager"] if o.enforce_eager else []
-        environment = {"OMP_NUM_THREADS": str(o.threads), **ENVIRONMENT}
-        await self.service.start(command + o.vllm_args, environment)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to its processes, all of them, if it has any."""
-        process = self.service.process
-        if process is not None and process.returncode is None:
-            os.killpg(process.pid, number)
-
-    async def stop(self) -> None:
-        """End it, stopped or not, and leave nothing of it running."""
-        self.signal(signal.SIGCONT)
-        await self.service.stop()
-
-    async def round(self, prompts: list[list[int]], n: int) -> list[Answer]:
-        """Streamed greedy completions of `n` tokens, all prompts at once.
-
-        They are one request, so that they reach the scheduler together: on separate connections the
-        first may end before the last is read. The connection is new: vLLM closes idle ones.
-        """
-        body = {"model": MODEL, "prompt": prompts, "max_tokens": n, "temperature": 0.0}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        url = f"{self.service.url}/v1/completions"
-        times: list[list[float]] = [[] for _ in prompts]
-        usage: dict[str, Any] = {}
-        timeout = aiohttp.ClientTimeout(total=None)
-        self.signal(signal.SIGCONT)
-        try:
-            sent = time.perf_counter()
-            async with aiohttp.request("POST", url, json=body, timeout=timeout) as answer:
-                if answer.status != 200:
-                    raise self.service.failed(f"answered {answer.status}")
-                async for line in answer.content:
-                    if not line.startswith(b"data: {"):
-                        continue
-                    now = time.perf_counter()
-                    event = json.loads(line.removeprefix(b"data: "))
-                    if "error" in event:
-                        raise self.service.failed("broke off an answer")
-                    for choice in event["choices"]:
-                        times[choice["index"]] += [now] * len(choice["token_ids"] or ())
-                    usage = event.get("usage") or usage
-        except aiohttp.ClientError as error:
-            raise self.service.failed(f"broke the connection ({error})") from error
-        finally:
-            self.signal(signal.SIGSTOP)
-        if {len(tokens) for tokens in times} != {n}:
-            raise self.service.failed(f"did not answer each prompt with {n} tokens")
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        return [Answer(sent, tokens, cached) for tokens in times]
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        o = options
+        arguments = [f"--dtype={o.dtype}"]
+        arguments += [f"--max-model-len={max(o.prompt_lens) + o.new_tokens}"]
+        arguments += [f"--kv-cache-memory-bytes={o.kv_cache_memory_bytes}"]
+        arguments += [f"--attention-backend={backend}", "--enable-prompt-tokens-details"]
+        arguments += ["--enforce-eager"] if o.enforce_eager else []
+        super().__init__(backend, o.ckpt, [*arguments, *o.vllm_args], o.threads, o.log_folder)
 
 
 def decode_rate(answers: Sequence[Answer]) -> float:
@@ -211,47 +126,6 @@ async def measure(peers: Sequence[Peer], options: argparse.Namespace) -> list[Ca
     return cases
 
 
-async def while_alive(peers: Sequence[Peer], work: Awaitable[T]) -> T:
-    """Do the work, unless a server ends meanwhile: then raise what that server says."""
-    tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work)]
-    tasks += [asyncio.ensure_future(peer.service.ended()) for peer in peers]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        result: T = next(task for task in tasks if task in done).result()
-        return result
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def ready(peer: Peer) -> None:
-    """Wait until a server answers, then stop it until its turn comes."""
-    await peer.service.ready("/health")
-    peer.signal(signal.SIGSTOP)
-
-
-async def run(options: argparse.Namespace) -> list[Case]:
-    """Start the servers, measure, and end them whatever happens."""
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    peers = [Peer(backend, options) for backend in options.backends]
-    try:
-        for peer in peers:
-            print(f"starting {peer.backend} (log: {peer.service.log_file})", flush=True)
-            await peer.start()
-        try:
-            async with asyncio.timeout(options.start_timeout):
-                await while_alive(peers, asyncio.gather(*map(ready, peers)))
-        except TimeoutError:
-            raise LaunchError(f"a server did not start in {options.start_timeout} s") from None
-        return await while_alive(peers, measure(peers, options))
-    finally:
-        await asyncio.gather(*(peer.stop() for peer in peers))
-
-
 def spread(prefix: str, samples: Sequence[float]) -> dict[str, float]:
     """Columns `<prefix>_p20`, `<prefix>_median` and `<prefix>_p80`; none without samples."""
     if not samples:
@@ -304,17 +178,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     return pd.DataFrame(lines).to_string(index=False)
-
-
-def append_csv(path: Path, run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, made if missing; columns it does not have yet come last."""
-    added = pd.DataFrame([{**run, **row} for row in rows]).drop(columns="decode_ratios")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():  # as text: what is in it stays as it is
-        added = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), added])
-    partial = path.with_name(path.name + ".partial")
-    added.to_csv(partial, index=False, float_format="%.6g")
-    partial.replace(path)
 
 
 def described(options: argparse.Namespace) -> dict[str, Any]:
@@ -394,7 +257,9 @@ def main() -> None:
     """Command line: the table, and as last line one JSON object."""
     try:
         options = parse()
-        rows = results(options.backends, asyncio.run(run(options)))
+        peers = [Peer(backend, options) for backend in options.backends]
+        work = run(peers, measure(peers, options), options.start_timeout)
+        rows = results(options.backends, asyncio.run(work))
     except LaunchError as error:
         print(f"benchmarks.serve: {error}", file=sys.stderr)
         sys.exit(error.code)
@@ -403,7 +268,7 @@ def main() -> None:
         sys.exit(130)
     about = described(options)
     if not options.no_save:
-        append_csv(options.csv, about, rows)
+        append_csv(options.csv, about, rows, leave_out=["decode_ratios"])
     print(table(rows))
     print(json.dumps({**about, "rows": rows}))
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu_check.checks import Check, Row, SkippedError, Task, require_vllm
-from benchmarks.serve import free_port
+from benchmarks.servers import free_port
 from serving.launch import DIRECT, HOST, Service
 
 CHECKPOINT = machine.ROOT / "checkpoints" / "softpick"

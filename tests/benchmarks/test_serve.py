@@ -11,7 +11,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from benchmarks.serve import Answer, Case, Round, append_csv, decode_rate, measured, results
+from benchmarks.serve import Case, Round, decode_rate, measured, results
+from benchmarks.servers import Answer, append_csv
 from serving.launch import LaunchError
 from tests.tiny import tiny_checkpoint
 
@@ -70,9 +71,9 @@ def test_ratios_are_made_inside_a_round() -> None:
 
 def test_csv_grows_and_keeps_what_is_in_it(tmp_path: Path) -> None:
     path, rows = tmp_path / "results" / "serve.csv", results(BACKENDS, [a_case()])
-    append_csv(path, {"date": "2026-01-01", "machine": "a, b"}, rows)
+    append_csv(path, {"date": "2026-01-01", "machine": "a, b"}, rows, ["decode_ratios"])
     before = path.read_text().splitlines()
-    append_csv(path, {"date": "2026-01-02", "machine": "c", "new": 1}, rows)
+    append_csv(path, {"date": "2026-01-02", "machine": "c", "new": 1}, rows, ["decode_ratios"])
     after = pd.read_csv(path)
     assert list(after["date"]) == ["2026-01-01"] * 2 + ["2026-01-02"] * 2
     assert list(after["backend"]) == [*BACKENDS, *BACKENDS]

@@ -1,0 +1,280 @@
+"""What budgets save: requests in flight and tokens per second at a fixed KV memory, selective
+attention within its budgets against the same checkpoint unpruned.
+
+Both servers are up at once and take turns; each round sends all requests together, more than either
+holds, and is timed from the first byte sent to the last token. Meanwhile the server's own metrics
+say how many requests run and how full the cache is. Ratios are made inside a round. At the end each
+server generates one long answer: a pruned one must not take more memory as it grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from tqdm import tqdm
+
+from attn_kernels import VariantError, variant_from_config
+from attn_kernels.paged import STATE_BYTES
+from attn_kernels.pruning import slot_bytes
+from attn_kernels.variants.selective import Selective
+from benchmarks import machine
+from benchmarks.options import command_line, positive
+from benchmarks.servers import Server, append_csv, run
+from serving.launch import LaunchError
+
+CSV = machine.RESULTS / "pruning_cpu.csv"
+
+DTYPES = ("float32", "bfloat16", "float16")
+SAMPLING_SECONDS = 0.1
+RUNNING, USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
+
+
+@dataclass
+class Watched:
+    """What was seen while a server worked."""
+
+    running: list[float] = field(default_factory=list)
+    usage: list[float] = field(default_factory=list)
+    """Share of the KV cache in use."""
+    rss: list[int] = field(default_factory=list)
+    """Resident bytes of all its processes."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of all requests gave."""
+
+    tokens_per_s: float
+    """Of the answers."""
+    running: int
+    """The most requests at once."""
+
+
+class Peer(Server):
+    """A server, pruned or not."""
+
+    def __init__(self, name: str, variant: dict[str, Any], options: argparse.Namespace) -> None:
+        o = options
+        arguments = ["--attention-backend=selective", f"--dtype={o.dtype}", "--enforce-eager"]
+        arguments += [f"--max-model-len={o.max_model_len}", f"--max-num-seqs={o.max_num_seqs}"]
+        arguments += [f"--kv-cache-memory-bytes={o.kv_cache_memory_bytes}"]
+        arguments += [f"--hf-overrides={json.dumps({'attention_variant': variant})}"]
+        super().__init__(name, o.ckpt, [*arguments, *o.vllm_args], o.threads, o.log_folder)
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[Watched]:
+        """Samples its metrics and memory while the body runs."""
+        watched = Watched()
+        assert self.service.process is not None
+        parent = psutil.Process(self.service.process.pid)
+
+        async def watch() -> None:
+            async with aiohttp.ClientSession() as session:
+                while True:
+                    async with session.get(f"{self.service.url}/metrics") as answer:
+                        text = await answer.text()
+                    found = {
+                        name: float(value)
+                        for name, value in re.findall(r"^([\w:]+)\{.*\} (\S+)$", text, re.MULTILINE)
+                        if name in (RUNNING, USAGE)
+                    }
+                    if found[RUNNING]:
+                        watched.running.append(found[RUNNING])
+                        watched.usage.append(found[USAGE])
+                        processes = [parent, *parent.children(recursive=True)]
+                        watched.rss.append(sum(p.memory_info().rss for p in processes))
+                    await asyncio.sleep(SAMPLING_SECONDS)
+
+        self.signal(signal.SIGCONT)
+        task = asyncio.create_task(watch())
+        try:
+            yield watched
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def one_round(peer: Peer, prompts: list[list[int]], new_tokens: int) -> Round:
+    """All prompts at once."""
+    async with peer.watched() as watched:
+        began = time.perf_counter()
+        answers = await peer.round(prompts, new_tokens)
+    took = max(answer.tokens[-1] for answer in answers) - began
+    if not watched.running:
+        raise LaunchError("the requests were over before they were seen: give more --new-tokens")
+    return Round(len(prompts) * new_tokens / took, int(max(watched.running)))
+
+
+async def long_answer(peer: Peer, length: int) -> dict[str, Any]:
+    """One request that grows to `length` tokens: the cache it takes and the server's memory, in the
+    second quarter of the time and in the last."""
+    async with peer.watched() as watched:
+        await peer.round([[1, 2, 3]], length - 3)
+    count = len(watched.usage)
+    if count < 8:
+        raise LaunchError("the long answer was over before it was seen: give more --max-model-len")
+    early, late = slice(count // 4, count // 2), slice(count * 3 // 4, count)
+    return {
+        "long_usage_early": median(watched.usage[early]),
+        "long_usage_late": median(watched.usage[late]),
+        "long_rss_growth_mb": (median(watched.rss[late]) - median(watched.rss[early])) / 1e6,
+    }
+
+
+async def measure(peers: Sequence[Peer], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rounds in alternation, then the long answers; one row a server."""
+    rng = np.random.default_rng(options.seed)
+    vocabulary = json.loads((options.ckpt / "config.json").read_text())["vocab_size"]
+    shape = (options.requests, options.prompt_len)
+    rounds: list[list[Round]] = [[] for _ in peers]
+    for peer in peers:
+        await peer.round([[1] * options.prompt_len], 4)
+    for index in tqdm(range(options.rounds), unit="round", mininterval=5):
+        prompts = rng.integers(1, vocabulary, shape).tolist()
+        for i in (0, 1) if index % 2 == 0 else (1, 0):
+            rounds[i].append(await one_round(peers[i], prompts, options.new_tokens))
+    rows = []
+    for peer, mine in zip(peers, rounds, strict=True):
+        ratios = [r.tokens_per_s / o.tokens_per_s for r, o in zip(mine, rounds[0], strict=True)]
+        rows.append(
+            {
+                "server": peer.name,
+                "running": max(r.running for r in mine),
+                "tokens_per_s": median(r.tokens_per_s for r in mine),
+                "ratio": median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+                **await long_answer(peer, options.max_model_len),
+            }
+        )
+    return rows
+
+
+def kv_bytes(options: argparse.Namespace) -> tuple[int, int]:
+    """Bytes of KV cache of a request of prompt and answer: `(unpruned, pruned)`."""
+    config = json.loads((options.ckpt / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    dtype = getattr(torch, options.dtype)
+    tokens = options.prompt_len + options.new_tokens
+    token = kv_heads * (2 * head_size * dtype.itemsize + STATE_BYTES)
+    slots = sum(min(budget, options.max_model_len) for budget in options.kv_budgets)
+    unpruned = len(options.kv_budgets) * tokens * token
+    return unpruned, slots * slot_bytes(kv_heads, head_size, dtype)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with the checkpoint's own budgets if none are given."""
+    parser, add = command_line("benchmarks.pruning", __doc__)
+    add("--ckpt", "the checkpoint's folder", type=Path, required=True)
+    parser.add_argument(
+        "--kv-budgets", nargs="+", type=int, help="one a layer (default: those of config.json)"
+    )
+    add("--prompt-len", "tokens of a prompt", type=positive, default=448)
+    add("--new-tokens", "tokens of an answer", type=positive, default=64)
+    add("--requests", "sent together in a round", type=positive, default=128)
+    add("--rounds", "of each server", type=positive, default=5)
+    add("--kv-cache-memory-bytes", "of each server", type=positive, default=4 << 20)
+    add("--max-num-seqs", "of each server", type=positive, default=256)
+    add("--max-model-len", "of each server, and the long answer's", type=positive, default=512)
+    add("--dtype", "of the model and its cache", choices=DTYPES, default="float32")
+    add("--threads", "OpenMP threads of a server", type=positive, default=machine.cores())
+    add("--seed", "of the random prompts", type=int, default=0)
+    add("--start-timeout", "longest start of both servers, in s", type=positive, default=600)
+    add("--csv", "rows are added to it", type=Path, default=CSV)
+    add("--log-folder", "where the servers' logs go", type=Path, default=Path(".run"))
+    parser.add_argument("--no-save", action="store_true", help="write no CSV")
+    parser.add_argument(
+        "vllm_args", nargs="*", metavar="-- VLLM_ARGS", help="further arguments of `vllm serve`"
+    )
+    options = parser.parse_args(arguments)
+    options.kv_budgets = check(options)
+    return options
+
+
+def check(options: argparse.Namespace) -> list[int]:
+    """The budgets; refuse now what would fail after a minute.
+
+    Raises:
+        LaunchError: with the reason in one line.
+    """
+    try:
+        config = json.loads((options.ckpt / "config.json").read_text())
+        variant = variant_from_config(config)
+    except (OSError, VariantError) as error:
+        raise LaunchError(f"--ckpt {options.ckpt} is not a checkpoint: {error}", 2) from None
+    if not isinstance(variant, Selective):
+        raise LaunchError(f"--ckpt {options.ckpt} has no selective attention to prune", 2)
+    budgets = options.kv_budgets or list(variant.kv_budgets)
+    if not budgets:
+        raise LaunchError(f"{options.ckpt} has no kv_budgets: give --kv-budgets", 2)
+    if options.prompt_len + options.new_tokens > options.max_model_len:
+        raise LaunchError("prompt and answer are longer than --max-model-len", 2)
+    return budgets
+
+
+def described(options: argparse.Namespace) -> dict[str, Any]:
+    """What the run was made on and with."""
+    names = ("requests", "prompt_len", "new_tokens", "rounds", "dtype", "threads", "max_num_seqs")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.cpu_model(),
+        "cores": machine.cores(),
+        "vllm": machine.package("vllm"),
+        "torch": machine.package("torch"),
+        "commit": machine.commit(),
+        "model": options.ckpt.resolve().name,
+        "kv_budgets": " ".join(map(str, options.kv_budgets)),
+        "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
+        **{name: getattr(options, name) for name in names},
+        "vllm_args": " ".join(options.vllm_args),
+    }
+
+
+def main() -> None:
+    """Command line: the table, and as last line one JSON object."""
+    try:
+        options = parse()
+        pruned = {"name": "selective", "kv_budgets": options.kv_budgets}
+        peers = [
+            Peer("unpruned", {"name": "selective"}, options),
+            Peer("pruned", pruned, options),
+        ]
+        rows = asyncio.run(run(peers, measure(peers, options), options.start_timeout))
+    except LaunchError as error:
+        print(f"benchmarks.pruning: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("benchmarks.pruning: interrupted; all servers are stopped", file=sys.stderr)
+        sys.exit(130)
+    for row, size in zip(rows, kv_bytes(options), strict=True):
+        row["kv_bytes_per_request"] = size
+        row["running_over_ideal"] = row["running"] / (options.kv_cache_memory_bytes / size)
+    about = described(options)
+    if not options.no_save:
+        append_csv(options.csv, about, rows)
+    print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    print(json.dumps({**about, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
