@@ -1,0 +1,250 @@
+"""The search for budgets: what it measures, what it chooses, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from attn_kernels.pruning import attend_pruned
+from tests.tiny import tiny_checkpoint
+from tests.training.test_eviction import page
+from training.analyze.measure import Checkpoint
+from training.budgets import forward as forward_module
+from training.budgets.__main__ import main
+from training.budgets.forward import Forward
+from training.budgets.measured import Budgets, Measured
+from training.budgets.result import Found
+from training.budgets.search import Descent, search
+from training.evaluate import model_log_likelihood
+
+LENGTH = 24
+FULL = (LENGTH,) * 3
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random checkpoints of three layers, whose head 0 looks far enough to mask tokens."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    names = ("selective", "softmax", "softpick")
+    return {name: tiny_checkpoint(folder / name, name) for name in names}
+
+
+def measured(folder: Path, books: Path, runs: Path, sequences: int = 5) -> Measured:
+    forward = Forward(Checkpoint(folder))
+    return Measured.on(forward, books / "emma.txt", LENGTH, sequences, runs)
+
+
+@pytest.mark.parametrize("name", ["selective", "softmax"])
+def test_unpruned_is_the_model(
+    name: str, folders: dict[str, Path], books: Path, tmp_path: Path
+) -> None:
+    own = measured(folders[name], books, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
+    expected = [
+        -model_log_likelihood(model, row.numpy(), LENGTH, own.checkpoint.bos, quiet=True) / LENGTH
+        for row in own.text.targets
+    ]
+    # F is rounded to 2^-16.
+    assert own.losses("none", FULL) == pytest.approx(expected, abs=1e-4)
+
+
+def test_pruned_is_the_law(
+    folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole model with `attend_pruned` in place of attention under a mask, to the bits of
+    float32: no other token was thrown out."""
+    budgets = (9, 2, 14)
+    own = measured(folders["selective"], books, tmp_path)
+    found = own.losses("selective", budgets)
+    unpruned = own.losses("none", FULL)
+    left = iter(budgets)
+
+    def law(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
+        budget = next(left)
+        pairs = zip(q, k, v, strict=True)
+        return torch.stack([attend_pruned(*qkv, page(budget, qkv[1]), 0, scale) for qkv in pairs])
+
+    monkeypatch.setattr(forward_module, "scaled_dot_product_attention", law)
+    assert own.forward(own.text, FULL, "selective") == pytest.approx(found, rel=1e-5)
+    assert next(left, None) is None
+    assert found != pytest.approx(unpruned, rel=1e-3)
+
+
+def test_every_step_is_the_best_one(folders: dict[str, Path], books: Path, tmp_path: Path) -> None:
+    """Each of the path's points against all others that were possible, each by a whole pass."""
+    own = measured(folders["selective"], books, tmp_path / "searched", 3)
+    other = measured(folders["selective"], books, tmp_path / "whole", 3)
+
+    def loss(budgets: Budgets) -> float:
+        return float(np.mean(other.losses("selective", budgets)))
+
+    limit = loss(FULL) + 0.05
+    path = list(search(Descent(own), 8, limit))
+    assert path[0].budgets == FULL
+    assert len(path) > 5
+    for point in path:
+        assert point.loss == pytest.approx(loss(point.budgets), rel=1e-6)
+
+    def smaller(budgets: Budgets, step: int) -> dict[Budgets, float]:
+        """What is one step away, and its loss."""
+        every = [
+            (*budgets[:i], b - step, *budgets[i + 1 :])
+            for i, b in enumerate(budgets)
+            if b - step >= max(2, step)
+        ]
+        return {new: loss(new) for new in every}
+
+    step = 8
+    for before, after in itertools.pairwise(point.budgets for point in path):
+        while step > sum(before) - sum(after):  # it was halved: no larger one was possible
+            assert all(value > limit for value in smaller(before, step).values())
+            step //= 2
+        every = smaller(before, step)
+        assert every[after] == min(every.values()) <= limit
+    while step:
+        assert all(value > limit for value in smaller(path[-1].budgets, step).values())
+        step //= 2
+
+
+def command(folders: dict[str, Path], books: Path, out: Path, *more: str) -> list[str]:
+    """A search of seconds."""
+    return [
+        str(folders["selective"]),
+        *("--reference", str(folders["softmax"]), "--books", str(books)),
+        *("--length", str(LENGTH), "--step", "8", "--uniform", "4", "12"),
+        *("--sequences", "3", "--judge", "6", "--test-sequences", "4"),
+        *("--runs", str(out / "runs"), "--out", str(out), *more),
+    ]
+
+
+def lines_of(runs: Path) -> dict[str, list[str]]:
+    """The evaluations' files."""
+    files = (runs / "budgets").iterdir()
+    return {file.name: file.read_text().splitlines(keepends=True) for file in files}
+
+
+def test_result_and_checkpoint(
+    folders: dict[str, Path], books: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Up to a loss that pruning reaches and one that it does not."""
+    own = measured(folders["selective"], books, tmp_path, 6)
+    unpruned = float(np.mean(own.losses("none", FULL)))
+    allowed = str(unpruned + 0.03)
+    out = tmp_path / "pruned"
+    targets = ("--max-loss", allowed, "--rise", "1", "2")
+    files = ("--write", str(out), "--plot", str(tmp_path / "plot.png"))
+    main(command(folders, books, tmp_path, *targets, *files))
+    printed = capsys.readouterr().out.splitlines()
+    found = Found.read(tmp_path / "selective.json")
+    assert json.loads(printed[-1])["out"] == str(tmp_path / "selective.json")
+    assert [target.name for target in found.targets] == ["max-loss", "+1 %", "+2 %"]
+    for target in found.targets:
+        assert target.reached
+        losses = own.losses("selective", tuple(target.budgets))
+        assert target.loss == pytest.approx(float(np.mean(losses)), rel=1e-6)
+        assert target.loss <= target.max_loss
+    assert found.targets[2].max_loss == pytest.approx(unpruned + np.log(1.02))
+    assert found.unpruned.value == pytest.approx(unpruned, rel=1e-6)
+    assert found.factor([12, 6, 6]) == 3
+    best = min(found.path, key=lambda point: (point[1] > 0.03, sum(point[0])))
+    assert found.factor_within(0.03) == found.factor(best[0])
+    assert found.factor_within(-1.0) == 1
+
+    kinds = {(row.model, row.rule, row.choice) for row in found.rows}
+    assert {rule for _, rule, choice in kinds if choice == "uniform"} == {
+        *("selective", "recent", "random", "streaming", "heavy hitters")
+    }
+    assert {("softmax", "none", "unpruned"), ("selective", "selective", "+1 %")} <= kinds
+    test = Measured.on(own.forward, books / "great_expectations.txt", LENGTH, 4, tmp_path)
+    for row in found.rows:
+        assert row.factor == pytest.approx(3 * LENGTH / sum(row.budgets), abs=1e-3)
+        size = 2 * 2 * 32 * 2 + {"selective": 8}.get(row.model, 8 * (row.rule == "heavy hitters"))
+        assert row.bytes == sum(row.budgets) * size
+        if row.model == "selective":
+            losses = test.losses(row.rule, tuple(row.budgets))
+            assert row.loss.value == pytest.approx(float(np.mean(losses)), rel=1e-6)
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+    config = json.loads((out / "config.json").read_text())
+    budgets = found.targets[0].budgets
+    assert config["attention_variant"] == {"name": "selective", "kv_budgets": budgets}
+    assert Checkpoint(out).variant == "selective"
+    names = {file.name for file in folders["selective"].iterdir()}
+    assert {file.name for file in out.iterdir()} == names
+
+    with pytest.raises(SystemExit, match="is not written: name a higher --max-loss"):
+        too_low = ("--max-loss", "0.1", "--write", str(tmp_path / "no"))
+        main(command(folders, books, tmp_path, *too_low))
+    assert not (tmp_path / "no").exists()
+    target = Found.read(tmp_path / "selective.json").targets[0]
+    assert (target.reached, target.budgets) == (False, list(FULL))
+
+
+def test_goes_on_after_a_kill(
+    folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of writing a line; the result is that of a run that was never interrupted."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main(command(folders, books, whole))
+    everything = lines_of(whole / "runs")
+    assert sum(map(len, everything.values())) > 40
+    (killed / "runs" / "budgets").mkdir(parents=True)
+    for name, lines in everything.items():
+        text = "".join(lines)
+        (killed / "runs" / "budgets" / name).write_text(text[: len(text) // 2])
+    main(command(folders, books, killed))
+    assert lines_of(killed / "runs") == everything
+    results = [(folder / "selective.json").read_text() for folder in (whole, killed)]
+    assert results[0] == results[1]
+
+    monkeypatch.setattr(Forward, "layer", None)  # nothing is left to measure
+    main(command(folders, books, killed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: "softpick"}, "has softpick attention, not selective"),
+        ({0: "nothing"}, "nothing has no config.json"),
+        ({2: "selective"}, "has selective attention, not softmax"),
+        ({4: "."}, "emma.txt is not there"),
+        ({6: "4000"}, "fewer than two sequences of 4000"),
+        ({10: "1"}, "a layer must keep 2 tokens at least, not 1"),
+    ],
+)
+def test_refusals(
+    changes: dict[int, str],
+    message: str,
+    folders: dict[str, Path],
+    books: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folders["selective"].parent)
+    argv = command(folders, books, tmp_path)
+    for place, value in changes.items():
+        argv[place] = value
+    with pytest.raises(SystemExit, match=message):
+        main(argv)
+
+
+def test_an_existing_folder_is_not_overwritten(
+    folders: dict[str, Path], books: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match="exists: name another folder or delete it"):
+        main(command(folders, books, tmp_path, "--write", str(folders["softmax"])))
+
+
+def test_not_a_result(tmp_path: Path) -> None:
+    (tmp_path / "selective.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"selective.json is not a result of training.budgets"):
+        Found.read(tmp_path / "selective.json")

@@ -1,0 +1,156 @@
+"""A checkpoint whose layers keep a budget of tokens, layer by layer on batches of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
+
+from attn_kernels.pruning import FRACTION_BITS
+from hf_attn import VariantLlamaForCausalLM
+from training.analyze.measure import Checkpoint
+from training.budgets.eviction import RULES, Cache, accumulate, survivors
+from training.data import read_tokens, sequence
+
+VARIANTS = ("selective", "softmax")
+"""Whose weights are a softmax, so that torch's fused attention can compute them."""
+
+BATCH = 8
+"""Sequences that a layer takes at once: a few matrices of `BATCH * length ** 2` numbers."""
+
+
+class Refusal(ValueError):
+    """What was asked for cannot be done; the message says what to do."""
+
+
+class Texts:
+    """Sequences of a text as training sees them, spread evenly over it: `inputs` and `targets`,
+    `[sequences, length]`.
+
+    Args:
+        checkpoint: whose tokenizer reads it.
+        file: the text.
+        length: tokens of a sequence.
+        sequences: how many; all that there are if these are fewer.
+
+    Raises:
+        Refusal: the text is shorter than two sequences.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, file: Path, length: int, sequences: int) -> None:
+        tokens = read_tokens([file], checkpoint.tokenizer)[:-1]
+        there = len(tokens) // length
+        if there < 2:
+            raise Refusal(f"{file} has {len(tokens)} tokens, fewer than two sequences of {length}")
+        places = [i * there // sequences for i in range(sequences)]
+        pairs = [
+            sequence(tokens, place * length, length, checkpoint.bos)
+            for place in sorted(set(places))
+        ]
+        self.inputs, self.targets = (
+            torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True)
+        )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+class Forward:
+    """A model in float32.
+
+    Args:
+        checkpoint: of selective or softmax attention.
+        seed: of random eviction.
+
+    Raises:
+        Refusal: the checkpoint is another model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
+        if checkpoint.config.model_type != "variant_llama" or checkpoint.variant not in VARIANTS:
+            raise Refusal(
+                f"{checkpoint.folder} is a {checkpoint.config.model_type} with "
+                f"{checkpoint.variant} attention: budgets are measured for a variant_llama with "
+                f"{' or '.join(VARIANTS)} attention"
+            )
+        self.checkpoint = checkpoint
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+        self.model: VariantLlamaForCausalLM = model.eval()
+        self.seed = seed
+        self.selective = checkpoint.variant == "selective"
+        self.layers = len(model.model.layers)
+
+    @torch.no_grad()
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Of `inputs [sequences, n]` what the first layer reads, `[sequences, n, hidden_size]`."""
+        embedded: Tensor = self.model.model.embed_tokens(inputs)
+        return embedded
+
+    @torch.no_grad()
+    def layer(self, index: int, hidden: Tensor, budget: int, rule: str) -> Tensor:
+        """Of `hidden [sequences, n, hidden_size]` what the next layer reads.
+
+        Args:
+            index: of the layer.
+            hidden: of all the sequences of a text: random eviction depends on a sequence's number.
+            budget: tokens that the layer keeps.
+            rule: a key of `RULES`.
+        """
+        return torch.cat(
+            [self._layer(index, part, start, budget, rule) for start, part in self._batches(hidden)]
+        )
+
+    @torch.no_grad()
+    def losses(self, hidden: Tensor, targets: Tensor) -> list[float]:
+        """Of what the last layer gives, each sequence's mean loss in nats per token."""
+        found: list[float] = []
+        for start, part in self._batches(hidden):
+            logits = self.model.lm_head(self.model.model.norm(part))
+            wanted = targets[start : start + BATCH]
+            each = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+            found += each.view(wanted.shape).double().mean(1).tolist()
+        return found
+
+    def __call__(self, text: Texts, budgets: Sequence[int], rule: str) -> list[float]:
+        """Each sequence's mean loss in nats per token with these budgets, one a layer."""
+        hidden = self.embed(text.inputs)
+        for index, budget in enumerate(budgets):
+            hidden = self.layer(index, hidden, budget, rule)
+        return self.losses(hidden, text.targets)
+
+    @staticmethod
+    def _batches(hidden: Tensor) -> list[tuple[int, Tensor]]:
+        return [(BATCH * i, part) for i, part in enumerate(hidden.split(BATCH))]
+
+    def _layer(self, index: int, hidden: Tensor, start: int, budget: int, rule: str) -> Tensor:
+        layer = self.model.model.layers[index]
+        attention = layer.self_attn
+        positions = torch.arange(hidden.shape[1])[None]
+        x = layer.input_layernorm(hidden)
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        q, k, v = (
+            projection(x).view(shape).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = attention.rotate(q, k, self.model.model.rotary_emb(x, positions), positions)
+        accumulated = accumulate(q, k, attention.scaling) if self.selective else None
+        if budget < hidden.shape[1]:
+            seeds = [[self.seed, index, start + i] for i in range(len(hidden))]
+            mask = RULES[rule](Cache(q, k, attention.scaling, accumulated, seeds, budget))
+        else:
+            mask = survivors(torch.full((1, hidden.shape[1]), hidden.shape[1]))
+        bias = torch.zeros(mask.shape)
+        if accumulated is not None:
+            bias = -accumulated[:, None].to(q.dtype) / 2**FRACTION_BITS
+        bias = bias.masked_fill(~mask, -torch.inf)
+        output = scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True
+        )
+        hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
+        through: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return through
