@@ -10,9 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-import torch
-import transformers
-
 T = TypeVar("T")
 R = TypeVar("R")
 Outcome = tuple[T, R | Exception]
@@ -39,27 +36,30 @@ def attempt(work: Callable[[T], R], task: T) -> R | Exception:
         return error
 
 
-def parallel(work: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Iterator[Outcome[T, R]]:
-    """Each task with its result or what it raised, as they are done, from `jobs` processes.
+def parallel(
+    work: Callable[[T], R], tasks: Sequence[T], jobs: int, prepare: Callable[[int], None]
+) -> Iterator[Outcome[T, R]]:
+    """Each task with its result or what it raised, as they are done, from `jobs` processes, each of
+    which calls `prepare(jobs)` first.
 
     When one of them is killed, the pool is lost and with it what the others were at; those tasks
     are tried again, one at a time, so that only the one that kills its process fails.
     """
-    suspects = yield from _window(work, list(tasks), jobs)
+    suspects = yield from _window(work, list(tasks), jobs, prepare)
     for task in suspects:
-        if (yield from _window(work, [task], 1)):
+        if (yield from _window(work, [task], 1, prepare)):
             yield task, Died()
 
 
 def _window(
-    work: Callable[[T], R], tasks: list[T], jobs: int
+    work: Callable[[T], R], tasks: list[T], jobs: int, prepare: Callable[[int], None]
 ) -> Generator[Outcome[T, R], None, list[T]]:
     """Yields as `parallel`; returns the tasks that were under way as a process died."""
     lost: list[T] = []
     while tasks:
         running: dict[Future[R | Exception], T] = {}
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, prepare, (jobs,)) as pool:
+        with ProcessPoolExecutor(jobs, context, start, (prepare, jobs)) as pool:
             try:
                 while tasks or running:
                     while tasks and len(running) < jobs:
@@ -72,10 +72,8 @@ def _window(
     return lost
 
 
-def prepare(jobs: int) -> None:
-    """Set a worker up: its share of the cores, and an end when the sweep ends, even by SIGKILL."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
-    transformers.utils.logging.disable_progress_bar()
+def start(prepare: Callable[[int], None], jobs: int) -> None:
+    """Set a worker up, to end when the parent does, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -84,6 +82,7 @@ def prepare(jobs: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    prepare(jobs)
 
 
 def on_ray(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[Outcome[T, R]]:

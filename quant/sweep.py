@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import transformers
 from tqdm import tqdm
 
@@ -120,7 +121,15 @@ def run(
     """Measure tasks wherever the options say."""
     if ray:
         return pool.on_ray(measure, tasks)
-    return pool.serial(measure, tasks) if jobs == 1 else pool.parallel(measure, tasks, jobs)
+    if jobs == 1:
+        return pool.serial(measure, tasks)
+    return pool.parallel(measure, tasks, jobs, prepare)
+
+
+def prepare(jobs: int) -> None:
+    """A worker's share of the cores."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
+    transformers.utils.logging.disable_progress_bar()
 
 
 def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict[str, str]:

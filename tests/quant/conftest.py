@@ -1,0 +1,24 @@
+"""Small texts, and a small random checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_checkpoint
+from tests.training.texts import write_texts
+from training.analyze.measure import Data
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Books and evaluation sets of a few hundred words."""
+    return Data(*write_texts(tmp_path_factory.mktemp("texts")))
+
+
+@pytest.fixture(scope="session")
+def softpick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random softpick model."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "softpick"
+    return tiny_checkpoint(folder, "softpick", max_position_embeddings=64, num_hidden_layers=2)

@@ -1,0 +1,212 @@
+"""One cell measured, for every variant: what is measured is what training.analyze measures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from attn_kernels import variant_names
+from quant.cell import Cell, cells
+from quant.errors import Refusal
+from quant.measure import Samples, Subject, Task, changes, key_of, measure
+from quant.model import linears, put, quantize, stored_bytes
+from quant.outliers import figures
+from quant.schemes.registry import get_scheme
+from quant.scorer import Comparison, Recorder, WatchedScorer
+from quant.texts import calibration
+from quant.weight import Grid
+from tests.tiny import tiny_checkpoint
+from training.analyze.measure import Checkpoint, Data
+from training.analyze.transformers_scorer import TransformersScorer, load
+from training.books import split
+
+SAMPLES = Samples(sequences=2, length=48, pairs=2, passages=3, calibration=2)
+
+
+def task(folder: Path, cell: Cell, data: Data, records: Path, baseline: Any = None) -> Task:
+    key = key_of(Checkpoint(folder), cell, SAMPLES, data)
+    return Task(folder, cell, SAMPLES, data, records, key, baseline)
+
+
+@pytest.mark.parametrize("variant", variant_names())
+def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(
+        tmp_path / variant, variant, max_position_embeddings=64, num_hidden_layers=2
+    )
+    exact = measure(task(folder, Cell(), data, tmp_path))
+    assert exact["variant"] == variant and exact["size"]["quantized_bytes"] == 0
+    # The same measures through training.analyze's own scorer.
+    checkpoint = Subject(folder, SAMPLES.length)
+    scorer = TransformersScorer(folder, quiet=True)
+    for one in SAMPLES.measures():
+        for name, estimate in one.run(checkpoint, data, scorer).summary.items():
+            found = exact["summary"][f"{one.name}: {name}"]
+            assert found[0] == pytest.approx(estimate.value, rel=1e-4)
+    divergences = {}
+    for cell in (
+        Cell(weights=8, scheme="rtn", group=32),
+        Cell(weights=2, scheme="rtn", group=32),
+        Cell(weights=8, scheme="gptq", activations=8),
+        Cell(activations=4, static=True),
+        Cell(kv=8),
+        Cell(kv=2),
+    ):
+        found = measure(task(folder, cell, data, tmp_path, exact["units"]))
+        value = found["summary"]["test KL"][0]
+        divergences[cell.name] = value
+        assert value > 0 and 0 <= found["summary"]["test top-1"][0] <= 1
+        spread = found["details"]["KL over tokens"]["test"]
+        assert 0 <= spread["median"] <= spread["99 %"] <= spread["largest"]
+        change = found["summary"]["test loss change"][0]
+        losses = (found, exact)
+        after, before = (r["summary"]["perplexity: test loss"][0] for r in losses)
+        assert change == pytest.approx(after - before, abs=1e-4)
+    assert divergences["weights-rtn-w8-g32"] < 0.1 * divergences["weights-rtn-w2-g32"]
+    assert divergences["kv-kv8"] < 0.1 * divergences["kv-kv2"]
+
+
+@torch.inference_mode()
+def test_divergence_is_that_of_the_definition(softpick: Path, data: Data, tmp_path: Path) -> None:
+    checkpoint, perplexity = Subject(softpick, 48), SAMPLES.measures()[0]
+    model = load(softpick)
+    record = Recorder(tmp_path / "record")
+    perplexity.run(checkpoint, data, WatchedScorer(model, watcher=record))
+    record.close()
+    itself = Comparison(tmp_path / "record")
+    perplexity.run(checkpoint, data, WatchedScorer(model, watcher=itself))
+    for text in ("validation", "test", "wikitext2"):
+        assert 0 <= itself.summary()[f"{text} KL"].value < 1e-5
+        assert itself.summary()[f"{text} top-1"].value == 1
+
+    other = load(softpick)
+    quantize(other, get_scheme("rtn"), Grid(2), torch.empty(0))
+    found = Comparison(tmp_path / "record")
+    perplexity.run(checkpoint, data, WatchedScorer(other, watcher=found))
+    tokens = checkpoint.encode(split(data.books).test.read_text())[:96]
+    each = []
+    for piece in (tokens[:48], tokens[48:]):
+        ids = torch.tensor([[checkpoint.bos, *piece[:-1]]])
+        p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (model, other))
+        each.append(torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1))
+        same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+        assert found.agreement["test"][len(each) - 1] == pytest.approx(float(same))
+    for index, exact in enumerate(each):
+        assert found.divergence["test"][index] == pytest.approx(exact.numpy(), rel=0.02, abs=1e-4)
+
+
+def test_changes_are_in_pairs() -> None:
+    def units(losses: list[float], correct: list[int]) -> dict[str, Any]:
+        return {
+            "perplexity": {
+                text: {"sequence_losses": losses} for text in ("validation", "test", "wikitext2")
+            },
+            "lambada": {"hits": correct, "losses": losses},
+            "blimp": {"correct": {"one": correct, "two": correct}},
+        }
+
+    before, after = units([1.0, 5.0, 9.0], [1, 0, 0]), units([1.1, 5.1, 9.1], [1, 0, 1])
+    found = changes(after, before)
+    # All changes are the same, so nothing is uncertain, far as the losses lie apart.
+    assert found["test loss change"] == pytest.approx((0.1, 0.1, 0.1))
+    assert found["lambada accuracy change"].value == pytest.approx(1 / 3)
+    mean, low, high = found["blimp change"]
+    error = math.sqrt(2 * np.var([0, 0, 1], ddof=1) / 3) / 2
+    assert (mean, high - low) == pytest.approx((1 / 3, 2 * 1.959964 * error))
+
+
+def test_calibration_is_on_training_books_only(softpick: Path, data: Data) -> None:
+    checkpoint = Subject(softpick, 40)
+    found = calibration(checkpoint, data.books, 5, seed=0)
+    assert found.shape == (5, 40) and (found[:, 0] == checkpoint.bos).all()
+    assert torch.equal(found, calibration(checkpoint, data.books, 5, seed=0))
+    assert not torch.equal(found, calibration(checkpoint, data.books, 5, seed=1))
+    train = [file.read_text() for file in split(data.books).train]
+    for row in found:
+        text = checkpoint.tokenizer.decode(row[1:].tolist())
+        assert any(text in book for book in train)
+
+
+def test_sizes(softpick: Path) -> None:
+    model = load(softpick)
+    total = sum(p.numel() for p in model.parameters())
+    assert stored_bytes(model, {}, 2) == 2 * total
+    found = quantize(model, get_scheme("rtn"), Grid(4, None, True), torch.empty(0))
+    numbers = sum(weight.codes.numel() for weight in found.values())
+    scales = sum(len(weight.codes) for weight in found.values())
+    assert stored_bytes(model, found, 2) == 2 * (total - numbers) + numbers // 2 + 2 * scales
+    assert {weight.packed_bytes for weight in found.values()} >= {128 * 128 // 2 + 2 * 128}
+
+
+def test_a_tied_head_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "tied", "softmax", tie_word_embeddings=True)
+    model = load(folder)
+    embeddings = model.model.embed_tokens.weight.clone()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    total = sum(p.numel() for p in model.parameters())
+    head = get_scheme("rtn")(model.lm_head.weight.data, Grid(4))
+    put(linears(model, lm_head=True)["lm_head"], head)
+    assert torch.equal(model.model.embed_tokens.weight, embeddings)
+    assert torch.equal(model.lm_head.weight, head.dequantize())
+    assert stored_bytes(model, {"lm_head": head}, 4) == 4 * total + head.packed_bytes
+
+
+def test_outlier_figures() -> None:
+    kurtosis, ratio = figures(torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    assert (kurtosis, ratio) == pytest.approx((1.0, 1.0))
+    kurtosis, _ = figures(torch.randn(200_000, generator=torch.manual_seed(0)))
+    assert kurtosis == pytest.approx(3, abs=0.1)
+    assert figures(torch.tensor([1.0, -2.0, 10.0, 1.0]))[1] == pytest.approx(10)
+
+
+def test_cells() -> None:
+    def made(**changes: Any) -> list[Cell]:
+        options: dict[str, Any] = {
+            "whats": ["weights"],
+            "schemes": ["rtn"],
+            "bits": [4],
+            "groups": [64],
+            "symmetric": False,
+            "act_order": False,
+            "lm_head": False,
+            "static": False,
+            "activation_bits": 8,
+            "kv_bits": 6,
+        }
+        return cells(**options | changes)
+
+    assert made() == [Cell(weights=4, scheme="rtn", group=64)]
+    everything = made(
+        whats=["weights", "weights+activations", "kv", "activations", "weights+kv"],
+        schemes=["rtn", "hqq", "gptq"],
+        bits=[2, 3, 4, 8],
+        groups=[64, None],
+        act_order=True,
+    )
+    assert len(everything) == 3 * 4 * 3 * 2 + 4 + 4
+    names = [cell.name for cell in everything]
+    assert len(set(names)) == len(names)
+    for name in (
+        "weights-gptq-w3-gchannel-actorder",
+        "weights+activations-rtn-w2-g64-a8",
+        "weights+kv-hqq-w8-g64-kv6",
+        "kv-kv3",
+        "activations-a2",
+    ):
+        assert name in names
+    for cell in everything:
+        assert cell.bits in (2, 3, 4, 8)
+        assert sorted(cell.what.split("+")) == sorted(set(cell.what.split("+")))
+    for change, message in (
+        ({"bits": [9]}, "9 bits: use a width from 2 to 8"),
+        ({"kv_bits": 1}, "1 bits"),
+        ({"schemes": ["awq"]}, "unknown scheme 'awq'"),
+        ({"whats": ["weights+cache"]}, "unknown --what 'weights\\+cache'"),
+        ({"whats": ["kv+kv"]}, "unknown --what"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            made(**change)
