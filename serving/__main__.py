@@ -1,16 +1,36 @@
-"""python -m serving (or attnserve-gateway): run the gateway. It is set by environment variables:
+"""python -m serving (or attnserve-gateway): run the gateway.
+
+  attnserve-gateway                       one server; the environment variables below set it up
+  attnserve-gateway --config FILE         any number of servers; FILE: see docs/GATEWAY.md
+  attnserve-gateway --config FILE --check-config      whether FILE is good; runs nothing
+  attnserve-gateway keys new NAME         make a client's key; FILE gets only its hash
+
+FILE is read again when it changes or on SIGHUP; a bad one is refused and the old one stays. With
+--config, the variables are not read. They are:
 
 {settings}
 """
 
 import argparse
+import json
+import resource
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import uvicorn
 from pydantic import ValidationError
 
-from serving.app import create_app
-from serving.settings import Settings, describe
+from serving.app import App
+from serving.config import Config, ConfigError, KeyEntry, describe, load
+from serving.gateway import Gateway
+from serving.keys import digest, new_key
+from serving.logs import configure
+from serving.settings import Settings
+
+KEEP_ALIVE_SECONDS = 75
+"""How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load
+balancer 60 s), so that it is they who close it and none sends into one just being closed."""
 
 
 def help_text() -> str:
@@ -22,25 +42,87 @@ def help_text() -> str:
     return __doc__.format(settings="\n".join(lines))
 
 
-def main() -> None:
-    """Run the gateway until SIGINT or SIGTERM; exit 2 on settings that make no sense."""
-    argparse.ArgumentParser(
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
         prog="attnserve-gateway",
         description=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML (default: none)")
+    parser.add_argument("--check-config", action="store_true", help="check the file and exit")
+    commands = parser.add_subparsers(dest="command", metavar="keys new NAME")
+    keys = commands.add_parser("keys", help="make a client's key")
+    new = keys.add_subparsers(required=True, metavar="new").add_parser("new", help="a new one")
+    new.add_argument("name", help="whose it is, for metrics and logs")
+    options = parser.parse_args(arguments)
+    if options.check_config and options.config is None:
+        parser.error("--check-config needs --config FILE")
+    return options
+
+
+def print_new_key(name: str) -> None:
+    """A new key, for once, and the entry for the configuration."""
+    key = new_key()
     try:
-        settings = Settings()
+        KeyEntry(name=name, sha256=digest(key))
     except ValidationError as error:
         sys.exit(f"attnserve-gateway: {describe(error)}")
+    print(f"The key, which is shown only now: {key}\n\nUnder `keys:` in the configuration:")
+    print(f"  - name: {name}\n    sha256: {digest(key)}\n")
+    print(json.dumps({"name": name, "key": key, "sha256": digest(key)}))
+
+
+def print_config(config: Config, path: Path) -> None:
+    """What a good configuration says, in short."""
+    for model in config.models:
+        bits = "" if model.bits is None else f"{model.bits:g} bits"
+        print(f"{model.name:24} {model.variant:12} {bits:8} {' '.join(model.replicas)}")
+    counts = {"models": len(config.models), "keys": len(config.keys)}
+    print(json.dumps({"config": str(path), "ok": True, **counts}))
+
+
+def read(path: Path | None) -> Config:
+    """The configuration; raises ConfigError."""
+    if path is not None:
+        return load(path)
+    try:
+        return Settings().config()
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def serve(config: Config, path: Path | None) -> None:
+    """Run the gateway until SIGINT or SIGTERM, then let what runs finish."""
+    configure(config.logging.level)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
+        App(Gateway(config, path)),
+        host=config.host,
+        port=config.port,
         access_log=False,
+        log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=settings.drain_seconds,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=config.timeouts.drain,
     )
+
+
+def main() -> None:
+    """Exit 1 with one line on a configuration that makes no sense."""
+    options = parse()
+    if options.command == "keys":
+        print_new_key(options.name)
+        return
+    try:
+        config = read(options.config)
+    except ConfigError as error:
+        sys.exit(f"attnserve-gateway: {error}")
+    if options.check_config:
+        print_config(config, options.config)
+        return
+    serve(config, options.config)
 
 
 if __name__ == "__main__":

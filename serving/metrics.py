@@ -1,23 +1,30 @@
-"""What the gateway counts, and the ASGI middleware that counts it for every route."""
+"""What the gateway counts. docs/GATEWAY.md has the list; the dashboard asks for nothing else."""
 
-import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
 )
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-CLIENT_LEFT = "499"
+if TYPE_CHECKING:
+    from serving.gateway import Gateway
+    from serving.routing import Model
+
+CLIENT_LEFT = 499
 """The status counted for a request whose client left before an answer began (nginx's number)."""
 
-TTFT_BUCKETS = (
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
 
+MODEL = ("model", "variant", "bits")
 
 disable_created_metrics()  # they are half of the page, and nobody reads them
 
@@ -27,65 +34,127 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "attnserve_requests",
+        ProcessCollector(registry=self.registry)
+        self.requests = self._counter(
+            "requests",
             "Requests answered; status 499: the client left before the answer began",
-            ["route", "status"],
-            registry=self.registry,
+            "route",
+            *MODEL,
+            "status",
         )
-        self.in_flight = Gauge(
-            "attnserve_requests_in_flight",
-            "Requests that have arrived and are not yet answered in full",
-            registry=self.registry,
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds",
+            "From a streamed request's arrival to the first event of its answer",
         )
-        self.ttft = Histogram(
-            "attnserve_time_to_first_token_seconds",
-            "From a streamed request's arrival to the first byte of its answer's body",
-            ["route"],
-            buckets=TTFT_BUCKETS,
-            registry=self.registry,
+        self.itl = self._histogram(
+            "inter_token_latency_seconds", "Between two pieces of a stream that have tokens"
         )
-        self.upstream_errors = Counter(
-            "attnserve_upstream_errors",
-            "Requests that the upstream failed, by reason",
-            ["reason"],
-            registry=self.registry,
+        self.duration = self._histogram(
+            "request_duration_seconds", "From a request's arrival to its end, aborted ones included"
         )
-        self.disconnects = Counter(
-            "attnserve_client_disconnects",
-            "Requests cut off by their client, and therefore aborted upstream",
-            ["route"],
-            registry=self.registry,
+        self.queue = self._histogram(
+            "queue_seconds", "From a request's parsed body to a replica with room for it"
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", *MODEL)
+        self.completion_tokens = self._counter("completion_tokens", "Tokens of answers", *MODEL)
+        self.aborts = self._counter(
+            "aborts",
+            "Requests whose client left: body, queue, before_first_token, mid_stream, whole",
+            *MODEL,
+            "stage",
+        )
+        self.retries = self._counter(
+            "retries", "Requests sent to a further replica, by what failed at the one before",
+            *MODEL, "reason",
+        )  # fmt: skip
+        self.upstream_errors = self._counter(
+            "upstream_errors", "Attempts that a replica failed, by reason", *MODEL, "reason"
+        )
+        self.errors = self._counter(
+            "errors", "Answers that are errors of the gateway's own, by their code", *MODEL, "code"
+        )
+        self.key_requests = self._counter("key_requests", "Requests of a key", "key")
+        self.key_tokens = self._counter("key_tokens", "Tokens of a key's requests", "key")
+        self.reloads = self._counter(
+            "config_reloads",
+            "Changed configurations, by what came of them: used, refused",
+            "result",
         )
 
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"attnserve_{name}", text, labels, registry=self.registry)
 
-class CountRequests:
-    """Middleware: requests in flight, and requests by route and status."""
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"attnserve_{name}", text, MODEL, buckets=SECONDS, registry=self.registry)
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
+    def of(self, model: str, variant: str, bits: str) -> "ModelMetrics":
+        """What is counted in each request, for one model."""
+        return ModelMetrics(self, (model, variant, bits))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count one request; other kinds of scope pass."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        scope["attnserve.arrival"] = time.perf_counter()
-        status = CLIENT_LEFT
 
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = str(message["status"])
-            await send(message)
+class ModelMetrics:
+    """The children of one model: finding them by their labels costs more than counting."""
 
-        with self.metrics.in_flight.track_inprogress():
-            try:
-                await self.app(scope, receive, send_and_note)
-            except Exception:
-                status = "500"  # written further out, by starlette's own error handling
-                raise
-            finally:
-                route = getattr(scope.get("route"), "path", "unmatched")
-                self.metrics.requests.labels(route, status).inc()
+    def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
+        self.labels = labels
+        self.ttft = metrics.ttft.labels(*labels)
+        self.itl = metrics.itl.labels(*labels)
+        self.duration = metrics.duration.labels(*labels)
+        self.queue = metrics.queue.labels(*labels)
+        self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
+        self.completion_tokens = metrics.completion_tokens.labels(*labels)
+
+
+class LiveState(Collector):
+    """Gauges that are read off the gateway when somebody asks, so that none goes stale."""
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self.gateway = gateway
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing before it is asked."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges as of now."""
+        gateway = self.gateway
+        flying = GaugeMetricFamily(
+            "attnserve_requests_in_flight", "Requests that are not yet answered in full"
+        )
+        flying.add_metric([], gateway.in_flight)
+        yield flying
+        queue = self._family("queue_length", "Requests that wait for a replica with room", *MODEL)
+        replicas = [
+            ("in_flight", "Requests of this gateway at a replica", lambda r: r.in_flight),
+            ("healthy", "1: a replica answers its health check", lambda r: r.healthy is True),
+            (
+                "circuit_open",
+                "1: a replica's circuit is not closed",
+                lambda r: r.circuit != "closed",
+            ),
+            ("kv_cache_usage_ratio", "Part of a replica's KV cache in use", lambda r: r.kv_usage),
+            ("waiting", "Requests in a replica's own queue", lambda r: r.waiting),
+        ]
+        families = [
+            (self._family(f"replica_{name}", text, "replica", *MODEL), value)
+            for name, text, value in replicas
+        ]
+        for model in gateway.all_models():
+            labels = labels_of(model)
+            queue.add_metric(labels, gateway.queue.length(model.entry.name))
+            for replica in model.replicas:
+                for family, value in families:
+                    if (found := value(replica)) is not None:
+                        family.add_metric([replica.url, *labels], found)
+        yield queue
+        for family, _ in families:
+            yield family
+
+    @staticmethod
+    def _family(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"attnserve_{name}", text, labels=labels)
+
+
+def labels_of(model: "Model") -> list[str]:
+    """The labels of a model of the configuration."""
+    return [model.entry.name, *model.labels]

@@ -1,19 +1,9 @@
-"""What the gateway can be told, all of it through environment variables."""
+"""The simple case: one vLLM server, everything set through environment variables."""
 
-from typing import Annotated
-from urllib.parse import urlsplit
-
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-
-def _plain_http_url(value: str) -> str:
-    """An http(s) address without query or fragment, and without a slash at the end."""
-    parts = urlsplit(value)
-    is_http = parts.scheme in ("http", "https") and parts.hostname
-    if not is_http or parts.query or parts.fragment or parts.port == 0:  # port may raise, too
-        raise ValueError("must be an address like http://127.0.0.1:8000")
-    return value.rstrip("/")
+from serving.config import EVERY, Config, Health, Limits, ModelEntry, Timeouts, Url
 
 
 class Settings(BaseSettings):
@@ -29,9 +19,7 @@ class Settings(BaseSettings):
     port: int = Field(8080, alias="GATEWAY_PORT", ge=1, le=65535)
     """The port to listen on."""
 
-    upstream_url: Annotated[str, AfterValidator(_plain_http_url)] = Field(
-        "http://127.0.0.1:8000", alias="UPSTREAM_URL"
-    )
+    upstream_url: Url = Field("http://127.0.0.1:8000", alias="UPSTREAM_URL")
     """The vLLM server, without /v1."""
 
     connect_seconds: float = Field(5.0, alias="UPSTREAM_CONNECT_SECONDS", gt=0)
@@ -49,10 +37,17 @@ class Settings(BaseSettings):
     drain_seconds: int = Field(10, alias="GATEWAY_DRAIN_SECONDS", ge=0)
     """How long running requests may go on after SIGTERM."""
 
-
-def describe(error: ValidationError) -> str:
-    """A validation error in one line: each variable, what is wrong with it, what it was."""
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
-        for e in error.errors()
-    )
+    def config(self) -> Config:
+        """The same as a configuration: one server, for every model."""
+        return Config(
+            host=self.host,
+            port=self.port,
+            models=(ModelEntry(name=EVERY, replicas=(self.upstream_url,)),),
+            limits=Limits(max_body_bytes=self.max_body_bytes),
+            timeouts=Timeouts(
+                connect=self.connect_seconds,
+                silence=self.silence_seconds,
+                drain=self.drain_seconds,
+            ),
+            health=Health(timeout=self.health_seconds),
+        )

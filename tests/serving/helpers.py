@@ -3,6 +3,8 @@
 import http.client
 import json
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvicorn
+import yaml
+
+from serving.app import App
+from serving.config import Config
+from serving.gateway import Gateway
 from tests.servers import Server, end_group, free_port, spawn, wait_until_healthy
+from tests.serving.standin import wait_for
 
 MODEL = "tiny"
 """The name under which the upstream of these tests serves its model."""
@@ -29,6 +38,93 @@ def gateway_server(upstream_url: str, log_folder: Path, **env: str) -> Iterator[
         yield Server(url, process.pid, log_file)
     finally:
         end_group(process)
+
+
+FAST = {"every": 0.05, "timeout": 1.0, "failures": 2}
+"""Health checks for tests, which do not wait for seconds."""
+
+
+class Running:
+    """A gateway in a thread of this process, behind a real uvicorn; `gateway` is its state."""
+
+    def __init__(self, **config: Any) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.gateway = Gateway(Config.model_validate({"health": FAST, **config, "port": port}))
+        settings = uvicorn.Config(
+            App(self.gateway),
+            port=port,
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=1,
+        )
+        self.server = uvicorn.Server(settings)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started or any(
+            r.healthy is None for r in self.gateway.replicas.values()
+        ):
+            assert self.thread.is_alive(), "the gateway did not start"
+            time.sleep(0.005)
+
+    def apply(self, **config: Any) -> None:
+        """Use another configuration, as a changed file would."""
+        new = Config.model_validate({"health": FAST, **config, "port": self.gateway.config.port})
+        loop = self.server.servers[0].get_loop()
+        loop.call_soon_threadsafe(self.gateway.apply, new)
+        wait_for(lambda: self.gateway.config is new, "the configuration is used")
+
+    def metric(self, start: str) -> float:
+        """The sum of the lines of /metrics that start like this."""
+        lines = ask(self.url, "GET", "/metrics").body.decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start))
+
+
+@contextmanager
+def running(*upstreams: str, **config: Any) -> Iterator[Running]:
+    """A gateway for model "m" on `upstreams`, or for the `models` of `config`."""
+    if upstreams:
+        config["models"] = [{"name": "m", "variant": "v", "bits": 8, "replicas": list(upstreams)}]
+    gateway = Running(**config)
+    try:
+        yield gateway
+    finally:
+        gateway.server.should_exit = True
+        gateway.thread.join(10)
+
+
+@contextmanager
+def configured(folder: Path, config: dict[str, Any], **env: str) -> Iterator[Server]:
+    """`python -m serving --config folder/gateway.yaml` in a process of its own."""
+    port = free_port()
+    file = folder / "gateway.yaml"
+    file.write_text(yaml.safe_dump({**config, "port": port}))
+    log_file = folder / f"gateway-{port}.log"
+    process = spawn([sys.executable, "-m", "serving", "--config", str(file)], log_file, env)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(url, process, log_file, timeout=60, path="/metrics")
+        yield Server(url, process.pid, log_file)
+    finally:
+        end_group(process)
+
+
+def open_request(url: str, body: Any, **headers: str) -> http.client.HTTPConnection:
+    """A request to /v1/completions that has been sent and not been answered."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json", **named}
+    )
+    return connection
+
+
+def leave(connection: http.client.HTTPConnection) -> None:
+    """Close the socket at once, as a killed client does."""
+    assert connection.sock is not None
+    connection.sock.close()
+    connection.close()
 
 
 def completion(url: str, timeout: float = 60, **fields: Any) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.servers import Server
-from tests.serving.helpers import MODEL, completion
+from tests.serving.helpers import MODEL, completion, leave
+from tests.serving.standin import wait_for
 
 SOON = 10.0
 """Seconds; a request of one token takes a fraction of one."""
@@ -32,13 +32,6 @@ def connect(url: str, stream: bool) -> http.client.HTTPConnection:
     return connection
 
 
-def leave(connection: http.client.HTTPConnection) -> None:
-    """Close the socket at once, as a killed client does."""
-    assert isinstance(connection.sock, socket.socket)
-    connection.sock.close()
-    connection.close()
-
-
 def upstream_gauge(upstream: Server, name: str) -> float:
     """One of vLLM's own gauges."""
     return metric(upstream, f"vllm:{name}{{")
@@ -53,14 +46,6 @@ def metric(server: Server, start: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start))
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait until `condition` holds."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"not within 30 s: {what}"
-        time.sleep(0.05)
-
-
 def assert_seat_is_free(upstream: Server) -> None:
     """The next request is answered soon."""
     began = time.monotonic()
@@ -70,7 +55,7 @@ def assert_seat_is_free(upstream: Server) -> None:
 
 def disconnects(gateway: Server) -> float:
     """How many clients have left, by the gateway's own count."""
-    return metric(gateway, "attnserve_client_disconnects_total{")
+    return metric(gateway, "attnserve_aborts_total{")
 
 
 @pytest.mark.parametrize("time_of_day", range(3))

@@ -7,7 +7,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from serving.settings import Settings, describe
+from serving.config import describe
+from serving.settings import Settings
 
 
 @pytest.mark.parametrize(

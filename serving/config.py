@@ -1,0 +1,288 @@
+"""The gateway's configuration: what a YAML file may say, and the file itself."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+
+class ConfigError(Exception):
+    """Why a configuration cannot be used, in one line."""
+
+
+def http_url(value: str) -> str:
+    """An http(s) address without user, query or fragment, and without a slash at the end."""
+    parts = urlsplit(value)
+    extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
+    is_http = parts.scheme in ("http", "https") and parts.hostname
+    if not is_http or extra or parts.port == 0:  # port may raise, too
+        raise ValueError("must be an address like http://127.0.0.1:8000")
+    return value.rstrip("/")
+
+
+Url = Annotated[str, AfterValidator(http_url)]
+
+EVERY = "*"
+"""The name of a model entry that takes every model that no other entry names."""
+
+
+class Part(BaseModel):
+    """A part of the configuration: unknown names are errors, so that a slip is seen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelEntry(Part):
+    """A model, and the vLLM servers that serve it: its replicas, any of which may answer."""
+
+    name: str = Field(min_length=1)
+    """What clients ask for and the servers' --served-model-name; "*": every model not named
+    elsewhere."""
+
+    variant: str = ""
+    """The attention variant; a label of the metrics."""
+
+    bits: float | None = Field(None, gt=0)
+    """Bits of a weight (or of whatever is quantized); a label of the metrics."""
+
+    replicas: tuple[Url, ...] = Field(min_length=1)
+    """The servers' addresses, without /v1."""
+
+    api_key_env: str | None = None
+    """The environment variable that has the servers' own API key."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_set(cls, name: str | None) -> str | None:
+        if name and not os.environ.get(name):
+            raise ValueError("the environment has no such variable")
+        return name
+
+    @property
+    def api_key(self) -> str | None:
+        """The servers' own API key, which is in the environment and never in the file."""
+        return os.environ[self.api_key_env] if self.api_key_env else None
+
+    @field_validator("replicas")
+    @classmethod
+    def _once(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(replicas)) < len(replicas):
+            raise ValueError("the same address twice")
+        return replicas
+
+
+class KeyEntry(Part):
+    """A client's key, and what it may use. `attnserve-gateway keys new NAME` writes one."""
+
+    name: str = Field(pattern=r"^[\w.@-]{1,64}$")
+    """For metrics and logs, which never have the key."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """The key's SHA-256 in hexadecimal digits."""
+
+    requests_per_minute: int | None = Field(None, gt=0)
+    """None: as many as come."""
+
+    tokens_per_minute: int | None = Field(None, gt=0)
+    """Prompt and answer together. None: no limit."""
+
+    max_concurrent: int | None = Field(None, gt=0)
+    """Requests at a time. None: no limit."""
+
+
+class Limits(Part):
+    """What the gateway takes, and when it makes requests wait or turns them away."""
+
+    max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
+    """Largest request body; larger ones get 413."""
+
+    max_prompt_chars: int | None = Field(None, gt=0)
+    """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
+
+    default_max_tokens: int = Field(512, gt=0)
+    """Tokens reserved for an answer whose request has no max_tokens (chat)."""
+
+    max_concurrent_per_replica: int | None = Field(None, gt=0)
+    """Requests that this gateway has open at one server. None: no limit."""
+
+    max_kv_usage: float = Field(0.95, gt=0, le=1)
+    """A server whose KV cache is fuller (vllm:kv_cache_usage_perc) gets no further request."""
+
+    max_waiting: int = Field(32, ge=0)
+    """Nor does one with more requests in its own queue (vllm:num_requests_waiting)."""
+
+    queue_size: int = Field(256, ge=0)
+    """Requests of one model that wait here for a server with room; others get 503."""
+
+    queue_seconds: float = Field(30.0, gt=0)
+    """Longest wait there; then 503."""
+
+
+class Timeouts(Part):
+    """All in seconds."""
+
+    body: float = Field(30.0, gt=0)
+    """For the client to send its request's body; then 408."""
+
+    connect: float = Field(5.0, gt=0)
+    """Longest wait for a connection to a server."""
+
+    silence: float = Field(600.0, gt=0)
+    """Longest wait for the next byte of an answer; without streaming, that is the whole of it."""
+
+    total: float = Field(3600.0, gt=0)
+    """Longest time for one answer."""
+
+    idle: float = Field(4.0, gt=0)
+    """How long a connection to a server is kept: less than the server does (vLLM: 5 s), because a
+    request sent to one just being closed is lost."""
+
+    drain: int = Field(60, ge=0)
+    """How long running requests may go on after SIGTERM."""
+
+
+class Health(Part):
+    """How the servers are watched: /health and /metrics, asked for again and again."""
+
+    every: float = Field(1.0, gt=0)
+    """Seconds between two looks."""
+
+    timeout: float = Field(2.0, gt=0)
+    """Longest wait for an answer, in seconds."""
+
+    failures: int = Field(3, gt=0)
+    """Looks without success after which a server gets no requests while others can take them."""
+
+
+class Breaker(Part):
+    """A server that fails requests is left alone for a while, then tried with one."""
+
+    failures: int = Field(3, gt=0)
+    """Failures in a row that open the circuit."""
+
+    open_seconds: float = Field(5.0, gt=0)
+    """How long it stays open; doubled, up to eight times, while the one that tries fails."""
+
+
+class Routing(Part):
+    """Which of a model's servers with room gets a request."""
+
+    policy: Literal["prefix", "least_loaded"] = "prefix"
+    """prefix: the same beginning of a prompt goes to the same server, whose prefix cache has it,
+    unless that is overloaded."""
+
+    prefix_chars: int = Field(256, gt=0)
+    """How much of a prompt counts as its beginning, in characters (or token ids)."""
+
+    overload: float = Field(1.5, ge=1)
+    """A server is overloaded that has this many times the average load."""
+
+    retries: int = Field(2, ge=0)
+    """Further servers that are tried while nothing has been sent to the client."""
+
+
+class Logging(Part):
+    """JSON lines on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe line that is written."""
+
+    requests: bool = True
+    """A line for each request: who, what, how long; never keys, prompts or answers."""
+
+
+class Config(Part):
+    """The whole file."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    """The address to listen on; needs a restart."""
+
+    port: int = Field(8080, ge=1, le=65535)
+    """The port to listen on; needs a restart."""
+
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    keys: tuple[KeyEntry, ...] = ()
+    """Without any, every client may use everything."""
+
+    protect_metrics: bool = False
+    """/metrics asks for a key, too."""
+
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    health: Health = Health()
+    breaker: Breaker = Breaker()
+    routing: Routing = Routing()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _no_name_twice(self) -> Self:
+        for what, names in (
+            ("models", [m.name for m in self.models]),
+            ("keys", [k.name for k in self.keys]),
+            ("keys", [k.sha256 for k in self.keys]),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{what} has {name} twice")
+        return self
+
+
+def load(path: Path) -> Config:
+    """The configuration in a file.
+
+    Raises:
+        ConfigError: with the file and what is wrong in it, in one line.
+    """
+    try:
+        data = yaml.load(path.read_bytes(), StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must have `models:` at its top; docs/GATEWAY.md has an example")
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from None
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which a name that stands twice in one place is an error, not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """One mapping."""
+        names = []
+        for key, _ in node.value:
+            if key.value in names:
+                problem = f"{key.value!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            names.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def describe(error: ValidationError) -> str:
+    """A validation error in one line: each name, what it was, what is wrong with it."""
+    lines = []
+    for e in error.errors():
+        name = ".".join(map(str, e["loc"]))
+        value = "" if isinstance(e["input"], dict | list) or "sha256" in name else repr(e["input"])
+        message = e["msg"].removeprefix("Value error, ")
+        lines.append(f"{name}={value}: {message}" if value else f"{name}: {message}".lstrip(": "))
+    return re.sub(r"\s+", " ", "; ".join(lines))

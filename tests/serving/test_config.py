@@ -1,0 +1,191 @@
+"""The YAML configuration: what is wrong with it is said in one line, and what is right is used."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serving.config import Config, ConfigError, load
+from serving.keys import digest, new_key
+from tests.servers import Server
+from tests.serving.helpers import ask, configured, open_request
+from tests.serving.standin import standin, wait_for
+
+GOOD: dict[str, Any] = {"models": [{"name": "m", "replicas": ["http://127.0.0.1:1"]}]}
+
+
+def write(folder: Path, text: str | dict[str, Any]) -> Path:
+    """A configuration's file."""
+    file = folder / "gateway.yaml"
+    file.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: [", "line 1, column 10"),
+        ("- a", "must have `models:` at its top"),
+        ("", "must have `models:` at its top"),
+        ("models: []", "models: Tuple should have at least 1 item"),
+        ("\x00", "special characters are not allowed"),
+        ("models: x\nmodels: y", "line 2, column 1: 'models' stands here twice"),
+        ({**GOOD, "modles": 1}, "modles=1: Extra inputs are not permitted"),
+        ({**GOOD, "limits": {"queue_size": -1}}, "limits.queue_size=-1: "),
+        ({**GOOD, "port": 65536}, "port=65536: "),
+        ({"models": [*GOOD["models"], *GOOD["models"]]}, "models has m twice"),
+        ({"models": [{"name": "m"}]}, "models.0.replicas: Field required"),
+        ({"models": [{"name": "m", "replicas": ["ftp://x"]}]}, "must be an address like"),
+        ({"models": [{"name": "m", "replicas": ["http://u:p@x"]}]}, "must be an address like"),
+        ({"models": [{**GOOD["models"][0], "api_key_env": "NO_SUCH"}]}, "no such variable"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(
+    tmp_path: Path, text: str | dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    line = str(caught.value)
+    assert said in line and str(tmp_path) in line
+    assert "\n" not in line
+
+
+def test_key_instead_of_its_hash_is_refused_without_repeating_it(tmp_path: Path) -> None:
+    key = new_key()
+    file = write(tmp_path, {**GOOD, "keys": [{"name": "a", "sha256": key}]})
+    with pytest.raises(ConfigError, match=r"keys\.0\.sha256") as caught:
+        load(file)
+    assert key not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*: No such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_example_in_the_docs_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/GATEWAY.md").read_text()
+    example = text.split("```yaml\n")[1].split("```")[0]
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    config = load(write(tmp_path, example))
+    assert len(config.models) >= 2 and config.keys
+
+
+def test_docs_name_every_setting_and_its_default() -> None:
+    text = (Path(__file__).parents[2] / "docs/GATEWAY.md").read_text()
+    for section in ("limits", "timeouts", "health", "breaker", "routing", "logging"):
+        part = getattr(Config.model_validate(GOOD), section)
+        for name, field in type(part).model_fields.items():
+            assert field.description, f"{section}.{name} has no docstring"
+            default = "none" if field.default is None else f"{field.default}".lower()
+            assert f"`{section}.{name}` | {default} |" in text
+
+
+def run_gateway(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command itself, for cases in which it ends at once."""
+    command = [sys.executable, "-m", "serving", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_check_config(tmp_path: Path) -> None:
+    good = run_gateway("--config", str(write(tmp_path, GOOD)), "--check-config")
+    assert good.returncode == 0
+    assert json.loads(good.stdout.splitlines()[-1])["models"] == 1
+    bad = run_gateway("--config", str(write(tmp_path, "models: []")), "--check-config")
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("attnserve-gateway: ") and bad.stderr.count("\n") == 1
+
+
+def test_keys_new() -> None:
+    made = json.loads(run_gateway("keys", "new", "alice").stdout.splitlines()[-1])
+    assert made["name"] == "alice"
+    assert made["sha256"] == digest(made["key"])
+    assert run_gateway("keys", "new", "two words").returncode == 1
+
+
+def models(gateway: Server) -> list[str]:
+    """The ids of /v1/models."""
+    return [entry["id"] for entry in ask(gateway.url, "GET", "/v1/models").json()["data"]]
+
+
+def test_reload(tmp_path: Path) -> None:
+    """By change of the file and by SIGHUP; bad ones are refused; nothing that runs is disturbed."""
+    with standin("a", "b") as upstream:
+
+        def config(*names: str) -> dict[str, Any]:
+            return {"models": [{"name": n, "replicas": [upstream.url]} for n in names]}
+
+        with configured(tmp_path, config("a")) as gateway:
+            file = tmp_path / "gateway.yaml"
+            port = yaml.safe_load(file.read_text())["port"]
+            upstream.between_s = 0.1
+            body = {"model": "a", "prompt": "x", "max_tokens": 40, "stream": True}
+            stream = open_request(gateway.url, body).getresponse()
+            assert stream.readline()
+
+            file.write_text(yaml.safe_dump({**config("a", "b"), "port": port}))
+            wait_for(lambda: models(gateway) == ["a", "b"], "the new file is used")
+
+            file.write_text("models: [")
+            wait_for(lambda: "configuration refused" in gateway.log(), "the bad file is refused")
+            (line,) = (x for x in gateway.log().splitlines() if "configuration refused" in x)
+            assert "line 1, column 10" in json.loads(line)["message"]
+            assert models(gateway) == ["a", "b"]
+
+            stat = file.stat()
+            text = yaml.safe_dump({**config("b"), "port": port})
+            file.write_text(text)
+            # Not seen by the clock: the time of the bad file again, as coarse clocks may have it.
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            os.kill(gateway.pid, signal.SIGHUP)
+            wait_for(lambda: models(gateway) == ["b"], "SIGHUP reads the file")
+            assert stream.read().endswith(b"data: [DONE]\n\n")  # of a model that has gone
+            metrics = ask(gateway.url, "GET", "/metrics").body.decode()
+            assert 'attnserve_config_reloads_total{result="refused"} 1.0' in metrics
+
+
+def test_port_needs_a_restart(tmp_path: Path) -> None:
+    with configured(tmp_path, GOOD) as gateway:
+        write(tmp_path, {**GOOD, "port": 1})
+        wait_for(lambda: "a changed port needs a restart" in gateway.log(), "it says so")
+
+
+def test_shutdown_finishes_streams_and_refuses_new_ones(tmp_path: Path) -> None:
+    with standin() as upstream:
+        upstream.between_s = 0.1
+        config = {"models": [{"name": "m", "replicas": [upstream.url]}]}
+        with configured(tmp_path, config) as gateway:
+            body = {"model": "m", "prompt": "x", "max_tokens": 15, "stream": True}
+            stream = open_request(gateway.url, body).getresponse()
+            assert stream.readline()
+            os.kill(gateway.pid, signal.SIGTERM)
+            time.sleep(0.3)
+            with pytest.raises(ConnectionRefusedError):
+                ask(gateway.url, "GET", "/health")
+            assert stream.read().endswith(b"data: [DONE]\n\n")
+            assert upstream.finished == 1
+            assert "Traceback" not in gateway.log()
+
+
+def test_shutdown_cuts_what_takes_longer_than_drain(tmp_path: Path) -> None:
+    with standin() as upstream:
+        upstream.between_s = 0.1
+        config = {
+            "models": [{"name": "m", "replicas": [upstream.url]}],
+            "timeouts": {"drain": 1},
+        }
+        with configured(tmp_path, config) as gateway:
+            body = {"model": "m", "prompt": "x", "max_tokens": 1000, "stream": True}
+            stream = open_request(gateway.url, body).getresponse()
+            os.kill(gateway.pid, signal.SIGTERM)
+            last = stream.read().strip().split(b"\n\n")[-1]
+            assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+            wait_for(lambda: upstream.aborted == 1, "the upstream is freed")
+            assert "Traceback" not in gateway.log()
