@@ -63,7 +63,8 @@ def _window(
             try:
                 while tasks or running:
                     while tasks and len(running) < jobs:
-                        running[pool.submit(attempt, work, tasks[0])] = tasks.pop(0)
+                        submitted = pool.submit(attempt, work, tasks[0])
+                        running[submitted] = tasks.pop(0)
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         outcome = done.result()
                         yield running.pop(done), outcome

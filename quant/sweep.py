@@ -314,14 +314,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     written = report.write(options.out) if results else {}
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    cells_done = {
-        f"{stored.checkpoint} {stored.cell.name}": report.brief(stored) for stored in results
+    divergences = {
+        f"{stored.checkpoint} {stored.cell.name}": stored.summary["test KL"].json()
+        for stored in results
+        if stored.cell != Cell()
     }
-    print(
-        json.dumps(
-            {"out": str(options.out), "written": written, "cells": cells_done, "failed": failures}
-        )
-    )
+    line = {"out": str(options.out), "written": written, "test KL": divergences, "failed": failures}
+    print(json.dumps(line))
     if failures:
         sys.exit(1)
 

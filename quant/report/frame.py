@@ -10,9 +10,9 @@ import pandas as pd
 
 from quant.cell import Cell
 from quant.store import Stored
-from training.analyze.intervals import Estimate
 
 ENDS = ("", " low", " high")
+INTEGERS = ("bits", "cell weights", "cell activations", "cell kv", "cell group", "resident bytes")
 
 
 def setting(cell: Cell) -> str:
@@ -60,11 +60,7 @@ def row(stored: Stored) -> dict[str, Any]:
 def frame(results: Sequence[Stored]) -> pd.DataFrame:
     """All cells, with value and ends of the 95 % interval of every figure."""
     rows = pd.DataFrame([row(stored) for stored in results])
-    integers = [name for name in rows if name in ("bits", "resident bytes") or "cell " in str(name)]
-    for name in integers:
-        if rows[name].map(lambda value: isinstance(value, int | float)).any():
-            rows[name] = rows[name].astype("Int64") if rows[name].dtype != bool else rows[name]
-    return rows
+    return rows.astype(dict.fromkeys(INTEGERS, "Int64"))  # they may be missing
 
 
 COLUMNS: dict[str, tuple[str, int, float]] = {
@@ -97,9 +93,3 @@ def table(results: Sequence[Stored]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-
-
-def brief(stored: Stored) -> dict[str, list[float | None]]:
-    """The same figures for the JSON line."""
-    found: dict[str, Estimate] = stored.summary
-    return {name: found[name].json() for name in COLUMNS if name in found}

@@ -1,0 +1,151 @@
+"""Single layers, and a width for each within a budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quant import sensitivity
+from quant.errors import Refusal
+from quant.measure import Subject
+from quant.mixed import Price, path, total, within
+from training.analyze.measure import Data
+from training.books import split
+
+Capture = pytest.CaptureFixture[str]
+PRICES = {
+    "a": {2: Price(1.0, 20), 4: Price(0.10, 40), 8: Price(0.01, 80)},
+    "b": {2: Price(0.1, 20), 4: Price(0.05, 40), 8: Price(0.02, 80)},
+    "c": {2: Price(9.0, 10), 4: Price(0.02, 20), 8: Price(0.00, 40)},
+}
+
+
+def test_path_goes_from_the_largest_to_the_smallest() -> None:
+    steps = path(PRICES)
+    assert steps[0] == dict.fromkeys("abc", 8) and steps[-1] == dict.fromkeys("abc", 2)
+    sizes = [total(PRICES, widths) for widths in steps]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    # The cheapest step for a byte comes first: b to 4 bits costs 0.03 / 40.
+    assert steps[1] == {"a": 8, "b": 4, "c": 8}
+
+
+def test_path_takes_the_cheapest_byte() -> None:
+    """Convex prices: every step of the greedy path is as good as any choice of its size."""
+    for widths in path(PRICES)[:4]:
+        size = total(PRICES, widths)
+        cost = sum(PRICES[layer][bits].divergence for layer, bits in widths.items())
+        for bits in itertools.product((2, 4, 8), repeat=3):
+            other = dict(zip("abc", bits, strict=True))
+            if total(PRICES, other) <= size:
+                assert cost <= 1e-9 + sum(PRICES[k][b].divergence for k, b in other.items())
+
+
+def test_budget() -> None:
+    assert within(PRICES, 200) == dict.fromkeys("abc", 8)
+    found = within(PRICES, 100)
+    assert total(PRICES, found) <= 100 and found == dict.fromkeys("abc", 4)
+    with pytest.raises(ValueError, match="49 bytes is too small: the least possible is 50"):
+        within(PRICES, 49)
+
+
+def test_a_worse_larger_width_is_left_first() -> None:
+    prices = {
+        "a": {4: Price(0.1, 40), 8: Price(0.2, 80)},
+        "b": {4: Price(0.1, 40), 8: Price(0, 80)},
+    }
+    assert path(prices)[1] == {"a": 4, "b": 8}
+
+
+def test_held_out(softpick: Path, data: Data) -> None:
+    checkpoint = Subject(softpick, 40)
+    found = sensitivity.held_out(checkpoint, split(data.books).test, 3)
+    tokens = checkpoint.encode(split(data.books).test.read_text())
+    assert found.shape == (3, 40) and found[0, 1:].tolist() == tokens[:39]
+    starts = [tokens.index(int(row[1])) for row in found]
+    assert starts[0] == 0 and (found[:, 0] == checkpoint.bos).all()
+    with pytest.raises(Refusal, match="lower --length"):
+        sensitivity.held_out(Subject(softpick, 64), Path(__file__).with_name("__init__.py"), 3)
+
+
+def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) -> None:
+    argv = [str(softpick), f"--books={data.books}", f"--out={tmp_path}", "--length=48"]
+    argv += ["--sequences=2", "--calibration=2", "--group=32", "--bits", "2", "4", "8"]
+
+    def run(*more: str) -> dict[str, Any]:
+        capsys.readouterr()
+        sensitivity.main([*argv, *more])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    found = run()
+    assert Path(found["plot"]).stat().st_size > 1000
+    summary = json.loads(Path(found["out"]).read_text())
+    assert len(summary["layers"]) == 14
+    # Layers cost more at fewer bits, and the whole model more than any of its layers.
+    singles = {bits: [own[bits][0] for own in summary["layers"].values()] for bits in "248"}
+    means = [float(np.mean(singles[bits])) for bits in "248"]
+    assert means[0] > means[1] > means[2] > 0
+    uniform = {p[2]: p[3] for p in found["points"] if p[0] == "uniform"}
+    assert len(uniform) == 3 and max(uniform.values()) > max(singles["2"])
+    mixed = [p for p in found["points"] if p[0] == "mixed"]
+    sizes = [p[1] for p in mixed]
+    assert len(set(sizes)) == len(sizes) > 3
+    # The ends of the frontier are the uniform widths: the same weights, the same divergence.
+    ends = {p[1]: p[3] for p in mixed}
+    for point in found["points"]:
+        if point[0] == "uniform" and point[1] in (min(sizes), max(sizes)):
+            assert ends[point[1]] == point[3]
+
+    # What is measured is not measured again, also after a line that was cut short.
+    (journal,) = tmp_path.glob("*.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-1]) + lines[-1][:5])
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        original = sensitivity.Divergence.__call__
+        patch.setattr(
+            sensitivity.Divergence,
+            "__call__",
+            lambda self: (calls.append(1), original(self))[1],
+        )
+        again = run("--budget", str(sizes[2]))
+    assert again["points"][: len(found["points"])] == found["points"] and len(calls) <= 2
+    (budget,) = [p for p in again["points"] if p[0] == "budget"]
+    assert budget[1] <= sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--bits 1", "1 bits: use a width from 2 to 8"),
+        ("--scheme awq", "unknown scheme 'awq'"),
+        ("--scheme hqq --symmetric", "hqq has no symmetric form"),
+        ("--books nowhere", "emma.txt is not there"),
+        ("--budget 5", "a budget of 5 bytes is too small: the least possible is"),
+    ],
+)
+def test_refusals(
+    change: str, message: str, softpick: Path, data: Data, tmp_path: Path, capsys: Capture
+) -> None:
+    argv = [str(softpick), f"--books={data.books}", f"--out={tmp_path}", "--length=48"]
+    argv += ["--sequences=2", "--calibration=2", "--scheme=rtn", *change.split()]
+    with pytest.raises(SystemExit) as stopped:
+        sensitivity.main(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_another_checkpoints_values_are_not_taken(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    sensitivity.Journal(file, {"checkpoint": "1", "seed": 0}, force=False).add("a", [0.5])
+    assert sensitivity.Journal(file, {"checkpoint": "1", "seed": 0}, force=False).values == {
+        "a": [0.5]
+    }
+    with pytest.raises(Refusal, match="has values with another checkpoint: --force"):
+        sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=False)
+    assert not sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=True).values

@@ -1,0 +1,278 @@
+"""`python -m quant.sweep` as a user runs it: measured once, resumed after a kill, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+from quant import sweep
+from quant.cell import Cell
+from quant.measure import Task
+from quant.report import __main__ as report
+from quant.store import read, read_all
+from training.analyze.measure import Data
+
+Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parents[2]
+SAMPLES = {"sequences": 2, "length": 48, "pairs": 2, "passages": 2, "calibration": 2, "jobs": 1}
+SMALL = [f"--{name}={value}" for name, value in SAMPLES.items()]
+
+
+@pytest.fixture(scope="session")
+def texts(data: Data) -> list[str]:
+    """The options that name small texts and samples."""
+    return [*SMALL, f"--books={data.books}", f"--eval={data.evaluation}"]
+
+
+def last_line(capsys: Capture) -> dict[str, Any]:
+    """The JSON object that ends the output."""
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def times(out: Path) -> dict[str, int]:
+    """When each result was written."""
+    return {path.stem: path.stat().st_mtime_ns for path in out.glob("cells/*/*.json")}
+
+
+def test_results_reports_and_what_is_there_already(
+    softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    argv = [str(softpick), *texts, f"--out={tmp_path}", "--bits", "2", "8", "--groups", "32"]
+    argv += ["--what", "weights", "kv"]
+    sweep.main([*argv, "--schemes", "rtn"])
+    output = capsys.readouterr()
+    assert "5 cells to measure, 0 there already" in output.out
+    assert "100%" in output.err and "5/5" in output.err
+    line = json.loads(output.out.splitlines()[-1])
+    names = {"unquantized", "weights-rtn-w2-g32", "weights-rtn-w8-g32", "kv-kv2", "kv-kv8"}
+    expected = {f"softpick {name}" for name in names - {"unquantized"}}
+    assert set(line["test KL"]) == expected and not line["failed"]
+    assert set(times(tmp_path)) == names
+
+    # More schemes: only those are measured. Every output holds every cell.
+    before = times(tmp_path)
+    sweep.main([*argv, "--schemes", "rtn", "hqq", "gptq"])
+    assert "4 cells to measure, 5 there already" in capsys.readouterr().out
+    after = times(tmp_path)
+    assert len(after) == 9 and before.items() <= after.items()
+    results = read_all(tmp_path)
+    assert results[0].cell == Cell() and len(results) == 9
+    rows = pd.read_csv(tmp_path / "cells.csv")
+    assert len(rows) == len(json.loads((tmp_path / "cells.json").read_text())) == 9
+    for stored, (_, row) in zip(results, rows.iterrows(), strict=True):
+        assert row["what"] == stored.cell.what and row["bytes"] == stored.size["bytes"]
+        if stored.cell != Cell():
+            ends = [row[f"test KL{end}"] for end in ("", " low", " high")]
+            assert ends == pytest.approx(list(stored.summary["test KL"]))
+    assert {"resident bytes", "tokens per second"} <= set(rows)
+    plots = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    assert plots == {"degradation-weights", "degradation-kv", "outliers"}
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page
+
+    # The report is the same when it is made again from the results alone.
+    for path in (*tmp_path.glob("cells.*"), tmp_path / "report.html"):
+        path.unlink()
+    report.main([f"--results={tmp_path}"])
+    assert last_line(capsys)["cells"] == 9
+    assert (tmp_path / "report.html").read_text() == page
+    assert len(pd.read_csv(tmp_path / "cells.csv")) == 9
+
+
+def test_a_kill_loses_one_cell(softpick: Path, texts: list[str], tmp_path: Path) -> None:
+    argv = [str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits"]
+    bits = [str(width) for width in range(2, 9)]
+    command = [sys.executable, "-m", "quant.sweep", *argv, *bits]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while len(times(tmp_path)) < 3 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = times(tmp_path)
+    assert 3 <= len(before) < 8
+    for path in tmp_path.glob("cells/*/*.json"):
+        assert read(path).checkpoint == "softpick"
+    measured: list[Task] = []
+    original = sweep.measure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "measure", lambda task: (measured.append(task), original(task))[1])
+        sweep.main([*argv, *bits])
+    assert len(measured) == 8 - len(before)
+    after = times(tmp_path)
+    assert len(after) == 8 and before.items() <= after.items()
+
+
+def test_a_failed_cell_does_not_stop_the_others(
+    softpick: Path,
+    texts: list[str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = sweep.measure
+
+    def measure(task: Task) -> dict[str, Any]:
+        if task.cell.kv == 4:
+            raise RuntimeError("out of\nluck")
+        return original(task)
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    argv = [str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "2", "4", "8"]
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(argv)
+    assert stopped.value.code == 1
+    output = capsys.readouterr()
+    assert "failed: softpick kv-kv4: RuntimeError: out of luck" in output.err
+    assert json.loads(output.out.splitlines()[-1])["failed"] == {
+        "softpick kv-kv4": "RuntimeError: out of luck"
+    }
+    assert set(times(tmp_path)) == {"unquantized", "kv-kv2", "kv-kv8"}
+    monkeypatch.undo()
+    sweep.main(argv)
+    assert set(times(tmp_path)) == {"unquantized", "kv-kv2", "kv-kv4", "kv-kv8"}
+
+
+def test_without_the_unquantized_model_there_is_nothing_to_compare_with(
+    softpick: Path,
+    texts: list[str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(task: Task) -> dict[str, Any]:
+        raise MemoryError
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main([str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "8"])
+    assert stopped.value.code == 1
+    failed = last_line(capsys)["failed"]
+    assert failed["softpick kv-kv8"] == "the unquantized model could not be measured"
+    assert not times(tmp_path)
+
+
+def test_a_result_of_something_else_is_not_replaced(
+    softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    argv = [str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "8"]
+    sweep.main(argv)
+    before = times(tmp_path)
+    line = refusal(capsys, *argv, "--pairs", "3")
+    assert "holds a result with another samples: --force measures again and replaces it" in line
+    assert times(tmp_path) == before
+    sweep.main([*argv, "--pairs", "3", "--force"])
+    assert before.keys() == times(tmp_path).keys() and before.items().isdisjoint(
+        times(tmp_path).items()
+    )
+    (tmp_path / "cells" / "softpick" / "kv-kv8.json").write_text("{}")
+    assert "is not a result of quant.sweep" in refusal(capsys, *argv, "--pairs", "3")
+
+
+def refusal(capsys: Capture, *argv: str) -> str:
+    """The one line of a call that must fail before any work begins."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(list(argv))
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert "cells to measure" not in output.out
+    return output.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--bits 1", "1 bits: use a width from 2 to 8"),
+        ("--bits 4 16", "16 bits: use a width from 2 to 8"),
+        ("--bits four", "invalid int value: 'four'"),
+        ("--schemes awq", "unknown scheme 'awq': use one of rtn, hqq, gptq, compressed-tensors"),
+        ("--schemes hqq --symmetric", "scheme hqq has no symmetric form: leave out --symmetric"),
+        ("--schemes compressed-tensors --groups 48", "cannot cut 128 columns into groups of 48"),
+        ("--what cache", "unknown --what 'cache': use one or several of weights, activations, kv"),
+        ("--groups 0", "'0' is not a whole number above 0"),
+        ("--ray", "--ray needs the library ray, which is not installed: leave it out"),
+        ("--books nowhere", "emma.txt is not there: name the folder of books with --books"),
+        ("--eval nowhere", "name its folder with --eval"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    change: str, message: str, softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    if "--ray" in change and sweep.installed("ray"):
+        pytest.skip("ray is installed here, so that it is not missing")
+    line = refusal(capsys, str(softpick), *texts, f"--out={tmp_path}", *change.split())
+    assert message in line
+    assert not times(tmp_path)
+
+
+def test_checkpoints_that_there_are_not(
+    softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    line = refusal(capsys, "nowhere", *texts, f"--out={tmp_path}")
+    assert "nowhere has no config.json: name a checkpoint's folder" in line
+    line = refusal(capsys, str(softpick), str(softpick), *texts, f"--out={tmp_path}")
+    assert "two checkpoints are called softpick: their results would clash" in line
+
+
+def test_a_width_or_library_that_a_scheme_lacks(
+    softpick: Path,
+    texts: list[str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With schemes like those of libraries that are not installed here."""
+    rtn = sweep.SCHEMES["rtn"]
+    few = dataclasses.replace(rtn, name="few", bits=range(4, 9, 4))
+    lacking = dataclasses.replace(rtn, name="lacking", library="no_such_library")
+    monkeypatch.setitem(sweep.SCHEMES, "few", few)
+    monkeypatch.setitem(sweep.SCHEMES, "lacking", lacking)
+    argv = [str(softpick), *texts, f"--out={tmp_path}", "--bits", "3", "4", "--schemes"]
+    assert refusal(capsys, *argv, "few").endswith("scheme few cannot do 3 bits: it has 4, 8")
+    line = refusal(capsys, *argv, "lacking")
+    assert "needs the library no_such_library, which is not installed" in line
+
+
+def test_jobs_fit_into_memory(softpick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = psutil.virtual_memory()._replace(available=3 * sweep.WORKER_BYTES)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert sweep.affordable(8, [softpick]) == 2
+    free = free._replace(available=0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert sweep.affordable(8, [softpick]) == 1
+
+
+def test_no_results_to_report(tmp_path: Path, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        report.main([f"--results={tmp_path}"])
+    assert stopped.value.code == 2
+    assert "holds no results: run python -m quant.sweep" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow  # two processes that import torch and transformers: 20 s of processor time
+def test_two_jobs(softpick: Path, texts: list[str], tmp_path: Path) -> None:
+    argv = [str(softpick), *texts, "--what", "weights", "--bits", "2", "3", "--groups", "32"]
+    command = [sys.executable, "-m", "quant.sweep", *argv, "--jobs", "2", f"--out={tmp_path}/two"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    sweep.main([*argv, f"--out={tmp_path}/one"])
+    one, two = (read_all(tmp_path / name) for name in ("one", "two"))
+    assert [stored.cell for stored in one] == [stored.cell for stored in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.summary.keys() == b.summary.keys()
+        for name, estimate in a.summary.items():
+            assert b.summary[name].value == pytest.approx(estimate.value, rel=1e-3, abs=1e-5)
