@@ -26,7 +26,7 @@ class Greedy(NamedTuple):
     `margins` are the distances between the best and the second-best logit of each step: a token
     may differ from the law's only where the margin is within the rounding of what is tested.
     `closest_eviction` is the least distance, over all evictions, between the accumulator of the
-    token that went and of the runner-up; infinite where nothing was evicted.
+    token that went and of the runner-up, unless both are 0; infinite where there was none.
     """
 
     tokens: list[int]
@@ -141,7 +141,8 @@ class LawModel:
                 key=lambda token: (-token.accumulator, token.position),
             )
             stored.remove(ranked[0])
-            if len(ranked) > 1:
+            # Two that nothing was added to tie however scores are rounded: the older one goes.
+            if len(ranked) > 1 and ranked[0].accumulator > 0:
                 gap = (ranked[0].accumulator - ranked[1].accumulator) / 2**16
                 self.closest_eviction = min(self.closest_eviction, gap)
         stored.append(Stored(self.position, k, v))

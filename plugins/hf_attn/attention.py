@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import and_masks, sdpa_mask, sliding_window_overlay
 
-from attn_kernels import Variant, attend, get_variant, variant_from_config, variant_names
+from attn_kernels import (
+    Variant,
+    attend,
+    get_variant,
+    pruning,
+    variant_from_config,
+    variant_names,
+)
+from attn_kernels.variants.selective import Selective
 from hf_attn.configuration import VariantLlamaConfig
 
 
@@ -101,6 +109,11 @@ def attention_forward(
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
         if variant.stateful and penalty is None:
+            if isinstance(variant, Selective) and variant.kv_budgets:
+                raise ValueError(
+                    f"{type(module).__name__} cannot prune to kv_budgets: use a checkpoint of "
+                    "VariantLlamaForCausalLM"
+                )
             if q.shape[-2] != k.shape[-2]:
                 raise ValueError(
                     f"{name} attention needs the earlier queries, which the cache of "
@@ -165,6 +178,38 @@ def selection_penalty(
     state = key.new_zeros(key.shape[0], num_keys)
     penalty, _ = variant.select(query, key, earlier, scaling, state)
     return penalty.index_select(-2, rows)
+
+
+def pruned_penalty(
+    query: Tensor, key: Tensor, mask: Tensor, rows: Tensor, scaling: float, budget: int
+) -> tuple[Tensor, Tensor]:
+    """What `selection_penalty` gives, and who still sees what, where a layer keeps `budget` tokens
+    (`attn_kernels.pruning`).
+
+    All tokens stay in the cache here: this shows what a server that drops them answers, and saves
+    nothing. It is carried out again for the whole sequence at every call, token by token.
+
+    Args:
+        query, key, rows, scaling: as for `selection_penalty`.
+        mask: bool `[batch, 1, len(rows), num_keys]`.
+        budget: tokens that the layer keeps.
+
+    Returns:
+        `(penalty [batch, len(rows), num_keys], mask [batch, 1, len(rows), num_keys])`.
+    """
+    penalty = key.new_zeros(mask.shape[0], *mask.shape[2:])
+    mask = mask.clone()
+    for b in range(len(mask)):
+        tokens = mask[b, 0].any(0).nonzero()[:, 0]  # the others are padding
+        added = pruning.fixed_point(query[b, 0, tokens] * scaling @ key[b, 0, tokens].mT).tril(-1)
+        before = (added.cumsum(0) - added).clamp(max=pruning.LARGEST)
+        order = torch.arange(len(tokens))
+        deaths, _ = pruning.evict(before.cpu(), order, 0, budget)
+        index = torch.searchsorted(tokens, rows).clamp(max=len(tokens) - 1)
+        alive = index[:, None] < deaths.to(rows.device)
+        mask[b, 0][:, tokens] &= alive
+        penalty[b][:, tokens] = before[index].to(key.dtype) / 2**pruning.FRACTION_BITS
+    return penalty, mask
 
 
 def _variant_of(name: str, module: nn.Module) -> Variant:

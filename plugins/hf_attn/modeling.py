@@ -14,7 +14,14 @@ from transformers import Cache, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from hf_attn.attention import attention_forward, selecting_head, selection_penalty
+from attn_kernels import VariantError
+from attn_kernels.variants.selective import Selective
+from hf_attn.attention import (
+    attention_forward,
+    pruned_penalty,
+    selecting_head,
+    selection_penalty,
+)
 from hf_attn.configuration import VariantLlamaConfig
 
 
@@ -29,6 +36,13 @@ class VariantLlamaAttention(LlamaAttention):
     def __init__(self, config: VariantLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.variant = config.variant
+        budgets = self.variant.kv_budgets if isinstance(self.variant, Selective) else ()
+        if budgets and len(budgets) != config.num_hidden_layers:
+            raise VariantError(
+                f"kv_budgets has {len(budgets)} entries and the model {config.num_hidden_layers} "
+                "layers: give one budget a layer"
+            )
+        self.budget = budgets[layer_idx] if budgets else None
         for name in self.variant.learned:
             setattr(self, name, nn.Parameter(torch.empty(config.num_attention_heads)))
 
@@ -91,9 +105,13 @@ class VariantLlamaAttention(LlamaAttention):
             v, q0 = v[:, :-1], v[:, -1:]
             dtype = torch.promote_types(q.dtype, torch.float32)
             with torch.autocast(q.device.type, enabled=False):
-                penalty = selection_penalty(
-                    self.variant, q0.to(dtype), k0.to(dtype), own_key, self.scaling
-                )
+                q0, k0 = q0.to(dtype), k0.to(dtype)
+                if self.budget is None:
+                    penalty = selection_penalty(self.variant, q0, k0, own_key, self.scaling)
+                else:
+                    penalty, attention_mask = pruned_penalty(
+                        q0, k0, attention_mask, own_key, self.scaling, self.budget
+                    )
             if penalties is not None:
                 penalties.append(penalty)
         output, weights = attention_forward(
