@@ -17,9 +17,14 @@ from training.analyze import store
 from training.analyze.intervals import Estimate, mean_interval
 from training.analyze.length import BINS, multiples
 from training.analyze.measure import Result
+from training.budgets.measured import Budgets
+from training.budgets.result import Found
+from training.budgets.table import Row
+from training.budgets.targets import Target
 from training.report.__main__ import main
 from training.report.claims import PAPERS
 from training.report.evidence import Evidence, Missing, load
+from training.report.figures import less_memory
 from training.report.rules import Condition, Range, Verdict, decide, widened
 
 MULTIPLE = 16
@@ -72,6 +77,23 @@ class World:
             }
         )
         rates.to_csv(folder / "rates.csv", index=False)
+        self.pruning().write(folder / "budgets")
+
+    def pruning(self) -> Found:
+        """A path to 32 times less memory, which costs 0.02 nats; softmax allows 0.05 more than
+        selective's loss."""
+        allowance = mean_interval(0.05 - self.loss.get("selective", 0.0) + self._noise(20))
+        about = {"checkpoint": "selective", "reference": "softmax", "length": 512}
+        sequences = {"search": 2, "judged": 20, "test": 2}
+        target = Target("softmax", 4.05, [16] * 4, 4.02, True)
+        rises = {512: 0.0, 32: 0.01, 16: 0.02}
+        path: list[tuple[Budgets, float]] = [((b,) * 4, rise) for b, rise in rises.items()]
+        losses = Estimate(4.0, 3.9, 4.1), Estimate(0.1, 0.0, 0.2)
+        rows = [
+            Row("softmax", "none", "unpruned", [512] * 4, 1.0, 1000, *losses),
+            Row("selective", "selective", "softmax", [16] * 4, 32.0, 1000, *losses),
+        ]
+        return Found(about | {"sequences": sequences}, losses[0], allowance, [target], path, rows)
 
     def _noise(self, *shape: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         return self.rng.normal(0, self.noise, shape)
@@ -143,6 +165,12 @@ def as_the_papers_say(**changes: Any) -> World:
     return World(**fields | changes)
 
 
+def read(folder: Path) -> Evidence:
+    """A world's evidence."""
+    parts = ("results", "checkpoints", "rates.csv", "budgets")
+    return load(*(folder / part for part in parts))
+
+
 @pytest.fixture
 def verdicts(tmp_path: Path) -> Callable[[World], dict[str, Verdict]]:
     """Writes a world, reads it, and judges every claim: `{"LSSA: equal loss at 1x": ...}`."""
@@ -150,7 +178,7 @@ def verdicts(tmp_path: Path) -> Callable[[World], dict[str, Verdict]]:
     def judged(world: World) -> dict[str, Verdict]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         world.write(folder)
-        evidence = load(folder / "results", folder / "checkpoints", folder / "rates.csv")
+        evidence = read(folder)
         return {
             f"{paper.title.split()[0].strip(',')}: {claim.text}": claim.judge(evidence).verdict
             for paper in PAPERS
@@ -160,7 +188,7 @@ def verdicts(tmp_path: Path) -> Callable[[World], dict[str, Verdict]]:
     return judged
 
 
-UNMEASURED = "Selective: 16, 25, 47 times less attention memory at contexts of 512, 1024, 2048"
+UNMEASURED = "Selective: less attention memory at contexts of 1024 and 2048"
 Judge = Callable[[World], dict[str, Verdict]]
 
 
@@ -218,6 +246,17 @@ def test_without_an_effect_in_the_control_nothing_is_shown(
     assert {found[name] for name in others - {UNMEASURED}} == {Verdict.AGREES}
 
 
+def test_memory_at_softmaxs_loss(tmp_path: Path) -> None:
+    """The figure is where the allowed rise is on the path, its interval that of the allowance."""
+    world = as_the_papers_say(loss={"selective": 0.035})
+    world.write(tmp_path)
+    finding = less_memory("selective", 512, Range(low=16.0), read(tmp_path))
+    assert finding.ours.endswith("times less memory at softmax's validation loss: 16.0 [1.0, 32.0]")
+    assert finding.verdict is Verdict.UNDECIDED
+    with pytest.raises(Missing, match="at 1024 tokens"):
+        less_memory("selective", 1024, Range(low=16.0), read(tmp_path))
+
+
 def test_runs_of_other_lengths_are_not_compared(verdicts: Judge) -> None:
     found = verdicts(as_the_papers_say(steps={"ssmax": 150}))
     assert found["Scalable: lower training loss"] is Verdict.MISSING
@@ -248,6 +287,7 @@ def run(folder: Path, out: Path) -> None:
             f"--results={folder / 'results'}",
             f"--checkpoints={folder / 'checkpoints'}",
             f"--learning-rates={folder / 'rates.csv'}",
+            f"--budgets={folder / 'budgets'}",
             f"--out={out / 'RESULTS.md'}",
             f"--figures={out / 'results'}",
         ]
@@ -261,9 +301,9 @@ def test_the_same_results_give_the_same_files(
     for out in ("first", "second"):
         run(tmp_path / "world", tmp_path / out)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["figures"] == ["training", "length", "attention", "passkey"]
+    assert last["figures"] == ["training", "length", "attention", "passkey", "pruning"]
     files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.*"))
-    assert len(files) == 5
+    assert len(files) == 6
     for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     text = (tmp_path / "first" / "RESULTS.md").read_text()
@@ -275,6 +315,8 @@ def test_the_same_results_give_the_same_files(
         for verdict in paper.values()
     )
     assert "| ssmax | 4.400 | 4.600 | 0.001 |" in text
+    assert "| softmax | 4.0500 | 16, 16, 16, 16 | 32.0 |" in text
+    assert "| selective | selective | softmax | 16.0 | 32.0 | 54.60 [49.40, 60.34] |" in text
     assert "Not there" not in text
 
 
@@ -288,11 +330,13 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
             path.rmdir()
     for file in (world / "results" / "ssmax").iterdir():
         file.unlink()
+    (world / "budgets" / "selective.json").unlink()
     (world / "rates.csv").unlink()
     run(world, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not there: lssa, selective. Trained but not analyzed: ssmax." in text
     assert "no result length of lssa" in text and "No table of learning rates" in text
+    assert "no result of training.budgets of selective at 512 tokens" in text
     verdicts = json.loads(capsys.readouterr().out.splitlines()[-1])["verdicts"]
     assert set(verdicts["LSSA (arXiv 2501.13428)"].values()) == {Verdict.MISSING}
     assert Verdict.AGREES in verdicts["LSSAR, p = 15 (arXiv 2501.13428)"].values()
@@ -309,7 +353,7 @@ def test_results_of_other_texts_are_not_compared(tmp_path: Path) -> None:
     as_the_papers_say().write(tmp_path)
     path = tmp_path / "results" / "softpick" / "lambada.json"
     path.write_text(path.read_text().replace('"texts": {}', '"texts": {"a.txt": "1"}'))
-    evidence = load(tmp_path / "results", tmp_path / "checkpoints", tmp_path / "rates.csv")
+    evidence = read(tmp_path)
     assert isinstance(evidence, Evidence)
     with pytest.raises(Missing, match="lambada of softpick and softmax differ in their texts"):
         evidence.pair("softpick", "softmax", "lambada")

@@ -25,7 +25,7 @@ from training.analyze.measure import Checkpoint, digest
 from training.analyze.store import ROOT
 from training.books import BOOKS, Split, split
 from training.budgets.forward import Forward, Refusal
-from training.budgets.measured import Measured
+from training.budgets.measured import Budgets, Measured
 from training.budgets.plot import save
 from training.budgets.result import FOLDER, Found, write_checkpoint
 from training.budgets.table import compare, text_table
@@ -128,7 +128,11 @@ def run(o: argparse.Namespace) -> Found:
     rises = [(f"+{percent:g} %", higher(unpruned.value, percent)) for percent in o.rise]
     targets, path = find(validation, [main_target, *rises])
 
-    chosen = {tuple(target.budgets): target.name for target in targets if target.reached}
+    chosen: dict[Budgets, str] = {}
+    for target in targets:
+        if target.reached:
+            same = chosen.get(tuple(target.budgets))
+            chosen[tuple(target.budgets)] = f"{same}, {target.name}" if same else target.name
     for budget in o.uniform:  # points of the path that keep about as much
         wanted = budget * model.layers
         nearest = min(path, key=lambda budgets: abs(sum(budgets) - wanted))

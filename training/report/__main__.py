@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.analyze.store import FOLDER, ROOT
+from training.budgets.result import FOLDER as BUDGETS
 from training.report.claims import PAPERS
-from training.report.document import document, table, write
+from training.report.document import document, write
 from training.report.evidence import load
+from training.report.markdown import table
 from training.report.plots import draw
 
 
@@ -36,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         ROOT / "training" / "results" / "learning_rate.csv",
         "table of training.learning_rate",
     )
+    add("--budgets", BUDGETS, "folder that training.budgets wrote")
     add("--out", ROOT / "docs" / "RESULTS.md", "the document")
     add("--figures", ROOT / "docs" / "results", "folder of the PNG files")
     options = parser.parse_args(argv)
     try:
-        evidence = load(options.results, options.checkpoints, options.learning_rates)
+        evidence = load(
+            options.results, options.checkpoints, options.learning_rates, options.budgets
+        )
     except ValueError as error:
         parser.error(str(error))
     plots = draw(evidence, options.figures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from attn_kernels import variant_names
@@ -12,9 +12,9 @@ from training.analyze.perplexity import TEXTS
 from training.analyze.store import Stored
 from training.report.claims import PAPERS
 from training.report.evidence import Evidence
+from training.report.markdown import table
+from training.report.pruning import pruning
 from training.report.rules import SEED_NOISE, Finding, Verdict
-
-Cells = Sequence[str]
 
 RULES = f"""\
 Each claim is tested by one figure, and stands in one range. The rule is the same for all:
@@ -62,18 +62,15 @@ def document(evidence: Evidence, plots: Sequence[str], plot_folder: str) -> str:
         "## Passkey",
         passkeys(evidence),
         plot("passkey", "Gain and accuracy against length"),
+        "## Context pruning",
+        pruning(evidence),
+        plot("pruning", "Perplexity against memory"),
         "## vLLM beside transformers",
         engines(evidence),
         "## How it was measured",
         provenance(evidence),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def table(header: Cells, rows: Iterable[Cells], left: int = 1) -> str:
-    """A Markdown table; all columns but the first `left` are aligned to the right."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def opening(evidence: Evidence) -> str:

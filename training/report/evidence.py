@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from training.analyze.intervals import Estimate, mean_interval
 from training.analyze.length import BINS
 from training.analyze.store import Stored, read
+from training.budgets.result import Found
 
 Values = NDArray[np.float64]
 LAST_STEPS = 100
@@ -30,11 +31,13 @@ class Evidence:
         results: by checkpoint, measure, RoPE factor and engine.
         curves: training losses, one frame `step, learning_rate, loss` a checkpoint.
         rates: the table of `training.learning_rate`, or None.
+        pruning: results of `training.budgets` by checkpoint.
     """
 
     results: dict[tuple[str, str, float, str], Stored]
     curves: dict[str, pd.DataFrame]
     rates: pd.DataFrame | None
+    pruning: dict[str, Found]
 
     @property
     def names(self) -> list[str]:
@@ -87,13 +90,14 @@ class Evidence:
         return found[figure]
 
 
-def load(results: Path, checkpoints: Path, rates: Path) -> Evidence:
+def load(results: Path, checkpoints: Path, rates: Path, budgets: Path) -> Evidence:
     """Read everything.
 
     Args:
         results: the folder that `training.analyze` writes.
         checkpoints: a folder of checkpoints with their `loss.csv`.
         rates: the table of `training.learning_rate`; need not exist.
+        budgets: the folder that `training.budgets` writes.
 
     Raises:
         ValueError: a file of results is none.
@@ -104,6 +108,7 @@ def load(results: Path, checkpoints: Path, rates: Path) -> Evidence:
         {(s.checkpoint, s.measure, s.rope_theta_factor, s.engine): s for s in stored},
         {name: curves[name] for name in sorted(curves)},
         pd.read_csv(rates) if rates.exists() else None,
+        {path.stem: Found.read(path) for path in sorted(budgets.glob("*.json"))},
     )
 
 

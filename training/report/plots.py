@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from training.analyze.intervals import mean_interval
 from training.analyze.length import BINS
+from training.budgets import plot as budgets_plot
 from training.report.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -139,11 +140,17 @@ def passkey(evidence: Evidence) -> Figure | None:
     return figure
 
 
+def pruning(evidence: Evidence) -> Figure | None:
+    """Perplexity against memory."""
+    return budgets_plot.draw(list(evidence.pruning.values())) if evidence.pruning else None
+
+
 PLOTS: dict[str, Callable[[Evidence], Figure | None]] = {
     "training": training,
     "length": length,
     "attention": attention,
     "passkey": passkey,
+    "pruning": pruning,
 }
 
 
