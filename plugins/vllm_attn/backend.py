@@ -28,11 +28,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.cpu.pruned import PrunedCPULayer
 from attn_kernels.paged import STATE_BYTES, TorchLayer
-from attn_kernels.pruning import TorchPrunedLayer
 from vllm_attn import names, pruned
-from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
+from vllm_attn.budgets import KV_CACHE_DTYPES
+from vllm_attn.preflight import FP8_DTYPES
 from vllm_attn.pruned import SelectiveStateSpec
 from vllm_attn.report import StartupError
 
@@ -180,7 +179,7 @@ class VariantImpl(AttentionImpl[Batch]):
         self.soft_cap = logits_soft_cap or None
         self.budget: int | None = None
         """Tokens of a request that the layer keeps; None: all. The model class sets it."""
-        self.pruned_layer: PrunedCPULayer | TorchPrunedLayer | None = None
+        self.pruned_layer: pruned.PrunedLayer | None = None
         """In place of `layer` where there is a budget."""
         self.layer: Layer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
@@ -244,7 +243,7 @@ class VariantImpl(AttentionImpl[Batch]):
                 )
         return self.layer
 
-    def bound_pruned(self, kv_cache: Tensor) -> PrunedCPULayer | TorchPrunedLayer:
+    def bound_pruned(self, kv_cache: Tensor) -> pruned.PrunedLayer:
         """`self.pruned_layer`, bound to these pages."""
         if self.pruned_layer is None or self.cache is not kv_cache:
             assert self.budget is not None

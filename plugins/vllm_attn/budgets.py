@@ -8,6 +8,9 @@ from attn_kernels import Variant
 from attn_kernels.variants.selective import Selective
 from vllm_attn.report import StartupError
 
+KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+"""Without scales."""
+
 MODEL_CLASS = "VariantLlamaForCausalLM"
 """The only one whose layers can have budgets."""
 
@@ -36,7 +39,9 @@ def check_budgets(vllm_config: Any, variant: Variant) -> None:
     reasons = {
         f"a model of {', '.join(model_config.architectures)}, whose layers cannot have budgets: "
         f"convert it to {MODEL_CLASS}": MODEL_CLASS not in model_config.architectures,
-        "a GPU yet: serve on a CPU": vllm_config.device_config.device_type != "cpu",
+        "a float8 KV cache: drop --kv-cache-dtype": (
+            vllm_config.cache_config.cache_dtype not in KV_CACHE_DTYPES
+        ),
         "a sliding window: drop one of the two": bool(
             getattr(model_config.hf_text_config, "sliding_window", None)
         ),

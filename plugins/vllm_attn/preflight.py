@@ -14,12 +14,11 @@ from vllm.logger import init_logger
 
 from attn_kernels import Variant, get_variant, variant_from_config
 from vllm_attn import names
-from vllm_attn.budgets import check_budgets
+from vllm_attn.budgets import KV_CACHE_DTYPES, check_budgets
 from vllm_attn.report import StartupError
 
 logger = init_logger(f"vllm.{__name__}")
 
-KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 FP8_DTYPES = ("fp8", "fp8_e4m3")
 """KV caches that GPU kernels take besides."""
 DRAFTLESS_SPECULATION = ("ngram", "ngram_gpu", "suffix")

@@ -9,7 +9,7 @@ subclass says how large it is. Layers of different sizes share one block table
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from attn_kernels.cpu.pruned import PrunedCPULayer
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import TorchPrunedLayer, slot_bytes
 from vllm_attn.budgets import budgets_of
+
+if TYPE_CHECKING:
+    from attn_kernels.triton.pruned_layer import TritonPrunedLayer
+
+    PrunedLayer = PrunedCPULayer | TorchPrunedLayer | TritonPrunedLayer
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -102,7 +107,7 @@ def bind(
     num_kv_heads: int,
     head_size: int,
     scale: float,
-) -> PrunedCPULayer | TorchPrunedLayer:
+) -> PrunedLayer:
     """The fastest that this machine has for one layer.
 
     Args:
@@ -118,6 +123,10 @@ def bind(
         "scale": scale,
     }
     pages = kv_cache.flatten(1).view(torch.uint8)
+    if kv_cache.device.type != "cpu":
+        from attn_kernels.triton.pruned_layer import TritonPrunedLayer
+
+        return TritonPrunedLayer(variant, pages, **arguments)
     kernel = cpu.load(variant)
     if kernel is not None and kernel.unsupported(head_size, 16, kv_cache.dtype) is None:
         return PrunedCPULayer(kernel, pages, **arguments)

@@ -18,6 +18,7 @@ from torch import Tensor
 from attn_kernels import Variant, get_variant, reference, variant_names
 from attn_kernels.batch import Batch
 from tests.attn_kernels import test_paged as paged
+from tests.attn_kernels import test_pruned_layers as pruned
 from tests.attn_kernels.test_example import sigmoid
 
 __all__ = ["sigmoid"]
@@ -267,3 +268,31 @@ def test_refusals(name: str, dtype: torch.dtype, options: dict[str, Any], messag
             scale=1.0,
             **options,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pruned.Shape(4, 2, 32, 7, (20, 1, 7, 8)), pruned.Shape(3, 3, 48, 2, (1, 9))],
+    ids=str,
+)
+def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
+    """Pages of a budget, in chunks: evictions, what each query sees, and what is kept."""
+    from attn_kernels.triton.pruned_layer import TritonPrunedLayer
+
+    for chunk in (3, 20):
+        layer = TritonPrunedLayer(
+            pruned.SELECTIVE,
+            pruned.pages_of(shape, dtype),
+            budget=shape.budget,
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
+            dtype=dtype,
+            scale=shape.scale,
+        )
+        outputs = pruned.in_chunks(layer, shape, dtype, chunk)
+        for output, right in zip(outputs, pruned.expected(shape, dtype), strict=True):
+            tolerance = 1e-4 if dtype == torch.float32 else NARROW_TOLERANCE[dtype]
+            scale = max(1.0, float(right.abs().max()))
+            torch.testing.assert_close(output.double(), right, rtol=0, atol=tolerance * scale)
