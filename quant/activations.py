@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
+from quant.pack import words
 from quant.weight import Grid
 
 
@@ -68,6 +69,15 @@ class Activations:
             return (snapped(args[0], grid, scale, None),)
 
         return static
+
+
+def cache_bytes(config: PreTrainedConfig, bits: int | None, symmetric: bool, item: int) -> int:
+    """Bytes of a token's keys and values in all layers: codes in 32-bit words, a 16-bit scale and a
+    zero point of a byte for each head; `item` bytes a number if `bits` is None."""
+    size = config.head_dim or config.hidden_size // config.num_attention_heads
+    vectors = 2 * config.num_hidden_layers * config.num_key_value_heads
+    one = size * item if bits is None else 4 * words(size, bits) + 2 + (not symmetric)
+    return int(vectors * one)
 
 
 class QuantizedCache(DynamicCache):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
-from quant.activations import Activations, QuantizedCache
+from quant.activations import Activations, QuantizedCache, cache_bytes
 from quant.cell import Cell
 from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
@@ -206,14 +206,15 @@ def quantized_model(
         layers = linears(model, cell.lm_head)
         largest = largest_inputs(model, layers, texts) if cell.static else {}
         Activations(cell.activations, cell.static).attach(layers, largest)
-    cache = None
+    cache, symmetric = None, cell.symmetric and cell.weights is None
     if cell.kv is not None:
-        symmetric = cell.symmetric and cell.weights is None
         cache = functools.partial(QuantizedCache, model.config, cell.kv, symmetric)
+    item = (checkpoint.config.dtype or torch.float32).itemsize
     size = {
-        "bytes": stored_bytes(model, stored, (checkpoint.config.dtype or torch.float32).itemsize),
+        "bytes": stored_bytes(model, stored, item),
         "quantized_bytes": sum(weight.packed_bytes for weight in stored.values()),
         "quantized_numbers": sum(weight.codes.numel() for weight in stored.values()),
+        "cache_bytes_per_token": cache_bytes(model.config, cell.kv, symmetric, item),
     }
     return model, size, cache
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from quant.model import linears, put
 from quant.schemes.hessian import watched
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.store import FOLDER
+from quant.store import put as put_file
 from quant.sweep import group, positive
 from quant.texts import calibration
 from quant.weight import BITS, Grid, QuantizedWeight
@@ -45,7 +45,7 @@ from training.analyze.measure import Checkpoint, digest
 from training.analyze.transformers_scorer import load
 from training.books import BOOKS, split
 from training.card import machine
-from training.report.document import table
+from training.report.markdown import table
 
 POINTS = 9
 """Of the frontier, at even distances in bytes, both ends included."""
@@ -116,7 +116,6 @@ class Journal:
 
     def __init__(self, file: Path, key: dict[str, Any], force: bool) -> None:
         self.file, self.values = file, dict[str, list[float]]()
-        file.parent.mkdir(parents=True, exist_ok=True)
         lines = [] if force or not file.exists() else file.read_text().splitlines(keepends=True)
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
         if whole and whole[0] != key:
@@ -128,10 +127,8 @@ class Journal:
         for name, value in whole[1:]:
             self.values[name] = value
         # A line that a kill cut short is left out.
-        temporary = file.with_suffix(".tmp")
         texts = [key, *self.values.items()]
-        temporary.write_text("".join(json.dumps(text) + "\n" for text in texts))
-        os.replace(temporary, file)
+        put_file(file, "".join(json.dumps(text) + "\n" for text in texts))
 
     def add(self, name: str, value: list[float]) -> None:
         """Keep a value."""
@@ -287,7 +284,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
             dataclasses.asdict(point) | {"divergence": point.divergence.json()} for point in points
         ],
     }
-    (options.out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    put_file(options.out / f"{name}.json", json.dumps(summary, indent=1) + "\n")
     return {
         "out": str(options.out / f"{name}.json"),
         "plot": str(options.out / f"{name}.png"),

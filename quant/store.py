@@ -25,7 +25,8 @@ class Stored:
         key: what the result is good for.
         machine: and versions.
         seconds: that it took.
-        size: bytes of the checkpoint and of its quantized part, and numbers quantized.
+        size: bytes of the checkpoint, of its quantized part and of a cached token, and how many
+            numbers are quantized.
         details: figures without intervals.
         summary: figures with theirs.
         units: what was measured on each text.
@@ -62,13 +63,18 @@ def path_of(folder: Path, checkpoint: str, cell: Cell) -> Path:
 def write(folder: Path, result: dict[str, Any]) -> Path:
     """Write what `quant.measure.measure` gave; returns its path."""
     path = path_of(folder, result["checkpoint"], Cell.from_json(result["key"]["cell"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     # One line a field diffs well and does not fill pages.
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    put(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read(path: Path) -> Stored:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from quant.cell import Cell
 from quant.store import Stored
+from training.analyze.intervals import Estimate
 
 ENDS = ("", " low", " high")
 INTEGERS = ("bits", "cell weights", "cell activations", "cell kv", "cell group", "resident bytes")
@@ -30,7 +31,8 @@ def setting(cell: Cell) -> str:
         "static": cell.static,
         "with head": cell.lm_head,
     }
-    return ", ".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
+    found = ", ".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
+    return found or ("" if cell == Cell() else "one scale a token")
 
 
 def row(stored: Stored) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def row(stored: Stored) -> dict[str, Any]:
         **{f"cell {name}": value for name, value in dataclasses.asdict(cell).items()},
         "bytes": stored.size["bytes"],
         "bits per weight": stored.bits_per_weight,
+        "cache bytes per token": stored.size["cache_bytes_per_token"],
         "resident bytes": served.get("resident_bytes"),
         "tokens per second": served.get("tokens_per_second"),
         "seconds": stored.seconds,
@@ -63,33 +66,49 @@ def frame(results: Sequence[Stored]) -> pd.DataFrame:
     return rows.astype(dict.fromkeys(INTEGERS, "Int64"))  # they may be missing
 
 
-COLUMNS: dict[str, tuple[str, int, float]] = {
+COLUMNS: dict[str, tuple[str, int | None, float]] = {
     "perplexity: test per token": ("perplexity", 2, 1.0),
-    "test loss change": ("loss change", 4, 1.0),
-    "test KL": ("KL", 5, 1.0),
+    "test loss change": ("loss change", None, 1.0),
+    "test KL": ("KL", None, 1.0),
     "test top-1": ("same top-1, %", 1, 100.0),
-    "wikitext2 KL": ("KL, wikitext2", 5, 1.0),
+    "wikitext2 KL": ("KL, wikitext2", None, 1.0),
     "blimp change": ("BLiMP change, %", 1, 100.0),
     "lambada loss change": ("LAMBADA loss change", 3, 1.0),
 }
-"""Of the terminal's table: heading, digits, factor. Perplexity, loss and KL are the test book's."""
+"""Of the main table: heading, decimals (None: two significant digits), factor. Perplexity, loss and
+KL are the test book's."""
+HEAD = ("checkpoint", "what", "bits", "how", "MB", "bits/weight")
 
 
-def table(results: Sequence[Stored]) -> str:
-    """The main figures for people, with 95 % intervals."""
-    head = ["checkpoint", "what", "bits", "setting", "MB", "bits/weight"]
-    lines = [[*head, *(heading for heading, _, _ in COLUMNS.values())]]
+def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 1.0) -> str:
+    """An estimate in a table, with its interval; empty if there is none."""
+    if estimate is None:
+        return ""
+    if digits is not None:
+        return estimate.shown(digits, factor)
+    value, low, high = (f"{factor * x:.2g}" for x in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def lines(results: Sequence[Stored]) -> list[list[str]]:
+    """The main figures as text: a heading, and a line a cell."""
+    found = [[*HEAD, *(heading for heading, _, _ in COLUMNS.values())]]
     for stored in results:
         cell, per_weight = stored.cell, stored.bits_per_weight
         cells = [stored.checkpoint, cell.what, str(cell.bits or ""), setting(cell)]
         cells.append(f"{stored.size['bytes'] / 1e6:.2f}")
         cells.append("" if per_weight is None else f"{per_weight:.2f}")
         for name, (_, digits, factor) in COLUMNS.items():
-            estimate = stored.summary.get(name)
-            cells.append("" if estimate is None else estimate.shown(digits, factor))
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            cells.append(shown(stored.summary.get(name), digits, factor))
+        found.append(cells)
+    return found
+
+
+def table(results: Sequence[Stored]) -> str:
+    """The main figures for the terminal, with 95 % intervals."""
+    rows = lines(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )

@@ -7,7 +7,7 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quant.report.frame import COLUMNS, setting
+from quant.report.frame import lines
 from quant.report.section import explanations
 from quant.store import Stored
 
@@ -26,7 +26,7 @@ def page(results: Sequence[Stored], plots: Mapping[str, Path]) -> str:
         f'{base64.b64encode(path.read_bytes()).decode()}">'
         for name, path in plots.items()
     )
-    lines = "".join(f"<p>{html.escape(line)}</p>" for line in explanations(results))
+    told = "".join(f"<p>{html.escape(line)}</p>" for line in explanations(results))
     machines = "; ".join(sorted({stored.machine for stored in results}))
     samples = "; ".join(sorted({str(stored.key["samples"]) for stored in results}))
     names = ", ".join(dict.fromkeys(stored.checkpoint for stored in results))
@@ -35,24 +35,15 @@ def page(results: Sequence[Stored], plots: Mapping[str, Path]) -> str:
         f"<style>{STYLE}</style><h1>What few bits cost</h1>"
         f"<p>Checkpoints: {html.escape(names)}. Figures are those of the test book unless another "
         "text is named, with 95 % intervals over texts; changes are against the unquantized model "
-        f"on the same texts.</p>{images}<h2>Outliers and cost</h2>{lines}"
+        f"on the same texts.</p>{images}<h2>Outliers and cost</h2>{told}"
         f"<h2>All cells</h2><div class=wide>{table(results)}</div>"
         f"<p>Samples: {html.escape(samples)}</p><p>On: {html.escape(machines)}</p></html>\n"
     )
 
 
 def table(results: Sequence[Stored]) -> str:
-    """The terminal's table in HTML."""
-    head = ["checkpoint", "what", "bits", "setting", "bytes", "bits/weight"]
-    head += [heading for heading, _, _ in COLUMNS.values()]
-    rows = ["<tr>" + "".join(f"<th>{html.escape(text)}" for text in head)]
-    for stored in results:
-        cell, per_weight = stored.cell, stored.bits_per_weight
-        cells = [stored.checkpoint, cell.what, str(cell.bits or ""), setting(cell)]
-        cells.append(f"{stored.size['bytes']:,}")
-        cells.append("" if per_weight is None else f"{per_weight:.3f}")
-        for name, (_, digits, factor) in COLUMNS.items():
-            estimate = stored.summary.get(name)
-            cells.append("" if estimate is None else estimate.shown(digits, factor))
-        rows.append("<tr>" + "".join(f"<td>{html.escape(text)}" for text in cells))
-    return f"<table>{''.join(rows)}</table>"
+    """The main figures in HTML."""
+    head, *rows = lines(results)
+    rows_text = ["<tr>" + "".join(f"<th>{html.escape(text)}" for text in head)]
+    rows_text += ["<tr>" + "".join(f"<td>{html.escape(text)}" for text in row) for row in rows]
+    return f"<table>{''.join(rows_text)}</table>"

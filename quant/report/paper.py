@@ -20,7 +20,7 @@ class Row:
 
     Args:
         name: the paper's.
-        scheme, bits: what is nearest to it here; None for the unquantized model.
+        scheme, bits: what it is here, if there is such a scheme; None for the unquantized model.
         wikitext: perplexity per word.
         lambada: accuracy in %; None where the table at hand has none.
     """
@@ -39,8 +39,8 @@ ROWS = (
     Row("GPTQ-2", "gptq", 2, (4081.8, 893.4), (0.04, 0.43)),
     Row("GPTQ-3", "gptq", 3, (34.57, 31.53), (23.71, 29.07)),
     Row("GPTQ-4", "gptq", 4, (25.69, 25.53), (33.55, 34.97)),
-    Row("BNB-4", "rtn", 4, (26.38, 26.47), (33.63, 31.73)),
-    Row("BNB-8", "rtn", 8, (23.95, 24.40), None),
+    Row("BNB-4", "bitsandbytes", 4, (26.38, 26.47), (33.63, 31.73)),
+    Row("BNB-8", "bitsandbytes", 8, (23.95, 24.40), None),
 )
 
 

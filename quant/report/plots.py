@@ -38,7 +38,7 @@ def degradation(results: Sequence[Stored], what: str) -> Figure:
                 axes.errorbar(
                     bits, ends[:, 0], error, label=checkpoint, color=shade, marker=".", capsize=2
                 )
-        panels[0, column].set(title=name or "for each token and head", yscale="log")
+        panels[0, column].set(title=name, yscale="log")
         panels[1, column].set(xlabel=f"bits of {what.partition('+')[0]}")
         panels[1, column].set_yscale("symlog", linthresh=1e-3)
         panels[1, column].axhline(0, color="gray", linewidth=0.5)

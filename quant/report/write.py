@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from quant import store
@@ -24,11 +23,8 @@ def write(folder: Path) -> dict[str, str]:
     written = {}
 
     def put(kind: str, name: str, content: str) -> None:
-        path = folder / name
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-        written[kind] = str(path)
+        store.put(folder / name, content)
+        written[kind] = str(folder / name)
 
     put("csv", "cells.csv", rows.to_csv(index=False))
     put("json", "cells.json", rows.to_json(orient="records", indent=1) + "\n")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attn_kernels import variant_names
+from quant.activations import cache_bytes
 from quant.cell import Cell, cells
 from quant.errors import Refusal
 from quant.measure import Samples, Subject, Task, changes, key_of, measure
@@ -140,6 +141,13 @@ def test_sizes(softpick: Path) -> None:
     scales = sum(len(weight.codes) for weight in found.values())
     assert stored_bytes(model, found, 2) == 2 * (total - numbers) + numbers // 2 + 2 * scales
     assert {weight.packed_bytes for weight in found.values()} >= {128 * 128 // 2 + 2 * 128}
+
+
+def test_cache_bytes(softpick: Path) -> None:
+    config = load(softpick).config  # 2 layers, 2 KV heads of 32
+    assert cache_bytes(config, None, False, 2) == 2 * 2 * 2 * 32 * 2
+    assert cache_bytes(config, 4, True, 2) == 2 * 2 * 2 * (16 + 2)
+    assert cache_bytes(config, 3, False, 2) == 2 * 2 * 2 * (12 + 2 + 1)
 
 
 def test_a_tied_head_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
