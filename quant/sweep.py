@@ -24,11 +24,13 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
-from quant import pool, report, store
+from quant import pool, store
 from quant.cell import PARTS, Cell, cells
 from quant.errors import Refusal
 from quant.measure import Samples, Task, key_of, measure
 from quant.model import empty_model, linears
+from quant.report.frame import table
+from quant.report.write import write
 from quant.schemes.registry import SCHEMES, get_scheme, installed
 from quant.weight import BITS
 from training.analyze.measure import EVAL, Checkpoint, Data
@@ -310,8 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     failures = sweep(tasks, options, jobs)
     paths = [store.path_of(options.out, t.folder.resolve().name, t.cell) for t in tasks]
     results = sorted((store.read(path) for path in paths if path.exists()), key=store.order)
-    print(report.table(results))
-    written = report.write(options.out) if results else {}
+    print(table(results))
+    written = write(options.out) if results else {}
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     divergences = {

@@ -1,7 +1,4 @@
-"""Tables, plots and pages from a sweep's results; `python -m quant.report` writes them all."""
+"""Tables, plots and pages from a sweep's results; `python -m quant.report` writes them all.
 
-from quant.report.frame import frame, table
-from quant.report.section import section
-from quant.report.write import write
-
-__all__ = ["frame", "section", "table", "write"]
+`section.section` is the part of docs/RESULTS.md.
+"""

@@ -62,7 +62,9 @@ def outliers(results: Sequence[Stored]) -> Figure:
                 shade = color(stored.variant)
                 axes.bar(stored.checkpoint, layers.mean(), color=shade)
                 axes.plot([stored.checkpoint], [layers.max()], color=shade, marker="_", ls="")
-            axes.set(title=f"{kind}s: {name}", yscale="log")
+            # Weights are close to a normal distribution, inputs far from it.
+            scale = "log" if kind == "input" else "linear"
+            axes.set(title=f"{kind}s: {name}", yscale=scale)
             axes.tick_params(axis="x", rotation=45)
     figure.suptitle("bar: mean of the linear layers; dash: the largest of them")
     return figure

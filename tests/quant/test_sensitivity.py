@@ -108,11 +108,12 @@ def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) ->
     with pytest.MonkeyPatch.context() as patch:
         calls: list[int] = []
         original = sensitivity.Divergence.__call__
-        patch.setattr(
-            sensitivity.Divergence,
-            "__call__",
-            lambda self: (calls.append(1), original(self))[1],
-        )
+
+        def counted(divergence: sensitivity.Divergence) -> list[float]:
+            calls.append(1)
+            return original(divergence)
+
+        patch.setattr(sensitivity.Divergence, "__call__", counted)
         again = run("--budget", str(sizes[2]))
     assert again["points"][: len(found["points"])] == found["points"] and len(calls) <= 2
     (budget,) = [p for p in again["points"] if p[0] == "budget"]

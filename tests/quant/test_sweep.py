@@ -18,8 +18,9 @@ import pytest
 
 from quant import sweep
 from quant.cell import Cell
-from quant.measure import Task
+from quant.measure import Task, measure
 from quant.report import __main__ as report
+from quant.schemes.registry import SCHEMES, installed
 from quant.store import read, read_all
 from training.analyze.measure import Data
 
@@ -107,9 +108,13 @@ def test_a_kill_loses_one_cell(softpick: Path, texts: list[str], tmp_path: Path)
     for path in tmp_path.glob("cells/*/*.json"):
         assert read(path).checkpoint == "softpick"
     measured: list[Task] = []
-    original = sweep.measure
+
+    def counted(task: Task) -> dict[str, Any]:
+        measured.append(task)
+        return measure(task)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "measure", lambda task: (measured.append(task), original(task))[1])
+        patch.setattr("quant.sweep.measure", counted)
         sweep.main([*argv, *bits])
     assert len(measured) == 8 - len(before)
     after = times(tmp_path)
@@ -123,14 +128,13 @@ def test_a_failed_cell_does_not_stop_the_others(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = sweep.measure
 
-    def measure(task: Task) -> dict[str, Any]:
+    def unlucky(task: Task) -> dict[str, Any]:
         if task.cell.kv == 4:
             raise RuntimeError("out of\nluck")
-        return original(task)
+        return measure(task)
 
-    monkeypatch.setattr(sweep, "measure", measure)
+    monkeypatch.setattr("quant.sweep.measure", unlucky)
     argv = [str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "2", "4", "8"]
     with pytest.raises(SystemExit) as stopped:
         sweep.main(argv)
@@ -153,10 +157,10 @@ def test_without_the_unquantized_model_there_is_nothing_to_compare_with(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def measure(task: Task) -> dict[str, Any]:
+    def too_large(task: Task) -> dict[str, Any]:
         raise MemoryError
 
-    monkeypatch.setattr(sweep, "measure", measure)
+    monkeypatch.setattr("quant.sweep.measure", too_large)
     with pytest.raises(SystemExit) as stopped:
         sweep.main([str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "8"])
     assert stopped.value.code == 1
@@ -212,7 +216,7 @@ def refusal(capsys: Capture, *argv: str) -> str:
 def test_what_cannot_be_is_one_line(
     change: str, message: str, softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
-    if "--ray" in change and sweep.installed("ray"):
+    if "--ray" in change and installed("ray"):
         pytest.skip("ray is installed here, so that it is not missing")
     line = refusal(capsys, str(softpick), *texts, f"--out={tmp_path}", *change.split())
     assert message in line
@@ -236,11 +240,11 @@ def test_a_width_or_library_that_a_scheme_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With schemes like those of libraries that are not installed here."""
-    rtn = sweep.SCHEMES["rtn"]
+    rtn = SCHEMES["rtn"]
     few = dataclasses.replace(rtn, name="few", bits=range(4, 9, 4))
     lacking = dataclasses.replace(rtn, name="lacking", library="no_such_library")
-    monkeypatch.setitem(sweep.SCHEMES, "few", few)
-    monkeypatch.setitem(sweep.SCHEMES, "lacking", lacking)
+    monkeypatch.setitem(SCHEMES, "few", few)
+    monkeypatch.setitem(SCHEMES, "lacking", lacking)
     argv = [str(softpick), *texts, f"--out={tmp_path}", "--bits", "3", "4", "--schemes"]
     assert refusal(capsys, *argv, "few").endswith("scheme few cannot do 3 bits: it has 4, 8")
     line = refusal(capsys, *argv, "lacking")
