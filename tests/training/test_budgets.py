@@ -22,7 +22,7 @@ from training.budgets.__main__ import main
 from training.budgets.forward import Forward
 from training.budgets.measured import Budgets, Measured
 from training.budgets.result import Found
-from training.budgets.search import Descent, search
+from training.budgets.search import FREE, Descent, search
 from training.evaluate import model_log_likelihood
 
 LENGTH = 24
@@ -88,31 +88,23 @@ def test_every_step_is_the_best_one(folders: dict[str, Path], books: Path, tmp_p
         return float(np.mean(other.losses("selective", budgets)))
 
     limit = loss(FULL) + 0.05
-    path = list(search(Descent(own), 8, limit))
-    assert path[0].budgets == FULL
-    assert len(path) > 5
+    path = list(search(Descent(own), 2, limit))
     for point in path:
         assert point.loss == pytest.approx(loss(point.budgets), rel=1e-6)
 
-    def smaller(budgets: Budgets, step: int) -> dict[Budgets, float]:
-        """What is one step away, and its loss."""
-        every = [
-            (*budgets[:i], b - step, *budgets[i + 1 :])
-            for i, b in enumerate(budgets)
-            if b - step >= max(2, step)
-        ]
-        return {new: loss(new) for new in every}
-
-    step = 8
-    for before, after in itertools.pairwise(point.budgets for point in path):
-        while step > sum(before) - sum(after):  # it was halved: no larger one was possible
-            assert all(value > limit for value in smaller(before, step).values())
-            step //= 2
-        every = smaller(before, step)
-        assert every[after] == min(every.values()) <= limit
-    while step:
-        assert all(value > limit for value in smaller(path[-1].budgets, step).values())
-        step //= 2
+    now: Budgets = FULL
+    expected = [now]
+    for step in (4, 2, 1):
+        while True:
+            every = [(*now[:i], b - step, *now[i + 1 :]) for i, b in enumerate(now) if b > step + 1]
+            best: Budgets = min(every, key=loss, default=now)
+            if best == now or loss(best) > (min(limit, loss(now) + FREE) if step == 4 else limit):
+                break
+            expected.append(best)
+            now = best
+    assert [point.budgets for point in path] == expected
+    freed = {sum(a) - sum(b) for a, b in itertools.pairwise(expected)}
+    assert freed >= {4, 2}
 
 
 def command(folders: dict[str, Path], books: Path, out: Path, *more: str) -> list[str]:
@@ -120,7 +112,7 @@ def command(folders: dict[str, Path], books: Path, out: Path, *more: str) -> lis
     return [
         str(folders["selective"]),
         *("--reference", str(folders["softmax"]), "--books", str(books)),
-        *("--length", str(LENGTH), "--step", "8", "--uniform", "4", "12"),
+        *("--length", str(LENGTH), "--step", "2", "--uniform", "4", "12"),
         *("--sequences", "3", "--judge", "6", "--test-sequences", "4"),
         *("--runs", str(out / "runs"), "--out", str(out), *more),
     ]

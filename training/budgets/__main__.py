@@ -57,9 +57,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--length", type=positive, help="tokens of a sequence (default: the training length)"
     )
-    add("--step", "tokens that a layer is shrunk by, halved at the end", type=positive, default=64)
-    add("--sequences", "of the validation text, for the search", type=positive, default=32)
-    add("--judge", "sequences of it, for the targets", type=positive, default=256)
+    add("--step", "tokens that a layer gives up at a time", type=positive, default=4)
+    add("--sequences", "of the validation text, for the search", type=positive, default=16)
+    add("--judge", "sequences of it, for the targets", type=positive, default=128)
     add("--test-sequences", "of the test text, for the table", type=positive, default=64)
     add(
         "--uniform",

@@ -1,8 +1,8 @@
 """The greedy search: again and again, shrink the layer whose shrinking moves the loss least.
 
-The step is constant for as long as it can be: when no layer may shrink by it any more, because the
-loss would pass the limit or the layer would have less than one step left, it is halved, down to one
-token. So searches with several limits have most of their path in common.
+The step is constant, but for two things. While a larger one costs nothing it is larger, since most
+of a long context is free. And at the limit it is halved until no layer can give up one more token.
+So searches with several limits have all but their ends in common.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from training.budgets.evaluations import Losses
 from training.budgets.measured import Budgets, Measured
 
 RULE = "selective"
+FREE = 1e-4
+"""Nats per token that a larger step may cost."""
 
 
 class Point(NamedTuple):
@@ -33,7 +35,7 @@ class Point(NamedTuple):
 
 
 class Descent:
-    """The state of a search: budgets, and what each layer reads with them.
+    """Where a search is: budgets, and what each layer reads with them.
 
     Shrinking a layer changes only it and those above, so that what the layers below give is kept.
 
@@ -61,11 +63,11 @@ class Descent:
 
     def shrunk(self, step: int) -> Point | None:
         """The best point that is `step` tokens of one layer away, of equal ones the lowest layer's;
-        None if that would leave every layer less than a step or than it must have."""
+        None if no layer can give up so many."""
         points = [
             self.measure(layer, budget - step)
             for layer, budget in enumerate(self.budgets)
-            if budget - step >= max(step, LEAST_BUDGET)
+            if budget - step >= LEAST_BUDGET
         ]
         return min(points, key=lambda point: point.loss, default=None)
 
@@ -83,13 +85,25 @@ class Descent:
 
 
 def search(descent: Descent, step: int, limit: float) -> Iterator[Point]:
-    """The path from the descent's budgets, that point first, to the last one with a mean loss of at
-    most `limit` nats per token."""
-    yield descent.measure(0, descent.budgets[0])
-    while step:
-        point = descent.shrunk(step)
-        if point is None or point.loss > limit:
-            step //= 2
+    """The path from full budgets, that point first, to the last one with a mean loss of at most
+    `limit` nats per token.
+
+    Args:
+        descent: at its beginning.
+        step: tokens that one layer gives up at a time.
+        limit: see above.
+    """
+    point = descent.measure(0, descent.budgets[0])
+    yield point
+    size = step
+    while 2 * size <= max(descent.budgets) // 4:
+        size *= 2
+    while size:
+        best = descent.shrunk(size)
+        most = limit if size <= step else min(limit, point.loss + FREE)
+        if best is None or best.loss > most:
+            size //= 2
         else:
+            point = best
             descent.accept(point.budgets)
             yield point

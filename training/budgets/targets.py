@@ -44,7 +44,7 @@ class Validation:
         looked_at: the model on the sequences by which the search chooses.
         judged: the model on more of them, by which a target counts as reached.
         reference: the reference on the sequences of `judged`.
-        step: the search's first step.
+        step: the search's.
     """
 
     looked_at: Measured
@@ -71,8 +71,9 @@ class Validation:
         total = sum(start.budgets)
         with tqdm(total=total, desc=f"at most +{rise:.4f} nats", unit="token") as bar:
             for point in search(Descent(self.looked_at), self.step, start.loss + rise):
+                budgets = " ".join(map(str, point.budgets))
+                bar.set_postfix(budgets=budgets, loss=f"{point.loss:.4f}", refresh=False)
                 bar.update(total - sum(point.budgets) - bar.n)
-                bar.set_postfix(budgets=" ".join(map(str, point.budgets)), loss=f"{point.loss:.4f}")
                 points.append(point)
         return points
 
