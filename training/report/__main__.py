@@ -13,6 +13,7 @@ from pathlib import Path
 
 from training.analyze.store import FOLDER, ROOT
 from training.budgets.result import FOLDER as BUDGETS
+from training.long_context import CSV as LONG_CONTEXT
 from training.report.claims import PAPERS
 from training.report.document import document, write
 from training.report.evidence import load
@@ -39,12 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "table of training.learning_rate",
     )
     add("--budgets", BUDGETS, "folder that training.budgets wrote")
+    add("--long-context", LONG_CONTEXT, "table of training.long_context")
     add("--out", ROOT / "docs" / "RESULTS.md", "the document")
     add("--figures", ROOT / "docs" / "results", "folder of the PNG files")
     options = parser.parse_args(argv)
     try:
         evidence = load(
-            options.results, options.checkpoints, options.learning_rates, options.budgets
+            options.results,
+            options.checkpoints,
+            options.learning_rates,
+            options.budgets,
+            options.long_context,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -15,6 +15,7 @@ from training.report.evidence import Evidence
 from training.report.markdown import table
 from training.report.pruning import pruning
 from training.report.rules import SEED_NOISE, Finding, Verdict
+from training.report.swapping import swapping
 
 RULES = f"""\
 Each claim is tested by one figure, and stands in one range. The rule is the same for all:
@@ -65,6 +66,8 @@ def document(evidence: Evidence, plots: Sequence[str], plot_folder: str) -> str:
         "## Context pruning",
         pruning(evidence),
         plot("pruning", "Perplexity against memory"),
+        "## Swapping softmax for SSMax",
+        swapping(evidence.long_context),
         "## vLLM beside transformers",
         engines(evidence),
         "## How it was measured",

@@ -32,12 +32,14 @@ class Evidence:
         curves: training losses, one frame `step, learning_rate, loss` a checkpoint.
         rates: the table of `training.learning_rate`, or None.
         pruning: results of `training.budgets` by checkpoint.
+        long_context: the table of `training.long_context`, or None.
     """
 
     results: dict[tuple[str, str, float, str], Stored]
     curves: dict[str, pd.DataFrame]
     rates: pd.DataFrame | None
     pruning: dict[str, Found]
+    long_context: pd.DataFrame | None
 
     @property
     def names(self) -> list[str]:
@@ -90,7 +92,9 @@ class Evidence:
         return found[figure]
 
 
-def load(results: Path, checkpoints: Path, rates: Path, budgets: Path) -> Evidence:
+def load(
+    results: Path, checkpoints: Path, rates: Path, budgets: Path, long_context: Path
+) -> Evidence:
     """Read everything.
 
     Args:
@@ -98,6 +102,7 @@ def load(results: Path, checkpoints: Path, rates: Path, budgets: Path) -> Eviden
         checkpoints: a folder of checkpoints with their `loss.csv`.
         rates: the table of `training.learning_rate`; need not exist.
         budgets: the folder that `training.budgets` writes.
+        long_context: the table of `training.long_context`; need not exist.
 
     Raises:
         ValueError: a file of results is none.
@@ -109,6 +114,7 @@ def load(results: Path, checkpoints: Path, rates: Path, budgets: Path) -> Eviden
         {name: curves[name] for name in sorted(curves)},
         pd.read_csv(rates) if rates.exists() else None,
         {path.stem: Found.read(path) for path in sorted(budgets.glob("*.json"))},
+        pd.read_csv(long_context, keep_default_na=False) if long_context.exists() else None,
     )
 
 
