@@ -1,6 +1,7 @@
 """The gateway's routes: those passed on to model servers by `Proxy`, all others by FastAPI."""
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import AsyncIterator
@@ -70,6 +71,8 @@ class App:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         async with self.gateway:
+            gc.collect()
+            gc.freeze()  # what is here now stays: not to be looked at in every collection
             yield
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)

@@ -134,16 +134,16 @@ class Connection(asyncio.Protocol):
         """The exchange is over."""
         self._stop_timer()
 
-    async def _wait(self) -> None:
-        """Until something has happened; raise if it was a failure."""
-        if self._error is None:
-            self._waiter = self.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        if self._error is not None and not self._pieces:
+    def _wait(self) -> asyncio.Future[None]:
+        """Done when something has happened.
+
+        Raises:
+            UpstreamError: it has, and it was a failure.
+        """
+        if self._error is not None:
             raise self._error
+        self._waiter = self.loop.create_future()
+        return self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
 )
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from serving.histogram import Histogram
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
@@ -85,7 +86,7 @@ class Metrics:
         return Counter(f"attnserve_{name}", text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"attnserve_{name}", text, MODEL, buckets=SECONDS, registry=self.registry)
+        return Histogram(f"attnserve_{name}", text, MODEL, SECONDS, self.registry)
 
     def of(self, model: str, variant: str, bits: str) -> "ModelMetrics":
         """What is counted in each request, for one model."""

@@ -1,0 +1,1 @@
+"""What a request costs in a gateway, ours beside others."""
