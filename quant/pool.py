@@ -8,38 +8,42 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-Outcome = tuple[T, R | Exception]
 
 
-class Died(Exception):
-    """A worker process ended without an answer."""
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no result, in one line. (An exception may not survive the way from a worker.)"""
 
-    def __init__(self) -> None:
-        super().__init__("its process was killed, probably for want of memory: lower --jobs")
+    why: str
+
+
+KILLED = Failure("its process was killed, probably for want of memory: lower --jobs")
+Outcome = tuple[T, R | Failure]
 
 
 def serial(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[Outcome[T, R]]:
-    """Each task with its result or what it raised, one after another."""
+    """Each task with its result or failure, one after another."""
     for task in tasks:
         yield task, attempt(work, task)
 
 
-def attempt(work: Callable[[T], R], task: T) -> R | Exception:
+def attempt(work: Callable[[T], R], task: T) -> R | Failure:
     """The result, or what was raised."""
     try:
         return work(task)
     except Exception as error:
-        return error
+        return Failure(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def parallel(
     work: Callable[[T], R], tasks: Sequence[T], jobs: int, prepare: Callable[[int], None]
 ) -> Iterator[Outcome[T, R]]:
-    """Each task with its result or what it raised, as they are done, from `jobs` processes, each of
+    """Each task with its result or failure, as they are done, from `jobs` processes, each of
     which calls `prepare(jobs)` first.
 
     When one of them is killed, the pool is lost and with it what the others were at; those tasks
@@ -48,7 +52,7 @@ def parallel(
     suspects = yield from _window(work, list(tasks), jobs, prepare)
     for task in suspects:
         if (yield from _window(work, [task], 1, prepare)):
-            yield task, Died()
+            yield task, KILLED
 
 
 def _window(
@@ -57,7 +61,7 @@ def _window(
     """Yields as `parallel`; returns the tasks that were under way as a process died."""
     lost: list[T] = []
     while tasks:
-        running: dict[Future[R | Exception], T] = {}
+        running: dict[Future[R | Failure], T] = {}
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, start, (prepare, jobs)) as pool:
             try:
@@ -98,5 +102,5 @@ def on_ray(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[Outcome[T, R]
         try:
             outcome = ray.get(done)
         except Exception as error:  # a worker or its machine is gone
-            outcome = error
+            outcome = Failure(" ".join(str(error).split()))
         yield running.pop(done), outcome

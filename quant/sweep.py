@@ -147,9 +147,9 @@ def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict
                 stage = [t for task in stage if (t := with_baseline(task, options, failures))]
                 bar.update(len(others) - len(stage))
             for task, outcome in run(stage, jobs, options.ray):
-                if isinstance(outcome, Exception):
-                    failures[task.name] = why(outcome)
-                    bar.write(f"failed: {task.name}: {why(outcome)}", file=sys.stderr)
+                if isinstance(outcome, pool.Failure):
+                    failures[task.name] = outcome.why
+                    bar.write(f"failed: {task.name}: {outcome.why}", file=sys.stderr)
                 else:
                     store.write(options.out, outcome)
                 bar.set_postfix_str(task.name)
@@ -165,11 +165,6 @@ def with_baseline(task: Task, options: argparse.Namespace, failures: dict[str, s
         failures[task.name] = "the unquantized model could not be measured"
         return None
     return dataclasses.replace(task, baseline=store.read(path).units)
-
-
-def why(error: Exception) -> str:
-    """One line for an exception."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def positive(text: str) -> int:
