@@ -31,6 +31,8 @@ class ApiError(Exception):
         """The headers that go with it."""
         if self.status == 401:
             return [(b"www-authenticate", b"Bearer")]
+        if self.status == 405:
+            return [(b"allow", b"POST")]  # of the proxied routes; FastAPI answers for the others
         if self.status not in (429, 503):
             return []
         return retry_headers(self.retry_after)

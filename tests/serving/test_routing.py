@@ -204,7 +204,7 @@ def test_unhealthy_replica_gets_nothing_until_it_is_well(three: list[StandIn]) -
 def test_kill_under_load_fails_nothing_that_had_not_begun(three: list[StandIn]) -> None:
     """Three waves of requests, a server killed in each of the first two, and one comes back."""
     for server in three:
-        server.before_s = 0.3
+        server.before_s = 1.0
     answers: list[Answer] = []
     with running(*urls(three), routing={"policy": "least_loaded"}) as gateway:
 
@@ -221,7 +221,8 @@ def test_kill_under_load_fails_nothing_that_had_not_begun(three: list[StandIn]) 
 
         for victim in three[:2]:
             calls = wave()
-            wait_for(lambda v=victim: v.running >= 2, "it is busy")  # type: ignore[misc]
+            wait_for(lambda: sum(s.running for s in three) == 12, "all run")
+            assert victim.running >= 4
             victim.kill()
             for call in calls:
                 call.join()

@@ -1,0 +1,128 @@
+"""What a request may get wrong, in OpenAI's words and shape, for any JSON at all."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serving.helpers import Running, ask, error_of, running
+from tests.serving.standin import StandIn, standin
+
+LIMITS = {"max_prompt_chars": 100, "max_body_bytes": 2000}
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[StandIn]:
+    with standin() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(upstream: StandIn) -> Iterator[Running]:
+    with running(upstream.url, limits=LIMITS, timeouts={"body": 0.5}) as gateway:
+        yield gateway
+
+
+NOT_JSON = "We could not parse the JSON body of your request."
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code", "message"),
+    [
+        (b"{not json", 400, None, None, NOT_JSON),
+        (b"", 400, None, None, NOT_JSON),
+        (b"\xff\xfe", 400, None, None, NOT_JSON),
+        (b"[" * 1900, 400, None, None, NOT_JSON),
+        (b"[]", 400, None, "invalid_type", "expected an object, but got an array"),
+        (b"null", 400, None, "invalid_type", "but got null"),
+        ({"prompt": "x"}, 400, None, None, "you must provide a model parameter"),
+        ({"model": 7}, 400, "model", "invalid_type", "expected a string, but got an integer"),
+        ({"model": "q"}, 404, None, "model_not_found", "The model `q` does not exist"),
+        ({"model": "m", "prompt": "x" * 101}, 400, "prompt", "string_above_max_length", "101"),
+        (
+            {"model": "m", "messages": [{"role": "user", "content": "x" * 101}]},
+            400,
+            "messages",
+            "string_above_max_length",
+            "maximum length 100",
+        ),
+        (b"x" * 2001, 413, None, "body_too_large", "larger than 2000 bytes"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
+def test_bad_requests(
+    gateway: Running,
+    path: str,
+    body: Any,
+    status: int,
+    param: str | None,
+    code: str | None,
+    message: str,
+) -> None:
+    answer = ask(gateway.url, "POST", path, body)
+    error = error_of(answer)
+    assert (answer.status, error["param"], error["code"]) == (status, param, code)
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
+    assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_body_that_does_not_come(gateway: Running) -> None:
+    answer = ask(gateway.url, "POST", "/v1/completions", None, content_length="5")
+    assert (answer.status, error_of(answer)["type"]) == (408, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "unknown_url"),
+        ("POST", "/v1/nothing", 404, "unknown_url"),
+        ("GET", "/v1/completions", 405, "method_not_supported"),
+        ("POST", "/v1/models", 405, "method_not_supported"),
+        ("GET", "/v1/models/q", 404, "model_not_found"),
+    ],
+)
+def test_urls(gateway: Running, method: str, path: str, status: int, code: str) -> None:
+    answer = ask(gateway.url, method, path)
+    assert (answer.status, error_of(answer)["code"]) == (status, code)
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_exceptions_of_openais_client(gateway: Running) -> None:
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="nope", prompt="x")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="m", prompt="x" * 101)
+    assert (long.value.code, long.value.param) == ("string_above_max_length", "prompt")
+
+
+def test_unknown_fields_and_headers_go_on(gateway: Running, upstream: StandIn) -> None:
+    body = {"model": "m", "prompt": "x", "no_such_field": {"a": [1.50, None]}}
+    headers = {"x_request_id": "my-id.7", "traceparent": "00-abc-def-01", "cookie": "c=1"}
+    answer = ask(gateway.url, "POST", "/v1/completions?a=b", body, **headers)
+    assert answer.status == 200 and answer.headers.get_all("x-request-id") == ["my-id.7"]
+    seen = upstream.seen[-1]
+    assert seen["body"] == body
+    assert seen["headers"]["x-request-id"] == "my-id.7"
+    assert seen["headers"]["traceparent"] == "00-abc-def-01"
+    assert "cookie" not in seen["headers"]
+
+
+def test_usage_is_asked_for_and_hidden(gateway: Running, upstream: StandIn) -> None:
+    body = {"model": "m", "prompt": "x", "max_tokens": 2, "stream": True}
+    plain = ask(gateway.url, "POST", "/v1/completions", body)
+    assert upstream.seen[-1]["body"]["stream_options"] == {"include_usage": True}
+    assert b"usage" not in plain.body
+    for options in ({"include_usage": False}, None, {"x": 1}):
+        hidden = ask(gateway.url, "POST", "/v1/completions", {**body, "stream_options": options})
+        assert hidden.body == plain.body
+    asked = {**body, "stream_options": {"include_usage": True}}
+    whole = ask(gateway.url, "POST", "/v1/completions", asked)
+    assert upstream.seen[-1]["body"] == asked
+    assert b'"completion_tokens": 2' in whole.body
+    assert b"".join(e for e in whole.body.split(b"\n\n") if b"usage" in e)
+    kept = [e for e in whole.body.split(b"\n\n") if b"usage" not in e]
+    assert b"\n\n".join(kept) == plain.body

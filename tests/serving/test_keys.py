@@ -1,0 +1,213 @@
+"""Keys and what they may use: hashes only, limits per key, rotation, nothing secret in logs."""
+
+import json
+import logging
+import math
+import threading
+from typing import Any
+
+import pytest
+
+from serving.config import KeyEntry
+from serving.keys import digest, new_key
+from serving.limits import Account, Bucket
+from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
+from tests.serving.standin import standin, wait_for
+
+BODY = {"model": "m", "prompt": "x" * 40, "max_tokens": 10}  # 10 + 10 tokens by the guess
+ALICE, BOB = new_key(), new_key()
+
+
+def entry(key: str, name: str, **limits: int) -> dict[str, Any]:
+    return {"name": name, "sha256": digest(key), **limits}
+
+
+def complete(gateway: Running, key: str = ALICE, **fields: Any) -> Answer:
+    bearer = f"Bearer {key}"
+    body = {**BODY, **fields}
+    return ask(gateway.url, "POST", "/v1/completions", body, authorization=bearer)
+
+
+def test_keys_are_random_and_long() -> None:
+    keys = {new_key() for _ in range(100)}
+    assert len(keys) == 100
+    assert min(map(len, keys)) >= 43 + len("attnserve-")
+
+
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        ("", None),
+        ("Bearer", "invalid_api_key"),
+        ("Bearer ", "invalid_api_key"),
+        (f"Bearer {ALICE}x", "invalid_api_key"),
+        (f"Bearer {ALICE[:-1]}", "invalid_api_key"),
+        (f"Basic {ALICE}", "invalid_api_key"),
+        (ALICE, "invalid_api_key"),
+        (f"Bearer {digest(ALICE)}", "invalid_api_key"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/v1/models/m"])
+def test_wrong_keys(shared: Running, header: str, code: str | None, path: str) -> None:
+    method = "POST" if path == "/v1/completions" else "GET"
+    headers = {"authorization": header} if header else {}
+    answer = ask(shared.url, method, path, BODY, **headers)
+    error = error_of(answer)
+    assert (answer.status, error["code"], error["type"]) == (401, code, "invalid_request_error")
+    assert ALICE[:-1] not in error["message"]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """A gateway with one key, for tests that change nothing."""
+    with standin() as upstream, running(upstream.url, keys=[entry(ALICE, "alice")]) as gateway:
+        yield gateway
+
+
+def test_right_key(shared: Running) -> None:
+    assert complete(shared).status == 200
+    bearer = {"authorization": f"bearer  {ALICE}"}
+    assert ask(shared.url, "GET", "/v1/models", **bearer).status == 200
+    for path in ("/health", "/metrics"):
+        assert ask(shared.url, "GET", path).status == 200
+
+
+def test_protected_metrics() -> None:
+    with standin() as upstream:
+        keys = [entry(ALICE, "alice")]
+        with running(upstream.url, keys=keys, protect_metrics=True) as gateway:
+            assert ask(gateway.url, "GET", "/metrics").status == 401
+            bearer = {"authorization": f"Bearer {ALICE}"}
+            assert ask(gateway.url, "GET", "/metrics", **bearer).status == 200
+
+
+def test_keys_stay_here_and_the_servers_own_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWN_KEY", "the-servers-own")
+    with standin() as upstream:
+        models = [{"name": "m", "replicas": [upstream.url], "api_key_env": "OWN_KEY"}]
+        with running(models=models, keys=[entry(ALICE, "alice")]) as gateway:
+            assert complete(gateway).status == 200
+    assert upstream.seen[0]["headers"]["authorization"] == "Bearer the-servers-own"
+
+
+def test_rotation() -> None:
+    with standin() as upstream, running(upstream.url, keys=[entry(ALICE, "a")]) as gateway:
+        models = [{"name": "m", "replicas": [upstream.url]}]
+        assert [complete(gateway, k).status for k in (ALICE, BOB)] == [200, 401]
+        gateway.apply(models=models, keys=[entry(ALICE, "a"), entry(BOB, "b")])
+        assert [complete(gateway, k).status for k in (ALICE, BOB)] == [200, 200]
+        gateway.apply(models=models, keys=[entry(BOB, "b")])
+        assert [complete(gateway, k).status for k in (ALICE, BOB)] == [401, 200]
+
+
+def test_requests_per_minute() -> None:
+    keys = [entry(ALICE, "alice", requests_per_minute=2), entry(BOB, "bob")]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        first = complete(gateway)
+        assert first.headers["x-ratelimit-limit-requests"] == "2"
+        assert first.headers["x-ratelimit-remaining-requests"] == "1"
+        complete(gateway)
+        third = complete(gateway)
+        error = error_of(third)
+        assert (third.status, error["type"]) == (429, "requests")
+        assert error["code"] == "rate_limit_exceeded"
+        assert 0 < int(third.headers["retry-after"]) <= 30
+        assert 0 < int(third.headers["retry-after-ms"]) <= 30_000
+        assert complete(gateway, BOB).status == 200  # each has its own
+        assert upstream.started == 3
+        gateway.apply(models=[{"name": "m", "replicas": [upstream.url]}], keys=keys)
+        assert complete(gateway).status == 429  # a reload forgets nothing
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_reserved_and_settled(stream: bool) -> None:
+    """20 are reserved by the guess; the answer's usage says 7 + max_tokens."""
+    keys = [entry(ALICE, "alice", tokens_per_minute=100)]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        upstream.before_s = 60.0
+        held = open_request(
+            gateway.url, {**BODY, "max_tokens": 85}, authorization=f"Bearer {ALICE}"
+        )
+        wait_for(lambda: upstream.running == 1, "it runs")
+        answer = complete(gateway, stream=stream)  # 95 are reserved
+        assert (answer.status, error_of(answer)["type"]) == (429, "tokens")
+        leave(held)
+        wait_for(lambda: gateway.metric("attnserve_aborts_total{") == 1, "it has left")
+        upstream.before_s = 0.0
+        answer = complete(gateway, stream=stream)  # only the prompt of the other is charged
+        assert answer.status == 200
+        tokens = 'attnserve_key_tokens_total{key="alice"}'
+        wait_for(lambda: gateway.metric(tokens) == 10 + 17, "settled by usage")
+
+
+def test_request_above_the_whole_limit() -> None:
+    keys = [entry(ALICE, "alice", tokens_per_minute=100)]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        answer = complete(gateway, max_tokens=101)
+        assert (answer.status, error_of(answer)["type"]) == (429, "tokens")
+        assert answer.headers["x-should-retry"] == "false"
+        assert "retry-after" not in answer.headers
+
+
+def test_failed_requests_cost_no_tokens() -> None:
+    keys = [entry(ALICE, "alice", tokens_per_minute=100)]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        upstream.status = 400
+        for _ in range(8):
+            assert complete(gateway).status == 400
+
+
+def test_concurrency() -> None:
+    keys = [entry(ALICE, "alice", max_concurrent=1)]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        upstream.before_s = 60.0
+        held = open_request(gateway.url, BODY, authorization=f"Bearer {ALICE}")
+        wait_for(lambda: upstream.running == 1, "it runs")
+        answer = complete(gateway)
+        assert (answer.status, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
+        assert answer.headers["retry-after-ms"] == "1000"
+        leave(held)
+        upstream.before_s = 0.0
+        wait_for(lambda: complete(gateway).status == 200, "there is room again")
+
+
+def test_bucket() -> None:
+    bucket = Bucket()
+    bucket.set(60, now=0.0)
+    assert bucket.wait(60, now=0.0) == 0
+    assert bucket.wait(61, now=0.0) == math.inf
+    bucket.level -= 60
+    assert bucket.wait(1, now=0.0) == pytest.approx(1.0)
+    assert bucket.wait(10, now=4.0) == pytest.approx(6.0)
+    bucket.set(30, now=4.0)  # a smaller limit: 56 of 30 are used
+    assert bucket.wait(1, now=4.0) == pytest.approx(54.0)
+    assert bucket.used(now=1e6) == 0
+
+
+def test_reservations_add_up_under_threads_of_requests() -> None:
+    account = Account()
+    account.set(KeyEntry(name="a", sha256="0" * 64, tokens_per_minute=1000))
+    for _ in range(50):
+        account.reserve(20)
+    for _ in range(50):
+        account.settle(20, 5)
+    assert account.in_flight == 0
+    assert account.tokens.level == pytest.approx(750, abs=1)
+
+
+def test_no_secret_in_logs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    config = {"keys": [entry(ALICE, "alice")], "logging": {"level": "debug"}}
+    with standin() as upstream, running(upstream.url, **config) as gateway:
+        complete(gateway, prompt="a private prompt")
+        complete(gateway, BOB)
+        upstream.status = 400
+        complete(gateway, stream=True)
+        upstream.kill()
+        complete(gateway)
+        wait_for(lambda: "not healthy" in caplog.text, "it is noticed")
+    text = caplog.text + json.dumps([vars(r) for r in caplog.records], default=str)
+    assert "alice" in text
+    for secret in (ALICE, BOB, digest(ALICE), "a private prompt", " 0 1 2"):
+        assert secret not in text
+    assert threading.active_count() < 20
