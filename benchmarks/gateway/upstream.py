@@ -23,7 +23,12 @@ def chunk(data: bytes) -> bytes:
 
 def event(fields: dict[str, object]) -> bytes:
     """One server-sent event, as a chunk."""
-    head = {"id": ID, "object": "text_completion", "created": 1763800000, "model": "m"}
+    head: dict[str, object] = {
+        "id": ID,
+        "object": "text_completion",
+        "created": 1763800000,
+        "model": "m",
+    }
     return chunk(f"data: {json.dumps({**head, **fields}, separators=(',', ':'))}\n\n".encode())
 
 

@@ -110,12 +110,16 @@ def test_docs_name_every_metric(used: Running) -> None:
         assert name.startswith("process_") or f"`{name}" in text
 
 
+def every(url: str) -> dict[str, Any]:
+    """An entry for every name."""
+    return {"name": "*", "replicas": [url]}
+
+
 def test_names_that_nobody_serves_make_no_metrics() -> None:
-    with standin("m") as upstream:
-        with running(models=[{"name": "*", "replicas": [upstream.url]}]) as gateway:
-            for name in ("m", "x", "y"):
-                ask(gateway.url, "POST", "/v1/completions", {**BODY, "model": name})
-            text = ask(gateway.url, "GET", "/metrics").body.decode()
+    with standin("m") as upstream, running(models=[every(upstream.url)]) as gateway:
+        for name in ("m", "x", "y"):
+            ask(gateway.url, "POST", "/v1/completions", {**BODY, "model": name})
+        text = ask(gateway.url, "GET", "/metrics").body.decode()
     assert 'model="m"' in text and 'model="*"' in text
     assert 'model="x"' not in text and 'model="y"' not in text
 
@@ -175,7 +179,7 @@ class Collector(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
 
 
@@ -196,6 +200,7 @@ def test_traces(tmp_path: Path) -> None:
             header = {"traceparent": f"00-{trace}-{parent}-01"}
             assert ask(gateway.url, "POST", "/v1/completions", BODY, **header).status == 200
     server.shutdown()  # the gateway has sent what it had when it ended
+    server.server_close()
     (taken,) = Collector.taken
     found = trace_service.ExportTraceServiceRequest.FromString(taken)
     (span,) = found.resource_spans[0].scope_spans[0].spans
