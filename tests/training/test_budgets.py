@@ -43,18 +43,22 @@ def measured(folder: Path, books: Path, runs: Path, sequences: int = 5) -> Measu
     return Measured.on(forward, books / "emma.txt", LENGTH, sequences, runs)
 
 
+def of_transformers(folder: Path, own: Measured) -> list[float]:
+    """Each sequence's loss as transformers computes it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return [
+        -model_log_likelihood(model, row.numpy(), LENGTH, own.checkpoint.bos, quiet=True) / LENGTH
+        for row in own.text.targets
+    ]
+
+
 @pytest.mark.parametrize("name", ["selective", "softmax"])
 def test_unpruned_is_the_model(
     name: str, folders: dict[str, Path], books: Path, tmp_path: Path
 ) -> None:
     own = measured(folders[name], books, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-    expected = [
-        -model_log_likelihood(model, row.numpy(), LENGTH, own.checkpoint.bos, quiet=True) / LENGTH
-        for row in own.text.targets
-    ]
     # F is rounded to 2^-16.
-    assert own.losses("none", FULL) == pytest.approx(expected, abs=1e-4)
+    assert own.losses("none", FULL) == pytest.approx(of_transformers(folders[name], own), abs=1e-4)
 
 
 def test_pruned_is_the_law(
@@ -172,7 +176,8 @@ def test_result_and_checkpoint(
     config = json.loads((out / "config.json").read_text())
     budgets = found.targets[0].budgets
     assert config["attention_variant"] == {"name": "selective", "kv_budgets": budgets}
-    assert Checkpoint(out).variant == "selective"
+    losses = own.losses("selective", tuple(budgets))
+    assert of_transformers(out, own) == pytest.approx(losses, abs=1e-4)
     names = {file.name for file in folders["selective"].iterdir()}
     assert {file.name for file in out.iterdir()} == names
 
