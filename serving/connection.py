@@ -1,8 +1,8 @@
 """Connections to one HTTP/1.1 server: a pool, and one exchange of request and answer at a time.
 
-A general client does more for each streamed token than a gateway needs (`benchmarks.gateway` has two
-proxies that use one, beside ours), and does not say what retrying has to know: whether a connection
-that broke had been used before, and whether a byte of the answer had come.
+A general client does more for each streamed token than a gateway needs (`benchmarks.gateway` has
+two proxies that use one, beside ours), and does not say what retrying has to know: whether a
+connection that broke had been used before, and whether a byte of the answer had come.
 """
 
 import asyncio

@@ -43,8 +43,8 @@ def test_ratios_are_taken_round_by_round(tmp_path: Path) -> None:
     def peer(name: str, cpu: list[float], times: list[float]) -> Peer:
         modes = ("stream", "whole")
         service = None if name == DIRECT else Service(name, 1, tmp_path)
-        cpus = {m: cpu for m in modes}
-        return Peer(name, "", service, cpu_ms=cpus, ttft_ms={m: times for m in modes})
+        cpus = dict.fromkeys(modes, cpu)
+        return Peer(name, "", service, cpu_ms=cpus, ttft_ms=dict.fromkeys(modes, times))
 
     direct = peer(DIRECT, [], [1.0, 2.0, 3.0])
     ours = peer(OURS, [1.0, 2.0, 4.0], [2.0, 3.0, 4.0])
