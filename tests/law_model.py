@@ -31,7 +31,7 @@ class Greedy(NamedTuple):
 
     tokens: list[int]
     margins: list[float]
-    closest_eviction: float
+    closest_eviction: float = math.inf
 
 
 @dataclass

@@ -45,6 +45,7 @@ def test_keys_are_random_and_long() -> None:
         (ALICE, "invalid_api_key"),
         (f"Bearer {digest(ALICE)}", "invalid_api_key"),
     ],
+    ids=["none", "no_key", "empty", "longer", "shorter", "basic", "bare", "hash"],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/v1/models/m"])
 def test_wrong_keys(shared: Running, header: str, code: str | None, path: str) -> None:
