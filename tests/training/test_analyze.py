@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from attn_kernels import variant_names
+from tests.fla import fla_checkpoint
 from tests.tiny import tiny_checkpoint, write_tiny_llama
 from tests.training.texts import Copier, write_lines, write_texts
 from training.analyze import tiled
@@ -74,7 +75,7 @@ def test_intervals_as_json() -> None:
     assert Estimate.from_json(mean_interval([5.0]).json()) == (5.0, -math.inf, math.inf)
 
 
-@pytest.mark.parametrize("name", [*variant_names(), "window", "llama"])
+@pytest.mark.parametrize("name", [*variant_names(), "window", "llama", "fla"])
 def test_scores_are_the_models_own(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,9 @@ def test_scores_are_the_models_own(
         folder = write_tiny_llama(tmp_path)
     elif name == "window":
         folder = tiny_checkpoint(tmp_path, "selective", sliding_window=9)
+    elif name == "fla":
+        fields = {"attn_impl": "parallel_scaled_softpick_attn", "qk_norm": True}
+        folder = fla_checkpoint(tmp_path, **fields)
     else:
         folder = tiny_checkpoint(tmp_path, name)
     rng = np.random.default_rng(0)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from attn_kernels import attend, selectable_mask
 from hf_attn import VariantLlamaForCausalLM
@@ -37,6 +36,7 @@ def _forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor,
+    position_ids: Tensor,
     past_key_values: None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -44,12 +44,14 @@ def _forward(
     `attention_mask` bool `[batch, 1, n, n]`."""
     if past_key_values is not None:
         raise ValueError("attention in tiles has no cache: pass use_cache=False")
+    if module.budget is not None:
+        raise ValueError("attention in tiles does not prune: analyze a model without kv_budgets")
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     q, k, v = (
         projection(hidden_states).view(shape).transpose(1, 2)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
-    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    q, k = module.rotate(q, k, position_embeddings, position_ids)
     q, k, v = q.float(), k.float(), v.float()
     learned = {name: getattr(module, name).float() for name in module.variant.learned}
     batch, num_heads, n, _ = q.shape
