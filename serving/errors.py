@@ -99,7 +99,8 @@ def normalise(body: bytes, status: int) -> bytes:
             if (status, param) == (404, "model"):
                 code, param = "model_not_found", None
         kind = error.get("type")
-        param = param if isinstance(param, str) else None
+        # vLLM says where in the request's parts a field is: "body.temperature".
+        param = param.removeprefix("body.") if isinstance(param, str) else None
         kind = kind if isinstance(kind, str) else kind_of(status)
         whole = error_body(error["message"], kind, code, param)
     else:

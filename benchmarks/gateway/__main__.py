@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
+from benchmarks.servers import append_csv
 from serving.launch import HOST, LaunchError, Service, check_port
 
 CSV = machine.RESULTS / "gateway.csv"
@@ -174,8 +175,10 @@ def results(peers: Sequence[Peer]) -> list[dict[str, Any]]:
                 row[f"{mode}_cpu_ms"] = float(np.median(cpu))
                 row[f"{mode}_cpu_ms_min"], row[f"{mode}_cpu_ms_max"] = min(cpu), max(cpu)
                 if ours is not None:
+                    # Linux counts CPU time in 10 ms: a short round may have none.
                     pairs = zip(cpu, ours.cpu_ms[mode], strict=True)
-                    row[f"{mode}_cpu_ratio"] = float(np.median([a / b for a, b in pairs]))
+                    ratios = [a / b for a, b in pairs if b > 0]
+                    row[f"{mode}_cpu_ratio"] = float(np.median(ratios)) if ratios else None
             if peer.ttft_ms:
                 for q in (50, 99):
                     here = float(np.percentile(peer.ttft_ms[mode], q))
@@ -199,17 +202,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     }
     frame = pd.DataFrame(rows).reindex(columns=["gateway", *columns, "note"])
     return frame.rename(columns=columns).to_string(index=False, na_rep="", float_format="%.2f")
-
-
-def append_csv(path: Path, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, made if missing; what is in it stays as it is."""
-    added = pd.DataFrame([{**about, **row} for row in rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        added = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), added])
-    partial = path.with_name(path.name + ".partial")
-    added.to_csv(partial, index=False, float_format="%.6g")
-    partial.replace(path)
 
 
 def described(options: argparse.Namespace) -> dict[str, Any]:

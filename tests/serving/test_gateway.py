@@ -90,7 +90,7 @@ def test_unknown_fields_pass(gateway: Server) -> None:
     [
         ({"model": "nope", "prompt": "x"}, 404, None, "model_not_found"),
         ({"model": MODEL, "prompt": "x", "max_tokens": -1}, 400, "max_tokens", None),
-        ({"model": MODEL, "prompt": "x", "temperature": "hot"}, 400, None, None),
+        ({"model": MODEL, "prompt": "x", "temperature": "hot"}, 400, "temperature", None),
         (b"{not json", 400, None, None),
         (b"", 400, None, None),
     ],

@@ -64,8 +64,15 @@ class Client:
 
     def metric(self, name: str) -> float:
         """Sum of a Prometheus metric over its labels."""
+        return self.metrics(name)[0]
+
+    def metrics(self, *names: str) -> tuple[float, ...]:
+        """Several of them, of the same moment."""
         with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
             text = answer.read().decode()
-        values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
-        assert values, f"{self.server.url}/metrics has no {name}"
-        return sum(map(float, values))
+        sums = []
+        for name in names:
+            values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+            assert values, f"{self.server.url}/metrics has no {name}"
+            sums.append(sum(map(float, values)))
+        return tuple(sums)
