@@ -150,6 +150,7 @@ def test_prefix_caching_finds_nothing(served: Served) -> None:
     assert served.client.metric("vllm:prefix_cache_hits_total") == 0
 
 
+@pytest.mark.slow
 def test_ample_budgets_given_at_start_up(tmp_path: Path) -> None:
     """`--hf-overrides` gives budgets; with as many as tokens nothing is pruned, and the answers are
     those of unpruned selective attention."""
