@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
+from benchmarks.options import positive
 from quant.errors import Refusal
 from quant.measure import NUMERICS, Samples, Subject
 from quant.mixed import Price, Prices, Widths, path, total, within
@@ -36,7 +37,7 @@ from quant.schemes.hessian import watched
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.store import FOLDER
 from quant.store import put as put_file
-from quant.sweep import group, positive
+from quant.sweep import group
 from quant.texts import calibration
 from quant.weight import BITS, Grid, QuantizedWeight
 from training.analyze.intervals import Estimate, mean_interval

@@ -24,6 +24,7 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
+from benchmarks.options import positive
 from quant import pool, store
 from quant.cell import PARTS, Cell, cells
 from quant.errors import Refusal
@@ -165,13 +166,6 @@ def with_baseline(task: Task, options: argparse.Namespace, failures: dict[str, s
         failures[task.name] = "the unquantized model could not be measured"
         return None
     return dataclasses.replace(task, baseline=store.read(path).units)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def group(text: str) -> int | None:

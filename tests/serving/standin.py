@@ -172,3 +172,8 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> N
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.02)
+
+
+def wait_for_value(read: Callable[[], int], value: int, what: str) -> None:
+    """Wait until `read` gives `value`, which may be a loop's."""
+    wait_for(lambda: read() == value, what)

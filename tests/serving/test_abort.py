@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.serving.helpers import ask, leave, open_request, running
-from tests.serving.standin import StandIn, standin, wait_for
+from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 
 BODY = {"model": "m", "prompt": "x" * 50, "max_tokens": 1000}
 Leaving = Callable[[str, StandIn], None]
@@ -46,7 +46,7 @@ def check(way: Leaving, times: int) -> None:
     with standin() as upstream, running(upstream.url) as gateway:
         for i in range(1, times + 1):
             way(gateway.url, upstream)
-            wait_for(lambda i=i: upstream.aborted == i, f"abort {i}")  # type: ignore[misc]
+            wait_for_value(lambda: upstream.aborted, i, f"abort {i}")
             assert upstream.running == 0
         assert (upstream.started, upstream.finished) == (times, 0)
         stage = f'attnserve_aborts_total{{bits="8",model="m",stage="{way.__name__}"'

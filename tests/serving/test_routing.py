@@ -13,7 +13,7 @@ import pytest
 from serving.config import Config
 from serving.gateway import Gateway
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
-from tests.serving.standin import StandIn, standin, wait_for
+from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_overloaded_replica_loses_the_prefix(three: list[StandIn]) -> None:
         clients = []
         for i in range(12):
             clients.append(open_request(gateway.url, body))
-            wait_for(lambda i=i: sum(s.running for s in three) == i + 1, "it runs")  # type: ignore[misc]
+            wait_for_value(lambda: sum(s.running for s in three), i + 1, "it runs")
         # No more than 1.5 times the mean of 4, and no more servers than that takes.
         assert max(s.running for s in three) <= 7
         assert sum(s.running > 0 for s in three) == 2
@@ -86,7 +86,7 @@ def test_least_loaded(three: list[StandIn]) -> None:
         clients = []
         for i in range(9):
             clients.append(open_request(gateway.url, {"model": "m", "prompt": "x" * 400}))
-            wait_for(lambda i=i: sum(s.running for s in three) == i + 1, "it runs")  # type: ignore[misc]
+            wait_for_value(lambda: sum(s.running for s in three), i + 1, "it runs")
         assert [s.running for s in three] == [3, 3, 3]
         for client in clients:
             leave(client)

@@ -19,6 +19,7 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
+from benchmarks.options import positive
 from training.analyze.attention import Attention
 from training.analyze.blimp import Blimp
 from training.analyze.lambada import Lambada
@@ -164,13 +165,6 @@ def table(results: Sequence[Stored]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
