@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+RENDERED = {"message", "asctime", "color_message"}
 
 
 class JsonLines(logging.Formatter):
@@ -20,7 +20,9 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        line |= {k: v for k, v in record.__dict__.items() if k not in STANDARD and v is not None}
+        # Asked here, not at import: a library (vLLM does) may change what every record carries.
+        standard = RENDERED.union(vars(logging.makeLogRecord({})))
+        line |= {k: v for k, v in record.__dict__.items() if k not in standard and v is not None}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -159,6 +159,23 @@ def test_log_line_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
     assert 0 <= times["queue_ms"] <= times["ttft_ms"] <= times["duration_ms"]
 
 
+def test_what_a_library_puts_on_every_record_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Marked(logging.LogRecord):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.marked = "by a library"
+
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.getLogRecordFactory())
+    logging.setLogRecordFactory(Marked)
+    record = logging.makeLogRecord({"request_id": "mine"})
+    assert "by a library" in vars(record).values()
+    line = json.loads(JsonLines().format(record))
+    assert line["request_id"] == "mine"
+    assert "marked" not in line
+
+
 def test_stderr_is_json_lines(tmp_path: Path) -> None:
     with standin() as upstream:
         config = {"models": [{"name": "m", "replicas": [upstream.url]}]}
