@@ -28,8 +28,39 @@ FRACTION_BITS = 16
 
 LARGEST = 2**31 - 1
 
+LARGEST_GPU_BUDGET = 4096
+"""Slots that one program of the Triton kernels scans."""
+
 NUMBERS_BYTES = 8
 """Of a slot's accumulator and position."""
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """What one layer keeps of one request, in numbers.
+
+    Attributes:
+        budget: slots of a page.
+        num_kv_heads, head_size: the layer's.
+        dtype: of the keys and values.
+
+    Raises:
+        ValueError: the budget is below LEAST_BUDGET.
+    """
+
+    budget: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.budget < LEAST_BUDGET:
+            raise ValueError(f"a budget must be at least {LEAST_BUDGET} tokens, not {self.budget}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a page."""
+        return self.budget * slot_bytes(self.num_kv_heads, self.head_size, self.dtype)
 
 
 @dataclass
@@ -49,22 +80,15 @@ class Page:
     positions: Tensor
 
     @classmethod
-    def view(
-        cls, memory: Tensor, budget: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
-    ) -> Page:
-        """A page in `memory`: `[budget * slot_bytes(...)]` uint8, whatever is in it.
+    def view(cls, memory: Tensor, shape: PageShape) -> Page:
+        """A page in `memory`: `[shape.num_bytes]` uint8, whatever is in it.
 
         Keys, values, accumulators and positions follow one another, each in the order of its shape.
-
-        Raises:
-            ValueError: the budget is below LEAST_BUDGET.
         """
-        if budget < LEAST_BUDGET:
-            raise ValueError(f"a budget must be at least {LEAST_BUDGET} tokens, not {budget}")
-        numbers = memory[-NUMBERS_BYTES * budget :].view(torch.int32).view(2, budget)
-        rest = memory[: -NUMBERS_BYTES * budget].view(dtype)
-        keys, values = rest.view(2, num_kv_heads, budget, head_size)
-        return cls(keys, values, *numbers)
+        tokens = memory[: -NUMBERS_BYTES * shape.budget].view(shape.dtype)
+        numbers = memory[-NUMBERS_BYTES * shape.budget :].view(torch.int32)
+        keys, values = tokens.view(2, shape.num_kv_heads, shape.budget, shape.head_size)
+        return cls(keys, values, *numbers.view(2, shape.budget))
 
 
 def slot_bytes(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
@@ -163,27 +187,14 @@ class TorchPrunedLayer:
     """`attend_pruned` bound to one layer's pages, in torch operations: correct and slow.
 
     Args:
-        pages: `[num_pages, budget * slot_bytes(...)]` uint8.
-        budget: slots of a page.
-        num_heads, num_kv_heads, head_size: the layer's.
-        dtype: of the pages' keys and values.
+        pages: `[num_pages, shape.num_bytes]` uint8.
+        shape: of each page.
         scale: factor of the raw scores.
     """
 
-    def __init__(
-        self,
-        pages: Tensor,
-        *,
-        budget: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        scale: float,
-    ) -> None:
+    def __init__(self, pages: Tensor, shape: PageShape, *, scale: float) -> None:
         self.pages = pages
-        self.shape = budget, num_kv_heads, head_size, dtype
-        self.dtype = dtype
+        self.shape = shape
         self.scale = scale
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
@@ -200,10 +211,10 @@ class TorchPrunedLayer:
         for request, (start, stop) in enumerate(itertools.pairwise(starts)):
             if start == stop:
                 continue
-            page = Page.view(self.pages[batch.block_table[request, 0]], *self.shape)
+            page = Page.view(self.pages[batch.block_table[request, 0]], self.shape)
             q, k, v = (
                 x[start:stop].transpose(0, 1).double()
-                for x in (query, key.to(self.dtype), value.to(self.dtype))
+                for x in (query, key.to(self.shape.dtype), value.to(self.shape.dtype))
             )
             num_before = lens[request] - (stop - start)
             output = attend_pruned(q, k, v, page, num_before, self.scale)

@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES, TorchLayer
+from attn_kernels.pruning import PageShape
 from vllm_attn import names, pruned
 from vllm_attn.budgets import KV_CACHE_DTYPES
 from vllm_attn.preflight import FP8_DTYPES
@@ -251,10 +252,8 @@ class VariantImpl(AttentionImpl[Batch]):
             self.pruned_layer = pruned.bind(
                 self.variant,
                 kv_cache,
-                self.budget,
+                PageShape(self.budget, self.num_kv_heads, self.head_size, kv_cache.dtype),
                 num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_size=self.head_size,
                 scale=self.scale,
             )
         return self.pruned_layer

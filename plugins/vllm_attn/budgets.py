@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attn_kernels import Variant
+from attn_kernels.pruning import LARGEST_GPU_BUDGET
 from attn_kernels.variants.selective import Selective
 from vllm_attn.report import StartupError
 
@@ -50,6 +51,10 @@ def check_budgets(vllm_config: Any, variant: Variant) -> None:
         or parallel.prefill_context_parallel_size > 1,
         "pipeline parallelism yet: use --pipeline-parallel-size 1": (
             parallel.pipeline_parallel_size > 1
+        ),
+        f"a GPU where one is above {LARGEST_GPU_BUDGET}: lower it, or serve on a CPU": (
+            vllm_config.device_config.device_type != "cpu"
+            and min(max(budgets), model_config.max_model_len) > LARGEST_GPU_BUDGET
         ),
     }
     for what, present in reasons.items():

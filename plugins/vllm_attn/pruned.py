@@ -9,7 +9,7 @@ subclass says how large it is. Layers of different sizes share one block table
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec
 from attn_kernels import Variant, cpu, variant_from_config
 from attn_kernels.cpu.pruned import PrunedCPULayer
 from attn_kernels.paged import STATE_BYTES
-from attn_kernels.pruning import TorchPrunedLayer, slot_bytes
+from attn_kernels.pruning import PageShape, TorchPrunedLayer, slot_bytes
 from vllm_attn.budgets import budgets_of
 
 if TYPE_CHECKING:
@@ -101,33 +101,23 @@ def announce(vllm_config: VllmConfig, spec: SelectiveStateSpec) -> None:
 def bind(
     variant: Variant,
     kv_cache: Tensor,
-    budget: int,
+    shape: PageShape,
     *,
     num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
     scale: float,
 ) -> PrunedLayer:
     """The fastest that this machine has for one layer.
 
     Args:
         kv_cache: `[num_pages, 1, budget, content]`.
-        budget: its slots.
+        shape: of each page.
     """
-    arguments: dict[str, Any] = {
-        "budget": budget,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_size": head_size,
-        "dtype": kv_cache.dtype,
-        "scale": scale,
-    }
     pages = kv_cache.flatten(1).view(torch.uint8)
     if kv_cache.device.type != "cpu":
         from attn_kernels.triton.pruned_layer import TritonPrunedLayer
 
-        return TritonPrunedLayer(variant, pages, **arguments)
+        return TritonPrunedLayer(variant, pages, shape, num_heads=num_heads, scale=scale)
     kernel = cpu.load(variant)
-    if kernel is not None and kernel.unsupported(head_size, 16, kv_cache.dtype) is None:
-        return PrunedCPULayer(kernel, pages, **arguments)
-    return TorchPrunedLayer(pages, **arguments)
+    if kernel is not None and kernel.unsupported(shape.head_size, 16, shape.dtype) is None:
+        return PrunedCPULayer(kernel, pages, shape, num_heads=num_heads, scale=scale)
+    return TorchPrunedLayer(pages, shape, scale=scale)

@@ -30,6 +30,9 @@ class Shape:
     budget: int
     lengths: tuple[int, ...]
 
+    def page(self, dtype: torch.dtype) -> pruning.PageShape:
+        return pruning.PageShape(self.budget, self.kv_heads, self.head_size, dtype)
+
     @property
     def scale(self) -> float:
         return self.head_size**-0.5
@@ -82,7 +85,7 @@ def requests(shape: Shape, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Ten
 
 def pages_of(shape: Shape, dtype: torch.dtype) -> Tensor:
     """Pages as other requests left them, a few bytes further apart than they are long."""
-    size = shape.budget * pruning.slot_bytes(shape.kv_heads, shape.head_size, dtype)
+    size = shape.page(dtype).num_bytes
     memory = torch.full((NUM_PAGES, size + 64), 0xFF, dtype=torch.uint8)[:, :size]
     return memory
 
@@ -116,33 +119,19 @@ def in_chunks(layer: Any, shape: Shape, dtype: torch.dtype, chunk: int) -> list[
 def expected(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
     outputs = []
     for q, k, v in requests(shape, dtype):
-        size = shape.budget * pruning.slot_bytes(shape.kv_heads, shape.head_size, torch.float64)
-        page = pruning.Page.view(
-            torch.zeros(size, dtype=torch.uint8),
-            shape.budget,
-            shape.kv_heads,
-            shape.head_size,
-            torch.float64,
-        )
+        wide = shape.page(torch.float64)
+        page = pruning.Page.view(torch.zeros(wide.num_bytes, dtype=torch.uint8), wide)
         outputs.append(pruning.attend_pruned(q, k, v, page, 0, shape.scale))
     return outputs
 
 
 def make_layer(kind: str, shape: Shape, dtype: torch.dtype) -> Any:
-    arguments: dict[str, Any] = {
-        "budget": shape.budget,
-        "num_heads": shape.heads,
-        "num_kv_heads": shape.kv_heads,
-        "head_size": shape.head_size,
-        "dtype": dtype,
-        "scale": shape.scale,
-    }
-    pages = pages_of(shape, dtype)
+    pages, page = pages_of(shape, dtype), shape.page(dtype)
     if kind == "torch":
-        return pruning.TorchPrunedLayer(pages, **arguments)
+        return pruning.TorchPrunedLayer(pages, page, scale=shape.scale)
     kernel = cpu.load(SELECTIVE, kind)
     assert kernel is not None
-    return PrunedCPULayer(kernel, pages, **arguments)
+    return PrunedCPULayer(kernel, pages, page, num_heads=shape.heads, scale=shape.scale)
 
 
 # Portable code is compiled from the same source and runs everywhere; the best is what serves.
@@ -197,10 +186,7 @@ def test_accumulators_are_the_references() -> None:
         in_chunks(layer, shape, torch.float32, 16)
         pages = torch.randperm(NUM_PAGES, generator=seeded(3))[: len(shape.lengths)]
         found[kind] = [
-            pruning.Page.view(
-                layer.pages[page], shape.budget, shape.kv_heads, shape.head_size, torch.float32
-            )
-            for page in pages
+            pruning.Page.view(layer.pages[page], shape.page(torch.float32)) for page in pages
         ]
     for kind in KINDS[1:]:
         for one, other, n in zip(found["torch"], found[kind], shape.lengths, strict=True):

@@ -69,9 +69,9 @@ def poisoned_page(
     budget: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
 ) -> pruning.Page:
     """A page as another request left it: its numbers are wild, its keys and values NaN."""
-    num_bytes = budget * pruning.slot_bytes(num_kv_heads, head_size, dtype)
-    memory = torch.full((num_bytes,), 0x7F, dtype=torch.uint8)
-    page = pruning.Page.view(memory, budget, num_kv_heads, head_size, dtype)
+    shape = pruning.PageShape(budget, num_kv_heads, head_size, dtype)
+    memory = torch.full((shape.num_bytes,), 0x7F, dtype=torch.uint8)
+    page = pruning.Page.view(memory, shape)
     page.keys.fill_(float("nan"))
     page.values.fill_(float("nan"))
     return page

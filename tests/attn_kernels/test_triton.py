@@ -284,11 +284,8 @@ def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
         layer = TritonPrunedLayer(
             pruned.SELECTIVE,
             pruned.pages_of(shape, dtype),
-            budget=shape.budget,
+            shape.page(dtype),
             num_heads=shape.heads,
-            num_kv_heads=shape.kv_heads,
-            head_size=shape.head_size,
-            dtype=dtype,
             scale=shape.scale,
         )
         outputs = pruned.in_chunks(layer, shape, dtype, chunk)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attn_kernels.pruning import FRACTION_BITS, Page, attend_pruned, slot_bytes
+from attn_kernels.pruning import FRACTION_BITS, Page, PageShape, attend_pruned
 from training.budgets.eviction import RULES, SINKS, Cache, accumulate
 
 N = 40
@@ -17,8 +17,8 @@ N = 40
 
 def page(budget: int, k: Tensor) -> Page:
     """An empty page for keys like `k [num_kv_heads, n, head_size]`."""
-    shape = k.shape[0], k.shape[-1], k.dtype
-    return Page.view(torch.zeros(budget * slot_bytes(*shape), dtype=torch.uint8), budget, *shape)
+    shape = PageShape(budget, k.shape[0], k.shape[-1], k.dtype)
+    return Page.view(torch.zeros(shape.num_bytes, dtype=torch.uint8), shape)
 
 
 def cache(budget: int, batch: int = 3, first: int = 0) -> Cache:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from attn_kernels import variant_from_config
 from tests.servers import failed_start
 from tests.tiny import tiny_checkpoint
+from vllm_attn.budgets import check_budgets
 from vllm_attn.report import StartupError
 
 
@@ -172,6 +174,22 @@ def test_budget_limits(tmp_path: Path, budgets: object, options: dict[str, Any],
     options = options | {"hf_overrides": overrides | options.get("hf_overrides", {})}
     with pytest.raises((StartupError, ValueError), match=re.escape(line)):  # pydantic wraps some
         make_config(tmp_path, **options)
+
+
+def test_budgets_that_a_gpu_does_not_take(tmp_path: Path) -> None:
+    """No GPU is needed to refuse them: only the device's name is asked."""
+    tiny_checkpoint(tmp_path, "selective")
+    budgets = {"attention_variant": {"name": "selective", "kv_budgets": [4096, 4097, 5000]}}
+    config = make_config(tmp_path, hf_overrides=budgets)
+    variant = variant_from_config(config.model_config.hf_config)
+    assert variant is not None
+    config.model_config.max_model_len = 8192
+    check_budgets(config, variant)
+    config.device_config.device_type = "cuda"
+    with pytest.raises(StartupError, match="do not go with a GPU where one is above 4096: lower"):
+        check_budgets(config, variant)
+    config.model_config.max_model_len = 4096
+    check_budgets(config, variant)
 
 
 def test_budgets_need_our_model_class(tiny_llama: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from ctypes import byref
 
-import torch
 from torch import Tensor
 
 from attn_kernels.batch import Batch
 from attn_kernels.cpu.kernel import CPUKernel
 from attn_kernels.cpu.structs import FORMATS, PrunedCall, head_rows
+from attn_kernels.pruning import PageShape
 
 
 class PrunedCPULayer:
@@ -18,10 +18,9 @@ class PrunedCPULayer:
 
     Args:
         kernel: a stateful variant's kernels.
-        pages: `[num_pages, num_bytes]` uint8, each a page of `attn_kernels.pruning`.
-        budget: slots of a page.
-        num_heads, num_kv_heads, head_size: the layer's.
-        dtype: of the pages' keys and values.
+        pages: `[num_pages, shape.num_bytes]` uint8, each a page of `attn_kernels.pruning`.
+        shape: of each page.
+        num_heads: the layer's query heads.
         scale: factor of the raw scores.
 
     Raises:
@@ -32,28 +31,25 @@ class PrunedCPULayer:
         self,
         kernel: CPUKernel,
         pages: Tensor,
+        shape: PageShape,
         *,
-        budget: int,
         num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
         scale: float,
     ) -> None:
-        if reason := kernel.unsupported(head_size, 16, dtype):
+        if reason := kernel.unsupported(shape.head_size, 16, shape.dtype):
             raise ValueError(f"the CPU kernels do not support {reason}")
         self.pages = pages
-        self.dtype = dtype
+        self.dtype = shape.dtype
         self._call = PrunedCall(
             pages=pages.data_ptr(),
             page_stride=pages.stride(0),
             values=kernel.values,
             scale=scale,
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_size=head_size,
-            budget=budget,
-            page_format=FORMATS[dtype],
+            num_kv_heads=shape.num_kv_heads,
+            head_size=shape.head_size,
+            budget=shape.budget,
+            page_format=FORMATS[shape.dtype],
         )
         self._run = functools.partial(kernel.library.attnserve_attend_pruned, byref(self._call))
 

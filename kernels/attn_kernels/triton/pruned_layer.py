@@ -7,13 +7,11 @@ import triton
 from torch import Tensor
 
 from attn_kernels.batch import Batch
+from attn_kernels.pruning import LARGEST_GPU_BUDGET, PageShape
 from attn_kernels.triton.layer import device_figures, functions, scratch_of
 from attn_kernels.triton.pruned import attend_kernel, scan_kernel, store_kernel
 from attn_kernels.triton.tuning import DECODE, tile_for
 from attn_kernels.variant import Variant
-
-LARGEST_BUDGET = 4096
-"""Slots that one program scans."""
 
 
 class TritonPrunedLayer:
@@ -22,11 +20,9 @@ class TritonPrunedLayer:
 
     Args:
         variant: a stateful variant.
-        pages: `[num_pages, budget * slot_bytes(...)]` uint8, each a page of
-            `attn_kernels.pruning`.
-        budget: slots of a page.
-        num_heads, num_kv_heads, head_size: the layer's.
-        dtype: of the pages' keys and values.
+        pages: `[num_pages, shape.num_bytes]` uint8, each a page of `attn_kernels.pruning`.
+        shape: of each page.
+        num_heads: the layer's query heads.
         scale: factor of the raw scores.
 
     Raises:
@@ -37,30 +33,29 @@ class TritonPrunedLayer:
         self,
         variant: Variant,
         pages: Tensor,
+        shape: PageShape,
         *,
-        budget: int,
         num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
         scale: float,
     ) -> None:
-        if budget > LARGEST_BUDGET:
-            raise ValueError(f"the GPU kernels take budgets to {LARGEST_BUDGET}, not {budget}")
-        self.pages = pages.view(dtype)
-        self.dtype, self.scale = dtype, scale
-        self.num_kv_heads = num_kv_heads
-        self.group = num_heads // num_kv_heads
-        self.head_size = head_size
+        if shape.budget > LARGEST_GPU_BUDGET:
+            raise ValueError(
+                f"the GPU kernels take budgets to {LARGEST_GPU_BUDGET}, not {shape.budget}"
+            )
+        self.pages = pages.view(shape.dtype)
+        self.dtype, self.scale = shape.dtype, scale
+        self.num_kv_heads = shape.num_kv_heads
+        self.group = num_heads // shape.num_kv_heads
+        self.head_size = shape.head_size
         self.scratch = scratch_of(pages.device)
         arch, _ = device_figures(pages.device)
-        self.tile = tile_for(DECODE, arch, head_size, dtype.itemsize, self.group)
+        self.tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, self.group)
         self.shape = {
-            "NUM_KV_HEADS": num_kv_heads,
-            "HEAD_SIZE": head_size,
-            "BUDGET": budget,
-            "SLOTS": max(16, triton.next_power_of_2(budget)),
-            "DIMS": triton.next_power_of_2(head_size),
+            "NUM_KV_HEADS": shape.num_kv_heads,
+            "HEAD_SIZE": shape.head_size,
+            "BUDGET": shape.budget,
+            "SLOTS": max(16, triton.next_power_of_2(shape.budget)),
+            "DIMS": triton.next_power_of_2(shape.head_size),
         }
         names = ("QUERY_FACTOR", "START", "WEIGH_TILE", "FINISH", "PARAMS")
         self.functions = {name: functions(variant)[name] for name in names}
