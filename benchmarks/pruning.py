@@ -227,6 +227,11 @@ def check(options: argparse.Namespace) -> list[int]:
     budgets = options.kv_budgets or list(variant.kv_budgets)
     if not budgets:
         raise LaunchError(f"{options.ckpt} has no kv_budgets: give --kv-budgets", 2)
+    layers = config["num_hidden_layers"]
+    if len(budgets) != layers:
+        raise LaunchError(
+            f"--kv-budgets has {len(budgets)} entries and the model {layers} layers", 2
+        )
     if options.prompt_len + options.new_tokens > options.max_model_len:
         raise LaunchError("prompt and answer are longer than --max-model-len", 2)
     return budgets

@@ -1,0 +1,77 @@
+"""`python -m benchmarks.pruning`: what it counts, its refusals, and a run of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.pruning import kv_bytes, parse
+from serving.launch import LaunchError
+from tests.tiny import tiny_checkpoint
+
+BUDGETS = ["8", "4", "12"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, two KV heads of 32, context 1024."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("selective"), "selective")
+
+
+def test_bytes_of_a_request(checkpoint: Path) -> None:
+    lengths = ["--prompt-len=100", "--new-tokens=20"]
+    ckpt = f"--ckpt={checkpoint}"
+    unpruned, pruned = kv_bytes(parse([ckpt, *lengths, "--kv-budgets", *BUDGETS]))
+    assert unpruned == 3 * 120 * 2 * (2 * 32 * 4 + 4)
+    assert pruned == 24 * (2 * 2 * 32 * 4 + 8)
+    half = parse([ckpt, *lengths, "--dtype=bfloat16", "--kv-budgets", *BUDGETS])
+    assert kv_bytes(half) == (3 * 120 * 2 * (2 * 32 * 2 + 4), 24 * (2 * 2 * 32 * 2 + 8))
+
+
+def test_a_budget_beyond_the_context_is_the_context(checkpoint: Path) -> None:
+    arguments = [f"--ckpt={checkpoint}", "--max-model-len=512", "--kv-budgets", "8", "600", "8"]
+    assert kv_bytes(parse(arguments))[1] == (8 + 512 + 8) * (2 * 2 * 32 * 4 + 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "has no kv_budgets: give --kv-budgets"),
+        (["--kv-budgets", "8", "8"], "--kv-budgets has 2 entries and the model 3 layers"),
+        (["--kv-budgets", *BUDGETS, "--prompt-len=500"], "longer than --max-model-len"),
+        (["--ckpt=nowhere"], "nowhere is not a checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals(checkpoint: Path, arguments: list[str], line: str) -> None:
+    with pytest.raises(LaunchError, match=line):
+        parse([f"--ckpt={checkpoint}", *arguments])
+
+
+def test_another_attention_is_refused(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, "softmax")
+    with pytest.raises(LaunchError, match="has no selective attention to prune"):
+        parse([f"--ckpt={tmp_path}", "--kv-budgets", *BUDGETS])
+
+
+@pytest.mark.slow
+def test_measures_both(checkpoint: Path, tmp_path: Path) -> None:
+    """Memory for two unpruned requests of 256 tokens, or 33 pages."""
+    csv = tmp_path / "pruning.csv"
+    command = [sys.executable, "-m", "benchmarks.pruning", f"--ckpt={checkpoint}"]
+    command += ["--prompt-len=32", "--new-tokens=224", "--requests=40", "--rounds=1"]
+    command += [f"--kv-cache-memory-bytes={1 << 20}", "--threads=1", f"--csv={csv}"]
+    command += [f"--log-folder={tmp_path}", "--kv-budgets", *BUDGETS]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    unpruned, pruned = json.loads(ended.stdout.splitlines()[-1])["rows"]
+    assert unpruned["running"] < pruned["running"] == 40
+    assert unpruned["ratio"] == 1.0
+    assert pruned["long_usage_early"] == pruned["long_usage_late"]
+    assert unpruned["long_usage_early"] < unpruned["long_usage_late"]
+    assert list(pd.read_csv(csv)["server"]) == ["unpruned", "pruned"]
