@@ -257,6 +257,30 @@ def test_named_compiler_does_not_exist(
     assert "CXX=/nonexistent/g++ is not found: install g++" in only_warning(caplog)
 
 
+@pytest.mark.parametrize("chosen", [None, "/nonexistent/g++"])
+def test_no_compiler_but_a_library(
+    chosen: str | None,
+    place: Place,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """As in a container image, whose cache was filled where there was a compiler."""
+    library = build.build_library(HEADER, "Softpick", "portable")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if chosen:
+        monkeypatch.setenv("CXX", chosen)
+    else:
+        monkeypatch.delenv("CXX")
+    forget()
+    check_bound(cpu.CPULayer)
+    assert place.libraries() == [library] and not caplog.records
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DUNUSED"))
+    forget()
+    check_bound(TorchLayer)
+    assert "install g++, or set CXX" in only_warning(caplog)
+
+
 def test_compiler_cannot_be_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     place.compiler.write_text("not a program of this machine")
     check_bound(TorchLayer)
