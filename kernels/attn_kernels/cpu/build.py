@@ -1,9 +1,9 @@
-"""Compiles a variant's kernels on first use and keeps them in a cache.
+"""Compiles C++ kernels on first use and keeps them in a cache.
 
-One library a variant and instruction set, from `kernel.cpp` and `variants/<name>.hpp`. The flags
-name the instruction set instead of saying "native", so that a library runs wherever its
-instructions do, and only instruction sets of the running processor are ever chosen. Its file name
-holds a hash of the sources and the flags, and one of the compiler.
+Attention has one library a variant and instruction set, from `kernel.cpp` and
+`variants/<name>.hpp`. The flags name the instruction set instead of saying "native", so that a
+library runs wherever its instructions do, and only instruction sets of the running processor are
+ever chosen. Its file name holds a hash of the sources and the flags, and one of the compiler.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -105,21 +106,46 @@ def _compiler() -> tuple[list[str], str]:
 def build_library(header: Path, struct: str, isa: str) -> Path:
     """The shared library of the variant whose C++ struct is `struct` in `header`.
 
-    Built if no earlier one has the same sources, flags and compiler. Several processes may ask at
-    once: one builds, the others wait for it. Where there is no compiler, a library that any
-    compiler has built of the same sources and flags is taken (container images have those).
+    Raises:
+        BuildError: see `compile_library`.
+    """
+    return compile_library(
+        HERE / "kernel.cpp",
+        isa,
+        name=header.stem,
+        define=f"VARIANT={struct}",
+        reads={*HERE.glob("*.[hc]pp"), *(HERE / "variants").glob("*.hpp"), header},
+        options=(f"-I{HERE}", "-include", str(header)),
+    )
+
+
+def compile_library(
+    source: Path, isa: str, *, name: str, define: str, reads: Set[Path], options: Sequence[str]
+) -> Path:
+    """A shared library, built if no earlier one has the same sources, flags and compiler.
+
+    Several processes may ask at once: one builds, the others wait for it. Where there is no
+    compiler, a library that any compiler has built of the same sources and flags is taken
+    (container images have those).
+
+    Args:
+        source: what to compile.
+        isa: one of `ISAS`.
+        name: start of the library's file name.
+        define: a macro, as `NAME=VALUE`.
+        reads: every file of ours that the compiler reads.
+        options: further ones of the compiler, which change nothing but where files are found.
 
     Raises:
         BuildError: no compiler, it failed, or the cache cannot be written.
     """
-    options = [feature.replace("amx_", "amx-").replace("2_", "2") for feature in ISAS[isa]]
-    flags = [*FLAGS, *(f"-m{option}" for option in options), f"-DVARIANT={struct}"]
-    sources = sorted({*HERE.glob("*.[hc]pp"), *(HERE / "variants").glob("*.hpp"), header})
+    features = [feature.replace("amx_", "amx-").replace("2_", "2") for feature in ISAS[isa]]
+    flags = [*FLAGS, *(f"-m{feature}" for feature in features), f"-D{define}"]
     key = hashlib.sha256("\0".join([platform.machine(), *flags]).encode())
-    for source in sources:
-        key.update(source.name.encode() + b"\0" + source.read_bytes())
+    for read in sorted(reads):
+        key.update(read.name.encode() + b"\0" + read.read_bytes())
     folder = cache_folder()
-    name = f"{header.stem}-{isa}-{key.hexdigest()[:16]}"
+    name = f"{name}-{isa}-{key.hexdigest()[:16]}"
     try:
         compiler, version = _compiler()
     except BuildError:
@@ -135,7 +161,7 @@ def build_library(header: Path, struct: str, isa: str) -> Path:
         with open(folder / f"{target.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _compile([*compiler, *flags, f"-I{HERE}", "-include", str(header)], target)
+                _compile([*compiler, *flags, *options, str(source)], target)
     except OSError as error:
         raise BuildError(
             f"the kernel cache {folder} cannot be used ({error}): set ATTNSERVE_CACHE to a folder "
@@ -148,9 +174,7 @@ def _compile(command: list[str], target: Path) -> None:
     """Compile beside `target` and rename: whoever sees `target` sees all of it."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         out = Path(folder) / target.name
-        done = subprocess.run(
-            [*command, str(HERE / "kernel.cpp"), "-o", str(out)], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
         if done.returncode:
             log = target.with_suffix(".log")
             log.write_text(f"{' '.join(command)}\n{done.stderr}")
