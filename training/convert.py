@@ -220,7 +220,7 @@ def finetune(
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     tokens = read_tokens(options.data, tokenizer)
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    tune = FineTune(model, settings, tokens, bos, part, record)
+    tune = FineTune(model, settings, tokens, bos, part, record, compiled=options.compile)
     tune.run()
     fifth = max(1, settings.steps // 5)
     return asdict(settings) | {
@@ -314,6 +314,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16"),
         default=Settings.precision,
         help="of matrix products (default: %(default)s)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="use torch.compile: a minute or two to start, then faster; all layers' scores are in "
+        "memory at once",
     )
     return parser
 

@@ -116,6 +116,7 @@ class FineTune:
         folder: holds `state.pt`; made if missing.
         origin: whatever else a continued run must have in common with the first.
         save_seconds: shortest time between two saved states.
+        compiled: use torch.compile.
 
     Raises:
         FineTuneError: nothing to train, too little text, or another run's state.
@@ -128,6 +129,7 @@ class FineTune:
     folder: Path
     origin: dict[str, Any] = field(default_factory=dict)
     save_seconds: float = 60.0
+    compiled: bool = False
     losses: list[float] = field(default_factory=list)
     """Mean cross entropy of every step so far, in nats per token."""
     seconds: float = 0.0
@@ -184,12 +186,12 @@ class FineTune:
         """
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trained)
-        loss_of = loss_function(self.model.train(), self.settings.precision)
+        loss_of = loss_function(self.model.train(), self.settings.precision, self.compiled)
         progress = tqdm(
             initial=len(self.losses), total=self.settings.steps, unit="step", disable=quiet
         )
         with progress, fused_attention(self.model) as fused:
-            if not fused:
+            if not fused and not self.compiled:
                 self.model.gradient_checkpointing_enable()  # dense scores of one layer at a time
             self._take_steps(loss_of, progress)
         self.model.eval()

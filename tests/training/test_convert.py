@@ -245,6 +245,21 @@ def test_interrupted_and_continued_equals_uninterrupted(plain: Path, tmp_path: P
         tune(plain, tmp_path / "part", seed=2)
 
 
+@pytest.mark.slow
+def test_compiled_is_the_same_training(plain: Path, tmp_path: Path) -> None:
+    """For a variant that no fused kernel has."""
+    tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
+    settings = Settings(steps=4, train="all", learning_rate=1e-3, sequence=16, batch=2)
+    losses = []
+    for compiled in (False, True):
+        model = convert(plain, {"name": "selective"})
+        run = FineTune(model, settings, tokens, 0, tmp_path / str(compiled), compiled=compiled)
+        run.run(quiet=True)
+        losses.append(run.losses)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert losses[0][0] != pytest.approx(losses[0][-1], abs=1e-3)
+
+
 def test_learning_rate() -> None:
     settings = Settings(steps=40, learning_rate=1.0)
     rates = [settings.learning_rate_at(step) for step in range(40)]
