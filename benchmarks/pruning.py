@@ -76,7 +76,9 @@ class Peer(Server):
         arguments = ["--attention-backend=selective", f"--dtype={o.dtype}", "--enforce-eager"]
         arguments += [f"--max-model-len={o.max_model_len}", f"--max-num-seqs={o.max_num_seqs}"]
         arguments += [f"--kv-cache-memory-bytes={o.kv_cache_memory_bytes}"]
-        arguments += [f"--hf-overrides={json.dumps({'attention_variant': variant})}"]
+        # A length that the model was not trained for costs what any other does.
+        overrides = {"attention_variant": variant, "max_position_embeddings": o.max_model_len}
+        arguments += [f"--hf-overrides={json.dumps(overrides)}"]
         super().__init__(name, o.ckpt, [*arguments, *o.vllm_args], o.threads, o.log_folder)
 
     @contextlib.asynccontextmanager
