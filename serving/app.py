@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.call import Call
+from serving.compare import COMPARE, Compare
 from serving.config import EVERY
 from serving.connection import UpstreamError
 from serving.errors import ApiError, error_body, kind_of, no_such_model
@@ -37,12 +38,15 @@ class App:
         self.gateway = gateway
         self.tracer = tracer()
         self.proxy = Proxy(gateway, self.tracer)
+        self.compare = Compare(gateway, self.tracer)
         self.fastapi = routes(gateway, self._lifespan)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan."""
         if scope["type"] == "http" and scope["path"] in ROUTES:
             await self.proxy(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == COMPARE:
+            await self.compare(scope, receive, send)
         elif scope["type"] == "http":
             await self._own(scope, receive, send)
         else:

@@ -29,6 +29,7 @@ class Call:
         "headers",
         "model",
         "model_name",
+        "parts",
         "prompt_tokens",
         "queued",
         "replica",
@@ -72,11 +73,27 @@ class Call:
         self.completion_tokens = 0
         self.usage_known = False
         self.span: Any = None
+        self.parts: list[Call] | tuple[()] = ()  # what was asked of models to answer this one
 
     @property
     def id_header(self) -> tuple[bytes, bytes]:
         """The request's id for the client."""
         return (b"x-request-id", self.request_id)
+
+    def part(self, route: str, suffix: str) -> "Call":
+        """A request to a model server for this one, under its client's headers and its id with a
+        suffix (two requests of one id are an error in vLLM)."""
+        part = Call({"path": route, "headers": self.headers})
+        part.request_id = self.request_id + suffix.encode("ascii")
+        part.span = self.span
+        return part
+
+    def used(self) -> tuple[int, int]:
+        """Tokens of prompt and answer, as far as a server has worked on them."""
+        answered = self.usage_known or (
+            self.replica is not None and (self.aborted or self.first_token)
+        )
+        return (self.prompt_tokens, self.completion_tokens) if answered else (0, 0)
 
     def fields(self, seconds: float) -> dict[str, Any]:
         """The log line: who asked for what, who answered, and how it went."""

@@ -111,6 +111,9 @@ class Limits(Part):
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
 
+    max_compare_tokens: int = Field(4096, gt=0)
+    """Longest prompt and answer of /v1/compare together, in tokens."""
+
     default_max_tokens: int = Field(512, gt=0)
     """Tokens reserved for an answer whose request has no max_tokens (chat)."""
 

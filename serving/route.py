@@ -111,12 +111,16 @@ class Route(ABC):
         """Settle, count and log a request that is over."""
         metrics = self.gateway.metrics
         seconds = time.perf_counter() - call.arrival
-        answered = call.usage_known or (
-            call.replica is not None and (call.aborted or call.first_token)
-        )
-        if not answered:
-            call.prompt_tokens = call.completion_tokens = 0
-        tokens = call.prompt_tokens + call.completion_tokens
+        prompt_tokens = completion_tokens = 0
+        for part in call.parts or (call,):
+            prompt, completion = part.used()
+            prompt_tokens += prompt
+            completion_tokens += completion
+            if part.counts is not None:
+                part.counts.prompt_tokens.inc(prompt)
+                part.counts.completion_tokens.inc(completion)
+        call.prompt_tokens, call.completion_tokens = prompt_tokens, completion_tokens
+        tokens = prompt_tokens + completion_tokens
         if call.account is not None:
             metrics.key_requests.labels(call.account.name).inc()
             if call.reserved is not None:
@@ -129,8 +133,6 @@ class Route(ABC):
             if call.queued is not None:
                 counts.queue.observe(call.queued)
             counts.duration.observe(seconds)
-            counts.prompt_tokens.inc(call.prompt_tokens)
-            counts.completion_tokens.inc(call.completion_tokens)
         if call.aborted:
             metrics.aborts.labels(*labels, call.stage).inc()
         if call.code is not None:

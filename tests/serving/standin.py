@@ -5,6 +5,7 @@ It counts what a gateway must not leave behind: requests that run, and requests 
 
 import asyncio
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ class StandIn:
         self.between_s = 0.0  # between tokens
         self.break_after: int | None = None  # tokens, after which the connection is cut
         self.kv_usage: float | None = None
+        self.probabilities = (0.5, 0.25, 0.125)  # of a token that is read, and of the ids after it
+        self.vocabulary = "t"  # the text of a token, before its id
         self.waiting = 0
         self.running = self.started = self.finished = self.aborted = 0
         self.seen: list[dict[str, Any]] = []  # body, headers and path of each request
@@ -108,6 +111,7 @@ class StandIn:
     async def _answer(self, scope: Any, body: dict[str, Any], send: Any) -> None:
         tokens = body.get("max_tokens", 4)
         usage = {**TOKEN_USAGE, "completion_tokens": tokens}
+        ids = list(range(tokens))
         await asyncio.sleep(self.before_s)
         if self.status != 200:
             error = {"message": "no", "type": "BadRequestError", "param": None, "code": self.status}
@@ -115,13 +119,46 @@ class StandIn:
         elif body["model"] not in self.models:
             error = {"message": "no such model", "type": "NotFoundError", "param": "model"}
             await reply(send, 404, json.dumps({"error": {**error, "code": 404}}).encode())
+        elif scope["path"] == "/tokenize":
+            await reply(send, 200, json.dumps({"tokens": [7, 8, 9], "count": 3}).encode())
         elif not body.get("stream"):
             await asyncio.sleep(self.between_s * tokens)
             text = "".join(f" {i}" for i in range(tokens))
-            whole = {"id": "x", "choices": [{"index": 0, "text": text}], "usage": usage}
+            choice = {"index": 0, "text": text, **self._ids(body, ids)}
+            if "prompt_logprobs" in body:
+                choice["prompt_logprobs"] = self._logprobs(body["prompt"])
+            whole = {"id": "x", "choices": [choice], "usage": usage}
             await reply(send, 200, json.dumps(whole, separators=(",", ":")).encode())
         else:
             await self._stream(scope, body, tokens, usage, send)
+
+    @staticmethod
+    def _ids(body: dict[str, Any], ids: list[int], first: bool = True) -> dict[str, Any]:
+        """The token ids of an answer, as vLLM gives them: null to who did not ask."""
+        asked = body.get("return_token_ids")
+        prompt = body.get("prompt")
+        prompt = prompt if isinstance(prompt, list) else [7, 8, 9]
+        return {
+            "prompt_token_ids": prompt if asked and first else None,
+            "token_ids": ids if asked else None,
+        }
+
+    def _logprobs(self, ids: list[int]) -> list[Any]:
+        """vLLM's `prompt_logprobs`."""
+        return [
+            None,
+            *(
+                {
+                    str(id + i): {
+                        "logprob": math.log(p),
+                        "rank": i + 1,
+                        "decoded_token": f"{self.vocabulary}{id + i}",
+                    }
+                    for i, p in enumerate(self.probabilities)
+                }
+                for id in ids[1:]
+            ),
+        ]
 
     async def _stream(
         self, scope: Any, body: dict[str, Any], tokens: int, usage: dict[str, int], send: Any
@@ -139,7 +176,8 @@ class StandIn:
                     if getattr(connection, "scope", None) is scope:
                         connection.transport.abort()
                 return
-            await event(json.dumps({"id": "x", "choices": [{"index": 0, "text": f" {i}"}]}))
+            choice = {"index": 0, "text": f" {i}", **self._ids(body, [i], i == 0)}
+            await event(json.dumps({"id": "x", "choices": [choice]}))
             await asyncio.sleep(self.between_s)
         if (body.get("stream_options") or {}).get("include_usage"):
             await event(json.dumps({"id": "x", "choices": [], "usage": usage}))
