@@ -23,6 +23,7 @@ from serving.connection import UpstreamError
 from serving.errors import ApiError, error_body, kind_of, no_such_model
 from serving.gateway import Gateway
 from serving.openapi import describe_proxied
+from serving.playground import add_playground
 from serving.proxy import ROUTES, Proxy
 from serving.routing import Model
 from serving.tracing import tracer
@@ -128,6 +129,7 @@ def routes(gateway: Gateway, lifespan: Any) -> FastAPI:
             check_key(request)
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    add_playground(app, gateway)
     describe_proxied(app)
     return app
 

@@ -222,6 +222,9 @@ class Config(Part):
     protect_metrics: bool = False
     """/metrics asks for a key, too."""
 
+    playground: bool = True
+    """The web page at /playground. It has no rights of its own: it asks its user for a key."""
+
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     health: Health = Health()

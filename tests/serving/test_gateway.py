@@ -108,7 +108,7 @@ def test_upstream_errors_get_openais_shape(
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/nothing", 404, "unknown_url"),
         ("POST", "/v1/nothing", 404, "unknown_url"),
         ("GET", "/v1/completions", 405, "method_not_supported"),
     ],
