@@ -17,6 +17,7 @@ from serving.gateway import Gateway
 from serving.metrics import ModelMetrics
 from serving.replica import Replica, Turn, send_request
 from serving.request import Request
+from serving.shape import without_nulls
 from serving.tracing import Tracer
 
 # Headers that belong to one connection (RFC 9110, 7.6.1), or that each side writes for itself.
@@ -165,6 +166,7 @@ class Forward:
                 headers += retry_headers(1.0)
         else:
             self._known(call)
+            content = without_nulls(content)
             if usage := usage_of(content):
                 call.prompt_tokens, call.completion_tokens = usage
                 call.usage_known = True

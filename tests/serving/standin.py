@@ -1,11 +1,14 @@
 """A model server for tests: a real HTTP server whose answers, failures and gauges a test decides.
 
 It counts what a gateway must not leave behind: requests that run, and requests that were aborted.
+
+python -m tests.serving.standin PORT [BEFORE_S BETWEEN_S]: one in a process of its own.
 """
 
 import asyncio
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -215,3 +218,10 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> N
 def wait_for_value(read: Callable[[], int], value: int, what: str) -> None:
     """Wait until `read` gives `value`, which may be a loop's."""
     wait_for(lambda: read() == value, what)
+
+
+if __name__ == "__main__":
+    alone = StandIn(port=int(sys.argv[1]))
+    alone.before_s, alone.between_s = (float(s) for s in (sys.argv[2:4] or (0, 0)))
+    # Idle connections are kept for 5 s, uvicorn's default and vLLM's.
+    uvicorn.run(alone, port=alone.port, lifespan="off", log_level="error")

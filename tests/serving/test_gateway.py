@@ -22,7 +22,7 @@ def test_answers_as_the_upstream_does(gateway: Server, upstream: Server) -> None
     through = completion(gateway.url, max_tokens=16, logprobs=1)
     direct = completion(upstream.url, max_tokens=16, logprobs=1)
     assert through["choices"] == direct["choices"]
-    assert through["usage"] == direct["usage"]
+    assert through["usage"] == {k: v for k, v in direct["usage"].items() if v is not None}
 
 
 def test_stream_has_the_same_tokens(client: openai.OpenAI, gateway: Server) -> None:
