@@ -11,7 +11,9 @@ what the process keeps resident after all rounds.
 import argparse
 import asyncio
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -60,7 +62,31 @@ class Peer:
         return sum(t.user + t.system for t in times)
 
 
-def command(name: str, upstream: str, port: int, folder: Path) -> tuple[list[str], str] | None:
+def find_router() -> Path | None:
+    """The command vllm-router: beside this Python, where `make conformance` puts it, or on PATH."""
+    beside = Path(sys.executable).with_name(ROUTER)
+    suites = machine.ROOT / "tests/conformance/.venv/bin" / ROUTER
+    on_path = shutil.which(ROUTER)
+    places = [beside, suites, *([Path(on_path)] if on_path else [])]
+    return next((place for place in places if place.exists()), None)
+
+
+def router_version(router: Path | None) -> str:
+    """Of the distribution, as the Python beside the command knows it; empty if there is none."""
+    if router is None:
+        return ""
+    code = f"import importlib.metadata as m; print(m.version('{ROUTER}'))"
+    asked = [str(router.with_name("python")), "-c", code]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def command(
+    name: str, upstream: str, port: int, folder: Path, router: Path | None
+) -> tuple[list[str], str] | None:
     """How to start a gateway, and the path that answers when it is up; None: not installed."""
     if name == OURS:
         file = folder / "gateway-benchmark.yaml"
@@ -68,11 +94,9 @@ def command(name: str, upstream: str, port: int, folder: Path) -> tuple[list[str
         file.write_text(json.dumps({"port": port, "models": [entry]}))  # JSON is YAML
         return [sys.executable, "-m", "serving", "--config", str(file)], "/metrics"
     if name == ROUTER:
-        beside = Path(sys.executable).with_name(ROUTER)
-        found = str(beside) if beside.exists() else shutil.which(ROUTER)
         args = ["--worker-urls", upstream, "--host", HOST, "--port", str(port)]
         args += ["--policy", "round_robin", "--prometheus-port", str(port + 1000)]
-        return ([found, *args], "/health") if found else None
+        return ([str(router), *args], "/health") if router else None
     client = name.removeprefix("naive-")
     module = [sys.executable, "-m", "benchmarks.gateway.naive", client, upstream, str(port)]
     return module, "/openapi.json"
@@ -147,7 +171,7 @@ async def run(options: argparse.Namespace) -> list[Peer]:
         await upstream.start([*module, str(options.tokens), str(options.pause_ms)], {})
         await upstream.ready("/health")
         for name, port in zip(options.gateways, ports[1:], strict=True):
-            found = command(name, upstream.url, port, folder)
+            found = command(name, upstream.url, port, folder, options.vllm_router)
             if found is None:
                 missing.append(Peer(name, "", note="not installed"))
                 continue
@@ -213,7 +237,8 @@ def described(options: argparse.Namespace) -> dict[str, Any]:
         "commit": machine.commit(),
         "python": sys.version.split()[0],
         **{name: machine.package(name) for name in ("uvicorn", "fastapi", "aiohttp", "httpx")},
-        "vllm_router": machine.package(ROUTER),
+        "vllm_router": router_version(options.vllm_router),
+        "load_average": options.load_average,
         "tokens": options.tokens,
         "pause_ms": options.pause_ms,
         "concurrency": options.concurrency,
@@ -233,6 +258,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", "events of a streamed answer", type=positive, default=64)
     add("--pause-ms", "between two events, in ms", type=float, default=5.0)
     add("--port", "the first of a row of free ports", type=positive, default=18100)
+    add("--vllm-router", "the command; none: not measured", type=Path, default=find_router())
     add("--csv", "rows are added to it", type=Path, default=CSV)
     add("--log-folder", "where the processes' logs go", type=Path, default=Path(".run"))
     parser.add_argument("--no-save", action="store_true", help="write no CSV")
@@ -242,6 +268,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Command line: the table, and as last line one JSON object."""
     options = parse()
+    options.load_average = round(os.getloadavg()[0], 2)  # others' work, before this begins
     options.log_folder.mkdir(parents=True, exist_ok=True)
     try:
         rows = results(uvloop.run(run(options)))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.gateway.__main__ import DIRECT, OURS, ROUTER, Peer, results
-from benchmarks.machine import package
+from benchmarks.gateway.__main__ import DIRECT, OURS, ROUTER, Peer, find_router, results
 from serving.launch import Service
 from tests.servers import free_port
 
@@ -32,7 +31,7 @@ def test_small_run(tmp_path: Path) -> None:
     assert set(rows) == {DIRECT, OURS, ROUTER}
     assert rows[OURS]["rss_mb"] > 10
     assert rows[OURS]["stream_ttft_ms_p50"] > 0
-    if not package(ROUTER):
+    if find_router() is None:
         assert rows[ROUTER]["note"] == "not installed" in done.stdout
     table = pd.read_csv(csv, dtype=str)
     assert list(table["gateway"]) == ["old", *rows]
