@@ -196,6 +196,28 @@ class Routing(Part):
     """Further servers that are tried while nothing has been sent to the client."""
 
 
+class ShadowScoring(Part):
+    """Some answers of one model to clients are read by other models: how far are these from it?"""
+
+    reference: str = Field(min_length=1)
+    """The model whose answers are read."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """The models that read them; the same vocabulary is needed."""
+
+    sample: float = Field(0.01, ge=0, le=1)
+    """The share of answers that is read."""
+
+    max_concurrent: int = Field(1, gt=0)
+    """Answers that are read at a time; what comes meanwhile is not."""
+
+    max_tokens: int = Field(1024, gt=1)
+    """Longest prompt and answer together; longer ones are not read."""
+
+    top_k: int = Field(10, gt=0)
+    """Most likely tokens of each position that are compared (vLLM's limit is 20)."""
+
+
 class Logging(Part):
     """JSON lines on stderr."""
 
@@ -230,18 +252,26 @@ class Config(Part):
     health: Health = Health()
     breaker: Breaker = Breaker()
     routing: Routing = Routing()
+    shadow: ShadowScoring | None = None
+    """None: no answer is read by another model."""
+
     logging: Logging = Logging()
 
     @model_validator(mode="after")
-    def _no_name_twice(self) -> Self:
+    def _names_are_clear(self) -> Self:
         for what, names in (
             ("models", [m.name for m in self.models]),
             ("keys", [k.name for k in self.keys]),
             ("keys", [k.sha256 for k in self.keys]),
+            ("shadow.models", list(self.shadow.models) if self.shadow else []),
         ):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"{what} has {name} twice")
+        served = {m.name for m in self.models}
+        for name in (self.shadow.reference, *self.shadow.models) if self.shadow else ():
+            if name not in served and EVERY not in served:
+                raise ValueError(f"shadow names {name}, which is none of the models")
         return self
 
 

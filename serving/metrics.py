@@ -1,6 +1,6 @@
 """What the gateway counts. docs/GATEWAY.md has the list; the dashboard asks for nothing else."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -12,6 +12,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serving.drift import Drift
 from serving.histogram import Histogram
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ SECONDS = (
 )  # fmt: skip
 
 MODEL = ("model", "variant", "bits")
+
+NATS = (1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+DELTAS = (-3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 disable_created_metrics()  # they are half of the page, and nobody reads them
 
@@ -76,6 +80,28 @@ class Metrics:
         )
         self.key_requests = self._counter("key_requests", "Requests of a key", "key")
         self.key_tokens = self._counter("key_tokens", "Tokens of a key's requests", "key")
+        self.shadow_answers = self._counter(
+            "shadow_answers",
+            "Answers for a model to read: read, busy, too_long, failed, vocabulary_mismatch",
+            *MODEL,
+            "result",
+        )
+        self.shadow_kl = self._histogram(
+            "shadow_kl",
+            "KL from the reference to a model at a token of a sampled answer, nats",
+            NATS,
+        )
+        self.shadow_delta = self._histogram(
+            "shadow_logprob_delta",
+            "Logprob of a token of a sampled answer, the model's less the reference's",
+            DELTAS,
+        )
+        self.shadow_tokens = self._counter(
+            "shadow_tokens", "Tokens of sampled answers that a model has read", *MODEL
+        )
+        self.shadow_disagreements = self._counter(
+            "shadow_disagreements", "Those whose most likely token is not the reference's", *MODEL
+        )
         self.reloads = self._counter(
             "config_reloads",
             "Changed configurations, by what came of them: used, refused",
@@ -85,12 +111,24 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"attnserve_{name}", text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"attnserve_{name}", text, MODEL, SECONDS, self.registry)
+    def _histogram(self, name: str, text: str, bounds: Sequence[float] = SECONDS) -> Histogram:
+        return Histogram(f"attnserve_{name}", text, MODEL, bounds, self.registry)
 
     def of(self, model: str, variant: str, bits: str) -> "ModelMetrics":
         """What is counted in each request, for one model."""
         return ModelMetrics(self, (model, variant, bits))
+
+    def shadow(self, labels: tuple[str, str, str], drifts: Iterable[Drift]) -> None:
+        """Count what a model makes of the tokens of one answer."""
+        kl, delta = self.shadow_kl.labels(*labels), self.shadow_delta.labels(*labels)
+        tokens = disagreements = 0
+        for one in drifts:
+            kl.observe(one.kl)
+            delta.observe(one.delta)
+            tokens += 1
+            disagreements += not one.agrees
+        self.shadow_tokens.labels(*labels).inc(tokens)
+        self.shadow_disagreements.labels(*labels).inc(disagreements)
 
 
 class ModelMetrics:

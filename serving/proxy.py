@@ -3,14 +3,24 @@
 from starlette.types import Scope, Send
 
 from serving.call import Call
+from serving.gateway import Gateway
 from serving.request import Request
 from serving.route import Route
+from serving.shadow import Shadow, Tap, with_ids
+from serving.tracing import Tracer
 
 ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings"})
 
 
+WRITING = ROUTES - {"/v1/embeddings"}
+
+
 class Proxy(Route):
     """An ASGI application for ROUTES."""
+
+    def __init__(self, gateway: Gateway, tracer: Tracer | None) -> None:
+        super().__init__(gateway, tracer)
+        self.shadow = Shadow(self.forward)
 
     async def respond(self, call: Call, raw: bytes, scope: Scope, send: Send) -> None:
         """Pass the request on as it came."""
@@ -22,4 +32,11 @@ class Proxy(Route):
         if call.account is not None:
             call.account.reserve(request.tokens)
             call.reserved = request.tokens
-        await self.forward(call, request, scope["query_string"], send)
+        query = scope["query_string"]
+        if not (call.route in WRITING and self.shadow.takes(request.model, raw)):
+            await self.forward(call, request, query, send)
+            return
+        request.body = with_ids(request.body)
+        tap = Tap(send)
+        await self.forward(call, request, query, tap.send)
+        self.shadow.offer(call, tap)

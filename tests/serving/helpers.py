@@ -110,12 +110,14 @@ def configured(folder: Path, config: dict[str, Any], **env: str) -> Iterator[Ser
         end_group(process)
 
 
-def open_request(url: str, body: Any, **headers: str) -> http.client.HTTPConnection:
-    """A request to /v1/completions that has been sent and not been answered."""
+def open_request(
+    url: str, body: Any, path: str = "/v1/completions", **headers: str
+) -> http.client.HTTPConnection:
+    """A request that has been sent and not been answered."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json", **named}
+        "POST", path, json.dumps(body), {"content-type": "application/json", **named}
     )
     return connection
 

@@ -36,6 +36,7 @@ class StandIn:
         self.break_after: int | None = None  # tokens, after which the connection is cut
         self.kv_usage: float | None = None
         self.probabilities = (0.5, 0.25, 0.125)  # of a token that is read, and of the ids after it
+        self.text = ""  # of an answer that is not streamed; else numbers
         self.vocabulary = "t"  # the text of a token, before its id
         self.waiting = 0
         self.running = self.started = self.finished = self.aborted = 0
@@ -126,7 +127,7 @@ class StandIn:
             await reply(send, 200, json.dumps({"tokens": [7, 8, 9], "count": 3}).encode())
         elif not body.get("stream"):
             await asyncio.sleep(self.between_s * tokens)
-            text = "".join(f" {i}" for i in range(tokens))
+            text = self.text or "".join(f" {i}" for i in range(tokens))
             choice = {"index": 0, "text": text, **self._ids(body, ids)}
             if "prompt_logprobs" in body:
                 choice["prompt_logprobs"] = self._logprobs(body["prompt"])

@@ -1,0 +1,277 @@
+"""/v1/compare in front of stand-ins: its figures by hand, its errors, limits, retries and aborts.
+
+test_compare_vllm.py has it in front of real servers.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from serving.drift import Position, drift, positions
+from serving.keys import digest, new_key
+from serving.kv import figures
+from tests.servers import free_port
+from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
+from tests.serving.standin import StandIn, standin, wait_for
+
+BODY = {"reference": "a", "prompt": "hello", "max_tokens": 3}
+
+
+@contextmanager
+def both(**config: Any) -> Iterator[tuple[Running, StandIn, StandIn]]:
+    """A gateway in front of models "a" and "b"."""
+    with standin("a") as a, standin("b") as b:
+        models = [{"name": "a", "replicas": [a.url]}, {"name": "b", "bits": 4, "replicas": [b.url]}]
+        with running(models=models, **config) as gateway:
+            yield gateway, a, b
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Running, StandIn, StandIn]]:
+    """One for tests that leave it as it was."""
+    with both() as found:
+        yield found
+
+
+def compare(gateway: Running, headers: dict[str, str] | None = None, **fields: Any) -> Answer:
+    """One comparison."""
+    return ask(gateway.url, "POST", "/v1/compare", {**BODY, **fields}, **(headers or {}))
+
+
+def test_figures_by_hand() -> None:
+    with both() as (gateway, _, b):
+        b.probabilities = (0.25, 0.5, 0.125)
+        answer = compare(gateway, headers={"x_request_id": "mine"})
+        whole = answer.json()
+    assert (answer.status, whole["object"], whole["id"]) == (200, "compare", "mine")
+    assert whole["prompt_token_ids"] == [7, 8, 9]
+    assert [t["token"] for t in whole["reference"]["tokens"]] == ["t0", "t1", "t2"]
+    (model,) = whole["models"]
+    assert (model["model"], model["bits"]) == ("b", 4)
+    for token in model["tokens"]:
+        assert token["delta"] == pytest.approx(math.log(0.25 / 0.5))
+        expected = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.5)
+        assert token["kl"] == pytest.approx(expected)
+        assert token["coverage"] == pytest.approx(0.875)
+        assert token["agrees"] is False
+    assert [t["id"] for t in model["tokens"][0]["top"]] == [1, 0, 2]
+    assert model["summary"]["agreement"] == 0 and model["summary"]["first_divergence"] == 0
+    assert model["generation"]["text"] == whole["reference"]["generation"]["text"] == " 0 1 2"
+    assert model["kv"] == dict.fromkeys(model["kv"])  # a stand-in does not say
+
+
+def position(id: int, **named: float) -> Position:
+    """A position whose named tokens have these probabilities, by ids written as `_ID`."""
+    logs = {int(k[1:]): math.log(p) for k, p in named.items()}
+    return Position(id, dict(sorted(logs.items(), key=lambda x: -x[1])), {})
+
+
+def test_kl_merges_what_not_both_name() -> None:
+    p = position(1, _1=0.5, _2=0.3, _3=0.1)
+    q = position(1, _1=0.25, _2=0.45, _4=0.2)
+    found = drift(p, q)
+    rest = 0.2 * math.log(0.2 / 0.3)
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.3 * math.log(0.3 / 0.45) + rest
+    assert found.kl == pytest.approx(expected)
+    assert found.coverage == pytest.approx(0.8)
+    assert (found.agrees, found.delta) == (False, pytest.approx(math.log(0.5)))
+
+
+def test_kl_is_finite_where_a_model_leaves_nothing_to_the_rest() -> None:
+    sure, unsure = position(1, _1=1.0), position(1, _1=0.5)
+    assert drift(sure, unsure).kl == pytest.approx(math.log(2))
+    assert 5 < drift(unsure, sure).kl < 20
+    assert drift(sure, sure).kl == 0
+
+
+def test_impossible_tokens_are_finite() -> None:
+    entry = {"1": {"logprob": -9999.0}, "2": {"logprob": 0.0}}
+    answer = b'{"choices": [{"prompt_logprobs": [null, %b]}]}'
+    (one,) = positions(answer % str(entry).replace("'", '"').encode(), [5, 1], 1)
+    assert drift(one, one).kl == 0
+    assert drift(position(1, _1=0.5, _2=0.5), one).kl == pytest.approx(0.5 * 9999, rel=1e-3)
+
+
+@pytest.mark.parametrize("entry", ["null", "{}", '{"2": {"logprob": 0}}', '{"1": {}}', "[]"])
+def test_answers_without_the_tokens_logprob_are_errors(entry: str) -> None:
+    with pytest.raises(ValueError, match="no logprobs"):
+        positions(b'{"choices": [{"prompt_logprobs": [null, %b]}]}' % entry.encode(), [5, 1], 1)
+
+
+def test_kv_cache_as_vllm_says_it() -> None:
+    line = 'vllm:cache_config_info{block_size="128",kv_cache_max_concurrency="%s",%s} 1.0\n'
+    size = 'kv_cache_memory_bytes="%s",kv_cache_size_tokens="16384",num_cpu_blocks="None"'
+    assert figures((line % ("32.0", size % 67108864)).encode()) == {
+        "bytes_per_token": 4096.0,
+        "bytes_per_request": 2097152.0,
+        "cache_bytes": 67108864,
+        "cache_tokens": 16384,
+    }
+    unknown = figures((line % ("None", size % "None")).encode())
+    assert unknown == {**dict.fromkeys(unknown), "cache_tokens": 16384}
+    assert set(figures(b"").values()) == {None}
+
+
+def test_what_the_servers_are_asked() -> None:
+    with both() as (gateway, a, b):
+        compare(gateway, temperature=0.5, seed=3, top_k=2, custom=1)
+        paths = [r["path"] for r in a.seen]
+        tokenize, wrote, read = (r["body"] for r in a.seen)
+        assert paths == ["/tokenize", "/v1/completions", "/v1/completions"]
+        assert tokenize == {"model": "a", "prompt": "hello", "add_special_tokens": True}
+        assert (wrote["prompt"], wrote["stream"], wrote["max_tokens"]) == ([7, 8, 9], True, 3)
+        assert (wrote["temperature"], wrote["seed"], wrote["custom"]) == (0.5, 3, 1)
+        assert (read["prompt"], read["prompt_logprobs"]) == ([7, 8, 9, 0, 1, 2], 2)
+        assert {**wrote, "model": "b"} == b.seen[0]["body"]
+        assert {**read, "model": "b"} == b.seen[1]["body"]
+        ids = [r["headers"]["x-request-id"] for r in [*a.seen, *b.seen]]
+        assert len(set(ids)) == 5
+        compare(gateway, generate=False, prompt=[7, 8])
+        assert [len(s.seen) for s in (a, b)] == [5, 3]  # one more each reads, one writes
+
+
+def test_models_are_all_others_by_default(pair: tuple[Running, StandIn, StandIn]) -> None:
+    gateway, _, _ = pair
+    assert [m["model"] for m in compare(gateway).json()["models"]] == ["b"]
+    chosen = compare(gateway, models=["b", "a"]).json()["models"]
+    assert [m["model"] for m in chosen] == ["b", "a"]
+    assert chosen[1]["summary"]["max_kl"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"reference": None}, 400, "reference"),
+        ({"reference": 1}, 400, "reference"),
+        ({"reference": "c"}, 404, None),
+        ({"models": ["c"]}, 404, None),
+        ({"models": []}, 400, "models"),
+        ({"models": ["b", "b"]}, 400, "models"),
+        ({"models": "b"}, 400, "models"),
+        ({"models": [f"b{i}" for i in range(33)]}, 400, "models"),
+        ({"prompt": None}, 400, "prompt"),
+        ({"prompt": ""}, 400, "prompt"),
+        ({"prompt": ["x", "y"]}, 400, "prompt"),
+        ({"prompt": [1, -1]}, 400, "prompt"),
+        ({"messages": [{"content": "x"}]}, 400, "prompt"),
+        ({"prompt": None, "messages": ["x"]}, 400, "messages"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 5000}, 400, "max_tokens"),
+        ({"max_tokens": "3"}, 400, "max_tokens"),
+        ({"top_k": True}, 400, "top_k"),
+        ({"generate": 1}, 400, "generate"),
+        ({"stream": True}, 400, "stream"),
+        ({"n": 2}, 400, "n"),
+    ],
+)
+def test_what_is_refused(
+    pair: tuple[Running, StandIn, StandIn], fields: dict[str, Any], status: int, param: str | None
+) -> None:
+    gateway, a, b = pair
+    seen = len(a.seen), len(b.seen)
+    answer = compare(gateway, **fields)
+    assert (answer.status, error_of(answer)["param"]) == (status, param)
+    # That it could get too long is known once the prompt's tokens are.
+    asked = a.seen[seen[0] :] + b.seen[seen[1] :]
+    assert [r["path"] for r in asked] == ["/tokenize"] * (fields == {"max_tokens": 5000})
+
+
+def test_other_vocabularies() -> None:
+    with both() as (gateway, _, b):
+        b.vocabulary = "u"
+        error = error_of(answer := compare(gateway))
+    assert (answer.status, error["code"], error["param"]) == (400, "vocabulary_mismatch", "models")
+    assert "b has another vocabulary than a" in error["message"]
+
+
+def test_a_failing_model_is_named() -> None:
+    with both() as (gateway, _, b):
+        for status in (400, 429, 500, 503):
+            b.status = status
+            answer = compare(gateway)
+            assert answer.status == status
+            assert error_of(answer)["message"] == "b: no"
+            assert ("retry-after" in answer.headers) == (status in (429, 503))
+        b.status, b.break_after = 200, 1
+        answer = compare(gateway)
+        assert (answer.status, error_of(answer)["code"]) == (502, "upstream_broken")
+        b.kill()
+        answer = compare(gateway)
+        assert (answer.status, error_of(answer)["code"]) == (503, "upstream_unreachable")
+
+
+def test_one_replica_stands_in_for_another() -> None:
+    with standin("a") as a, standin("b") as bad, standin("b") as good:
+        bad.status = 503
+        models = [
+            {"name": "a", "replicas": [a.url]},
+            {"name": "b", "replicas": [bad.url, good.url]},
+        ]
+        with running(models=models) as gateway:
+            assert compare(gateway).status == 200
+            assert gateway.metric('attnserve_retries_total{bits="",model="b"') > 0
+
+
+def test_keys_and_tokens() -> None:
+    """Everything that it can take is reserved, what it took is settled, over all models."""
+    key = new_key()
+    keys = [{"name": "k", "sha256": digest(key), "tokens_per_minute": 1000}]
+    bearer = {"authorization": f"Bearer {key}"}
+    with both(keys=keys) as (gateway, a, _):
+        assert compare(gateway).status == 401
+        assert compare(gateway, headers=bearer, max_tokens=400).status == 429
+        assert not a.seen
+        answer = compare(gateway, headers=bearer)
+        used = answer.json()["usage"]["total_tokens"]
+        # Each stand-in says that it got 7 tokens, twice, and wrote 3 and 1.
+        assert used == 2 * (2 * 7 + 3 + 1)
+        assert gateway.metric('attnserve_key_tokens_total{key="k"}') == used
+        for model, bits in (("a", ""), ("b", "4")):
+            labels = f'{{bits="{bits}",model="{model}",variant=""}}'
+            assert gateway.metric(f"attnserve_prompt_tokens_total{labels}") == 14
+            assert gateway.metric(f"attnserve_completion_tokens_total{labels}") == 4
+        route = 'attnserve_requests_total{bits="",model="a",route="/v1/compare",status="200"'
+        assert gateway.metric(route) == 1
+        account = gateway.gateway.keys.account(bearer["authorization"].encode())
+        assert account is not None and account.in_flight == 0
+        assert 1000 - used <= account.tokens.level <= 1000 - used + 50  # it refills meanwhile
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "write", "read"])
+def test_client_that_leaves_frees_all(stage: str) -> None:
+    with both() as (gateway, a, b):
+        if stage == "tokenize":
+            a.before_s = 60.0
+        elif stage == "write":
+            a.between_s = 20.0
+        else:
+            b.before_s = 60.0
+        fields = {"generate": False, "models": ["b"]}
+        client = open_request(gateway.url, {**BODY, **fields}, path="/v1/compare")
+        slow = b if stage == "read" else a
+        wait_for(lambda: slow.running == 1, "it runs")
+        leave(client)
+        wait_for(lambda: slow.aborted == 1 and a.running == b.running == 0, "all are freed")
+        wait_for(lambda: gateway.metric("attnserve_replica_in_flight{") == 0, "it is noticed")
+        assert gateway.metric('attnserve_aborts_total{bits="",model="a",stage="whole"') == 1
+
+
+def test_one_failure_ends_the_other_requests() -> None:
+    with standin("a") as a, standin("b") as b:
+        c = f"http://127.0.0.1:{free_port()}"  # nobody is there
+        models = [{"name": n, "replicas": [u]} for n, u in (("a", a.url), ("b", b.url), ("c", c))]
+        with running(models=models) as gateway:
+            b.before_s = 60.0
+            answer = compare(gateway, generate=False)
+            assert (answer.status, error_of(answer)["code"]) == (503, "upstream_unreachable")
+            assert error_of(answer)["message"].startswith("c: ")
+            wait_for(lambda: b.running == 0, "b is freed")
+
+
+def test_it_is_documented(pair: tuple[Running, StandIn, StandIn]) -> None:
+    document = ask(pair[0].url, "GET", "/openapi.json").json()
+    schema = document["paths"]["/v1/compare"]["post"]["requestBody"]["content"]
+    assert schema["application/json"]["schema"]["required"] == ["reference"]
