@@ -28,6 +28,7 @@ class Kept:
     def __init__(self) -> None:
         self.status = 0
         self.body = b""
+        self.began = self.ended = 0.0  # sent to a server, and all there; time.perf_counter's
 
     async def send(self, message: Message) -> None:
         """Takes what would go to a client."""
@@ -53,7 +54,6 @@ class Written(Kept):
         self.finish_reason: str | None = None
         self.error: dict[str, Any] | None = None
         self.times: list[float] = []  # of pieces with tokens, time.perf_counter's
-        self.began = self.ended = 0.0
         self._first = 0  # tokens of the first piece
 
     def feed(self, body: bytes) -> None:
@@ -116,6 +116,7 @@ async def ask(forward: Forward, call: Call, name: str, fields: dict[str, Any], t
     call.model = gateway.model(name)
     call.counts = gateway.counts(call.model, name)
     call.model_name = name
+    call.arrival = time.perf_counter()
     try:
         await forward(call, request, b"", to.send)
     except UnavailableError as error:
@@ -129,6 +130,8 @@ async def ask(forward: Forward, call: Call, name: str, fields: dict[str, Any], t
     except asyncio.CancelledError:
         call.aborted = True
         raise
+    to.ended = time.perf_counter()
+    to.began = call.arrival + (call.queued or 0.0)
     if to.status >= 400:
         raise failed(name, to.status, to.body)
 
@@ -149,8 +152,6 @@ async def write(forward: Forward, call: Call, name: str, fields: dict[str, Any])
     options = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
     answer = Written()
     await ask(forward, call, name, {**fields, **options}, answer)
-    answer.ended = time.perf_counter()
-    answer.began = call.arrival + (call.queued or 0.0)
     if answer.error is not None:
         error = answer.error
         raise ApiError(502, f"{name}: {error['message']}", kind_of(502), error["code"])
@@ -162,9 +163,10 @@ async def write(forward: Forward, call: Call, name: str, fields: dict[str, Any])
 
 async def read(
     forward: Forward, call: Call, name: str, ids: list[int], start: int, top_k: int
-) -> list[Position]:
+) -> tuple[list[Position], float]:
     """Have a model read token ids, and say of those from `start` on how likely each was, and which
-    `top_k` would have been the likeliest; `call.route` must be /v1/completions.
+    `top_k` would have been the likeliest; `call.route` must be /v1/completions. The second result
+    is the time that it took in seconds.
 
     Raises:
         ApiError: it cannot.
@@ -184,7 +186,7 @@ async def read(
             raise ApiError(400, str(error), code=MISMATCH) from None
         raise
     try:
-        return positions(answer.body, ids, start)
+        return positions(answer.body, ids, start), answer.ended - answer.began
     except ValueError as error:
         message = f"{name}: The model server's answer has {error}."
         raise ApiError(502, message, code="upstream_unusable") from None

@@ -142,8 +142,10 @@ class Run:
 
     async def _read(self, name: str, prompt: list[int], ids: list[int]) -> Side:
         part = self._part("/v1/completions")
-        found = await read(self.forward, part, name, prompt + ids, len(prompt), self.asked.top_k)
-        seconds = time.perf_counter() - part.arrival - (part.queued or 0.0)
+        all_ids = prompt + ids
+        found, seconds = await read(
+            self.forward, part, name, all_ids, len(prompt), self.asked.top_k
+        )
         kv = await kv_cache(self.gateway.replicas.get(part.replica or ""))
         return Side(name, found, seconds, kv)
 

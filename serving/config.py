@@ -211,10 +211,10 @@ class ShadowScoring(Part):
     max_concurrent: int = Field(1, gt=0)
     """Answers that are read at a time; what comes meanwhile is not."""
 
-    max_tokens: int = Field(1024, gt=1)
+    max_tokens: int = Field(512, gt=1)
     """Longest prompt and answer together; longer ones are not read."""
 
-    top_k: int = Field(10, gt=0)
+    top_k: int = Field(5, gt=0)
     """Most likely tokens of each position that are compared (vLLM's limit is 20)."""
 
 

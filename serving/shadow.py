@@ -80,7 +80,7 @@ class Shadow:
                     self._count(left.values(), "busy")
                     return
                 part = call.part("/v1/completions", f"-shadow-{i}")
-                found = await read(self.forward, part, name, ids, start, config.top_k)
+                found, _ = await read(self.forward, part, name, ids, start, config.top_k)
                 if expected is None:
                     expected = found
                     continue
