@@ -3,13 +3,17 @@
 #   make serve        vLLM on 127.0.0.1:8000 and the gateway on 127.0.0.1:8080; Ctrl-C stops both
 #   make test         the tests of every day (under 30 minutes on 2 cores)
 #   make lint         ruff and mypy
+#   make conformance  suites of others (openai-python's tests, llm-comply, schemathesis) against the gateway
+#   make soak         the gateway under 1000 streams for 5 minutes
 #   make install      only the environment
 #   make checkpoints  train the reference checkpoints again
 #   make analyze      measure what is in checkpoints/ and not measured yet; write docs/RESULTS.md
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
 #   make gpu-check    the first hour on an NVIDIA GPU, in 8 minutes; needs GPU_PYTHON=
 #   make compile-kernels  compile the GPU kernels for GPUs that are not here (ARGS=--quick: a minute)
-#   make lock         write requirements/cpu.txt again (UPGRADE=1: newest versions)
+#   make doctor       what is wrong with this environment, and what to do
+#   make images-check check docker/ and deploy/ with hadolint, docker compose, kubernetes-validate
+#   make lock         write requirements/*.txt again (UPGRADE=1: newest versions)
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
 # ARGS (test, analyze, bench-kernels, compile-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
@@ -21,8 +25,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TORCH := $(shell grep '^torch==' requirements/cpu.txt)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+CHECKERS := .venv-images
 
 CKPT ?= checkpoints/softpick
 BACKEND ?=
@@ -33,31 +36,22 @@ ARGS ?=
 # Python of an environment with CUDA's torch: pip install -e '.[cuda,bench,dev]'. .venv has the CPU's.
 GPU_PYTHON ?= python3
 
-PACKAGES := $(wildcard kernels/attn_kernels plugins/vllm_attn plugins/hf_attn serving training quant benchmarks)
+PACKAGES := $(wildcard kernels/attn_kernels kernels/quant_kernels plugins/vllm_attn plugins/vllm_quant plugins/hf_attn serving training quant benchmarks)
 
 export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu lint format checkpoints analyze bench-kernels gpu-check compile-kernels lock clean
+.PHONY: install serve test test-slow test-gpu conformance soak lint format checkpoints analyze bench-kernels gpu-check compile-kernels doctor images-check lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
 
-# --no-compile: what is imported is compiled then, which is a small part of all that is installed.
-$(READY): requirements/cpu.txt requirements/vllm-metadata/pyproject.toml pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: the lock is for Python 3.11 and $(PYTHON) is another; use make PYTHON=/path/to/python3.11" >&2; exit 1; }
+$(READY): requirements/cpu.txt requirements/vllm-metadata/pyproject.toml pyproject.toml tools/install.sh
 	@echo "Setting up $(VENV) (about three minutes the first time)"
-	$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --no-deps --no-compile --quiet $(TORCH) 2>/dev/null \
-	  || { echo "PyPI has no CPU build of torch; looking in $(TORCH_INDEX)"; \
-	       $(PIP) install --no-deps --no-compile --quiet --index-url $(TORCH_INDEX) $(TORCH); } \
-	  || { echo "make: no $(TORCH) there either; name an index that has it: make TORCH_INDEX=URL" >&2; exit 1; }
-	$(PIP) install --no-deps --no-compile --quiet -r requirements/cpu.txt
-	$(PIP) install --no-deps --no-build-isolation --quiet ./requirements/vllm-metadata
-	$(PIP) install --no-deps --no-build-isolation --quiet --editable .
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" tools/install.sh dependencies $(VENV) requirements/cpu.txt
+	@tools/install.sh project $(VENV) --editable
 	@touch $@
 
 serve: $(READY)
@@ -73,6 +67,24 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# In an environment of their own: nothing here depends on them, and their needs change with them.
+SUITES := tests/conformance/.venv
+$(SUITES)/.ready: requirements/conformance.txt
+	$(PYTHON) -m venv $(SUITES)
+	$(SUITES)/bin/python -m pip --disable-pip-version-check install --no-deps --quiet -r requirements/conformance.txt
+	rm -rf $(SUITES)/openai-*
+	$(SUITES)/bin/python -m pip --disable-pip-version-check download --quiet --no-deps --no-build-isolation \
+	  --no-binary openai --dest $(SUITES) $$(grep '^openai==' requirements/conformance.txt)
+	tar -xzf $(SUITES)/openai-*.tar.gz -C $(SUITES)
+	@touch $@
+
+conformance: $(READY) $(SUITES)/.ready
+	$(BIN)/python -m tests.conformance $(ARGS)
+
+# Not in test-slow, which would be longer by it: two cores are busy for all of its minutes.
+soak: $(READY)
+	$(BIN)/python -m tests.serving.soak $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
@@ -100,8 +112,20 @@ compile-kernels: $(READY)
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
+doctor: $(READY)
+	@$(BIN)/attnserve doctor
+
+# The checkers are programs of their own, so they get an environment of their own.
+images-check: $(READY) $(CHECKERS)/.ready
+	PATH="$(CURDIR)/$(CHECKERS)/bin:$$PATH" $(BIN)/python -m pytest -m "not slow" tests/test_images.py $(ARGS)
+
+$(CHECKERS)/.ready: requirements/images-check.txt
+	$(PYTHON) -m venv $(CHECKERS)
+	$(CHECKERS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r requirements/images-check.txt
+	@touch $@
+
 lock: $(READY)
 	$(BIN)/python tools/lock.py $(if $(UPGRADE),--upgrade)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CHECKERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis

