@@ -1,0 +1,168 @@
+"""Products and lookups with packed matrices, as functions of tensors that torch can compile."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from quant_kernels.library import FORMATS, Call, load
+from quant_kernels.panels import Panels, dequantize
+
+# Compiled graphs hold these as operators; otherwise the functions are called directly, which is
+# some microseconds less.
+LIBRARY = torch.library.Library("attnserve", "FRAGMENT")
+WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int bits, int group"
+LIBRARY.define(f"packed_multiply(Tensor x, {WEIGHT}, int outputs) -> Tensor")
+LIBRARY.define(f"packed_gather(Tensor ids, {WEIGHT}, int inputs, ScalarType dtype) -> Tensor")
+
+
+def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
+    """`x @ weight.T`, summed in float32.
+
+    Args:
+        x: `[..., inputs]`, float32, bfloat16 or float16.
+        weight: the matrix.
+        bits: of a code.
+        group: inputs that share a scale: a multiple of 32, or at least all of them.
+        outputs: rows of the matrix.
+
+    Returns:
+        `[..., outputs]` in x's dtype.
+
+    Raises:
+        MemoryError: no memory for scratch space.
+    """
+    if torch.compiler.is_compiling():
+        product: Tensor = torch.ops.attnserve.packed_multiply(x, *weight, bits, group, outputs)
+        return product
+    return _multiply(x, *weight, bits, group, outputs)
+
+
+def gather(
+    ids: Tensor, weight: Panels, bits: int, group: int, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a matrix.
+
+    Args:
+        ids: int64 `[...]`, each a row that there is.
+        weight, bits, group: as `multiply` takes them.
+        inputs: columns of the matrix.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        `[..., inputs]` in `dtype`.
+    """
+    if torch.compiler.is_compiling():
+        rows: Tensor = torch.ops.attnserve.packed_gather(ids, *weight, bits, group, inputs, dtype)
+        return rows
+    return _gather(ids, *weight, bits, group, inputs, dtype)
+
+
+def _multiply(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    outputs: int,
+) -> Tensor:
+    inputs = x.shape[-1]
+    library = load(bits)
+    if library is None:
+        matrix = dequantize(Panels(words, scales, zeros), outputs, inputs, bits, group)
+        return linear(x, matrix.to(x.dtype))
+    rows = x.reshape(-1, inputs)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = x.new_empty(*x.shape[:-1], outputs)
+    call = Call(
+        words.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        rows.data_ptr(),
+        out.data_ptr(),
+        outputs,
+        inputs,
+        group,
+        rows.stride(0),
+        len(rows),
+        FORMATS[scales.dtype],
+        FORMATS[None if zeros is None else zeros.dtype],
+        FORMATS[x.dtype],
+        torch.get_num_threads(),
+    )
+    if library.attnserve_packed_multiply(byref(call)):
+        raise MemoryError("no memory for the scratch space of a product with packed weights")
+    return out
+
+
+def _gather(
+    ids: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    inputs: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    library = load(bits)
+    outputs = words.shape[0] * words.shape[2]
+    if library is None:
+        matrix = dequantize(Panels(words, scales, zeros), outputs, inputs, bits, group)
+        return embedding(ids, matrix.to(dtype))
+    ids = ids.contiguous()
+    out = torch.empty(*ids.shape, inputs, dtype=dtype)
+    call = Call(
+        words.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        ids.data_ptr(),
+        out.data_ptr(),
+        outputs,
+        inputs,
+        group,
+        0,
+        ids.numel(),
+        FORMATS[scales.dtype],
+        FORMATS[None if zeros is None else zeros.dtype],
+        FORMATS[dtype],
+        torch.get_num_threads(),
+    )
+    library.attnserve_packed_gather(byref(call))
+    return out
+
+
+LIBRARY.impl("packed_multiply", _multiply, "CPU")
+LIBRARY.impl("packed_gather", _gather, "CPU")
+
+
+@torch.library.register_fake("attnserve::packed_multiply", lib=LIBRARY)
+def _multiply_shape(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    outputs: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+@torch.library.register_fake("attnserve::packed_gather", lib=LIBRARY)
+def _gather_shape(
+    ids: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    inputs: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return ids.new_empty(*ids.shape, inputs, dtype=dtype)

@@ -1,0 +1,396 @@
+// Products with weights of a few bits that stay packed in memory. Compiled with -DWEIGHT_BITS=2 to 8.
+// Plain C arguments; no exception leaves.
+//
+// A weight [outputs, inputs] is kept in panels of sixteen outputs, `words[panel][word][16]`: lane n of
+// a panel is row `16 * panel + n` of the checkpoint, whose codes lie densely one after another, lowest
+// bits first. 32 codes take exactly BITS words, so that a chunk of 32 inputs is BITS vectors, read
+// once and in order, and each code of a chunk is one shift away from all sixteen lanes.
+//
+// weight = (code - zero) * scale, with one scale and zero for each output and group of inputs:
+// `scales[panel][group][16]`, likewise zeros. A group is whole chunks; the last one may be shorter.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "simd.hpp"
+
+namespace {
+
+constexpr int BITS = WEIGHT_BITS;
+static_assert(BITS >= 2 && BITS <= 8);
+constexpr int MIDDLE = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
+
+constexpr int CHUNK = 32;  // codes that take BITS words
+constexpr int PARTS = PANEL / WIDTH;  // vectors of a panel
+
+enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE };
+
+struct Call {
+  const uint32_t* words;
+  const void *scales, *zeros;
+  const void* x;  // [rows, inputs], rows x_stride elements apart
+  void* out;      // [rows, outputs]
+  int64_t outputs, inputs, group, x_stride, rows;
+  int32_t scale_format, zero_format, format, threads;
+
+  int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
+  int64_t chunks() const { return (inputs + CHUNK - 1) / CHUNK; }
+  int64_t padded() const { return chunks() * CHUNK; }
+  int64_t groups() const { return (inputs + group - 1) / group; }
+};
+
+inline Vec load_as(const void* p, int64_t at, int32_t format) {
+  switch (format) {
+    case FLOAT32: return load((const float*)p + at);
+    case BFLOAT16: return load((const BFloat16*)p + at);
+    case FLOAT16: return load((const Float16*)p + at);
+    default: {
+      typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+      Bytes bytes;
+      std::memcpy(&bytes, (const uint8_t*)p + at, sizeof bytes);
+      return __builtin_convertvector(bytes, Vec);
+    }
+  }
+}
+
+inline float value_at(const void* p, int64_t at, int32_t format) {
+  switch (format) {
+    case FLOAT32: return ((const float*)p)[at];
+    case BFLOAT16: return to_float(((const BFloat16*)p)[at]);
+    case FLOAT16: return to_float(((const Float16*)p)[at]);
+    default: return ((const uint8_t*)p)[at];
+  }
+}
+
+inline void store_as(void* p, int64_t at, float value, int32_t format) {
+  switch (format) {
+    case FLOAT32: ((float*)p)[at] = value; break;
+    case BFLOAT16: convert(value, ((BFloat16*)p)[at]); break;
+    default: convert(value, ((Float16*)p)[at]);
+  }
+}
+
+// Codes as floats, less the middle code: sums of such products are smaller, and symmetric weights
+// need no zero point.
+struct Codes {
+
+  Vec table[2];
+
+  Codes() {
+    for (int i = 0; i < 2 * WIDTH; i++) table[i / WIDTH][i % WIDTH] = (i & MASK) - MIDDLE;
+  }
+
+  // Code i of a chunk, of WIDTH lanes; `p` is the chunk's first word of the first lane.
+  Vec at(const uint32_t* p, int i) const {
+    const int word = i * BITS / 32, offset = i * BITS % 32;
+    UintVec bits = words(p, word) >> offset;
+    if (offset + BITS > 32) bits |= words(p, word + 1) << (32 - offset);
+    // A lookup takes the index's low bits only, so that nothing needs masking.
+#if defined(__AVX512F__)
+    if constexpr (BITS <= 4) return _mm512_permutexvar_ps((__m512i)bits, table[0]);
+    if constexpr (BITS == 5) return _mm512_permutex2var_ps(table[0], (__m512i)bits, table[1]);
+#elif defined(__AVX2__)
+    if constexpr (BITS <= 3) return _mm256_permutevar8x32_ps(table[0], (__m256i)bits);
+#endif
+    // As the low bits of 2^23: an exact difference, without a conversion.
+    return (Vec)((bits & MASK) | 0x4b000000u) - (float)(0x800000 + MIDDLE);
+  }
+
+ private:
+  static UintVec words(const uint32_t* p, int word) {
+    UintVec v;
+    std::memcpy(&v, p + word * PANEL, sizeof v);
+    return v;
+  }
+};
+
+// Zero points of WIDTH lanes, less the middle code.
+inline Vec zero_at(const Call& c, int64_t at) {
+  return c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDDLE;
+}
+
+// Memory that grows and is kept.
+struct Buffer {
+  float* data = nullptr;
+  size_t capacity = 0;
+  ~Buffer() { std::free(data); }
+  float* reserve(size_t count) {
+    if (count > capacity) {
+      std::free(data);
+      capacity = (count + count / 4 + 15) / 16 * 16;
+      data = (float*)std::aligned_alloc(64, capacity * sizeof(float));
+      if (!data) {
+        capacity = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data;
+  }
+};
+
+// A row of x as floats, zeros behind its end, in padded() elements.
+void widen(const Call& c, int64_t row, float* to) {
+  const int64_t start = row * c.x_stride;
+  int64_t k = 0;
+  for (; k + WIDTH <= c.inputs; k += WIDTH) store(to + k, load_as(c.x, start + k, c.format));
+  for (; k < c.inputs; k++) to[k] = value_at(c.x, start + k, c.format);
+  std::fill(to + k, to + c.padded(), 0.f);
+}
+
+// ---- Few rows: codes go from memory into registers and meet every row there.
+
+constexpr int FEW = 4;
+
+// Words from what is read to what is fetched meanwhile: the processor's own prefetcher stops at every
+// page.
+constexpr int AHEAD = 512;
+
+// P panels from `panel` on times R rows; panels behind `last` are `last` again. `x`: R rows of
+// padded() floats; `sums`: of each row and group of x.
+template <int R, int P>
+void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, const float* sums,
+                  float* out) {
+  constexpr int N = P * PARTS;
+  // A product waits for the one before it: so many sums run side by side.
+  constexpr int CHAINS = R * N >= 4 ? 1 : R * N >= 2 ? 2 : 4;
+  const Codes codes;
+  const int64_t chunks = c.chunks(), groups = c.groups(), padded = c.padded();
+  const int64_t chunks_per_group = c.group / CHUNK;
+  int64_t panels[P];
+  const uint32_t* words[P];
+  for (int j = 0; j < P; j++) {
+    panels[j] = std::min(panel + j, last);
+    words[j] = c.words + panels[j] * chunks * BITS * PANEL;
+  }
+  Vec total[R][N] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t end = std::min((g + 1) * chunks_per_group, chunks);
+    Vec sum[CHAINS][R][N] = {};
+    for (int64_t chunk = g * chunks_per_group; chunk < end; chunk++) {
+      const int64_t here = chunk * BITS * PANEL;
+      const float* xs = x + chunk * CHUNK;
+#pragma GCC unroll 4
+      for (int j = 0; j < P; j++)
+#pragma GCC unroll 8
+        for (int w = 0; w < BITS; w++)
+          __builtin_prefetch(words[j] + here + w * PANEL + AHEAD, 0, 2);
+#pragma GCC unroll 32
+      for (int i = 0; i < CHUNK; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) {
+          const Vec code = codes.at(words[j / PARTS] + here + j % PARTS * WIDTH, i);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; r++) sum[i % CHAINS][r][j] += xs[r * padded + i] * code;
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) {
+      const int64_t at = (panels[j / PARTS] * groups + g) * PANEL + j % PARTS * WIDTH;
+      const Vec scale = load_as(c.scales, at, c.scale_format), zero = zero_at(c, at);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        Vec products = sum[0][r][j];
+#pragma GCC unroll 4
+        for (int chain = 1; chain < CHAINS; chain++) products += sum[chain][r][j];
+        total[r][j] += scale * (products - zero * sums[r * groups + g]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) store(out + (r * P + j / PARTS) * PANEL + j % PARTS * WIDTH, total[r][j]);
+}
+
+template <int R>
+void few_rows(const Call& c) {
+  static thread_local Buffer memory;
+  const int64_t groups = c.groups(), padded = c.padded();
+  float* const x = memory.reserve(R * (padded + groups));
+  float* const sums = x + R * padded;
+  std::fill_n(x, R * (padded + groups), 0.f);
+  for (int64_t r = 0; r < c.rows; r++) {
+    widen(c, r, x + r * padded);
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t end = std::min((g + 1) * c.group, padded);
+      Vec sum = {};
+      for (int64_t k = g * c.group; k < end; k += WIDTH) sum += load(x + r * padded + k);
+      sums[r * groups + g] = horizontal_sum(sum);
+    }
+  }
+#pragma omp parallel num_threads(c.threads)
+  {
+    const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
+    const int64_t begin = c.panels() * id / threads, end = c.panels() * (id + 1) / threads;
+    constexpr int P = REGISTERS == 32 ? (R <= 2 ? 4 : 2) : R == 1 ? 2 : 1;
+    float out[R * P * PANEL];
+    for (int64_t panel = begin; panel < end; panel += P) {
+      multiply_few<R, P>(c, panel, end - 1, x, sums, out);
+      const int64_t columns = std::min(std::min<int64_t>(P, end - panel) * PANEL,
+                                       c.outputs - panel * PANEL);
+      for (int64_t r = 0; r < c.rows; r++)
+        for (int64_t n = 0; n < columns; n++)
+          store_as(c.out, r * c.outputs + panel * PANEL + n, out[r * P * PANEL + n], c.format);
+    }
+  }
+}
+
+// ---- Many rows: a panel's weights become floats in the first-level cache, a piece of the inputs at
+// a time, and meet a block of rows there.
+
+constexpr int DEPTH = 256;  // inputs of a piece
+constexpr int BLOCK = 240;  // rows of a block
+constexpr int TILE_ROWS = REGISTERS == 32 ? 12 : 6, TILE_PANELS = REGISTERS == 32 ? 2 : 1;
+constexpr int TILE_WIDTH = TILE_PANELS * PANEL;
+static_assert(BLOCK % TILE_ROWS == 0 && DEPTH % CHUNK == 0);
+
+// Inputs `begin` to `end` of a panel as floats [inputs][TILE_WIDTH].
+void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float* to) {
+  const Codes codes;
+  const int64_t chunks = c.chunks(), groups = c.groups();
+  for (int64_t k = begin; k < end; k += CHUNK) {
+    const uint32_t* words = c.words + (panel * chunks + k / CHUNK) * BITS * PANEL;
+    for (int j = 0; j < PARTS; j++) {
+      const int64_t at = (panel * groups + k / c.group) * PANEL + j * WIDTH;
+      const Vec scale = load_as(c.scales, at, c.scale_format), zero = zero_at(c, at);
+      float* here = to + (k - begin) * TILE_WIDTH + j * WIDTH;
+#pragma GCC unroll 32
+      for (int i = 0; i < CHUNK; i++)
+        store(here + i * TILE_WIDTH, (codes.at(words + j * WIDTH, i) - zero) * scale);
+    }
+  }
+}
+
+// Rows of x for `multiply_tile`: whole tiles of rows, a row a lane, [tile][padded][TILE_ROWS]; zeros
+// where there is no row.
+void widen_tile(const Call& c, int64_t first, int64_t rows, float* row, float* to) {
+  for (int r = 0; r < TILE_ROWS; r++) {
+    if (r < rows) widen(c, first + r, row);
+    for (int64_t k = 0; k < c.padded(); k++) to[k * TILE_ROWS + r] = r < rows ? row[k] : 0.f;
+  }
+}
+
+// out[R, TILE_WIDTH] (+)= x[R, depth] * weights[depth, TILE_WIDTH].
+template <int R>
+void multiply_tile(const float* x, const float* weights, int64_t depth, bool add, float* out) {
+  constexpr int N = TILE_WIDTH / WIDTH;
+  Vec sum[R][N];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++)
+      sum[r][j] = add ? load(out + r * TILE_WIDTH + j * WIDTH) : Vec{};
+  for (int64_t k = 0; k < depth; k++) {
+    Vec weight[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) weight[j] = load(weights + k * TILE_WIDTH + j * WIDTH);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) sum[r][j] += x[k * TILE_ROWS + r] * weight[j];
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) store(out + r * TILE_WIDTH + j * WIDTH, sum[r][j]);
+}
+
+void many_rows(const Call& c) {
+  static thread_local Buffer memory;
+  const int64_t padded = c.padded(), block = std::min<int64_t>(BLOCK, c.rows);
+  const int64_t row_tiles = (block + TILE_ROWS - 1) / TILE_ROWS, tile_size = padded * TILE_ROWS;
+  const int64_t tiles = (c.panels() + TILE_PANELS - 1) / TILE_PANELS;
+  // Of each thread: a row of x, weights, results.
+  const int64_t own = padded + (DEPTH + row_tiles * TILE_ROWS) * TILE_WIDTH;
+  float* const x = memory.reserve(row_tiles * tile_size + c.threads * own);
+  for (int64_t first = 0; first < c.rows; first += block) {
+    const int64_t rows = std::min(block, c.rows - first);
+#pragma omp parallel num_threads(c.threads)
+    {
+      float* const row = x + row_tiles * tile_size + omp_get_thread_num() * own;
+      float *const weights = row + padded, *const out = weights + DEPTH * TILE_WIDTH;
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        widen_tile(c, first + r, rows - r, row, x + r * padded);
+#pragma omp for schedule(static)
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t panel = tile * TILE_PANELS;
+        for (int64_t k = 0; k < padded; k += DEPTH) {
+          const int64_t depth = std::min<int64_t>(DEPTH, padded - k);
+          for (int64_t j = 0; j < TILE_PANELS; j++)  // an odd panel is taken twice
+            dequantize(c, std::min(panel + j, c.panels() - 1), k, k + depth, weights + j * PANEL);
+          for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            const auto run = [&](auto count) {
+              multiply_tile<decltype(count)::value>(x + r * padded + k * TILE_ROWS, weights, depth,
+                                                    k > 0, out + r * TILE_WIDTH);
+            };
+            constexpr int THIRD = TILE_ROWS / 3;
+            if (rows - r <= THIRD)
+              run(std::integral_constant<int, THIRD>{});
+            else if (rows - r <= 2 * THIRD)
+              run(std::integral_constant<int, 2 * THIRD>{});
+            else
+              run(std::integral_constant<int, TILE_ROWS>{});
+          }
+        }
+        const int64_t columns = std::min<int64_t>(TILE_WIDTH, c.outputs - panel * PANEL);
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t n = 0; n < columns; n++)
+            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * TILE_WIDTH + n],
+                     c.format);
+      }
+    }
+  }
+}
+
+void multiply(const Call& c) {
+  if (c.rows == 0) return;
+  if (c.rows > FEW) return many_rows(c);
+  if (c.rows == 1) return few_rows<1>(c);
+  if (c.rows == 2) return few_rows<2>(c);
+  few_rows<FEW>(c);
+}
+
+// Rows of the weight, by number.
+void gather(const Call& c, const int64_t* ids) {
+  const int64_t groups = c.groups(), length = c.chunks() * BITS;
+#pragma omp parallel for num_threads(c.threads) schedule(static) if (c.rows > 16)
+  for (int64_t r = 0; r < c.rows; r++) {
+    const int64_t panel = ids[r] / PANEL, lane = ids[r] % PANEL;
+    const uint32_t* words = c.words + panel * length * PANEL + lane;
+    for (int64_t k = 0; k < c.inputs; k++) {
+      const int64_t bit = k * BITS, word = bit / 32, offset = bit % 32;
+      uint64_t bits = words[word * PANEL];
+      if (offset + BITS > 32) bits |= (uint64_t)words[(word + 1) * PANEL] << 32;
+      const int64_t at = (panel * groups + k / c.group) * PANEL + lane;
+      const float zero = c.zero_format == NONE ? MIDDLE : value_at(c.zeros, at, c.zero_format);
+      const float code = (float)((bits >> offset) & MASK);
+      store_as(c.out, r * c.inputs + k, (code - zero) * value_at(c.scales, at, c.scale_format),
+               c.format);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out[rows, outputs] = x[rows, inputs] * weight^T; 0, or 1 if memory ran out.
+int attnserve_packed_multiply(const Call* c) {
+  try {
+    multiply(*c);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+// out[rows, inputs] = weight[ids]; `x` holds the ids, int64.
+void attnserve_packed_gather(const Call* c) { gather(*c, (const int64_t*)c->x); }
+
+// For the loader: a library whose struct differs from Python's must not be called.
+int attnserve_packed_abi() { return (int)sizeof(Call); }
+}

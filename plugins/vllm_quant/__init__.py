@@ -1,0 +1,23 @@
+"""The vLLM plugin for weights of 2 to 8 bits on CPUs.
+
+vLLM 0.32 has no CPU kernel for packed weights but one for 4 bits, which needs AVX-512. This plugin
+serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`. Other
+formats, and other devices, stay vLLM's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def register() -> None:
+    """Entry point `vllm.general_plugins`, for vLLM on CPUs. Idempotent."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm_quant.config import PackedConfig
+
+    register_quantization_config("compressed-tensors")(PackedConfig)

@@ -1,0 +1,73 @@
+"""compressed-tensors' configuration, with packed weights given to our kernels.
+
+vLLM's hook for it is `register_quantization_config`, which replaces a format's class by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from quant_kernels.library import load
+from quant_kernels.panels import CHUNK
+from vllm_attn.report import StartupError
+from vllm_quant.embedding import PackedEmbeddingMethod
+from vllm_quant.layer import Format
+from vllm_quant.linear import PackedScheme
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class PackedConfig(CompressedTensorsConfig):
+    """Weight-only integers in the format `pack-quantized` are ours, all else is vLLM's."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method of one layer.
+
+        Raises:
+            StartupError: packed weights that the kernels do not take.
+        """
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding) or self.transform_config:
+            return super().get_quant_method(layer, prefix)
+        scheme = self.get_scheme_dict(layer, prefix)
+        if not scheme or not is_packed(scheme):
+            return super().get_quant_method(layer, prefix)
+        weights: Any = scheme["weights"]
+        form = Format(
+            weights.num_bits, weights.group_size, weights.symmetric, weights.zp_dtype or torch.int8
+        )
+        if form.group is not None and form.group % CHUNK:
+            raise StartupError(
+                f"{prefix} has groups of {form.group} columns: the CPU kernels take multiples of "
+                f"{CHUNK}, or whole rows"
+            )
+        load(form.bits)  # built, or a warning given, before anything else is loaded
+        logger.info_once("Packed weights of %d bits run in attnserve's CPU kernels.", form.bits)
+        if isinstance(layer, VocabParallelEmbedding):
+            return PackedEmbeddingMethod(form)
+        # The class that vLLM's linear layers know how to load.
+        layer.scheme = PackedScheme(form)
+        return CompressedTensorsLinearMethod(self)
+
+
+def is_packed(scheme: dict[str, Any]) -> bool:
+    """Whether a layer's scheme is one that `quant_kernels` computes: packed integers of 2 to 8
+    bits with scales of rows or groups, activations as they are."""
+    weights = scheme["weights"]
+    return (
+        scheme["format"] == "pack-quantized"
+        and scheme.get("input_activations") is None
+        and scheme.get("output_activations") is None
+        and weights.type == "int"
+        and weights.num_bits in range(2, 9)
+        and weights.strategy in ("channel", "group")
+        and not weights.dynamic
+    )

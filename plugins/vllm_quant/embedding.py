@@ -1,0 +1,77 @@
+"""Token embeddings and heads with packed weights; where they are tied, one matrix for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from quant_kernels import gather, multiply
+from quant_kernels.panels import CHUNK
+from vllm_attn.report import StartupError
+from vllm_quant.layer import Format, weight_of
+
+
+class PackedEmbeddingMethod(QuantizeMethodBase):
+    """Of one `VocabParallelEmbedding` or `ParallelLMHead`.
+
+    Args:
+        form: of the layer's weight.
+    """
+
+    def __init__(self, form: Format) -> None:
+        self.form = form
+        self.owner: list[nn.Module] = []
+        """The embedding that a head is tied to; in a list, so that it is no part of the head."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., None],
+        **kwargs: Any,
+    ) -> None:
+        """Register the layer's parameters."""
+        self.inputs, self.outputs = input_size_per_partition, sum(output_partition_sizes)
+        self.group = self.form.group or -(-self.inputs // CHUNK) * CHUNK
+        self.dtype = params_dtype
+        self.form.create(layer, self.outputs, self.inputs, layer.org_vocab_size, weight_loader)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """Let a head compute with the embedding's weight, and have none itself.
+
+        Raises:
+            StartupError: the embedding is not packed.
+        """
+        if not isinstance(embed_tokens.quant_method, PackedEmbeddingMethod):
+            raise StartupError(
+                "lm_head is tied to embeddings that are not packed, but config.json says that it "
+                "is packed: name both in a config group, or neither"
+            )
+        for name in list(layer._parameters):
+            if name.startswith("weight"):
+                delattr(layer, name)
+        self.owner = [embed_tokens]
+        return layer
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Bring them into the kernels' order."""
+        if not self.owner:
+            self.form.arrange(layer, self.inputs)
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        """Rows by token id, `[..., columns]` in the model's dtype."""
+        return gather(input_, weight_of(layer), self.form.bits, self.group, self.inputs, self.dtype)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits `[..., vocabulary]`."""
+        weight = weight_of(self.owner[0] if self.owner else layer)
+        logits = multiply(x, weight, self.form.bits, self.group, self.outputs)
+        return logits if bias is None else logits + bias

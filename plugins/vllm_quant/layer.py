@@ -1,0 +1,110 @@
+"""A layer's packed weight: its parameters as they are loaded, and as the kernels read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+)
+
+from quant.pack import unpack
+from quant_kernels import Panels, panels
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored.
+
+    Args:
+        bits: of a code, 2 to 8.
+        group: columns that share a scale; None: a whole row.
+        symmetric: no zero points.
+        zero_dtype: of zero points: float16 as it is, else codes, packed like the weight's.
+    """
+
+    bits: int
+    group: int | None
+    symmetric: bool
+    zero_dtype: torch.dtype
+
+    def groups(self, columns: int) -> int:
+        """Groups of a row; the last one may be shorter."""
+        return 1 if self.group is None else math.ceil(columns / self.group)
+
+    def create(
+        self,
+        layer: nn.Module,
+        rows: int,
+        columns: int,
+        stored_rows: int,
+        loader: Callable[..., None],
+    ) -> None:
+        """Register the parameters of this rank's part of a weight, named as in checkpoints.
+
+        Args:
+            layer: gets them.
+            rows, columns: of this rank's part.
+            stored_rows: most that a tensor of the checkpoint has.
+            loader: the layer's own, which finds this rank's part of a tensor.
+        """
+        scale: Any = ChannelQuantScaleParameter
+        place = {"output_dim": 0}
+        if self.group is not None:
+            scale, place = GroupQuantScaleParameter, {"output_dim": 0, "input_dim": 1}
+        words = torch.empty(rows, math.ceil(columns * self.bits / 32), dtype=torch.int32)
+        scales = torch.empty(rows, self.groups(columns), dtype=torch.float32)
+        layer.weight_packed = ModelWeightParameter(
+            data=words, input_dim=1, output_dim=0, weight_loader=loader
+        )
+        layer.weight_scale = scale(data=scales, weight_loader=loader, **place)
+        layer.weight_shape = BasevLLMParameter(
+            data=torch.empty(2, dtype=torch.int64), weight_loader=loader
+        )
+        layer.weight_zero_point = None
+        if not self.symmetric:
+            packed = self.zero_dtype != torch.float16
+            layer.weight_zero_point = scale(
+                data=scales.to(torch.uint8 if packed else torch.float16),
+                weight_loader=self.unpacking(loader, stored_rows) if packed else loader,
+                **place,
+            )
+
+    def unpacking(self, loader: Callable[..., None], rows: int) -> Callable[..., None]:
+        """A loader of zero points that are packed along a column, as uint8 `[rows, groups]`."""
+
+        def load(parameter: nn.Parameter, packed: Tensor, *args: Any, **kwargs: Any) -> None:
+            stored = min(rows, packed.shape[0] * 32 // self.bits)
+            codes = unpack(packed.T.contiguous(), self.bits, stored)
+            loader(parameter, codes.T, *args, **kwargs)
+
+        return load
+
+    def arrange(self, layer: nn.Module, columns: int) -> None:
+        """Replace the loaded parameters by those that the kernels read."""
+        found = panels(
+            layer.weight_packed.data,
+            layer.weight_scale.data,
+            None if self.symmetric else layer.weight_zero_point.data,
+            self.bits,
+            columns,
+        )
+        del layer.weight_shape
+        for name, tensor in zip(
+            ("weight_packed", "weight_scale", "weight_zero_point"), found, strict=True
+        ):
+            delattr(layer, name)
+            setattr(layer, name, None if tensor is None else nn.Parameter(tensor, False))
+
+
+def weight_of(layer: nn.Module) -> Panels:
+    """What `Format.arrange` left."""
+    return Panels(layer.weight_packed, layer.weight_scale, layer.weight_zero_point)

@@ -1,0 +1,67 @@
+"""Linear layers with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsScheme,
+)
+
+from quant_kernels import multiply
+from quant_kernels.panels import CHUNK
+from vllm_attn.report import StartupError
+from vllm_quant.layer import Format, weight_of
+
+
+class PackedScheme(CompressedTensorsScheme):
+    """What `CompressedTensorsLinearMethod` asks.
+
+    Args:
+        form: of the layer's weight.
+    """
+
+    def __init__(self, form: Format) -> None:
+        self.form = form
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of GPUs; this is for CPUs."""
+        return -1
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        output_partition_sizes: list[int],
+        input_size: int,
+        input_size_per_partition: int,
+        output_size: int,
+        weight_loader: Callable[..., None],
+        **kwargs: Any,
+    ) -> None:
+        """Register the layer's parameters.
+
+        Raises:
+            StartupError: tensor parallelism would cut through a group.
+        """
+        group = self.form.group
+        if input_size_per_partition != input_size and input_size_per_partition % (group or CHUNK):
+            raise StartupError(
+                f"tensor parallelism gives each rank {input_size_per_partition} columns of packed "
+                f"weights, which is no multiple of {group or CHUNK}: use a smaller "
+                "--tensor-parallel-size"
+            )
+        self.inputs, self.outputs = input_size_per_partition, sum(output_partition_sizes)
+        self.form.create(layer, self.outputs, self.inputs, output_size, weight_loader)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Bring them into the kernels' order."""
+        self.form.arrange(layer, self.inputs)
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ weight.T + bias`."""
+        group = self.form.group or -(-self.inputs // CHUNK) * CHUNK
+        product = multiply(x, weight_of(layer), self.form.bits, group, self.outputs)
+        return product if bias is None else product + bias

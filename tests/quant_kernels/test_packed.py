@@ -1,0 +1,170 @@
+"""Products and lookups with packed weights against float64 ones with the dequantized matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_kernels.cpu.build import usable_isas
+from quant.pack import pack
+from quant.weight import BITS, Grid, QuantizedWeight
+from quant_kernels import Panels, gather, library, multiply, panels
+from quant_kernels.panels import dequantize
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Of an output, relative to the sum of the absolute products; a 16-bit output is rounded once."""
+
+
+def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) -> QuantizedWeight:
+    """A random one; zero points are codes, halves between them, or none."""
+    generator = torch.Generator().manual_seed(bits)
+    grid = Grid(bits, group, zeros == "none")
+    shape = outputs, grid.groups(inputs)
+    codes = torch.randint(0, 2**bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(shape, generator=generator) + 0.1).bfloat16()
+    points: Tensor | None = None
+    if zeros == "codes":
+        points = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+    elif zeros == "half":
+        points = (torch.rand(shape, generator=generator) * 2**bits).half()
+    return QuantizedWeight(codes, scales, points, grid)
+
+
+def law(quantized: QuantizedWeight) -> Tensor:
+    """Float64 `[outputs, inputs]`."""
+    grid, columns = quantized.grid, quantized.codes.shape[1]
+    zero: Tensor | int = grid.middle
+    if quantized.zeros is not None:
+        zero = grid.spread(quantized.zeros.double(), columns)
+    return (quantized.codes.double() - zero) * grid.spread(quantized.scales.double(), columns)
+
+
+def in_panels(quantized: QuantizedWeight) -> Panels:
+    """What a checkpoint holds, in the kernels' order. Unused bits of the last words are set: they
+    are nobody's."""
+    bits, columns = quantized.grid.bits, quantized.codes.shape[1]
+    packed = pack(quantized.codes, bits)
+    if used := columns * bits % 32:
+        packed[:, -1] |= -1 << used
+    return panels(packed, quantized.scales, quantized.zeros, bits, columns)
+
+
+def group_of(quantized: QuantizedWeight) -> int:
+    """As `multiply` takes it: one group of a row is of any size that holds it."""
+    return quantized.grid.group_size or 4096
+
+
+def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Random rows with NaN around each of them."""
+    room = torch.full((rows + 1, columns + 7), torch.nan, dtype=dtype)
+    view = room[:rows, 3 : 3 + columns]
+    view.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)))
+    return view
+
+
+def check(quantized: QuantizedWeight, x: Tensor) -> None:
+    """Hold a product against the law."""
+    bits, outputs = quantized.grid.bits, quantized.codes.shape[0]
+    product = multiply(x, in_panels(quantized), bits, group_of(quantized), outputs)
+    matrix = law(quantized)
+    exact, size = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
+    assert product.dtype == x.dtype
+    assert product.shape == exact.shape
+    assert ((product.double() - exact).abs() <= TOLERANCE[x.dtype] * size + 1e-30).all()
+
+
+@pytest.fixture(params=[isa for isa in usable_isas() if isa != "amx"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set of this machine."""
+    monkeypatch.setenv("ATTNSERVE_CPU_ISA", request.param)
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_products(bits: int) -> None:
+    """Rows from one to several tiles; columns that are no whole chunk, group or word; outputs that
+    are no whole panel."""
+    for rows in (1, 2, 3, 5, 8, 9, 13, 33):
+        for outputs, inputs, group, zeros in (
+            (17, 96, 32, "codes"),
+            (75, 300, 64, "half"),
+            (33, 77, None, "none"),
+        ):
+            dtype = (torch.float32, torch.bfloat16, torch.float16)[(rows + outputs) % 3]
+            check(weight(bits, outputs, inputs, group, zeros), poisoned(rows, inputs, dtype))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_instruction_sets(isa: str, bits: int) -> None:
+    for rows in (1, 4, 7, 14):
+        for zeros in ("codes", "half", "none"):
+            for dtype in TOLERANCE:
+                check(weight(bits, 45, 330, 64, zeros), poisoned(rows, 330, dtype))
+
+
+def test_many_rows_and_threads() -> None:
+    """More rows than a block, more inputs than a piece, by several threads."""
+    quantized = weight(4, 130, 700, 128, "codes")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for rows in (1, 6, 301):
+                check(quantized, poisoned(rows, 700, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("zeros", ["codes", "half", "none"])
+def test_lookups_are_exact(bits: int, zeros: str) -> None:
+    quantized = weight(bits, 53, 77, 32, zeros)
+    ids = torch.tensor([[0, 52, 17], [16, 15, 0]])
+    rows = gather(ids, in_panels(quantized), bits, 32, 77, torch.float32)
+    assert torch.equal(rows.double(), law(quantized)[ids])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_without_a_compiler(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch operations give the same."""
+    quantized = weight(bits, 20, 77, 32, "codes")
+    matrix = dequantize(in_panels(quantized), 20, 77, bits, 32)
+    assert torch.equal(matrix.double(), law(quantized))
+    monkeypatch.setattr(library, "_load", lambda bits, isa: None)
+    check(quantized, poisoned(3, 77, torch.float32))
+
+
+def test_compiled_graphs_hold_an_operator() -> None:
+    """`torch.compile` does not look inside, and its shapes are right."""
+    quantized = weight(4, 20, 64, 32, "codes")
+    stored = in_panels(quantized)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def forward(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return multiply(x, stored, 4, 32, 20) * 2, gather(ids, stored, 4, 32, 64, x.dtype)
+
+    x, ids = torch.randn(5, 64), torch.tensor([3, 19])
+    product, rows = forward(x, ids)
+    torch.testing.assert_close(product, 2 * multiply(x, stored, 4, 32, 20))
+    assert torch.equal(rows, gather(ids, stored, 4, 32, 64, x.dtype))
+    for operator, arguments in (
+        (torch.ops.attnserve.packed_multiply, (x, *stored, 4, 32, 20)),
+        (torch.ops.attnserve.packed_gather, (ids, *stored, 4, 32, 64, torch.bfloat16)),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+def test_memory_is_what_the_bits_say() -> None:
+    """Nothing is added to whole panels and chunks; scales that 16 bits do not hold stay in 32."""
+    for bits in BITS:
+        quantized = weight(bits, 64, 128, 64, "codes")
+        stored = in_panels(quantized)
+        assert stored.words.numel() * 4 == 64 * 128 * bits // 8
+        assert stored.scales.dtype == torch.bfloat16
+    precise = torch.full((16, 2), 1.0000001)
+    assert (
+        panels(pack(quantized.codes[:16], bits), precise, None, bits, 128).scales.dtype
+        == torch.float32
+    )
