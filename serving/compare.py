@@ -76,7 +76,6 @@ class Run:
         self.call = call
         self.asked = asked
         self.parts: list[Call] = []
-        self.salt = uuid.uuid4().hex
 
     async def answer(self) -> dict[str, Any]:
         """The answer's JSON.
@@ -136,8 +135,8 @@ class Run:
             raise ApiError(502, message, code="upstream_unusable") from None
 
     async def _write(self, name: str, prompt: list[int]) -> Written:
-        # A salt of its own: who has met the prompt before has no advantage.
-        fields = {"cache_salt": self.salt, **self.asked.sampling, "prompt": prompt}
+        # A salt of its own: no server finds the prompt in its prefix cache.
+        fields = {"cache_salt": uuid.uuid4().hex, **self.asked.sampling, "prompt": prompt}
         return await write(self.forward, self._part("/v1/completions"), name, fields)
 
     async def _read(self, name: str, prompt: list[int], ids: list[int]) -> Side:

@@ -125,6 +125,8 @@ def test_what_the_servers_are_asked() -> None:
         assert (wrote["prompt"], wrote["stream"], wrote["max_tokens"]) == ([7, 8, 9], True, 3)
         assert (wrote["temperature"], wrote["seed"], wrote["custom"]) == (0.5, 3, 1)
         assert (read["prompt"], read["prompt_logprobs"]) == ([7, 8, 9, 0, 1, 2], 2)
+        salts = {r["body"].pop("cache_salt") for r in (a.seen[1], b.seen[0])}
+        assert len(salts) == 2  # neither finds the prompt in its prefix cache
         assert {**wrote, "model": "b"} == b.seen[0]["body"]
         assert {**read, "model": "b"} == b.seen[1]["body"]
         ids = [r["headers"]["x-request-id"] for r in [*a.seen, *b.seen]]
