@@ -31,6 +31,8 @@ class Events:
         self.count = 0
         """Events with tokens so far; the tokens of a stream that ends before its usage comes."""
         self.usage: tuple[int, int] | None = None
+        self.error: bytes | None = None
+        """The last event that was an error, in OpenAI's shape."""
         self._rest = b""
 
     def feed(self, piece: bytes) -> tuple[bytes, bool]:
@@ -81,7 +83,8 @@ class Events:
                         kept.append(event)
                     continue
             if "error" in data:
-                event = b"data: %b\n\n" % normalise(event.strip()[5:], 500)
+                self.error = normalise(event.strip()[5:], 500)
+                event = b"data: %b\n\n" % self.error
             else:
                 tokens += 1
             kept.append(event)

@@ -44,7 +44,8 @@ NO_BUFFERING = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class UnavailableError(UpstreamError):
-    """A 502 or 503 of the upstream's own; `body` is in OpenAI's shape."""
+    """A 502 or 503 of the upstream's own, or the 500 of one that is dying; `body` is in OpenAI's
+    shape."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(status, "unavailable", "The model server is not available.")
@@ -124,13 +125,16 @@ class Forward:
         left = replica.config.timeouts.total - (time.perf_counter() - call.arrival)
         connection = await send_request(replica, head, request.body, max(left, 0.001))
         try:
-            if connection.status in (502, 503):
-                body = normalise(await connection.rest(), connection.status)
-                raise UnavailableError(connection.status, body)
-            if is_event_stream(connection.headers):
+            status = connection.status
+            if status in (500, 502, 503):
+                content = await connection.rest()
+                if status != 500 or not await replica.is_well():
+                    raise UnavailableError(status, normalise(content, status))
+                await self._whole(call, connection, content, turn, send)
+            elif is_event_stream(connection.headers):
                 await self._stream(call, request, connection, turn, send)
             else:
-                await self._whole(call, connection, turn, send)
+                await self._whole(call, connection, await connection.rest(), turn, send)
         except BaseException:
             connection.close()
             raise
@@ -153,9 +157,10 @@ class Forward:
         headers += [call.id_header, JSON, (b"content-length", b"%d" % length)]
         return replica.head("POST", target, headers)
 
-    async def _whole(self, call: Call, connection: Connection, turn: Turn, send: Send) -> None:
+    async def _whole(
+        self, call: Call, connection: Connection, content: bytes, turn: Turn, send: Send
+    ) -> None:
         """An answer in one piece; errors are brought into OpenAI's shape."""
-        content = await connection.rest()
         turn.succeeded()
         status = connection.status
         headers = downward(connection.headers)
@@ -196,6 +201,8 @@ class Forward:
                     last = now
                 if out:
                     if not call.status:
+                        if events.error and not events.count and not await turn.replica.is_well():
+                            raise UnavailableError(500, events.error)
                         await self._start_stream(call, connection, send)
                     await send({"type": "http.response.body", "body": out, "more_body": True})
             rest = events.left()

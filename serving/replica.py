@@ -62,6 +62,15 @@ class Replica:
                 self._open_until = 0.0  # one may try at once
             self.healthy = healthy
 
+    async def is_well(self) -> bool:
+        """Whether it answers /health now. A server whose engine has died says 500 to what it was
+        doing, as it does to a request that it cannot serve; this tells them apart."""
+        try:
+            status, _ = await self.get("/health")
+        except UpstreamError:
+            return False
+        return status == 200
+
     def _note_gauges(self, page: bytes) -> None:
         """vLLM's own gauges, added up over its engines (of the KV caches the fullest)."""
         found: dict[bytes, list[float]] = {}

@@ -34,6 +34,7 @@ class StandIn:
         self.before_s = 0.0  # before the first byte of an answer's body
         self.between_s = 0.0  # between tokens
         self.break_after: int | None = None  # tokens, after which the connection is cut
+        self.first_event: str | None = None  # of a stream, and its last
         self.kv_usage: float | None = None
         self.probabilities = (0.5, 0.25, 0.125)  # of a token that is read, and of the ids after it
         self.text = ""  # of an answer that is not streamed; else numbers
@@ -174,6 +175,9 @@ class StandIn:
             piece = f"data: {data}\n\n".encode()
             await send({"type": "http.response.body", "body": piece, "more_body": True})
 
+        if self.first_event is not None:
+            await event(self.first_event)
+            tokens = 0
         for i in range(tokens):
             if i == self.break_after:
                 for connection in list(self.server.server_state.connections):

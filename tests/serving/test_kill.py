@@ -42,6 +42,10 @@ class Replica:
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def end(self) -> None:
+        """For good."""
+        end_group(self.process)
+
 
 async def load(url: str, over: asyncio.Event) -> Counter[str]:
     """What becomes of requests, half of them streamed, from CLIENTS at a time."""
@@ -96,7 +100,7 @@ def test_kill_and_restart_under_load(tmp_path: Path) -> None:
         replicas = [Replica(tmp_path) for _ in range(3)]
         for replica in replicas:
             replica.start()
-            stack.callback(lambda r=replica: end_group(r.process))
+            stack.callback(replica.end)
         models = [{"name": "m", "replicas": [r.url for r in replicas]}]
         breaker = {"open_seconds": 1.0}
         gateway = stack.enter_context(configured(tmp_path, {"models": models, "breaker": breaker}))

@@ -112,6 +112,34 @@ def test_failing_replica_is_replaced(three: list[StandIn], status: int, stream: 
         assert gateway.metric("attnserve_upstream_errors_total{") == 2
 
 
+DEAD = '{"error": {"message": "EngineCore encountered an issue.", "type": "x", "code": 500}}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_500_of_a_dying_replica_is_tried_again(three: list[StandIn], stream: bool) -> None:
+    """vLLM's, when its engine has died: 500, or a stream with nothing in it but an error."""
+    dying = three[0]
+    seldom = {"every": 600}  # so that the gateway believes that it is well
+    routing = {"policy": "least_loaded"}
+    with running(*urls(three), routing=routing, health=seldom) as gateway:
+        dying.status, dying.first_event = (200, DEAD) if stream else (500, None)
+        dying.healthy = False
+        answer = complete(gateway, stream=stream)
+        assert answer.status == 200
+        assert b"EngineCore" not in answer.body
+    assert [s.started for s in three] == [1, 1, 0]
+
+
+def test_error_event_of_a_replica_that_is_well_is_passed_on(three: list[StandIn]) -> None:
+    for server in three:
+        server.first_event = DEAD
+    with running(*urls(three)) as gateway:
+        answer = complete(gateway, stream=True)
+        assert answer.status == 200
+        assert b"EngineCore" in answer.body
+    assert sum(s.started for s in three) == 1
+
+
 def test_last_failure_is_passed_on(three: list[StandIn]) -> None:
     for server in three:
         server.status = 503

@@ -4,11 +4,12 @@ import json
 
 from serving.shape import without_nulls
 
+TEXT = 'it says "annotations":null, and ,"service_tier":null'
 ANSWER = {
     "choices": [
         {
             "message": {
-                "content": 'it says "annotations":null, and ,"service_tier":null',
+                "content": TEXT,
                 "refusal": None,
                 "annotations": None,
                 "function_call": None,
@@ -23,13 +24,9 @@ ANSWER = {
 
 def test_nulls_that_openai_does_not_have() -> None:
     answer = json.loads(without_nulls(json.dumps(ANSWER, separators=(",", ":")).encode()))
-    message = ANSWER["choices"][0]["message"]  # type: ignore[index]  # a literal of mixed types
     assert answer == {
         "choices": [
-            {
-                "message": {"content": message["content"], "refusal": None, "annotations": []},
-                "logprobs": None,
-            }
+            {"message": {"content": TEXT, "refusal": None, "annotations": []}, "logprobs": None}
         ],
         "usage": {"prompt_tokens": 1},
     }
