@@ -37,6 +37,8 @@ from quant.weight import BITS, Grid, QuantizedWeight
 from training.analyze.transformers_scorer import load
 from training.books import BOOKS, split
 
+SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
+"""Schemes whose grids are codes, scales and zero points of the written format."""
 CHUNK = 32
 """Groups are multiples of it, so that one starts with a 32-bit word at every width."""
 
@@ -69,6 +71,8 @@ def plan(options: argparse.Namespace) -> Plan:
         if bits is not None and bits not in BITS:
             raise Refusal(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
     scheme = get_scheme(options.scheme)
+    if scheme.name not in SERVED:
+        raise Refusal(f"scheme {scheme.name} cannot be served: use one of {', '.join(SERVED)}")
     if options.act_order and scheme.name != "gptq":
         raise Refusal("--act-order is of the scheme gptq: leave it out")
     if options.group is not None and options.group % CHUNK:
@@ -210,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     add("checkpoint", type=Path, help="a Hugging Face folder")
     add("out", type=Path, help="the folder to write")
     add("--bits", type=int, required=True, help=f"of a weight, {BITS[0]} to {BITS[-1]}")
-    titles = "; ".join(f"{name}: {scheme.title}" for name, scheme in SCHEMES.items())
+    titles = "; ".join(f"{name}: {SCHEMES[name].title}" for name in SERVED)
     add("--scheme", required=True, metavar="SCHEME", help=titles)
     add(
         "--group",

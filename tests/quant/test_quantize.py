@@ -1,0 +1,204 @@
+"""Quantized checkpoints on disk: they hold the sweep's weights; nothing is written by halves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quant.measure import Samples, Subject
+from quant.model import quantize
+from quant.pack import unpack
+from quant.quantize import main
+from quant.schemes.registry import get_scheme
+from quant.texts import calibration
+from quant.weight import Grid, QuantizedWeight
+from tests.tiny import tiny_checkpoint
+from training.analyze.measure import Data
+from training.analyze.transformers_scorer import load
+
+LAYERS = 14
+"""Linear layers of the fixture's model."""
+
+
+def read_back(tensors: dict[str, Tensor], layer: str, args: dict[str, Any]) -> Tensor:
+    """A weight from its tensors, float32 `[rows, columns]`."""
+    rows, columns = tensors[f"{layer}.weight_shape"].tolist()
+    grid = Grid(args["num_bits"], args["group_size"], args["symmetric"])
+    codes = unpack(tensors[f"{layer}.weight_packed"], grid.bits, columns)
+    if 32 % grid.bits == 0:  # the library packs other widths with gaps
+        packed = tensors[f"{layer}.weight_packed"]
+        signed = unpack_from_int32(packed, grid.bits, torch.Size((rows, columns)))
+        assert torch.equal(signed.int() + grid.middle, codes.int())
+    zeros = tensors.get(f"{layer}.weight_zero_point")
+    if zeros is not None and zeros.dtype == torch.int32:
+        zeros = unpack(zeros.T.contiguous(), grid.bits, rows).T
+    return QuantizedWeight(codes, tensors[f"{layer}.weight_scale"], zeros, grid).dequantize()
+
+
+@pytest.mark.parametrize(
+    ("bits", "arguments"),
+    [
+        (2, ["--scheme=gptq"]),
+        (3, ["--scheme=hqq", "--group=32"]),
+        (4, ["--scheme=rtn", "--symmetric"]),
+        (5, ["--scheme=rtn", "--group=channel"]),
+        (8, ["--scheme=gptq", "--act-order", "--group=128"]),
+    ],
+)
+def test_files_hold_the_sweeps_weights(
+    softpick: Path, data: Data, tmp_path: Path, bits: int, arguments: list[str]
+) -> None:
+    out = tmp_path / "out"
+    main([str(softpick), str(out), f"--bits={bits}", *arguments, f"--books={data.books}"])
+    config = json.loads((out / "config.json").read_text())
+    (group,) = QuantizationConfig.model_validate(
+        config["quantization_config"]
+    ).config_groups.values()
+    args = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert group.weights.num_bits == bits
+    # As `quant.measure.quantized_model` does it.
+    scheme = get_scheme(arguments[0].removeprefix("--scheme="))
+    model, texts = load(softpick), torch.empty(0, dtype=torch.long)
+    if scheme.calibrated:
+        texts = calibration(Subject(softpick, 512), data.books, Samples().calibration, 0)
+    grid = Grid(bits, args["group_size"], args["symmetric"])
+    found = quantize(model, scheme, grid, texts, act_order="--act-order" in arguments)
+    tensors = load_file(out / "model.safetensors")
+    assert len(found) == LAYERS
+    for layer in found:
+        weight = model.get_submodule(layer).weight
+        assert torch.equal(read_back(tensors, layer, args), weight), layer
+        assert f"{layer}.weight" not in tensors
+
+
+def test_the_rest_stays(softpick: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(softpick, tmp_path / "source")
+    (tmp_path / "source/README.md").write_text("# A card\n")
+    (tmp_path / "source/notes.bin").write_bytes(b"0")
+    main([str(tmp_path / "source"), str(out), "--bits=4", "--scheme=rtn"])
+    before, after = (json.loads((f / "config.json").read_text()) for f in (softpick, out))
+    assert after.pop("quantization_config")["ignore"] == ["lm_head"]
+    assert after == before
+    old, new = (load_file(folder / "model.safetensors") for folder in (softpick, out))
+    for name in set(old) & set(new):
+        assert torch.equal(old[name], new[name])
+    assert len(set(old) - set(new)) == LAYERS
+    assert (out / "tokenizer.json").read_bytes() == (softpick / "tokenizer.json").read_bytes()
+    card = (out / "README.md").read_text()
+    assert card.startswith("# A card\n")
+    assert "`python -m quant.quantize --bits 4 --scheme rtn --group 64`" in card
+    assert not (out / "notes.bin").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One matrix if the head is tied to them; the table adds up to what is on disk."""
+    source = tiny_checkpoint(tmp_path / "source", "softmax", tie_word_embeddings=tied)
+    main([str(source), str(tmp_path / "out"), "--bits=3", "--scheme=rtn", "--embeddings=5"])
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    args = config["config_groups"]["group_1"]["weights"]
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    model = load(source)
+    tables = ["model.embed_tokens", *([] if tied else ["lm_head"])]
+    for layer in tables:
+        weight = model.get_submodule(layer).weight
+        error = (read_back(tensors, layer, args) - weight).abs()
+        steps = tensors[f"{layer}.weight_scale"].float().repeat_interleave(64, 1)
+        assert (error <= 0.5001 * steps).all()
+    assert ("lm_head.weight_packed" in tensors) == (not tied)
+    lines = capsys.readouterr().out.splitlines()
+    parts = json.loads(lines[-1])["parts"]
+    assert parts["embeddings"]["numbers"] == sum(
+        model.get_submodule(layer).weight.numel() for layer in tables
+    )
+    sizes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert parts["all"]["after"] == sizes
+    assert sum(part["after"] for name, part in parts.items() if name != "all") == sizes
+    # Of each group of 64: a scale of 16 bits and a zero point of 3; a few bytes of each layer.
+    assert 3 + 19 / 64 <= 8 * parts["linear"]["after"] / parts["linear"]["numbers"] < 3.35
+
+
+def test_several_files(softpick: Path, tmp_path: Path) -> None:
+    """A checkpoint in shards stays in shards, with a true index."""
+    source = tmp_path / "source"
+    model = load(softpick)
+    model.save_pretrained(source, max_shard_size="300KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    main([str(source), str(tmp_path / "out"), "--bits=4", "--scheme=rtn"])
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = {file.name: load_file(file) for file in (tmp_path / "out").glob("*.safetensors")}
+    assert index["weight_map"] == {name: file for file, t in files.items() for name in t}
+
+
+REFUSALS = [
+    (["--bits=9", "--scheme=rtn"], "9 bits: use a width from 2 to 8"),
+    (["--bits=4", "--scheme=rtn", "--embeddings=1"], "1 bits: use a width from 2 to 8"),
+    (["--bits=4", "--scheme=best"], "unknown scheme 'best': use one of rtn, hqq, gptq"),
+    (
+        ["--bits=4", "--scheme=bnb-nf4"],
+        "scheme bnb-nf4 cannot be served: use one of rtn, hqq, gptq",
+    ),
+    (["--bits=4", "--scheme=hqq", "--symmetric"], "scheme hqq has no symmetric form"),
+    (["--bits=4", "--scheme=rtn", "--act-order"], "--act-order is of the scheme gptq"),
+    (["--bits=4", "--scheme=rtn", "--group=48"], "--group 48: use a multiple of 32, or channel"),
+    (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), REFUSALS)
+def test_refused_in_one_line(
+    softpick: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    says: str,
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(softpick), str(tmp_path / "out"), *arguments])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert says in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_will_not_do(
+    softpick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is no checkpoint, or quantized already, and what must not be overwritten."""
+    out, empty, mine = tmp_path / "out", tmp_path / "empty", tmp_path / "mine"
+    empty.mkdir()
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+
+    def refused(source: Path, target: Path, *arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(source), str(target), "--bits=4", "--scheme=rtn", *arguments])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    main([str(softpick), str(out), "--bits=4", "--scheme=rtn"])
+    capsys.readouterr()
+    assert "empty has no config.json" in refused(empty, tmp_path / "new")
+    assert "is quantized already" in refused(out, tmp_path / "new")
+    assert "is there already: --overwrite replaces it" in refused(softpick, out)
+    assert "is the checkpoint itself" in refused(softpick, softpick, "--overwrite")
+    assert "is no quantized checkpoint" in refused(softpick, mine, "--overwrite")
+    assert (mine / "thesis.txt").exists()
+    shutil.copy(softpick / "config.json", empty)
+    assert "has no *.safetensors" in refused(empty, tmp_path / "new")
+    main([str(softpick), str(out), "--bits=3", "--scheme=rtn", "--overwrite"])
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "empty", "mine"}

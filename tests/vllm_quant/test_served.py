@@ -1,0 +1,134 @@
+"""Packed checkpoints behind a real `vllm serve`: log-probabilities are those of the model that the
+sweep measures, which computes with dequantized weights in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quant.measure import Samples, Subject
+from quant.quantize import main, parser, plan, quantize_model
+from quant.texts import calibration
+from tests.servers import failed_start, vllm_server
+from tests.tiny import tiny_checkpoint
+from tests.training.texts import write_texts
+from tests.vllm_attn.client import Client
+from training.analyze.measure import Data
+from training.analyze.transformers_scorer import load
+
+SERVE = ("--max-num-batched-tokens=64", "--max-model-len=256")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Books to calibrate on."""
+    return Data(*write_texts(tmp_path_factory.mktemp("texts")))
+
+
+def quantized(
+    tmp_path: Path, data: Data, *arguments: str, variant: str = "softpick", **overrides: Any
+) -> tuple[Path, PreTrainedModel]:
+    """A tiny checkpoint, quantized and written by the command, and the model that the sweep would
+    measure. 176 is no whole number of groups."""
+    fields = {"intermediate_size": 176, "initializer_range": 0.08} | overrides
+    source = tiny_checkpoint(tmp_path / "source", variant, **fields)
+    line = [str(source), str(tmp_path / "out"), *arguments, f"--books={data.books}"]
+    main(line)
+    options = parser().parse_args(line)
+    options.out = tmp_path / "other"
+    texts = torch.empty(0, dtype=torch.long)
+    if "gptq" in arguments:
+        texts = calibration(Subject(source, 512), data.books, Samples().calibration, 0)
+    model = load(source)
+    quantize_model(model, plan(options), texts, options.act_order)
+    return tmp_path / "out", model
+
+
+def log_probabilities(model: PreTrainedModel, prompt: list[int]) -> Tensor:
+    """Of every token of the prompt but the first."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, :-1]
+    return logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
+
+
+def differences(out: Path, model: PreTrainedModel, *arguments: str) -> Tensor:
+    """Of served log-probabilities from the model's, in units of their spread. The prompt goes
+    through the kernel for many rows and, its last chunk, through the one for few."""
+    prompt = torch.randint(2, 256, (130,), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = log_probabilities(model, prompt)
+    assert expected.std() > 0.1, "the log-probabilities hardly vary: the comparison means nothing"
+    with vllm_server(out, *SERVE, *arguments) as server:
+        client = Client(server)
+        served = torch.tensor(client.prompt_logprobs(prompt))
+        assert "attnserve's CPU kernels" in server.log()
+        # A decoding step goes through the kernel for one row.
+        answer = client.greedy(prompt, 8)
+        again = torch.tensor(client.prompt_logprobs(prompt + answer))[len(prompt) - 1 :]
+    with torch.inference_mode():
+        for i, token in enumerate(answer):
+            logits = model(input_ids=torch.tensor([prompt + answer[:i]])).logits[0, -1]
+            assert logits[token] >= logits.max() - 0.05 * logits.std()
+    expected_again = log_probabilities(model, prompt + answer)[len(prompt) - 1 :]
+    return torch.cat([served - expected, again - expected_again]).abs() / expected.std()
+
+
+def test_4_bits(tmp_path: Path, data: Data) -> None:
+    """Linear layers of 4 bits, and one 8-bit matrix for tied embeddings and head."""
+    arguments = ("--bits=4", "--scheme=rtn", "--embeddings=8")
+    out, model = quantized(tmp_path, data, *arguments, tie_word_embeddings=True)
+    assert differences(out, model).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "arguments", "overrides"),
+    [
+        (2, ["--scheme", "gptq"], {}),
+        (3, ["--scheme", "hqq", "--embeddings=3"], {"variant": "softmax"}),
+        (4, ["--scheme", "gptq", "--symmetric", "--group=32"], {"variant": "ssmax"}),
+        (5, ["--scheme", "rtn", "--group=128"], {"variant": "lssa"}),
+        (6, ["--scheme", "rtn", "--group=channel"], {"variant": "lssar"}),
+        (7, ["--scheme", "rtn", "--symmetric", "--group=channel"], {"variant": "selective"}),
+        (8, ["--scheme", "rtn", "--embeddings=8"], {}),
+    ],
+)
+def test_every_width(
+    bits: int, arguments: list[str], overrides: dict[str, Any], tmp_path: Path, data: Data
+) -> None:
+    """Of every scheme, grouping and variant; embeddings and heads that are not tied."""
+    out, model = quantized(tmp_path, data, f"--bits={bits}", *arguments, **overrides)
+    assert differences(out, model).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_bfloat16(bits: int, tmp_path: Path, data: Data) -> None:
+    """Activations are rounded to bfloat16 between layers."""
+    arguments = (f"--bits={bits}", "--scheme=hqq", "--embeddings=8")
+    out, model = quantized(tmp_path, data, *arguments, tie_word_embeddings=True, dtype="bfloat16")
+    found = differences(out, model, "--dtype=bfloat16")
+    assert found.mean() < 0.02
+    assert found.max() < 0.1
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path, data: Data) -> None:
+    """In a compiled model (what `vllm serve` does by default) the kernels are operators."""
+    out, model = quantized(tmp_path, data, "--bits=4", "--scheme=rtn", "--embeddings=4")
+    assert differences(out, model, "--no-enforce-eager").max() < 1e-4
+
+
+@pytest.mark.slow
+def test_groups_that_the_kernels_do_not_take(tmp_path: Path, data: Data) -> None:
+    """One line, before anything is loaded."""
+    out, _ = quantized(tmp_path, data, "--bits=4", "--scheme=rtn")
+    config = out / "config.json"
+    config.write_text(config.read_text().replace('"group_size": 64', '"group_size": 16'))
+    code, log = failed_start(out, *SERVE)
+    assert code != 0
+    assert "groups of 16 columns: the CPU kernels take multiples of 32" in log
