@@ -174,6 +174,19 @@ def test_vllm_that_cannot_be_imported(
     assert problem(list(doctor.check_vllm()), "vllm import").found.startswith(found)
 
 
+def test_untried_vllm_is_said_at_start_up(tmp_path: Path) -> None:
+    distribution(tmp_path, "vllm", "0.31.0+cpu")
+    program = "from vllm_attn import versions; versions.warn_if_untried()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    line = "attnserve was tried on vLLM 0.32 to 0.33, not on 0.31.0+cpu: if start-up fails below"
+    assert line in done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_extension_point_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.attention.backend import AttentionBackend

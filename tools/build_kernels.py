@@ -1,4 +1,4 @@
-"""Compile the CPU kernels of every variant ahead of their first use (for container images).
+"""Compile the CPU kernels of all variants and bit-widths ahead of use, for container images.
 
 Usage: python tools/build_kernels.py [--isa ISA ...] [--jobs N]
 
@@ -17,10 +17,14 @@ from tqdm import tqdm
 
 from attn_kernels import get_variant, variant_names
 from attn_kernels.cpu.build import HERE, ISAS, BuildError, build_library
+from quant.weight import BITS
+from quant_kernels import library
 
 
-def build(name: str, isa: str) -> Path | None:
-    """One library; None for a variant without a C++ form."""
+def build(name: str | int, isa: str) -> Path | None:
+    """One library, of a variant or of a width in bits; None where there is none to build."""
+    if isinstance(name, int):
+        return library.build(name, isa) if isa != "amx" else None  # AVX-512's is taken
     variant = get_variant(name)
     header = variant.cpu_header or HERE / "variants" / f"{name}.hpp"
     return build_library(header, type(variant).__name__, isa) if header.exists() else None
@@ -35,16 +39,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="default: %(default)s")
     options = parser.parse_args()
 
-    wanted = [(name, isa) for name in variant_names() for isa in options.isa]
+    names: list[str | int] = [*variant_names(), *BITS]
+    wanted = [(name, isa) for name in names for isa in options.isa]
     try:
         with ThreadPoolExecutor(options.jobs) as pool:
             done = pool.map(lambda pair: build(*pair), wanted)
             libraries = list(tqdm(done, total=len(wanted), unit="library"))
     except BuildError as error:
         raise SystemExit(f"build_kernels: {error}") from None
-    for (name, isa), library in zip(wanted, libraries, strict=True):
-        print(f"{name:12} {isa:10} {library or 'has no C++ form'}")
-    print(json.dumps({"libraries": sum(library is not None for library in libraries)}))
+    for (name, isa), path in zip(wanted, libraries, strict=True):
+        what = f"{name} bits" if isinstance(name, int) else name
+        print(f"{what:12} {isa:10} {path or 'none of its own'}")
+    print(json.dumps({"libraries": sum(path is not None for path in libraries)}))
 
 
 if __name__ == "__main__":
