@@ -26,6 +26,7 @@ from serving.config import Config, ConfigError, KeyEntry, describe, load
 from serving.gateway import Gateway
 from serving.keys import digest, new_key
 from serving.logs import configure
+from serving.protocol import Protocol
 from serving.settings import Settings
 
 KEEP_ALIVE_SECONDS = 75
@@ -101,6 +102,7 @@ def serve(config: Config, path: Path | None) -> None:
         App(Gateway(config, path)),
         host=config.host,
         port=config.port,
+        http=Protocol,
         access_log=False,
         log_config=None,
         server_header=False,

@@ -18,6 +18,7 @@ import yaml
 from serving.app import App
 from serving.config import Config
 from serving.gateway import Gateway
+from serving.protocol import Protocol
 from tests.servers import Server, end_group, free_port, spawn, wait_until_healthy
 from tests.serving.standin import wait_for
 
@@ -54,6 +55,7 @@ class Running:
         settings = uvicorn.Config(
             App(self.gateway),
             port=port,
+            http=Protocol,
             log_config=None,
             access_log=False,
             timeout_keep_alive=75,

@@ -3,8 +3,13 @@
 tests/serving/test_disconnect.py has the same against a real vLLM.
 """
 
+import contextlib
 import http.client
+import json
+import socket
+import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -94,3 +99,60 @@ def test_while_it_waits_for_room() -> None:
         leave(first)
         assert third.getresponse().status == 200  # not held up by the one that left
         assert upstream.started == 2
+
+
+def raw(prompt: str) -> bytes:
+    """A request as it goes over the wire."""
+    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 2}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", urlsplit(url).port or 0), timeout=20)
+
+
+def test_the_next_request_of_a_kept_connection() -> None:
+    with standin() as upstream, running(upstream.url) as gateway, connect(gateway.url) as client:
+        client.sendall(raw("first"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        wait_for(lambda: upstream.finished == 1, "it is answered")
+        upstream.before_s = 60.0
+        client.sendall(raw("second"))
+        wait_for(lambda: upstream.running == 1, "it runs")
+        client.close()
+        wait_for(lambda: upstream.aborted == 1, "it is aborted")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_pipelined_requests(together: bool) -> None:
+    """The one that runs is aborted, and those that wait for it never begin."""
+    with standin() as upstream, running(upstream.url) as gateway, connect(gateway.url) as client:
+        upstream.before_s = 60.0
+        client.sendall(raw("first") * (2 if together else 1))
+        wait_for(lambda: upstream.running == 1, "the first runs")
+        client.sendall(raw("later"))
+        time.sleep(0.1)  # for the gateway to read it
+        client.close()
+        wait_for(lambda: upstream.aborted == 1, "the first is aborted")
+        wait_for(lambda: gateway.metric("attnserve_requests_in_flight") == 1, "only this one")
+        assert upstream.started == 1
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    with standin() as upstream, running(upstream.url) as gateway, connect(gateway.url) as client:
+        client.sendall(b"".join(raw(f"{i}") for i in range(10)))
+        got = b""
+        while got.count(b"HTTP/1.1 200") < 10 or not got.endswith(b"}"):
+            got += client.recv(65536)
+        assert [s["body"]["prompt"] for s in upstream.seen] == [f"{i}" for i in range(10)]
+
+
+def test_more_pipelined_requests_than_one_client_needs() -> None:
+    with standin() as upstream, running(upstream.url) as gateway, connect(gateway.url) as client:
+        upstream.before_s = 60.0
+        client.sendall(b"".join(raw("x") for _ in range(30)))
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+        wait_for(lambda: gateway.metric("attnserve_requests_in_flight") == 1, "only this one")
+        wait_for(lambda: upstream.started == upstream.aborted, "none runs upstream")

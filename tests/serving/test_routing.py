@@ -265,6 +265,26 @@ def test_kill_under_load_fails_nothing_that_had_not_begun(three: list[StandIn]) 
             back.kill()
 
 
+def test_server_that_ends_in_the_middle(three: list[StandIn]) -> None:
+    """uvicorn, when it is not given the time to finish, answers 500 to what it is doing."""
+    for server in three:
+        server.before_s = 1.0
+    answers: list[Answer] = []
+    with running(*urls(three), routing={"policy": "least_loaded"}) as gateway:
+        calls = [
+            threading.Thread(target=lambda: answers.append(complete(gateway))) for _ in range(6)
+        ]
+        for call in calls:
+            call.start()
+        wait_for(lambda: sum(s.running for s in three) == 6, "all run")
+        assert three[0].running > 0
+        three[0].server.should_exit = three[0].server.force_exit = True
+        for call in calls:
+            call.join()
+        assert [(a.status, a.body) for a in answers if a.status != 200] == []
+        assert gateway.metric("attnserve_retries_total{") > 0
+
+
 def test_removed_replica_finishes_its_streams(three: list[StandIn]) -> None:
     gone, stays = three[:2]
     gone.between_s = 0.05
