@@ -60,3 +60,5 @@ def test_wheel_holds_the_packages_and_does_not_ask_for_vllm(tmp_path: Path) -> N
     package = ROOT / "kernels/attn_kernels"
     sources = {p.relative_to(package.parent).as_posix() for p in package.rglob("*.[hc]pp")}
     assert "attn_kernels/cpu/kernel.cpp" in sources and sources <= set(names)
+    page = {f"serving/playground/{p.name}" for p in (ROOT / "serving/playground").glob("*.*")}
+    assert "serving/playground/index.html" in page and page <= set(names)

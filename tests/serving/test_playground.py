@@ -19,7 +19,7 @@ from serving.keys import digest, new_key
 from serving.playground import FOLDER
 from tests.servers import Server
 from tests.serving.helpers import MODEL, Running, ask, error_of, running
-from tests.serving.standin import StandIn, wait_for
+from tests.serving.standin import StandIn, standin, wait_for
 
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 
@@ -271,6 +271,40 @@ def test_stream_that_breaks_off(browser: webdriver.Chrome, talker: Talker) -> No
         page.wait("it says so", lambda: page.texts(".state.error") != [])
         assert page.texts(".state") == ["The model server broke off its answer."]
         assert len(page.all(".answer .token")) > 10  # what has come stays
+
+
+def test_compare_on_the_same_tokens(browser: webdriver.Chrome) -> None:
+    with standin("a") as a, standin("b") as b:
+        a.probabilities, b.probabilities = (0.6, 0.3), (0.25, 0.5)
+        with opened(browser, models=entries(a) + entries(b)) as (page, _):
+            page["max-tokens"].clear()
+            page["max-tokens"].send_keys("3")
+            page.all("#mode option")[1].click()
+            wrote, parted = "the reference: it wrote these tokens", "first divergence at token 1"
+            page.run(wrote, parted)
+            assert page.texts(".answer") == ["t0t1t2"] * 2
+            classes = [t.get_attribute("class") for t in page.all(".answer .token")]
+            assert classes == ["token p0"] * 3 + ["token m2 diverges"] + ["token m2"] * 2
+            title = page.all(".diverges")[1].get_attribute("title")  # the first is the legend's
+            assert title is not None
+            assert title.startswith(
+                '"t0"  logprob -1.386 (25.0 %)\ndelta −0.875 (reference -0.511)'
+            )
+            figures = dict(zip(page.texts(".figures dt"), page.texts(".figures dd"), strict=True))
+            assert (figures["sum of deltas"], figures["top-1 agreement"]) == ("−2.626", "0 %")
+            assert page.texts("details .own") == [" 0 1 2"]
+
+            page.all("#reference option")[1].click()
+            page.run(wrote, parted)
+            assert page.texts(".name") == ["b", "a"]
+            assert len(page.all(".answer .d2")) == 3
+
+            a.before_s = 60
+            page["run"].click()
+            wait_for(lambda: a.running == 1, "the model server works")
+            page["stop"].click()
+            wait_for(lambda: a.aborted == 1, "it is freed")
+            assert page.texts(".state") == ["stopped"] * 2
 
 
 def test_key(browser: webdriver.Chrome, talker: Talker) -> None:
