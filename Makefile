@@ -16,7 +16,7 @@
 #   make lock         write requirements/*.txt again (UPGRADE=1: newest versions)
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
-# ARGS (test, analyze, bench-kernels, compile-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
+# ARGS (test, conformance, soak, analyze, bench-kernels, compile-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
 # builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
@@ -128,4 +128,4 @@ lock: $(READY)
 	$(BIN)/python tools/lock.py $(if $(UPGRADE),--upgrade)
 
 clean:
-	rm -rf $(VENV) $(CHECKERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SUITES) $(CHECKERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
