@@ -31,7 +31,9 @@ RUN tools/install.sh project /opt/attnserve \
 
 ARG ISAS="amx avx512 avx2"
 COPY tools/build_kernels.py tools/
-RUN ATTNSERVE_CACHE=/opt/attnserve/kernels /opt/attnserve/bin/python tools/build_kernels.py --isa ${ISAS}
+# The folder first: the one that it would make is for its owner alone.
+RUN mkdir /opt/attnserve/kernels \
+ && ATTNSERVE_CACHE=/opt/attnserve/kernels /opt/attnserve/bin/python tools/build_kernels.py --isa ${ISAS}
 
 FROM ${BASE}
 RUN apt-get update \

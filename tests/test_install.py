@@ -48,6 +48,7 @@ def test_usage(arguments: list[str]) -> None:
     assert done.stderr.startswith("install: ") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_no_cpu_build_of_torch(tmp_path: Path) -> None:
     """The line that the README explains."""
     torch = next(x for x in (ROOT / LOCK).read_text().splitlines() if x.startswith("torch=="))

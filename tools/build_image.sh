@@ -31,4 +31,6 @@ b bud --pull-never --layers --isolation chroot --format docker \
   ${WHEELS:+--volume "$WHEELS:/wheels:ro"} \
   --build-arg "BASE=$base" --build-arg "ISAS=$isas" \
   --file docker/cpu.Dockerfile --tag attnserve:cpu .
-b images
+container=$(b from --pull-never attnserve:cpu)
+b run --isolation chroot "$container" -- python - <tools/try_image.py
+b rm "$container" >/dev/null
