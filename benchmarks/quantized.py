@@ -71,7 +71,7 @@ class Peer(Server):
         return sum(one.memory_full_info().uss for one in tree)
 
 
-STORED = {"I32": 4, "F32": 4, "F16": 2, "BF16": 2}
+STORED = {"I8": 1, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by safetensors' names."""
 
 
@@ -90,7 +90,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
                 if kind == "weight_zero_point" and stored == "I32":
                     scales = opened.get_slice(name.replace("zero_point", "scale"))
                     size, item = int(np.prod(scales.get_shape())), 1
-                elif kind.startswith("weight_"):
+                elif kind.startswith("weight_") or stored == "I8":
                     item = STORED[stored]
                 total += size * item
     return total
@@ -110,6 +110,8 @@ def name_of(folder: Path) -> str:
             f"--packed {folder} is not from quant.quantize: {error!r} missing", 2
         ) from None
     linear = groups["group_0"]["weights"]
+    if groups["group_0"]["input_activations"] is not None:
+        return f"w{linear['num_bits']}a8"
     name = f"w{linear['num_bits']}-g{linear['group_size'] or 'channel'}"
     return name + (f"-e{groups['group_1']['weights']['num_bits']}" if "group_1" in groups else "")
 

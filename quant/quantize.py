@@ -3,7 +3,7 @@
     python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq
 
 Linear layers are quantized as `python -m quant.sweep` does it, with the same settings. What is
-written is compressed-tensors' format `pack-quantized`; docs/QUANT.md says who can read it.
+written is compressed-tensors' format; docs/QUANT.md says who can read it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.options import positive
 from quant.errors import Refusal
 from quant.measure import Samples, Subject
 from quant.model import HEAD, empty_model, linears, quantize
-from quant.quantize_files import Part, checkpoint_tensors, write_checkpoint
+from quant.quantize_files import Part, checkpoint_tensors, write_checkpoint, written_format
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.schemes.rtn import rtn
 from quant.sweep import group
@@ -52,6 +52,7 @@ class Plan:
         embeddings: grid of the token embeddings and the head; None: they stay as they are.
         layers: the linear layers' names.
         tables: the names of embeddings and head, if they are quantized; tied ones are one.
+        activations: those of linear layers are rounded to 8 bits when served.
     """
 
     scheme: Scheme
@@ -59,6 +60,7 @@ class Plan:
     embeddings: Grid | None
     layers: list[str]
     tables: list[str]
+    activations: bool
 
 
 def plan(options: argparse.Namespace) -> Plan:
@@ -77,6 +79,12 @@ def plan(options: argparse.Namespace) -> Plan:
         raise Refusal("--act-order is of the scheme gptq: leave it out")
     if options.group is not None and options.group % CHUNK:
         raise Refusal(f"--group {options.group}: use a multiple of {CHUNK}, or channel")
+    int8 = options.bits == 8 and options.symmetric and options.group is None
+    if options.activations and (not int8 or options.embeddings is not None):
+        raise Refusal(
+            "--activations needs --bits 8 --symmetric --group channel and no --embeddings: vLLM's "
+            "int8 kernel takes nothing else"
+        )
     folder: Path = options.checkpoint
     check_out(folder, options.out, options.overwrite)
     if not (folder / "config.json").exists():
@@ -104,7 +112,7 @@ def plan(options: argparse.Namespace) -> Plan:
             )
     if scheme.calibrated:
         split(options.books)
-    return Plan(scheme, grid, embeddings, list(layers), tables)
+    return Plan(scheme, grid, embeddings, list(layers), tables, options.activations)
 
 
 def check_out(folder: Path, out: Path, overwrite: bool) -> None:
@@ -169,9 +177,9 @@ def run(options: argparse.Namespace) -> list[Part]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         new = Path(temporary) / "new"
-        parts = write_checkpoint(
-            options.checkpoint, new, quantized, chosen.tables, settings(options)
-        )
+        card = settings(options)
+        written = written_format(chosen.activations)
+        parts = write_checkpoint(options.checkpoint, new, quantized, chosen.tables, written, card)
         if out.exists():
             shutil.move(out, Path(temporary) / "old")
         os.replace(new, out)
@@ -183,6 +191,7 @@ def settings(options: argparse.Namespace) -> str:
     parts = [f"--bits {options.bits}", f"--scheme {options.scheme}"]
     parts += [f"--group {options.group or 'channel'}"]
     parts += ["--symmetric"] * options.symmetric + ["--act-order"] * options.act_order
+    parts += ["--activations"] * options.activations
     parts += [f"--embeddings {options.embeddings}"] * (options.embeddings is not None)
     if get_scheme(options.scheme).calibrated:
         parts += [
@@ -230,6 +239,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="BITS",
         help="quantize the token embeddings and the head too, to this width, by round to nearest "
         "(default: they stay as they are)",
+    )
+    add(
+        "--activations",
+        action="store_true",
+        help="inputs of linear layers in 8 bits too, one scale a token, through vLLM's own int8 "
+        "kernel (default: as they are); with --bits 8 --symmetric --group channel",
     )
     samples = Samples()
     texts = "sequences of training text that gptq is calibrated on (default: %(default)s)"

@@ -1,10 +1,10 @@
-"""A quantized checkpoint's folder, in compressed-tensors' format `pack-quantized`."""
+"""A quantized checkpoint's folder, in compressed-tensors' formats."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,29 @@ class Part:
     after: int
 
 
+@dataclass(frozen=True)
+class Format:
+    """One of compressed-tensors' formats.
+
+    Args:
+        name: as it calls it.
+        tensors: of a layer, by name.
+        activations: how inputs of linear layers are rounded; None: not at all.
+    """
+
+    name: str
+    tensors: Callable[[QuantizedWeight], dict[str, Tensor]]
+    activations: dict[str, Any] | None = None
+
+
+def written_format(activations: bool) -> Format:
+    """Packed weights; with 8-bit activations the one that vLLM has an int8 kernel for."""
+    if not activations:
+        return Format("pack-quantized", packed_tensors)
+    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return Format("int-quantized", int8_tensors, token)
+
+
 def checkpoint_tensors(folder: Path) -> set[str]:
     """The names of all tensors in a folder's safetensors."""
     names: set[str] = set()
@@ -52,6 +75,7 @@ def write_checkpoint(
     out: Path,
     quantized: Mapping[str, QuantizedWeight],
     tables: Sequence[str],
+    form: Format,
     settings: str,
 ) -> list[Part]:
     """Write a folder like `source` with quantized weights packed.
@@ -61,6 +85,7 @@ def write_checkpoint(
         out: a folder that is not there yet.
         quantized: by layer.
         tables: which of them are embeddings or heads.
+        form: what to write.
         settings: of the command, for the card.
 
     Returns:
@@ -75,11 +100,10 @@ def write_checkpoint(
             for name in opened.keys():  # noqa: SIM118  it has no iterator
                 tensor = opened.get_tensor(name)
                 layer = name.removesuffix(".weight")
-                new = (
-                    packed_tensors(layer, quantized[layer])
-                    if layer in quantized
-                    else {name: tensor}
-                )
+                new = {name: tensor}
+                if layer in quantized:
+                    stored = form.tensors(quantized[layer])
+                    new = {f"{layer}.{part}": t.contiguous() for part, t in stored.items()}
                 part = "rest" if layer not in quantized else "linear"
                 part = "embeddings" if layer in tables else part
                 size = sizes.setdefault(part, [0, 0, 0])
@@ -99,7 +123,7 @@ def write_checkpoint(
         index = {"metadata": {"total_size": total[2]}, "weight_map": places}
         (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(quantized, tables)
+    config["quantization_config"] = quantization_config(quantized, tables, form)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     add_to_card(out, source.resolve().name, settings)
     order = [name for name in ("linear", "embeddings", "rest") if name in sizes]
@@ -111,8 +135,8 @@ def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def packed_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A layer's tensors, named and laid out as compressed-tensors does."""
+def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A layer's tensors in the format `pack-quantized`."""
     bits = weight.grid.bits
     tensors = {
         "weight_packed": pack(weight.codes, bits),
@@ -124,21 +148,27 @@ def packed_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         if zeros.dtype == torch.uint8:
             zeros = pack(zeros.T.contiguous(), bits).T
         tensors["weight_zero_point"] = zeros
-    return {f"{layer}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    return tensors
+
+
+def int8_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A layer's tensors in the format `int-quantized`: 8 bits, symmetric, a scale for each row."""
+    signed = (weight.codes.short() - weight.grid.middle).to(torch.int8)
+    return {"weight": signed, "weight_scale": weight.scales}
 
 
 def quantization_config(
-    quantized: Mapping[str, QuantizedWeight], tables: Sequence[str]
+    quantized: Mapping[str, QuantizedWeight], tables: Sequence[str], form: Format
 ) -> dict[str, Any]:
     """The entry of `config.json`: one group for linear layers, one for embeddings and head."""
     linear = next(weight for layer, weight in quantized.items() if layer not in tables)
-    groups = {"group_0": config_group(["Linear"], linear)}
+    groups = {"group_0": config_group(["Linear"], linear, form)}
     if tables:
-        # A tied head has no tensors and is computed with the embeddings'.
-        groups["group_1"] = config_group(["model.embed_tokens", "lm_head"], quantized[tables[0]])
+        # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
+        groups["group_1"] = config_group(["Embedding", "lm_head"], quantized[tables[0]], form)
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form.name,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [] if tables else ["lm_head"],
@@ -146,7 +176,7 @@ def quantization_config(
     }
 
 
-def config_group(targets: list[str], weight: QuantizedWeight) -> dict[str, Any]:
+def config_group(targets: list[str], weight: QuantizedWeight, form: Format) -> dict[str, Any]:
     """What some layers have in common."""
     grid = weight.grid
     weights: dict[str, Any] = {
@@ -162,7 +192,7 @@ def config_group(targets: list[str], weight: QuantizedWeight) -> dict[str, Any]:
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": None,
+        "input_activations": form.activations,
         "output_activations": None,
     }
 

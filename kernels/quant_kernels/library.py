@@ -47,13 +47,14 @@ def build(bits: int, isa: str) -> Path:
     Raises:
         BuildError: it cannot be built.
     """
-    source, vectors = HERE / "packed.cpp", ATTENTION / "simd.hpp"
+    source = HERE / "packed.cpp"
+    headers = {ATTENTION / name for name in ("simd.hpp", "matmul.hpp", "amx.hpp")}
     return compile_library(
         source,
         isa,
         name=f"packed{bits}",
         define=f"WEIGHT_BITS={bits}",
-        reads={source, vectors},
+        reads={source, *headers},
         options=(f"-I{ATTENTION}",),
     )
 
@@ -69,8 +70,7 @@ def _load(bits: int, chosen: str | None) -> ctypes.CDLL | None:
     if chosen and chosen not in usable_isas():
         raise ValueError(f"this processor has no {chosen}: use one of {', '.join(usable_isas())}")
     why = ""
-    # Tiles of AMX are not used: such a library would be the same as AVX-512's.
-    for isa in [chosen] if chosen else [isa for isa in usable_isas() if isa != "amx"]:
+    for isa in (chosen,) if chosen else usable_isas():
         try:
             return _opened(build(bits, isa))
         except BuildError as error:

@@ -15,7 +15,7 @@
 #include <new>
 #include <type_traits>
 
-#include "simd.hpp"
+#include "amx.hpp"
 
 namespace {
 
@@ -243,11 +243,11 @@ void few_rows(const Call& c) {
 
 constexpr int DEPTH = 256;  // inputs of a piece
 constexpr int BLOCK = 240;  // rows of a block
-constexpr int TILE_ROWS = REGISTERS == 32 ? 12 : 6, TILE_PANELS = REGISTERS == 32 ? 2 : 1;
-constexpr int TILE_WIDTH = TILE_PANELS * PANEL;
-static_assert(BLOCK % TILE_ROWS == 0 && DEPTH % CHUNK == 0);
+constexpr int STRIP_ROWS = REGISTERS == 32 ? 12 : 6, STRIP_PANELS = REGISTERS == 32 ? 2 : 1;
+constexpr int STRIP_WIDTH = STRIP_PANELS * PANEL;
+static_assert(BLOCK % STRIP_ROWS == 0 && DEPTH % CHUNK == 0);
 
-// Inputs `begin` to `end` of a panel as floats [inputs][TILE_WIDTH].
+// Inputs `begin` to `end` of a panel as floats [inputs][STRIP_WIDTH].
 void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float* to) {
   const Codes codes;
   const int64_t chunks = c.chunks(), groups = c.groups();
@@ -256,91 +256,175 @@ void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float*
     for (int j = 0; j < PARTS; j++) {
       const int64_t at = (panel * groups + k / c.group) * PANEL + j * WIDTH;
       const Vec scale = load_as(c.scales, at, c.scale_format), zero = zero_at(c, at);
-      float* here = to + (k - begin) * TILE_WIDTH + j * WIDTH;
+      float* here = to + (k - begin) * STRIP_WIDTH + j * WIDTH;
 #pragma GCC unroll 32
       for (int i = 0; i < CHUNK; i++)
-        store(here + i * TILE_WIDTH, (codes.at(words + j * WIDTH, i) - zero) * scale);
+        store(here + i * STRIP_WIDTH, (codes.at(words + j * WIDTH, i) - zero) * scale);
     }
   }
 }
 
-// Rows of x for `multiply_tile`: whole tiles of rows, a row a lane, [tile][padded][TILE_ROWS]; zeros
+// Rows of x for `multiply_strip`: whole strips of rows, a row a lane, [strip][padded][STRIP_ROWS]; zeros
 // where there is no row.
-void widen_tile(const Call& c, int64_t first, int64_t rows, float* row, float* to) {
-  for (int r = 0; r < TILE_ROWS; r++) {
+void widen_strip(const Call& c, int64_t first, int64_t rows, float* row, float* to) {
+  for (int r = 0; r < STRIP_ROWS; r++) {
     if (r < rows) widen(c, first + r, row);
-    for (int64_t k = 0; k < c.padded(); k++) to[k * TILE_ROWS + r] = r < rows ? row[k] : 0.f;
+    for (int64_t k = 0; k < c.padded(); k++) to[k * STRIP_ROWS + r] = r < rows ? row[k] : 0.f;
   }
 }
 
-// out[R, TILE_WIDTH] (+)= x[R, depth] * weights[depth, TILE_WIDTH].
+// out[R, STRIP_WIDTH] (+)= x[R, depth] * weights[depth, STRIP_WIDTH].
 template <int R>
-void multiply_tile(const float* x, const float* weights, int64_t depth, bool add, float* out) {
-  constexpr int N = TILE_WIDTH / WIDTH;
+void multiply_strip(const float* x, const float* weights, int64_t depth, bool add, float* out) {
+  constexpr int N = STRIP_WIDTH / WIDTH;
   Vec sum[R][N];
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++)
-      sum[r][j] = add ? load(out + r * TILE_WIDTH + j * WIDTH) : Vec{};
+      sum[r][j] = add ? load(out + r * STRIP_WIDTH + j * WIDTH) : Vec{};
   for (int64_t k = 0; k < depth; k++) {
     Vec weight[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) weight[j] = load(weights + k * TILE_WIDTH + j * WIDTH);
+    for (int j = 0; j < N; j++) weight[j] = load(weights + k * STRIP_WIDTH + j * WIDTH);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) sum[r][j] += x[k * TILE_ROWS + r] * weight[j];
+      for (int j = 0; j < N; j++) sum[r][j] += x[k * STRIP_ROWS + r] * weight[j];
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) store(out + r * TILE_WIDTH + j * WIDTH, sum[r][j]);
+    for (int j = 0; j < N; j++) store(out + r * STRIP_WIDTH + j * WIDTH, sum[r][j]);
 }
 
 void many_rows(const Call& c) {
   static thread_local Buffer memory;
   const int64_t padded = c.padded(), block = std::min<int64_t>(BLOCK, c.rows);
-  const int64_t row_tiles = (block + TILE_ROWS - 1) / TILE_ROWS, tile_size = padded * TILE_ROWS;
-  const int64_t tiles = (c.panels() + TILE_PANELS - 1) / TILE_PANELS;
+  const int64_t row_strips = (block + STRIP_ROWS - 1) / STRIP_ROWS, strip_size = padded * STRIP_ROWS;
+  const int64_t strips = (c.panels() + STRIP_PANELS - 1) / STRIP_PANELS;
   // Of each thread: a row of x, weights, results.
-  const int64_t own = padded + (DEPTH + row_tiles * TILE_ROWS) * TILE_WIDTH;
-  float* const x = memory.reserve(row_tiles * tile_size + c.threads * own);
+  const int64_t own = padded + (DEPTH + row_strips * STRIP_ROWS) * STRIP_WIDTH;
+  float* const x = memory.reserve(row_strips * strip_size + c.threads * own);
   for (int64_t first = 0; first < c.rows; first += block) {
     const int64_t rows = std::min(block, c.rows - first);
 #pragma omp parallel num_threads(c.threads)
     {
-      float* const row = x + row_tiles * tile_size + omp_get_thread_num() * own;
-      float *const weights = row + padded, *const out = weights + DEPTH * TILE_WIDTH;
+      float* const row = x + row_strips * strip_size + omp_get_thread_num() * own;
+      float *const weights = row + padded, *const out = weights + DEPTH * STRIP_WIDTH;
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; r += TILE_ROWS)
-        widen_tile(c, first + r, rows - r, row, x + r * padded);
+      for (int64_t r = 0; r < rows; r += STRIP_ROWS)
+        widen_strip(c, first + r, rows - r, row, x + r * padded);
 #pragma omp for schedule(static)
-      for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t panel = tile * TILE_PANELS;
+      for (int64_t strip = 0; strip < strips; strip++) {
+        const int64_t panel = strip * STRIP_PANELS;
         for (int64_t k = 0; k < padded; k += DEPTH) {
           const int64_t depth = std::min<int64_t>(DEPTH, padded - k);
-          for (int64_t j = 0; j < TILE_PANELS; j++)  // an odd panel is taken twice
+          for (int64_t j = 0; j < STRIP_PANELS; j++)  // an odd panel is taken twice
             dequantize(c, std::min(panel + j, c.panels() - 1), k, k + depth, weights + j * PANEL);
-          for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+          for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
             const auto run = [&](auto count) {
-              multiply_tile<decltype(count)::value>(x + r * padded + k * TILE_ROWS, weights, depth,
-                                                    k > 0, out + r * TILE_WIDTH);
+              multiply_strip<decltype(count)::value>(x + r * padded + k * STRIP_ROWS, weights, depth,
+                                                    k > 0, out + r * STRIP_WIDTH);
             };
-            constexpr int THIRD = TILE_ROWS / 3;
+            constexpr int THIRD = STRIP_ROWS / 3;
             if (rows - r <= THIRD)
               run(std::integral_constant<int, THIRD>{});
             else if (rows - r <= 2 * THIRD)
               run(std::integral_constant<int, 2 * THIRD>{});
             else
-              run(std::integral_constant<int, TILE_ROWS>{});
+              run(std::integral_constant<int, STRIP_ROWS>{});
           }
         }
-        const int64_t columns = std::min<int64_t>(TILE_WIDTH, c.outputs - panel * PANEL);
+        const int64_t columns = std::min<int64_t>(STRIP_WIDTH, c.outputs - panel * PANEL);
         for (int64_t r = 0; r < rows; r++)
           for (int64_t n = 0; n < columns; n++)
-            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * TILE_WIDTH + n],
+            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * STRIP_WIDTH + n],
                      c.format);
+      }
+    }
+  }
+}
+
+// ---- Many rows of bfloat16 on AMX tiles. Codes less the middle one are exact in bfloat16, so the tiles
+// multiply those, a group at a time, and scales and zero points come afterwards in float32.
+
+// A group's codes of one panel, woven: [inputs / 2][16][2].
+void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* to) {
+  const Codes codes;
+  const uint32_t* words = c.words + panel * c.chunks() * BITS * PANEL;
+  for (int64_t k = begin; k < end; k += CHUNK)
+#pragma GCC unroll 16
+    for (int i = 0; i < CHUNK; i += 2)
+      for (int j = 0; j < PANEL; j += WIDTH) {
+        const uint32_t* chunk = words + k / CHUNK * BITS * PANEL + j;
+        const UintVec first = (UintVec)codes.at(chunk, i), second = (UintVec)codes.at(chunk, i + 1);
+        const UintVec both = first >> 16 | (second & 0xffff0000u);
+        std::memcpy(to + (k - begin + i) * PANEL + 2 * j, &both, sizeof both);
+      }
+}
+
+void many_rows_amx(const Call& c) {
+  constexpr int WIDE = 2 * PANEL;
+  static thread_local Buffer memory;
+  const int64_t padded = c.padded(), groups = c.groups(), depth = std::min(c.group, padded);
+  const int64_t block = std::min<int64_t>(BLOCK, c.rows);
+  const int64_t lines = (block + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+  // Of each thread: a group of two panels, a product of tiles, results.
+  const int64_t own = depth * PANEL + (TILE_ROWS + lines) * WIDE;
+  float* const sums = memory.reserve(lines * (groups + padded / 2) + c.threads * own);
+  BFloat16* const x = (BFloat16*)(sums + lines * groups);
+  float* const others = sums + lines * (groups + padded / 2);
+  for (int64_t first = 0; first < c.rows; first += block) {
+    const int64_t rows = std::min(block, c.rows - first);
+#pragma omp parallel num_threads(c.threads)
+    {
+      const AmxTiles tiles(TILE_ROWS);
+      BFloat16* const woven = (BFloat16*)(others + omp_get_thread_num() * own);
+      float *const product = (float*)(woven + depth * WIDE), *const out = product + TILE_ROWS * WIDE;
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < lines; r++) {
+        BFloat16* const line = x + r * padded;
+        const int64_t there = r < rows ? c.inputs : 0;
+        std::memcpy((void*)line, (const BFloat16*)c.x + (first + r) * c.x_stride, there * 2);
+        std::memset((void*)(line + there), 0, (padded - there) * 2);
+        for (int64_t g = 0; g < groups; g++) {
+          Vec sum = {};
+          for (int64_t k = g * c.group; k < std::min((g + 1) * c.group, padded); k += WIDTH)
+            sum += load(line + k);
+          sums[r * groups + g] = horizontal_sum(sum);
+        }
+      }
+#pragma omp for schedule(static)
+      for (int64_t panel = 0; panel < c.panels(); panel += 2) {
+        const int64_t other = std::min(panel + 1, c.panels() - 1);
+        std::fill_n(out, lines * WIDE, 0.f);
+        for (int64_t g = 0; g < groups; g++) {
+          const int64_t k = g * c.group, end = std::min(k + c.group, padded);
+          weave(c, panel, k, end, woven);
+          weave(c, other, k, end, woven + depth * PANEL);
+          Vec scale[WIDE / WIDTH], zero[WIDE / WIDTH];
+          for (int j = 0; j < WIDE / WIDTH; j++) {
+            const int64_t at = ((j < PARTS ? panel : other) * groups + g) * PANEL + j % PARTS * WIDTH;
+            scale[j] = load_as(c.scales, at, c.scale_format);
+            zero[j] = zero_at(c, at);
+          }
+          for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            amx_multiply<2, false>(x + r * padded + k, padded, woven, depth * PANEL, end - k, product,
+                                   WIDE, 0);
+            for (int64_t i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 4
+              for (int j = 0; j < WIDE / WIDTH; j++) {
+                float* const to = out + (r + i) * WIDE + j * WIDTH;
+                const Vec sum = load(product + i * WIDE + j * WIDTH);
+                store(to, load(to) + scale[j] * (sum - zero[j] * sums[(r + i) * groups + g]));
+              }
+          }
+        }
+        const int64_t columns = std::min<int64_t>(WIDE, c.outputs - panel * PANEL);
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t n = 0; n < columns; n++)
+            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * WIDE + n], c.format);
       }
     }
   }
@@ -348,10 +432,12 @@ void many_rows(const Call& c) {
 
 void multiply(const Call& c) {
   if (c.rows == 0) return;
-  if (c.rows > FEW) return many_rows(c);
   if (c.rows == 1) return few_rows<1>(c);
   if (c.rows == 2) return few_rows<2>(c);
-  few_rows<FEW>(c);
+  if (c.rows <= FEW) return few_rows<FEW>(c);
+  if constexpr (HAS_AMX)
+    if (c.format == BFLOAT16 && amx_permitted()) return many_rows_amx(c);
+  many_rows(c);
 }
 
 // Rows of the weight, by number.

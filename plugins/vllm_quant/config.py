@@ -46,8 +46,8 @@ class PackedConfig(CompressedTensorsConfig):
         )
         if form.group is not None and form.group % CHUNK:
             raise StartupError(
-                f"{prefix} has groups of {form.group} columns: the CPU kernels take multiples of "
-                f"{CHUNK}, or whole rows"
+                f"{prefix or 'the embedding'} has groups of {form.group} columns: the CPU kernels "
+                f"take multiples of {CHUNK}, or whole rows"
             )
         load(form.bits)  # built, or a warning given, before anything else is loaded
         logger.info_once("Packed weights of %d bits run in attnserve's CPU kernels.", form.bits)

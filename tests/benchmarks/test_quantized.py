@@ -59,7 +59,7 @@ def test_rows(folders: tuple[Path, Path]) -> None:
 
 def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
     source, packed = folders
-    with pytest.raises(LaunchError, match="is not from quant.quantize"):
+    with pytest.raises(LaunchError, match=r"is not from quant\.quantize"):
         name_of(source)
     with pytest.raises(LaunchError, match="is not a checkpoint"):
         parse([f"--ckpt={tmp_path}", f"--packed={packed}"])

@@ -128,6 +128,22 @@ def test_embeddings(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert 3 + 19 / 64 <= 8 * parts["linear"]["after"] / parts["linear"]["numbers"] < 3.35
 
 
+def test_int8_activations(softpick: Path, tmp_path: Path) -> None:
+    """vLLM's own format: signed bytes, a scale for each row, and how inputs are rounded."""
+    out, flags = tmp_path / "out", ["--symmetric", "--group=channel", "--activations"]
+    main([str(softpick), str(out), "--bits=8", "--scheme=rtn", *flags])
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    (group,) = QuantizationConfig.model_validate(config).config_groups.values()
+    assert config["format"] == "int-quantized"
+    assert (group.input_activations.strategy, group.input_activations.dynamic) == ("token", True)
+    tensors, model = load_file(out / "model.safetensors"), load(softpick)
+    found = quantize(model, get_scheme("rtn"), Grid(8, None, True), torch.empty(0))
+    for layer in found:
+        weight, scale = tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"]
+        assert weight.dtype == torch.int8
+        assert torch.equal(weight.float() * scale.float(), model.get_submodule(layer).weight)
+
+
 def test_several_files(softpick: Path, tmp_path: Path) -> None:
     """A checkpoint in shards stays in shards, with a true index."""
     source = tmp_path / "source"
@@ -151,6 +167,7 @@ REFUSALS = [
     (["--bits=4", "--scheme=hqq", "--symmetric"], "scheme hqq has no symmetric form"),
     (["--bits=4", "--scheme=rtn", "--act-order"], "--act-order is of the scheme gptq"),
     (["--bits=4", "--scheme=rtn", "--group=48"], "--group 48: use a multiple of 32, or channel"),
+    (["--bits=4", "--scheme=rtn", "--activations"], "--activations needs --bits 8 --symmetric"),
     (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
 ]
 

@@ -81,9 +81,7 @@ def check(quantized: QuantizedWeight, x: Tensor) -> None:
 
 @pytest.fixture(
     params=[
-        pytest.param(isa, marks=[] if isa == "avx2" else pytest.mark.slow)
-        for isa in usable_isas()
-        if isa != "amx"
+        pytest.param(isa, marks=[] if isa == "avx2" else pytest.mark.slow) for isa in usable_isas()
     ]
 )
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -124,7 +122,8 @@ def test_many_rows_and_threads() -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             for rows in (1, 6, 301):
-                check(quantized, poisoned(rows, 700, torch.float32))
+                for dtype in (torch.float32, torch.bfloat16):
+                    check(quantized, poisoned(rows, 700, dtype))
     finally:
         torch.set_num_threads(threads)
 
