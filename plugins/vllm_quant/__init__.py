@@ -16,8 +16,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    from vllm_quant.config import PackedConfig
+    from vllm_quant.lazy import LazyConfig
 
-    register_quantization_config("compressed-tensors")(PackedConfig)
+    if current_platform.is_cpu():
+        register_quantization_config("compressed-tensors")(LazyConfig)
