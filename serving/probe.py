@@ -34,6 +34,13 @@ def missing_points() -> list[str]:
     return missing
 
 
+def cuda() -> str | None:
+    """The version of CUDA that torch is built for; None for a CPU build."""
+    import torch
+
+    return torch.version.cuda
+
+
 def gpus() -> list[dict[str, Any]]:
     """Name, compute capability and memory in GiB of every CUDA device that torch sees."""
     import torch
@@ -53,7 +60,6 @@ def cpu_library() -> str | None:
 
 def main() -> None:
     """Load vLLM as a server would, with its kernels and our plugin."""
-    import torch
     from vllm.platforms import current_platform
 
     import vllm_attn
@@ -71,7 +77,7 @@ def main() -> None:
         "missing_points": missing,
         "variants": list(variant_names()),
         "cpu_library": cpu_library(),
-        "cuda": torch.version.cuda,
+        "cuda": cuda(),
         "gpus": gpus(),
     }
     print(json.dumps(found))

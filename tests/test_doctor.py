@@ -174,6 +174,7 @@ def test_vllm_that_cannot_be_imported(
     assert problem(list(doctor.check_vllm()), "vllm import").found.startswith(found)
 
 
+@pytest.mark.slow
 def test_untried_vllm_is_said_at_start_up(tmp_path: Path) -> None:
     distribution(tmp_path, "vllm", "0.31.0+cpu")
     program = "from vllm_attn import versions; versions.warn_if_untried()"
