@@ -172,7 +172,7 @@ def measure(task: Task) -> dict[str, Any]:
         summary |= found
     else:
         summary |= comparison.summary()
-        details["KL over tokens"] = comparison.details()
+        details |= comparison.details()
         if task.baseline is not None:
             summary |= changes(units, task.baseline)
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +28,8 @@ from training.analyze.transformers_scorer import TransformersScorer
 class Watcher(Protocol):
     """Sees the predictions for the texts whose perplexity is measured."""
 
-    def see(self, text: str, index: int, logprobs: Tensor) -> None:
-        """The log-probabilities `[tokens, vocab_size]` of a text's sequence."""
+    def see(self, text: str, index: int, logprobs: Tensor, tokens: Tensor) -> None:
+        """The log-probabilities `[tokens, vocab_size]` of a text's sequence, and its tokens."""
         ...
 
 
@@ -76,7 +76,8 @@ class WatchedScorer(TransformersScorer):
             place = slice(start, start + len(item.continuation))
             found.append(Scored(own[row, place, 0].double().numpy(), greedy[row, place].numpy()))
             if self.watcher is not None and self._text is not None:
-                self.watcher.see(self._text, self._index[id(item)], logprobs[row, place])
+                tokens = ids[row, 1:][place]
+                self.watcher.see(self._text, self._index[id(item)], logprobs[row, place], tokens)
         return found
 
 
@@ -100,7 +101,7 @@ class Recorder:
         shutil.rmtree(self.staged, ignore_errors=True)
         self.staged.mkdir()
 
-    def see(self, text: str, index: int, logprobs: Tensor) -> None:
+    def see(self, text: str, index: int, logprobs: Tensor, tokens: Tensor) -> None:
         """See `Watcher`."""
         best = logprobs.argmax(-1).numpy()
         np.savez(file_of(self.staged, text, index), logprobs=logprobs.half().numpy(), best=best)
@@ -114,7 +115,8 @@ class Recorder:
 
 
 class Comparison:
-    """Kullback-Leibler divergence from the unquantized model, and agreement on the likeliest token.
+    """Kullback-Leibler divergence from the unquantized model, agreement on the likeliest token, and
+    the change of the right token's probability: what llama.cpp's perplexity tool reports.
 
     Float16 moves a log-probability by a thousandth of its size at most; the distributions are
     normalised again, so that a divergence is never below 0. Of a model from its own record it is
@@ -128,8 +130,9 @@ class Comparison:
         self.folder = folder
         self.divergence: dict[str, dict[int, NDArray[np.float64]]] = defaultdict(dict)
         self.agreement: dict[str, dict[int, float]] = defaultdict(dict)
+        self.change: dict[str, dict[int, NDArray[np.float64]]] = defaultdict(dict)
 
-    def see(self, text: str, index: int, logprobs: Tensor) -> None:
+    def see(self, text: str, index: int, logprobs: Tensor, tokens: Tensor) -> None:
         """See `Watcher`."""
         with np.load(file_of(self.folder, text, index)) as record:
             reference = torch.from_numpy(record["logprobs"]).float().log_softmax(-1)
@@ -137,23 +140,42 @@ class Comparison:
         each = (reference.exp() * (reference - logprobs)).sum(-1)
         self.divergence[text][index] = each.double().numpy()
         self.agreement[text][index] = float((logprobs.argmax(-1) == best).double().mean())
+        after, before = (p.gather(-1, tokens[:, None]).exp()[:, 0] for p in (logprobs, reference))
+        self.change[text][index] = (after - before).double().numpy()
 
     def summary(self) -> dict[str, Estimate]:
-        """Means over sequences, in nats per token, and shares."""
+        """Means over sequences: nats per token, shares, and changes of probability (RMS: root of
+        the mean square)."""
         found = {}
         for text, each in self.divergence.items():
             found[f"{text} KL"] = mean_interval([values.mean() for values in each.values()])
             found[f"{text} top-1"] = mean_interval(list(self.agreement[text].values()))
+            changes = list(self.change[text].values())
+            found[f"{text} p change"] = mean_interval([values.mean() for values in changes])
+            squares = mean_interval([(values**2).mean() for values in changes])
+            found[f"{text} p change, RMS"] = Estimate(*(max(0.0, x) ** 0.5 for x in squares))
         return found
 
-    def details(self) -> dict[str, dict[str, float]]:
-        """The spread over tokens of each text's divergence, in nats."""
+    def details(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The spread over tokens of each text's divergence, in nats, and of the right token's
+        change of probability."""
         return {
-            text: {
-                "median": float(np.median(tokens)),
-                "99 %": float(np.quantile(tokens, 0.99)),
-                "largest": float(tokens.max()),
-            }
-            for text, each in self.divergence.items()
-            for tokens in [np.concatenate(list(each.values()))]
+            "KL over tokens": {
+                text: quantiles(each, DIVERGENCES) for text, each in self.divergence.items()
+            },
+            "p change over tokens": {
+                text: quantiles(each, CHANGES) for text, each in self.change.items()
+            },
         }
+
+
+DIVERGENCES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999, "largest": 1.0}
+CHANGES = {"1 %": 0.01, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99}
+
+
+def quantiles(
+    each: Mapping[int, NDArray[np.float64]], wanted: Mapping[str, float]
+) -> dict[str, float]:
+    """Named quantiles over the tokens of all sequences."""
+    tokens = np.concatenate(list(each.values()))
+    return {name: float(np.quantile(tokens, share)) for name, share in wanted.items()}

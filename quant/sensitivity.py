@@ -260,7 +260,10 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
         for layer, own in quantized.items()
     }
     wanted = {f"uniform {grid.bits}": dict.fromkeys(layers, grid.bits) for grid in grids}
-    wanted |= {f"mixed {total(prices, widths)}": widths for widths in frontier(prices)}
+    # Beside each uniform width, what mixing gives in no more bytes.
+    same = [within(prices, total(prices, widths)) for widths in wanted.values()]
+    chosen = sorted((*frontier(prices), *same), key=lambda widths: -total(prices, widths))
+    wanted |= {f"mixed {total(prices, widths)}": widths for widths in chosen}
     if options.budget is not None:
         wanted[f"budget {options.budget}"] = within(prices, options.budget)
     report = Divergence(model, held_out(checkpoint, books.test, options.sequences))

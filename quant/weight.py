@@ -106,8 +106,8 @@ class QuantizedWeight:
     Args:
         codes: uint8 `[rows, columns]`, 0 to `2**bits - 1`, one code a byte (`quant.pack` packs).
         scales: `[rows, groups]`, in the dtype that is stored.
-        zeros: `[rows, groups]`: uint8 codes, or float16 where the scheme lets zero lie between
-            codes; None if the grid is symmetric.
+        zeros: `[rows, groups]`: uint8 codes, or floating point where the scheme lets zero lie
+            between codes; None if the grid is symmetric.
         grid: bits and groups.
     """
 
@@ -136,6 +136,43 @@ class QuantizedWeight:
         if self.zeros.dtype == torch.uint8:
             return total + 4 * groups * words(rows, self.grid.bits)
         return total + self.zeros.numel() * self.zeros.element_size()
+
+
+@dataclass(frozen=True)
+class BlockWeight(QuantizedWeight):
+    """A matrix as some libraries store it: scales belong to blocks of consecutive numbers of the
+    flattened matrix, which may begin in one row and end in the next.
+
+    Args:
+        scales, zeros: `[blocks]`; zeros floating point, or None.
+        table: float32 `[2**bits]`: what each code stands for in units of the scale, if that is not
+            `code - zero`.
+    """
+
+    table: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """Float32 `[rows, columns]`."""
+        size, count = self.grid.group_size or self.codes.shape[1], self.codes.numel()
+
+        def spread(of_blocks: Tensor) -> Tensor:
+            return of_blocks.float().repeat_interleave(size)[:count]
+
+        if self.table is not None:
+            values = self.table[self.codes.flatten().long()]
+        else:
+            zero = self.grid.middle if self.zeros is None else spread(self.zeros)
+            values = self.codes.flatten().float() - zero
+        return (values * spread(self.scales)).view(self.codes.shape)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes with densely packed codes, whatever the library's own layout is."""
+        total = 4 * words(self.codes.numel(), self.grid.bits)
+        for parameters in (self.scales, self.zeros):
+            if parameters is not None:
+                total += parameters.numel() * parameters.element_size()
+        return total
 
 
 def bfloat16_above(values: Tensor) -> Tensor:

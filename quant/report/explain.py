@@ -102,3 +102,16 @@ def explanations(results: Sequence[Stored]) -> list[Explanation]:
         for what, found in places.items()
         for statistic, values in statistics(unquantized).items()
     ]
+
+
+def in_short(found: Sequence[Explanation]) -> str:
+    """One sentence for each thing that is quantized."""
+    sentences = []
+    for what in dict.fromkeys(e.what for e in found):
+        own = [e for e in found if e.what == what]
+        if own[0].checkpoints < FEWEST:
+            return f"This {own[0].verdict}."
+        good = [e.statistic for e in own if e.verdict == "explains it"]
+        which = f"goes with {' and '.join(good)}" if good else "goes with none of the outliers"
+        sentences.append(f"Which variant loses most with quantized {what} {which}.")
+    return " ".join(sentences)

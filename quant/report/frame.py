@@ -55,8 +55,9 @@ def row(stored: Stored) -> dict[str, Any]:
     }
     for name, estimate in stored.summary.items():
         values |= {f"{name}{end}": x for end, x in zip(ENDS, estimate, strict=True)}
-    for text, spread in stored.details.get("KL over tokens", {}).items():
-        values |= {f"{text} KL, {name}": value for name, value in spread.items()}
+    for kind in ("KL", "p change"):
+        for text, spread in stored.details.get(f"{kind} over tokens", {}).items():
+            values |= {f"{text} {kind}, {name}": value for name, value in spread.items()}
     return values
 
 

@@ -39,8 +39,8 @@ ROWS = (
     Row("GPTQ-2", "gptq", 2, (4081.8, 893.4), (0.04, 0.43)),
     Row("GPTQ-3", "gptq", 3, (34.57, 31.53), (23.71, 29.07)),
     Row("GPTQ-4", "gptq", 4, (25.69, 25.53), (33.55, 34.97)),
-    Row("BNB-4", "bitsandbytes", 4, (26.38, 26.47), (33.63, 31.73)),
-    Row("BNB-8", "bitsandbytes", 8, (23.95, 24.40), None),
+    Row("BNB-4", "bnb-nf4", 4, (26.38, 26.47), (33.63, 31.73)),
+    Row("BNB-8", "bnb-int8", 8, (23.95, 24.40), None),
 )
 
 
@@ -51,13 +51,16 @@ def advantage(row: Row) -> float:
 
 
 def find(results: Sequence[Stored], variant: str, row: Row) -> Stored | None:
-    """Our cell for a row: weights alone, with zero points, by groups, of the smallest groups."""
+    """Our cell for a row: weights alone, with zero points, by groups, of the smallest groups; int8
+    has neither."""
+    rows = row.scheme == "bnb-int8"
     fitting = [
         stored
         for stored in results
         if stored.variant == variant and stored.cell.scheme == row.scheme
-        if stored.cell == Cell() or (stored.cell.what == "weights" and stored.cell.group)
-        if stored.cell.bits == row.bits and not stored.cell.symmetric and not stored.cell.act_order
+        if stored.cell == Cell() or stored.cell.what == "weights"
+        if stored.cell == Cell() or (stored.cell.group is None) == stored.cell.symmetric == rows
+        if stored.cell.bits == row.bits and not stored.cell.act_order
     ]
     return min(fitting, key=lambda stored: stored.cell.group or 0, default=None)
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from quant.cell import Cell
 from quant.outliers import FIGURES
+from quant.report import frontier
 from quant.report.frame import setting
 from quant.store import Stored
 from training.report.plots import color
@@ -70,8 +71,13 @@ def outliers(results: Sequence[Stored]) -> Figure:
     return figure
 
 
-def draw(results: Sequence[Stored], folder: Path) -> dict[str, Path]:
-    """Draw what there is; returns the PNG files by name."""
+def draw(
+    results: Sequence[Stored],
+    folder: Path,
+    mixed: Sequence[frontier.Frontier] = (),
+    prefix: str = "",
+) -> dict[str, Path]:
+    """Draw what there is; returns the PNG files by name, which is theirs without the prefix."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with matplotlib.rc_context({"font.size": 9}):
@@ -79,8 +85,10 @@ def draw(results: Sequence[Stored], folder: Path) -> dict[str, Path]:
         figures = {f"degradation-{what}": degradation(results, what) for what in whats}
         if any(stored.cell == Cell() for stored in results):
             figures["outliers"] = outliers(results)
+        if mixed:
+            figures["mixed"] = frontier.plot(mixed)
         for name, figure in figures.items():
-            drawn[name] = folder / f"{name}.png"
+            drawn[name] = folder / f"{prefix}{name}.png"
             # Without the version of matplotlib, which would change the file.
             figure.savefig(drawn[name], dpi=110, metadata={"Software": None})
     return drawn

@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from quant import store
 from quant.cell import Cell
-from quant.report import explain, paper
+from quant.report import explain, frontier, paper
 from quant.report.frame import setting, shown
+from quant.report.plots import draw
+from quant.scorer import CHANGES, DIVERGENCES
 from quant.store import Stored
+from training.analyze.intervals import Estimate
 from training.report.markdown import table
 
 METRICS = {
     "test KL": "KL divergence to the unquantized model, nats per token, test book",
-    "test loss change": "Change of loss, nats per token, test book",
+    "test loss change": "Perplexity on the test book, as a multiple of the unquantized model's",
+    "test top-1": "Tokens with the same likeliest token as the unquantized model, %, test book",
 }
+SPREAD = ("weights", "gptq", 64)
+"""What, scheme and group of the cells whose spread over tokens is shown; all are in `cells.csv`."""
 
 
-def section(results: Sequence[Stored], plots: Sequence[str] = (), plot_folder: str = "") -> str:
+def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
+    """Draw the plots and return the section; a line that says so if there are no results.
+
+    Args:
+        folder: of results (`quant.store`), with those of `quant.sensitivity` in `sensitivity/`.
+        figures: folder for the PNG files.
+        plot_folder: the same, as seen from the document.
+
+    Raises:
+        ValueError: a file of results is none.
+    """
+    if not any(folder.glob("cells/*/*.json")):
+        return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."
+    results, mixed = store.read_all(folder), frontier.read_all(folder)
+    plots = draw(results, figures, mixed, prefix="quantization-")
+    return section(results, [path.stem for path in plots.values()], plot_folder, mixed)
+
+
+def section(
+    results: Sequence[Stored],
+    plots: Sequence[str] = (),
+    plot_folder: str = "",
+    mixed: Sequence[frontier.Frontier] = (),
+) -> str:
     """Markdown from the results of a sweep.
 
     Args:
         results: what `quant.store.read_all` gives.
         plots: names of the PNG files that were drawn.
         plot_folder: where they lie, as seen from the document.
+        mixed: what `quant.sensitivity` found.
     """
     images = [f"![{name}]({plot_folder}/{name}.png)" for name in plots]
     parts = [
@@ -33,11 +65,13 @@ def section(results: Sequence[Stored], plots: Sequence[str] = (), plot_folder: s
         "texts. Each variant was trained once.",
         "### Softmax against softpick, as in the softpick paper\n\n" + against_the_paper(results),
         *(f"### {text}\n\n{by_variant(results, metric)}" for metric, text in METRICS.items()),
+        "### Spread over tokens\n\n" + spread(results),
         *images,
         "### Do outliers explain it?\n\n" + outliers(results),
+        "### A width for each layer\n\n" + frontier.text(mixed),
         provenance(results),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def against_the_paper(results: Sequence[Stored]) -> str:
@@ -67,8 +101,9 @@ def against_the_paper(results: Sequence[Stored]) -> str:
     return (
         "The paper's models have 340M parameters and a context of 4096. Advantage: how much more "
         "softmax's loss rises than softpick's, in nats (the paper's per word of Wikitext, ours per "
-        "token of the test book, in pairs). A row whose library is not among the schemes here is "
-        "not measured: no other method stands in its place.\n\n" + table(header, rows)
+        "token of the test book, in pairs). HQQ and GPTQ are this repository's, by groups; BNB-4 "
+        "is bitsandbytes' NF4, BNB-8 its int8, weights only. What is not measured is not replaced "
+        "by another method.\n\n" + table(header, rows)
     )
 
 
@@ -79,29 +114,67 @@ def arrow(pair: Sequence[float], digits: int) -> str:
 
 def by_variant(results: Sequence[Stored], metric: str) -> str:
     """A row a cell, a column a checkpoint."""
+
+    def text(estimate: Estimate | None) -> str:
+        if estimate is None or metric == "test KL":
+            return shown(estimate)
+        if metric == "test top-1":
+            return shown(estimate, 1, 100.0)
+        # Of large changes the digits behind the point say nothing.
+        ratio = estimate.exp()
+        return ratio.shown(4 if ratio.value < 2 else 1)
+
     names = list(dict.fromkeys(stored.checkpoint for stored in results))
     found = {(s.cell, s.checkpoint): s.summary[metric] for s in results if metric in s.summary}
     chosen = dict.fromkeys(stored.cell for stored in results if stored.cell != Cell())
     rows = []
     for cell in sorted(chosen, key=lambda c: (c.what, setting(c), c.bits or 0)):
         cells = [found.get((cell, name)) for name in names]
-        rows.append([cell.what, setting(cell), str(cell.bits), *map(shown, cells)])
+        rows.append([cell.what, setting(cell), str(cell.bits), *map(text, cells)])
     return table(["what", "how", "bits", *names], rows, left=3)
+
+
+def spread(results: Sequence[Stored]) -> str:
+    """How far single tokens are off, as llama.cpp's perplexity tool shows it."""
+    rows = []
+    for stored in results:
+        cell, details = stored.cell, stored.details
+        if (cell.what, cell.scheme, cell.group) != SPREAD or "p change over tokens" not in details:
+            continue
+        divergence, change = (details[f"{of} over tokens"]["test"] for of in ("KL", "p change"))
+        rows.append(
+            [
+                stored.checkpoint,
+                str(cell.bits),
+                *(f"{divergence[name]:.2g}" for name in DIVERGENCES),
+                *(f"{100 * change[name]:+.2f}" for name in CHANGES),
+                stored.summary["test p change, RMS"].shown(2, 100.0),
+            ]
+        )
+    if not rows:
+        return "Not measured."
+    names = [*(f"KL, {name}" for name in DIVERGENCES), *(f"p, {name}" for name in CHANGES)]
+    return (
+        "Weights alone, GPTQ, groups of 64, test book. KL in nats; p is the change of the right "
+        "token's probability in percentage points: quantiles over tokens, and the root of its mean "
+        "square.\n\n" + table(["", "bits", *names, "p, RMS"], rows)
+    )
 
 
 def outliers(results: Sequence[Stored]) -> str:
     """Statistics of outliers, and whether they go with the cost."""
     own = [stored for stored in results if stored.cell == Cell()]
-    values = explain.statistics(own)
+    values, found = explain.statistics(own), explain.explanations(results)
     rows = [
         [stored.checkpoint, *(f"{column[place]:.2f}" for column in values.values())]
         for place, stored in enumerate(own)
     ]
     tests = [
         [e.what, e.statistic, f"{e.correlation:+.2f}", f"{e.chance:.3f}", f"**{e.verdict}**"]
-        for e in explain.explanations(results)
+        for e in found
     ]
     return (
+        f"{explain.in_short(found)}\n\n"
         "Means over the linear layers of the unquantized models; kurtosis is 3 for a normal "
         "distribution.\n\n"
         + table(["", *values], rows)

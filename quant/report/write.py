@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quant import store
+from quant.report import frontier
 from quant.report.frame import frame
 from quant.report.page import page
 from quant.report.plots import draw
@@ -32,8 +33,11 @@ def write(folder: Path) -> dict[str, str]:
         rows.to_parquet(folder / "cells.parquet")
         written["parquet"] = str(folder / "cells.parquet")
     else:
-        print("no cells.parquet: it needs the library pyarrow, which is not installed")
-    plots = draw(results, folder / "plots")
+        print(
+            "no cells.parquet: it needs the library pyarrow, which is not installed: "
+            "pip install pyarrow"
+        )
+    plots = draw(results, folder / "plots", frontier.read_all(folder))
     written |= {f"plot {name}": str(path) for name, path in plots.items()}
     put("html", "report.html", page(results, plots))
     return written

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from quant.errors import Refusal
+from quant.schemes import bitsandbytes, hqq_library, quanto
 from quant.schemes.compressed_tensors import compressed_tensors
 from quant.schemes.gptq import gptq
 from quant.schemes.hqq import hqq
@@ -28,7 +29,9 @@ class Scheme:
         symmetric: it has a symmetric form.
         short_groups: it takes groups that do not divide the columns.
         bits: widths it can do.
+        wants: what else it asks of a grid: why it cannot do one and what to do, or None.
         library: the import package that it needs.
+        requirement: what pip calls it, with the version that it was tried with.
     """
 
     name: str
@@ -37,8 +40,10 @@ class Scheme:
     calibrated: bool = False
     symmetric: bool = True
     short_groups: bool = True
-    bits: range = BITS
+    bits: Sequence[int] = BITS
+    wants: Callable[[Grid], str | None] | None = None
     library: str | None = None
+    requirement: str | None = None
 
     def check(self, grid: Grid, columns: set[int]) -> None:
         """Say before any work that something will not do.
@@ -55,10 +60,12 @@ class Scheme:
             raise Refusal(f"scheme {self.name} cannot do {grid.bits} bits: it has {widths}")
         if grid.symmetric and not self.symmetric:
             raise Refusal(f"scheme {self.name} has no symmetric form: leave out --symmetric")
+        if self.wants is not None and (why := self.wants(grid)) is not None:
+            raise Refusal(f"scheme {self.name} {why}")
         if self.library is not None and not installed(self.library):
             raise Refusal(
                 f"scheme {self.name} needs the library {self.library}, which is not installed: "
-                "install it or leave the scheme out"
+                f"pip install {self.requirement or self.library}, or leave the scheme out"
             )
         short = sorted(c for c in columns if c % grid.size(c))
         if short and not self.short_groups:
@@ -76,6 +83,7 @@ class Scheme:
         return self.run(weight, grid)
 
 
+BITSANDBYTES = "bitsandbytes==0.50.2"
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -88,6 +96,53 @@ SCHEMES = {
             compressed_tensors,
             short_groups=False,
             library="compressed_tensors",
+            requirement="compressed-tensors==0.17.0",
+        ),
+        Scheme(
+            "quanto",
+            "optimum-quanto, 2 and 4 bits by groups, 8 bits by rows",
+            quanto.quanto,
+            short_groups=False,
+            bits=quanto.BITS,
+            wants=quanto.wants,
+            library="optimum.quanto",
+            requirement="optimum-quanto==0.2.7",
+        ),
+        Scheme(
+            "hqq-library",
+            "HQQ by its authors' library",
+            hqq_library.hqq_library,
+            symmetric=False,
+            bits=hqq_library.BITS,
+            library="hqq",
+            requirement="hqq==0.2.8.post1",
+        ),
+        Scheme(
+            "bnb-nf4",
+            "bitsandbytes' NF4, weights only",
+            bitsandbytes.nf4,
+            bits=(4,),
+            wants=bitsandbytes.wants_blocks,
+            library="bitsandbytes",
+            requirement=BITSANDBYTES,
+        ),
+        Scheme(
+            "bnb-fp4",
+            "bitsandbytes' FP4, weights only",
+            bitsandbytes.fp4,
+            bits=(4,),
+            wants=bitsandbytes.wants_blocks,
+            library="bitsandbytes",
+            requirement=BITSANDBYTES,
+        ),
+        Scheme(
+            "bnb-int8",
+            "bitsandbytes' int8, weights only",
+            bitsandbytes.int8,
+            bits=(8,),
+            wants=bitsandbytes.wants_rows,
+            library="bitsandbytes",
+            requirement=BITSANDBYTES,
         ),
     )
 }
@@ -106,4 +161,7 @@ def get_scheme(name: str) -> Scheme:
 
 def installed(library: str) -> bool:
     """Whether an import package is there, without importing it."""
-    return importlib.util.find_spec(library) is not None
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False

@@ -62,7 +62,7 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
         divergences[cell.name] = value
         assert value > 0 and 0 <= found["summary"]["test top-1"][0] <= 1
         spread = found["details"]["KL over tokens"]["test"]
-        assert 0 <= spread["median"] <= spread["99 %"] <= spread["largest"]
+        assert 0 <= spread["median"] <= spread["99 %"] <= spread["99.9 %"] <= spread["largest"]
         change = found["summary"]["test loss change"][0]
         losses = (found, exact)
         after, before = (r["summary"]["perplexity: test loss"][0] for r in losses)
@@ -83,21 +83,32 @@ def test_divergence_is_that_of_the_definition(softpick: Path, data: Data, tmp_pa
     for text in ("validation", "test", "wikitext2"):
         assert 0 <= itself.summary()[f"{text} KL"].value < 1e-5
         assert itself.summary()[f"{text} top-1"].value == 1
+        assert itself.summary()[f"{text} p change, RMS"].value < 1e-4
 
     other = load(softpick)
     quantize(other, get_scheme("rtn"), Grid(2), torch.empty(0))
     found = Comparison(tmp_path / "record")
     perplexity.run(checkpoint, data, WatchedScorer(other, watcher=found))
     tokens = checkpoint.encode(split(data.books).test.read_text())[:96]
-    each = []
+    each, changes = [], []
     for piece in (tokens[:48], tokens[48:]):
         ids = torch.tensor([[checkpoint.bos, *piece[:-1]]])
         p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (model, other))
         each.append(torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1))
+        right = torch.tensor(piece)[:, None]
+        changes.append((q.gather(1, right).exp() - p.gather(1, right).exp())[:, 0])
         same = (p.argmax(-1) == q.argmax(-1)).double().mean()
         assert found.agreement["test"][len(each) - 1] == pytest.approx(float(same))
     for index, exact in enumerate(each):
         assert found.divergence["test"][index] == pytest.approx(exact.numpy(), rel=0.02, abs=1e-4)
+        change = changes[index].numpy()
+        assert found.change["test"][index] == pytest.approx(change, rel=0.02, abs=1e-5)
+    everything = torch.cat(changes).numpy()
+    spread = found.details()["p change over tokens"]["test"]
+    assert spread["median"] == pytest.approx(np.median(everything), abs=1e-5)
+    assert spread["1 %"] <= spread["5 %"] <= spread["95 %"] <= spread["99 %"]
+    rms = found.summary()["test p change, RMS"].value
+    assert rms == pytest.approx(np.sqrt((everything**2).mean()), rel=0.01)
 
 
 def test_changes_are_in_pairs() -> None:

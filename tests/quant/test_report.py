@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from quant.cell import Cell
-from quant.report import paper
-from quant.report.explain import explanations, ranks, spearman
+from quant.report import frontier, paper
+from quant.report.explain import explanations, in_short, ranks, spearman
 from quant.report.frame import frame, setting, table
-from quant.report.section import section
+from quant.report.section import section, write_section
+from quant.scorer import CHANGES, DIVERGENCES
 from quant.store import Stored
-from training.analyze.intervals import mean_interval
+from training.analyze.intervals import Estimate, mean_interval
 
 BEFORE = np.array([3.0, 4.0, 5.0])
 
@@ -32,6 +35,11 @@ def result(variant: str, cell: Cell, rise: Sequence[float], outliers: float = 3.
         details = {"weight outliers": layers, "input outliers": layers}
     else:
         summary |= {"test loss change": mean_interval(rise), "test KL": mean_interval(rise)}
+        summary |= {"test top-1": Estimate(0.9, 0.8, 1), "test p change, RMS": Estimate(0.02, 0, 1)}
+        details = {
+            "KL over tokens": {"test": dict.fromkeys(DIVERGENCES, 0.25)},
+            "p change over tokens": {"test": dict.fromkeys(CHANGES, -0.125)},
+        }
     return Stored(
         checkpoint=variant,
         variant=variant,
@@ -122,7 +130,11 @@ def test_whether_outliers_explain(sign: int, verdict: str) -> None:
     assert found["inputs: kurtosis"].verdict == verdict
     assert found["inputs: kurtosis"].correlation == pytest.approx(sign)
     assert found["weights: largest over median"].verdict == "does not explain it"  # all are equal
+    short = in_short(explanations(results))
+    assert ("goes with weights: kurtosis" in short) == (sign > 0)
+    assert ("goes with none of the outliers" in short) == (sign < 0)
     few = explanations(results[:6])
+    assert in_short(few) == "This cannot be told with fewer than 4 checkpoints."
     assert {e.verdict for e in few} == {"cannot be told with fewer than 4 checkpoints"}
 
 
@@ -139,3 +151,75 @@ def test_tables() -> None:
         setting(Cell(kv=4)) == "one scale a token"
         and setting(Cell(kv=4, activations=8)) == "4-bit cache"
     )
+
+
+def test_library_rows_of_the_paper() -> None:
+    """NF4 has blocks, int8 has rows; other schemes count with groups and zero points only."""
+    nothing = [0.0] * 3
+    results = [result(v, Cell(), nothing) for v in ("softmax", "softpick")]
+    nf4 = Cell(weights=4, scheme="bnb-nf4", group=64)
+    int8 = Cell(weights=8, scheme="bnb-int8", symmetric=True)
+    rows = Cell(weights=4, scheme="gptq", symmetric=True)
+    results += [result("softmax", cell, nothing) for cell in (nf4, int8, rows)]
+    found = {row.name: paper.find(results, "softmax", row) for row in paper.ROWS}
+    cells = {name: stored.cell for name, stored in found.items() if stored is not None}
+    assert cells == {"unquantized": Cell(), "BNB-4": nf4, "BNB-8": int8}
+
+
+def test_metrics_as_people_read_them() -> None:
+    text = section(pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]))
+    _, after = text.split("### Perplexity on the test book, as a multiple")
+    ratio, rest = after.split("### Tokens with the same likeliest token")
+    assert "| 1.2214 [" in ratio and "90.0 [80.0, 100.0]" in rest
+    assert "| softmax | 3 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | -12.50 |" in rest
+    assert "2.00 [0.00, 100.00]" in rest and "Not measured: `python -m quant.sensitivity" in rest
+
+
+def write_sensitivity(file: Path) -> None:
+    points = [
+        {"kind": kind, "size": size, "bits": size / 10, "divergence": [cost, cost, cost]}
+        for kind, size, cost in (
+            ("uniform", 40, 0.1),
+            ("uniform", 20, 0.8),
+            ("uniform", 80, 0.01),
+            ("mixed", 80, 0.01),
+            ("mixed", 38, 0.05),
+            ("mixed", 30, 0.2),
+            ("mixed", 41, 0.04),
+            ("mixed", 20, 0.8),
+            ("budget", 39, 0.04),
+        )
+    ]
+    fields = {"checkpoint": "softpick", "key": {"scheme": "gptq"}, "points": points}
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(fields))
+
+
+def test_mixed_widths_beside_uniform_ones(tmp_path: Path) -> None:
+    write_sensitivity(tmp_path / "sensitivity" / "softpick-gptq-g64.json")
+    (found,) = frontier.read_all(tmp_path)
+    ((uniform, mixed),) = found.beside()
+    assert (uniform.size, mixed.size) == (40, 38)
+    assert "| softpick | 4.00 | 40 | 0.1 [0.1, 0.1] | 38 | 0.05 [0.05, 0.05] | 2.00 |" in (
+        frontier.text([found])
+    )
+    (tmp_path / "sensitivity" / "softpick-gptq-g64.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is not a result of quant\.sensitivity"):
+        frontier.read_all(tmp_path)
+
+
+def test_the_section_of_a_folder(tmp_path: Path) -> None:
+    """With its plots, for docs/RESULTS.md."""
+    assert "Not measured" in write_section(tmp_path, tmp_path / "figures", "figures")
+    assert not (tmp_path / "figures").exists()
+    for stored in pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]):
+        fields = vars(stored) | {"summary": {k: e.json() for k, e in stored.summary.items()}}
+        path = tmp_path / "cells" / stored.checkpoint / f"{stored.cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(fields))
+    write_sensitivity(tmp_path / "sensitivity" / "softpick-gptq-g64.json")
+    text = write_section(tmp_path, tmp_path / "figures", "figures")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    kinds = ("degradation-weights", "outliers", "mixed")
+    assert names == {f"quantization-{kind}.png" for kind in kinds}
+    assert all(f"](figures/{name})" in text for name in names)

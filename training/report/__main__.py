@@ -1,4 +1,4 @@
-"""Write docs/RESULTS.md and its figures from what `training.analyze` has measured.
+"""Write docs/RESULTS.md and its figures from what `training.analyze` and others have measured.
 
 Takes whatever results there are and names the rest.
 """
@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from quant.report.section import write_section
+from quant.store import FOLDER as QUANTIZATION
 from training.analyze.store import FOLDER, ROOT
 from training.budgets.result import FOLDER as BUDGETS
 from training.long_context import CSV as LONG_CONTEXT
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--budgets", BUDGETS, "folder that training.budgets wrote")
     add("--long-context", LONG_CONTEXT, "table of training.long_context")
+    add("--quantization", QUANTIZATION, "folder that quant.sweep wrote")
     add("--out", ROOT / "docs" / "RESULTS.md", "the document")
     add("--figures", ROOT / "docs" / "results", "folder of the PNG files")
     options = parser.parse_args(argv)
@@ -56,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     plots = draw(evidence, options.figures)
     folder = Path(os.path.relpath(options.figures, options.out.parent)).as_posix()
-    write(document(evidence, plots, folder), options.out)
+    try:
+        quantization = write_section(options.quantization, options.figures, folder)
+    except ValueError as error:
+        parser.error(str(error))
+    write(document(evidence, plots, folder, quantization), options.out)
     findings = [(p, c, c.judge(evidence)) for p in PAPERS for c in p.claims]
     rows = [[p.title.partition(" (")[0], c.text, str(f.verdict)] for p, c, f in findings]
     print(table(["paper", "claim", "verdict"], rows, left=3))

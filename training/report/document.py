@@ -32,13 +32,16 @@ what another seed would change. Where losses of two models are compared, the int
 {SEED_NOISE:g} nats wider on both sides for that; this number is an assumption."""
 
 
-def document(evidence: Evidence, plots: Sequence[str], plot_folder: str) -> str:
+def document(
+    evidence: Evidence, plots: Sequence[str], plot_folder: str, quantization: str = ""
+) -> str:
     """The whole text.
 
     Args:
         evidence: everything measured.
         plots: names of the PNG files that were drawn.
         plot_folder: where they lie, as seen from the document.
+        quantization: the section of `quant.report`.
     """
 
     def plot(name: str, text: str) -> str:
@@ -70,6 +73,7 @@ def document(evidence: Evidence, plots: Sequence[str], plot_folder: str) -> str:
         swapping(evidence.long_context),
         "## vLLM beside transformers",
         engines(evidence),
+        quantization,
         "## How it was measured",
         provenance(evidence),
     ]
