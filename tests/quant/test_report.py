@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def result(variant: str, cell: Cell, rise: Sequence[float], outliers: float = 3.
         "perplexity: test per token": mean_interval(losses).exp(),
         "perplexity: wikitext2 per word": mean_interval(losses).exp(),
     }
-    details = {}
+    details: dict[str, Any] = {}
     if cell == Cell():
         layers = {"a": [outliers, 10.0], "b": [outliers + 1, 20.0]}
         details = {"weight outliers": layers, "input outliers": layers}
