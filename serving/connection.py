@@ -8,6 +8,7 @@ connection that broke had been used before, and whether a byte of the answer had
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -17,6 +18,10 @@ Headers = list[tuple[bytes, bytes]]
 
 BUFFER_BYTES = 256 * 1024
 """An answer that is not fetched is read ahead this far, then the server has to wait."""
+
+
+Sink = Callable[[bytes], bool]
+"""Takes some of a body; False: no more for now."""
 
 
 class UpstreamError(Exception):
@@ -59,6 +64,7 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._sink: Sink | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -111,6 +117,16 @@ class Connection(asyncio.Protocol):
             self._paused = False
             self.transport.resume_reading()
         return piece
+
+    async def pour(self, sink: Sink) -> None:
+        """Have `sink` take what comes of the body as it comes, which no task has to wake up for;
+        return at the body's end, or when it takes no more. `piece` goes on from there."""
+        self._sink = sink
+        try:
+            while self._sink is not None and not self._complete and not self._pieces:
+                await self._wait()
+        finally:
+            self._sink = None
 
     async def rest(self) -> bytes:
         """All that is left of the body."""
@@ -193,6 +209,12 @@ class Connection(asyncio.Protocol):
             self._fail(broken())
             self.transport.abort()
             return
+        if self._sink is not None and self._pieces:
+            pieces, self._pieces, self._size = self._pieces, [], 0
+            if not self._sink(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
+                self._sink = None
+            elif not self._complete:
+                return
         if self._size > BUFFER_BYTES and not self._paused and not self._complete:
             self._paused = True
             self.transport.pause_reading()

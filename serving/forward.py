@@ -15,6 +15,7 @@ from serving.errors import ApiError, normalise, retry_headers
 from serving.events import Events, usage_of
 from serving.gateway import Gateway
 from serving.metrics import ModelMetrics
+from serving.protocol import direct
 from serving.replica import Replica, Turn, send_request
 from serving.request import Request
 from serving.shape import without_nulls
@@ -186,6 +187,19 @@ class Forward:
         observe = counts.itl.observe
         clock = time.perf_counter
         last = 0.0
+        write = None
+
+        def pass_on(piece: bytes) -> bool:
+            """An event after the first."""
+            nonlocal last
+            out, has_tokens = events.feed(piece)
+            if has_tokens:
+                now = clock()
+                observe(now - last)
+                last = now
+            assert write is not None
+            return write(out) if out else True
+
         try:
             while piece := await connection.piece():
                 out, has_tokens = events.feed(piece)
@@ -205,6 +219,8 @@ class Forward:
                             raise UnavailableError(500, events.error)
                         await self._start_stream(call, connection, send)
                     await send({"type": "http.response.body", "body": out, "more_body": True})
+                    if last and (write := direct(send)):
+                        await connection.pour(pass_on)
             rest = events.left()
             if not call.status:
                 await self._start_stream(call, connection, send)

@@ -5,8 +5,10 @@ its connection, so it does not see that the client leaves, and tells it only to 
 came last, which has not begun. The one that runs would go on in vLLM to its end.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MOST_WAITING = 16
@@ -39,3 +41,20 @@ class Protocol(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.message_event.set()
         super().connection_lost(exc)
+
+
+def direct(send: Send) -> Callable[[bytes], bool] | None:
+    """What writes some of a body that has begun, as `send` does, but at once: it cannot wait for a
+    slow client, so it says whether there is room for more. None: this `send` has no such way."""
+    cycle = getattr(send, "__self__", None)
+    if type(cycle) is not RequestResponseCycle or not cycle.chunked_encoding:
+        return None
+    flow, transport = cycle.flow, cycle.transport
+
+    def write(piece: bytes) -> bool:
+        if cycle.disconnected:
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return not flow.write_paused
+
+    return write

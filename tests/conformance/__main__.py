@@ -85,7 +85,7 @@ def deselected() -> list[str]:
     return names
 
 
-def run(command: Command, log: Path, cwd: Path = HERE, **env: str) -> tuple[int, str]:
+def run(command: Command, log: Path, cwd: Path = TOOLS, **env: str) -> tuple[int, str]:
     """Exit code and output, which goes to a file, too."""
     done = subprocess.run(
         [str(part) for part in command],

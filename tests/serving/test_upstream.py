@@ -270,3 +270,38 @@ def test_slow_client_holds_the_upstream_back() -> None:
 
     asyncio.run(run())
     assert sent < 50_000_000  # sockets' buffers, at most some megabytes each
+
+
+def test_client_that_pauses_gets_every_event_in_order() -> None:
+    """12 MB, more than fits into the sockets' buffers while the client does not read."""
+    text = b'data: {"choices": [{"text": "%05d%b"}]}\n\n'
+    events = [text % (i, b"a" * 8000) for i in range(1500)]
+    got = b""
+
+    async def all_at_once(
+        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await following()
+        writer.write(EVENTS)
+        for event in events:
+            writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+
+    async def run() -> None:
+        def client(url: str) -> None:
+            nonlocal got
+            with running(url) as gateway:
+                connection = open_request(gateway.url, {**BODY, "stream": True})
+                answer = connection.getresponse()
+                for _ in range(3):
+                    got += answer.read(2_000_000)
+                    time.sleep(0.3)
+                got += answer.read()
+
+        async with listening(all_at_once) as url:
+            await asyncio.to_thread(client, url)
+
+    asyncio.run(run())
+    assert got == b"".join(events)
