@@ -20,6 +20,7 @@ exec(open({file!r}).read(), vars(textbook))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # four instruction sets are compiled, and 260 tests run
 def test_example_is_covered_by_the_tests_as_they_are(tmp_path: Path) -> None:
     """In a package of its own, named by an entry point; its kernels are compiled (some minutes)."""
     (tmp_path / "sigmoid.py").write_text(example("python", "class Sigmoid"))
