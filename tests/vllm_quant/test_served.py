@@ -56,13 +56,15 @@ def log_probabilities(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     return logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
 
 
-def differences(out: Path, model: PreTrainedModel, *arguments: str) -> Tensor:
+def differences(
+    out: Path, model: PreTrainedModel, *arguments: str, dtype: str = "float32"
+) -> Tensor:
     """Of served log-probabilities from the model's, in units of their spread. The prompt goes
     through the kernel for many rows and, its last chunk, through the one for few."""
     prompt = torch.randint(2, 256, (130,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = log_probabilities(model, prompt)
     assert expected.std() > 0.1, "the log-probabilities hardly vary: the comparison means nothing"
-    with vllm_server(out, *SERVE, *arguments) as server:
+    with vllm_server(out, *SERVE, f"--dtype={dtype}", *arguments) as server:
         client = Client(server)
         served = torch.tensor(client.prompt_logprobs(prompt))
         assert "attnserve's CPU kernels" in server.log()
@@ -111,7 +113,7 @@ def test_bfloat16(bits: int, tmp_path: Path, data: Data) -> None:
     """Activations are rounded to bfloat16 between layers."""
     arguments = (f"--bits={bits}", "--scheme=hqq", "--embeddings=8")
     out, model = quantized(tmp_path, data, *arguments, tie_word_embeddings=True, dtype="bfloat16")
-    found = differences(out, model, "--dtype=bfloat16")
+    found = differences(out, model, dtype="bfloat16")
     assert found.mean() < 0.02
     assert found.max() < 0.1
 
