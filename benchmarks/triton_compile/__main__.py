@@ -8,8 +8,9 @@ this shows that the kernels compile, and what they need. It says nothing about s
 A row is a kernel: registers of a thread, spills (bytes of a thread), shared memory (bytes of a
 program), and the instructions of the loop over keys: all, matrix products on tensor cores (mma),
 multiply-adds in float32 (fma), exponentials and other special functions (special). Limits: no
-spills, shared memory that the chip has, and at most 1.1 times vLLM's registers at the same tile.
-What exceeds one, or does not compile, is listed below the table, and the exit code is 1.
+spills in the loop and at most 24 bytes outside, shared memory that the chip has, and at most 1.1
+times vLLM's registers at the same tile. What exceeds one, or does not compile, is listed below the
+table, and the exit code is 1.
 
 Rows are added to the CSV one call at a time. A kernel that it has already, with the same sources,
 types, constants, options and Triton, is not compiled again.

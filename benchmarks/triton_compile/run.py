@@ -31,6 +31,10 @@ PEER_DTYPES = ("bfloat16", "float16")
 REGISTERS_TO_VLLM = 1.10
 """Most registers, by vLLM's at the same tile."""
 
+SPILLS = 24
+"""Most bytes of a thread, and none in the loop: ptxas puts a few registers away once a program, for
+some kernels even where it has registers left (docs/LOG.md)."""
+
 FIGURES = tuple(field.name for field in dataclasses.fields(Figures))
 TILE = ("rows", "keys", "num_warps", "num_stages")
 CASE = tuple(field.name for field in dataclasses.fields(Case))
@@ -84,7 +88,7 @@ def tile_of(compiled: Compiled) -> Row:
 def violations(row: Row) -> str:
     """What a row exceeds, in words; empty: nothing."""
     found = []
-    if row["spills"]:
+    if row["spills"] > SPILLS or row["loop_spills"]:
         inside = f"{row['loop_spills']} loads and stores in the loop"
         found.append(f"spills {row['spills']} B, {inside}")
     limit = SHARED_MEMORY[row["arch"]]
