@@ -98,7 +98,7 @@ def measured(answers: Sequence[Answer], prompt_len: int) -> Round:
     return Round(rate, ttft, sum(answer.cached_tokens for answer in answers) / total)
 
 
-async def measure(peers: Sequence[Peer], options: argparse.Namespace) -> list[Case]:
+async def measure(peers: Sequence[Server], options: argparse.Namespace) -> list[Case]:
     """Every case, all backends in turn; the order of the turn is reversed every other round."""
     rng = np.random.default_rng(options.seed)
     vocabulary = json.loads((options.ckpt / "config.json").read_text())["vocab_size"]

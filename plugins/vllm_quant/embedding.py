@@ -29,7 +29,7 @@ class PackedEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,

@@ -42,7 +42,7 @@ class Format:
 
     def create(
         self,
-        layer: nn.Module,
+        layer: Any,
         rows: int,
         columns: int,
         stored_rows: int,
@@ -88,7 +88,7 @@ class Format:
 
         return load
 
-    def arrange(self, layer: nn.Module, columns: int) -> None:
+    def arrange(self, layer: Any, columns: int) -> None:
         """Replace the loaded parameters by those that the kernels read."""
         found = panels(
             layer.weight_packed.data,
@@ -105,6 +105,6 @@ class Format:
             setattr(layer, name, None if tensor is None else nn.Parameter(tensor, False))
 
 
-def weight_of(layer: nn.Module) -> Panels:
+def weight_of(layer: Any) -> Panels:
     """What `Format.arrange` left."""
     return Panels(layer.weight_packed, layer.weight_scale, layer.weight_zero_point)

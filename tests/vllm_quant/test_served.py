@@ -42,10 +42,10 @@ def quantized(
     options = parser().parse_args(line)
     options.out = tmp_path / "other"
     texts = torch.empty(0, dtype=torch.long)
-    if "gptq" in arguments:
+    if options.scheme == "gptq":
         texts = calibration(Subject(source, 512), data.books, Samples().calibration, 0)
     model = load(source)
-    quantize_model(model, plan(options), texts, options.act_order)
+    assert len(quantize_model(model, plan(options), texts, options.act_order)) >= 21
     return tmp_path / "out", model
 
 
