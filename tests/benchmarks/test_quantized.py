@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -54,7 +54,7 @@ def test_rows(folders: tuple[Path, Path]) -> None:
     assert rows[2]["decode_ratio_median"] == 3.0
     assert rows[2]["decode_ratio_2_median"] == 2.0
     assert rows[2]["resident_bytes"] == 3
-    assert len(table(cast("list[dict[str, Any]]", rows), peers).splitlines()) == 4
+    assert len(table(rows, peers).splitlines()) == 4
 
 
 def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_body_that_does_not_come(gateway: Running) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/nothing", 404, "unknown_url"),
         ("POST", "/v1/nothing", 404, "unknown_url"),
         ("GET", "/v1/completions", 405, "method_not_supported"),
         ("POST", "/v1/models", 405, "method_not_supported"),

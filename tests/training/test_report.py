@@ -102,7 +102,11 @@ class World:
         selective's loss."""
         allowance = mean_interval(0.05 - self.loss.get("selective", 0.0) + self._noise(20))
         trained = "" if length == 512 else f"-{length}"
-        about = {"checkpoint": f"selective{trained}", "reference": f"softmax{trained}"}
+        about: dict[str, Any] = {
+            "checkpoint": f"selective{trained}",
+            "reference": f"softmax{trained}",
+            "length": length,
+        }
         sequences = {"search": 2, "judged": 20, "test": 2}
         target = Target("softmax", 4.05, [16] * 4, 4.02, True)
         rises = {length: 0.0, 32: 0.01, 16: 0.02}
@@ -112,8 +116,7 @@ class World:
             Row("softmax", "none", "unpruned", [length] * 4, 1.0, 1000, *losses),
             Row("selective", "selective", "softmax", [16] * 4, length / 16, 1000, *losses),
         ]
-        about |= {"length": length, "sequences": sequences}
-        return Found(about, losses[0], allowance, [target], path, rows)
+        return Found(about | {"sequences": sequences}, losses[0], allowance, [target], path, rows)
 
     def _noise(self, *shape: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         return self.rng.normal(0, self.noise, shape)
