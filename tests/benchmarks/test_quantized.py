@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from benchmarks import packed_products
 from benchmarks.quantized import name_of, parse, rows_of, table, weight_bytes
 from benchmarks.serve import Case, Round
 from quant.quantize import main as quantize
@@ -63,6 +65,15 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
         name_of(source)
     with pytest.raises(LaunchError, match="is not a checkpoint"):
         parse([f"--ckpt={tmp_path}", f"--packed={packed}"])
+
+
+def test_products() -> None:
+    """Rows of one step of products: ratios are to torch in the same round."""
+    times = {"float32": [4.0, 2.0, 2.0], "bfloat16": [2.0, 2.0, 2.0], "w4": [1.0, 1.0, 2.0]}
+    row = packed_products.rows_of(times)[2]
+    assert (row["weights"], row["ms_median"]) == ("w4", 1000.0)
+    assert (row["x_float32_median"], row["x_bfloat16_median"]) == (2.0, 2.0)
+    assert packed_products.packed((40, 64), 4)(torch.ones(2, 64)).shape == (2, 40)
 
 
 @pytest.mark.slow
