@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ def test_same_tokens_as_the_law(config: Path) -> None:
         for answer in law
     ]
     assert sum(decided) > 0.8 * NUM_TOKENS * len(prompts), "too many near ties to compare"
-    with vllm_server(ckpt, "--dtype=float32", f"--attention-backend={ckpt.name}") as server:
+    backend = json.loads(config.read_text())["attention_variant"]["name"]
+    with vllm_server(ckpt, "--dtype=float32", f"--attention-backend={backend}") as server:
         client = Client(server)
         answers = [client.greedy(prompt, NUM_TOKENS) for prompt in prompts]
         together = client.greedy_together(prompts, NUM_TOKENS)
