@@ -199,7 +199,8 @@ def test_shadow_scoring(servers: dict[str, Server], path: str, stream: bool) -> 
     shadow = {"reference": "softpick", "models": ["softmax"], "sample": 1, "top_k": TOP_K}
     with running(models=entries(servers)) as gateway:
         expected = ask(gateway.url, "POST", path, body)
-        compared = compare(gateway, prompt=None, **asked, max_tokens=12, generate=False).json()
+        fields = {"prompt": None, **asked, "max_tokens": 12, "generate": False}
+        compared = compare(gateway, **fields).json()
     with running(models=entries(servers), shadow=shadow) as gateway:
         answer = ask(gateway.url, "POST", path, body)
         read = 'attnserve_shadow_answers_total{bits="",model="softmax",result="read"'
