@@ -61,6 +61,43 @@ def gather(
     return _gather(ids, *weight, bits, group, inputs, dtype)
 
 
+def call_of(
+    weight: Panels,
+    given: Tensor,
+    out: Tensor,
+    shape: tuple[int, int],
+    group: int,
+    stride: int,
+    count: int,
+) -> Call:
+    """What the C++ kernels take.
+
+    Args:
+        weight: the matrix.
+        given: `count` rows, `stride` elements apart, or `count` row numbers.
+        out: where the result goes.
+        shape: `(outputs, inputs)` of the matrix.
+        group: inputs that share a scale.
+        stride, count: of `given`.
+    """
+    words, scales, zeros = weight
+    return Call(
+        words.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        given.data_ptr(),
+        out.data_ptr(),
+        *shape,
+        group,
+        stride,
+        count,
+        FORMATS[scales.dtype],
+        FORMATS[None if zeros is None else zeros.dtype],
+        FORMATS[out.dtype],
+        torch.get_num_threads(),
+    )
+
+
 def _multiply(
     x: Tensor,
     words: Tensor,
@@ -79,22 +116,8 @@ def _multiply(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = x.new_empty(*x.shape[:-1], outputs)
-    call = Call(
-        words.data_ptr(),
-        scales.data_ptr(),
-        None if zeros is None else zeros.data_ptr(),
-        rows.data_ptr(),
-        out.data_ptr(),
-        outputs,
-        inputs,
-        group,
-        rows.stride(0),
-        len(rows),
-        FORMATS[scales.dtype],
-        FORMATS[None if zeros is None else zeros.dtype],
-        FORMATS[x.dtype],
-        torch.get_num_threads(),
-    )
+    weight = Panels(words, scales, zeros)
+    call = call_of(weight, rows, out, (outputs, inputs), group, rows.stride(0), len(rows))
     if library.attnserve_packed_multiply(byref(call)):
         raise MemoryError("no memory for the scratch space of a product with packed weights")
     return out
@@ -117,22 +140,8 @@ def _gather(
         return embedding(ids, matrix.to(dtype))
     ids = ids.contiguous()
     out = torch.empty(*ids.shape, inputs, dtype=dtype)
-    call = Call(
-        words.data_ptr(),
-        scales.data_ptr(),
-        None if zeros is None else zeros.data_ptr(),
-        ids.data_ptr(),
-        out.data_ptr(),
-        outputs,
-        inputs,
-        group,
-        0,
-        ids.numel(),
-        FORMATS[scales.dtype],
-        FORMATS[None if zeros is None else zeros.dtype],
-        FORMATS[dtype],
-        torch.get_num_threads(),
-    )
+    weight = Panels(words, scales, zeros)
+    call = call_of(weight, ids, out, (outputs, inputs), group, 0, ids.numel())
     library.attnserve_packed_gather(byref(call))
     return out
 

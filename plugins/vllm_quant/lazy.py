@@ -37,9 +37,9 @@ class LazyConfig(QuantizationConfig):
         return "compressed-tensors"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """`PackedConfig` answers this."""
-        raise NotImplementedError
+        """Abstract in vLLM; asked of instances only, which are `PackedConfig`."""
+        raise NotImplementedError  # never an instance
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """`PackedConfig` answers this."""
-        raise NotImplementedError
+        """Abstract in vLLM; asked of instances only, which are `PackedConfig`."""
+        raise NotImplementedError  # never an instance
