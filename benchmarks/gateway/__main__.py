@@ -6,6 +6,11 @@ every other round; its CPU time is read before and after (user and system, its c
 Added time to first token is against the same load sent straight to the model server ("direct"); it
 needs an idle machine, because the load generator and the model server are processes, too. Memory is
 what the process keeps resident after all rounds.
+
+Three loads, of so many clients that each send a request as soon as the last one is answered:
+`stream`, where they begin together and, answers being equally long, stay together, so that a
+gateway gets all requests in one burst; `spread`, where they begin an equal part of an answer apart,
+so that a request meets the other streams under way; and `whole`, not streamed, together.
 """
 
 import argparse
@@ -37,6 +42,7 @@ from serving.launch import HOST, LaunchError, Service, check_port
 CSV = machine.RESULTS / "gateway.csv"
 OURS, DIRECT, ROUTER = "attnserve", "direct", "vllm-router"
 NAMES = [OURS, "naive-aiohttp", "naive-httpx", ROUTER]
+MODES = ("stream", "spread", "whole")
 PROMPT = "It was the best of times, it was the worst of times. " * 4
 
 
@@ -130,18 +136,22 @@ async def load(url: str, mode: str, options: argparse.Namespace) -> list[float]:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
-        async def client() -> None:
+        async def client(index: int) -> None:
+            if mode == "spread":
+                answer = options.tokens * options.pause_ms / 1000
+                await asyncio.sleep(index * answer / options.concurrency)
             for _ in left:
-                found.append(await one(session, url, mode == "stream", options.tokens))
+                found.append(await one(session, url, mode != "whole", options.tokens))
 
-        await asyncio.gather(*(client() for _ in range(options.concurrency)))
+        await asyncio.gather(*(client(index) for index in range(options.concurrency)))
     return found
 
 
 async def measure(peers: Sequence[Peer], options: argparse.Namespace) -> None:
     """All rounds; the first is thrown away (connections, caches, compiled code)."""
-    with tqdm(total=2 * (options.rounds + 1) * len(peers), unit="load", mininterval=5) as bar:
-        for mode in ("stream", "whole"):
+    total = len(MODES) * (options.rounds + 1) * len(peers)
+    with tqdm(total=total, unit="load", mininterval=5) as bar:
+        for mode in MODES:
             for index in range(options.rounds + 1):
                 for peer in peers[:: -1 if index % 2 else 1]:
                     before = peer.cpu_seconds()
@@ -193,7 +203,7 @@ def results(peers: Sequence[Peer]) -> list[dict[str, Any]]:
     rows = []
     for peer in peers:
         row: dict[str, Any] = {"gateway": peer.name, "note": peer.note}
-        for mode in ("stream", "whole"):
+        for mode in MODES:
             if peer.service is not None:
                 cpu = peer.cpu_ms[mode]
                 row[f"{mode}_cpu_ms"] = float(np.median(cpu))
@@ -220,8 +230,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "stream_cpu_ratio": "x ours",
         "whole_cpu_ms": "CPU ms, whole",
         "whole_cpu_ratio": "x ours ",
-        "stream_ttft_added_ms_p50": "added TTFT ms p50",
-        "stream_ttft_added_ms_p99": "p99",
+        "spread_ttft_added_ms_p50": "added TTFT ms p50",
+        "spread_ttft_added_ms_p99": "p99",
+        "stream_ttft_added_ms_p50": "in a burst p50",
+        "stream_ttft_added_ms_p99": "p99 ",
         "rss_mb": "MB",
     }
     frame = pd.DataFrame(rows).reindex(columns=["gateway", *columns, "note"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.gateway.__main__ import DIRECT, OURS, ROUTER, Peer, find_router, results
+from benchmarks.gateway.__main__ import DIRECT, MODES, OURS, ROUTER, Peer, find_router, results
 from serving.launch import Service
 from tests.servers import free_port
 
@@ -30,7 +30,7 @@ def test_small_run(tmp_path: Path) -> None:
     rows = {row["gateway"]: row for row in last["rows"]}
     assert set(rows) == {DIRECT, OURS, ROUTER}
     assert rows[OURS]["rss_mb"] > 10
-    assert rows[OURS]["stream_ttft_ms_p50"] > 0
+    assert rows[OURS]["stream_ttft_ms_p50"] > 0 < rows[OURS]["spread_ttft_ms_p50"]
     if find_router() is None:
         assert rows[ROUTER]["note"] == "not installed" in done.stdout
     table = pd.read_csv(csv, dtype=str)
@@ -40,7 +40,7 @@ def test_small_run(tmp_path: Path) -> None:
 
 def test_ratios_are_taken_round_by_round(tmp_path: Path) -> None:
     def peer(name: str, cpu: list[float], times: list[float]) -> Peer:
-        modes = ("stream", "whole")
+        modes = MODES
         service = None if name == DIRECT else Service(name, 1, tmp_path)
         cpus = dict.fromkeys(modes, cpu)
         return Peer(name, "", service, cpu_ms=cpus, ttft_ms=dict.fromkeys(modes, times))
