@@ -4,6 +4,8 @@ those of clients, with the answer kept here."""
 import asyncio
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -179,17 +181,29 @@ async def read(
         "temperature": 0,
         "prompt_logprobs": top_k,
     }
-    try:
+    with same_vocabulary():
         await ask(forward, call, name, fields, answer)
-    except ApiError as error:
-        if error.status == 400 and "out of vocabulary" in str(error):
-            raise ApiError(400, str(error), code=MISMATCH) from None
-        raise
     try:
         return positions(answer.body, ids, start), answer.ended - answer.began
     except ValueError as error:
         message = f"{name}: The model server's answer has {error}."
         raise ApiError(502, message, code="upstream_unusable") from None
+
+
+@contextmanager
+def same_vocabulary() -> Iterator[None]:
+    """Around requests with token ids of the reference: a model without one of them has another
+    vocabulary.
+
+    Raises:
+        ApiError: 400.
+    """
+    try:
+        yield
+    except ApiError as error:
+        if error.status == 400 and "out of vocabulary" in str(error):
+            raise ApiError(400, str(error), code=MISMATCH, param="models") from None
+        raise
 
 
 def check_vocabulary(

@@ -14,7 +14,16 @@ from typing import Any, TypeVar
 from starlette.types import Scope, Send
 
 from serving.answer import JSON, whole
-from serving.ask import Kept, Written, ask, check_vocabulary, milliseconds, read, write
+from serving.ask import (
+    Kept,
+    Written,
+    ask,
+    check_vocabulary,
+    milliseconds,
+    read,
+    same_vocabulary,
+    write,
+)
 from serving.call import Call
 from serving.comparison import Comparison
 from serving.connection import timed_out
@@ -87,8 +96,11 @@ class Run:
         prompt = await self._prompt_ids()
         asked.check_length(len(prompt) + asked.max_tokens)
         first = await self._write(asked.reference, prompt)
-        # One after the other, so that none slows down another.
-        others = [await self._write(n, prompt) if asked.generate else None for n in asked.models]
+        with same_vocabulary():  # the reference knows the prompt's tokens
+            # One after the other, so that none slows down another.
+            others = [
+                await self._write(n, prompt) if asked.generate else None for n in asked.models
+            ]
         names = (asked.reference, *asked.models)
         sides = await together([self._read(name, prompt, first.ids) for name in names])
         for side, written in zip(sides, (first, *others), strict=True):

@@ -33,6 +33,8 @@ class Events:
         self.usage: tuple[int, int] | None = None
         self.error: bytes | None = None
         """The last event that was an error, in OpenAI's shape."""
+        self.error_status = 500
+        """Its HTTP status, by vLLM's `code`."""
         self._rest = b""
 
     def feed(self, piece: bytes) -> tuple[bytes, bool]:
@@ -83,13 +85,20 @@ class Events:
                         kept.append(event)
                     continue
             if "error" in data:
-                self.error = normalise(event.strip()[5:], 500)
+                self.error_status = status_of(data["error"])
+                self.error = normalise(event.strip()[5:], self.error_status)
                 event = b"data: %b\n\n" % self.error
             else:
                 tokens += 1
             kept.append(event)
         self.count += tokens
         return b"".join(kept), tokens > 0
+
+
+def status_of(error: Any) -> int:
+    """The HTTP status that an event's error would have had as an answer; 500 if it does not say."""
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if type(code) is int and 400 <= code < 600 else 500
 
 
 def parsed(event: bytes) -> dict[str, Any] | None:

@@ -126,16 +126,11 @@ class Forward:
         left = replica.config.timeouts.total - (time.perf_counter() - call.arrival)
         connection = await send_request(replica, head, request.body, max(left, 0.001))
         try:
-            status = connection.status
-            if status in (500, 502, 503):
-                content = await connection.rest()
-                if status != 500 or not await replica.is_well():
-                    raise UnavailableError(status, normalise(content, status))
-                await self._whole(call, connection, content, turn, send)
-            elif is_event_stream(connection.headers):
+            if connection.status < 500 and is_event_stream(connection.headers):
                 await self._stream(call, request, connection, turn, send)
             else:
-                await self._whole(call, connection, await connection.rest(), turn, send)
+                content = await connection.rest()
+                await self._whole(call, connection, connection.status, content, turn, send)
         except BaseException:
             connection.close()
             raise
@@ -159,11 +154,22 @@ class Forward:
         return replica.head("POST", target, headers)
 
     async def _whole(
-        self, call: Call, connection: Connection, content: bytes, turn: Turn, send: Send
+        self,
+        call: Call,
+        connection: Connection,
+        status: int,
+        content: bytes,
+        turn: Turn,
+        send: Send,
     ) -> None:
-        """An answer in one piece; errors are brought into OpenAI's shape."""
+        """An answer in one piece; errors are brought into OpenAI's shape.
+
+        Raises:
+            UnavailableError: it is one that another replica may not give.
+        """
+        if status in (502, 503) or (status == 500 and not await turn.replica.is_well()):
+            raise UnavailableError(status, normalise(content, status))
         turn.succeeded()
-        status = connection.status
         headers = downward(connection.headers)
         if status >= 400:
             content = normalise(content, status)
@@ -215,8 +221,12 @@ class Forward:
                     last = now
                 if out:
                     if not call.status:
-                        if events.error and not events.count and not await turn.replica.is_well():
-                            raise UnavailableError(500, events.error)
+                        if events.error and not events.count:
+                            # vLLM's head says 200 before it looks at all of the request.
+                            status, content = events.error_status, events.error
+                            await connection.rest()
+                            await self._whole(call, connection, status, content, turn, send)
+                            return
                         await self._start_stream(call, connection, send)
                     await send({"type": "http.response.body", "body": out, "more_body": True})
                     if last and (write := direct(send)):

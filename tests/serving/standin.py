@@ -31,6 +31,7 @@ class StandIn:
         self.url = f"http://127.0.0.1:{self.port}"
         self.healthy = True
         self.status = 200
+        self.message = "no"  # of an error
         self.before_s = 0.0  # before the first byte of an answer's body
         self.between_s = 0.0  # between tokens
         self.break_after: int | None = None  # tokens, after which the connection is cut
@@ -119,7 +120,7 @@ class StandIn:
         ids = list(range(tokens))
         await asyncio.sleep(self.before_s)
         if self.status != 200:
-            error = {"message": "no", "type": "BadRequestError", "param": None, "code": self.status}
+            error = {"message": self.message, "type": "x", "param": None, "code": self.status}
             await reply(send, self.status, json.dumps({"error": error}).encode())
         elif body["model"] not in self.models:
             error = {"message": "no such model", "type": "NotFoundError", "param": "model"}

@@ -3,6 +3,7 @@
 test_compare_vllm.py has it in front of real servers.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,6 +191,20 @@ def test_other_vocabularies() -> None:
     assert "b has another vocabulary than a" in error["message"]
 
 
+@pytest.mark.parametrize("generate", [True, False])
+def test_smaller_vocabularies(generate: bool) -> None:
+    """A model that has no such token says so when it writes, and when it reads."""
+    with both() as (gateway, _, b):
+        b.message = "Token id 9 is out of vocabulary"
+        if generate:
+            b.first_event = json.dumps({"error": {"message": b.message, "type": "x", "code": 400}})
+        else:
+            b.status = 400
+        error = error_of(answer := compare(gateway, generate=generate))
+    assert (answer.status, error["code"], error["param"]) == (400, "vocabulary_mismatch", "models")
+    assert error["message"] == "b: Token id 9 is out of vocabulary"
+
+
 def test_a_failing_model_is_named() -> None:
     with both() as (gateway, _, b):
         for status in (400, 429, 500, 503):
@@ -198,7 +213,11 @@ def test_a_failing_model_is_named() -> None:
             assert answer.status == status
             assert error_of(answer)["message"] == "b: no"
             assert ("retry-after" in answer.headers) == (status in (429, 503))
-        b.status, b.break_after = 200, 1
+        b.status = 200
+        b.first_event = '{"error": {"message": "no", "type": "x", "code": 400}}'
+        answer = compare(gateway)
+        assert (answer.status, error_of(answer)["message"]) == (400, "b: no")
+        b.first_event, b.break_after = None, 1
         answer = compare(gateway)
         assert (answer.status, error_of(answer)["code"]) == (502, "upstream_broken")
         b.kill()

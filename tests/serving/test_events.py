@@ -40,9 +40,17 @@ def test_whole_events_do_not_wait() -> None:
 
 def test_errors_get_openais_shape() -> None:
     error = {"message": "no", "type": "BadRequestError", "param": None, "code": 400}
-    out, tokens = Events(False).feed(f"data: {json.dumps({'error': error})}\n\n".encode())
+    events = Events(False)
+    out, tokens = events.feed(f"data: {json.dumps({'error': error})}\n\n".encode())
     assert json.loads(out.removeprefix(b"data: "))["error"]["code"] is None
-    assert not tokens
+    assert (tokens, events.error_status) == (False, 400)
+
+
+@pytest.mark.parametrize("error", ['"no"', '{"code": "x"}', '{"code": 200}', '{"code": true}'])
+def test_error_without_a_status_is_a_500(error: str) -> None:
+    events = Events(False)
+    events.feed(f'data: {{"error": {error}}}\n\n'.encode())
+    assert events.error is not None and events.error_status == 500
 
 
 def test_usage_beside_choices_stays() -> None:

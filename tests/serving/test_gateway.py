@@ -91,10 +91,13 @@ def test_unknown_fields_pass(gateway: Server) -> None:
         ({"model": "nope", "prompt": "x"}, 404, None, "model_not_found"),
         ({"model": MODEL, "prompt": "x", "max_tokens": -1}, 400, "max_tokens", None),
         ({"model": MODEL, "prompt": "x", "temperature": "hot"}, 400, "temperature", None),
+        ({"model": MODEL, "prompt": [5, 10**6]}, 400, None, None),
+        # vLLM itself begins a stream, with the status 200, and says 400 in its only event.
+        ({"model": MODEL, "prompt": [5, 10**6], "stream": True}, 400, None, None),
         (b"{not json", 400, None, None),
         (b"", 400, None, None),
     ],
-    ids=["model", "max_tokens", "temperature", "not json", "empty"],
+    ids=["model", "max_tokens", "temperature", "no token", "no token, stream", "not json", "empty"],
 )
 def test_upstream_errors_get_openais_shape(
     gateway: Server, body: Any, status: int, param: str | None, code: str | None
