@@ -4,7 +4,7 @@ against the same checkpoint unquantized in stock vLLM (without this project's pl
     python -m quant.quantize CKPT w4 --bits 4 --scheme gptq --embeddings 8
     python -m benchmarks.quantized --ckpt CKPT --packed w4
 
-All servers are up at once and take turns; ratios are made inside a round (benchmarks.serve). In
+All servers are up at once and take turns; ratios are made inside a round (benchmarks.rates). In
 bfloat16, stock vLLM 0.32 can die on processors with AMX (README): --peer-backend softmax runs this
 project's attention kernel in all servers instead, and then nothing but the weights differs.
 """
@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from benchmarks.serve import Case, check, described, measure, results
+from benchmarks.rates import Case, check, described, measure, results
 from benchmarks.servers import Server, append_csv, run
 from serving.launch import LaunchError
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import packed_products
 from benchmarks.quantized import name_of, parse, rows_of, table, weight_bytes
-from benchmarks.serve import Case, Round
+from benchmarks.rates import Case, Round
 from quant.quantize import main as quantize
 from serving.launch import LaunchError
 from tests.tiny import tiny_checkpoint

@@ -32,7 +32,7 @@ from benchmarks.options import command_line, positive
 from benchmarks.servers import Answer, Server, append_csv, run
 from serving.launch import LaunchError
 
-CSV = machine.RESULTS / "serve_cpu.csv"
+CSV = machine.RESULTS / "rates_cpu.csv"
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def described(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser, add = command_line("benchmarks.serve", __doc__)
+    parser, add = command_line("benchmarks.rates", __doc__)
     add("--ckpt", "the checkpoint's folder", type=Path, required=True)
     backends = ["cpu_attn", "softmax", "softpick"]
     add("--backends", "names, the first is what others compare to", nargs="+", default=backends)
@@ -261,10 +261,10 @@ def main() -> None:
         work = run(peers, measure(peers, options), options.start_timeout)
         rows = results(options.backends, asyncio.run(work))
     except LaunchError as error:
-        print(f"benchmarks.serve: {error}", file=sys.stderr)
+        print(f"benchmarks.rates: {error}", file=sys.stderr)
         sys.exit(error.code)
     except (asyncio.CancelledError, KeyboardInterrupt):
-        print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)
+        print("benchmarks.rates: interrupted; all servers are stopped", file=sys.stderr)
         sys.exit(130)
     about = described(options)
     if not options.no_save:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serve`: its statistics, its files, its refusals, and a run of it."""
+"""`python -m benchmarks.rates`: its statistics, its files, its refusals, and a run of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from benchmarks.serve import Case, Round, decode_rate, measured, results
+from benchmarks.rates import Case, Round, decode_rate, measured, results
 from benchmarks.servers import Answer, append_csv
 from serving.launch import LaunchError
 from tests.tiny import tiny_checkpoint
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The command, run to its end."""
-    command = [sys.executable, "-m", "benchmarks.serve", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.rates", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -70,7 +70,7 @@ def test_ratios_are_made_inside_a_round() -> None:
 
 
 def test_csv_grows_and_keeps_what_is_in_it(tmp_path: Path) -> None:
-    path, rows = tmp_path / "results" / "serve.csv", results(BACKENDS, [a_case()])
+    path, rows = tmp_path / "results" / "rates.csv", results(BACKENDS, [a_case()])
     append_csv(path, {"date": "2026-01-01", "machine": "a, b"}, rows, ["decode_ratios"])
     before = path.read_text().splitlines()
     append_csv(path, {"date": "2026-01-02", "machine": "c", "new": 1}, rows, ["decode_ratios"])
@@ -107,7 +107,7 @@ def ours() -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_measures_two_servers(checkpoint: Path, tmp_path: Path) -> None:
-    csv = tmp_path / "serve.csv"
+    csv = tmp_path / "rates.csv"
     ended = bench(
         *("--ckpt", checkpoint, "--backends", *BACKENDS, "--prompt-lens", "300", "--batches"),
         *("1", "2", "--rounds", "2", "--prefill-rounds", "1", "--threads", "1", "--csv", csv),
