@@ -19,7 +19,9 @@ export function badges(model) {
 }
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toPrecision(3)} %`;
-const quoted = (text) => JSON.stringify(text);
+/** A token that is only a part of a character has no text of its own in vLLM. */
+const shown = (text) => text || "\ufffd";
+const quoted = (text) => JSON.stringify(shown(text));
 
 /** The class of a token's colour, by its probability. */
 function byProbability(logprob) {
@@ -45,7 +47,7 @@ function lines(token) {
 }
 
 export function tokenSpan(token) {
-  const span = element("span", token.text, "token");
+  const span = element("span", shown(token.text), "token");
   if (known(token.logprob)) {
     span.classList.add(known(token.delta) ? byDelta(token.delta) : byProbability(token.logprob));
     span.title = lines(token).join("\n");

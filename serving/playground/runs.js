@@ -81,7 +81,7 @@ function tokensOf({ text, logprobs }, pending) {
     logprob: token_logprobs[i],
     top: Object.entries(top_logprobs[i] ?? {}).sort((a, b) => b[1] - a[1]),
   }));
-  if (!pending.length && tokens.length && tokens.join("") === text) return found;
+  if (text && !pending.length && tokens.join("") === text) return found;
   pending.push(...found);
   if (!text) return [];
   const several = pending.splice(0);
