@@ -144,9 +144,10 @@ void widen(const Call& c, int64_t row, float* to) {
 
 constexpr int FEW = 4;
 
-// Words from what is read to what is fetched meanwhile: the processor's own prefetcher stops at every
-// page.
-constexpr int AHEAD = 512;
+// Words from what is read to what is fetched meanwhile. The processor's own prefetcher stops at every
+// page, so where panels are short the next ones are fetched while these are multiplied; where they are
+// long, the words that follow.
+constexpr int64_t AHEAD = 512, NEXT_PANELS = 32768;
 
 // P panels from `panel` on times R rows; panels behind `last` are `last` again. `x`: R rows of
 // padded() floats; `sums`: of each row and group of x.
@@ -158,12 +159,13 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
   constexpr int CHAINS = R * N >= 4 ? 1 : R * N >= 2 ? 2 : 4;
   const Codes codes;
   const int64_t chunks = c.chunks(), groups = c.groups(), padded = c.padded();
-  const int64_t chunks_per_group = c.group / CHUNK;
+  const int64_t chunks_per_group = c.group / CHUNK, length = chunks * BITS * PANEL;
+  const int64_t ahead = P * length <= NEXT_PANELS ? P * length : AHEAD;
   int64_t panels[P];
   const uint32_t* words[P];
   for (int j = 0; j < P; j++) {
     panels[j] = std::min(panel + j, last);
-    words[j] = c.words + panels[j] * chunks * BITS * PANEL;
+    words[j] = c.words + panels[j] * length;
   }
   Vec total[R][N] = {};
   for (int64_t g = 0; g < groups; g++) {
@@ -176,7 +178,7 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
       for (int j = 0; j < P; j++)
 #pragma GCC unroll 8
         for (int w = 0; w < BITS; w++)
-          __builtin_prefetch(words[j] + here + w * PANEL + AHEAD, 0, 2);
+          __builtin_prefetch(words[j] + here + w * PANEL + ahead, 0, 2);
 #pragma GCC unroll 32
       for (int i = 0; i < CHUNK; i++)
 #pragma GCC unroll 8
