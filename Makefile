@@ -8,6 +8,8 @@
 #   make install      only the environment
 #   make checkpoints  train the reference checkpoints again
 #   make analyze      measure what is in checkpoints/ and not measured yet; write docs/RESULTS.md
+#   make bench        the standard benchmarks on the bundled checkpoints, in under 40 minutes on 2 cores
+#                     (ARGS="--only serve memory": some of kernels, memory, serve, pruning, gateway)
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
 #   make gpu-check    the first hour on an NVIDIA GPU, in 8 minutes; needs GPU_PYTHON=
 #   make compile-kernels  compile the GPU kernels for GPUs that are not here (ARGS=--quick: a minute)
@@ -16,7 +18,7 @@
 #   make lock         write requirements/*.txt again (UPGRADE=1: newest versions)
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
-# ARGS (test, conformance, soak, analyze, bench-kernels, compile-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
+# ARGS (test, conformance, soak, analyze, bench, bench-kernels, compile-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
 # builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
@@ -43,7 +45,7 @@ unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu conformance soak lint format checkpoints analyze bench-kernels gpu-check compile-kernels doctor images-check lock clean
+.PHONY: install serve test test-slow test-gpu conformance soak lint format checkpoints analyze bench bench-kernels gpu-check compile-kernels doctor images-check lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -101,6 +103,9 @@ checkpoints: $(READY)
 analyze: $(READY)
 	$(BIN)/python -m training.analyze $(wildcard checkpoints/*) $(ARGS)
 	$(BIN)/python -m training.report
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-kernels: $(READY)
 	$(BIN)/python -m benchmarks.kernels $(ARGS)

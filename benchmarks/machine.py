@@ -6,8 +6,10 @@ import os
 import platform
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -72,3 +74,15 @@ def commit() -> str:
     head = _git("rev-parse", "--short=12", "HEAD")
     dirty = head and _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return head + "-dirty" if dirty else head
+
+
+def described() -> dict[str, Any]:
+    """When, on what and with what a run is made; `load_average` is others' work before it."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": cpu_model(),
+        "cores": cores(),
+        "load_average": round(os.getloadavg()[0], 2),
+        **{name: package(name) for name in ("vllm", "torch", "attnserve")},
+        "commit": commit(),
+    }

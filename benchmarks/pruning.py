@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import re
-import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -38,24 +33,12 @@ from attn_kernels.variants.selective import Selective
 from benchmarks import machine
 from benchmarks.options import command_line, positive
 from benchmarks.servers import Server, append_csv, run
+from benchmarks.watch import watched
 from serving.launch import LaunchError
 
 CSV = machine.RESULTS / "pruning_cpu.csv"
 
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLING_SECONDS = 0.1
-RUNNING, USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
-
-
-@dataclass
-class Watched:
-    """What was seen while a server worked."""
-
-    running: list[float] = field(default_factory=list)
-    usage: list[float] = field(default_factory=list)
-    """Share of the KV cache in use."""
-    rss: list[int] = field(default_factory=list)
-    """Resident bytes of all its processes."""
 
 
 @dataclass(frozen=True)
@@ -81,63 +64,31 @@ class Peer(Server):
         arguments += [f"--hf-overrides={json.dumps(overrides)}"]
         super().__init__(name, o.ckpt, [*arguments, *o.vllm_args], o.threads, o.log_folder)
 
-    @contextlib.asynccontextmanager
-    async def watched(self) -> AsyncIterator[Watched]:
-        """Samples its metrics and memory while the body runs."""
-        watched = Watched()
-        assert self.service.process is not None
-        parent = psutil.Process(self.service.process.pid)
-
-        async def watch() -> None:
-            async with aiohttp.ClientSession() as session:
-                while True:
-                    async with session.get(f"{self.service.url}/metrics") as answer:
-                        text = await answer.text()
-                    found = {
-                        name: float(value)
-                        for name, value in re.findall(r"^([\w:]+)\{.*\} (\S+)$", text, re.MULTILINE)
-                        if name in (RUNNING, USAGE)
-                    }
-                    if found[RUNNING]:
-                        watched.running.append(found[RUNNING])
-                        watched.usage.append(found[USAGE])
-                        processes = [parent, *parent.children(recursive=True)]
-                        watched.rss.append(sum(p.memory_info().rss for p in processes))
-                    await asyncio.sleep(SAMPLING_SECONDS)
-
-        self.signal(signal.SIGCONT)
-        task = asyncio.create_task(watch())
-        try:
-            yield watched
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
 
 async def one_round(peer: Peer, prompts: list[list[int]], new_tokens: int) -> Round:
     """All prompts at once."""
-    async with peer.watched() as watched:
+    async with watched(peer) as seen:
         began = time.perf_counter()
         answers = await peer.round(prompts, new_tokens)
     took = max(answer.tokens[-1] for answer in answers) - began
-    if not watched.running:
+    if not seen.running:
         raise LaunchError("the requests were over before they were seen: give more --new-tokens")
-    return Round(len(prompts) * new_tokens / took, int(max(watched.running)))
+    return Round(len(prompts) * new_tokens / took, int(max(seen.running)))
 
 
 async def long_answer(peer: Peer, length: int) -> dict[str, Any]:
     """One request that grows to `length` tokens: the cache it takes and the server's memory, in the
     second quarter of the time and in the last."""
-    async with peer.watched() as watched:
+    async with watched(peer) as seen:
         await peer.round([[1, 2, 3]], length - 3)
-    count = len(watched.usage)
+    count = len(seen.usage)
     if count < 8:
         raise LaunchError("the long answer was over before it was seen: give more --max-model-len")
     early, late = slice(count // 4, count // 2), slice(count * 3 // 4, count)
     return {
-        "long_usage_early": median(watched.usage[early]),
-        "long_usage_late": median(watched.usage[late]),
-        "long_rss_growth_mb": (median(watched.rss[late]) - median(watched.rss[early])) / 1e6,
+        "long_usage_early": median(seen.usage[early]),
+        "long_usage_late": median(seen.usage[late]),
+        "long_rss_growth_mb": (median(seen.rss[late]) - median(seen.rss[early])) / 1e6,
     }
 
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM's default binds every server to the same cores."""
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Server")
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,10 @@ def free_port() -> int:
         return port
 
 
-async def while_alive(servers: Sequence[Server], work: Awaitable[T]) -> T:
+async def while_alive(services: Sequence[Service], work: Awaitable[T]) -> T:
     """Do the work, unless a server ends meanwhile: then raise what that server says."""
     tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work)]
-    tasks += [asyncio.ensure_future(server.service.ended()) for server in servers]
+    tasks += [asyncio.ensure_future(service.ended()) for service in services]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         result: T = next(task for task in tasks if task in done).result()
@@ -141,6 +143,50 @@ async def ready(server: Server) -> None:
     server.signal(signal.SIGSTOP)
 
 
+@contextlib.asynccontextmanager
+async def started(
+    servers: Sequence[S], start_timeout: float
+) -> AsyncIterator[dict[S, LaunchError]]:
+    """Start servers at once, and end them whatever happens.
+
+    Args:
+        servers: not started yet.
+        start_timeout: longest start of one, in s.
+
+    Yields:
+        Why some of them do not run; the others are stopped (SIGSTOP) until their turn comes.
+    """
+    failed: dict[S, LaunchError] = {}
+
+    async def start(server: S) -> None:
+        print(f"starting {server.name} (log: {server.service.log_file})", flush=True)
+        await server.start()
+        try:
+            await asyncio.wait_for(while_alive([server.service], ready(server)), start_timeout)
+        except TimeoutError:
+            failed[server] = LaunchError(f"{server.name} did not start in {start_timeout} s")
+        except LaunchError as error:
+            failed[server] = error
+
+    try:
+        await asyncio.gather(*map(start, servers))
+        yield failed
+    finally:
+        await asyncio.gather(*(server.stop() for server in servers))
+
+
+async def until_signal(work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work; False if SIGINT, SIGTERM or SIGHUP ended it."""
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return False
+    return True
+
+
 async def run(servers: Sequence[Server], work: Coroutine[Any, Any, T], start_timeout: float) -> T:
     """Start the servers, do the work, and end them whatever happens.
 
@@ -154,6 +200,7 @@ async def run(servers: Sequence[Server], work: Coroutine[Any, Any, T], start_tim
     """
     task = asyncio.current_task()
     assert task is not None
+    services = [server.service for server in servers]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
@@ -162,10 +209,10 @@ async def run(servers: Sequence[Server], work: Coroutine[Any, Any, T], start_tim
             await server.start()
         try:
             async with asyncio.timeout(start_timeout):
-                await while_alive(servers, asyncio.gather(*map(ready, servers)))
+                await while_alive(services, asyncio.gather(*map(ready, servers)))
         except TimeoutError:
             raise LaunchError(f"a server did not start in {start_timeout} s") from None
-        return await while_alive(servers, work)
+        return await while_alive(services, work)
     finally:
         work.close()  # if it was never awaited
         await asyncio.gather(*(server.stop() for server in servers))

@@ -1,0 +1,1 @@
+"""Memory of real servers, predicted and measured: `python -m benchmarks.memory`."""

@@ -1,0 +1,97 @@
+"""Inside vLLM's worker process: bytes that the weights and the KV cache take there.
+
+`--worker-extension-cls=benchmarks.memory.worker.Memory` imports this module in the worker, which
+registers the loader for `--load-format=measured`; `Memory`'s method is called over
+`/collective_rpc`.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+
+def anonymous() -> int:
+    """Resident bytes of this process that are no file's, after what is free has been given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    text = Path("/proc/self/smaps_rollup").read_text()
+    found = re.search(r"^Anonymous:\s+(\d+) kB$", text, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def resident(storage: torch.UntypedStorage) -> int:
+    """Bytes of a tensor's memory that are resident: nobody's pages are, before they are written.
+
+    Raises:
+        OSError: mincore(2) fails.
+    """
+    page = mmap.PAGESIZE
+    begin = storage.data_ptr() // page * page
+    pages = -(-(storage.data_ptr() + storage.nbytes() - begin) // page)
+    found = np.zeros(pages, dtype=np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_size_t(begin), ctypes.c_size_t(pages * page))
+    if libc.mincore(*arguments, ctypes.c_void_p(found.ctypes.data)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return min(storage.nbytes(), int((found & 1).sum()) * page)
+
+
+@register_model_loader("measured")
+class MeasuringLoader(DefaultModelLoader):
+    """vLLM's own loader, and what the process has grown by when it is done.
+
+    It looks first when the empty model stands: what making it imports is no weight, and memory of
+    tensors that nobody has written to is not resident. It looks again when the weights are as the
+    kernels read them: oneDNN's packed ones are in no torch tensor, so that the process is measured.
+    """
+
+    taken: ClassVar[int] = 0
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        load_config = copy.copy(load_config)
+        load_config.load_format = "auto"
+        super().__init__(load_config)
+        self.before = 0
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self.before = anonymous()
+        super().load_weights(model, model_config)
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        model = super().load_model(vllm_config, model_config, prefix)
+        MeasuringLoader.taken = anonymous() - self.before
+        return model
+
+
+class Memory:
+    """What becomes part of the worker's class."""
+
+    model_runner: Any
+
+    def memory_taken(self) -> dict[str, int]:
+        """Bytes of the weights, and of the KV cache: allocated, and resident by now."""
+        tensors = torch.utils._pytree.tree_leaves(self.model_runner.kv_caches)
+        caches = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
+        return {
+            "weights": MeasuringLoader.taken,
+            "allocated": sum(cache.nbytes() for cache in caches),
+            "resident": sum(map(resident, caches)),
+        }

@@ -1,0 +1,1 @@
+"""Real servers under load: `python -m benchmarks.serve`."""
