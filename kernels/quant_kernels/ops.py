@@ -23,8 +23,8 @@ def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> 
     """`x @ weight.T`, summed in float32.
 
     Args:
-        x: `[..., inputs]`, float32, bfloat16 or float16.
-        weight: the matrix.
+        x: `[..., inputs]`, float32, bfloat16 or float16, on a CPU or a GPU.
+        weight: the matrix, there too.
         bits: of a code.
         group: inputs that share a scale: a multiple of 32, or at least all of them.
         outputs: rows of the matrix.
@@ -107,6 +107,10 @@ def _multiply(
     group: int,
     outputs: int,
 ) -> Tensor:
+    if x.is_cuda:
+        from quant_kernels import triton
+
+        return triton.multiply(x, Panels(words, scales, zeros), bits, group, outputs)
     inputs = x.shape[-1]
     library = load(bits)
     if library is None:
@@ -133,6 +137,10 @@ def _gather(
     inputs: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    if ids.is_cuda:
+        from quant_kernels import triton
+
+        return triton.gather(ids, Panels(words, scales, zeros), bits, group, inputs, dtype)
     library = load(bits)
     outputs = words.shape[0] * words.shape[2]
     if library is None:
@@ -146,8 +154,9 @@ def _gather(
     return out
 
 
-LIBRARY.impl("packed_multiply", _multiply, "CPU")
-LIBRARY.impl("packed_gather", _gather, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("packed_multiply", _multiply, _device)
+    LIBRARY.impl("packed_gather", _gather, _device)
 
 
 @torch.library.register_fake("attnserve::packed_multiply", lib=LIBRARY)

@@ -1,0 +1,107 @@
+"""Products and lookups with packed matrices on a GPU, launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from quant_kernels.panels import CHUNK, PANEL, Panels
+from quant_kernels.triton.product import few_kernel, gather_kernel, many_kernel
+
+FEW = 4
+"""Most rows that are multiplied without tensor cores, which take 16."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up and compiled. Guesses from the compiled code: nothing was timed.
+
+    Args:
+        rows: of x, a power of two.
+        outputs: a power of two, at least 16.
+        chunks: of 32 inputs that are multiplied at once, a power of two.
+        num_warps, num_stages: Triton's.
+    """
+
+    rows: int
+    outputs: int
+    chunks: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> Tile:
+    """The tile of a product.
+
+    Args:
+        rows: of x.
+        group_chunks: chunks of a group.
+        dtype: of x.
+    """
+    if rows <= FEW:
+        return Tile(rows, PANEL, 32, num_warps=4)
+    chunks = 2 if group_chunks % 2 == 0 else 1
+    if rows <= 16:
+        return Tile(16, 32, chunks, num_warps=4)
+    if rows <= 32 or dtype == torch.float32:  # multiplied by plain arithmetic, from registers
+        return Tile(32, 64, chunks, num_warps=4)
+    return Tile(64, 128, chunks, num_warps=8)
+
+
+def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
+    """`quant_kernels.multiply` for a GPU's tensors."""
+    inputs = x.shape[-1]
+    rows = x.reshape(-1, inputs)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = x.new_empty(*x.shape[:-1], outputs)
+    if not len(rows):
+        return out
+    group_chunks = group // CHUNK
+    tile = tile_for(len(rows), group_chunks, x.dtype)
+    kernel = few_kernel if len(rows) <= FEW else many_kernel
+    kernel[(triton.cdiv(outputs, tile.outputs), triton.cdiv(len(rows), tile.rows))](
+        out,
+        rows,
+        *weight,
+        len(rows),
+        outputs,
+        inputs,
+        weight.scales.shape[1],
+        group_chunks,
+        rows.stride(0),
+        BITS=bits,
+        ROWS=tile.rows,
+        CHUNKS=tile.chunks,
+        OUTPUTS=tile.outputs,
+        enable_fp_fusion=True,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def gather(
+    ids: Tensor, weight: Panels, bits: int, group: int, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    """`quant_kernels.gather` for a GPU's tensors."""
+    out = torch.empty(*ids.shape, inputs, dtype=dtype, device=ids.device)
+    if not ids.numel():
+        return out
+    columns = 512
+    gather_kernel[(ids.numel(), triton.cdiv(inputs, columns))](
+        out,
+        ids.contiguous(),
+        *weight,
+        inputs,
+        weight.scales.shape[1],
+        group // CHUNK,
+        BITS=bits,
+        COLUMNS=columns,
+        enable_fp_fusion=True,
+        num_warps=4,
+    )
+    return out

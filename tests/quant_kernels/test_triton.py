@@ -1,0 +1,87 @@
+"""The GPU kernels against the same float64 products as the CPU's, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.weight import BITS
+from quant_kernels import Panels
+from tests.attn_kernels.test_triton import interpreter
+from tests.quant_kernels import test_packed as packed
+
+__all__ = ["interpreter"]
+
+WIDTHS = [pytest.param(bits, marks=[] if bits in (3, 4) else pytest.mark.slow) for bits in BITS]
+"""The default: codes across words, and whole ones."""
+
+SHAPES = (
+    (1, 17, 96, 32, "codes"),
+    (2, 17, 77, None, "half"),
+    (9, 33, 77, None, "none"),
+    (20, 75, 300, 64, "half"),
+)
+"""Rows, outputs, inputs, group, zero points: no whole panel, chunk, group or tile."""
+
+
+def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
+    """Imported when it is called: the interpreter must be on."""
+    from quant_kernels import triton
+
+    return triton.multiply(x, weight, bits, group, outputs)
+
+
+def gather(
+    ids: Tensor, weight: Panels, bits: int, group: int, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    from quant_kernels import triton
+
+    return triton.gather(ids, weight, bits, group, inputs, dtype)
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_packed` holds these against its law."""
+    monkeypatch.setattr(packed, "multiply", multiply)
+    monkeypatch.setattr(packed, "gather", gather)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "group", "zeros"), SHAPES)
+def test_products(
+    bits: int, rows: int, outputs: int, inputs: int, group: int | None, zeros: str
+) -> None:
+    dtype = (torch.float32, torch.float16)[rows % 2]
+    quantized = packed.weight(bits, outputs, inputs, group, zeros)
+    packed.check(quantized, packed.poisoned(rows, inputs, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", packed.TOLERANCE, ids=str)
+def test_every_tile(bits: int, dtype: torch.dtype) -> None:
+    """More inputs than a program has at once, more outputs and rows than one has."""
+    for rows in (1, 3, 4, 5, 16, 17, 70):
+        outputs = 20 if rows < 5 else 150
+        for group, zeros in ((96, "half"), (128, "codes"), (None, "none")):
+            x = packed.poisoned(rows, 1100, dtype)
+            packed.check(packed.weight(bits, outputs, 1100, group, zeros), x)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("zeros", ["codes", "half", "none"])
+def test_lookups_are_exact(bits: int, zeros: str) -> None:
+    packed.test_lookups_are_exact(bits, zeros)
+    quantized = packed.weight(bits, 20, 600, 64, zeros)
+    ids = torch.tensor([19, 0, 16])
+    rows = gather(ids, packed.in_panels(quantized), bits, 64, 600, torch.float16)
+    assert torch.equal(rows, quantized.dequantize()[ids].half())
+
+
+def test_nothing_to_do() -> None:
+    """No rows, no launch."""
+    stored = packed.in_panels(packed.weight(4, 17, 96, 32, "codes"))
+    assert multiply(torch.empty(2, 0, 96), stored, 4, 32, 17).shape == (2, 0, 17)
+    ids = torch.empty(0, dtype=torch.int64)
+    assert gather(ids, stored, 4, 32, 96, torch.float16).shape == (0, 96)
