@@ -184,10 +184,12 @@ async def read(
     with same_vocabulary():
         await ask(forward, call, name, fields, answer)
     try:
-        return positions(answer.body, ids, start), answer.ended - answer.began
+        # In a thread: streams go on meanwhile.
+        found = await asyncio.to_thread(positions, answer.body, ids, start)
     except ValueError as error:
         message = f"{name}: The model server's answer has {error}."
         raise ApiError(502, message, code="upstream_unusable") from None
+    return found, answer.ended - answer.began
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Compare(Route):
         finally:
             call.parts = run.parts
             call.retries = sum(part.retries for part in run.parts)
-        await whole(call, 200, [JSON], json.dumps(answer).encode(), send)
+        await whole(call, 200, [JSON], answer, send)
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Run:
         self.asked = asked
         self.parts: list[Call] = []
 
-    async def answer(self) -> dict[str, Any]:
+    async def answer(self) -> bytes:
         """The answer's JSON.
 
         Raises:
@@ -105,26 +105,25 @@ class Run:
         sides = await together([self._read(name, prompt, first.ids) for name in names])
         for side, written in zip(sides, (first, *others), strict=True):
             side.written = written
-        reference, *models = sides
-        for side in models:
-            check_vocabulary(side.name, side.positions, reference.name, reference.positions)
+        # One by one and in a thread, so that streams go on: nothing else runs during a json.dumps.
+        reference, *models = [await asyncio.to_thread(self._json, s, sides[0]) for s in sides]
         prompt_tokens, completion_tokens = map(
             sum, zip(*(p.used() for p in self.parts), strict=True)
         )
-        return {
+        short = {
             "id": self.call.request_id.decode("ascii"),
             "object": "compare",
             "created": int(time.time()),
             "top_k": asked.top_k,
             "prompt_token_ids": prompt,
-            "reference": self._reference(reference),
-            "models": [self._model(side, reference) for side in models],
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
                 "total_tokens": prompt_tokens + completion_tokens,
             },
         }
+        start = json.dumps(short).encode().removesuffix(b"}")
+        return b'%b, "reference": %b, "models": [%b]}' % (start, reference, b", ".join(models))
 
     def _part(self, route: str) -> Call:
         part = self.call.part(route, f"-{len(self.parts) + 1}")
@@ -159,6 +158,17 @@ class Run:
         )
         kv = await kv_cache(self.gateway.replicas.get(part.replica or ""))
         return Side(name, found, seconds, kv)
+
+    def _json(self, side: Side, reference: Side) -> bytes:
+        """What the answer says of a model, or of the reference itself.
+
+        Raises:
+            ApiError: 400; its vocabulary is another.
+        """
+        if side is reference:
+            return json.dumps(self._reference(side)).encode()
+        check_vocabulary(side.name, side.positions, reference.name, reference.positions)
+        return json.dumps(self._model(side, reference)).encode()
 
     def _reference(self, side: Side) -> dict[str, Any]:
         tokens = [

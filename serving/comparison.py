@@ -5,7 +5,7 @@ from typing import Any
 
 from serving.config import EVERY, Config
 from serving.errors import ApiError
-from serving.request import Request, json_type, parse
+from serving.request import Request, json_type, only_text, parse
 
 MOST_MODELS = 32
 
@@ -58,7 +58,8 @@ class Comparison:
         asked = json.dumps({**self.to_tokenize, "model": self.reference}).encode()
         prompt_tokens = Request(asked, config.limits, config.routing.prefix_chars).prompt_tokens
         written = prompt_tokens + self.max_tokens
-        self.check_length(0 if self.prompt is None else written)
+        # How many tokens a text has is not known yet.
+        self.check_length(self.max_tokens if self.prompt is None else written)
         readers = 1 + len(self.models)
         self.tokens = written * (readers if generate else 1) + (written + 1) * readers
 
@@ -68,10 +69,14 @@ class Comparison:
         Raises:
             ApiError: 400.
         """
-        most = self.limits.max_compare_tokens
-        if tokens > most:
-            message = f"Prompt and answer may have {most} tokens together, but could have {tokens}."
-            raise ApiError(400, message, code="compare_too_long", param="max_tokens")
+        readers = 1 + len(self.models)
+        for field, what, most, could in (
+            ("max_tokens", "Prompt and answer", self.limits.max_compare_tokens, tokens),
+            ("models", f"All {readers} models", self.limits.max_compare_total, tokens * readers),
+        ):
+            if could > most:
+                message = f"{what} may have {most} tokens together, but could have {could}."
+                raise ApiError(400, message, code="compare_too_long", param=field)
 
 
 def reference_of(fields: dict[str, Any]) -> str:
@@ -109,6 +114,8 @@ def prompt(fields: dict[str, Any]) -> tuple[list[int] | None, dict[str, Any]]:
     if given == ["messages"]:
         if not isinstance(value, list) or not all(isinstance(m, dict) for m in value) or not value:
             raise wrong_type("messages", "an array of objects", value)
+        if not only_text(value):
+            raise refused("'messages' may have text only: models read token ids.", "messages")
         return None, {"messages": value, **{k: fields[k] for k in FOR_MESSAGES if k in fields}}
     if isinstance(value, str) and value:
         return None, {"prompt": value, "add_special_tokens": fields.get("add_special_tokens", True)}

@@ -98,6 +98,9 @@ class KeyEntry(Part):
     tokens_per_minute: int | None = Field(None, gt=0)
     """Prompt and answer together. None: no limit."""
 
+    tokens_per_day: int | None = Field(None, gt=0)
+    """The same in a day: a budget. Counted anew after a restart. None: no limit."""
+
     max_concurrent: int | None = Field(None, gt=0)
     """Requests at a time. None: no limit."""
 
@@ -113,6 +116,9 @@ class Limits(Part):
 
     max_compare_tokens: int = Field(4096, gt=0)
     """Longest prompt and answer of /v1/compare together, in tokens."""
+
+    max_compare_total: int = Field(16384, gt=0)
+    """Most tokens that all models of a comparison, the reference too, read together."""
 
     default_max_tokens: int = Field(512, gt=0)
     """Tokens reserved for an answer whose request has no max_tokens (chat)."""
@@ -289,7 +295,7 @@ def load(path: Path) -> Config:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{place}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must have `models:` at its top; docs/GATEWAY.md has an example")

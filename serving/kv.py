@@ -2,16 +2,18 @@
 
 import contextlib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving.connection import UpstreamError
-from serving.replica import Replica
+
+if TYPE_CHECKING:
+    from serving.replica import Replica
 
 INFO = re.compile(rb"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
 NUMBER = re.compile(rb'(\w+)="(\d+(?:\.\d+)?)"')
 
 
-async def kv_cache(replica: Replica | None) -> dict[str, Any]:
+async def kv_cache(replica: "Replica | None") -> dict[str, Any]:
     """Its size in bytes and in tokens, and what a token and the longest request take of it; None is
     what the server (a worker of it, where several share a model) does not say."""
     page = b""

@@ -1,4 +1,4 @@
-"""What one key may use: requests and tokens per minute, and requests at a time."""
+"""What one key may use: requests and tokens in a time, and requests at a time."""
 
 import math
 import time
@@ -6,39 +6,42 @@ import time
 from serving.config import KeyEntry
 from serving.errors import ApiError
 
+MINUTE, DAY = 60.0, 86400.0
+
 
 class Bucket:
-    """A minute's worth that refills all the time; None is no limit."""
+    """So much in a time of `seconds`, which refills all the time; None is no limit."""
 
-    def __init__(self) -> None:
-        self.per_minute: int | None = None
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.most: int | None = None
         self.level = 0.0
         self._filled_at = 0.0
 
-    def set(self, per_minute: int | None, now: float) -> None:
+    def set(self, most: int | None, now: float) -> None:
         """Another limit; what has been used stays used."""
         used = self.used(now)
-        self.per_minute = per_minute
-        self.level = (per_minute or 0) - used
+        self.most = most
+        self.level = (most or 0) - used
         self._filled_at = now
 
     def used(self, now: float) -> float:
-        """How much of the minute's worth is not there."""
-        if self.per_minute is None:
+        """How much is not there."""
+        if self.most is None:
             return 0.0
-        self.level += (now - self._filled_at) * self.per_minute / 60
-        self.level = min(self.level, self.per_minute)
+        self.level += (now - self._filled_at) * self.most / self.seconds
+        self.level = min(self.level, self.most)
         self._filled_at = now
-        return self.per_minute - self.level
+        return self.most - self.level
 
     def wait(self, amount: float, now: float) -> float:
         """Seconds until `amount` is there; 0 if it is, inf if it never will be."""
-        if self.per_minute is None:
+        if self.most is None:
             return 0.0
-        if amount > self.per_minute:
+        if amount > self.most:
             return math.inf
-        missing = amount + self.used(now) - self.per_minute
-        return max(0.0, missing * 60 / self.per_minute)
+        missing = amount + self.used(now) - self.most
+        return max(0.0, missing * self.seconds / self.most)
 
 
 class Account:
@@ -49,8 +52,9 @@ class Account:
         self.name = ""
         self.max_concurrent: int | None = None
         self.in_flight = 0
-        self.requests = Bucket()
-        self.tokens = Bucket()
+        self.requests = Bucket(MINUTE)
+        self.tokens = Bucket(MINUTE)
+        self.days_tokens = Bucket(DAY)
 
     def set(self, entry: KeyEntry) -> None:
         """Take over the limits of a configuration."""
@@ -59,6 +63,7 @@ class Account:
         self.max_concurrent = entry.max_concurrent
         self.requests.set(entry.requests_per_minute, now)
         self.tokens.set(entry.tokens_per_minute, now)
+        self.days_tokens.set(entry.tokens_per_day, now)
 
     def reserve(self, tokens: int) -> None:
         """Begin a request that takes at most so many tokens; `settle` ends it.
@@ -73,17 +78,18 @@ class Account:
         for what, unit, bucket, amount in (
             ("requests", "requests per min (RPM)", self.requests, 1),
             ("tokens", "tokens per min (TPM)", self.tokens, tokens),
+            ("tokens", "tokens per day (TPD)", self.days_tokens, tokens),
         ):
             wait = bucket.wait(amount, now)
             if wait == math.inf:
                 message = (
-                    f"Request too large on {unit}: Limit {bucket.per_minute}, Requested {amount}. "
+                    f"Request too large on {unit}: Limit {bucket.most}, Requested {amount}. "
                     "The input or output tokens must be reduced in order to run successfully."
                 )
                 raise rate_limited(message, what, None)
             if wait > 0:
                 message = (
-                    f"Rate limit reached on {unit}: Limit {bucket.per_minute}, "
+                    f"Rate limit reached on {unit}: Limit {bucket.most}, "
                     f"Used {bucket.used(now):.0f}, Requested {amount}. "
                     f"Please try again in {wait:.3g}s."
                 )
@@ -91,23 +97,25 @@ class Account:
         self.in_flight += 1
         self.requests.level -= 1
         self.tokens.level -= tokens
+        self.days_tokens.level -= tokens
 
     def settle(self, reserved: int, used: int) -> None:
         """End a request: what it reserved and did not use is there again."""
         self.in_flight -= 1
         self.tokens.level += reserved - used
+        self.days_tokens.level += reserved - used
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """OpenAI's x-ratelimit headers, of the limits that there are."""
         now = time.monotonic()
         found = []
         for what, bucket in (("requests", self.requests), ("tokens", self.tokens)):
-            if bucket.per_minute is not None:
+            if bucket.most is not None:
                 used = max(0.0, bucket.used(now))
                 for name, value in (
-                    ("limit", str(bucket.per_minute)),
-                    ("remaining", str(max(0, math.floor(bucket.per_minute - used)))),
-                    ("reset", f"{used * 60 / bucket.per_minute:.3f}s"),
+                    ("limit", str(bucket.most)),
+                    ("remaining", str(max(0, math.floor(bucket.most - used)))),
+                    ("reset", f"{used * bucket.seconds / bucket.most:.3f}s"),
                 ):
                     found.append((f"x-ratelimit-{name}-{what}".encode(), value.encode()))
         return found

@@ -172,6 +172,8 @@ class LiveState(Collector):
                 lambda r: r.circuit != "closed",
             ),
             ("kv_cache_usage_ratio", "Part of a replica's KV cache in use", lambda r: r.kv_usage),
+            ("kv_cache_used_bytes", "The same in bytes, if it says", lambda r: r.kv_used_bytes),
+            ("kv_cache_size_bytes", "A replica's whole KV cache", lambda r: r.kv_bytes),
             ("waiting", "Requests in a replica's own queue", lambda r: r.waiting),
         ]
         families = [

@@ -26,7 +26,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 COMPARISON = {
     "type": "object",
     "required": ["reference"],
-    "anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
+    "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
     "properties": {
         "reference": {**MODEL, "description": "writes the answer; one of /v1/models"},
         "models": {

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from serving.config import Breaker, Config
 from serving.connection import Connection, Pool, StaleError, UpstreamError
+from serving.kv import figures
 
 log = logging.getLogger("attnserve")
 
@@ -28,6 +29,7 @@ class Replica:
         self.draining = False
         self.healthy: bool | None = None  # None: not looked at yet
         self.kv_usage: float | None = None  # a fraction; None: not known
+        self.kv_bytes: int | None = None  # of the whole cache
         self.waiting: float | None = None
         self.running: float | None = None
         self._others = 0.0  # requests of other clients here, when last looked at
@@ -80,6 +82,7 @@ class Replica:
         waiting = found.get(b"num_requests_waiting")
         running = found.get(b"num_requests_running")
         self.kv_usage = max(usages) if usages else None
+        self.kv_bytes = figures(page)["cache_bytes"]
         self.waiting = sum(waiting) if waiting else None
         self.running = sum(running) if running else None
         self._others = max(0.0, (self.waiting or 0) + (self.running or 0) - self.in_flight)
@@ -116,6 +119,13 @@ class Replica:
         return b"".join(lines)
 
     # Load
+
+    @property
+    def kv_used_bytes(self) -> float | None:
+        """Bytes of its KV cache in use; None where the server does not say how large that is."""
+        if self.kv_bytes is None or self.kv_usage is None:
+            return None
+        return self.kv_bytes * self.kv_usage
 
     @property
     def load(self) -> float:

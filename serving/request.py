@@ -6,6 +6,9 @@ from typing import Any
 from serving.config import Limits
 from serving.errors import ApiError
 
+MOST_TOKENS = 2**31 - 1
+"""A number of tokens above this is taken for it: no server writes as many, and a float has room."""
+
 BYTES_PER_TOKEN = 4
 """The guess for text whose tokenizer the gateway does not have; settled by the answer's usage."""
 
@@ -46,7 +49,8 @@ class Request:
         if where != "input":
             answer = count(fields.get("max_completion_tokens")) or count(fields.get("max_tokens"))
             default = 16 if where == "prompt" else limits.default_max_tokens
-            self.tokens += (answer or default) * (count(fields.get("n")) or 1)
+            answers = prompts_in(fields["prompt"]) if "prompt" in fields else 1
+            self.tokens += (answer or default) * (count(fields.get("n")) or 1) * answers
         self.body, self.hide_usage = raw, False
         if self.stream and where != "input":
             self._ask_for_usage(fields)
@@ -103,9 +107,25 @@ def prompt_of(value: Any) -> tuple[str, list[int]]:
     return "\n".join(texts), ids
 
 
+def prompts_in(value: Any) -> int:
+    """How many prompts a completion has: a list of texts, or of lists of ids, has several."""
+    several = isinstance(value, list) and len(value) > 1 and type(value[0]) is not int
+    return len(value) if several else 1
+
+
+def only_text(messages: Any) -> bool:
+    """Whether messages have neither images nor sound, for which ids alone do not stand."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        return False
+    parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
+    return all(
+        isinstance(p, str) or (isinstance(p, dict) and p.get("type") == "text") for p in parts
+    )
+
+
 def count(value: Any) -> int:
     """A field that should be a number above 0; 0 if it is not (the upstream says so then)."""
-    return value if type(value) is int and value > 0 else 0
+    return min(value, MOST_TOKENS) if type(value) is int and value > 0 else 0
 
 
 def json_type(value: Any) -> str:

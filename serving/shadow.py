@@ -18,7 +18,7 @@ from serving.config import ShadowScoring
 from serving.drift import drift
 from serving.errors import ApiError
 from serving.forward import Forward
-from serving.request import parse
+from serving.request import only_text, parse
 
 log = logging.getLogger("attnserve")
 
@@ -119,16 +119,6 @@ def suitable(fields: dict[str, Any]) -> bool:
     prompt = fields.get("prompt")
     return isinstance(prompt, str) or (
         isinstance(prompt, list) and all(type(id) is int for id in prompt)
-    )
-
-
-def only_text(messages: Any) -> bool:
-    """Whether messages have neither images nor sound, for which ids alone do not stand."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        return False
-    parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
-    return all(
-        isinstance(p, str) or (isinstance(p, dict) and p.get("type") == "text") for p in parts
     )
 
 

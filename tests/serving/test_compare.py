@@ -162,8 +162,12 @@ def test_models_are_all_others_by_default(pair: tuple[Running, StandIn, StandIn]
         ({"prompt": [1, -1]}, 400, "prompt"),
         ({"messages": [{"content": "x"}]}, 400, "prompt"),
         ({"prompt": None, "messages": ["x"]}, 400, "messages"),
+        ({"prompt": None, "messages": [{"content": [{"type": "image_url"}]}]}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"max_tokens": 5000}, 400, "max_tokens"),
+        ({"max_tokens": 4094}, 400, "max_tokens"),
+        ({"max_tokens": 4097}, 400, "max_tokens"),
+        ({"max_tokens": 10**400}, 400, "max_tokens"),
+        ({"max_tokens": 1000, "models": [f"b{i}" for i in range(16)]}, 400, "models"),
         ({"max_tokens": "3"}, 400, "max_tokens"),
         ({"top_k": True}, 400, "top_k"),
         ({"generate": 1}, 400, "generate"),
@@ -178,9 +182,9 @@ def test_what_is_refused(
     seen = len(a.seen), len(b.seen)
     answer = compare(gateway, **fields)
     assert (answer.status, error_of(answer)["param"]) == (status, param)
-    # That it could get too long is known once the prompt's tokens are.
+    # That a text's three tokens are too many is known once they are counted.
     asked = a.seen[seen[0] :] + b.seen[seen[1] :]
-    assert [r["path"] for r in asked] == ["/tokenize"] * (fields == {"max_tokens": 5000})
+    assert [r["path"] for r in asked] == ["/tokenize"] * (fields == {"max_tokens": 4094})
 
 
 def test_other_vocabularies() -> None:

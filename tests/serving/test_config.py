@@ -36,6 +36,7 @@ def write(folder: Path, text: str | dict[str, Any]) -> Path:
         ("", "must have `models:` at its top"),
         ("models: []", "models: Tuple should have at least 1 item"),
         ("\x00", "special characters are not allowed"),
+        ("[" * 1000, "maximum recursion depth exceeded"),
         ("models: x\nmodels: y", "line 2, column 1: 'models' stands here twice"),
         ({**GOOD, "modles": 1}, "modles=1: Extra inputs are not permitted"),
         ({**GOOD, "limits": {"queue_size": -1}}, "limits.queue_size=-1: "),

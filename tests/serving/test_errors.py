@@ -99,13 +99,14 @@ def test_exceptions_of_openais_client(gateway: Running) -> None:
     assert (long.value.code, long.value.param) == ("string_above_max_length", "prompt")
 
 
-def test_unknown_fields_and_headers_go_on(gateway: Running, upstream: StandIn) -> None:
-    body = {"model": "m", "prompt": "x", "no_such_field": {"a": [1.50, None]}}
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
+def test_unknown_fields_and_headers_go_on(gateway: Running, upstream: StandIn, path: str) -> None:
+    body = {"model": "m", "input": "x", "no_such_field": {"a": [1.50, None]}}
     headers = {"x_request_id": "my-id.7", "traceparent": "00-abc-def-01", "cookie": "c=1"}
-    answer = ask(gateway.url, "POST", "/v1/completions?a=b", body, **headers)
+    answer = ask(gateway.url, "POST", f"{path}?a=b", body, **headers)
     assert answer.status == 200 and answer.headers.get_all("x-request-id") == ["my-id.7"]
     seen = upstream.seen[-1]
-    assert seen["body"] == body
+    assert (seen["path"], seen["body"]) == (path, body)
     assert seen["headers"]["x-request-id"] == "my-id.7"
     assert seen["headers"]["traceparent"] == "00-abc-def-01"
     assert "cookie" not in seen["headers"]

@@ -140,13 +140,35 @@ def test_tokens_are_reserved_and_settled(stream: bool) -> None:
         wait_for(lambda: gateway.metric(tokens) == 10 + 17, "settled by usage")
 
 
-def test_request_above_the_whole_limit() -> None:
-    keys = [entry(ALICE, "alice", tokens_per_minute=100)]
+def test_tokens_per_day() -> None:
+    """A budget: the day's tokens go with every request, and come back by a few in an hour."""
+    keys = [entry(ALICE, "alice", tokens_per_minute=1000, tokens_per_day=60)]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        statuses = [complete(gateway).status for _ in range(4)]  # 20 are reserved, 17 used
+        answer = complete(gateway)
+        assert statuses == [200, 200, 200, 429] and upstream.started == 3
+        assert (
+            "tokens per day (TPD): Limit 60, Used 51, Requested 20" in error_of(answer)["message"]
+        )
+        assert 15_000 < int(answer.headers["retry-after"]) <= 11 * 86400 // 60
+
+
+@pytest.mark.parametrize("limit", ["tokens_per_minute", "tokens_per_day"])
+def test_request_above_the_whole_limit(limit: str) -> None:
+    keys = [entry(ALICE, "alice", **{limit: 100})]
     with standin() as upstream, running(upstream.url, keys=keys) as gateway:
         answer = complete(gateway, max_tokens=101)
         assert (answer.status, error_of(answer)["type"]) == (429, "tokens")
         assert answer.headers["x-should-retry"] == "false"
         assert "retry-after" not in answer.headers
+
+
+def test_absurd_numbers_are_no_error_of_the_gateway() -> None:
+    with standin() as upstream, running(upstream.url, keys=[entry(ALICE, "a")]) as gateway:
+        upstream.status = 400
+        assert complete(gateway, max_tokens=10**400).status == 400
+        account = gateway.gateway.keys.account(f"Bearer {ALICE}".encode())
+        assert account is not None and account.in_flight == 0
 
 
 def test_failed_requests_cost_no_tokens() -> None:
@@ -172,7 +194,7 @@ def test_concurrency() -> None:
 
 
 def test_bucket() -> None:
-    bucket = Bucket()
+    bucket = Bucket(60.0)
     bucket.set(60, now=0.0)
     assert bucket.wait(60, now=0.0) == 0
     assert bucket.wait(61, now=0.0) == math.inf

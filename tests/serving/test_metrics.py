@@ -35,6 +35,7 @@ def used() -> Iterator[Running]:
     routing = {"policy": "least_loaded"}
     with standin() as bad, standin() as good:
         bad.kv_usage = good.kv_usage = 0.25
+        bad.kv_bytes = good.kv_bytes = 4096
         with running(bad.url, good.url, keys=keys, routing=routing) as gateway:
             bearer = {"authorization": f"Bearer {key}"}
             ask(gateway.url, "POST", "/v1/completions", BODY, **bearer)
@@ -79,6 +80,8 @@ def test_counts(used: Running) -> None:
         'attnserve_key_tokens_total{key="alice"}': 10 * 3 + 1,
         "attnserve_replica_healthy{": 2,
         "attnserve_replica_kv_cache_usage_ratio{": 0.5,
+        "attnserve_replica_kv_cache_used_bytes{": 2048,
+        "attnserve_replica_kv_cache_size_bytes{": 8192,
     }.items():
         assert used.metric(line) == value, line
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from serving.config import Limits
 from serving.errors import ApiError
-from serving.request import Request
+from serving.request import MOST_TOKENS, Request
 
 
 def request(**fields: Any) -> Request:
@@ -21,7 +21,9 @@ def request(**fields: Any) -> Request:
     [
         ({"prompt": "x" * 9}, 3, 3 + 16),
         ({"prompt": [1, 2, 3], "max_tokens": 5}, 3, 8),
-        ({"prompt": ["abcd", "efg"], "max_tokens": 5, "n": 3}, 2, 2 + 15),
+        ({"prompt": ["abcd", "efg"], "max_tokens": 5, "n": 3}, 2, 2 + 2 * 15),
+        ({"prompt": [[1, 2], [3]], "max_tokens": 5}, 3, 3 + 10),
+        ({"prompt": "x", "max_tokens": 10**400}, 1, 1 + MOST_TOKENS),
         ({"prompt": "é" * 4, "max_tokens": 1}, 2, 3),
         ({"messages": [{"role": "u", "content": "abcdef"}], "max_tokens": 9}, 2, 11),
         ({"messages": [{"role": "u", "content": [{"text": "abcd"}]}]}, 2, 2 + 512),
