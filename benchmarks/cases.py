@@ -114,7 +114,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, add: Callable[..., None], csv: Path, cache: str
+    parser: argparse.ArgumentParser, add: Callable[..., None], csv: Path, cache: int
 ) -> None:
     """What the command lines of these benchmarks share.
 

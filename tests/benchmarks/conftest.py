@@ -1,0 +1,21 @@
+"""What tests of whole-server benchmarks share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quant.quantize import main as quantize
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of three layers with two KV heads of 32: `softmax`, `selective`, and `w4`, the
+    first packed to four bits (its embeddings to eight)."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    source = tiny_checkpoint(folder / "softmax", "softmax", tie_word_embeddings=True)
+    tiny_checkpoint(folder / "selective", "selective")
+    quantize([str(source), str(folder / "w4"), "--bits=4", "--scheme=rtn", "--embeddings=8"])
+    return folder

@@ -1,0 +1,196 @@
+"""`python -m benchmarks.serve`: its cases, levels, statistics and refusals. A run of it is slow."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.serve.__main__ import parse
+from benchmarks.serve.levels import LEVELS, Level, Requests, level, meets, read, together
+from benchmarks.serve.measure import Runs
+from benchmarks.serve.report import capacity, plot, results, table
+from serving.launch import LaunchError
+from tests.benchmarks.test_rates import ours
+
+RECORDED = Path(__file__).with_name("data") / "vllm_bench_serve.json"
+"""What `vllm bench serve` 0.32 wrote of sixteen requests to checkpoints/softmax, less texts."""
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    """Both checkpoints, with budgets that fit them."""
+    ckpts = [str(folder / "softmax"), str(folder / "selective")]
+    return ["--ckpts", *ckpts, "--kv-budgets", "8", "4", "12", *more]
+
+
+def test_figures_are_those_of_vllm() -> None:
+    recorded, requests = json.loads(RECORDED.read_text()), read(RECORDED)
+    for name in ("ttft", "tpot", "itl"):
+        values = getattr(requests, name)
+        assert np.median(values) == pytest.approx(recorded[f"median_{name}_ms"])
+        assert np.percentile(values, 99) == pytest.approx(recorded[f"p99_{name}_ms"])
+    assert requests.tokens / requests.seconds == pytest.approx(recorded["output_throughput"])
+    limits = Level("recorded", 600, 1000)  # recorded with --goodput ttft:600 tpot:1000
+    assert 0 < requests.good(limits) < len(requests.ttft)
+    goodput = requests.good(limits) / requests.seconds
+    assert goodput == pytest.approx(recorded["request_goodput"])
+
+
+def test_failed_requests_are_no_measurement(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    recorded = json.loads(RECORDED.read_text()) | {"failed": 1}
+    recorded["errors"][3] = "Traceback\nConnectionResetError: peer"
+    file.write_text(json.dumps(recorded))
+    with pytest.raises(LaunchError, match=r"1 of 16 requests failed: ConnectionResetError: peer"):
+        read(file)
+    with pytest.raises(LaunchError, match="left no result"):
+        read(tmp_path / "nothing.json")
+
+
+def requests(seconds: float, ttft: float, tpot: float, count: int = 100) -> Requests:
+    """As many requests of ten tokens, all the same."""
+    same = np.full(count, 1.0)
+    return Requests(seconds, 10 * count, same * ttft, same * tpot, same * tpot)
+
+
+def test_a_level_is_met_by_the_99th_percentile() -> None:
+    limits = Level("l", 100, 10)
+    fast, slow = requests(1.0, 90, 9), requests(1.0, 110, 9, count=1)
+    assert fast.good(limits) == 100 and slow.good(limits) == 0
+    both = together([fast, fast, slow])
+    assert both.good(limits) == 200 and both.seconds == 3.0
+    assert meets(both, limits)  # one of 201 is out
+    assert not meets(together([fast, slow, slow, slow]), limits)
+    assert not meets(requests(1.0, 90, 11), limits)
+
+
+def test_levels_of_the_command_line(folder: Path) -> None:
+    assert parse(arguments(folder)).levels == LEVELS
+    given = parse(arguments(folder, "--level", "batch=5000:250.5", "--level", "chat=100:10"))
+    assert given.levels == [Level("batch", 5000, 250.5), Level("chat", 100, 10)]
+    for wrong in ("chat", "chat=1", "chat=1:0", "=1:1", "a b=1:1", "chat=x:1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not like interactive=500:30"):
+            level(wrong)
+
+
+def test_cases(folder: Path) -> None:
+    options = parse(arguments(folder, "--packed", str(folder / "w4"), "--gateway=all"))
+    direct = ["stock", "softmax", "selective", "selective pruned", "w4"]
+    expected = [direct[0], *(name + end for name in direct[1:] for end in ("", " + gateway"))]
+    subjects = {subject.name: subject for subject in options.subjects}
+    assert list(subjects) == expected
+    assert subjects["w4 + gateway"].server is subjects["w4"].server
+    assert subjects["w4"].case.weights == "w4-g64-e8"
+    command = {name: " ".join(subject.server.command) for name, subject in subjects.items()}
+    assert "--attention-backend=cpu_attn" in command["stock"]
+    assert '"kv_budgets": [8, 4, 12]' in command["selective pruned"]
+    assert "kv_budgets" not in command["selective"]
+    assert "--attention-backend" not in command["softmax"]
+
+    one = [subject.name for subject in parse(arguments(folder)).subjects]
+    assert one == ["stock", "softmax", "softmax + gateway", "selective", "selective pruned"]
+    bare = parse(arguments(folder, "--gateway=none", "--no-stock"))
+    assert [subject.name for subject in bare.subjects] == direct[1:4]
+
+
+def test_rows(folder: Path, tmp_path: Path) -> None:
+    """Ratios are made inside a round; what failed has a row that says why."""
+    options = parse(arguments(folder, "--gateway=none", "--request-rates", "4", "inf"))
+    inf = float("inf")
+    runs: Runs = {
+        ("stock", 4.0): {0: requests(1.0, 100, 20), 1: requests(2.0, 200, 40)},
+        ("softmax", 4.0): {0: requests(0.5, 100, 10), 1: requests(2.0, 100, 10)},
+        ("stock", inf): {0: requests(1.0, 100, 20)},
+        ("selective", 4.0): {1: requests(1.0, 900, 20)},
+    }
+    failed = {"selective": "ended with exit code 1", "selective pruned": "did not start in 3 s"}
+    rows = results(options.subjects, [4.0, inf], LEVELS, runs, failed)
+    names = ["stock", "stock", "softmax", "selective", "selective", "selective pruned"]
+    assert [row["case"] for row in rows] == names
+    assert [row["error"] for row in rows[4:]] == list(failed.values())
+    assert [row.get("request_rate") for row in rows] == [4.0, "inf", 4.0, 4.0, None, None]
+    softmax, selective = rows[2], rows[3]
+    assert (softmax["tokens_per_s_ratio_min"], softmax["tokens_per_s_ratio_max"]) == (1.0, 2.0)
+    assert (softmax["ttft_ms_ratio"], softmax["tpot_ms_ratio"]) == (0.75, 0.375)
+    assert (selective["rounds"], selective["tokens_per_s_ratio"]) == (1, 2.0)
+    assert softmax["interactive_met"] and softmax["interactive_goodput"] == 200 / 2.5
+    assert not selective["interactive_met"] and selective["server_share"] == 1.0
+    # The peer's slower round at 4/s took 40 ms a token.
+    assert capacity(rows, LEVELS[0]) == {"stock": 100.0, "softmax": 80.0, "selective": 0.0}
+    assert len(table(rows, LEVELS).splitlines()) == 5
+    plot(tmp_path / "plot.png", "title", rows, LEVELS)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    json.dumps(rows, allow_nan=False)
+
+
+def test_without_a_peer(folder: Path) -> None:
+    """What the peer did not measure has no ratio."""
+    options = parse(arguments(folder, "--gateway=none"))
+    runs: Runs = {("softmax", 4.0): {0: requests(1.0, 100, 20)}}
+    rows = results(options.subjects, [4.0], LEVELS, runs, {"stock": "ended"})
+    assert [row["error"] for row in rows] == ["ended", ""]
+    assert rows[1]["tokens_per_s_ratio"] is None
+    assert "softmax" in table(rows, LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--kv-budgets", "8", "8"], r"2 budgets; .*selective has 3 layers"),
+        (["--prompt-len=1000"], "prompt, answer and 32 spare tokens are 1064; softmax takes 1024"),
+        (["--packed=nowhere"], "nowhere is not a checkpoint"),
+        (["--ckpts=nowhere"], "nowhere is not a checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals(folder: Path, more: list[str], line: str) -> None:
+    with pytest.raises(LaunchError, match=line):
+        parse(arguments(folder, *more))
+
+
+def test_refusals_of_checkpoints(folder: Path, tmp_path: Path) -> None:
+    selective, softmax = str(folder / "selective"), str(folder / "softmax")
+    with pytest.raises(LaunchError, match="stock vLLM needs a softmax checkpoint"):
+        parse(["--ckpts", selective, "--kv-budgets"])
+    with pytest.raises(LaunchError, match=r"is not from quant\.quantize"):
+        parse(["--ckpts", softmax, "--packed", selective])
+    again = tmp_path / "softmax"
+    again.symlink_to(folder / "softmax")
+    copied = shutil.copytree(again, tmp_path / "other" / "softmax")
+    with pytest.raises(LaunchError, match="folders are called softmax: rename one"):
+        parse(["--ckpts", softmax, str(copied)])
+
+
+@pytest.mark.slow
+def test_a_run_with_a_case_that_fails(folder: Path, tmp_path: Path) -> None:
+    """Two servers measured, one also through the gateway; one without weights does not start."""
+    broken = shutil.copytree(folder / "softmax", tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    csv = tmp_path / "serve.csv"
+    command = [sys.executable, "-m", "benchmarks.serve", "--ckpts", str(folder / "softmax")]
+    command += [str(broken), "--request-rates", "inf", "--rounds=2", "--requests=6", f"--csv={csv}"]
+    command += ["--prompt-len=64", "--new-tokens=8", "--enforce-eager", f"--log-folder={tmp_path}"]
+    command += [f"--kv-cache-memory-bytes={64 << 20}", "--threads=1", "--level=any=60000:60000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    rows = {row["case"]: row for row in last["rows"]}
+    assert list(rows) == ["stock", "softmax", "softmax + gateway", "broken"]
+    assert "broken failed: bench-broken ended with exit code" in done.stderr
+    assert rows["broken"]["error"]
+    for name in ("stock", "softmax", "softmax + gateway"):
+        row = rows[name]
+        assert (row["rounds"], row["requests"], row["any_share"]) == (2, 12, 1.0)
+        assert row["tokens_per_s"] > 0 and row["ttft_ms_p99"] >= row["ttft_ms_p50"] > 0
+        assert row["any_goodput"] == pytest.approx(row["requests_per_s"])
+        assert last["most_requests_per_s"]["any"][name] == row["requests_per_s"]
+    assert list(pd.read_csv(csv)["path"]) == ["direct", "direct", "gateway", "direct"]
+    assert csv.with_suffix(".png").exists()
+    assert not ours()
