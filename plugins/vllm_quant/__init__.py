@@ -1,8 +1,8 @@
-"""The vLLM plugin for weights of 2 to 8 bits on CPUs.
+"""The vLLM plugin for weights of 2 to 8 bits.
 
 vLLM 0.32 has no CPU kernel for packed weights but one for 4 bits, which needs AVX-512. This plugin
-serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`. Other
-formats, and other devices, stay vLLM's.
+serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`; on a GPU
+what vLLM has no kernel for. Other formats, and other devices, stay vLLM's.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import functools
 
 @functools.cache
 def register() -> None:
-    """Entry point `vllm.general_plugins`, for vLLM on CPUs. Idempotent."""
+    """Entry point `vllm.general_plugins`, for vLLM on CPUs and GPUs. Idempotent."""
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.platforms import current_platform
 
     from vllm_quant.lazy import LazyConfig
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() or current_platform.is_cuda_alike():
         register_quantization_config("compressed-tensors")(LazyConfig)

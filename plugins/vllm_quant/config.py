@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from quant_kernels.library import load
 from quant_kernels.panels import CHUNK
 from vllm_attn.report import StartupError
+from vllm_quant import device
 from vllm_quant.embedding import PackedEmbeddingMethod
 from vllm_quant.layer import Format
 from vllm_quant.linear import PackedScheme
@@ -27,7 +28,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class PackedConfig(CompressedTensorsConfig):
-    """Weight-only integers in the format `pack-quantized` are ours, all else is vLLM's."""
+    """Weight-only integers in the format `pack-quantized` are ours, on a GPU where vLLM has no
+    kernel for them; all else is vLLM's."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of one layer.
@@ -44,13 +46,20 @@ class PackedConfig(CompressedTensorsConfig):
         form = Format(
             weights.num_bits, weights.group_size, weights.symmetric, weights.zp_dtype or torch.int8
         )
+        on_gpu = device.on_gpu()
+        if on_gpu and device.stays_vllms(layer, form):
+            return super().get_quant_method(layer, prefix)
+        kernels = "GPU kernels" if on_gpu else "CPU kernels"
         if form.group is not None and form.group % CHUNK:
             raise StartupError(
-                f"{prefix or 'the embedding'} has groups of {form.group} columns: the CPU kernels "
+                f"{prefix or 'the embedding'} has groups of {form.group} columns: the {kernels} "
                 f"take multiples of {CHUNK}, or whole rows"
             )
-        load(form.bits)  # built, or a warning given, before anything else is loaded
-        logger.info_once("Packed weights of %d bits run in attnserve's CPU kernels.", form.bits)
+        if on_gpu:
+            device.require_kernels()
+        else:
+            load(form.bits)  # built, or a warning given, before anything else is loaded
+        logger.info_once("Packed weights of %d bits run in attnserve's %s.", form.bits, kernels)
         if isinstance(layer, VocabParallelEmbedding):
             return PackedEmbeddingMethod(form)
         # The class that vLLM's linear layers know how to load.

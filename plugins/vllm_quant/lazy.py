@@ -29,7 +29,7 @@ class LazyConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of GPUs, which have vLLM's own class."""
+        """Of GPUs; asked of instances only, which are `PackedConfig`."""
         return -1
 
     def get_name(self) -> str:

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from quant_kernels import multiply
 from quant_kernels.panels import CHUNK
 from vllm_attn.report import StartupError
+from vllm_quant.device import CAPABILITY
 from vllm_quant.layer import Format, weight_of
 
 
@@ -28,8 +29,8 @@ class PackedScheme(CompressedTensorsScheme):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of GPUs; this is for CPUs."""
-        return -1
+        """Of GPUs."""
+        return CAPABILITY
 
     def create_weights(
         self,

@@ -24,6 +24,16 @@ SHAPES = (
 )
 """Rows, outputs, inputs, group, zero points: no whole panel, chunk, group or tile."""
 
+DEFAULT = {1: (3,), 2: (4,)}
+"""Widths by rows: the kernel for few rows takes seconds to interpret."""
+
+CASES = [
+    pytest.param(bits, *shape, marks=[] if fast else pytest.mark.slow)
+    for bits in BITS
+    for shape in SHAPES
+    for fast in [bits in DEFAULT.get(shape[0], (3, 4))]
+]
+
 
 def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
     """Imported when it is called: the interpreter must be on."""
@@ -47,8 +57,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "gather", gather)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "group", "zeros"), SHAPES)
+@pytest.mark.parametrize(("bits", "rows", "outputs", "inputs", "group", "zeros"), CASES)
 def test_products(
     bits: int, rows: int, outputs: int, inputs: int, group: int | None, zeros: str
 ) -> None:

@@ -1,0 +1,75 @@
+"""What our kernels need of a GPU, and which layers stay vLLM's there."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    compressed_tensors_wNa16 as stock,
+)
+from vllm.platforms import current_platform
+
+from vllm_attn.report import StartupError
+from vllm_quant.layer import Format
+
+CAPABILITY = 80
+"""Of NVIDIA's GPUs, 8.0: the oldest that the kernels are compiled for."""
+
+
+def on_gpu() -> bool:
+    """Whether layers are on a GPU."""
+    return current_platform.is_cuda_alike()
+
+
+def require_kernels() -> None:
+    """Make sure of the Triton kernels.
+
+    Raises:
+        StartupError: this environment or GPU cannot run them.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise StartupError(
+            "attnserve multiplies packed weights on a GPU in Triton, which is not installed: "
+            "pip install triton"
+        )
+    if current_platform.is_cuda() and not current_platform.has_device_capability(CAPABILITY):
+        raise StartupError(
+            "attnserve's kernels for packed weights need a GPU of compute capability 8.0 or "
+            "later: serve this checkpoint on a CPU"
+        )
+
+
+def stays_vllms(layer: nn.Module, form: Format) -> bool:
+    """Whether one of vLLM's own kernels takes a layer: they are known, ours are not timed.
+
+    Embeddings never (vLLM has no zero points and no tied head there), nor float32, nor what is
+    beyond compressed-tensors' format: a short last group, zero points between codes.
+    """
+    if not isinstance(layer, LinearBase):
+        return False
+    short = form.group is not None and layer.input_size % form.group
+    between = not form.symmetric and form.zero_dtype == torch.float16
+    if short or between or layer.params_dtype == torch.float32:
+        return False
+    types: Any = stock.WNA16_SUPPORTED_TYPES_MAP
+    if not form.symmetric:
+        types = stock.WNA16_ZP_SUPPORTED_TYPES_MAP
+    shape = (layer.input_size, layer.output_size)
+    config = MPLinearLayerConfig(
+        full_weight_shape=shape,
+        partition_weight_shape=shape,
+        weight_type=types[form.bits],
+        act_type=layer.params_dtype,
+        group_size=form.group or -1,
+        zero_points=not form.symmetric,
+    )
+    try:
+        choose_mp_linear_kernel(config)
+    except ValueError:  # it lists why each of them does not
+        return False
+    return True
