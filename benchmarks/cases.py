@@ -51,6 +51,7 @@ class Case:
             "variant": self.variant,
             "weights": self.weights,
             "kv_budgets": " ".join(map(str, self.kv_budgets)),
+            "backend": self.backend or self.variant,
         }
 
 
