@@ -120,7 +120,6 @@ class StandIn:
     async def _answer(self, scope: Any, body: dict[str, Any], send: Any) -> None:
         tokens = body.get("max_tokens", 4)
         usage = {**TOKEN_USAGE, "completion_tokens": tokens}
-        ids = list(range(tokens))
         await asyncio.sleep(self.before_s)
         if self.status != 200:
             error = {"message": self.message, "type": "x", "param": None, "code": self.status}
@@ -132,6 +131,7 @@ class StandIn:
             await reply(send, 200, json.dumps({"tokens": [7, 8, 9], "count": 3}).encode())
         elif not body.get("stream"):
             await asyncio.sleep(self.between_s * tokens)
+            ids = list(range(tokens))
             text = self.text or "".join(f" {i}" for i in range(tokens))
             choice = {"index": 0, "text": text, **self._ids(body, ids)}
             if "prompt_logprobs" in body:
