@@ -3,6 +3,7 @@
 matrix: every variant's kernels against the float64 law, in all dtypes, head sizes, groups, windows
 and phases, on caches with NaN in every unused slot; float8 caches where the device has them.
 graph: a captured decode step, replayed after block tables and lengths have changed in place.
+packed: products and lookups with weights of 2 to 8 bits against float64 ones.
 timing: each variant's kernels beside FlashAttention, vLLM's Triton kernel and FlexAttention, where
 they are installed. serve: `vllm serve` of checkpoints/softpick with CUDA graphs on, its greedy
 tokens against the law's.

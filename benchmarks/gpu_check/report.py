@@ -80,7 +80,7 @@ def table(rows: Sequence[Row]) -> str:
     """For people: errors by variant and dtype, times, and every row that is not green."""
     blocks = []
     frame = pd.DataFrame(list(rows))
-    checked = frame[frame.part.isin(["matrix", "graph"])] if len(frame) else frame
+    checked = frame[frame.part.isin(["matrix", "graph", "packed"])] if len(frame) else frame
     if len(checked) and "variant" in checked and "error" in checked:
         lines = []
         for (part, variant, dtype), group in checked.dropna(subset=["variant"]).groupby(

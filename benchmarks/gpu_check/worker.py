@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.gpu_check import graph, matrix, served, timing
+from benchmarks.gpu_check import graph, matrix, packed, served, timing
 from benchmarks.gpu_check.checks import Task, work
 
 PARTS = {
     "matrix": matrix.checks,
     "graph": graph.checks,
+    "packed": packed.checks,
     "timing": timing.checks,
     "serve": served.checks,
 }

@@ -150,6 +150,26 @@ def test_float8_keys_are_not_clamped() -> None:
     assert bool(((stored(keys, KEY_SCALE) - keys).abs() <= rounding * 1.001).all())
 
 
+def test_packed_check(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A width and dtype that are right; then a product that is off by one part in a thousand, and
+    lookups that are."""
+    from benchmarks.gpu_check import packed
+    from quant_kernels import triton
+
+    monkeypatch.setattr(packed, "OUTPUTS", 20)
+    monkeypatch.setattr(packed, "COLUMNS", 70)
+    names = [check.name for check in packed.checks(task)]
+    assert len(names) == len(task.dtypes) * 7 and "4 bits fp32" in names
+    product, lookup = packed.check(4, "fp32", task)
+    assert product["status"] == lookup["status"] == "ok" and 0 < product["error"] < 2e-6
+    multiply, gather = triton.multiply, triton.gather
+    monkeypatch.setattr(triton, "multiply", lambda *given: multiply(*given) * 1.001)
+    monkeypatch.setattr(triton, "gather", lambda *given: gather(*given) * 1.001)
+    product, lookup = packed.check(4, "fp32", task)
+    assert product["status"] == lookup["status"] == "failed"
+    assert "numbers differ" in lookup["detail"] and product["error"] > 1e-4
+
+
 def test_graph_check() -> None:
     """Without a GPU the step itself is called again: the changes in place are what is tested."""
     from benchmarks.gpu_check import graph
