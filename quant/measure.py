@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
+from quant import lm_eval_tasks
 from quant.activations import Activations, QuantizedCache, cache_bytes
 from quant.cell import Cell
 from quant.model import largest_inputs, linears, quantize, stored_bytes
@@ -74,6 +75,7 @@ class Task:
         records: folder for the log-probabilities of unquantized models.
         key: what the result depends on.
         baseline: the unquantized model's `units`; None if this is it.
+        harness: lm-eval's tasks; None: none.
     """
 
     folder: Path
@@ -83,6 +85,7 @@ class Task:
     records: Path
     key: dict[str, Any]
     baseline: dict[str, Any] | None = None
+    harness: lm_eval_tasks.Harness | None = None
 
     @property
     def name(self) -> str:
@@ -111,14 +114,26 @@ def subject(folder: Path, length: int, digest: str) -> Subject:
     return Subject(folder, length)
 
 
-def key_of(checkpoint: Checkpoint, cell: Cell, samples: Samples, data: Data) -> dict[str, Any]:
-    """What a result depends on."""
+def key_of(
+    checkpoint: Checkpoint,
+    cell: Cell,
+    samples: Samples,
+    data: Data,
+    harness: lm_eval_tasks.Harness | None = None,
+) -> dict[str, Any]:
+    """What a result depends on.
+
+    Raises:
+        Refusal: lm-eval cannot do what is asked of it.
+    """
+    asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
     return {
         "checkpoint": checkpoint.digest,
         "cell": dataclasses.asdict(cell),
         "samples": dataclasses.asdict(samples),
         "texts": texts_digest(data),
         "numerics": NUMERICS,
+        **asked,
     }
 
 
@@ -166,6 +181,9 @@ def measure(task: Task) -> dict[str, Any]:
         result = one.run(checkpoint, task.data, scorer)
         summary |= {f"{one.name}: {figure}": value for figure, value in result.summary.items()}
         units[one.name] = result.units
+    if task.harness is not None:
+        figures, units[lm_eval_tasks.NAME] = lm_eval_tasks.run(task.harness, checkpoint, scorer)
+        summary |= figures
     if task.cell == Cell():
         recorder.close()
         found, details = outliers(checkpoint, model, task)
@@ -248,4 +266,6 @@ def changes(units: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Estima
     mean = float(np.mean([each.mean() for each in sets]))
     half = Z * float(np.sqrt(sum(each.var(ddof=1) / len(each) for each in sets))) / len(sets)
     found["blimp change"] = Estimate(mean, mean - half, mean + half)
+    if lm_eval_tasks.NAME in units:
+        found |= lm_eval_tasks.changes(*(u[lm_eval_tasks.NAME] for u in (units, baseline)))
     return found

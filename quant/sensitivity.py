@@ -32,7 +32,7 @@ from benchmarks.options import positive
 from quant.errors import Refusal
 from quant.measure import NUMERICS, Samples, Subject
 from quant.mixed import Price, Prices, Widths, path, total, within
-from quant.model import linears, put
+from quant.model import empty_model, linears, put
 from quant.schemes.hessian import watched
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.store import FOLDER
@@ -233,10 +233,11 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     scheme, books = get_scheme(options.scheme), split(options.books)
     grids = [Grid(bits, options.group, options.symmetric) for bits in sorted(set(options.bits))]
     checkpoint = Subject(options.checkpoint, options.length)
+    planned = linears(empty_model(options.checkpoint), options.lm_head)
+    for grid in grids:
+        scheme.check(grid, {layer.in_features for layer in planned.values()})
     model = load(options.checkpoint)
     layers = linears(model, options.lm_head)
-    for grid in grids:
-        scheme.check(grid, {layer.in_features for layer in layers.values()})
     key = {
         "checkpoint": checkpoint.digest,
         "texts": digest(*books.train, books.validation, books.test),

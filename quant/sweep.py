@@ -28,6 +28,7 @@ from benchmarks.options import positive
 from quant import pool, store
 from quant.cell import PARTS, Cell, cells
 from quant.errors import Refusal
+from quant.lm_eval_tasks import Harness
 from quant.measure import Samples, Task, key_of, measure
 from quant.model import empty_model, linears
 from quant.report.frame import table
@@ -58,7 +59,7 @@ def tasks_of(
     samples = Samples(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(Samples)}
     )
-    data = Data(options.books, options.eval)
+    data, harness = Data(options.books, options.eval), harness_of(options)
     return [
         Task(
             checkpoint.folder,
@@ -66,10 +67,24 @@ def tasks_of(
             samples,
             data,
             options.out / "records",
-            key_of(checkpoint, cell, samples, data),
+            key_of(checkpoint, cell, samples, data, harness),
+            harness=harness,
         )
         for cell in (Cell(), *chosen)
     ]
+
+
+def harness_of(options: argparse.Namespace) -> Harness | None:
+    """lm-eval's tasks.
+
+    Raises:
+        Refusal: settings without tasks.
+    """
+    if options.lm_eval:
+        return Harness(tuple(options.lm_eval), options.lm_eval_include, options.lm_eval_limit)
+    if options.lm_eval_include or options.lm_eval_limit:
+        raise Refusal("--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval")
+    return None
 
 
 def is_there(task: Task, options: argparse.Namespace) -> bool:
@@ -83,7 +98,8 @@ def is_there(task: Task, options: argparse.Namespace) -> bool:
         return False
     key = store.read(path).key
     if key != task.key:
-        differing = ", ".join(name for name in task.key if task.key[name] != key.get(name))
+        names = {**task.key, **key}
+        differing = ", ".join(name for name in names if task.key.get(name) != key.get(name))
         raise Refusal(
             f"{path} holds a result with another {differing}: --force measures again and "
             "replaces it, --out DIR writes elsewhere"
@@ -234,6 +250,16 @@ def parser() -> argparse.ArgumentParser:
     for name, text in units.items():
         default = getattr(Samples(), name)
         add(f"--{name}", type=positive, default=default, help=f"{text} (default: {default})")
+    add(
+        "--lm-eval",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="tasks of lm-eval too, where their data is local: pip install -e '.[lm-eval]', "
+        "HF_HUB_OFFLINE=1 (default: none)",
+    )
+    add("--lm-eval-include", type=Path, metavar="DIR", help="folder with tasks of your own (YAML)")
+    add("--lm-eval-limit", type=positive, metavar="N", help="documents of a task (default: all)")
     add("--seed", type=int, default=0, help="of the calibration's places (default: %(default)s)")
     add(
         "--jobs",

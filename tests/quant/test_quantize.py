@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from quant.measure import Samples, Subject
 from quant.model import quantize
 from quant.pack import unpack
 from quant.quantize import main
-from quant.schemes.registry import get_scheme
+from quant.schemes.registry import SCHEMES, get_scheme
 from quant.texts import calibration
 from quant.weight import Grid, QuantizedWeight
 from tests.tiny import tiny_checkpoint
@@ -188,6 +189,25 @@ def test_refused_in_one_line(
     assert len(printed.err.splitlines()) == 1
     assert printed.out == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("lack", "says"),
+    [
+        ({"bits": (4, 8)}, "scheme rtn cannot do 3 bits: it has 4, 8"),
+        ({"library": "no_such_library"}, "scheme rtn needs the library no_such_library, which is"),
+    ],
+)
+def test_a_width_or_library_that_a_scheme_lacks(
+    softpick: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lack: dict[str, Any],
+    says: str,
+) -> None:
+    monkeypatch.setitem(SCHEMES, "rtn", dataclasses.replace(SCHEMES["rtn"], **lack))
+    test_refused_in_one_line(softpick, tmp_path, capsys, ["--bits=3", "--scheme=rtn"], says)
 
 
 def test_folders_that_will_not_do(

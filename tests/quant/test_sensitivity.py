@@ -126,6 +126,7 @@ def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) ->
         ("--bits 1", "1 bits: use a width from 2 to 8"),
         ("--scheme awq", "unknown scheme 'awq'"),
         ("--scheme hqq --symmetric", "hqq has no symmetric form"),
+        ("--scheme quanto --bits 3", "scheme quanto cannot do 3 bits: it has 2, 4, 8"),
         ("--books nowhere", "emma.txt is not there"),
         ("--budget 5", "a budget of 5 bytes is too small: the least possible is"),
     ],
