@@ -6,7 +6,7 @@ For each checkpoint, packed (--packed) or not, and selective attention also with
   KV a request, a token  blocks that a lone request takes (vLLM's metrics) x bytes of a block (as
                          allocated in the worker); a token: by the request's tokens
   requests in flight     the most that run at once when more are sent than the KV cache holds
-  KV cache resident      its pages that are in memory after that
+  KV cache resident      its pages that are in memory; vLLM fills it with zeros at the start
   weights                what the worker's own memory grows by while they are loaded and packed
 
 and, as the system counts them for all processes, PSS and RSS when idle and the largest RSS. These

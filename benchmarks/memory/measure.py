@@ -82,14 +82,13 @@ async def measure(
         pss = sum(process.memory_full_info().pss for process in processes(server))
         alone = await seen_while(server, prompts[:1], options.new_tokens)
         full = await seen_while(server, prompts, options.new_tokens)
-        resident = (await told(server))[0]["resident"]
     taken_blocks = round(max(alone.usage) * (blocks - 1))  # one block is vLLM's own
     request = taken_blocks * taken["allocated"] / blocks
     return {
         "kv_bytes_per_token": request / (options.prompt_len + options.new_tokens),
         "kv_bytes_per_request": request,
         "requests_in_flight": int(max(full.running)),
-        "kv_cache_bytes": resident,
+        "kv_cache_bytes": taken["resident"],
         "weight_bytes": taken["weights"],
         "blocks": blocks,
         "pss_bytes": pss,

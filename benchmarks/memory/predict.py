@@ -48,19 +48,19 @@ def request_bytes(case: Case, config: dict[str, Any], dtype: torch.dtype, length
 def predict(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """All quantities of `QUANTITIES`, for requests of `prompt_len + new_tokens` tokens.
 
-    Per token is per request by the request's tokens. One block of the cache is vLLM's own; the
-    others are resident once requests have written to all of them.
+    Per token is per request by the request's tokens. The cache has as many whole blocks as fit; one
+    of them is vLLM's own.
     """
     config, dtype = config_of(case.ckpt), getattr(torch, options.dtype)
     length = options.prompt_len + options.new_tokens
     request = request_bytes(case, config, dtype, length)
     blocks_of_request = 1 if case.kv_budgets else -(-length // BLOCK_SIZE)
     block = request // blocks_of_request
-    blocks = max(0, options.kv_cache_memory_bytes // block - 1)
+    blocks = options.kv_cache_memory_bytes // block
     return {
         "kv_bytes_per_token": request / length,
         "kv_bytes_per_request": request,
-        "requests_in_flight": blocks // blocks_of_request,
+        "requests_in_flight": max(0, blocks - 1) // blocks_of_request,
         "kv_cache_bytes": blocks * block,
         "weight_bytes": weight_bytes(case.ckpt, options.dtype),
     }

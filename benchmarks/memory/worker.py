@@ -36,7 +36,7 @@ def anonymous() -> int:
 
 
 def resident(storage: torch.UntypedStorage) -> int:
-    """Bytes of a tensor's memory that are resident: nobody's pages are, before they are written.
+    """Bytes of a tensor's memory that are resident; pages that nobody has written to are not.
 
     Raises:
         OSError: mincore(2) fails.
@@ -87,7 +87,7 @@ class Memory:
     model_runner: Any
 
     def memory_taken(self) -> dict[str, int]:
-        """Bytes of the weights, and of the KV cache: allocated, and resident by now."""
+        """Bytes of the weights, and of the KV cache: allocated, and resident."""
         tensors = torch.utils._pytree.tree_leaves(self.model_runner.kv_caches)
         caches = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
         return {
