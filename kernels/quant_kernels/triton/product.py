@@ -2,8 +2,8 @@
 
 A matrix is in panels of sixteen rows, as on a CPU (`quant_kernels.panels`): word w of all sixteen
 lies side by side, and 32 codes of a row take exactly BITS words. Codes become floats in registers,
-less the middle one of their width, which is exact in all dtypes. Scales, and how far zero points are
-from the middle, come after the sums in float32: weights are not rounded a second time.
+less the middle one of their width, which is exact in all dtypes. Scales, and how far zero points
+are from the middle, come after the sums in float32: weights are not rounded a second time.
 """
 
 import triton
