@@ -14,7 +14,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 from vllm_attn.report import StartupError
-from vllm_quant import device
 from vllm_quant.config import PackedConfig
 
 LINEAR = "vllm.model_executor.kernels.linear"
@@ -115,6 +114,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gpu, "capability", DeviceCapability(7, 5))
     with pytest.raises(StartupError, match=r"need a GPU of compute capability 8\.0 or later"):
         scheme(config(3, 64))
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(StartupError, match="in Triton, which is not installed"):
         scheme(config(3, 64))
