@@ -45,6 +45,15 @@ def request_bytes(case: Case, config: dict[str, Any], dtype: torch.dtype, length
     return -(-length // BLOCK_SIZE) * BLOCK_SIZE * int(token)
 
 
+def embedding_copies(config: dict[str, Any], dtype: torch.dtype) -> int:
+    """Bytes that vLLM 0.32 takes on a CPU beside the tensors: it packs unquantized embeddings and
+    the head for oneDNN, each of them, tied or not, and keeps what it has packed."""
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    if len(groups) > 1:  # quant.quantize's second group are the embeddings
+        return 0
+    return int(2 * config["vocab_size"] * config["hidden_size"] * dtype.itemsize)
+
+
 def predict(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """All quantities of `QUANTITIES`, for requests of `prompt_len + new_tokens` tokens.
 
@@ -62,5 +71,5 @@ def predict(case: Case, options: argparse.Namespace) -> dict[str, float]:
         "kv_bytes_per_request": request,
         "requests_in_flight": max(0, blocks - 1) // blocks_of_request,
         "kv_cache_bytes": blocks * block,
-        "weight_bytes": weight_bytes(case.ckpt, options.dtype),
+        "weight_bytes": weight_bytes(case.ckpt, options.dtype) + embedding_copies(config, dtype),
     }

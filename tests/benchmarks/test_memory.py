@@ -13,6 +13,7 @@ import pytest
 from benchmarks.memory.__main__ import parse, plot, row_of, table
 from benchmarks.memory.measure import requests_of
 from benchmarks.memory.predict import QUANTITIES, predict
+from benchmarks.quantized import weight_bytes
 from benchmarks.servers import append_csv
 from serving.launch import LaunchError
 from tests.benchmarks.test_rates import ours
@@ -41,7 +42,10 @@ def test_predictions(folder: Path) -> None:
     assert pruned["requests_in_flight"] == 2_000_000 // page - 1
     assert requests_of(pruned) > pruned["requests_in_flight"]
     assert packed["kv_bytes_per_token"] == token
-    assert packed["weight_bytes"] < softmax["weight_bytes"] / 4
+    assert packed["weight_bytes"] == weight_bytes(folder / "w4", "float32")
+    vocabulary = json.loads((folder / "softmax/config.json").read_text())["vocab_size"]
+    stored = weight_bytes(folder / "softmax", "float32")
+    assert softmax["weight_bytes"] == stored + 2 * vocabulary * 128 * 4
 
 
 def test_a_request_takes_whole_blocks_and_no_budget_is_longer_than_it(folder: Path) -> None:
