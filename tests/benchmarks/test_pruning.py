@@ -61,12 +61,13 @@ def test_another_attention_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_measures_both(checkpoint: Path, tmp_path: Path) -> None:
-    """Memory for two unpruned requests of 256 tokens, or 33 pages."""
+    """Memory for four unpruned requests of 256 tokens, or for all 40 pruned ones; an answer long
+    enough to be seen growing on a fast machine."""
     csv = tmp_path / "pruning.csv"
     command = [sys.executable, "-m", "benchmarks.pruning", f"--ckpt={checkpoint}"]
     command += ["--prompt-len=32", "--new-tokens=224", "--requests=40", "--rounds=1"]
-    command += [f"--kv-cache-memory-bytes={1 << 20}", "--threads=1", f"--csv={csv}"]
-    command += [f"--log-folder={tmp_path}", "--kv-budgets", *BUDGETS]
+    command += [f"--kv-cache-memory-bytes={2 << 20}", "--threads=1", f"--csv={csv}"]
+    command += [f"--log-folder={tmp_path}", "--max-model-len=1000", "--kv-budgets", *BUDGETS]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     unpruned, pruned = json.loads(ended.stdout.splitlines()[-1])["rows"]
