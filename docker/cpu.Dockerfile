@@ -24,10 +24,10 @@ COPY training training
 COPY quant quant
 COPY benchmarks benchmarks
 # Compiled to bytecode here, since the user who runs it cannot write it. What installs and builds
-# Python packages is not needed any more.
+# Python packages is not needed any more. (torch has a file, py312_..., that Python 3.11 cannot compile.)
 RUN tools/install.sh project /opt/attnserve \
  && /opt/attnserve/bin/python -m pip uninstall --quiet --yes hatchling editables pip \
- && /opt/attnserve/bin/python -m compileall -q -j 0 /opt/attnserve/lib
+ && /opt/attnserve/bin/python -m compileall -q -j 0 -x /py312_ /opt/attnserve/lib
 
 ARG ISAS="amx avx512 avx2"
 COPY tools/build_kernels.py tools/

@@ -24,7 +24,7 @@ COPY quant quant
 COPY benchmarks benchmarks
 RUN tools/install.sh project /opt/attnserve \
  && /opt/attnserve/bin/python -m pip uninstall --quiet --yes hatchling editables pip \
- && /opt/attnserve/bin/python -m compileall -q -j 0 /opt/attnserve/lib
+ && /opt/attnserve/bin/python -m compileall -q -j 0 -x /py312_ /opt/attnserve/lib
 
 FROM ${BASE}
 # A C compiler and Python's headers stay: on its first launch Triton compiles its driver module
