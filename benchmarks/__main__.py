@@ -5,8 +5,8 @@ minutes on two cores. Nothing else should run on the machine. Each benchmark add
 benchmarks/results; one that fails does not stop the others. `--help` of each says what it measures:
 
   kernels   benchmarks.kernels --quick
-  memory    benchmarks.memory
-  serve     benchmarks.serve, at 8 requests/s and all at once
+  memory    benchmarks.memory; with softpick in 4 bits too, which quant.quantize writes first
+  serve     benchmarks.serve, the same servers, at 8 requests/s and all at once
   pruning   benchmarks.pruning, 64 requests in 8 MiB of KV cache
   gateway   benchmarks.gateway, 3 rounds
 """
@@ -20,18 +20,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 
 from benchmarks import machine
 from benchmarks.options import command_line
 
+CHECKPOINTS = machine.ROOT / "checkpoints"
+PACKED = Path(".run/softpick-w4")
+PACK = [
+    *("quant.quantize", f"{CHECKPOINTS / 'softpick'}", f"{PACKED}", "--overwrite"),
+    *("--bits=4", "--scheme=rtn", "--embeddings=8"),
+]
+"""Speed and memory do not depend on the scheme; round to nearest takes no time."""
+
 STANDARD = {
     "kernels": ["benchmarks.kernels", "--quick"],
-    "memory": ["benchmarks.memory", "--enforce-eager"],
-    "serve": ["benchmarks.serve", "--enforce-eager", "--request-rates", "8", "inf"],
+    "memory": ["benchmarks.memory", "--enforce-eager", f"--packed={PACKED}"],
+    "serve": [
+        *("benchmarks.serve", "--enforce-eager", f"--packed={PACKED}"),
+        *("--request-rates", "8", "inf"),
+    ],
     "pruning": [
-        *("benchmarks.pruning", f"--ckpt={machine.ROOT / 'checkpoints/selective'}"),
+        *("benchmarks.pruning", f"--ckpt={CHECKPOINTS / 'selective'}"),
         *("--kv-budgets", "8", "8", "12", "16", f"--kv-cache-memory-bytes={8 << 20}"),
         *("--requests=64", "--prompt-len=128", "--new-tokens=128", "--rounds=3"),
     ],
@@ -64,8 +76,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows = []
     interrupted = False
-    for name in options.only:
-        command = [sys.executable, "-m", *STANDARD[name], *(["--no-save"] * options.no_save)]
+    commands = {
+        name: [*STANDARD[name], *(["--no-save"] * options.no_save)] for name in options.only
+    }
+    if any(f"--packed={PACKED}" in command for command in commands.values()):
+        commands = {"pack": PACK, **commands}
+    for name, arguments in commands.items():
+        command = [sys.executable, "-m", *arguments]
         print(f"\n=== {' '.join(command[1:])}", flush=True)
         began = time.monotonic()
         try:

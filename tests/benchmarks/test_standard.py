@@ -6,18 +6,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from benchmarks import pruning
-from benchmarks.__main__ import STANDARD, parse
+from benchmarks.__main__ import PACK, STANDARD, parse
 from benchmarks.gateway import __main__ as gateway
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.memory import __main__ as memory
 from benchmarks.serve import __main__ as serve
+from quant import quantize
 
 
-def test_every_command_is_understood() -> None:
+def test_every_command_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     parsers: dict[str, Callable[[list[str]], object]] = {
         "benchmarks.kernels": kernels.parser().parse_args,
         "benchmarks.memory": memory.parse,
@@ -25,6 +28,8 @@ def test_every_command_is_understood() -> None:
         "benchmarks.pruning": pruning.parse,
         "benchmarks.gateway": gateway.parse,
     }
+    assert PACK[0] == quantize.__name__
+    quantize.main(PACK[1:])
     assert {command[0] for command in STANDARD.values()} == set(parsers)
     for module, *arguments in STANDARD.values():
         parsers[module]([*arguments, "--no-save"])
