@@ -56,8 +56,15 @@ def log_probabilities(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     return logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
 
 
+OURS = "attnserve's CPU kernels"
+
+
 def differences(
-    out: Path, model: PreTrainedModel, *arguments: str, dtype: str = "float32"
+    out: Path,
+    model: PreTrainedModel,
+    *arguments: str,
+    dtype: str = "float32",
+    logged: str = OURS,
 ) -> Tensor:
     """Of served log-probabilities from the model's, in units of their spread. The prompt goes
     through the kernel for many rows and, its last chunk, through the one for few."""
@@ -67,7 +74,7 @@ def differences(
     with vllm_server(out, *SERVE, f"--dtype={dtype}", *arguments) as server:
         client = Client(server)
         served = torch.tensor(client.prompt_logprobs(prompt))
-        assert "attnserve's CPU kernels" in server.log()
+        assert logged in server.log()
         # A decoding step goes through the kernel for one row.
         answer = client.greedy(prompt, 8)
         again = torch.tensor(client.prompt_logprobs(prompt + answer))[len(prompt) - 1 :]
@@ -114,6 +121,16 @@ def test_bfloat16(bits: int, tmp_path: Path, data: Data) -> None:
     arguments = (f"--bits={bits}", "--scheme=hqq", "--embeddings=8")
     out, model = quantized(tmp_path, data, *arguments, tie_word_embeddings=True, dtype="bfloat16")
     found = differences(out, model, dtype="bfloat16")
+    assert found.mean() < 0.02
+    assert found.max() < 0.1
+
+
+@pytest.mark.slow
+def test_int8_of_vllm(tmp_path: Path, data: Data) -> None:
+    """The control: 8 bits of weights and inputs in vLLM's own format and kernel."""
+    arguments = ("--bits=8", "--scheme=rtn", "--symmetric", "--group=channel", "--activations")
+    out, model = quantized(tmp_path, data, *arguments, dtype="bfloat16")
+    found = differences(out, model, dtype="bfloat16", logged="CPUInt8ScaledMMLinearKernel")
     assert found.mean() < 0.02
     assert found.max() < 0.1
 
