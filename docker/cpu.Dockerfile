@@ -37,7 +37,7 @@ RUN mkdir /opt/attnserve/kernels \
 
 FROM ${BASE}
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends 'python3.11=3.11.2-*' 'libgomp1=12.2.*' \
+ && apt-get install --yes --no-install-recommends 'python3.11=3.11.2-*' 'libgomp1=12.2.*' 'libnuma1=2.0.*' \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home attnserve
 COPY --from=build /opt/attnserve /opt/attnserve

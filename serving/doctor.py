@@ -169,7 +169,7 @@ def check_vllm() -> Iterator[Check]:
         )
         return
     if done.returncode:
-        why = last_error(done.stderr)[:200] or f"exit code {done.returncode}"
+        why = last_error(done.stderr)[:300] or f"exit code {done.returncode}"
         yield Check(
             "vllm import", "problem", why, "see the rows above; if all are ok: make install"
         )

@@ -5,8 +5,6 @@ processor dies of SIGILL.
 """
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 EXTENSION_POINTS = (
@@ -52,31 +50,26 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
-def cpu_library() -> str | None:
-    """The name of vLLM's C++ library that this process has loaded."""
-    names = re.findall(r"/vllm/(_C\w*)[.\w-]*\.so$", Path("/proc/self/maps").read_text(), re.M)
-    return str(names[0]) if names else None
-
-
 def main() -> None:
     """Load vLLM as a server would, with its kernels and our plugin."""
     from vllm.platforms import current_platform
 
     import vllm_attn
     from attn_kernels import variant_names
-    from vllm_attn import names
+    from vllm_attn import library, names
 
     vllm_attn.register()
     missing = missing_points()
     for name in variant_names():
         names.backend_for(name).get_class()
-    current_platform.import_kernels()
+    if current_platform.is_cpu():
+        library.check()
     found = {
         "platform": type(current_platform).__name__,
         "honours_variants": getattr(current_platform, "honours_variants", False),
         "missing_points": missing,
         "variants": list(variant_names()),
-        "cpu_library": cpu_library(),
+        "cpu_library": library.loaded(),
         "cuda": cuda(),
         "gpus": gpus(),
     }

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from vllm.logger import init_logger
 
 from attn_kernels import Variant, get_variant, variant_from_config
-from vllm_attn import names
+from vllm_attn import library, names
 from vllm_attn.budgets import KV_CACHE_DTYPES, check_budgets
 from vllm_attn.report import StartupError
 
@@ -32,11 +32,13 @@ def check(vllm_config: Any) -> None:
     """
     if vllm_config.model_config is None:
         return
+    device = vllm_config.device_config.device_type
+    if device == "cpu":
+        library.check()
     variant = resolve(vllm_config)
     check_format(vllm_config.model_config)
     if variant is None:
         return
-    device = vllm_config.device_config.device_type
     if device not in ("cpu", "cuda"):
         raise StartupError(
             f"{variant.name} attention has no kernels for {device}: serve on a CPU or a CUDA device"
