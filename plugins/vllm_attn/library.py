@@ -1,6 +1,6 @@
 """vLLM's C++ library for CPUs: whether it is loaded, or why it is not.
 
-vLLM 0.32 only warns when the library does not load, and its worker dies of a missing operator later.
+If it does not load, vLLM 0.32 only warns; its worker dies later, of an operator that is not there.
 """
 
 from __future__ import annotations

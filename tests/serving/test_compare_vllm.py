@@ -230,7 +230,7 @@ def events(body: bytes) -> list[Any]:
         event = json.loads(text)
         del event["id"], event["created"]
         choice = event["choices"][0]
-        part = choice["delta"] if "delta" in choice else choice
+        part = choice.get("delta", choice)
         key = "content" if "delta" in choice else "text"
         last = found[-1]["choices"][0] if found else {}
         before = last.get("delta", last)
