@@ -62,8 +62,8 @@ def test_another_attention_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_measures_both(tmp_path: Path) -> None:
-    """Memory for three or four unpruned requests of 256 tokens, or for all pruned ones. Of a bundled
-    checkpoint: a smaller model answers faster than the API server can count what runs."""
+    """Memory for three or four unpruned requests of 256 tokens, or for all pruned ones. A bundled
+    checkpoint, since a smaller model answers faster than the API server counts what runs."""
     csv = tmp_path / "pruning.csv"
     command = [sys.executable, "-m", *STANDARD["pruning"], "--rounds=1", f"--csv={csv}"]
     command += [f"--log-folder={tmp_path}"]
