@@ -39,8 +39,12 @@ class LSSAR(LSSA):
         mean = (s.sum(-1, keepdim=True) / n.clamp_min(1.0)).masked_fill(n <= 3, 0.0)
         top = s.amax(-1, keepdim=True)
         spread = top - mean
-        # Rounding leaves a few units in the last place between scores that are really equal.
-        flat = spread <= 16 * torch.finfo(s.dtype).eps * top
+        # Rounding leaves a few units in the last place between scores that are really equal, and
+        # softplus(x) = e^x, far below 0, makes |x| times as many of them. (A BLAS may add up some
+        # columns in another order. The kernels do not, so that their equal scores are the same.)
+        info = torch.finfo(s.dtype)
+        units = 16 * (1 - top.detach().clamp(info.tiny, 1.0).log())
+        flat = spread <= units * info.eps * top
         ratio = (s - mean).relu() / spread.masked_fill(flat, 1.0)
         a = torch.where(flat, torch.ones_like(s), ratio**self.power).masked_fill(~mask, 0.0)
         return a / a.sum(-1, keepdim=True).clamp_min(1.0)
