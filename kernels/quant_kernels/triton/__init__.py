@@ -46,7 +46,9 @@ def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> Tile:
     chunks = 2 if group_chunks % 2 == 0 else 1
     if rows <= 16:
         return Tile(16, 32, chunks, num_warps=4)
-    if rows <= 32 or dtype == torch.float32:  # multiplied by plain arithmetic, from registers
+    if dtype == torch.float32:  # multiplied by plain arithmetic, from registers
+        return Tile(32, 32, chunks, num_warps=4)
+    if rows <= 32:
         return Tile(32, 64, chunks, num_warps=4)
     return Tile(64, 128, chunks, num_warps=8)
 
