@@ -171,7 +171,7 @@ def test_shutdown_finishes_streams_and_refuses_new_ones(tmp_path: Path) -> None:
             with pytest.raises(ConnectionRefusedError):
                 ask(gateway.url, "GET", "/health")
             assert stream.read().endswith(b"data: [DONE]\n\n")
-            assert upstream.finished == 1
+            wait_for(lambda: upstream.finished == 1, "the upstream has noticed its end")
             assert "Traceback" not in gateway.log()
 
 

@@ -43,7 +43,7 @@ def test_stream_has_the_same_tokens(client: openai.OpenAI, gateway: Server) -> N
 
 def test_stream_is_passed_on_piece_by_piece(gateway: Server) -> None:
     connection = http.client.HTTPConnection(urlsplit(gateway.url).netloc, timeout=60)
-    body = {"model": MODEL, "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
     headers = {"content-type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     response = connection.getresponse()
