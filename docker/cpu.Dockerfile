@@ -24,7 +24,7 @@ COPY training training
 COPY quant quant
 COPY benchmarks benchmarks
 # Compiled to bytecode here, since the user who runs it cannot write it. What installs and builds
-# Python packages is not needed any more. (torch has a file, py312_..., that Python 3.11 cannot compile.)
+# Python packages is not needed any more. torch's py312_... is no Python 3.11 and would end the build.
 RUN tools/install.sh project /opt/attnserve \
  && /opt/attnserve/bin/python -m pip uninstall --quiet --yes hatchling editables pip \
  && /opt/attnserve/bin/python -m compileall -q -j 0 -x /py312_ /opt/attnserve/lib

@@ -174,14 +174,10 @@ def test_vllm_that_cannot_be_imported(
     assert problem(list(doctor.check_vllm()), "vllm import").found.startswith(found)
 
 
-def without_numa(folder: Path) -> str:
-    """LD_LIBRARY_PATH on which libnuma is no library: like a machine that has none."""
-    (folder / "libnuma.so.1").touch()
-    return str(folder)
-
-
 def test_vllm_without_libnuma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LD_LIBRARY_PATH", without_numa(tmp_path))
+    """An empty file in its place: like a machine that has none."""
+    (tmp_path / "libnuma.so.1").touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     found = problem(list(doctor.check_vllm()), "vllm import").found
     assert "vLLM's library for CPUs does not load" in found and "libnuma1" in found
 

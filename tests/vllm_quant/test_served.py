@@ -56,15 +56,12 @@ def log_probabilities(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     return logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
 
 
-OURS = "attnserve's CPU kernels"
-
-
 def differences(
     out: Path,
     model: PreTrainedModel,
     *arguments: str,
     dtype: str = "float32",
-    logged: str = OURS,
+    logged: str = "attnserve's CPU kernels",
 ) -> Tensor:
     """Of served log-probabilities from the model's, in units of their spread. The prompt goes
     through the kernel for many rows and, its last chunk, through the one for few."""
