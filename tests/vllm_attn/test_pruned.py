@@ -28,8 +28,13 @@ PAGE_BYTES = sum(BUDGETS) * (2 * 2 * 32 * 4 + 8)  # 2 KV heads of 32 float32, an
 KV_BYTES = 1 << 18
 NUM_PAGES = KV_BYTES // PAGE_BYTES
 FIT = NUM_PAGES - 1  # vLLM keeps one for padding
+TRIES = 100  # to meet running requests: a busy machine may answer only when they are over
 
-ENV = {"VLLM_SERVER_DEV_MODE": "1"}  # /reset_prefix_cache, which can preempt
+ENV = {
+    "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, which can preempt
+    # Else it reads all steps that wait for it before it answers /metrics: often after the last.
+    "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "1",
+}
 SERVE_ARGS = (
     "--attention-backend=selective",
     "--dtype=float32",
@@ -106,12 +111,14 @@ def test_preempted(served: Served) -> None:
     preemptions = "vllm:num_preemptions_total"
     before = served.client.metric(preemptions)
     url = f"{served.client.server.url}/reset_prefix_cache?reset_running_requests=true"
-    for _ in range(20):  # until it meets running requests
+    for _ in range(TRIES):  # until it meets running requests
         with ThreadPoolExecutor(1) as pool:
-            work = pool.submit(served.client.greedy_batch, served.prompts, NUM_TOKENS)
-            while not work.done() and served.client.metric(preemptions) == before:
+            work = pool.submit(served.client.greedy_batch, served.prompts * 8, NUM_TOKENS)
+            while not work.done():
                 urllib.request.urlopen(urllib.request.Request(url, method="POST")).close()
-            assert work.result() == served.law
+                if served.client.metric(preemptions) > before:
+                    break
+            assert work.result() == served.law * 8
         if served.client.metric(preemptions) > before:
             return
     raise AssertionError("nothing was preempted")
@@ -125,11 +132,15 @@ def test_as_many_requests_as_pages(served: Served) -> None:
     assert f"Pruned to kv_budgets: {PAGE_BYTES:,} bytes of KV cache a request" in log
     assert f"than the {whole:,} of an unpruned one of 256 tokens; {FIT} requests fit" in log
     prompts = [[2 + n, 3, 4] for n in range(40)]
-    with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(served.client.greedy_batch, prompts, 200)
-        running = served.sample(work, "vllm:num_requests_running")
+    running: list[tuple[float, ...]] = [(0.0,)]
+    for _ in range(TRIES):
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(served.client.greedy_batch, prompts, 200)
+            running += served.sample(work, "vllm:num_requests_running")
+        assert len(work.result()) == len(prompts)
+        if max(running) >= (FIT,):
+            break
     assert max(running) == (FIT,)
-    assert len(work.result()) == len(prompts)
 
 
 def test_blocks_do_not_grow(served: Served) -> None:
