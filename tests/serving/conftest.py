@@ -8,14 +8,18 @@ import pytest
 from tests.servers import Server, vllm_server
 from tests.serving.helpers import MODEL, gateway_server
 
+CONTEXT = 40_000
+"""Tokens; less than fit into `upstream`'s cache."""
+
 
 @pytest.fixture(scope="session")
 def upstream(tiny_llama: Path) -> Iterator[Server]:
     """vLLM with a tiny model and a single seat: what is not aborted keeps the next one waiting."""
     # In bfloat16, vLLM's own CPU attention uses AMX without asking the kernel for it, and dies.
     args = (f"--served-model-name={MODEL}", "--max-num-seqs=1", "--dtype=float32")
+    context = f'--hf-overrides={{"max_position_embeddings": {CONTEXT}}}'
     # The gateway does not depend on the plugins, so their mistakes should not show here.
-    with vllm_server(tiny_llama, *args, env={"VLLM_PLUGINS": ""}) as server:
+    with vllm_server(tiny_llama, *args, context, env={"VLLM_PLUGINS": ""}) as server:
         yield server
 
 

@@ -224,9 +224,9 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> N
         time.sleep(0.02)
 
 
-def wait_for_value(read: Callable[[], int], value: int, what: str) -> None:
+def wait_for_value(read: Callable[[], float], value: float, what: str, seconds: float = 20) -> None:
     """Wait until `read` gives `value`, which may be a loop's."""
-    wait_for(lambda: read() == value, what)
+    wait_for(lambda: read() == value, what, seconds)
 
 
 if __name__ == "__main__":
