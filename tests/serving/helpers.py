@@ -41,8 +41,8 @@ def gateway_server(upstream_url: str, log_folder: Path, **env: str) -> Iterator[
         end_group(process)
 
 
-FAST = {"every": 0.05, "timeout": 1.0, "failures": 2}
-"""Health checks for tests, which do not wait for seconds."""
+FAST = {"every": 0.05, "timeout": 10.0, "failures": 2}
+"""Health checks for tests, which do not wait for seconds; a late answer is no bad one."""
 
 
 class Running:

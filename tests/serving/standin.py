@@ -216,7 +216,7 @@ def standin(*models: str) -> Iterator[StandIn]:
             server.kill()
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Wait until `condition` holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -224,7 +224,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> N
         time.sleep(0.02)
 
 
-def wait_for_value(read: Callable[[], float], value: float, what: str, seconds: float = 20) -> None:
+def wait_for_value(read: Callable[[], float], value: float, what: str, seconds: float = 60) -> None:
     """Wait until `read` gives `value`, which may be a loop's."""
     wait_for(lambda: read() == value, what, seconds)
 

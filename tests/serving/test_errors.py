@@ -20,7 +20,7 @@ def upstream() -> Iterator[StandIn]:
 
 @pytest.fixture(scope="module")
 def gateway(upstream: StandIn) -> Iterator[Running]:
-    with running(upstream.url, limits=LIMITS, timeouts={"body": 0.5}) as gateway:
+    with running(upstream.url, limits=LIMITS, timeouts={"body": 3}) as gateway:
         yield gateway
 
 
