@@ -79,8 +79,7 @@ class Running:
 
     def metric(self, start: str) -> float:
         """The sum of the lines of /metrics that start like this."""
-        lines = ask(self.url, "GET", "/metrics").body.decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start))
+        return metric(self.url, start)
 
 
 @contextmanager
@@ -166,6 +165,13 @@ def ask(url: str, method: str, path: str, body: Any = None, **headers: str) -> A
     answer = Answer(connection.getresponse())
     connection.close()
     return answer
+
+
+def metric(url: str, start: str, part: str = "") -> float:
+    """The sum of the lines of /metrics that start like this and have `part` in them."""
+    lines = ask(url, "GET", "/metrics").body.decode().splitlines()
+    found = [line for line in lines if line.startswith(start) and part in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
 
 def error_of(answer: Answer) -> dict[str, Any]:

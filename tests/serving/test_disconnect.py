@@ -15,7 +15,7 @@ import pytest
 
 from tests.servers import Server
 from tests.serving.conftest import CONTEXT
-from tests.serving.helpers import MODEL, completion, leave
+from tests.serving.helpers import MODEL, completion, leave, metric
 from tests.serving.standin import wait_for, wait_for_value
 
 PATIENCE = 100.0
@@ -23,7 +23,7 @@ PATIENCE = 100.0
 sched_yield without end, and some kernels then keep others from their core (docs/LOG.md)."""
 
 LONG = CONTEXT - 1000
-"""Tokens; 100 seconds or more on two cores."""
+"""Tokens; more than a minute on two cores."""
 
 
 def connect(url: str, stream: bool) -> http.client.HTTPConnection:
@@ -37,17 +37,7 @@ def connect(url: str, stream: bool) -> http.client.HTTPConnection:
 
 def upstream_gauge(upstream: Server, name: str) -> float:
     """One of vLLM's own gauges."""
-    return metric(upstream, f"vllm:{name}{{")
-
-
-def metric(server: Server, start: str, part: str = "") -> float:
-    """The sum of the lines of `server`'s /metrics that start like this and have `part` in them."""
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE)
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    connection.close()
-    found = [line for line in lines if line.startswith(start) and part in line]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+    return metric(upstream.url, f"vllm:{name}{{")
 
 
 @pytest.fixture
@@ -55,7 +45,7 @@ def all_aborted(upstream: Server) -> Iterator[None]:
     """After the test, nothing that it asked for runs, waits or was answered to its end."""
 
     def ended() -> float:
-        return metric(upstream, "vllm:request_success_total{", 'finished_reason="length"')
+        return metric(upstream.url, "vllm:request_success_total{", 'finished_reason="length"')
 
     def left() -> float:
         gauges = "num_requests_running", "num_requests_waiting"
@@ -71,7 +61,7 @@ def all_aborted(upstream: Server) -> Iterator[None]:
 
 def disconnects(gateway: Server) -> float:
     """How many clients have left, by the gateway's own count."""
-    return metric(gateway, "attnserve_aborts_total{")
+    return metric(gateway.url, "attnserve_aborts_total{")
 
 
 @pytest.mark.usefixtures("all_aborted")

@@ -58,6 +58,12 @@ def test_stream_is_passed_on_piece_by_piece(gateway: Server) -> None:
     response.close()
 
 
+def test_stream_ends_as_openais(gateway: Server) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 4, "stream": True}
+    answer = ask(gateway.url, "POST", "/v1/completions", body)
+    assert answer.body.endswith(b"\n\ndata: [DONE]\n\n")
+
+
 def test_usage_in_streams(client: openai.OpenAI) -> None:
     events = list(
         client.completions.create(
