@@ -38,7 +38,7 @@ ARGS ?=
 # Python of an environment with CUDA's torch: pip install -e '.[cuda,bench,dev]'. .venv has the CPU's.
 GPU_PYTHON ?= python3
 
-PACKAGES := $(wildcard kernels/attn_kernels kernels/quant_kernels plugins/vllm_attn plugins/vllm_quant plugins/hf_attn serving training quant benchmarks)
+PACKAGES := $(wildcard attnserve kernels/attn_kernels kernels/quant_kernels plugins/vllm_attn plugins/vllm_quant plugins/hf_attn serving training quant benchmarks)
 
 export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
