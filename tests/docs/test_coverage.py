@@ -1,0 +1,69 @@
+"""Every command of the texts is run, or says why not; nothing else is in the table."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.docs.rules import RULES, Elsewhere, NotHere, Run, rule_for
+from tests.docs.text import MAKEFILE, ROOT, TEXTS, all_commands, blocks, commands, normal, read
+
+ACTIVATE = "source .venv/bin/activate"
+
+
+def test_every_command_has_a_rule() -> None:
+    missing = {normal(c.line): c.text for c in all_commands() if rule_for(normal(c.line)) is None}
+    assert not missing, "in no rule of tests/docs/rules.py: " + str(missing)
+
+
+def test_every_rule_has_a_command() -> None:
+    typed = {normal(command.line) for command in all_commands()}
+    assert not set(RULES) - typed, "no text has these any more"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_minutes_are_announced(text: Path) -> None:
+    """A text with a command that takes minutes says so."""
+    long = [
+        command.line
+        for command in commands(text)
+        if isinstance(rule := RULES.get(normal(command.line)), Run) and rule.long
+    ]
+    if long:
+        assert re.search(r"\bslow\b|\bminutes?\b|\bhours?\b", read(text)), long
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_bare_programs_are_found(text: Path) -> None:
+    """Whoever is told to type `python` or `vllm` is told to activate the environment before."""
+    bare = [
+        line
+        for block in blocks(text)
+        if block.language == "sh"
+        for line in block.content.splitlines()
+        if re.match(r"(\w+=\S+ )*(python|vllm|attnserve|attnserve-gateway|pip|pytest) ", line)
+    ]
+    if bare:
+        assert ACTIVATE in read(text), f"{text} does not say `{ACTIVATE}` before {bare[0]!r}"
+
+
+@pytest.mark.parametrize("command", [x for x, r in RULES.items() if isinstance(r, NotHere)])
+def test_what_cannot_be_run_names_what_is_there(command: str) -> None:
+    for word in shlex.split(command):
+        if "/" in word.strip("/") and word[0] != "/" and (ROOT / word.split("/")[0]).is_dir():
+            assert (ROOT / word).exists(), f"{command}: there is no {word}"
+
+
+def test_other_test_files_are_there() -> None:
+    for command, rule in RULES.items():
+        if isinstance(rule, Elsewhere):
+            assert (ROOT / rule.file).exists(), f"{command}: {rule.file} is gone"
+
+
+def test_the_makefile_lists_its_targets() -> None:
+    listed = {command.line.split()[1] for command in commands(MAKEFILE)}
+    targets = set(re.findall(r"^([a-z][\w-]*):", read(MAKEFILE), re.M))
+    assert listed <= targets

@@ -1,0 +1,70 @@
+"""Python, YAML and JSON that the texts show: it runs, is accepted, or is looked at elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from attn_kernels import variant_from_config
+from tests.docs.clone import Clone
+from tests.docs.prepare import gateway_example
+from tests.docs.test_servers import GATEWAY
+from tests.docs.text import Block, all_blocks
+
+ELSEWHERE = {Path("docs/VARIANT.md"): "tests/attn_kernels/test_example.py"}
+PREPARED = {
+    "softpick-340M-4096-model": "python -m tests.docs.prepare published softpick-340M-4096-model",
+}
+"""What a program needs that is not in the checkout, and how it is made."""
+
+
+def programs() -> list[Block]:
+    """Return the Python programs that ask no server."""
+    return [
+        block
+        for block in all_blocks("python")
+        if GATEWAY not in block.content and block.text not in ELSEWHERE
+    ]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("block", programs(), ids=lambda block: str(block.text))
+def test_python(block: Block, clone: Clone, record_property: Callable[[str, object], None]) -> None:
+    record_property("command", f"{block.text}: {block.content.splitlines()[0]} ...")
+    for name, command in PREPARED.items():
+        if name in block.content and not (clone.root / name).exists():
+            done = clone.run(command)
+            assert done.returncode == 0, done.stdout
+    (clone.root / "snippet.py").write_text(block.content, encoding="utf-8")
+    done = clone.run("python snippet.py")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=lambda block: str(block.text))
+def test_yaml(block: Block, clone: Clone, record_property: Callable[[str, object], None]) -> None:
+    """A configuration of the gateway, whole or to be added to the page's example."""
+    record_property("command", "attnserve-gateway --check-config")
+    config = {**yaml.safe_load(gateway_example()), **yaml.safe_load(block.content)}
+    (clone.root / "snippet.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    done = clone.run("attnserve-gateway --config snippet.yaml --check-config")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("block", all_blocks("json"), ids=lambda block: str(block.text))
+def test_json(block: Block) -> None:
+    """JSON, or a part of an object; what names a variant names one that there is."""
+    content = block.content.strip()
+    value = json.loads(content if content.startswith("{") else f"{{{content}}}")
+    if "attention_variant" in value:
+        assert variant_from_config(value) is not None
+
+
+def test_every_language_is_looked_at() -> None:
+    known = {"", "sh", "python", "yaml", "json", "cpp", "text"}
+    from tests.docs.text import TEXTS, blocks
+
+    assert {block.language for text in TEXTS for block in blocks(text)} <= known
