@@ -66,7 +66,7 @@ def check(bits: int, dtype: str, task: Task) -> Iterable[Row]:
             error = float(((y - law).abs() / scale).max())
             worst = error if error != error else max(worst, error)
         ids = torch.randint(0, OUTPUTS, (33,), generator=generator)
-        taken = triton.gather(ids.to(device), stored, bits, size, COLUMNS, kind).cpu()
+        taken = triton.gather(ids.to(device), stored, bits, size, OUTPUTS, COLUMNS, kind).cpu()
         wrong += int((taken != exact[ids].to(kind)).sum())
     columns: dict[str, Any] = {"variant": f"{bits} bits", "dtype": dtype}
     limit = TOLERANCES[dtype]

@@ -118,7 +118,7 @@ def launch(dtype: str, bits: int, rows: int) -> None:
     weight = Panels(words, scales, scales.to(torch.uint8))
     if rows == LOOKUP:
         ids = torch.zeros(3, dtype=torch.int64)
-        triton.gather(ids, weight, bits, GROUP, INPUTS, kind)
+        triton.gather(ids, weight, bits, GROUP, OUTPUTS, INPUTS, kind)
     else:
         triton.multiply(torch.empty(rows, INPUTS, dtype=kind), weight, bits, GROUP, OUTPUTS)
 

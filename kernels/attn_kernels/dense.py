@@ -6,6 +6,7 @@ where no kernel is built. It materialises the scores: `num_queries x num_keys` p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -57,29 +58,37 @@ def attend(
 
     Args:
         variant: the attention function.
-        q: `[..., num_heads, num_queries, head_size]`, after RoPE and QK-norm; float32 or float64.
+        q: `[..., num_heads, num_queries, head_size]`, after RoPE and QK-norm; float32 or float64,
+            as are `k` and `v`.
         k: `[..., num_kv_heads, num_keys, head_size]`; `num_heads` is a multiple of `num_kv_heads`.
         v: `[..., num_kv_heads, num_keys, value_size]`.
         mask: bool, broadcastable to `[..., num_heads, num_queries, num_keys]`.
         scale: factor of the raw scores, 1/sqrt(head_size) if None.
         learned: the variant's per-head tensors, each `[num_heads]`.
-        penalty: `[..., num_queries, num_keys]`, subtracted from the scores of every head
-            (`Variant.select`).
+        penalty: `[..., num_queries, num_keys]`, subtracted from the scores of every head. A
+            stateful variant computes it (`Variant.select`) where none is given and the queries are
+            those of all the keys.
 
     Returns:
         `(output [..., num_heads, num_queries, value_size],
         weights [..., num_heads, num_queries, num_keys])`, in the dtype of `q`.
 
     Raises:
-        TypeError: a 16-bit dtype, in which neither scores nor the length of a context are exact.
+        TypeError: a 16-bit dtype, in which neither scores nor the length of a context are exact;
+            two dtypes; a mask that is not bool.
+        ValueError: shapes that do not fit; a learned tensor is missing; a stateful variant's
+            penalty is missing and cannot be computed from these queries.
     """
-    if q.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"attend computes in float32 or float64: convert q, k and v from {q.dtype}")
+    learned = learned or {}
+    _check_arguments(variant, q, k, v, mask, learned)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if variant.stateful and penalty is None:
+        penalty = _penalty_of_all(variant, q, k, mask, scale)
     num_kv_heads = k.shape[-3]
     n = mask.sum(-1, keepdim=True).to(q.dtype)
-    q, k = variant.transform(q, k, n, learned or {})
+    q, k = variant.transform(q, k, n, learned)
     if variant.uses_scale:
-        q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+        q = q * scale
     groups = q.unflatten(-3, (num_kv_heads, -1))
     scores = (groups @ k.unsqueeze(-3).mT).flatten(-4, -3)
     if penalty is not None:
@@ -87,6 +96,87 @@ def attend(
     weights = variant.weights(scores, mask, n)
     output = (weights.unflatten(-3, (num_kv_heads, -1)) @ v.unsqueeze(-3)).flatten(-4, -3)
     return output, weights
+
+
+def _check_arguments(
+    variant: Variant, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, learned: Mapping[str, Tensor]
+) -> None:
+    """Refuse arguments that `attend` does not define. Looks at no values."""
+    if q.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"attend computes in float32 or float64: convert q, k and v from {q.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool, True where the query sees the key (causal_mask), not {mask.dtype}"
+        )
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if min(q.dim(), k.dim(), v.dim()) < 3:
+        raise ValueError(f"q, k and v must be [..., heads, tokens, size], not {shapes}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same head size: {shapes}")
+    if k.shape[-3:-1] != v.shape[-3:-1]:
+        raise ValueError(f"k and v must have the same heads and keys: {shapes}")
+    num_heads, num_kv_heads = q.shape[-3], k.shape[-3]
+    if not num_kv_heads or num_heads % num_kv_heads:
+        raise ValueError(f"q must have a multiple of k's {num_kv_heads} heads: {shapes}")
+    try:
+        batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    except RuntimeError:
+        raise ValueError(f"q, k and v differ in their leading dimensions: {shapes}") from None
+    scores = (*batch, num_heads, q.shape[-2], k.shape[-2])
+    try:
+        fits = torch.broadcast_shapes(mask.shape, scores) == scores
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask {list(mask.shape)} does not broadcast to [..., heads, queries, keys] = "
+            f"{list(scores)}"
+        )
+    for name in variant.learned:
+        if name not in learned:
+            parameters = ", ".join(field.name for field in dataclasses.fields(variant))
+            raise ValueError(
+                f"{variant.name} attention learns {name}: pass "
+                f"learned={{{name!r}: a tensor [{num_heads}]}}, or choose parameters of "
+                f"{variant.name} that need none ({parameters})"
+            )
+        if learned[name].shape != (num_heads,):
+            raise ValueError(
+                f"{name} must be [num_heads] = [{num_heads}], not {list(learned[name].shape)}"
+            )
+
+
+def _penalty_of_all(
+    variant: Variant, q: Tensor, k: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """What a stateful variant's queries subtract, `[..., num_queries, num_keys]`, where query i is
+    key i's own and none came before."""
+    if getattr(variant, "kv_budgets", ()):
+        raise ValueError(
+            f"attend keeps all tokens: leave out {variant.name}'s kv_budgets, or evict with "
+            "attn_kernels.pruning"
+        )
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    seen = mask.select(-3, 0) if mask.dim() > 2 else mask
+    seen = seen.expand(*seen.shape[:-2], num_queries, num_keys)
+    if num_queries != num_keys:
+        raise ValueError(
+            f"{variant.name} attention depends on all earlier queries: pass the {num_keys} queries "
+            f"of all the keys instead of {num_queries}, or penalty (Variant.select), or call "
+            "attn_kernels.reference.attention with the state"
+        )
+    if seen.triu(1).any():
+        raise ValueError(f"{variant.name} attention is causal: no query may see a later key")
+    # Padding does not see itself and selects nothing; a sequence's first token, which sees itself
+    # only, is never selected.
+    token = seen.diagonal(dim1=-2, dim2=-1)
+    first = seen.sum(-1) <= 1
+    selectable = seen.tril(-1) & token[..., :, None] & ~first[..., None, :]
+    state = q.new_zeros(*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3]), num_keys)
+    penalty, _ = variant.select(q, k, selectable, scale, state)
+    return penalty
 
 
 def masked_row_max(scores: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from quant_kernels.panels import Panels, dequantize
 LIBRARY = torch.library.Library("attnserve", "FRAGMENT")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int bits, int group"
 LIBRARY.define(f"packed_multiply(Tensor x, {WEIGHT}, int outputs) -> Tensor")
-LIBRARY.define(f"packed_gather(Tensor ids, {WEIGHT}, int inputs, ScalarType dtype) -> Tensor")
+LIBRARY.define(f"packed_gather(Tensor ids, {WEIGHT}, int outputs, int inputs, ScalarType dtype) -> Tensor")
 
 
 def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
@@ -42,23 +42,34 @@ def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> 
 
 
 def gather(
-    ids: Tensor, weight: Panels, bits: int, group: int, inputs: int, dtype: torch.dtype
+    ids: Tensor,
+    weight: Panels,
+    bits: int,
+    group: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Rows of a matrix.
 
     Args:
-        ids: int64 `[...]`, each a row that there is.
-        weight, bits, group: as `multiply` takes them.
+        ids: int64 `[...]`.
+        weight, bits, group, outputs: as `multiply` takes them.
         inputs: columns of the matrix.
         dtype: float32, bfloat16 or float16.
 
     Returns:
-        `[..., inputs]` in `dtype`.
+        `[..., inputs]` in `dtype`. On a GPU, where nothing can be raised without waiting for it, a
+        row that is not there is 0.
+
+    Raises:
+        IndexError: on a CPU, there is no such row.
     """
+    shape = (outputs, inputs)
     if torch.compiler.is_compiling():
-        rows: Tensor = torch.ops.attnserve.packed_gather(ids, *weight, bits, group, inputs, dtype)
+        rows: Tensor = torch.ops.attnserve.packed_gather(ids, *weight, bits, group, *shape, dtype)
         return rows
-    return _gather(ids, *weight, bits, group, inputs, dtype)
+    return _gather(ids, *weight, bits, group, *shape, dtype)
 
 
 def call_of(
@@ -134,24 +145,33 @@ def _gather(
     zeros: Tensor | None,
     bits: int,
     group: int,
+    outputs: int,
     inputs: int,
     dtype: torch.dtype,
 ) -> Tensor:
     if ids.is_cuda:
         from quant_kernels import triton
 
-        return triton.gather(ids, Panels(words, scales, zeros), bits, group, inputs, dtype)
+        return triton.gather(ids, Panels(words, scales, zeros), bits, group, outputs, inputs, dtype)
     library = load(bits)
-    outputs = words.shape[0] * words.shape[2]
     if library is None:
+        if ids.numel() and (ids.min() < 0 or ids.max() >= outputs):
+            raise no_such_row(ids, outputs)
         matrix = dequantize(Panels(words, scales, zeros), outputs, inputs, bits, group)
         return embedding(ids, matrix.to(dtype))
     ids = ids.contiguous()
     out = torch.empty(*ids.shape, inputs, dtype=dtype)
     weight = Panels(words, scales, zeros)
     call = call_of(weight, ids, out, (outputs, inputs), group, 0, ids.numel())
-    library.attnserve_packed_gather(byref(call))
+    if library.attnserve_packed_gather(byref(call)):
+        raise no_such_row(ids, outputs)
     return out
+
+
+def no_such_row(ids: Tensor, outputs: int) -> IndexError:
+    """The error of a lookup that reads past a matrix of `outputs` rows."""
+    first = ids[(ids < 0) | (ids >= outputs)][0].item()
+    return IndexError(f"there is no row {first} in a packed matrix of {outputs} rows")
 
 
 for _device in ("CPU", "CUDA"):
@@ -180,6 +200,7 @@ def _gather_shape(
     zeros: Tensor | None,
     bits: int,
     group: int,
+    outputs: int,
     inputs: int,
     dtype: torch.dtype,
 ) -> Tensor:

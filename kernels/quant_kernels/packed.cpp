@@ -442,9 +442,11 @@ void multiply(const Call& c) {
   many_rows(c);
 }
 
-// Rows of the weight, by number.
-void gather(const Call& c, const int64_t* ids) {
+// Rows of the weight, by number; false, and nothing read, if one of them is not there.
+bool gather(const Call& c, const int64_t* ids) {
   const int64_t groups = c.groups(), length = c.chunks() * BITS;
+  for (int64_t r = 0; r < c.rows; r++)
+    if (ids[r] < 0 || ids[r] >= c.outputs) return false;
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (c.rows > 16)
   for (int64_t r = 0; r < c.rows; r++) {
     const int64_t panel = ids[r] / PANEL, lane = ids[r] % PANEL;
@@ -460,6 +462,7 @@ void gather(const Call& c, const int64_t* ids) {
                c.format);
     }
   }
+  return true;
 }
 
 }  // namespace
@@ -476,8 +479,8 @@ int attnserve_packed_multiply(const Call* c) {
   }
 }
 
-// out[rows, inputs] = weight[ids]; `x` holds the ids, int64.
-void attnserve_packed_gather(const Call* c) { gather(*c, (const int64_t*)c->x); }
+// out[rows, inputs] = weight[ids]; `x` holds the ids, int64. 0, or 1 if the weight has no such row.
+int attnserve_packed_gather(const Call* c) { return !gather(*c, (const int64_t*)c->x); }
 
 // For the loader: a library whose struct differs from Python's must not be called.
 int attnserve_packed_abi() { return (int)sizeof(Call); }

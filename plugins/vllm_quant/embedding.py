@@ -68,7 +68,8 @@ class PackedEmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """Rows by token id, `[..., columns]` in the model's dtype."""
-        return gather(input_, weight_of(layer), self.form.bits, self.group, self.inputs, self.dtype)
+        shape = (self.outputs, self.inputs)
+        return gather(input_, weight_of(layer), self.form.bits, self.group, *shape, self.dtype)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits `[..., vocabulary]`."""

@@ -133,10 +133,25 @@ def test_many_rows_and_threads() -> None:
 def test_lookups_are_exact(bits: int, zeros: str) -> None:
     quantized = weight(bits, 53, 77, 32, zeros)
     ids = torch.tensor([[0, 52, 17], [16, 15, 0]])
-    rows = gather(ids, in_panels(quantized), bits, 32, 77, torch.float32)
+    rows = gather(ids, in_panels(quantized), bits, 32, 53, 77, torch.float32)
     assert torch.equal(rows, quantized.dequantize()[ids])
     if zeros != "half":  # then float32 has no more to round
         assert torch.equal(rows.double(), law(quantized)[ids])
+
+
+@pytest.mark.parametrize("row", [20, 31, 32, 200_000, 2**40, -1])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_no_lookup_reads_past_the_matrix(
+    row: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not into the rest of the last panel either; nothing is read before all ids are known good."""
+    if not compiled:
+        monkeypatch.setattr(library, "_load", lambda bits, isa: None)
+    stored = in_panels(weight(4, 20, 64, 32, "codes"))
+    ids = torch.tensor([[3, 19], [row, 0]])
+    with pytest.raises(IndexError, match=f"no row {row} in a packed matrix of 20 rows"):
+        gather(ids, stored, 4, 32, 20, 64, torch.float32)
+    assert gather(ids[:1], stored, 4, 32, 20, 64, torch.float32).shape == (1, 2, 64)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -156,15 +171,15 @@ def test_compiled_graphs_hold_an_operator() -> None:
 
     @torch.compile(fullgraph=True, backend="eager")
     def forward(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return multiply(x, stored, 4, 32, 20) * 2, gather(ids, stored, 4, 32, 64, x.dtype)
+        return multiply(x, stored, 4, 32, 20) * 2, gather(ids, stored, 4, 32, 20, 64, x.dtype)
 
     x, ids = torch.randn(5, 64), torch.tensor([3, 19])
     product, rows = forward(x, ids)
     torch.testing.assert_close(product, 2 * multiply(x, stored, 4, 32, 20))
-    assert torch.equal(rows, gather(ids, stored, 4, 32, 64, x.dtype))
+    assert torch.equal(rows, gather(ids, stored, 4, 32, 20, 64, x.dtype))
     for operator, arguments in (
         (torch.ops.attnserve.packed_multiply, (x, *stored, 4, 32, 20)),
-        (torch.ops.attnserve.packed_gather, (ids, *stored, 4, 32, 64, torch.bfloat16)),
+        (torch.ops.attnserve.packed_gather, (ids, *stored, 4, 32, 20, 64, torch.bfloat16)),
     ):
         torch.library.opcheck(operator, arguments)
 

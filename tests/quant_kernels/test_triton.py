@@ -43,11 +43,17 @@ def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> 
 
 
 def gather(
-    ids: Tensor, weight: Panels, bits: int, group: int, inputs: int, dtype: torch.dtype
+    ids: Tensor,
+    weight: Panels,
+    bits: int,
+    group: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     from quant_kernels import triton
 
-    return triton.gather(ids, weight, bits, group, inputs, dtype)
+    return triton.gather(ids, weight, bits, group, outputs, inputs, dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +90,20 @@ def test_lookups_are_exact(bits: int, zeros: str) -> None:
     packed.test_lookups_are_exact(bits, zeros)
     quantized = packed.weight(bits, 20, 600, 64, zeros)
     ids = torch.tensor([19, 0, 16])
-    rows = gather(ids, packed.in_panels(quantized), bits, 64, 600, torch.float16)
+    rows = gather(ids, packed.in_panels(quantized), bits, 64, 20, 600, torch.float16)
     assert torch.equal(rows, quantized.dequantize()[ids].half())
+
+
+@pytest.mark.parametrize("zeros", ["codes", "none"])
+def test_rows_that_are_not_there_are_zero(zeros: str) -> None:
+    """A GPU cannot raise an error, but it reads nothing that is not the matrix's: the last rows of
+    the last panel are the neighbour's memory here, and rows far away nobody's."""
+    quantized = packed.weight(4, 20, 96, 32, zeros)
+    ids = torch.tensor([19, 20, 31, 32, 200_000, -1, 2**40, 0])
+    taken = gather(ids, packed.in_panels(quantized), 4, 32, 20, 96, torch.float32)
+    matrix = quantized.dequantize()
+    assert torch.equal(taken[[0, -1]], matrix[[19, 0]])
+    assert (taken[1:-1] == 0).all()
 
 
 def test_nothing_to_do() -> None:
@@ -93,4 +111,4 @@ def test_nothing_to_do() -> None:
     stored = packed.in_panels(packed.weight(4, 17, 96, 32, "codes"))
     assert multiply(torch.empty(2, 0, 96), stored, 4, 32, 17).shape == (2, 0, 17)
     ids = torch.empty(0, dtype=torch.int64)
-    assert gather(ids, stored, 4, 32, 96, torch.float16).shape == (0, 96)
+    assert gather(ids, stored, 4, 32, 17, 96, torch.float16).shape == (0, 96)

@@ -87,7 +87,13 @@ def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> 
 
 
 def gather(
-    ids: Tensor, weight: Panels, bits: int, group: int, inputs: int, dtype: torch.dtype
+    ids: Tensor,
+    weight: Panels,
+    bits: int,
+    group: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`quant_kernels.gather` for a GPU's tensors."""
     out = torch.empty(*ids.shape, inputs, dtype=dtype, device=ids.device)
@@ -98,6 +104,7 @@ def gather(
         out,
         ids.contiguous(),
         *weight,
+        outputs,
         inputs,
         weight.scales.shape[1],
         group // CHUNK,

@@ -131,12 +131,13 @@ def many_kernel(
 
 @triton.jit
 def gather_kernel(
-    out, ids, words, scales, zeros, inputs, num_groups, group_chunks,
+    out, ids, words, scales, zeros, outputs, inputs, num_groups, group_chunks,
     BITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the matrix. Grid: (ids, inputs / COLUMNS)."""
+    """Rows of the matrix, 0 for one that it does not have. Grid: (ids, inputs / COLUMNS)."""
     row = tl.program_id(0).to(tl.int64)
-    output = tl.load(ids + row)
+    asked = tl.load(ids + row)
+    output = tl.minimum(tl.maximum(asked, 0), outputs - 1)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < inputs
     first = first_word(words, output, tl.cdiv(inputs, CHUNK), BITS)
@@ -147,4 +148,5 @@ def gather_kernel(
         zero = load_groups(zeros, output, group, inside, num_groups)
         code = (code + 2 ** (BITS - 1)) - zero
     weight = code * load_groups(scales, output, group, inside, num_groups)
+    weight = tl.where(asked == output, weight, 0.0)
     tl.store(out + row * inputs + column, weight.to(out.dtype.element_ty), mask=inside)
