@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attn_kernels import VariantError, get_variant, variant_names
-from training.books import BOOKS, Split, split
+from training.books import Split, add_books_option, split
 from training.card import card
 from training.data import read_tokens
 from training.evaluate import Score, evaluate, table
@@ -102,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME",
         help=f"any of {', '.join(variant_names())} (default: all of these) or {', '.join(EXTRA)}",
     )
-    parser.add_argument(
-        "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
-    )
+    add_books_option(parser)
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs", help="training states (default: %(default)s)"
     )

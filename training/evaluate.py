@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_attn  # noqa: F401  registers the model class
-from training.books import BOOKS, split
+from training.books import add_books_option, split
 from training.data import Tokens, read_tokens, sequence
 from training.ngram import Trigram, Unigram, log_likelihood
 
@@ -67,12 +67,12 @@ def model_log_likelihood(
     return total
 
 
-def evaluate(checkpoint: Path, books: Path = BOOKS, quiet: bool = False) -> list[Score]:
+def evaluate(checkpoint: Path, books: Path | None = None, quiet: bool = False) -> list[Score]:
     """Scores of a checkpoint and of the two baselines on the validation and the test book.
 
     Args:
         checkpoint: a Hugging Face folder; it is run in float32.
-        books: folder that `training.books.split` splits.
+        books: what `training.books.split` splits.
         quiet: no progress bars.
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -118,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
-    parser.add_argument(
-        "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
-    )
+    add_books_option(parser)
     arguments = parser.parse_args(argv)
     try:
         split(arguments.books)

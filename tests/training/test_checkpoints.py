@@ -163,7 +163,10 @@ def test_missing_books_are_one_line(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["softmax", "--books", str(tmp_path)])
-    assert "emma.txt is not there: name the folder" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "emma.txt is not there: fetch the thirteen novels"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_evaluate_command_line(

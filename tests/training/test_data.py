@@ -100,7 +100,9 @@ def test_split_names_what_is_missing(books: Path, tmp_path: Path) -> None:
     files = split(books)
     assert [file.name for file in files.train] == ["first.txt", "second.txt"]
     assert (files.validation.name, files.test.name) == ("emma.txt", "great_expectations.txt")
-    with pytest.raises(FileNotFoundError, match=r"emma\.txt is not there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"emma\.txt is not there: fetch .*, or name .* --books"
+    ):
         split(tmp_path)
     for name in ("emma", "great_expectations"):
         (tmp_path / f"{name}.txt").touch()
