@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def made(folder: Path, variant: str) -> Path:
-    return tiny_checkpoint(folder, variant, num_hidden_layers=2, initializer_range=0.1)
+    return tiny_checkpoint(folder, variant, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("variant", variant_names())
