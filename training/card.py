@@ -92,7 +92,8 @@ tokenizer = AutoTokenizer.from_pretrained("checkpoints/{name}")
 Validation is *Emma*, test *Great Expectations*; neither was trained on. Every model predicts the
 same tokens. The trained model reads sequences of {recipe.context} tokens that each start anew; the
 baselines (add-one unigram, interpolated Kneser-Ney trigram) are counted on the training text.
-`python -m training.evaluate checkpoints/{name}` measures it again.
+`python -m training.evaluate checkpoints/{name} --whole --ngrams` measures it again, once
+`python -m training.books` has fetched the novels.
 
 ## Training
 
