@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serving.helpers import Running, ask, error_of, running
+from tests.serving.helpers import Running, ask, error_of, metric, running
 from tests.serving.standin import StandIn, standin, wait_for_value
 
 LIMITS = {"max_prompt_chars": 100, "max_body_bytes": 2000}
@@ -116,12 +116,15 @@ def test_unknown_fields_and_headers_go_on(gateway: Running, upstream: StandIn, p
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
 def test_slash_at_the_end(gateway: Running, upstream: StandIn, path: str) -> None:
     """The same route, in what the server gets and in what is counted."""
-    start = f'attnserve_requests_total{{route="{path}"'
-    before = gateway.metric(start)
+
+    def counted() -> float:
+        return metric(gateway.url, "attnserve_requests_total", f'route="{path}"')
+
+    before = counted()
     answer = ask(gateway.url, "POST", f"{path}/?a=b", {"model": "m", "input": "x"})
     assert answer.status == 200
     assert upstream.seen[-1]["path"] == path
-    wait_for_value(lambda: gateway.metric(start), before + 1, "counted under its route")
+    wait_for_value(counted, before + 1, "counted under its route")
 
 
 def test_slash_at_the_end_of_the_gateways_own(gateway: Running) -> None:
