@@ -85,6 +85,12 @@ model = AutoModelForCausalLM.from_pretrained("checkpoints/{name}")
 tokenizer = AutoTokenizer.from_pretrained("checkpoints/{name}")
 ```
 
+## Chat
+
+The chat template writes each message as a paragraph, whatever its role, and the model writes the
+next ones. It was not trained to answer or to stop: give `max_tokens`, or `"stop": ["\\n\\n"]` for
+one paragraph.
+
 ## Perplexity
 
 {table(scores)}

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.books import split
 from training.data import Batches, fingerprint, read_tokens, sequence
-from training.tokenizer import main, train_tokenizer
+from training.tokenizer import PARAGRAPHS, main, train_tokenizer
 
 TOKENS = np.arange(1, 1001)
 
@@ -41,6 +41,10 @@ def test_tokenizer_command_line_writes_what_auto_tokenizer_reads(
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.encode("the dog") == tokenizer.encode("the dog")
     assert loaded.model_max_length == 16
+    assert loaded.chat_template == PARAGRAPHS
+    short = loaded.encode("the")
+    first, second = loaded(["the dog", "the"], padding=True)["input_ids"]
+    assert second == [loaded.eos_token_id] * (len(first) - len(short)) + short
 
 
 def test_tokenizer_needs_room_for_all_bytes(books: Path) -> None:
