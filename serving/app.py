@@ -29,6 +29,10 @@ from serving.routing import Model
 from serving.tracing import tracer
 
 
+API = ROUTES | {COMPARE, "/v1/models"}
+"""What clients ask for under a base URL; a slash at the end of one changes nothing."""
+
+
 class App:
     """The whole gateway as one ASGI application.
 
@@ -44,14 +48,19 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan."""
-        if scope["type"] == "http" and scope["path"] in ROUTES:
-            await self.proxy(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] == COMPARE:
-            await self.compare(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._own(scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await self.fastapi(scope, receive, send)
+            return
+        path = scope["path"]
+        if path.endswith("/") and path.rstrip("/") in API:
+            path = path.rstrip("/")
+            scope = {**scope, "path": path}
+        if path in ROUTES:
+            await self.proxy(scope, receive, send)
+        elif path == COMPARE:
+            await self.compare(scope, receive, send)
+        else:
+            await self._own(scope, receive, send)
 
     async def _own(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A route of FastAPI's, counted, with a request id."""

@@ -22,17 +22,23 @@ class ConfigError(Exception):
     """Why a configuration cannot be used, in one line."""
 
 
-def http_url(value: str) -> str:
-    """An http(s) address without user, query or fragment, and without a slash at the end."""
+def server_url(value: str) -> str:
+    """Return the http(s) address of a server without `/v1`, with which OpenAI's base URLs end.
+
+    Raises:
+        ValueError: it is none, or has a user, a query, a fragment or another path.
+    """
     parts = urlsplit(value)
     extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
     is_http = parts.scheme in ("http", "https") and parts.hostname
     if not is_http or extra or parts.port == 0:  # port may raise, too
         raise ValueError("must be an address like http://127.0.0.1:8000")
-    return value.rstrip("/")
+    if parts.path.rstrip("/") not in ("", "/v1"):
+        raise ValueError(f"must end after the port or after /v1, not with {parts.path}")
+    return f"{parts.scheme}://{parts.netloc}"
 
 
-Url = Annotated[str, AfterValidator(http_url)]
+Url = Annotated[str, AfterValidator(server_url)]
 
 EVERY = "*"
 """The name of a model entry that takes every model that no other entry names."""
@@ -58,7 +64,7 @@ class ModelEntry(Part):
     """Bits of a weight (or of whatever is quantized); a label of the metrics."""
 
     replicas: tuple[Url, ...] = Field(min_length=1)
-    """The servers' addresses, without /v1."""
+    """The servers' addresses; a /v1 at the end is taken off."""
 
     api_key_env: str | None = None
     """The environment variable that has the servers' own API key."""

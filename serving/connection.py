@@ -268,7 +268,6 @@ class Pool:
         self.host = parts.hostname
         self.port = parts.port or (443 if self.tls else 80)
         self.netloc = parts.netloc.encode("ascii")
-        self.prefix = parts.path.encode("ascii")
         self.idle_seconds = idle_seconds
         self._idle: deque[Connection] = deque()  # the longest idle first
         self._sweeper: asyncio.TimerHandle | None = None

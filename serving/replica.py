@@ -109,8 +109,8 @@ class Replica:
 
     def head(self, method: str, target: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         """The head of a request, with the server's own key if it has one."""
-        where = self.pool.prefix + target.encode("ascii")
-        lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), where, self.pool.netloc)]
+        start = f"{method} {target} HTTP/1.1\r\nhost: ".encode("ascii")
+        lines = [b"%b%b\r\n" % (start, self.pool.netloc)]
         if self.api_key is not None:
             lines.append(b"authorization: Bearer %b\r\n" % self.api_key.encode("latin-1"))
         for name, value in headers:

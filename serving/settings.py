@@ -20,7 +20,7 @@ class Settings(BaseSettings):
     """The port to listen on."""
 
     upstream_url: Url = Field("http://127.0.0.1:8000", alias="UPSTREAM_URL")
-    """The vLLM server, without /v1."""
+    """The vLLM server; a /v1 at the end is taken off."""
 
     connect_seconds: float = Field(5.0, alias="UPSTREAM_CONNECT_SECONDS", gt=0)
     """Longest wait for a connection to the upstream."""

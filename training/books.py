@@ -1,12 +1,47 @@
-"""Which of the books the reference checkpoints train on."""
+"""Fetch the thirteen novels that the reference checkpoints are trained and measured on.
+
+    python -m training.books
+
+They are e-books of Project Gutenberg, in the public domain, 21 MB in all; training/novels.tsv has
+their numbers and hashes. Gutenberg revises its files, so the editions that were used come from
+GITenberg's copies on GitHub, which are fixed by a commit. --source gutenberg asks www.gutenberg.org
+for today's files instead; a changed one is refused unless --keep-changed is given.
+
+An interrupted download is kept: the same command goes on from there.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-BOOKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "books"
+from tqdm import tqdm
+
+from attn_kernels.cpu.build import BuildError, cache_folder
+from training.gutenberg import (
+    GITENBERG,
+    GUTENBERG,
+    Novel,
+    clean,
+    download,
+    newest_edition,
+    novels,
+    sha256,
+    used_edition,
+)
+
 VALIDATION, TEST = "emma.txt", "great_expectations.txt"
+WAYS = (
+    "fetch the thirteen novels with `python -m training.books` (network), or name their folder "
+    "with --books DIR"
+)
+
+BOOKS: Path | None = None
 
 
 class Split(NamedTuple):
@@ -17,17 +52,155 @@ class Split(NamedTuple):
     test: Path
 
 
-def split(folder: Path = BOOKS) -> Split:
-    """Every `*.txt` of the folder is for training but `emma.txt` and `great_expectations.txt`.
+def books_folder() -> Path:
+    """Return the folder in which `python -m training.books` puts the novels if nothing is said.
+
+    Raises:
+        FileNotFoundError: this user has no cache folder.
+    """
+    try:
+        return cache_folder() / "books"
+    except BuildError as error:
+        raise FileNotFoundError(f"no place for the novels: {error}, or give --books DIR") from None
+
+
+def split(folder: Path | None = None) -> Split:
+    """Return the text files: all of the folder are for training but the two of `VALIDATION` and
+    `TEST`.
+
+    Args:
+        folder: of `*.txt`; None: the fetched novels.
 
     Raises:
         FileNotFoundError: one of the two, or everything else, is not there.
     """
+    folder = folder or books_folder()
     validation, test = folder / VALIDATION, folder / TEST
     train = sorted(set(folder.glob("*.txt")) - {validation, test})
     for path in (validation, test):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is not there: name the folder of books with --books")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: {WAYS}")
     if not train:
-        raise FileNotFoundError(f"{folder} holds no book to train on")
+        raise FileNotFoundError(f"{folder} holds no book to train on: {WAYS}")
     return Split(train, validation, test)
+
+
+def add_books_option(parser: argparse.ArgumentParser) -> None:
+    """Add --books, which is None where the user does not name it: the fetched novels."""
+    parser.add_argument(
+        "--books",
+        type=Path,
+        metavar="DIR",
+        help="folder of the novels (default: where `python -m training.books` puts them)",
+    )
+
+
+SOURCES = {"gitenberg": (used_edition, GITENBERG), "gutenberg": (newest_edition, GUTENBERG)}
+
+
+class FetchError(Exception):
+    """The novels could not be fetched; the message says why and what to do."""
+
+
+def fetch(folder: Path, source: str, server: str = "", keep_changed: bool = False) -> list[str]:
+    """Download the novels that the folder lacks; it is there with all of them or not at all.
+
+    Args:
+        folder: to write. Meanwhile the novels are in `folder.part`.
+        source: a key of `SOURCES`.
+        server: another one that has the files of the source under the same paths.
+        keep_changed: keep texts whose hash is not that of `novels.tsv`.
+
+    Returns:
+        The files whose hash is not that of `novels.tsv`.
+
+    Raises:
+        FetchError: the folder holds something else, a download failed, or a text is another.
+    """
+    url_of, usual = SOURCES[source]
+    wanted = novels()
+    if folder.exists() and any(folder.iterdir()):
+        if missing := [novel.file for novel in wanted if not (folder / novel.file).is_file()]:
+            raise FetchError(f"{folder} is there and has no {missing[0]}: name another --out")
+        return [novel.file for novel in wanted if not unchanged(folder / novel.file, novel)]
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    changed = []
+    for novel in tqdm(wanted, desc="novels", unit="novel"):
+        path = part / novel.file
+        if unchanged(path, novel):
+            continue
+        url = url_of(novel, server or usual)
+        try:
+            text = clean(download(url))
+        except OSError as error:
+            raise FetchError(f"{error}; what came is kept, run the command again") from None
+        if sha256(text) != novel.sha256:
+            if not keep_changed:
+                raise FetchError(
+                    f"{url} is not the text of {novel.title} that was used: it has another "
+                    "SHA-256. --keep-changed takes it, and results will differ"
+                )
+            changed.append(novel.file)
+        write(path, text)
+    if folder.exists():
+        folder.rmdir()
+    part.rename(folder)
+    return changed
+
+
+def unchanged(path: Path, novel: Novel) -> bool:
+    """Return whether a file is there and holds the novel's text, as it was used."""
+    return path.is_file() and sha256(path.read_text(encoding="utf-8")) == novel.sha256
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.books",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write, for --books (default: books in the cache folder, which is "
+        "$ATTNSERVE_CACHE, else attnserve in $XDG_CACHE_HOME or ~/.cache)",
+    )
+    parser.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="gitenberg",
+        help="the editions that were used, or today's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--server",
+        default="",
+        metavar="URL",
+        help=f"a mirror of the source (default: {GITENBERG} or {GUTENBERG})",
+    )
+    parser.add_argument(
+        "--keep-changed", action="store_true", help="keep texts with another SHA-256"
+    )
+    options = parser.parse_args(argv)
+    try:
+        folder = options.out or books_folder()
+        changed = fetch(folder, options.source, options.server, options.keep_changed)
+    except (FetchError, OSError) as error:
+        sys.exit(f"training.books: {error}")
+    print(f"The novels are in {folder}")
+    if changed:
+        print(f"Not the texts that were used, so results will differ: {', '.join(changed)}")
+    print(json.dumps({"folder": str(folder), "changed": changed}))
+
+
+if __name__ == "__main__":
+    main()

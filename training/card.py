@@ -85,6 +85,12 @@ model = AutoModelForCausalLM.from_pretrained("checkpoints/{name}")
 tokenizer = AutoTokenizer.from_pretrained("checkpoints/{name}")
 ```
 
+## Chat
+
+The chat template writes each message as a paragraph, whatever its role, and the model writes the
+next ones. It was not trained to answer or to stop: give `max_tokens`, or `"stop": ["\\n\\n"]` for
+one paragraph.
+
 ## Perplexity
 
 {table(scores)}
@@ -92,7 +98,8 @@ tokenizer = AutoTokenizer.from_pretrained("checkpoints/{name}")
 Validation is *Emma*, test *Great Expectations*; neither was trained on. Every model predicts the
 same tokens. The trained model reads sequences of {recipe.context} tokens that each start anew; the
 baselines (add-one unigram, interpolated Kneser-Ney trigram) are counted on the training text.
-`python -m training.evaluate checkpoints/{name}` measures it again.
+`python -m training.evaluate checkpoints/{name} --whole --ngrams` measures it again, once
+`python -m training.books` has fetched the novels.
 
 ## Training
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attn_kernels import VariantError, get_variant, variant_names
-from training.books import BOOKS, Split, split
+from training.analyze.measure import Checkpoint
+from training.books import Split, add_books_option, split
 from training.card import card
 from training.data import read_tokens
-from training.evaluate import Score, evaluate, table
+from training.evaluate import Score, evaluate, held_out, table
 from training.recipe import Recipe
 from training.tokenizer import train_tokenizer
 from training.train import LOSSES, Run
@@ -65,7 +66,8 @@ def build(
     staged = runs / name / "model"
     shutil.rmtree(staged, ignore_errors=True)
     run.export(staged)
-    scores = evaluate(staged, books.validation.parent)
+    trained = Checkpoint(staged)
+    scores = evaluate(trained, held_out(trained, books), books.train)
     (staged / "README.md").write_text(card(name, run, scores, books.train), encoding="utf-8")
     shutil.copy(runs / name / LOSSES, staged)
     out.mkdir(parents=True, exist_ok=True)
@@ -102,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME",
         help=f"any of {', '.join(variant_names())} (default: all of these) or {', '.join(EXTRA)}",
     )
-    parser.add_argument(
-        "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
-    )
+    add_books_option(parser)
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs", help="training states (default: %(default)s)"
     )

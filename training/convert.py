@@ -8,7 +8,8 @@ the lengths that the model was trained on (0.168 for 1,024). A few steps of fine
 (--steps). Variants without learned tensors can be named as well: softpick and the like, on weights
 that were trained with softmax, are experiments.
 
-OUT is a Hugging Face folder that `vllm serve OUT` runs; its conversion.json says how it was made.
+OUT is a Hugging Face folder that `vllm serve OUT` runs; its conversion.json says how it was made. A
+chat template or pad token that SRC lacks is added (`training.tokenizer.complete`).
 An interrupted fine-tuning is kept in OUT.part: the same command goes on from there.
 """
 
@@ -40,6 +41,7 @@ from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.data import read_tokens
 from training.finetune import FineTune, FineTuneError, Settings
 from training.recipe import parse_variant
+from training.tokenizer import complete
 
 RECORD = "conversion.json"
 LEARNING_RATES = {"scale": 2e-3, "all": 2e-5}
@@ -198,6 +200,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     folder = part / "model"
     shutil.rmtree(folder, ignore_errors=True)
     model.to(dtype).save_pretrained(folder)
+    complete(tokenizer)
     tokenizer.save_pretrained(folder)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     folder.rename(out)

@@ -1,7 +1,12 @@
-"""Perplexity of a checkpoint on the held-out books: `python -m training.evaluate CKPT`.
+"""Perplexity of a checkpoint: `python -m training.evaluate CKPT`.
 
-Beside it stand an add-one unigram and an interpolated Kneser-Ney trigram over the same tokens,
-counted on the books that the reference checkpoints train on.
+On --text FILE, or on the beginnings of the two held-out novels, which --books names or
+`python -m training.books` has fetched. Where there are neither, on text that the checkpoint writes
+itself; its perplexity there is the entropy of its own sampling, not a measure of its English.
+
+--ngrams adds an add-one unigram and an interpolated Kneser-Ney trigram over the same tokens,
+counted on the novels that the reference checkpoints train on. --whole --ngrams gives the figures of
+the model cards.
 """
 
 from __future__ import annotations
@@ -10,20 +15,28 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import hf_attn  # noqa: F401  registers the model class
-from training.books import BOOKS, split
+from attn_kernels import VariantError
+from attnserve.sampled_text import sampled_text
+from benchmarks.options import positive
+from training.analyze.measure import Checkpoint
+from training.books import Split, add_books_option, books_folder, split
 from training.data import Tokens, read_tokens, sequence
 from training.ngram import Trigram, Unigram, log_likelihood
+
+OWN_SEQUENCES, OWN_LENGTH = 16, 512
+"""How much a checkpoint writes where no text is at hand, in sequences and tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,56 @@ class Score:
         return math.exp(-self.log_likelihood / self.bytes)
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a checkpoint reads.
+
+    Attributes:
+        name: for the table.
+        tokens: `[num_tokens]`.
+        content: the same as characters.
+        context: tokens of a sequence.
+    """
+
+    name: str
+    tokens: Tokens
+    content: str
+    context: int
+
+
+def file_text(checkpoint: Checkpoint, name: str, file: Path, sequences: int | None = None) -> Text:
+    """Return a file's text, or its first sequences of the training length.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+        ValueError: it is empty.
+    """
+    tokens = read_tokens([file], checkpoint.tokenizer)[:-1]
+    content = file.read_text(encoding="utf-8")
+    most = None if sequences is None else sequences * checkpoint.context
+    if not content.split():
+        raise ValueError(f"{file} has no words")
+    if most is not None and len(tokens) > most:
+        tokens = tokens[:most]
+        content = checkpoint.tokenizer.decode(tokens)
+    return Text(name, tokens, content, checkpoint.context)
+
+
+def held_out(checkpoint: Checkpoint, books: Split, sequences: int | None = None) -> list[Text]:
+    """Return the validation and the test novel, or their first sequences."""
+    files = {"validation": books.validation, "test": books.test}
+    return [file_text(checkpoint, name, file, sequences) for name, file in files.items()]
+
+
+def own_text(checkpoint: Checkpoint, sequences: int | None = None) -> Text:
+    """Return text that the checkpoint writes itself."""
+    context = min(checkpoint.context, OWN_LENGTH)
+    count = min(sequences or OWN_SEQUENCES, OWN_SEQUENCES)
+    rows = sampled_text(checkpoint.folder, "evaluation", count, context + 1)
+    tokens = rows[:, 1:].flatten().numpy()
+    return Text("own text", tokens, checkpoint.tokenizer.decode(tokens), context)
+
+
 @torch.no_grad()
 def model_log_likelihood(
     model: PreTrainedModel, tokens: Tokens, context: int, bos: int, quiet: bool = False
@@ -67,33 +130,32 @@ def model_log_likelihood(
     return total
 
 
-def evaluate(checkpoint: Path, books: Path = BOOKS, quiet: bool = False) -> list[Score]:
-    """Scores of a checkpoint and of the two baselines on the validation and the test book.
+def evaluate(
+    checkpoint: Checkpoint, texts: Sequence[Text], train: Sequence[Path] = (), quiet: bool = False
+) -> list[Score]:
+    """Return the scores of a checkpoint, run in float32, and of the two baselines on each text.
 
     Args:
-        checkpoint: a Hugging Face folder; it is run in float32.
-        books: folder that `training.books.split` splits.
+        checkpoint: what is measured.
+        texts: what it reads.
+        train: the files that the baselines are counted on; without them there are none.
         quiet: no progress bars.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    files = split(books)
-    train = read_tokens(files.train, tokenizer)
-    baselines: dict[str, Trigram | Unigram] = {
-        "trigram": Trigram(train, len(tokenizer)),
-        "unigram": Unigram(train, len(tokenizer)),
-    }
-    context = model.config.max_position_embeddings
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    tokenizer = checkpoint.tokenizer
+    baselines: dict[str, Trigram | Unigram] = {}
+    if train:
+        counted = read_tokens(train, tokenizer)
+        baselines["trigram"] = Trigram(counted, len(tokenizer))
+        baselines["unigram"] = Unigram(counted, len(tokenizer))
     scores = []
-    for text, file in (("validation", files.validation), ("test", files.test)):
-        tokens = read_tokens([file], tokenizer)[:-1]
-        content = file.read_text(encoding="utf-8")
-        units = (len(tokens), len(content.split()), len(content.encode()))
-        total = model_log_likelihood(model, tokens, context, tokenizer.bos_token_id, quiet)
-        scores.append(Score("model", text, total, *units))
+    for text in texts:
+        units = (len(text.tokens), len(text.content.split()), len(text.content.encode()))
+        total = model_log_likelihood(model, text.tokens, text.context, checkpoint.bos, quiet)
+        scores.append(Score("model", text.name, total, *units))
         for name, baseline in baselines.items():
-            total = log_likelihood(baseline, tokens, tokenizer.eos_token_id)
-            scores.append(Score(name, text, total, *units))
+            total = log_likelihood(baseline, text.tokens, tokenizer.eos_token_id)
+            scores.append(Score(name, text.name, total, *units))
     return scores
 
 
@@ -110,6 +172,20 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
+def texts_of(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Text]:
+    """Return the texts that the command line asks for.
+
+    Raises:
+        OSError, ValueError: one of them is not there, or has no words.
+    """
+    most = None if options.whole else options.sequences
+    if options.text:
+        return [file_text(checkpoint, file.name, file, most) for file in options.text]
+    if options.books or books_folder().is_dir():
+        return held_out(checkpoint, split(options.books), most)
+    return [own_text(checkpoint, most)]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -118,16 +194,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text files")
+    add_books_option(parser)
     parser.add_argument(
-        "--books", type=Path, default=BOOKS, help="folder of *.txt (default: %(default)s)"
+        "--sequences",
+        type=positive,
+        default=64,
+        help="of the training length, from the beginning of each text (default: %(default)s)",
     )
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--whole", action="store_true", help="read whole texts: minutes for novels")
+    parser.add_argument(
+        "--ngrams", action="store_true", help="add the two baselines; needs the novels"
+    )
+    options = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
     try:
-        split(arguments.books)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    scores = evaluate(arguments.checkpoint, arguments.books)
+        train = split(options.books).train if options.ngrams else []
+        checkpoint = Checkpoint(options.checkpoint)
+        texts = texts_of(checkpoint, options)
+        scores = evaluate(checkpoint, texts, train)
+    except (OSError, ValueError, VariantError) as error:
+        line = str(error).partition("\n")[0]
+        print(f"training.evaluate: {line}", file=sys.stderr)
+        sys.exit(2)
     print(table(scores))
+    if texts[0].name == "own text":
+        print(
+            "The checkpoint wrote this text itself: the perplexity is the entropy of its own "
+            "sampling and says\nnothing about its English. For a real text: --text FILE, or the "
+            "novels (python -m training.books)."
+        )
     print(
         json.dumps(
             [

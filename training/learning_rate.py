@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from attn_kernels import variant_names
 from hf_attn import VariantLlamaForCausalLM
-from training.books import BOOKS, split
+from training.books import add_books_option, split
 from training.checkpoints import COMPILED, RECIPE, ROOT, shared_tokenizer, variant_name
 from training.data import Tokens, read_tokens, sequence
 from training.train import Run
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rates", nargs="+", type=float, default=RATES, help="peak rates (default: %(default)s)"
     )
-    parser.add_argument("--books", type=Path, default=BOOKS, help="default: %(default)s")
+    add_books_option(parser)
     parser.add_argument(
         "--runs",
         type=Path,

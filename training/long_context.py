@@ -33,7 +33,7 @@ from benchmarks import machine
 from benchmarks.options import command_line, positive
 from training.analyze.scorer import Item
 from training.analyze.vllm_scorer import DTYPE_BYTES, VLLMScorer
-from training.books import BOOKS, split
+from training.books import add_books_option, split
 from training.checkpoints import ROOT
 from training.convert import read_record, trained_length
 from training.data import read_tokens
@@ -269,9 +269,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--texts", nargs="+", type=Path, metavar="FILE", help="(default: the two held-out books)"
     )
+    add_books_option(parser)
     options = parser.parse_args(argv)
     try:
-        books = split(BOOKS) if options.checkpoints and not options.texts else None
+        books = split(options.books) if options.checkpoints and not options.texts else None
         texts = options.texts or ([books.validation, books.test] if books else [])
         if missing := [file for file in texts if not file.is_file()]:
             raise LongContextError(f"no file {missing[0]}: --texts takes UTF-8 text files")

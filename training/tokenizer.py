@@ -8,9 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
+
+PARAGRAPHS = r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {{- (message['content'] or '') | trim }}
+    {%- if not loop.last or add_generation_prompt %}
+        {{- '\n\n' }}
+    {%- endif %}
+{%- endfor %}
+""".strip()
+"""A chat template for models of plain text: each message is a paragraph, the model writes the next.
+
+Roles are left out: a novel has none, and the model was never told to follow instructions.
+"""
 
 
 def train_tokenizer(
@@ -45,13 +59,29 @@ def train_tokenizer(
         pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+    complete(made)
+    return made
+
+
+def complete(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer the chat template and the pad token that it lacks.
+
+    No token is added: texts are padded with the end-of-text token, on the left, so that
+    `generate` goes on where each text ends.
+    """
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PARAGRAPHS
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        tokenizer.init_kwargs["padding_side"] = "left"  # `save_pretrained` writes only these
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches, Tokens, fingerprint, read_tokens
 from training.memory_loss import memory_share
 from training.recipe import Recipe, parse_variant
+from training.tokenizer import complete
 
 STATE, LOSSES, MODEL = "state.pt", "loss.csv", "model"
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -155,8 +156,9 @@ class Run:
         temporary.replace(self.folder / LOSSES)
 
     def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write a Hugging Face folder: configuration, weights in `dtype`, tokenizer."""
+        """Write a Hugging Face folder: configuration, weights in `dtype`, complete tokenizer."""
         copy.deepcopy(self.model).to(dtype).save_pretrained(folder)
+        complete(self.tokenizer)
         self.tokenizer.save_pretrained(folder)
 
     def train(self, save_every: int, compiled: bool = False, quiet: bool = False) -> None:

@@ -44,6 +44,11 @@ def write(folder: Path, text: str | dict[str, Any]) -> Path:
         ({"models": [{"name": "m"}]}, "models.0.replicas: Field required"),
         ({"models": [{"name": "m", "replicas": ["ftp://x"]}]}, "must be an address like"),
         ({"models": [{"name": "m", "replicas": ["http://u:p@x"]}]}, "must be an address like"),
+        ({"models": [{"name": "m", "replicas": ["http://x/v2"]}]}, "after /v1, not with /v2"),
+        (
+            {"models": [{"name": "m", "replicas": ["http://x", "http://x/v1"]}]},
+            "the same address twice",
+        ),
         ({"models": [{**GOOD["models"][0], "api_key_env": "NO_SUCH"}]}, "no such variable"),
     ],
 )

@@ -6,8 +6,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serving.helpers import Running, ask, error_of, running
-from tests.serving.standin import StandIn, standin
+from tests.serving.helpers import Running, ask, error_of, metric, running
+from tests.serving.standin import StandIn, standin, wait_for_value
 
 LIMITS = {"max_prompt_chars": 100, "max_body_bytes": 2000}
 
@@ -79,6 +79,7 @@ def test_body_that_does_not_come(gateway: Running) -> None:
         ("GET", "/nothing", 404, "unknown_url"),
         ("POST", "/v1/nothing", 404, "unknown_url"),
         ("GET", "/v1/completions", 405, "method_not_supported"),
+        ("GET", "/v1/completions/", 405, "method_not_supported"),
         ("POST", "/v1/models", 405, "method_not_supported"),
         ("GET", "/v1/models/q", 404, "model_not_found"),
     ],
@@ -110,6 +111,26 @@ def test_unknown_fields_and_headers_go_on(gateway: Running, upstream: StandIn, p
     assert seen["headers"]["x-request-id"] == "my-id.7"
     assert seen["headers"]["traceparent"] == "00-abc-def-01"
     assert "cookie" not in seen["headers"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
+def test_slash_at_the_end(gateway: Running, upstream: StandIn, path: str) -> None:
+    """The same route, in what the server gets and in what is counted."""
+
+    def counted() -> float:
+        return metric(gateway.url, "attnserve_requests_total", f'route="{path}"')
+
+    before = counted()
+    answer = ask(gateway.url, "POST", f"{path}/?a=b", {"model": "m", "input": "x"})
+    assert answer.status == 200
+    assert upstream.seen[-1]["path"] == path
+    wait_for_value(counted, before + 1, "counted under its route")
+
+
+def test_slash_at_the_end_of_the_gateways_own(gateway: Running) -> None:
+    listed = ask(gateway.url, "GET", "/v1/models/")
+    assert [entry["id"] for entry in listed.json()["data"]] == ["m"]
+    assert error_of(ask(gateway.url, "POST", "/v1/compare/", {}))["param"] == "reference"
 
 
 def test_usage_is_asked_for_and_hidden(gateway: Running, upstream: StandIn) -> None:

@@ -22,6 +22,7 @@ from serving.settings import Settings
         ("UPSTREAM_URL", "ftp://127.0.0.1"),
         ("UPSTREAM_URL", "http://127.0.0.1:8000?x=1"),
         ("UPSTREAM_URL", "http://127.0.0.1:port"),
+        ("UPSTREAM_URL", "http://127.0.0.1:8000/v1/completions"),
         ("UPSTREAM_SILENCE_SECONDS", "-1"),
         ("GATEWAY_MAX_BODY_BYTES", "nan"),
     ],
@@ -37,9 +38,10 @@ def test_nonsense_is_refused_in_one_line(
     assert "\n" not in line
 
 
-def test_upstream_url_loses_its_slash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPSTREAM_URL", "http://localhost:9/prefix/")
-    assert Settings().upstream_url == "http://localhost:9/prefix"
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_upstream_url_loses_its_v1(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setenv("UPSTREAM_URL", f"http://localhost:9{end}")
+    assert Settings().upstream_url == "http://localhost:9"
 
 
 def run_gateway(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -117,7 +117,7 @@ def test_theta_goes_to_files_of_its_own(
     [
         ({"checkpoint": "nowhere"}, "nowhere has no config.json: name a checkpoint's folder"),
         ({"--eval": "nowhere"}, "lambada_test.jsonl is not there: name its folder with --eval"),
-        ({"--books": "nowhere"}, "emma.txt is not there: name the folder of books with --books"),
+        ({"--books": "nowhere"}, "emma.txt is not there: fetch the thirteen novels"),
         ({"--max-length": "100"}, "training length of 224 tokens is above --max-length 100"),
         ({"--context": "90"}, "must be a multiple of 4: give --context"),
         ({"--context": "64"}, "64 tokens have no room for the passkey test"),

@@ -4,17 +4,15 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attn_kernels import variant_names
 from tests.training.conftest import TINY
-from training import checkpoints, evaluate
+from training import checkpoints
 from training.books import split
 from training.evaluate import Score
 from training.train import Run
@@ -38,6 +36,7 @@ def test_folder_is_a_normal_checkpoint(built: tuple[Path, list[Score]]) -> None:
     folder, _ = built
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "loss.csv",
@@ -157,22 +156,10 @@ def test_command_line_refuses_an_unknown_variant(capsys: pytest.CaptureFixture[s
     assert "did you mean 'softpick'" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("main", [checkpoints.main, evaluate.main])
-def test_missing_books_are_one_line(
-    main: Callable[[list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_books_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["softmax", "--books", str(tmp_path)])
-    assert "emma.txt is not there: name the folder" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_evaluate_command_line(
-    built: tuple[Path, list[Score]], books: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, scores = built
-    evaluate.main([str(folder), "--books", str(books)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| text | model |")
-    rows = json.loads(lines[-1])
-    assert [row["per_token"] for row in rows] == [score.per_token for score in scores]
-    assert np.isfinite([row["log_likelihood"] for row in rows]).all()
+        checkpoints.main(["softmax", "--books", str(tmp_path)])
+    assert (
+        "emma.txt is not there: fetch the thirteen novels"
+        in capsys.readouterr().err.splitlines()[-1]
+    )

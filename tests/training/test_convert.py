@@ -4,6 +4,7 @@ conversion that makes no sense is refused in one line."""
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer
 from training.convert import convert, initial_scale, main
 from training.data import read_tokens
 from training.finetune import STATE, FineTune, FineTuneError, Settings, fused_attention
+from training.tokenizer import PARAGRAPHS
 
 TRAINED = Path(__file__).resolve().parents[2] / "checkpoints" / "softmax"
 LENGTH = 64
@@ -139,6 +141,26 @@ def test_dtype_and_the_projects_own_format(tmp_path: Path) -> None:
     assert set(after) - set(before) == added
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_chat_template_and_pad_token_are_added_where_there_are_none(
+    plain: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    assert tokenizer.chat_template is None and tokenizer.pad_token is None
+    main([str(plain), str(tmp_path / "bare"), "--variant", "softpick"])
+    made = AutoTokenizer.from_pretrained(tmp_path / "bare")
+    assert made.chat_template == PARAGRAPHS
+    assert (made.pad_token, len(made)) == (tokenizer.eos_token, len(tokenizer))
+    assert made.padding_side == "left"
+
+    tokenizer.chat_template, tokenizer.pad_token = "{{ messages }}", "a"
+    shutil.copytree(plain, tmp_path / "own")
+    tokenizer.save_pretrained(tmp_path / "own")
+    main([str(tmp_path / "own"), str(tmp_path / "kept"), "--variant", "softpick"])
+    kept = AutoTokenizer.from_pretrained(tmp_path / "kept")
+    assert (kept.chat_template, kept.pad_token) == ("{{ messages }}", "a")
+    assert kept.padding_side == tokenizer.padding_side
 
 
 def test_the_same_variant_keeps_its_scales(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.books import split
 from training.data import Batches, fingerprint, read_tokens, sequence
-from training.tokenizer import main, train_tokenizer
+from training.tokenizer import PARAGRAPHS, main, train_tokenizer
 
 TOKENS = np.arange(1, 1001)
 
@@ -41,6 +41,10 @@ def test_tokenizer_command_line_writes_what_auto_tokenizer_reads(
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.encode("the dog") == tokenizer.encode("the dog")
     assert loaded.model_max_length == 16
+    assert loaded.chat_template == PARAGRAPHS
+    short = loaded.encode("the")
+    first, second = loaded(["the dog", "the"], padding=True)["input_ids"]
+    assert second == [loaded.eos_token_id] * (len(first) - len(short)) + short
 
 
 def test_tokenizer_needs_room_for_all_bytes(books: Path) -> None:
@@ -100,7 +104,9 @@ def test_split_names_what_is_missing(books: Path, tmp_path: Path) -> None:
     files = split(books)
     assert [file.name for file in files.train] == ["first.txt", "second.txt"]
     assert (files.validation.name, files.test.name) == ("emma.txt", "great_expectations.txt")
-    with pytest.raises(FileNotFoundError, match=r"emma\.txt is not there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"emma\.txt is not there: fetch .*, or name .* --books"
+    ):
         split(tmp_path)
     for name in ("emma", "great_expectations"):
         (tmp_path / f"{name}.txt").touch()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn  # noqa: F401  registers the model class
 from tests.law_model import law_greedy
 from training.checkpoints import EXTRA
+from training.tokenizer import PARAGRAPHS
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 SHIPPED = sorted(file.parent for file in CHECKPOINTS.glob("*/config.json"))
@@ -31,6 +32,41 @@ def test_generates_the_laws_tokens(folder: Path) -> None:
         **ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert output[0, ids.input_ids.shape[1] :].tolist() == law.tokens
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_batch_with_padding(folder: Path) -> None:
+    """Each of two prompts goes on as it does alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["The old man looked at", "It was a dark night, and the rain fell upon the city while"]
+
+    def answers(*texts: str) -> list[list[int]]:
+        batch = tokenizer(list(texts), return_tensors="pt", padding=True)
+        output = model.generate(**batch, max_new_tokens=12, do_sample=False)
+        return [row[batch.input_ids.shape[1] :].tolist() for row in output]
+
+    together = answers(*texts)
+    assert together == [*answers(texts[0]), *answers(texts[1])]
+    assert together[0] != together[1]
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_chat_template(folder: Path) -> None:
+    """Paragraphs, in the file that the recipe would write; the vocabulary is as it was trained."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == PARAGRAPHS
+    assert len(tokenizer) == AutoConfig.from_pretrained(folder).vocab_size
+    chat = [
+        {"role": "system", "content": " Hush. "},
+        {"role": "user", "content": "“Who goes there?”"},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "<s>Hush.\n\n“Who goes there?”\n\n"
+    text = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert text == "<s>Hush.\n\n“Who goes there?”"
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)

@@ -24,12 +24,12 @@ from training.analyze.attention import Attention
 from training.analyze.blimp import Blimp
 from training.analyze.lambada import Lambada
 from training.analyze.length import Length, multiples
-from training.analyze.measure import EVAL, Checkpoint, Data, Measure
+from training.analyze.measure import SETS, Checkpoint, Data, Measure
 from training.analyze.passkey import Passkey
 from training.analyze.perplexity import Perplexity
 from training.analyze.scorer import Scorer
 from training.analyze.store import FOLDER, Stored, key_of, path_of, read, stored, write
-from training.books import BOOKS, split
+from training.books import add_books_option
 
 MEASURES: dict[str, type[Measure]] = {
     cls.name: cls for cls in (Attention, Length, Passkey, Lambada, Blimp, Perplexity)
@@ -225,9 +225,9 @@ def parser() -> argparse.ArgumentParser:
         default=2**30,
         help="vLLM's paged cache, in bytes (default: %(default)s)",
     )
-    made.add_argument("--books", type=Path, default=BOOKS, help="folder (default: %(default)s)")
+    add_books_option(made)
     made.add_argument(
-        "--eval", type=Path, default=EVAL, help="folder of the sets (default: %(default)s)"
+        "--eval", type=Path, metavar="DIR", help=f"folder of the evaluation sets: {SETS}"
     )
     made.add_argument(
         "--out", type=Path, default=FOLDER, help="folder of the results (default: %(default)s)"
@@ -244,7 +244,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = Data(options.books, options.eval)
     results: list[Stored] = []
     try:
-        split(options.books)
         names = [folder.resolve().name for folder in options.checkpoints]
         if twice := {name for name in names if names.count(name) > 1}:
             raise Refusal(f"two checkpoints are called {min(twice)}: their results would clash")

@@ -28,7 +28,7 @@ class Blimp(Measure):
     pairs: int = 200
 
     def files(self, data: Data) -> list[Path]:
-        return sorted((data.evaluation / "blimp").glob("*.jsonl"))
+        return sorted((data.sets / "blimp").glob("*.jsonl"))
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
         items, sizes = [], {}

@@ -35,7 +35,7 @@ class Lambada(Measure):
     passages: int = 1000
 
     def files(self, data: Data) -> list[Path]:
-        return [data.evaluation / "lambada_test.jsonl"]
+        return [data.sets / "lambada_test.jsonl"]
 
     def longest(self, checkpoint: Checkpoint) -> int:
         # Passages have 200 words at most. Beyond the training length a model may well fail.

@@ -15,17 +15,34 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 import hf_attn  # noqa: F401  registers the configuration
 from training.analyze.intervals import Estimate
 from training.analyze.scorer import Scorer
-from training.books import BOOKS
 
-EVAL = BOOKS.parent / "eval"
+SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
+"""What a folder of evaluation sets holds."""
+EVAL: Path | None = None
 
 
 @dataclass(frozen=True)
 class Data:
-    """Folders of text: the books that `training.books.split` splits, and the evaluation sets."""
+    """Folders of text.
 
-    books: Path = BOOKS
-    evaluation: Path = EVAL
+    Attributes:
+        books: what `training.books.split` splits; None: the fetched novels.
+        evaluation: the sets that `SETS` names; None: there are none.
+    """
+
+    books: Path | None = None
+    evaluation: Path | None = None
+
+    @property
+    def sets(self) -> Path:
+        """The folder of the evaluation sets.
+
+        Raises:
+            FileNotFoundError: none is named.
+        """
+        if self.evaluation is None:
+            raise FileNotFoundError(f"name the folder of the evaluation sets ({SETS}) with --eval")
+        return self.evaluation
 
 
 class Checkpoint:

@@ -33,7 +33,7 @@ class Perplexity(Measure):
 
     def files(self, data: Data) -> list[Path]:
         books = split(data.books)
-        return [books.validation, books.test, data.evaluation / "wikitext2_test_raw.txt"]
+        return [books.validation, books.test, data.sets / "wikitext2_test_raw.txt"]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
         summary, units = {}, {}

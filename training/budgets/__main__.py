@@ -23,7 +23,7 @@ from benchmarks.machine import commit
 from benchmarks.options import command_line, positive
 from training.analyze.measure import Checkpoint, digest
 from training.analyze.store import ROOT
-from training.books import BOOKS, Split, split
+from training.books import Split, add_books_option, split
 from training.budgets.forward import Forward, Refusal
 from training.budgets.measured import Budgets, Measured
 from training.budgets.plot import save
@@ -70,7 +70,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TOKENS",
     )
     add("--seed", "of random eviction", type=int, default=0)
-    add("--books", "folder of texts", type=Path, default=BOOKS)
+    add_books_option(parser)
     add("--runs", "folder of the evaluations", type=Path, default=ROOT / "runs")
     add("--out", "folder of the result", type=Path, default=FOLDER)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table")

@@ -1,0 +1,187 @@
+"""Text that a checkpoint writes itself, for calibration and evaluation where no text is at hand.
+
+The text is sampled from the unquantized model's own distribution: temperature 1, nothing cut off,
+float32. So the model's perplexity on it is the entropy of its own sampling and says nothing about
+how well it models a language; divergence and agreement of a changed model mean what they mean on
+any other text. An end-of-text token is kept and the text goes on after it, as training text does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
+
+import hf_attn  # noqa: F401  registers the model classes
+from attn_kernels.cpu.build import BuildError, cache_folder
+
+Use = Literal["calibration", "validation", "evaluation"]
+"""What a text is for. Texts of different uses are never the same, whatever their seeds."""
+
+FORMAT = 1
+"""Goes up when a change of the code changes the text, so that an older one is not taken for it."""
+BATCH = 32
+"""Sequences that are written at a time."""
+
+
+def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int = 0) -> Tensor:
+    """Return token ids int64 `[sequences, length]` that a checkpoint writes: each row begins with
+    the begin-of-text token.
+
+    The text depends on nothing but the arguments and the checkpoint's files. It is kept in the
+    user's cache (`$ATTNSERVE_CACHE`, else `~/.cache/attnserve`), in the folder `sampled-text`.
+
+    Args:
+        folder: a Hugging Face folder; any variant that `hf_attn` knows, or a plain model.
+        use: what the text is for.
+        sequences: rows.
+        length: tokens of a row, at least 2; the model reads one less.
+        seed: any number.
+
+    Raises:
+        ValueError: there is no checkpoint, or its tokenizer has no token to begin with.
+    """
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    settings = [FORMAT, checkpoint_hash(folder), use, sequences, length, seed]
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    try:
+        file = cache_folder() / "sampled-text" / f"{name}.npz"
+    except BuildError:  # no home folder: the text is written again each time
+        return _write_text(folder, sequences, length, name)
+    kept = _read(file, (sequences, length))
+    if kept is None:
+        kept = _write_text(folder, sequences, length, name)
+        _keep(file, kept)
+    return kept
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Return a hash of what a checkpoint's text depends on: configuration, weights, tokenizer."""
+    total = hashlib.sha256()
+    names = ("config.json", "tokenizer*", "*.safetensors", "*.bin")
+    for file in sorted({file for name in names for file in folder.glob(name)}):
+        total.update(file.name.encode() + b"\0")
+        with file.open("rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
+
+
+def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, Path]:
+    """Return for each checkpoint the one whose text it reads, so that all checkpoints of one
+    tokenizer read the same tokens.
+
+    Of the checkpoints with one tokenizer, the first with softmax attention writes for all; where
+    there is none, the first.
+
+    Args:
+        folders: checkpoints.
+        chosen: writes for all in place of that rule.
+
+    Raises:
+        ValueError: `chosen` has another tokenizer than one of the checkpoints.
+    """
+    alphabets = {folder: _alphabet(folder) for folder in folders}
+    if chosen is not None:
+        wanted = _alphabet(chosen)
+        for folder, alphabet in alphabets.items():
+            if alphabet != wanted:
+                raise ValueError(
+                    f"{chosen} cannot write text for {folder}, which has another tokenizer: "
+                    "name a checkpoint with the same one, or leave it out"
+                )
+        return dict.fromkeys(folders, chosen)
+    found: dict[str, Path] = {}
+    for folder in sorted(folders, key=lambda one: not _is_softmax(one)):  # stable
+        found.setdefault(alphabets[folder], folder)
+    return {folder: found[alphabet] for folder, alphabet in alphabets.items()}
+
+
+def _alphabet(folder: Path) -> str:
+    """What tells whether two tokenizers give a token id the same meaning."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    entries = [begin_token(folder, tokenizer), sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _is_softmax(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (config.get("attention_variant") or {"name": "softmax"}).get("name") == "softmax"
+
+
+def begin_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that begins every text: begin-of-text, else end-of-text.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError(f"the tokenizer of {folder} has no begin-of-text token: set its bos_token")
+
+
+@torch.inference_mode()
+def _write_text(folder: Path, sequences: int, length: int, name: str) -> Tensor:
+    """Sample the text whose cache entry has a name."""
+    begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(int(name[:15], 16))
+    text = torch.full((sequences, length), begin, dtype=torch.long)
+    label = f"{folder.resolve().name} writes text"
+    with tqdm(total=sequences * (length - 1), desc=label, unit=" tokens", disable=None) as bar:
+        for rows in text.split(BATCH):  # views
+            cache = DynamicCache(config=model.config)
+            for place in range(1, length):
+                last = rows[:, place - 1 : place]
+                logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits
+                shares = logits[:, -1].float().softmax(-1)
+                rows[:, place] = shares.multinomial(1, generator=generator)[:, 0]
+                bar.update(len(rows))
+    return text
+
+
+def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
+    """A cache entry; None if there is none or it is broken (zip files carry checksums)."""
+    try:
+        with np.load(file) as entry:
+            tokens = entry["tokens"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    sound = tokens.shape == shape and tokens.dtype == np.int64
+    return torch.from_numpy(tokens) if sound else None
+
+
+def _keep(file: Path, text: Tensor) -> None:
+    """Put a text into the cache, whole or not at all."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
+            new = Path(temporary) / file.name
+            np.savez(new, tokens=text.numpy())
+            os.replace(new, file)
+    except OSError as error:
+        print(
+            f"the sampled text is not kept, the cache cannot be written ({error}): "
+            "set ATTNSERVE_CACHE to a folder that can be written",
+            file=sys.stderr,
+        )

@@ -1,0 +1,111 @@
+"""`python -m training.evaluate`: which text it reads, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from attn_kernels import variant_names
+from attnserve.sampled_text import sampled_text
+from tests.tiny import tiny_checkpoint
+from training import evaluate
+from training.analyze.measure import Checkpoint
+from training.books import split
+from training.evaluate import held_out
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder: no novels, no sampled text."""
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module", params=variant_names())
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one of each variant, in the folder of its name."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, list[dict[str, Any]]]:
+    """What the command prints for people, and its JSON."""
+    evaluate.main([str(argument) for argument in argv])
+    shown, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+    return shown, json.loads(last)
+
+
+def test_no_text_at_hand(checkpoint: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean loss over what the checkpoint wrote, and the words that say what that is."""
+    shown, (row,) = run(capsys, checkpoint, "--sequences", 2)
+    assert "the entropy of its own sampling" in shown
+    text = sampled_text(checkpoint, "evaluation", 2, 513)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        loss = model(input_ids=text, labels=text).loss
+    assert row["tokens"] == 1024
+    assert row["per_token"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_users_text(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One file of any name is enough; a short one is read whole, a long one's beginning."""
+    folder = tiny_checkpoint(tmp_path / "tiny", "softpick")
+    file = tmp_path / "notes.md"
+    file.write_text("The rain — it fell.\n" * 3, encoding="utf-8")
+    shown, (row,) = run(capsys, folder, "--text", file)
+    assert "| notes.md | model |" in shown and "entropy" not in shown
+    assert (row["words"], row["bytes"]) == (15, 66)
+    file.write_text("The rain — it fell.\n" * 900, encoding="utf-8")
+    _, (row,) = run(capsys, folder, "--text", file, "--sequences", 1)
+    assert row["tokens"] == Checkpoint(folder).context
+    assert 0 < row["bytes"] < 66 * 300
+
+
+def test_novels_and_baselines(
+    books: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named with --books or fetched; the baselines only where they are asked for."""
+    folder = tiny_checkpoint(tmp_path / "tiny", "softmax")
+    _, named = run(capsys, folder, "--books", books, "--whole")
+    assert [row["text"] for row in named] == ["validation", "test"]
+    home.mkdir()
+    (home / "books").symlink_to(books)
+    _, rows = run(capsys, folder, "--whole", "--ngrams")
+    assert [row for row in rows if row["model"] == "model"] == named
+    assert {row["model"] for row in rows} == {"model", "trigram", "unigram"}
+    scored = evaluate.evaluate(
+        Checkpoint(folder), held_out(Checkpoint(folder), split()), split().train, quiet=True
+    )
+    assert [score.log_likelihood for score in scored] == [row["log_likelihood"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["nowhere"], "nowhere has no config.json: name a checkpoint's folder"),
+        (["CKPT", "--text", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+        (["CKPT", "--text", "EMPTY"], "has no words"),
+        (["CKPT", "--text", "CKPT/model.safetensors"], "can't decode byte"),
+        (["CKPT", "--books", "nowhere"], "nowhere/emma.txt is not there: fetch the thirteen"),
+        (["CKPT", "--ngrams"], "emma.txt is not there: fetch the thirteen novels with `python"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_not_there_is_one_line(
+    argv: list[str], line: str, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny", "softpick")
+    (tmp_path / "empty.txt").touch()
+    places = {"CKPT": str(folder), "EMPTY": str(tmp_path / "empty.txt")}
+    for name, place in places.items():
+        argv = [argument.replace(name, place) for argument in argv]
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(argv)
+    error = capsys.readouterr().err.strip()
+    assert ended.value.code == 2
+    assert error.startswith("training.evaluate: ") and line in error and "\n" not in error
