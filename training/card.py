@@ -73,7 +73,10 @@ A small Llama with {variant.name} attention ({variant.paper}), trained from scra
 nineteenth-century novels. It is here to serve and test {variant.name} with real, trained weights.
 It writes sentences in the manner of those novels and knows nothing; use it for nothing else.
 
+In a checkout of attnserve, after `make install`:
+
 ```sh
+source .venv/bin/activate
 vllm serve checkpoints/{name} --attention-backend {variant.name}
 ```
 
@@ -120,5 +123,5 @@ with the same recipe: AdamW, linear warm-up and half a cosine, attention always 
 |---|---|
 {settings}
 
-Made by `python -m training.checkpoints {name}`.
+Made by `python -m training.checkpoints {name}`, which needs the novels (docs/TRAINING.md).
 """

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.docs.clone import Clone
-from tests.docs.rules import RULES, NotHere, Run
+from tests.docs.rules import NotHere, Run
+from tests.docs.table import RULES
 
 
 def cases() -> list[object]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs.clone import Clone
-from tests.docs.rules import RULES, Asked, Serve
+from tests.docs.rules import Asked, Serve
+from tests.docs.table import RULES
 from tests.docs.text import Block, all_blocks
 from tests.servers import end_group, free_port, wait_until_healthy
 

@@ -12,11 +12,13 @@ import yaml
 from attn_kernels import variant_from_config
 from tests.docs.clone import Clone
 from tests.docs.prepare import gateway_example
+from tests.docs.table import YOUR_LLAMA
 from tests.docs.test_servers import GATEWAY
 from tests.docs.text import Block, all_blocks
 
 ELSEWHERE = {Path("docs/VARIANT.md"): "tests/attn_kernels/test_example.py"}
 PREPARED = {
+    "your-llama": YOUR_LLAMA,
     "softpick-340M-4096-model": "python -m tests.docs.prepare published softpick-340M-4096-model",
 }
 """What a program needs that is not in the checkout, and how it is made."""

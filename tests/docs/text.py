@@ -127,4 +127,4 @@ def all_blocks(*languages: str) -> list[Block]:
 
 def normal(line: str) -> str:
     """Return a command without the path to the environment's programs."""
-    return re.sub(r"(^|(?<= ))\.venv/bin/", "", line)
+    return re.sub(r"(^|(?<= ))\.venv/bin/(?!activate)", "", line)

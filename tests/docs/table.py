@@ -1,0 +1,391 @@
+"""How the tests run each command of the texts.
+
+A command that is not here fails `test_coverage.py`, and so does an entry that no text has any more.
+A command without arguments, inline, names a program: it is covered where a longer one here begins
+with it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tests.docs.rules import Asked, Elsewhere, NotHere, Printed, Rule, Run, Serve
+from tests.docs.text import ROOT
+
+CHECKPOINTS = {
+    folder.name: "selective" if folder.name == "selective_prunable" else folder.name
+    for folder in sorted((ROOT / "checkpoints").iterdir())
+    if (folder / "config.json").exists()
+}
+"""The bundled checkpoints' folders, and the variant of each."""
+
+
+BOOKS = r"--books"
+"""What a command says that truly needs the thirteen novels."""
+SMALL = "--sequences 2 --length 64"
+YOUR_LLAMA = "python -m tests.docs.prepare plain-llama your-llama"
+MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
+VLLM = "--host 127.0.0.1 --port {vllm} --enforce-eager --kv-cache-memory-bytes 64M"
+
+
+def make_serve(ckpt: str) -> str:
+    """Return `make serve` with this checkpoint on free ports."""
+    return f"make serve CKPT={ckpt} VLLM_PORT={{vllm}} GATEWAY_PORT={{gateway}}"
+
+
+def helps(module: str) -> Run:
+    """Return the rule for a command of hours, of which only `--help` is looked at."""
+    return Run(f"python -m {module} --help", prints="usage", long=True)
+
+
+RULES: dict[str, Rule] = {
+    # README.md
+    "make serve": Serve(make_serve("checkpoints/softpick"), slow=False),
+    "make test": Run("make test ARGS='-n 0 tests/docs/test_parser.py'", r"\d passed", long=True),
+    "make serve VLLM_PORT=8001": Serve(
+        "make serve VLLM_PORT={vllm} GATEWAY_PORT={gateway} CKPT=checkpoints/ssmax"
+    ),
+    "make TORCH_INDEX=URL": Run("make TORCH_INDEX=https://download.pytorch.org/whl/cpu"),
+    "curl http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d "
+    '\'{"model": "softpick", "prompt": "It was the best of times,", "max_tokens": 32}\'': Asked(),
+    "attnserve doctor": Run(prints="kernel cache"),
+    "vllm serve CKPT --hf-overrides "
+    '\'{"attention_variant": {"name": "selective", "kv_budgets": [24, 40, 8, 72]}}\'': Serve(
+        f"vllm serve checkpoints/selective {VLLM} --hf-overrides "
+        '\'{{"attention_variant": {{"name": "selective", "kv_budgets": [24, 40, 8, 72]}}}}\''
+    ),
+    "vllm serve CKPT --attention-backend softpick": Serve(
+        f"vllm serve your-llama {VLLM} --attention-backend softpick",
+        setup=YOUR_LLAMA,
+    ),
+    "python -m quant.quantize CKPT OUT --bits 4 --scheme gptq --embeddings 8": Run(
+        "python -m quant.quantize checkpoints/lssa OUT --bits 4 --scheme gptq --embeddings 8 "
+        "--calibration 2 --length 64"
+    ),
+    "make serve CKPT=OUT": Serve(
+        make_serve("out-4bit"),
+        setup="python -m quant.quantize checkpoints/softpick out-4bit --bits 4 --scheme rtn",
+    ),
+    "python -m quant.sweep CKPT --bits 2 3 4 8": Run(
+        f"python -m quant.sweep checkpoints/softpick --bits 4 {SMALL} --schemes rtn "
+        "--what weights --calibration 2 --out sweep-one --jobs 1",
+        long=True,
+    ),
+    "make serve CKPT=softpick-340M-4096-model": Serve(
+        make_serve("softpick-340M-4096-model"),
+        setup="python -m tests.docs.prepare published softpick-340M-4096-model",
+    ),
+    "make checkpoints": Run(prints=BOOKS, code=2, long=True),
+    "make analyze": Run(
+        "make analyze ARGS='--measures perplexity --limit 1'", prints=BOOKS, code=2, long=True
+    ),
+    "python -m training.evaluate checkpoints/NAME": Run(
+        "python -m training.evaluate checkpoints/lssa", prints="perplexity|per token"
+    ),
+    "python -m training.train --help": Run(prints="usage"),
+    "python -m training.budgets CKPT": Run(
+        "python -m training.budgets checkpoints/selective --sequences 2 --judge 2 "
+        "--test-sequences 2 --length 64 --step 32 --uniform 16 --out budgets --runs budget-runs",
+        long=True,
+    ),
+    "make bench": Run("make bench ARGS='--only kernels --no-save'", slow=True, long=True),
+    "python -m benchmarks.kernels": Run(
+        "python -m benchmarks.kernels --quick --variants softmax --phases decode --dtypes fp32 "
+        "--head-dims 64 --ctx 64 --batch 1 --seconds 0.1 --no-save",
+        slow=True,
+    ),
+    "make bench-kernels": Run(
+        "make bench-kernels ARGS='--quick --variants softmax --phases decode --dtypes fp32 "
+        "--head-dims 64 --ctx 64 --batch 1 --seconds 0.1 --no-save'",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.rates --ckpt DIR": Run(
+        "python -m benchmarks.rates --ckpt checkpoints/softmax --backends softmax --prompt-lens 16 "
+        "--batches 1 --new-tokens 4 --rounds 1 --prefill-rounds 1 --enforce-eager --no-save",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.pruning --ckpt DIR": Run(
+        "python -m benchmarks.pruning --ckpt checkpoints/selective --requests 8 --rounds 1 "
+        "--new-tokens 16 --no-save -- --enforce-eager",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.quantized --ckpt DIR --packed DIR": Run(
+        "python -m quant.quantize checkpoints/softmax bench-4bit --bits 4 --scheme rtn && "
+        "python -m benchmarks.quantized --ckpt checkpoints/softmax --packed bench-4bit "
+        "--packed-dtypes float32 --peer-backend softmax --prompt-lens 16 --batches 1 "
+        "--new-tokens 4 --rounds 1 --prefill-rounds 1 --enforce-eager --no-save",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.gateway": Run(
+        "python -m benchmarks.gateway --gateways attnserve --requests 8 --rounds 1 "
+        "--concurrency 2 --tokens 4 --no-save",
+        slow=True,
+    ),
+    "python -m benchmarks.decode_step --ckpt DIR": Run(
+        "python -m benchmarks.decode_step --ckpt checkpoints/softpick --prompt-len 16 --steps 8 "
+        "--profiled-steps 2 --enforce-eager",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.serve --enforce-eager": Run(
+        "python -m benchmarks.serve --enforce-eager --ckpts checkpoints/softmax --gateway none "
+        "--no-stock --requests 4 --rounds 1 --request-rates inf --prompt-len 16 --new-tokens 4 "
+        "--no-save",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.memory": Run(
+        "python -m benchmarks.memory --enforce-eager --ckpts checkpoints/softmax --prompt-len 64 "
+        "--new-tokens 16 --no-save",
+        slow=True,
+        long=True,
+    ),
+    "vllm bench serve": Elsewhere("tests/benchmarks/test_serve.py"),
+    "attnserve was tried on vLLM 0.32 to 0.33, not on ...": Printed(),
+    "python -m serving --help": Run(prints="UPSTREAM_URL"),
+    "pip uninstall torchvision torchaudio torchcodec": Run(
+        "pip uninstall --yes torchvision torchaudio torchcodec", prints="not installed"
+    ),
+    "pip check": Run(prints="requires torchvision, which is not installed", code=1),
+    "apt-get install libnuma1": NotHere("root"),
+    # CONTRIBUTING.md
+    'make test ARGS="-k softpick"': Run(
+        "make test ARGS='-n 0 -k softpick tests/attn_kernels/test_registry.py'", r"\d passed"
+    ),
+    "make test-slow": Run(
+        "make test-slow ARGS='--collect-only -q tests/serving/test_kept.py'", slow=True, long=True
+    ),
+    "make test-gpu": Run(
+        "make test-gpu ARGS='--collect-only -q tests/vllm_quant/test_gpu.py'", slow=True
+    ),
+    "make lint": Run(slow=True),
+    "make install": Run(),
+    "make lock": NotHere("a package index"),
+    "make doctor": Run(prints="kernel cache"),
+    # checkpoints/*/README.md
+    **{
+        f"vllm serve checkpoints/{name} --attention-backend {variant}": Serve(
+            f"vllm serve checkpoints/{name} --attention-backend {variant} {VLLM}"
+        )
+        for name, variant in CHECKPOINTS.items()
+    },
+    **{
+        f"python -m training.evaluate checkpoints/{name} --whole --ngrams": Run(
+            prints=BOOKS, code=2, slow=name != "softpick"
+        )
+        for name in CHECKPOINTS
+    },
+    **{
+        f"python -m training.checkpoints {name}": Run(
+            prints=BOOKS, code=2, long=True, slow=name != "softpick"
+        )
+        for name in CHECKPOINTS
+    },
+    # docs/BENCHMARKS.md
+    "python -m benchmarks": Run(
+        "python -m benchmarks --only kernels --no-save", slow=True, long=True
+    ),
+    "python -m benchmarks.serve --enforce-eager --level chat=1000:150 --ckpts BIG "
+    "--gateway none": Run(
+        "python -m benchmarks.serve --enforce-eager --level chat=1000:150 "
+        "--ckpts checkpoints/softmax --gateway none --no-stock --requests 4 --rounds 1 "
+        "--request-rates inf --prompt-len 16 --new-tokens 4 --no-save",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.smollm2": Run("python -m benchmarks.smollm2 smollm2", slow=True),
+    # docs/DEPLOY.md
+    **dict.fromkeys(
+        (
+            "docker build -f docker/cpu.Dockerfile -t attnserve:cpu .",
+            "docker build -f docker/cuda.Dockerfile -t attnserve:cuda .",
+            "docker run --rm -p 127.0.0.1:8000:8000 --shm-size 1g attnserve:cpu",
+            "docker run --rm -p 127.0.0.1:8000:8000 -v /models:/models:ro attnserve:cpu "
+            "vllm serve /models/mine --served-model-name=mine --host=0.0.0.0 --enforce-eager",
+            "docker compose -f docker/compose.yaml up --build",
+            "docker compose -f docker/compose.yaml -f docker/compose.cuda.yaml up --build",
+        ),
+        NotHere("a Docker engine"),
+    ),
+    **{
+        f"kubectl apply -k deploy/kubernetes/{name}": NotHere("a Kubernetes cluster")
+        for name in ("base", "cuda", "servicemonitor")
+    },
+    "helm install attnserve vllm/vllm-stack -f deploy/production-stack/values.yaml": NotHere(
+        "helm and a Kubernetes cluster"
+    ),
+    "apt-get install buildah debootstrap": NotHere("root"),
+    'WHEELS=/folder/with/torch tools/build_image.sh /tmp/image "avx512 avx2"': NotHere(
+        "buildah, debootstrap and root"
+    ),
+    "make images-check": NotHere("a package index"),
+    "docker-compose config": Elsewhere("tests/test_images.py"),
+    "kubectl kustomize": Elsewhere("tests/test_images.py"),
+    # docs/GATEWAY.md; gateway.yaml is the page's own example (test_snippets.py)
+    "attnserve-gateway --config gateway.yaml": Serve(
+        "attnserve-gateway --config gateway.yaml",
+        setup="python -m tests.docs.prepare gateway gateway.yaml {gateway}",
+        path="/health",
+        slow=False,
+    ),
+    "attnserve-gateway --config gateway.yaml --check-config": Run(
+        "python -m tests.docs.prepare gateway gateway.yaml && "
+        "attnserve-gateway --config gateway.yaml --check-config"
+    ),
+    "attnserve-gateway --help": Run(prints="--check-config"),
+    "attnserve-gateway keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
+    "make conformance": NotHere("a package index"),
+    **{
+        f"pytest -m slow tests/serving/test_{name}.py": Run(
+            f"pytest -m slow --collect-only -q tests/serving/test_{name}.py", slow=True, long=True
+        )
+        for name in ("abort", "kept", "kill")
+    },
+    "make soak": Run("make soak ARGS='--help'", prints="usage", slow=True, long=True),
+    # docs/GPU.md
+    "make test ARGS=tests/attn_kernels/test_triton.py": Run(
+        "make test ARGS='-n 0 --collect-only -q tests/attn_kernels/test_triton.py'", slow=True
+    ),
+    "make test ARGS=tests/quant_kernels/test_triton.py": Run(
+        "make test ARGS='-n 0 --collect-only -q tests/quant_kernels/test_triton.py'", slow=True
+    ),
+    "make compile-kernels": Run("make compile-kernels ARGS=--help", prints="usage", long=True),
+    "python -m benchmarks.triton_compile.packed": helps("benchmarks.triton_compile.packed"),
+    "python -m benchmarks.roofline": Run(slow=True),
+    "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
+    "make gpu-check": NotHere("a GPU"),
+    # docs/QUANT.md
+    **{
+        f"pip install -e '.[{extra}]'": Run(
+            f"pip install --quiet --no-deps --no-build-isolation -e '.[{extra}]'"
+        )
+        for extra in ("quant-libraries", "lm-eval")
+    },
+    "python -m quant.sweep checkpoints/softmax checkpoints/softpick": Run(
+        f"python -m quant.sweep checkpoints/softmax checkpoints/softpick --bits 3 {SMALL} "
+        "--schemes hqq --what weights --calibration 2 --out sweep-two --jobs 1",
+        slow=True,
+        long=True,
+    ),
+    "python -m quant.report": Run(),
+    "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
+        "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 4 8 "
+        "--scheme rtn --sequences 1 --length 64 --calibration 1 --out sensitivity",
+        slow=True,
+        long=True,
+    ),
+    "python -m quant.sweep checkpoints/softmax checkpoints/softpick --schemes bnb-nf4 "
+    "hqq-library --bits 4 --what weights": NotHere("bitsandbytes and hqq"),
+    "python -m quant.sweep checkpoints/softmax checkpoints/softpick --schemes bnb-int8 "
+    "--bits 8 --groups channel --symmetric --what weights": NotHere("bitsandbytes"),
+    "HF_HUB_OFFLINE=1 python -m quant.sweep checkpoints/softpick --out results-lm-eval "
+    "--lm-eval arc_easy mine --lm-eval-include tasks --lm-eval-limit 200": NotHere("lm-eval"),
+    "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq "
+    "--embeddings 8": Run(
+        "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq "
+        "--embeddings 8 --calibration 2 --length 64",
+        slow=True,
+    ),
+    "vllm serve softpick-4bit": Serve(
+        f"vllm serve softpick-4bit-served {VLLM}",
+        setup="python -m quant.quantize checkpoints/softpick softpick-4bit-served --bits 4 "
+        "--scheme rtn --embeddings 8",
+    ),
+    "python -m benchmarks.packed_products": Run(
+        "python -m benchmarks.packed_products --bits 4 --rounds 1 --no-save", slow=True
+    ),
+    # docs/RESULTS.md
+    "python -m training.learning_rate": Run(prints=BOOKS, code=2, slow=True),
+    "python -m training.convert": Elsewhere("tests/training/test_convert.py"),
+    "python -m training.long_context": Run(slow=True),
+    "python -m training.report": Run(slow=True),
+    "python -m quant.sensitivity CHECKPOINT": Elsewhere("tests/quant/test_sensitivity.py"),
+    "python -m training.analyze checkpoints/*": Run(prints=BOOKS, code=2, slow=True),
+    # docs/CLIENTS.md
+    "curl http://127.0.0.1:8080/v1/models": Asked(),
+    **{
+        f"curl {flags}http://127.0.0.1:8080/v1/{route} -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "softpick", {body}}}\'': Asked()
+        for flags, route, body in (
+            ("", "completions", '"prompt": "The old man looked at", "max_tokens": 32'),
+            (
+                "",
+                "chat/completions",
+                '"messages": [{"role": "user", "content": "Who is there?"}], "max_tokens": 32',
+            ),
+            (
+                "-N ",
+                "completions",
+                '"prompt": "The old man looked at", "max_tokens": 32, "stream": true',
+            ),
+        )
+    },
+    "docker run --network=host -e PORT=3000 -e ENABLE_OLLAMA_API=false "
+    "-e OPENAI_API_BASE_URL=http://127.0.0.1:8080/v1 -e OPENAI_API_KEY=none "
+    "-v open-webui:/app/backend/data ghcr.io/open-webui/open-webui:main": NotHere(
+        "a Docker engine and a network"
+    ),
+    # docs/MODELS.md, docs/PYTHON.md
+    "source .venv/bin/activate": Run(),
+    "vllm serve your-llama --attention-backend softpick": Serve(
+        f"vllm serve your-llama {VLLM} --attention-backend softpick",
+        setup=YOUR_LLAMA,
+    ),
+    # docs/TRAINING.md, whose commands build on each other
+    "python examples/train_llama.py my-model --variant softpick --text docs/*.md": Run(
+        "python examples/train_llama.py my-model --variant softpick --text docs/*.md --steps 20",
+        prints="wrote my-model",
+    ),
+    "python examples/train_with_trainer.py my-trainer-model --variant lssa --text docs/*.md": Run(
+        "python examples/train_with_trainer.py my-trainer-model --variant lssa --text docs/*.md "
+        "--steps 20",
+        prints="wrote my-trainer-model",
+    ),
+    "pip install accelerate": Run("pip install --no-deps --no-index accelerate", prints="already"),
+    "python -m training.tokenizer --data docs/*.md --out my-tokenizer": Run(),
+    "python -m training.train --variant lssar --data docs/*.md --tokenizer my-tokenizer "
+    "--out my-run --compile": Run(
+        "python -m training.train --variant lssar --data docs/*.md --tokenizer my-tokenizer "
+        "--out my-run --steps 2 --context 64 --layers 1 --hidden-size 64 --heads 2 --kv-heads 2",
+        prints="my-run/model",
+        long=True,
+    ),
+    "python -m training.convert your-llama your-ssmax --variant ssmax": Run(
+        f"{YOUR_LLAMA} && python -m training.convert your-llama your-ssmax --variant ssmax"
+    ),
+    "make serve CKPT=my-model": Serve(make_serve("my-served"), setup=MY_MODEL + "my-served"),
+    "python -m training.evaluate my-model --text docs/GATEWAY.md": Run(prints="GATEWAY"),
+    "python -m quant.quantize my-model my-model-4bit --bits 4 --scheme gptq": Run(),
+    "make serve CKPT=my-model-4bit": Serve(
+        make_serve("my-served-4bit"),
+        setup=f"{MY_MODEL}my-served-8bit && python -m quant.quantize my-served-8bit "
+        "my-served-4bit --bits 4 --scheme rtn",
+    ),
+    "python -m training.budgets my-selective": Run(
+        f"{MY_MODEL}my-selective --variant selective && python -m training.budgets my-selective "
+        "--sequences 2 --judge 2 --test-sequences 2 --length 64 --step 32 --uniform 16 "
+        "--max-loss 9 --out my-budgets --runs my-budget-runs",
+        slow=True,
+        long=True,
+    ),
+    "python -m training.books": NotHere("a network"),
+    "python -m training.evaluate CKPT --ngrams --whole": Run(
+        "python -m training.evaluate checkpoints/softpick --ngrams --whole", prints=BOOKS, code=2
+    ),
+    # docs/VARIANT.md
+    'make test ARGS="-k sigmoid"': Elsewhere("tests/test_variant_example.py"),
+    "python -m training.checkpoints sigmoid": Elsewhere("tests/test_variant_example.py"),
+    "make serve CKPT=checkpoints/sigmoid": Elsewhere("tests/test_variant_example.py"),
+}
+
+
+def rule_for(command: str) -> Rule | None:
+    """Return the rule of a command (`text.normal`), None if none covers it."""
+    if command in RULES:
+        return RULES[command]
+    longer = [rule for text, rule in RULES.items() if text.startswith(command + " ")]
+    return longer[0] if longer and not re.search(r" -", command.removeprefix("python -m")) else None
