@@ -80,7 +80,7 @@ RULES: dict[str, Rule] = {
         "make analyze ARGS='--measures perplexity --limit 1'", prints=BOOKS, code=2, long=True
     ),
     "python -m training.evaluate checkpoints/NAME": Run(
-        "python -m training.evaluate checkpoints/lssa", prints="perplexity|per token"
+        "python -m training.evaluate checkpoints/softpick --sequences 2", prints="per token"
     ),
     "python -m training.train --help": Run(prints="usage"),
     "python -m training.budgets CKPT": Run(
