@@ -16,6 +16,7 @@ EXTENSION_POINTS = (
     ("vllm.v1.attention.backend:AttentionBackend", "forward_includes_kv_cache_update"),
     ("vllm.v1.attention.backend:AttentionBackend", "validate_configuration"),
     ("vllm.model_executor.models.registry:ModelRegistry", "register_model"),
+    ("vllm.v1.metrics.loggers:AggregateStatLoggerBase", "log_engine_initialized"),
 )
 """What the plugin overrides or calls in vLLM and would not miss at import: class, attribute."""
 
