@@ -13,6 +13,7 @@ from typing import Any
 from serving.config import ModelEntry
 
 LINE = re.compile(rb"^attnserve:server_info\{(.*)\} ", re.MULTILINE)
+VLLM_NAME = re.compile(rb'^vllm:\w+\{[^\n]*?\bmodel_name="((?:[^"\\\n]|\\.)*)"', re.MULTILINE)
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 NUMBERS = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)*")
 
@@ -36,10 +37,14 @@ NUMERIC = ("weight_bits", "embedding_bits", "kv_budgets")
 
 
 def parse_info(page: bytes) -> ServerInfo:
-    """Return what a server's /metrics page says; `NOTHING` if it does not, or not clearly."""
+    """Return what a server's /metrics page says; `NOTHING` if it does not, or not clearly.
+
+    The name is also known of a vLLM without the plugin.
+    """
     lines = set(LINE.findall(page))
     if len(lines) != 1:
-        return NOTHING
+        named = VLLM_NAME.search(page)
+        return ServerInfo(unescaped(named[1].decode(errors="replace"))) if named else NOTHING
     said = {k: unescaped(v) for k, v in LABEL.findall(lines.pop().decode(errors="replace"))}
     for name in NUMERIC:
         if not NUMBERS.fullmatch(said.get(name, "")):

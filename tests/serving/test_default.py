@@ -74,3 +74,4 @@ def test_checkpoint_without_a_template(gateway: Server) -> None:
     (model,) = ask(gateway.url, "GET", "/v1/models").json()["data"]
     assert (model["id"], model["attnserve"]["variant"]) == (MODEL, "")
     assert model["attnserve"]["bits"] is None
+    assert list(ask(gateway.url, "GET", "/health").json()["models"]) == [MODEL]

@@ -111,6 +111,14 @@ def test_pages_that_say_nothing_clear(page: bytes) -> None:
     assert parse_info(page) == NOTHING
 
 
+def test_vllm_says_its_name_without_the_plugin() -> None:
+    lines = (
+        b'vllm:cache_config_info{block_size="16"} 1.0\nvllm:x{engine="0",model_name="a\\"b"} 0\n'
+    )
+    assert parse_info(lines) == ServerInfo(model_name='a"b')
+    assert parse_info(lines + b'attnserve:server_info{variant="v"} 1.0\n').variant == "v"
+
+
 def test_page_with_odd_values() -> None:
     line = rb'attnserve:server_info{model_name="a\"}\\b\nc",variant="x",weight_bits="many"} 1.0'
     assert parse_info(line) == ServerInfo(model_name='a"}\\b\nc', variant="x")

@@ -122,5 +122,5 @@ def test_second_server_of_a_process_replaces_the_first(tmp_path: Path) -> None:
 
 
 def test_server_that_cannot_be_described_starts() -> None:
-    logger = ServerInfo(None, [0])  # type: ignore[arg-type]
+    logger = ServerInfo(None, [0])
     logger.log_engine_initialized()
