@@ -72,7 +72,11 @@ class Gateway:
         errors: dict[str, object] = {}
         for entry, model in self._models.items():
             model.update()
-            if model.name != entry:
+            if (
+                model.name in self._models
+            ):  # it has an entry of its own beside the one for all names
+                model.name = entry
+            else:
                 self.known(model, model.name)
             pairs = zip(model.replicas, model.servers, strict=True)
             wrong = {replica.url: known.errors for replica, known in pairs if known.errors}

@@ -30,7 +30,7 @@ EMBEDDINGS = re.compile(r"embed|lm_head", re.IGNORECASE)
 """Targets of compressed-tensors' groups that are no linear layers of the decoder."""
 
 
-class ServerInfo(AggregateStatLoggerBase):
+class ServerInfoLogger(AggregateStatLoggerBase):
     """Entry point `vllm.stat_logger_plugins`: publish `server_info` when the engine is up."""
 
     gauge: Gauge | None = None
@@ -48,13 +48,13 @@ class ServerInfo(AggregateStatLoggerBase):
         except Exception:  # a server that cannot be described serves all the same
             logger.exception("%s is not published", NAME)
             return
-        if ServerInfo.gauge is not None:
-            REGISTRY.unregister(ServerInfo.gauge)
+        if ServerInfoLogger.gauge is not None:
+            REGISTRY.unregister(ServerInfoLogger.gauge)
         # Several API servers write the same line; vLLM's own info gauges are merged like this.
-        ServerInfo.gauge = Gauge(
+        ServerInfoLogger.gauge = Gauge(
             NAME, "What the server runs", [*info], multiprocess_mode="mostrecent"
         )
-        ServerInfo.gauge.labels(**info).set(1)
+        ServerInfoLogger.gauge.labels(**info).set(1)
 
 
 def server_info(vllm_config: VllmConfig) -> dict[str, str]:

@@ -19,7 +19,7 @@ export function badges(model) {
     runs.variant,
     runs.bits && `${[runs.bits].flat().join(", ")} bits`,
     runs.kv_cache_dtype && `KV ${runs.kv_cache_dtype}`,
-    runs.kv_budgets && `KV budgets ${runs.kv_budgets.join(", ")}`,
+    runs.kv_budgets && `KV budgets ${Math.min(...runs.kv_budgets)}–${Math.max(...runs.kv_budgets)}`,
   ];
   const made = texts.filter(Boolean).map((text) => element("span", text, "badge"));
   if (runs.unconfirmed?.length) {

@@ -197,7 +197,7 @@ def test_what_a_server_runs(browser: webdriver.Chrome, talker: Talker) -> None:
     told = {"variant": "v0", "weight_bits": "2,4", "kv_cache_dtype": "fp8", "kv_budgets": "64,32"}
     talker.runs = told
     with opened(browser, models=entries(talker)) as (page, _):
-        shown = "2, 4 bitsKV fp8KV budgets 64, 32"
+        shown = "2, 4 bitsKV fp8KV budgets 32–64"
         a = ["the label says bits 16, the server 2,4"]
         b = ["the label says variant v1, the server v0", "the label says bits 8, the server 2,4"]
         assert page.texts("#model-list label") == ["av0" + shown + a[0], "bv0" + shown + "".join(b)]
@@ -209,7 +209,7 @@ def test_what_a_server_runs(browser: webdriver.Chrome, talker: Talker) -> None:
         talker.runs = {**told, "weight_bits": "16"}
         page.wait("it is noticed", lambda: page.texts("#replicas .error")[0].endswith("16 bits"))
         page.run("done (length)", "done (length)")
-        assert page.texts("h2")[0] == "av016 bitsKV fp8KV budgets 64, 32"
+        assert page.texts("h2")[0] == "av016 bitsKV fp8KV budgets 32–64"
 
 
 def test_characters_of_several_tokens(browser: webdriver.Chrome, talker: Talker) -> None:

@@ -187,6 +187,18 @@ def test_every_name_gets_the_servers_own() -> None:
     assert 'model="nobody"' not in text
 
 
+def test_servers_name_may_have_an_entry_of_its_own() -> None:
+    """Beside the one for every name: no sample of the metrics comes twice."""
+    with standin("m") as upstream:
+        upstream.runs = SOFTPICK
+        every = {"name": "*", "replicas": [upstream.url]}
+        with running(models=[entry(upstream.url), every]) as gateway:
+            assert list(ask(gateway.url, "GET", "/health").json()["models"]) == ["m", "*"]
+            lines = ask(gateway.url, "GET", "/metrics").body.decode().splitlines()
+    samples = [line.rsplit(" ", 1)[0] for line in lines if line.startswith("attnserve_")]
+    assert len(set(samples)) == len(samples)
+
+
 def test_server_that_says_nothing() -> None:
     with standin() as upstream, running(upstream.url) as gateway:
         assert known(gateway) == {

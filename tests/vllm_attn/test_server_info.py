@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from attn_kernels import variant_names
 from serving.server_info import FIELDS
 from tests.tiny import tiny_checkpoint
-from vllm_attn.server_info import NAME, ServerInfo, server_info
+from vllm_attn.server_info import NAME, ServerInfoLogger, server_info
 
 PACKED = {
     "quant_method": "compressed-tensors",
@@ -116,11 +116,11 @@ def test_quantized(
 def test_second_server_of_a_process_replaces_the_first(tmp_path: Path) -> None:
     for name in ("softpick", "softmax"):
         tiny_checkpoint(tmp_path / name, name)
-        ServerInfo(make_config(tmp_path / name), [0]).log_engine_initialized()
+        ServerInfoLogger(make_config(tmp_path / name), [0]).log_engine_initialized()
         samples = [s for f in REGISTRY.collect() if f.name == NAME for s in f.samples]
         assert [(s.labels["variant"], s.value) for s in samples] == [(name, 1.0)]
 
 
 def test_server_that_cannot_be_described_starts() -> None:
-    logger = ServerInfo(None, [0])
+    logger = ServerInfoLogger(None, [0])
     logger.log_engine_initialized()
