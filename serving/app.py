@@ -28,7 +28,6 @@ from serving.proxy import ROUTES, Proxy
 from serving.routing import Model
 from serving.tracing import tracer
 
-
 API = ROUTES | {COMPARE, "/v1/models"}
 """What clients ask for under a base URL; a slash at the end of one changes nothing."""
 
@@ -122,10 +121,14 @@ def routes(gateway: Gateway, lifespan: Any) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         """200 while at least one server can answer, else 503."""
-        models = {}
+        models: dict[str, dict[str, Any]] = {}
         for entry in gateway.all_models():
             healthy = sum(r.healthy is True for r in entry.replicas)
-            models[entry.entry.name] = {"replicas": len(entry.replicas), "healthy": healthy}
+            models[entry.name] = {
+                "replicas": len(entry.replicas),
+                "healthy": healthy,
+                "label_errors": list(entry.description.errors),
+            }
         counts = [m["healthy"] for m in models.values()]
         status = "ok" if all(counts) else "degraded" if any(counts) else "unavailable"
         content = {"status": status, "upstream_ready": any(counts), "models": models}
@@ -144,7 +147,7 @@ def routes(gateway: Gateway, lifespan: Any) -> FastAPI:
 
 
 async def all_models(gateway: Gateway, authorization: bytes) -> list[dict[str, Any]]:
-    """Every model once: as its servers describe it, with what the configuration says of it."""
+    """Every model once: as its servers describe it, with what they run and wrong labels."""
     models = gateway.all_models()
     passed = [] if gateway.keys else [(b"authorization", authorization)]
     answers = await asyncio.gather(
@@ -159,7 +162,7 @@ async def all_models(gateway: Gateway, authorization: bytes) -> list[dict[str, A
         for name in names:
             own = {"id": name, "object": "model", "created": STARTED, "owned_by": "attnserve"}
             own |= known.get(name, {})
-            own["attnserve"] = {"variant": model.entry.variant, "bits": model.entry.bits}
+            own["attnserve"] = model.description.json()
             found.setdefault(name, own)
     if not found:
         for answer in answers:

@@ -97,14 +97,13 @@ class Call:
 
     def fields(self, seconds: float) -> dict[str, Any]:
         """The log line: who asked for what, who answered, and how it went."""
-        entry = self.model.entry if self.model else None
         return {
             "request_id": self.request_id.decode("ascii"),
             "route": self.route,
             "key": self.account.name if self.account else None,
             "model": self.model_name or None,
-            "variant": entry.variant or None if entry else None,
-            "bits": entry.bits if entry else None,
+            "variant": self.model.labels[0] or None if self.model else None,
+            "bits": self.model.bits if self.model else None,
             "replica": self.replica,
             "status": self.status,
             "code": self.code,

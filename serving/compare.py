@@ -31,6 +31,7 @@ from serving.drift import Position, drift, summary
 from serving.errors import ApiError
 from serving.kv import kv_cache
 from serving.route import Route
+from serving.server_info import Description
 
 COMPARE = "/v1/compare"
 
@@ -73,6 +74,7 @@ class Side:
     positions: list[Position]
     seconds: float  # that the reading took
     kv: dict[str, Any]
+    known: Description  # of the server that has read
     written: Written | None = None
 
 
@@ -157,7 +159,7 @@ class Run:
             self.forward, part, name, all_ids, len(prompt), self.asked.top_k
         )
         kv = await kv_cache(self.gateway.replicas.get(part.replica or ""))
-        return Side(name, found, seconds, kv)
+        return Side(name, found, seconds, kv, self.gateway.model(name).server(part.replica))
 
     def _json(self, side: Side, reference: Side) -> bytes:
         """What the answer says of a model, or of the reference itself.
@@ -191,12 +193,10 @@ class Run:
         return self._of_all(side, reference) | {"tokens": tokens, "summary": summary(drifts)}
 
     def _of_all(self, side: Side, reference: Side) -> dict[str, Any]:
-        entry = self.gateway.model(side.name).entry
         ids = [p.id for p in reference.positions]
         return {
             "model": side.name,
-            "variant": entry.variant,
-            "bits": entry.bits,
+            **side.known.json(),
             "generation": side.written.figures(ids) if side.written else None,
             "score_ms": milliseconds(side.seconds),
             "kv": side.kv,

@@ -58,10 +58,10 @@ class ModelEntry(Part):
     elsewhere."""
 
     variant: str = ""
-    """The attention variant; a label of the metrics."""
+    """The attention variant, as a claim: an error where the servers say another."""
 
     bits: float | None = Field(None, gt=0)
-    """Bits of a weight (or of whatever is quantized); a label of the metrics."""
+    """Bits of a weight, as a claim: an error where the servers say others."""
 
     replicas: tuple[Url, ...] = Field(min_length=1)
     """The servers' addresses; a /v1 at the end is taken off."""

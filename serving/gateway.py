@@ -36,6 +36,7 @@ class Gateway:
         self.keys = Keys(())
         self._models: dict[str, Model] = {}
         self._counts: dict[tuple[str, str, str], ModelMetrics] = {}
+        self._errors: dict[str, object] = {}  # of labels, as logged; by the name of the entry
         self._watchers: dict[Replica, asyncio.Task[None]] = {}
         self._seen = signature(path)
         self.config = config
@@ -56,6 +57,7 @@ class Gateway:
             replicas = [self.replicas[url] for url in entry.replicas]
             models[entry.name] = Model(entry, replicas, config.routing)
         self._models = models
+        self._note_what_runs()
         self.keys = Keys(config.keys, self.keys)
         self.config = config
         log.setLevel(config.logging.level.upper())
@@ -64,6 +66,27 @@ class Gateway:
         if self._watchers:
             self._watch()
         self.queue.wake()
+
+    def _note_what_runs(self) -> None:
+        """Have the models be what their servers say; log what is wrong with a label, once."""
+        errors: dict[str, object] = {}
+        for entry, model in self._models.items():
+            model.update()
+            if (
+                model.name in self._models
+            ):  # it has an entry of its own beside the one for all names
+                model.name = entry
+            else:
+                self.known(model, model.name)
+            pairs = zip(model.replicas, model.servers, strict=True)
+            wrong = {replica.url: known.errors for replica, known in pairs if known.errors}
+            if found := model.description.errors:
+                errors[entry] = (found, wrong)
+            if found and errors[entry] != self._errors.get(entry):
+                log.error("model %s: %s", entry, "; ".join(found), extra={"replicas": [*wrong]})
+            elif not found and entry in self._errors:
+                log.info("model %s: labels and servers agree now", entry)
+        self._errors = errors
 
     def model(self, name: str) -> Model:
         """The model of a name.
@@ -126,8 +149,11 @@ class Gateway:
 
     async def _look_after(self, replica: Replica) -> None:
         while True:
+            before = replica.info
             try:
                 await replica.look()
+                if replica.info != before:
+                    self._note_what_runs()
             except Exception:  # a watcher that dies would leave its replica as it was for ever
                 log.exception("the look after a replica failed", extra={"replica": replica.url})
             self.queue.wake()

@@ -17,7 +17,6 @@ from serving.histogram import Histogram
 
 if TYPE_CHECKING:
     from serving.gateway import Gateway
-    from serving.routing import Model
 
 CLIENT_LEFT = 499
 """The status counted for a request whose client left before an answer began (nginx's number)."""
@@ -27,6 +26,8 @@ SECONDS = (
 )  # fmt: skip
 
 MODEL = ("model", "variant", "bits")
+MORE = ("embedding_bits", "weight_method", "kv_cache_dtype", "kv_budgets", "unconfirmed")
+"""What else is known of a replica; the last: labels that only the configuration says."""
 
 NATS = (1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DELTAS = (-3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -180,22 +181,30 @@ class LiveState(Collector):
             (self._family(f"replica_{name}", text, "replica", *MODEL), value)
             for name, text, value in replicas
         ]
+        runs = self._family("replica_info", "What a replica runs", "replica", *MODEL, *MORE)
+        wrong = self._family(
+            "replica_label_mismatch",
+            "1: the configuration's labels say something else than the replica",
+            "replica",
+            *MODEL,
+        )
         for model in gateway.all_models():
-            labels = labels_of(model)
-            queue.add_metric(labels, gateway.queue.length(model.entry.name))
-            for replica in model.replicas:
+            waiting = gateway.queue.length(model.entry.name)
+            queue.add_metric([model.name, *model.labels], waiting)
+            for replica, known in zip(model.replicas, model.servers, strict=True):
+                labels = [replica.url, model.name, known.variant, known.bits]
+                more = [getattr(known.info, name) for name in MORE[:-1]]
+                runs.add_metric([*labels, *more, ",".join(known.unconfirmed)], 1)
+                wrong.add_metric(labels, bool(known.errors))
                 for family, value in families:
                     if (found := value(replica)) is not None:
-                        family.add_metric([replica.url, *labels], found)
+                        family.add_metric(labels, found)
         yield queue
+        yield runs
+        yield wrong
         for family, _ in families:
             yield family
 
     @staticmethod
     def _family(name: str, text: str, *labels: str) -> GaugeMetricFamily:
         return GaugeMetricFamily(f"attnserve_{name}", text, labels=labels)
-
-
-def labels_of(model: "Model") -> list[str]:
-    """The labels of a model of the configuration."""
-    return [model.entry.name, *model.labels]

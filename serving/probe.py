@@ -11,11 +11,14 @@ EXTENSION_POINTS = (
     ("vllm.v1.attention.backends.registry:AttentionBackendEnum", "register"),
     ("vllm.platforms.interface:Platform", "check_and_update_config"),
     ("vllm.platforms.interface:Platform", "get_attn_backend_cls"),
+    ("vllm.platforms.interface:Platform", "update_block_size_for_backend"),
+    ("vllm.model_executor.model_loader:DefaultModelLoader", "load_weights"),
     ("vllm.v1.attention.backend:AttentionBackend", "customize_spec"),
     ("vllm.v1.attention.backend:AttentionBackend", "supported_kv_cache_layouts"),
     ("vllm.v1.attention.backend:AttentionBackend", "forward_includes_kv_cache_update"),
     ("vllm.v1.attention.backend:AttentionBackend", "validate_configuration"),
     ("vllm.model_executor.models.registry:ModelRegistry", "register_model"),
+    ("vllm.v1.metrics.loggers:AggregateStatLoggerBase", "log_engine_initialized"),
 )
 """What the plugin overrides or calls in vLLM and would not miss at import: class, attribute."""
 

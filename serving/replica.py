@@ -4,10 +4,12 @@ import logging
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from serving.config import Breaker, Config
 from serving.connection import Connection, Pool, StaleError, UpstreamError
 from serving.kv import figures
+from serving.server_info import NOTHING, ServerInfo, parse_info
 
 log = logging.getLogger("attnserve")
 
@@ -28,6 +30,7 @@ class Replica:
         self.in_flight = 0  # requests that this gateway has open here
         self.draining = False
         self.healthy: bool | None = None  # None: not looked at yet
+        self.info: ServerInfo = NOTHING  # what it said at the last look that it could answer
         self.kv_usage: float | None = None  # a fraction; None: not known
         self.kv_bytes: int | None = None  # of the whole cache
         self.waiting: float | None = None
@@ -49,6 +52,8 @@ class Replica:
             if healthy:
                 status, page = await self.get("/metrics")
                 self._note_gauges(page if status == 200 else b"")
+                if status == 200:
+                    self._note_info(parse_info(page))
         except UpstreamError:
             healthy = False
         self._missed = 0 if healthy else self._missed + 1
@@ -86,6 +91,12 @@ class Replica:
         self.waiting = sum(waiting) if waiting else None
         self.running = sum(running) if running else None
         self._others = max(0.0, (self.waiting or 0) + (self.running or 0) - self.in_flight)
+
+    def _note_info(self, info: ServerInfo) -> None:
+        """What it runs: logged when that is new."""
+        if info != self.info:
+            self.info = info
+            log.info("replica says what it runs", extra={"replica": self.url, **asdict(info)})
 
     async def get(
         self, path: str, headers: Iterable[tuple[bytes, bytes]] = ()

@@ -5,9 +5,10 @@ import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 
-from serving.config import ModelEntry, Routing
+from serving.config import EVERY, ModelEntry, Routing
 from serving.errors import ApiError
 from serving.replica import Replica, Turn
+from serving.server_info import Description, describe, numbers, one_or_all, together
 
 Lookup = Callable[[str], "Model"]
 """Finds a model by its name, or raises an ApiError with status 404."""
@@ -23,8 +24,24 @@ class Model:
         self.entry = entry
         self.replicas = replicas
         self.routing = routing
-        bits = "" if entry.bits is None else f"{entry.bits:g}"
-        self.labels = (entry.variant, bits)
+        self.update()
+
+    def update(self) -> None:
+        """Take over what the replicas say that they run; call it when one says something else."""
+        self.servers = [describe(self.entry, replica.info) for replica in self.replicas]
+        """What is known of each replica."""
+        self.description = together(self.servers)
+        self.labels = (self.description.variant, self.description.bits)
+        self.bits = one_or_all(numbers(self.description.bits))
+        self.name = self.entry.name
+        """The model's real name: an entry for every name has the one that its servers say."""
+        if self.name == EVERY:
+            self.name = self.description.info.model_name or EVERY
+
+    def server(self, url: str | None) -> Description:
+        """Return what is known of the replica with this address, or of all if it has gone."""
+        pairs = zip(self.replicas, self.servers, strict=True)
+        return next((known for r, known in pairs if r.url == url), self.description)
 
     def usable(self, tried: Collection[Replica] = ()) -> list[Replica]:
         """The replicas that may be asked: of those whose circuit lets a request through the ones

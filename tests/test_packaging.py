@@ -38,7 +38,9 @@ def test_vllm_command_knows_its_version() -> None:
     assert result.stdout.strip() == "0.32.0+cpu"
 
 
-@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.platform_plugins"])
+@pytest.mark.parametrize(
+    "group", ["vllm.general_plugins", "vllm.platform_plugins", "vllm.stat_logger_plugins"]
+)
 def test_entry_points_resolve(group: str) -> None:
     (ours,) = importlib.metadata.entry_points(group=group, name="attnserve")
     assert callable(ours.load())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ class _Batch(ctypes.Structure):
     )
 
 
+@dataclass(init=False, eq=False)
 class Batch:
     """One step's batch. Made once a step for all layers: what a layer does in Python, it does as
     often as there are layers.
+
+    A dataclass, because vLLM copies the fields of such a class (fast prefill with shared KV).
 
     Args:
         block_table: `[num_reqs, max_blocks]` int32: each request's cache blocks in order.
@@ -35,6 +39,17 @@ class Batch:
         max_query_len, max_seq_len: no request has more queries, or more tokens; the size of what is
             launched on a GPU.
     """
+
+    block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    slot_mapping: Tensor
+    max_query_len: int
+    max_seq_len: int
+    struct: _Batch
+    """The same for C++; it points into the tensors."""
+    address: int
+    """Of `struct`."""
 
     def __init__(
         self,
@@ -52,7 +67,7 @@ class Batch:
         self.slot_mapping = seq_lens.new_empty(0) if slot_mapping is None else slot_mapping
         self.slot_mapping = self.slot_mapping.long()
         self.max_query_len, self.max_seq_len = max_query_len, max_seq_len
-        self._struct = _Batch(
+        self.struct = _Batch(
             self.block_table.data_ptr(),
             self.block_table.stride(0),
             self.query_start_loc.data_ptr(),
@@ -60,5 +75,4 @@ class Batch:
             self.seq_lens.shape[0],
             torch.get_num_threads(),
         )
-        self.address = ctypes.addressof(self._struct)
-        """Of the C struct that points into the tensors."""
+        self.address = ctypes.addressof(self.struct)

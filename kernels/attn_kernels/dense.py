@@ -148,9 +148,7 @@ def _check_arguments(
             )
 
 
-def _penalty_of_all(
-    variant: Variant, q: Tensor, k: Tensor, mask: Tensor, scale: float
-) -> Tensor:
+def _penalty_of_all(variant: Variant, q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """What a stateful variant's queries subtract, `[..., num_queries, num_keys]`, where query i is
     key i's own and none came before."""
     if getattr(variant, "kv_budgets", ()):

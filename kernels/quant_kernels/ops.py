@@ -16,7 +16,9 @@ from quant_kernels.panels import Panels, dequantize
 LIBRARY = torch.library.Library("attnserve", "FRAGMENT")
 WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int bits, int group"
 LIBRARY.define(f"packed_multiply(Tensor x, {WEIGHT}, int outputs) -> Tensor")
-LIBRARY.define(f"packed_gather(Tensor ids, {WEIGHT}, int outputs, int inputs, ScalarType dtype) -> Tensor")
+LIBRARY.define(
+    f"packed_gather(Tensor ids, {WEIGHT}, int outputs, int inputs, ScalarType dtype) -> Tensor"
+)
 
 
 def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:

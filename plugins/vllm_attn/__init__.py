@@ -23,7 +23,7 @@ def register() -> None:
     from vllm_attn import names, platform, report, versions
 
     versions.warn_if_untried()
-    report.install_excepthook()
+    report.install()
     names.register_all()
     for model in ("model:VariantLlamaForCausalLM", "fla_model:TransformerForCausalLM"):
         ModelRegistry.register_model(model.partition(":")[2], f"vllm_attn.{model}")

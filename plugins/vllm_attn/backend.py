@@ -135,8 +135,20 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
         return batch
 
 
+def asks_for_something(argument: str, value: Any) -> bool:
+    """Whether an argument that a model passes through vLLM's layer changes its attention: most
+    models pass None, and Rnj-1 a `chunk_lookback` of -1, for what a layer does not have."""
+    if argument == "layer_idx":
+        return False
+    return value is not None and value is not False and (argument, value) != ("chunk_lookback", -1)
+
+
 class VariantImpl(AttentionImpl[Batch]):
-    """Attention of one layer."""
+    """Attention of one layer.
+
+    Models pass arguments of their own through vLLM's layer (`sinks`, say), often as None: those are
+    taken, and any that asks for something is refused by its name.
+    """
 
     def __init__(
         self,
@@ -150,6 +162,7 @@ class VariantImpl(AttentionImpl[Batch]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
     ) -> None:
         vllm_config = get_current_vllm_config()
         name = names.variant_of(vllm_config.attention_config.backend)
@@ -159,6 +172,10 @@ class VariantImpl(AttentionImpl[Batch]):
         self.variant: Variant = declared or get_variant(name)
         self.prepare_kernels()
         unsupported = {
+            **{
+                f"`{argument}`": asks_for_something(argument, value)
+                for argument, value in others.items()
+            },
             "ALiBi": alibi_slopes is not None,
             "a soft cap on the scores": bool(logits_soft_cap) and not self.takes_soft_cap(),
             "KV sharing between layers": kv_sharing_target_layer_name is not None

@@ -2,7 +2,7 @@
 
 `VariantCpuPlatform` is the normal way in. Only one out-of-tree platform can be active, vLLM skips
 them all when `VLLM_TARGET_DEVICE=cpu`, and a GPU keeps its own platform; there the class in use
-gets the same two methods.
+gets the same methods.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ P = TypeVar("P", bound=type[Platform])
 
 
 def honour_variants(platform: P) -> P:
-    """Class decorator: check the configuration at start-up and select the variants' backends."""
+    """Class decorator: check the configuration at start-up, select the variants' backends, and
+    check the loaded model."""
     stock_check = platform.check_and_update_config
     stock_select = platform.get_attn_backend_cls
+    stock_update = platform.update_block_size_for_backend
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         from vllm_attn import preflight
@@ -28,15 +30,25 @@ def honour_variants(platform: P) -> P:
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        from vllm_attn import names, preflight
+        from vllm_attn import names, preflight, weights
 
         if names.variant_of(selected_backend) is None:
             return stock_select(selected_backend, attn_selector_config, num_heads=num_heads)
+        weights.check_every_load()
         preflight.check_layer(selected_backend, attn_selector_config, cls.get_device_capability())
         return selected_backend.get_path()
 
+    def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
+        """vLLM calls it in each worker, as soon as the model is loaded."""
+        if vllm_config.model_config is not None:
+            from vllm_attn import loaded
+
+            loaded.check_layers(vllm_config)
+        stock_update(vllm_config)
+
     platform.check_and_update_config = classmethod(check_and_update_config)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
     platform.honours_variants = True
     return platform
 

@@ -11,8 +11,15 @@ from typing import Any
 
 from safetensors import safe_open
 from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
 
-from attn_kernels import Variant, get_variant, variant_from_config
+from attn_kernels import (
+    Variant,
+    get_variant,
+    nested_attention_variant,
+    variant_from_config,
+)
+from hf_attn.configuration import VariantLlamaConfig
 from vllm_attn import library, names
 from vllm_attn.budgets import KV_CACHE_DTYPES, check_budgets
 from vllm_attn.report import StartupError
@@ -22,6 +29,8 @@ logger = init_logger(f"vllm.{__name__}")
 FP8_DTYPES = ("fp8", "fp8_e4m3")
 """KV caches that GPU kernels take besides."""
 DRAFTLESS_SPECULATION = ("ngram", "ngram_gpu", "suffix")
+LOCAL_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""KV connectors that copy whole blocks, and only bring them back to the engine they came from."""
 
 
 def check(vllm_config: Any) -> None:
@@ -37,6 +46,7 @@ def check(vllm_config: Any) -> None:
         library.check()
     variant = resolve(vllm_config)
     check_format(vllm_config.model_config)
+    check_tokenizer(vllm_config.model_config)
     if variant is None:
         return
     if device not in ("cpu", "cuda"):
@@ -59,6 +69,7 @@ def resolve(vllm_config: Any) -> Variant | None:
     declared = variant_from_config(model_config.hf_config)
     backend = attention_config.backend
     asked = names.variant_of(backend)
+    check_place(model_config, declared, asked)
     if declared is None:
         if asked is None:
             return None
@@ -96,6 +107,36 @@ def resolve(vllm_config: Any) -> Variant | None:
     return variant
 
 
+def check_place(model_config: Any, declared: Variant | None, asked: str | None) -> None:
+    """Refuse a variant that config.json names where transformers would not read it.
+
+    vLLM and transformers must run the same attention. What a command line names is not meant:
+    `--attention-backend`, as `attn_implementation` in transformers, and `--hf-overrides`.
+    """
+    config = model_config.hf_config
+    if nested := nested_attention_variant(config):
+        raise StartupError(
+            f"config.json names an attention variant in {nested}, which transformers and vLLM do "
+            "not read: remove it, and try a variant with --attention-backend"
+        )
+    overrides = model_config.hf_overrides
+    overridden = not callable(overrides) and "attention_variant" in overrides
+    if declared is None or declared.name in ("softmax", asked) or overridden:
+        return
+    if isinstance(config, VariantLlamaConfig):
+        return
+    remedy = f"pass --attention-backend {declared.name}"
+    if config.model_type == "llama":
+        remedy = (
+            'write "model_type": "variant_llama" and "architectures": '
+            f'["VariantLlamaForCausalLM"] into it, or {remedy}'
+        )
+    raise StartupError(
+        f"config.json names {declared.name} attention, but its model_type {config.model_type} does "
+        f"not read attention_variant, and transformers would run softmax: {remedy}"
+    )
+
+
 def check_options(vllm_config: Any, variant: Variant) -> None:
     """Refuse options under which this variant's answers would be wrong."""
     cache_config = vllm_config.cache_config
@@ -118,6 +159,7 @@ def check_options(vllm_config: Any, variant: Variant) -> None:
                 f"a draft model would run with {variant.name} attention too: use one of "
                 f"{', '.join(DRAFTLESS_SPECULATION)} or drop --speculative-config"
             )
+    check_kv_transfer(vllm_config, variant)
     if not variant.stateful:
         return
     if vllm_config.parallel_config.tensor_parallel_size > 1:
@@ -125,17 +167,56 @@ def check_options(vllm_config: Any, variant: Variant) -> None:
             f"{variant.name} attention needs head 0 on every rank, which tensor parallelism does "
             "not give it yet: use --tensor-parallel-size 1"
         )
-    if vllm_config.kv_transfer_config is not None:
-        raise StartupError(
-            f"{variant.name} attention changes cached tokens after they are written, which KV "
-            "connectors do not follow: drop --kv-transfer-config"
-        )
     if cache_config.enable_prefix_caching:
         cache_config.enable_prefix_caching = False
         logger.warning(
             "prefix caching is off: %s attention's accumulators of a shared block depend on the "
             "queries that came after it",
             variant.name,
+        )
+
+
+def check_kv_transfer(vllm_config: Any, variant: Variant) -> None:
+    """Refuse whatever moves cached blocks to where they would be wrong.
+
+    vLLM derives a KV connector from `--kv-offloading-size` after this check.
+    """
+    transfer = vllm_config.kv_transfer_config
+    offloading = vllm_config.cache_config.kv_offloading_size is not None
+    if variant.stateful and (transfer is not None or offloading):
+        raise StartupError(
+            f"{variant.name} attention changes cached tokens after they are written, which KV "
+            "connectors do not follow: drop "
+            + ("--kv-offloading-size" if offloading else "--kv-transfer-config")
+        )
+    if vllm_config.device_config.device_type != "cpu":
+        return
+    connector = getattr(transfer, "kv_connector", None)
+    if offloading and vllm_config.cache_config.kv_offloading_backend != "native":
+        connector = f"--kv-offloading-backend {vllm_config.cache_config.kv_offloading_backend}"
+    if connector is not None and connector not in LOCAL_CONNECTORS:
+        raise StartupError(
+            f"on a CPU {variant.name} attention stores each block in an order of its own, which "
+            f"{connector} would give to an engine with another one: use none, or "
+            "--kv-offloading-size"
+        )
+
+
+def check_tokenizer(model_config: Any) -> None:
+    """Refuse a tokenizer with ids beyond the model's embedding table.
+
+    vLLM takes token ids up to the tokenizer's last. Multimodal models have placeholders there,
+    which are never looked up.
+    """
+    if model_config.skip_tokenizer_init or model_config.is_multimodal_model:
+        return
+    rows = model_config.get_vocab_size()
+    last = cached_tokenizer_from_config(model_config).max_token_id
+    if rows and last >= rows:
+        raise StartupError(
+            f"the tokenizer {model_config.tokenizer} has token ids up to {last}, and the model's "
+            f"embedding table {rows} rows: it is another model's tokenizer, or tokens were added "
+            "to it without resizing the embeddings (resize_token_embeddings in transformers)"
         )
 
 

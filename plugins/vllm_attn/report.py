@@ -1,13 +1,25 @@
-"""Start-up errors, and how a user sees them: one line, exit code 1, no traceback."""
+"""Start-up errors, and how a user sees them: one line, exit code 1, no traceback.
+
+An error in the API server's process reaches `sys.excepthook`. One in an engine core or worker is
+logged there by vLLM, which then raises an error of its own in the API server.
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
 from types import TracebackType
 
 from attn_kernels import VariantError, variant_names
+
+STOPPED = 78
+"""Exit code of an engine core that has said in one line why it does not start (sysexits.h's
+EX_CONFIG). vLLM names it in the API server's error."""
+
+ENGINE_LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+"""Where an engine core and its workers log the error that ends them."""
 
 
 class StartupError(RuntimeError):
@@ -47,14 +59,40 @@ def unknown_backend(name: str) -> str:
     return f"unknown attention backend {name.lower()!r}; {hint}"
 
 
+class OneLineFilter(logging.Filter):
+    """Ends the process where vLLM would log the traceback of a StartupError or VariantError."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return True for every other record.
+
+        Raises:
+            SystemExit: with `STOPPED`, after the line is printed.
+        """
+        message = one_line(record.exc_info[1]) if record.exc_info else None
+        if message is None:
+            return True
+        print(f"attnserve: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(STOPPED)
+
+
+def install() -> None:
+    """Print a StartupError or VariantError that nobody catches as one line, in this process and in
+    its engine cores; leave every other error alone."""
+    for name in ENGINE_LOGGERS:
+        logging.getLogger(name).addFilter(OneLineFilter())
+    install_excepthook()
+
+
 def install_excepthook() -> None:
-    """Print an uncaught StartupError or VariantError as one line; leave every other error alone."""
+    """Print an uncaught StartupError or VariantError as one line."""
     previous = sys.excepthook
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         message = one_line(error)
+        if re.search(rf"Failed core proc\(s\): .*: {STOPPED}\b", str(error)):
+            return  # it has printed the line
         if message is None:
             previous(kind, error, traceback)
         else:

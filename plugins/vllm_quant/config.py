@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from quant_kernels.library import load
 from quant_kernels.panels import CHUNK
 from vllm_attn.report import StartupError
+from vllm_attn.weights import check_every_load
 from vllm_quant import device
 from vllm_quant.embedding import PackedEmbeddingMethod
 from vllm_quant.layer import Format
@@ -37,6 +38,7 @@ class PackedConfig(CompressedTensorsConfig):
         Raises:
             StartupError: packed weights that the kernels do not take.
         """
+        check_every_load()
         if not isinstance(layer, LinearBase | VocabParallelEmbedding) or self.transform_config:
             return super().get_quant_method(layer, prefix)
         scheme = self.get_scheme_dict(layer, prefix)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -18,6 +20,7 @@ from vllm.model_executor.parameter import (
 
 from quant.pack import unpack
 from quant_kernels import Panels, panels
+from vllm_attn.report import StartupError
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Format:
             rows, columns: of this rank's part.
             stored_rows: most that a tensor of the checkpoint has.
             loader: the layer's own, which finds this rank's part of a tensor.
+
+        Zero points that are codes have 16 bits until `arrange`: a byte has no value that says that
+        nothing was loaded (`vllm_attn.weights`).
         """
         scale: Any = ChannelQuantScaleParameter
         place = {"output_dim": 0}
@@ -63,17 +69,17 @@ class Format:
         words = torch.empty(rows, math.ceil(columns * self.bits / 32), dtype=torch.int32)
         scales = torch.empty(rows, self.groups(columns), dtype=torch.float32)
         layer.weight_packed = ModelWeightParameter(
-            data=words, input_dim=1, output_dim=0, weight_loader=loader
+            data=words, input_dim=1, output_dim=0, weight_loader=fitting(layer, loader)
         )
         layer.weight_scale = scale(data=scales, weight_loader=loader, **place)
         layer.weight_shape = BasevLLMParameter(
-            data=torch.empty(2, dtype=torch.int64), weight_loader=loader
+            data=torch.empty(2, dtype=torch.int64), weight_loader=comparing(layer)
         )
         layer.weight_zero_point = None
         if not self.symmetric:
             packed = self.zero_dtype != torch.float16
             layer.weight_zero_point = scale(
-                data=scales.to(torch.uint8 if packed else torch.float16),
+                data=scales.to(torch.int16 if packed else torch.float16),
                 weight_loader=self.unpacking(loader, stored_rows) if packed else loader,
                 **place,
             )
@@ -90,19 +96,71 @@ class Format:
 
     def arrange(self, layer: Any, columns: int) -> None:
         """Replace the loaded parameters by those that the kernels read."""
-        found = panels(
-            layer.weight_packed.data,
-            layer.weight_scale.data,
-            None if self.symmetric else layer.weight_zero_point.data,
-            self.bits,
-            columns,
-        )
+        zeros = None if self.symmetric else layer.weight_zero_point.data
+        if zeros is not None and zeros.dtype == torch.int16:
+            zeros = zeros.to(torch.uint8)
+        found = panels(layer.weight_packed.data, layer.weight_scale.data, zeros, self.bits, columns)
         del layer.weight_shape
         for name, tensor in zip(
             ("weight_packed", "weight_scale", "weight_zero_point"), found, strict=True
         ):
             delattr(layer, name)
             setattr(layer, name, None if tensor is None else nn.Parameter(tensor, False))
+
+
+def fitting(layer: Any, loader: Callable[..., None]) -> Callable[..., None]:
+    """A layer's loader of codes, which says in one line that a tensor does not fit."""
+
+    def load(parameter: nn.Parameter, packed: Tensor, *args: Any, **kwargs: Any) -> None:
+        try:
+            loader(parameter, packed, *args, **kwargs)
+        except (AssertionError, RuntimeError) as error:  # vLLM's assertions have no message
+            shard = args[0] if args else kwargs.get("loaded_shard_id")
+            raise StartupError(
+                f"{layer.prefix}.weight_packed of the checkpoint is {list(packed.shape)}, which is "
+                f"not what a matrix {list(full_shape(layer, shard))} has in this format: "
+                "config.json describes another model"
+            ) from error
+
+    return load
+
+
+def comparing(layer: Any) -> Callable[..., None]:
+    """A loader of `weight_shape`, which must be that of the layer, or of the part of it that is one
+    tensor in the checkpoint."""
+
+    def load(parameter: nn.Parameter, stored: Tensor, shard: Any = None, **kwargs: Any) -> None:
+        shape = full_shape(layer, kwargs.get("loaded_shard_id", shard))
+        if tuple(stored.tolist()) != shape:
+            raise StartupError(
+                f"{layer.prefix}.weight_shape of the checkpoint is {stored.tolist()}, and the "
+                f"layer is {list(shape)}: config.json describes another model"
+            )
+        parameter.data.copy_(stored)
+
+    return load
+
+
+def full_shape(layer: Any, shard: str | int | tuple[int, ...] | None) -> tuple[int, int]:
+    """`(rows, columns)` of what is one tensor in the checkpoint, on all ranks together.
+
+    Args:
+        layer: an embedding or a linear layer of vLLM.
+        shard: which part of a fused layer, as vLLM's loaders name it; None: the whole.
+    """
+    if isinstance(layer, VocabParallelEmbedding):
+        return layer.org_vocab_size, layer.embedding_dim
+    rows = layer.output_size
+    if isinstance(layer, QKVParallelLinear) and isinstance(shard, str):
+        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
+        rows = heads * (layer.v_head_size if shard == "v" else layer.head_size)
+    elif isinstance(shard, int):
+        rows = layer.output_sizes[shard]
+    elif isinstance(shard, tuple):
+        rows = sum(layer.output_sizes[part] for part in shard)
+    elif isinstance(layer, QKVParallelLinear):
+        rows = sum(full_shape(layer, part)[0] for part in "qkv")
+    return rows, layer.input_size
 
 
 def weight_of(layer: Any) -> Panels:

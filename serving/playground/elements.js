@@ -11,11 +11,24 @@ export function element(tag, text = "", className = "") {
   return made;
 }
 
-/** A model's attention variant and bits, where the gateway's configuration names them. */
+/** What a model's server says that it runs, or else the gateway's configuration; and labels of the
+ * configuration that are wrong. */
 export function badges(model) {
-  const { variant, bits } = model.attnserve ?? {};
-  const texts = [variant, bits && `${bits} bits`].filter(Boolean);
-  return texts.map((text) => element("span", text, "badge"));
+  const runs = model.attnserve ?? {};
+  const texts = [
+    runs.variant,
+    runs.bits && `${[runs.bits].flat().join(", ")} bits`,
+    runs.kv_cache_dtype && `KV ${runs.kv_cache_dtype}`,
+    runs.kv_budgets && `KV budgets ${Math.min(...runs.kv_budgets)}–${Math.max(...runs.kv_budgets)}`,
+  ];
+  const made = texts.filter(Boolean).map((text) => element("span", text, "badge"));
+  if (runs.unconfirmed?.length) {
+    const badge = element("span", "unconfirmed", "badge unconfirmed");
+    badge.title = `The server does not say its ${runs.unconfirmed.join(" and ")}.`;
+    made.push(badge);
+  }
+  for (const text of runs.errors ?? []) made.push(element("span", text, "badge error"));
+  return made;
 }
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toPrecision(3)} %`;

@@ -54,6 +54,7 @@ function replicas(metrics) {
     if (!name.startsWith("replica_")) continue;
     const replica = found.get(labels.replica) ?? { url: labels.replica, models: new Set() };
     replica.models.add(labels.model);
+    if (name === "replica_label_mismatch" && value) replica.mismatch = labels;
     replica[name.slice("replica_".length)] = value;
     found.set(replica.url, replica);
   }
@@ -73,6 +74,10 @@ function line(replica) {
     made.append(meter, element("span", `KV ${(100 * kv).toFixed(1)} %`));
   }
   made.append(element("span", `${replica.in_flight ?? 0} running`));
+  if (replica.mismatch) {
+    const { variant, bits } = replica.mismatch;
+    made.append(element("span", `wrong label: it runs ${variant}, ${bits} bits`, "error"));
+  }
   if (replica.waiting) made.append(element("span", `${replica.waiting} waiting`));
   return made;
 }

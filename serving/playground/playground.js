@@ -12,10 +12,14 @@ function say(message) {
   $("error").hidden = !message;
 }
 
+async function listed() {
+  return (await (await ask("v1/models")).json()).data;
+}
+
 async function loadModels() {
   $("forget").hidden = !key.get();
   try {
-    models = (await (await ask("v1/models")).json()).data;
+    models = await listed();
   } catch (error) {
     models = [];
     $("model-list").replaceChildren("none yet");
@@ -71,6 +75,8 @@ async function run() {
   $("columns").replaceChildren();
   $("run").disabled = true;
   $("stop").disabled = false;
+  const now = await listed().catch(() => []); // a server may run something else by now
+  chosen.forEach((model, i) => (chosen[i] = now.find(({ id }) => id === model.id) ?? model));
   if (comparing()) {
     const first = (model) => (model.id === $("reference").value ? 0 : 1);
     await runCompare(chosen.sort((a, b) => first(a) - first(b)), fields, abort.signal);

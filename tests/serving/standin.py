@@ -38,6 +38,7 @@ class StandIn:
         self.first_event: str | None = None  # of a stream, and its last
         self.kv_usage: float | None = None
         self.kv_bytes: int | None = None
+        self.runs: dict[str, str] = {}  # what it says that it runs, as our vLLM plugin does
         self.probabilities = (0.5, 0.25, 0.125)  # of a token that is read, and of the ids after it
         self.text = ""  # of an answer that is not streamed; else numbers
         self.vocabulary = "t"  # the text of a token, before its id
@@ -90,6 +91,9 @@ class StandIn:
         kv = "" if self.kv_usage is None else f'vllm:kv_cache_usage_perc{{a="b"}} {self.kv_usage}\n'
         if self.kv_bytes is not None:
             kv += f'vllm:cache_config_info{{kv_cache_memory_bytes="{self.kv_bytes}"}} 1.0\n'
+        if self.runs:
+            labels = ",".join(f'{name}="{value}"' for name, value in self.runs.items())
+            kv += f"attnserve:server_info{{{labels}}} 1.0\n"
         lines = kv + f"vllm:num_requests_waiting {self.waiting}\nvllm:num_requests_running 0\n"
         return lines.encode()
 

@@ -181,7 +181,7 @@ def test_client_that_leaves_frees_the_server(gateway: Running, servers: dict[str
     client = open_request(gateway.url, body, path="/v1/compare")
     wait_for(lambda: busy() == 1, "it writes")
     leave(client)
-    stage = 'attnserve_aborts_total{bits="",model="softpick",stage="whole"'
+    stage = 'attnserve_aborts_total{bits="32",model="softpick",stage="whole"'
     wait_for(lambda: gateway.metric(stage) == 1, "the gateway has noticed")
     wait_for(lambda: busy() == 0, "vLLM has stopped", seconds=5)
 
@@ -203,11 +203,11 @@ def test_shadow_scoring(servers: dict[str, Server], path: str, stream: bool) -> 
         compared = compare(gateway, **fields).json()
     with running(models=entries(servers), shadow=shadow) as gateway:
         answer = ask(gateway.url, "POST", path, body)
-        read = 'attnserve_shadow_answers_total{bits="",model="softmax",result="read"'
+        read = 'attnserve_shadow_answers_total{bits="32",model="softmax",result="read"'
         wait_for(lambda: gateway.metric(read) == 1, "it has been read")
         names = ("kl_count", "kl_sum", "tokens_total", "disagreements_total")
         figures = {name: gateway.metric(f"attnserve_shadow_{name}{{") for name in names}
-        bucket = 'attnserve_shadow_logprob_delta_bucket{bits="",le="-0.3"'
+        bucket = 'attnserve_shadow_logprob_delta_bucket{bits="32",le="-0.3"'
         below = gateway.metric(bucket)
     assert events(answer.body) == events(expected.body)
     assert answer.status == 200

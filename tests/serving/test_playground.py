@@ -163,13 +163,13 @@ def test_switched_off() -> None:
 
 def test_streams_side_by_side(browser: webdriver.Chrome, talker: Talker) -> None:
     with opened(browser, models=entries(talker)) as (page, _):
-        assert page.texts("#model-list label") == ["av016 bits", "bv18 bits"]
+        assert page.texts("#model-list label") == ["av016 bitsunconfirmed", "bv18 bitsunconfirmed"]
         page["prompt"].clear()
         page["prompt"].send_keys("Once", Keys.CONTROL, Keys.ENTER)
         page.wait("both end", lambda: page.texts(".state") == ["done (length)"] * 2)
         body = talker.seen[0]["body"]
         assert (body["prompt"], body["max_tokens"], body["logprobs"]) == ("Once", 64, 5)
-        assert page.texts("h2") == ["av016 bits", "bv18 bits"]
+        assert page.texts("h2") == ["av016 bitsunconfirmed", "bv18 bitsunconfirmed"]
         assert page.texts(".answer") == ["".join(f" {i}" for i in range(30))] * 2
 
         # exp(-0.01 i^2) falls below 0.5 at 9, 0.2 at 13, 0.05 at 18, 0.01 at 22, 0.001 at 27.
@@ -190,6 +190,26 @@ def test_streams_side_by_side(browser: webdriver.Chrome, talker: Talker) -> None
         answer.send_keys(Keys.ARROW_RIGHT * 3, Keys.ARROW_LEFT)
         assert page.texts(".chosen") == [" 1"]
         assert page.texts(".detail")[0].startswith('" 1"  logprob -0.010 (99.0 %)')
+
+
+def test_what_a_server_runs(browser: webdriver.Chrome, talker: Talker) -> None:
+    """What it says, with the labels that say something else; as of each run, and in the strip."""
+    told = {"variant": "v0", "weight_bits": "2,4", "kv_cache_dtype": "fp8", "kv_budgets": "64,32"}
+    talker.runs = told
+    with opened(browser, models=entries(talker)) as (page, _):
+        shown = "2, 4 bitsKV fp8KV budgets 32–64"
+        a = ["the label says bits 16, the server 2,4"]
+        b = ["the label says variant v1, the server v0", "the label says bits 8, the server 2,4"]
+        assert page.texts("#model-list label") == ["av0" + shown + a[0], "bv0" + shown + "".join(b)]
+        assert page.texts("#model-list .error") == [*a, *b]
+        page.wait(
+            "the strip shows it",
+            lambda: page.texts("#replicas .error") == ["wrong label: it runs v0, 2,4 bits"],
+        )
+        talker.runs = {**told, "weight_bits": "16"}
+        page.wait("it is noticed", lambda: page.texts("#replicas .error")[0].endswith("16 bits"))
+        page.run("done (length)", "done (length)")
+        assert page.texts("h2")[0] == "av016 bitsKV fp8KV budgets 32–64"
 
 
 def test_characters_of_several_tokens(browser: webdriver.Chrome, talker: Talker) -> None:

@@ -225,7 +225,7 @@ def test_unhealthy_replica_gets_nothing_until_it_is_well(three: list[StandIn]) -
             complete(gateway)
         assert three[0].started == 0
         health = ask(gateway.url, "GET", "/health").json()
-        assert health["models"] == {"m": {"replicas": 3, "healthy": 2}}
+        assert health["models"] == {"m": {"replicas": 3, "healthy": 2, "label_errors": []}}
         three[0].healthy = True
         wait_for(lambda: gateway.metric("attnserve_replica_healthy{") == 3, "it is well")
         complete(gateway)

@@ -9,6 +9,7 @@ from typing import Any
 
 from openai import OpenAI
 
+from serving.server_info import ServerInfo, parse_info
 from tests.servers import Server
 
 
@@ -61,6 +62,11 @@ class Client:
         """All prompts at once, one connection each."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.greedy(prompt, num_tokens), prompts))
+
+    def server_info(self) -> ServerInfo:
+        """What the server says that it runs, as the gateway reads it."""
+        with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
+            return parse_info(answer.read())
 
     def metric(self, name: str) -> float:
         """Sum of a Prometheus metric over its labels."""

@@ -24,6 +24,8 @@ def test_prompt_logprobs(name: str, tmp_path: Path) -> None:
     law = law[range(len(law)), prompt[1:]]
     args = ("--dtype=bfloat16", "--max-num-batched-tokens=64", "--max-model-len=256")
     with vllm_server(ckpt, *args) as server:
+        info = Client(server).server_info()
+        assert (info.weight_bits, info.kv_cache_dtype) == ("16", "bfloat16")
         served = torch.tensor(Client(server).prompt_logprobs(prompt), dtype=torch.float64)
     error = (served - law).abs()
     assert law.std() > 0.1, "the law's log-probabilities hardly vary: the comparison means nothing"

@@ -84,6 +84,11 @@ def served(
         yield Served(ckpt, Client(server), list(prompts), [answer.tokens for answer in law])
 
 
+def test_says_what_it_runs(served: Served) -> None:
+    info = served.client.server_info()
+    assert (info.variant, info.kv_budgets) == ("selective", "8,4,12")
+
+
 def test_pruning_matters(served: Served) -> None:
     """The comparisons below mean something: unpruned, most of the long answers are others."""
     unpruned = {"name": "selective"}

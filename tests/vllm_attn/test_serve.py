@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from attn_kernels import get_variant, variant_names
+from serving.server_info import ServerInfo
 from tests.law_model import clear_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
@@ -59,6 +60,17 @@ def test_answers_differ(served: Served) -> None:
     """The comparison below means something: answers are no constant."""
     assert len({tuple(tokens) for tokens in served.law}) > len(served.law) // 2
     assert len({token for tokens in served.law for token in tokens}) > 20
+
+
+def test_says_what_it_runs(served: Served) -> None:
+    assert served.client.server_info() == ServerInfo(
+        model_name=served.client.model,
+        variant=served.variant_name,
+        weight_bits="32",
+        embedding_bits="32",
+        weight_method="none",
+        kv_cache_dtype="float32",
+    )
 
 
 def test_alone(served: Served) -> None:

@@ -47,6 +47,7 @@ def test_same_tokens_as_stock(checkpoint: str, request: pytest.FixtureRequest) -
         args = ("--dtype=float32", "--max-model-len=512", f"--attention-backend={backend}")
         with vllm_server(folder, *args) as server:
             client = Client(server)
+            assert client.server_info().variant == "softmax"
             alone = [client.greedy(prompt, NUM_TOKENS) for prompt in prompts]
             together = client.greedy_together(prompts, NUM_TOKENS)
             answers[backend] = alone, together
@@ -75,5 +76,6 @@ def test_any_variant_on_a_plain_llama(plain_llama: Path) -> None:
     assert law.tokens != law_greedy(plain_llama, prompt, NUM_TOKENS).tokens
     args = ("--dtype=float32", "--max-model-len=256", "--attention-backend=lssa")
     with vllm_server(plain_llama, *args) as server:
+        assert Client(server).server_info().variant == "lssa"
         assert Client(server).greedy(prompt, NUM_TOKENS) == law.tokens
         assert "was trained with softmax attention; serving it with lssa is an" in server.log()

@@ -3,6 +3,7 @@ sweep measures, which computes with dequantized weights in float32."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def log_probabilities(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     return logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
 
 
+def bits_of(out: Path) -> str:
+    """Of linear layers."""
+    config = json.loads((out / "config.json").read_text())
+    return str(config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"])
+
+
 def differences(
     out: Path,
     model: PreTrainedModel,
@@ -70,6 +77,8 @@ def differences(
     assert expected.std() > 0.1, "the log-probabilities hardly vary: the comparison means nothing"
     with vllm_server(out, *SERVE, f"--dtype={dtype}", *arguments) as server:
         client = Client(server)
+        info = client.server_info()
+        assert (info.weight_bits, info.weight_method) == (bits_of(out), "compressed-tensors")
         served = torch.tensor(client.prompt_logprobs(prompt))
         assert logged in server.log()
         # A decoding step goes through the kernel for one row.

@@ -1,0 +1,177 @@
+"""No tensor of a model stays uninitialised.
+
+vLLM makes parameters of memory as it finds it and fills them from the checkpoint. It knows which
+names were loaded, but asks only for those without a method of quantization (norms, say), only of
+models that are not quantized, and a fused tensor (`qkv_proj`) counts as loaded after one of its
+parts. So every parameter is marked with a bit pattern before it is loaded, at places that whatever
+fills it overwrites, and looked at afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader
+
+from vllm_attn.report import StartupError
+
+MARKS = {
+    2: (torch.int16, 0x7FA5),
+    4: (torch.int32, 0x7FA5C3D2),
+    8: (torch.int64, 0x7FA5C3D27FA5C3D2),
+}
+"""By the bytes of an element: a pattern, and the integers to see it as. It is a NaN that no
+calculation makes. There is none for a byte: any of its values is common."""
+
+UNQUANTIZED = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
+FOREIGN = ("weight", "weight_packed", "qweight")
+"""Parameters that every checkpoint has in a format that is not ours; others have defaults."""
+
+
+@functools.cache
+def check_every_load() -> None:
+    """Make vLLM's loaders of checkpoints refuse one that lacks a tensor. Idempotent."""
+    for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
+        loader.load_weights = checking(loader.load_weights)
+
+
+def checking(stock: Callable[..., None]) -> Callable[..., None]:
+    """A loader's `load_weights` that marks before and looks afterwards."""
+
+    def load_weights(self: Any, model: Any, model_config: Any) -> None:
+        if model_config.runner_type == "draft":  # it may share the target's embeddings
+            stock(self, model, model_config)
+            return
+        load = model.load_weights
+
+        def noting(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            seen: set[str] = set()
+
+            def noted() -> Iterator[tuple[str, Tensor]]:
+                for name, tensor in weights:
+                    seen.add(name)
+                    yield name, tensor
+
+            loaded = load(noted())
+            check(model, loaded, seen)
+            return loaded
+
+        mark(model)
+        model.load_weights = noting
+        try:
+            stock(self, model, model_config)
+        finally:
+            del model.load_weights
+
+    return load_weights
+
+
+def expected(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """The parameters that a checkpoint must fill: `(name, module, parameter)`."""
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
+            continue  # these have defaults, or are quantized while they are loaded
+        every = method is None or isinstance(method, UNQUANTIZED) or is_ours(module, method)
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_lazy(parameter) or parameter.is_meta or not parameter.numel():
+                continue
+            if every or name in FOREIGN:
+                yield f"{prefix}.{name}".lstrip("."), module, parameter
+
+
+def is_ours(module: Any, method: Any) -> bool:
+    """Whether `vllm_quant` made a layer's parameters."""
+    return any(
+        type(owner).__module__.startswith("vllm_quant")
+        for owner in (method, getattr(module, "scheme", None))
+    )
+
+
+def mark(model: nn.Module) -> None:
+    """Mark every expected parameter of a layer, which have no other value yet.
+
+    Modules that are no layers (norms) begin with values of their own; their names are checked.
+    """
+    for _, module, parameter in expected(model):
+        if getattr(module, "quant_method", None) is not None:
+            for places in marked_places(parameter):
+                places.fill_(MARKS[parameter.element_size()][1])
+
+
+def marked_places(parameter: Tensor) -> list[Tensor]:
+    """Views of a parameter as integers: all of a vector; both ends of every row and of every column
+    of a matrix; of more dimensions (experts: `[experts, two fused parts, ...]`, fused along either)
+    the first elements of every part. Empty for bytes."""
+    if parameter.element_size() not in MARKS:
+        return []
+    bits = parameter.data.view(MARKS[parameter.element_size()][0])
+    if bits.dim() < 2:
+        return [bits]
+    if bits.dim() == 2:
+        return [bits[:, 0], bits[:, -1], bits[0], bits[-1]]
+    bits = bits[(..., *[0] * (bits.dim() - 3))]
+    return [
+        bits[:, 0, 0],
+        bits[:, bits.shape[1] // 2, 0],
+        bits[:, 0, bits.shape[2] // 2],
+    ]
+
+
+def untouched(parameter: Tensor) -> bool:
+    """Whether something of a marked parameter was never written."""
+    places = marked_places(parameter)
+    if not places:
+        return False
+    left = [place == MARKS[parameter.element_size()][1] for place in places]
+    if parameter.dim() == 2:  # words of packed weights may be the pattern, but not at both ends
+        left = [left[0] & left[1], left[2] & left[3]]
+    return any(bool(found.any()) for found in left)
+
+
+def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
+    """Refuse a model with a parameter that was not loaded.
+
+    Args:
+        model: just loaded, its weights still as the checkpoint has them.
+        loaded: the parameters that vLLM has loaded, by their names; None: unknown.
+        seen: the tensors of the checkpoint.
+
+    Raises:
+        StartupError: with one line that names the first missing tensor.
+    """
+    missing = []
+    for name, module, parameter in expected(model):
+        layer = getattr(module, "quant_method", None) is not None
+        by_name = loaded is not None and name not in loaded
+        if untouched(parameter) if layer and marked_places(parameter) else by_name:
+            missing.append(name)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise StartupError(
+            f"the checkpoint has no tensor {checkpoint_name(model, missing[0], seen)}{more}: it is "
+            "incomplete, or not of the model that its config.json describes"
+        )
+
+
+def checkpoint_name(model: Any, name: str, seen: set[str]) -> str:
+    """The name in the checkpoint of what a parameter lacks: of a fused one, the first missing
+    part."""
+    layer, _, tensor = name.rpartition(".")
+    parent, _, leaf = layer.rpartition(".")
+    for part in getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf]):
+        candidate = ".".join(word for word in (parent, part, tensor) if word)
+        if candidate not in seen:
+            return candidate
+    return name

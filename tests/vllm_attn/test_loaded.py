@@ -1,0 +1,267 @@
+"""What is loaded is whole, and runs the attention that was chosen; else one line says what is
+missing. vLLM's own loader and model classes, in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+)
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from attn_kernels import variant_names
+from quant.quantize import main as quantize
+from tests.tiny import tiny_checkpoint, write_tiny_llama
+from tests.vllm_attn.loading import load, one_worker
+from vllm_attn.report import StartupError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_worker(tiny_checkpoint(tmp_path_factory.mktemp("worker"), "softmax")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of our model class with every variant, of a stock Llama, and packed; one layer each."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = {
+        name: tiny_checkpoint(folder / name, name, num_hidden_layers=1) for name in variant_names()
+    }
+    made["llama"] = write_tiny_llama(folder / "llama")
+    made["tied"] = tiny_checkpoint(
+        folder / "tied", "softpick", num_hidden_layers=1, tie_word_embeddings=True
+    )
+    for name in ("softpick", "tied"):
+        made[f"packed-{name}"] = folder / f"packed-{name}"
+        arguments = ["--bits=4", "--scheme=rtn", "--embeddings=8"]
+        quantize([str(made[name]), str(made[f"packed-{name}"]), *arguments])
+    return made
+
+
+def changed(source: Path, folder: Path, **tensors: Tensor | None) -> Path:
+    """A copy with other tensors (None: without them), by their names with __ for dots."""
+    shutil.copytree(source, folder)
+    content = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        content.pop(name.replace("__", "."))
+        if tensor is not None:
+            content[name.replace("__", ".")] = tensor
+    save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tensor_names(folder: Path) -> list[str]:
+    return sorted(load_file(folder / "model.safetensors"))
+
+
+def refused_without(source: Path, name: str, folder: Path, **options: Any) -> None:
+    """The line names the tensor that is not there."""
+    copy = changed(source, folder, **{name.replace(".", "__"): None})
+    with pytest.raises(StartupError, match=rf"has no tensor {re.escape(name)}(,|:| )"):
+        load(copy, **options)
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_whole_checkpoints_load(checkpoints: dict[str, Path], name: str) -> None:
+    load(checkpoints[name])
+
+
+@pytest.mark.parametrize("name", ["tied", "packed-softpick", "packed-tied"])
+def test_others_load(checkpoints: dict[str, Path], name: str) -> None:
+    load(checkpoints[name])
+
+
+@pytest.mark.parametrize("name", ["softpick", "packed-softpick"])
+def test_dummy_weights_load(checkpoints: dict[str, Path], name: str) -> None:
+    load(checkpoints[name], load_format="dummy")
+
+
+def test_a_plain_llama_loads(checkpoints: dict[str, Path]) -> None:
+    load(checkpoints["llama"], attention_backend="SOFTPICK")
+
+
+def test_no_tensor_may_miss(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Each in its turn, fused parts, norms, embeddings, head and learned tensors among them."""
+    names = tensor_names(checkpoints["ssmax"])
+    assert len(names) == 13
+    for i, name in enumerate(names):
+        refused_without(checkpoints["ssmax"], name, tmp_path / str(i))
+
+
+def test_no_tensor_of_a_plain_llama_may_miss(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for i, name in enumerate(
+        ("layers.1.mlp.down_proj", "layers.0.mlp.up_proj", "layers.1.input_layernorm", "norm")
+    ):
+        refused_without(
+            checkpoints["llama"],
+            f"model.{name}.weight",
+            tmp_path / str(i),
+            attention_backend="SOFTPICK",
+        )
+
+
+@pytest.mark.parametrize("checkpoint", ["packed-softpick", "packed-tied"])
+def test_no_packed_tensor_may_miss(
+    checkpoints: dict[str, Path], checkpoint: str, tmp_path: Path
+) -> None:
+    """Nor what is not packed beside them."""
+    kinds = ("k_proj", "up_proj", "down_proj", "embed_tokens", "norm")
+    names = [
+        name
+        for name in tensor_names(checkpoints[checkpoint])
+        if any(kind in name for kind in kinds)
+    ]
+    assert len(names) == 4 * 4 + 3
+    for i, name in enumerate(names):
+        refused_without(checkpoints[checkpoint], name, tmp_path / str(i))
+
+
+def test_a_packed_matrix_may_not_miss(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """The first of its four tensors is named."""
+    prefix = "model.layers.0.mlp.down_proj."
+    lost = {
+        name.replace(".", "__"): None
+        for name in tensor_names(checkpoints["packed-softpick"])
+        if name.startswith(prefix)
+    }
+    assert len(lost) == 4
+    line = f"has no tensor {prefix}weight_packed (and 3 more): it is incomplete"
+    with pytest.raises(StartupError, match=re.escape(line)):
+        load(changed(checkpoints["packed-softpick"], tmp_path / "copy", **lost))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "line"),
+    [
+        ("model.layers.0.self_attn.q_proj", (128, 120), "is [128, 120], and the layer is [128, 1"),
+        ("model.layers.0.self_attn.v_proj", (128, 128), "is [128, 128], and the layer is [64, 12"),
+        ("model.layers.0.mlp.up_proj", (250, 128), "is [250, 128], and the layer is [256, 128]"),
+        ("model.layers.0.mlp.down_proj", (128, 250), "is [128, 250], and the layer is [128, 256]"),
+        ("model.embed_tokens", (511, 128), "is [511, 128], and the layer is [512, 128]"),
+    ],
+)
+def test_weight_shape_is_compared(
+    checkpoints: dict[str, Path],
+    name: str,
+    shape: tuple[int, int],
+    line: str,
+    tmp_path: Path,
+) -> None:
+    stored = {f"{name}.weight_shape".replace(".", "__"): torch.tensor(shape)}
+    copy = changed(checkpoints["packed-softpick"], tmp_path / "copy", **stored)
+    with pytest.raises(StartupError, match=re.escape(line)):
+        load(copy)
+
+
+def test_another_models_packed_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """One line instead of vLLM's assertion without a message."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoints["packed-softpick"], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["intermediate_size"] = 320
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match=r"weight_packed of the checkpoint is \["):
+        load(copy)
+
+
+class OwnAttention(LlamaAttention):
+    """Attention that does not ask which backend to run, in layer 1."""
+
+    def __init__(self, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, prefix=prefix, **kwargs)
+        if ".1." in prefix:
+            backend = AttentionBackendEnum.CPU_ATTN.get_class()
+            self.attn = Attention(4, 32, 1.0, 2, prefix=f"{prefix}.own", attn_backend=backend)
+
+
+class WideValues(LlamaAttention):
+    """Values of another size than keys."""
+
+    def __init__(self, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, prefix=prefix, **kwargs)
+        self.attn = Attention(4, 32, 1.0, 2, prefix=f"{prefix}.own", head_size_v=64)
+
+
+class Sinks(LlamaAttention):
+    """Passes what a model passes through vLLM's layer."""
+
+    given: dict[str, Any] = {}
+
+    def __init__(self, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, prefix=prefix, **kwargs)
+        self.attn = Attention(4, 32, 1.0, 2, prefix=f"{prefix}.own", **self.given)
+
+
+def model_with(attention: type[LlamaAttention]) -> type[LlamaForCausalLM]:
+    class Layer(LlamaDecoderLayer):
+        def __init__(self, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+            super().__init__(vllm_config, prefix, attn_layer_type=attention, **kwargs)
+
+    class Model(LlamaForCausalLM):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=Layer)
+
+    return Model
+
+
+def load_with(attention: type[LlamaAttention], folder: Path) -> Any:
+    name = f"{attention.__name__}ForCausalLM"
+    ModelRegistry.register_model(name, model_with(attention))
+    return load(folder, attention_backend="SOFTPICK", hf_overrides={"architectures": [name]})
+
+
+@pytest.mark.parametrize(
+    ("attention", "line"),
+    [
+        (OwnAttention, "layer model.layers.1.self_attn.own would run CPU_ATTN instead of softpick"),
+        (
+            WideValues,
+            "layer model.layers.0.self_attn.own has values of size 64 and keys of size 32",
+        ),
+    ],
+)
+def test_every_layer_is_the_variants(
+    checkpoints: dict[str, Path], attention: type[LlamaAttention], line: str
+) -> None:
+    with pytest.raises(StartupError, match=re.escape(line)):
+        load_with(attention, checkpoints["llama"])
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"sinks": None, "chunk_lookback": -1, "layer_idx": 1, "anything": False}, None),
+        ({"chunk_lookback": 1}, "Chunked attention with lookback requires the Triton backend"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "`dual_chunk_attention_config`"),
+        ({"new_feature": 0.5}, "softpick attention does not support `new_feature`, which the mod"),
+        ({"sinks": torch.zeros(4)}, "sink"),
+    ],
+)
+def test_arguments_that_models_pass(
+    checkpoints: dict[str, Path],
+    given: dict[str, Any],
+    line: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Sinks, "given", given)
+    if line is None:
+        load_with(Sinks, checkpoints["llama"])
+        return
+    with pytest.raises((StartupError, AssertionError), match=re.escape(line)):
+        load_with(Sinks, checkpoints["llama"])

@@ -1,0 +1,126 @@
+"""What a server says that it runs, from configurations that vLLM has settled. What real servers say
+in their /metrics is looked at where there are some: test_serve.py, test_pruned.py, test_stock.py,
+test_bf16.py, tests/vllm_quant/test_served.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from attn_kernels import variant_names
+from serving.server_info import FIELDS
+from tests.tiny import tiny_checkpoint
+from vllm_attn.server_info import NAME, ServerInfoLogger, server_info
+
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+}
+BUDGETS = {"name": "selective", "kv_budgets": [8, 4, 12]}
+
+
+def make_config(checkpoint: Path, **options: Any) -> Any:
+    """What vLLM does before it starts an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"dtype": "float32", "max_model_len": 256, "served_model_name": "m", **options}
+    return EngineArgs(str(checkpoint), **options).create_engine_config()
+
+
+def quantized(folder: Path, entry: dict[str, Any], **fields: Any) -> Path:
+    """A checkpoint whose config.json says that it is quantized; nothing loads its weights."""
+    tiny_checkpoint(folder, "softpick", **fields)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
+    return folder
+
+
+def group(bits: int, *targets: str) -> dict[str, Any]:
+    """A group of compressed-tensors."""
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 64}
+    return {"targets": list(targets), "weights": weights | {"symmetric": True, "dynamic": False}}
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_variant_and_dtypes(name: str, tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, name)
+    assert server_info(make_config(tmp_path)) == {
+        "model_name": "m",
+        "variant": name,
+        "kv_budgets": "",
+        "weight_bits": "32",
+        "embedding_bits": "32",
+        "weight_method": "none",
+        "kv_cache_dtype": "float32",
+    }
+    info = server_info(make_config(tmp_path, dtype="bfloat16", kv_cache_dtype="float16"))
+    assert (info["weight_bits"], info["kv_cache_dtype"]) == ("16", "float16")
+
+
+def test_gateway_reads_every_field(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, "softmax")
+    assert set(server_info(make_config(tmp_path))) == set(FIELDS)
+
+
+def test_budgets(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, BUDGETS)
+    assert server_info(make_config(tmp_path))["kv_budgets"] == "8,4,12"
+
+
+def test_vllms_own_attention_is_softmax(tiny_llama: Path) -> None:
+    info = server_info(make_config(tiny_llama, kv_cache_dtype="fp8"))
+    assert (info["variant"], info["kv_cache_dtype"]) == ("softmax", "fp8")
+    assert server_info(make_config(tiny_llama, attention_backend="LSSA"))["variant"] == "lssa"
+
+
+@pytest.mark.parametrize(
+    ("entry", "linear", "embeddings", "method"),
+    [
+        ({**PACKED, "config_groups": {"a": group(3, "Linear")}}, "3", "16", "compressed-tensors"),
+        (
+            {
+                **PACKED,
+                "config_groups": {
+                    "a": group(8, "re:.*layers.0.*"),
+                    "b": group(2, "Linear"),
+                    "c": group(4, "Embedding", "lm_head"),
+                },
+            },
+            "2,8",
+            "4",
+            "compressed-tensors",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": False, "sym": True},
+            "8",
+            "16",
+            "gptq",
+        ),
+    ],
+    ids=["packed", "mixed", "gptq"],
+)
+def test_quantized(
+    entry: dict[str, Any], linear: str, embeddings: str, method: str, tmp_path: Path
+) -> None:
+    info = server_info(make_config(quantized(tmp_path, entry), dtype="bfloat16"))
+    assert (info["weight_bits"], info["embedding_bits"]) == (linear, embeddings)
+    assert method in info["weight_method"]
+
+
+def test_second_server_of_a_process_replaces_the_first(tmp_path: Path) -> None:
+    for name in ("softpick", "softmax"):
+        tiny_checkpoint(tmp_path / name, name)
+        ServerInfoLogger(make_config(tmp_path / name), [0]).log_engine_initialized()
+        samples = [s for f in REGISTRY.collect() if f.name == NAME for s in f.samples]
+        assert [(s.labels["variant"], s.value) for s in samples] == [(name, 1.0)]
+
+
+def test_server_that_cannot_be_described_starts() -> None:
+    logger = ServerInfoLogger(None, [0])
+    logger.log_engine_initialized()
