@@ -236,6 +236,15 @@ RULES: dict[str, Rule] = {
         "python -m tests.docs.prepare gateway gateway.yaml && "
         "attnserve-gateway --config gateway.yaml --check-config"
     ),
+    'make serve VLLM_ARGS="--chat-template checkpoints/softmax/chat_template.jinja"': Serve(
+        make_serve("checkpoints/softpick")
+        + ' VLLM_ARGS="--chat-template checkpoints/softmax/chat_template.jinja"'
+    ),
+    "attnserve serve checkpoints/softpick -- "
+    "--chat-template checkpoints/softmax/chat_template.jinja": Serve(
+        "attnserve serve checkpoints/softpick --vllm-port {vllm} --gateway-port {gateway} -- "
+        "--chat-template checkpoints/softmax/chat_template.jinja"
+    ),
     "attnserve-gateway --help": Run(prints="--check-config"),
     "attnserve-gateway keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
     "make conformance": NotHere("a package index"),
