@@ -17,17 +17,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print each command of the texts that was run, with its time in seconds."""
-    reports = [
-        report
+    rows = [
+        (properties.get("seconds", report.duration), report.outcome, properties["command"])
         for kind in ("passed", "failed")
         for report in terminalreporter.stats.get(kind, [])
-        if report.when == "call"
-        and "tests/docs/" in report.nodeid
-        and dict(report.user_properties).get("command")
+        for properties in (dict(report.user_properties),)
+        if report.when == "call" and "command" in properties
     ]
-    if not reports:
-        return
-    terminalreporter.section("commands of the texts")
-    for report in reports:
-        command = dict(report.user_properties)["command"]
-        terminalreporter.line(f"{report.duration:7.1f} s  {report.outcome:6}  {command}")
+    if rows:
+        terminalreporter.section("commands of the texts, seconds (of a server: until it answers)")
+    for seconds, outcome, command in rows:
+        terminalreporter.line(f"{seconds:7.1f}  {outcome}  {command}")

@@ -229,7 +229,7 @@ RULES: dict[str, Rule] = {
     "attnserve-gateway --config gateway.yaml": Serve(
         "attnserve-gateway --config gateway.yaml",
         setup="python -m tests.docs.prepare gateway gateway.yaml {gateway}",
-        path="/health",
+        path="/metrics",
         slow=False,
     ),
     "attnserve-gateway --config gateway.yaml --check-config": Run(

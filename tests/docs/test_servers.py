@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ class Served:
         self.command = rule.command.format(**self.ports)
         own = "gateway" if "gateway" in rule.command else "vllm"
         self.url = f"http://127.0.0.1:{self.ports[own]}"
+        self.seconds = 0.0
+        """From the start until it answered."""
 
     def here(self, typed: str) -> str:
         """Return a command or program of the texts with the ports of this server."""
@@ -51,6 +54,7 @@ def serving(clone: Clone, rule: Serve, log_file: Path) -> Iterator[Served]:
     if rule.setup:
         done = clone.run(rule.setup.format(**served.ports))
         assert done.returncode == 0, done.stdout[-3000:]
+    began = time.monotonic()
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             ["bash", "-c", f"exec {served.command}"],
@@ -63,6 +67,7 @@ def serving(clone: Clone, rule: Serve, log_file: Path) -> Iterator[Served]:
         )
     try:
         wait_until_healthy(served.url, process, log_file, path=rule.path)
+        served.seconds = time.monotonic() - began
         yield served
     finally:
         process.send_signal(signal.SIGTERM)  # it ends what it has started in other groups
@@ -103,7 +108,8 @@ def test_server(
 ) -> None:
     record_property("command", rule.command)
     with serving(clone, rule, tmp_path / "log") as served:
-        if rule.path != "/health":
+        record_property("seconds", served.seconds)
+        if rule.path == "/v1/models":
             assert answer(served.url)
 
 
@@ -119,6 +125,7 @@ def make_serve(clone: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.mark.timeout(1800)
 def test_make_serve(make_serve: Served, record_property: Callable[[str, object], None]) -> None:
     record_property("command", make_serve.command)
+    record_property("seconds", make_serve.seconds)
     assert answer(make_serve.url)
     printed = make_serve.log_file.read_text()
     assert "Traceback" not in printed

@@ -12,11 +12,12 @@ import yaml
 from attn_kernels import variant_from_config
 from tests.docs.clone import Clone
 from tests.docs.prepare import gateway_example
-from tests.docs.table import YOUR_LLAMA
+from tests.docs.table import CHECKPOINTS, YOUR_LLAMA
 from tests.docs.test_servers import GATEWAY
-from tests.docs.text import Block, all_blocks
+from tests.docs.text import TEXTS, Block, all_blocks, blocks
 
 ELSEWHERE = {Path("docs/VARIANT.md"): "tests/attn_kernels/test_example.py"}
+OTHER_CARDS = set(CHECKPOINTS) - {"softpick"}
 PREPARED = {
     "your-llama": YOUR_LLAMA,
     "softpick-340M-4096-model": "python -m tests.docs.prepare published softpick-340M-4096-model",
@@ -24,17 +25,21 @@ PREPARED = {
 """What a program needs that is not in the checkout, and how it is made."""
 
 
-def programs() -> list[Block]:
-    """Return the Python programs that ask no server."""
+def programs() -> list[object]:
+    """Return the Python programs that ask no server; the cards' differ by a name only."""
     return [
-        block
+        pytest.param(
+            block,
+            id=str(block.text),
+            marks=[pytest.mark.slow] if block.text.parent.name in OTHER_CARDS else [],
+        )
         for block in all_blocks("python")
         if GATEWAY not in block.content and block.text not in ELSEWHERE
     ]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("block", programs(), ids=lambda block: str(block.text))
+@pytest.mark.parametrize("block", programs())
 def test_python(block: Block, clone: Clone, record_property: Callable[[str, object], None]) -> None:
     record_property("command", f"{block.text}: {block.content.splitlines()[0]} ...")
     for name, command in PREPARED.items():
@@ -66,7 +71,6 @@ def test_json(block: Block) -> None:
 
 
 def test_every_language_is_looked_at() -> None:
-    known = {"", "sh", "python", "yaml", "json", "cpp", "text"}
-    from tests.docs.text import TEXTS, blocks
-
+    """`cpp` by tests/attn_kernels/test_example.py; without a language: formulas and drawings."""
+    known = {"", "sh", "python", "yaml", "json", "cpp"}
     assert {block.language for text in TEXTS for block in blocks(text)} <= known
