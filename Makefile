@@ -18,8 +18,8 @@
 #   make lock         write requirements/*.txt again (UPGRADE=1: newest versions)
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
-# ARGS (test, conformance, soak, analyze, bench, bench-kernels, compile-kernels); PYTHON; TORCH_INDEX, the package index with torch's CPU
-# builds, used if pip finds none by itself.
+# ARGS (doctor, test, conformance, soak, analyze, bench, bench-kernels, compile-kernels); PYTHON;
+# TORCH_INDEX, the package index with torch's CPU builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -51,13 +51,14 @@ unexport PYTHONDONTWRITEBYTECODE
 install: $(READY)
 
 $(READY): requirements/cpu.txt requirements/vllm-metadata/pyproject.toml pyproject.toml tools/install.sh
-	@echo "Setting up $(VENV) (about three minutes the first time)"
-	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" tools/install.sh dependencies $(VENV) requirements/cpu.txt
-	@tools/install.sh project $(VENV) --editable
+	@echo "Setting up $(VENV): 1 GB to download, 3 to 5 minutes the first time"
+	@export INSTALL_BEGAN=$$(date +%s) PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)"; \
+	tools/install.sh dependencies $(VENV) requirements/cpu.txt && \
+	tools/install.sh project $(VENV) --editable
 	@touch $@
 
 serve: $(READY)
-	@exec $(BIN)/python -m serving.launch --ckpt "$(CKPT)" --backend "$(BACKEND)" \
+	@exec $(BIN)/python -m attnserve serve "$(CKPT)" --backend "$(BACKEND)" \
 	  --vllm-port "$(VLLM_PORT)" --gateway-port "$(GATEWAY_PORT)" -- $(VLLM_ARGS)
 
 # Two workers, a file each at a time: most of a test's time is one thread of one vLLM server.
@@ -117,8 +118,18 @@ compile-kernels: $(READY)
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
-doctor: $(READY)
-	@$(BIN)/attnserve doctor
+# Also where nothing is installed yet, or not wholly: then with any Python, and for what it can tell.
+doctor:
+	@if $(BIN)/python -c 'import attnserve.cli' 2>/dev/null; then \
+	  exec $(BIN)/python -m attnserve doctor $(ARGS); \
+	fi; \
+	for python in "$(PYTHON)" python3 python; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then \
+	    PYTHON="$(PYTHON)" VENV="$(VENV)" exec "$$python" -m serving.doctor $(ARGS); \
+	  fi; \
+	done; \
+	echo "doctor: there is no Python 3: install Python 3.11 (Debian: apt install python3.11-venv)" >&2; \
+	exit 1
 
 # The checkers are programs of their own, so they get an environment of their own.
 images-check: $(READY) $(CHECKERS)/.ready

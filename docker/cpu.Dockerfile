@@ -17,6 +17,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN tools/install.sh dependencies /opt/attnserve requirements/serve-cpu.txt
 
 COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY attnserve attnserve
 COPY kernels kernels
 COPY plugins plugins
 COPY serving serving

@@ -16,6 +16,7 @@ COPY tools/install.sh tools/
 RUN tools/install.sh dependencies /opt/attnserve requirements/serve-cuda.txt
 
 COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY attnserve attnserve
 COPY kernels kernels
 COPY plugins plugins
 COPY serving serving

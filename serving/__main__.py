@@ -1,9 +1,11 @@
-"""python -m serving (or attnserve-gateway): run the gateway.
+"""attnserve-gateway (or attnserve gateway, python -m serving): run the gateway.
 
   attnserve-gateway                       one server; the environment variables below set it up
   attnserve-gateway --config FILE         any number of servers; FILE: see docs/GATEWAY.md
   attnserve-gateway --config FILE --check-config      whether FILE is good; runs nothing
   attnserve-gateway keys new NAME         make a client's key; FILE gets only its hash
+
+With --json, the last two print one JSON object and nothing else.
 
 FILE is read again when it changes or on SIGHUP; a bad one is refused and the old one stays. With
 --config, the variables are not read. They are:
@@ -44,44 +46,56 @@ def help_text() -> str:
     return __doc__.format(settings="\n".join(lines))
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="attnserve-gateway",
+        prog=prog,
         description=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML (default: none)")
     parser.add_argument("--check-config", action="store_true", help="check the file and exit")
+    parser.add_argument("--json", action="store_true", help="--check-config prints one JSON object")
     commands = parser.add_subparsers(dest="command", metavar="keys new NAME")
     keys = commands.add_parser("keys", help="make a client's key")
     new = keys.add_subparsers(required=True, metavar="new").add_parser("new", help="a new one")
     new.add_argument("name", help="whose it is, for metrics and logs")
+    new.add_argument(  # without a default, which would win over a --json before `keys`
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object"
+    )
     options = parser.parse_args(arguments)
     if options.check_config and options.config is None:
         parser.error("--check-config needs --config FILE")
+    if options.json and not options.check_config and options.command is None:
+        parser.error("--json needs --check-config or keys new")
     return options
 
 
-def print_new_key(name: str) -> None:
+def print_new_key(name: str, as_json: bool) -> None:
     """A new key, for once, and the entry for the configuration."""
     key = new_key()
+    hashed = digest(key)
     try:
-        KeyEntry(name=name, sha256=digest(key))
+        KeyEntry(name=name, sha256=hashed)
     except ValidationError as error:
         sys.exit(f"attnserve-gateway: {describe(error)}")
+    if as_json:
+        print(json.dumps({"name": name, "key": key, "sha256": hashed}))
+        return
     print(f"The key, which is shown only now: {key}\n\nUnder `keys:` in the configuration:")
-    print(f"  - name: {name}\n    sha256: {digest(key)}\n")
-    print(json.dumps({"name": name, "key": key, "sha256": digest(key)}))
+    print(f"  - name: {name}\n    sha256: {hashed}")
 
 
-def print_config(config: Config, path: Path) -> None:
+def print_config(config: Config, path: Path, as_json: bool) -> None:
     """What a good configuration says, in short."""
+    if as_json:
+        counts = {"models": len(config.models), "keys": len(config.keys)}
+        print(json.dumps({"config": str(path), "ok": True, **counts}))
+        return
     for model in config.models:
         bits = "" if model.bits is None else f"{model.bits:g} bits"
         print(f"{model.name:24} {model.variant:12} {bits:8} {' '.join(model.replicas)}")
-    counts = {"models": len(config.models), "keys": len(config.keys)}
-    print(json.dumps({"config": str(path), "ok": True, **counts}))
+    print(f"{path} is good: models {len(config.models)}, keys {len(config.keys)}")
 
 
 def read(path: Path | None) -> Config:
@@ -117,18 +131,18 @@ def serve(config: Config, path: Path | None) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "attnserve-gateway") -> None:
     """Exit 1 with one line on a configuration that makes no sense."""
-    options = parse()
+    options = parse(sys.argv[1:] if arguments is None else arguments, prog)
     if options.command == "keys":
-        print_new_key(options.name)
+        print_new_key(options.name, options.json)
         return
     try:
         config = read(options.config)
     except ConfigError as error:
         sys.exit(f"attnserve-gateway: {error}")
     if options.check_config:
-        print_config(config, options.config)
+        print_config(config, options.config, options.json)
         return
     serve(config, options.config)
 

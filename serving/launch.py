@@ -1,10 +1,11 @@
-"""Start vLLM and the gateway in front of it; stop both together (`make serve`).
+"""Start vLLM and the gateway in front of it; stop both together (`attnserve serve`).
 
 Each runs in a process group of its own: Ctrl-C reaches only this launcher, which then ends both
 groups whole, vLLM's engine processes included.
 """
 
-import argparse
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import json
@@ -13,13 +14,15 @@ import re
 import signal
 import socket
 import sys
-import time
 import urllib.error
 import urllib.request
 from asyncio.subprocess import Process
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from serving.startup import Progress, notes, phase
 
 HOST = "127.0.0.1"
 
@@ -66,23 +69,25 @@ class Service:
         """Wait for its process, which is not meant to end, and raise."""
         assert self.process is not None
         code = await self.process.wait()
-        raise self.failed(f"ended with exit code {code}", code)
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        raise self.failed(f"ended with {how}", code)
 
-    async def ready(self, path: str) -> None:
-        """Wait until it answers 200 under `path`, saying now and then what it is doing."""
-        began = shown = time.monotonic()
-        while True:
-            try:
-                await asyncio.to_thread(fetch, f"{self.url}{path}")
-                return
-            except urllib.error.HTTPError as error:
-                raise self.failed(f"answers {path} with {error.code}") from error
-            except OSError:
-                pass  # it does not listen yet
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                print(f"  {shown - began:3.0f} s  {last_line(self.log())[:100]}", flush=True)
-            await asyncio.sleep(0.25)
+    async def ready(self, path: str, progress: Progress | None = None) -> None:
+        """Wait until it answers 200 under `path`, showing what it is doing."""
+        with contextlib.closing(progress or Progress(live=False)) as shown:
+            while True:
+                try:
+                    await asyncio.to_thread(fetch, f"{self.url}{path}")
+                    return
+                except urllib.error.HTTPError as error:
+                    raise self.failed(f"answers {path} with {error.code}") from error
+                except OSError:
+                    pass  # it does not listen yet
+                lines = plain_lines(self.log())
+                for note in notes(lines):
+                    shown.note(note)
+                shown.now(f"{self.name}: {phase(lines)}")
+                await asyncio.sleep(0.25)
 
     async def stop(self) -> None:
         """Ask its process to stop, and kill what is left of its group after STOP_SECONDS."""
@@ -142,49 +147,79 @@ def fetch(url: str) -> bytes:
         return content
 
 
-def check_port(port: int, variable: str) -> None:
-    """Stop if something already listens on `port`."""
+def port_fault(port: int) -> str:
+    """Return why nothing can listen on `port`; empty if something can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise LaunchError(
-                f"cannot listen on {HOST}:{port}: {error.strerror}; choose another {variable}"
-            ) from None
+            return f"cannot listen on {HOST}:{port}: {error.strerror}"
+    return ""
 
 
-def check_checkpoint(ckpt: str) -> None:
-    """Stop if `ckpt` is not a checkpoint's folder: nothing is downloaded."""
-    if not (Path(ckpt) / "config.json").is_file():
+def check_port(port: int, option: str) -> None:
+    """Raise if something already listens on `port`."""
+    if fault := port_fault(port):
+        raise LaunchError(f"{fault}; choose another {option}")
+
+
+def check_checkpoint(ckpt: Path) -> None:
+    """Raise if `ckpt` is not a checkpoint's folder: nothing is downloaded."""
+    if not (ckpt / "config.json").is_file():
         raise LaunchError(f"CKPT={ckpt} is not a checkpoint: there is no {ckpt}/config.json")
 
 
-def vllm_command(options: argparse.Namespace) -> list[str]:
-    """The command line of `vllm serve`; what the user adds comes last and wins."""
+@dataclass(frozen=True)
+class Options:
+    """What `attnserve serve` is asked for.
+
+    Attributes:
+        ckpt: the checkpoint's folder.
+        backend: vLLM's `--attention-backend`; empty: by the checkpoint's config.json.
+        vllm_port: TCP port of vLLM.
+        gateway_port: TCP port of the gateway.
+        log_folder: where the two servers' logs go.
+        vllm_args: further arguments of `vllm serve`.
+    """
+
+    ckpt: Path
+    backend: str = ""
+    vllm_port: int = 8000
+    gateway_port: int = 8080
+    log_folder: Path = Path(".run")
+    vllm_args: tuple[str, ...] = ()
+
+
+def vllm_command(options: Options) -> list[str]:
+    """Return the command line of `vllm serve`; what the user adds comes last and wins."""
     try:
         on_cpu = "cpu" in version("vllm")
     except PackageNotFoundError:
-        raise LaunchError("vLLM is not installed; `make install` sets up the CPU one") from None
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", options.ckpt]
+        raise LaunchError(
+            "vLLM is not installed: `make install` in a clone, or pip install 'attnserve[cpu]' or "
+            "'attnserve[cuda]'; `attnserve doctor` says what is missing"
+        ) from None
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(options.ckpt)]
     command += [f"--host={HOST}", f"--port={options.vllm_port}"]
-    command += [f"--served-model-name={Path(options.ckpt).resolve().name}"]
+    command += [f"--served-model-name={options.ckpt.resolve().name}"]
     command += CPU_ARGS if on_cpu else ()
     command += [f"--attention-backend={options.backend}"] if options.backend else []
-    return command + list(options.vllm_args)
+    return [*command, *options.vllm_args]
 
 
 def curl_line(url: str) -> str:
-    """A command that works, for the model that is really served."""
+    """Return a command that works, for the model that is really served."""
     model = json.loads(fetch(f"{url}/v1/models"))["data"][0]["id"]
     body = json.dumps({"model": model, "prompt": "It was the best of times,", "max_tokens": 32})
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
-async def run(vllm: Service, gateway: Service, options: argparse.Namespace) -> None:
+async def run(vllm: Service, gateway: Service, options: Options, progress: Progress) -> None:
     """Start both, say when they are ready, and wait for one of them to fail."""
-    print(f"Starting vLLM with {options.ckpt} (log: {vllm.log_file})", flush=True)
-    await vllm.start(vllm_command(options), {})
+    command = vllm_command(options)
+    progress.say(f"starting vLLM with {options.ckpt} (log: {vllm.log_file})")
+    await vllm.start(command, {})
     gateway_environment = {
         "GATEWAY_HOST": HOST,
         "GATEWAY_PORT": str(options.gateway_port),
@@ -192,81 +227,40 @@ async def run(vllm: Service, gateway: Service, options: argparse.Namespace) -> N
     }
     async with asyncio.TaskGroup() as group:
         group.create_task(vllm.ended())
-        await vllm.ready("/health")
+        await vllm.ready("/health", progress)
         await gateway.start([sys.executable, "-m", "serving"], gateway_environment)
         group.create_task(gateway.ended())
-        await gateway.ready("/v1/models")
+        await gateway.ready("/v1/models", progress)
         curl = await asyncio.to_thread(curl_line, gateway.url)
-        print(f"Ready; Ctrl-C stops it. Try:\n{curl}", flush=True)
+        progress.say(f"ready: {gateway.url}/v1, {gateway.url}/playground. Ctrl-C stops it. Try:")
+        print(curl, flush=True)
 
 
-async def serve(options: argparse.Namespace) -> None:
-    """Run both until a signal comes or one of them fails; leave nothing running."""
+async def serve(options: Options) -> None:
+    """Run both until a signal comes or one of them fails; leave nothing running.
+
+    Raises:
+        LaunchError: why they cannot run, or which one ended.
+    """
     check_checkpoint(options.ckpt)
     if options.vllm_port == options.gateway_port:
         raise LaunchError(f"VLLM_PORT and GATEWAY_PORT are both {options.vllm_port}")
-    check_port(options.vllm_port, "VLLM_PORT")
-    check_port(options.gateway_port, "GATEWAY_PORT")
+    check_port(options.vllm_port, "VLLM_PORT (--vllm-port)")
+    check_port(options.gateway_port, "GATEWAY_PORT (--gateway-port)")
 
     vllm = Service("vllm", options.vllm_port, options.log_folder)
     gateway = Service("gateway", options.gateway_port, options.log_folder)
-    running = asyncio.ensure_future(run(vllm, gateway, options))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
-    try:
-        await running
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    except asyncio.CancelledError:
-        print("\nStopping", flush=True)
-    finally:
-        await gateway.stop()
-        await vllm.stop()
-
-
-def port_number(text: str) -> int:
-    """A TCP port, for argparse."""
-    port = int(text) if text.isascii() and text.isdigit() else 0
-    if not 1 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
-    return port
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="attnserve",
-        description="Serve a checkpoint: vLLM, and the gateway in front of it. `attnserve doctor` "
-        "checks the environment instead.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--ckpt", default="checkpoints/softpick", help="the checkpoint's folder")
-    parser.add_argument(
-        "--backend", default="", help="vLLM's --attention-backend; empty: by the config.json"
-    )
-    parser.add_argument("--vllm-port", type=port_number, default=8000, help="vLLM's port")
-    parser.add_argument("--gateway-port", type=port_number, default=8080, help="the gateway's port")
-    parser.add_argument(
-        "--log-folder", type=Path, default=Path(".run"), help="where the two servers' logs go"
-    )
-    parser.add_argument(
-        "vllm_args", nargs="*", metavar="-- VLLM_ARGS", help="further arguments of `vllm serve`"
-    )
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    """Command line: exit 0 when stopped by a signal, else with one line that says why."""
-    if sys.argv[1:2] == ["doctor"]:
-        from serving import doctor  # it builds on this module
-
-        sys.exit(doctor.main(sys.argv[2:]))
-    try:
-        asyncio.run(serve(parse()))
-    except LaunchError as error:
-        print(f"attnserve: {error}", file=sys.stderr)
-        sys.exit(error.code)
-
-
-if __name__ == "__main__":
-    main()
+    with contextlib.closing(Progress()) as progress:
+        running = asyncio.ensure_future(run(vllm, gateway, options, progress))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        try:
+            await running
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        except asyncio.CancelledError:
+            progress.close()
+            progress.say("stopping")
+        finally:
+            await gateway.stop()
+            await vllm.stop()

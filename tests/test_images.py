@@ -9,6 +9,7 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def test_what_an_image_copies_is_there_and_not_ignored(dockerfile: Path) -> None
             for source in line.split()[1:-1]:
                 assert (ROOT / source).exists(), line
                 assert any(source == a or source.startswith(f"{a}/") for a in allowed), line
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+def test_an_image_copies_what_the_wheel_is_made_of(dockerfile: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {path.split("/")[0] for path in (*wheel["packages"], *wheel["shared-data"])}
+    lines = [line.split() for line in instructions(dockerfile) if line.startswith("COPY ")]
+    assert needed <= {source for line in lines for source in line[1:-1]}
 
 
 def test_serving_lock_is_a_part_of_the_tested_one() -> None:

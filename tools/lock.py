@@ -16,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "requirements"
@@ -64,13 +67,23 @@ def read_pins(lock: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "torch=="))]
 
 
+def asked_by(project: dict[str, Any], extras: Iterable[str]) -> list[str]:
+    """The requirements of extras, and of the extras that they name (`attnserve[torch]`)."""
+    requirements: list[str] = []
+    for extra in extras:
+        for line in project["optional-dependencies"][extra]:
+            inner = Requirement(line)
+            is_own = inner.name == project["name"]
+            requirements += asked_by(project, sorted(inner.extras)) if is_own else [line]
+    return list(dict.fromkeys(requirements))
+
+
 def resolve(project: dict[str, Any], extras: list[str], constraints: list[str]) -> dict[str, str]:
     """Resolve the environment of these extras; `constraints` are versions to keep."""
     settings = project["tool"]["attnserve"]["lock"]
     requirements: list[str] = [*project["project"]["dependencies"]]
     requirements += project["build-system"]["requires"]
-    for extra in extras:
-        requirements += project["project"]["optional-dependencies"][extra]
+    requirements += asked_by(project["project"], extras)
 
     bare: list[dict[str, Any]] = []
     left_out: set[str] = set()

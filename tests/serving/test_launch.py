@@ -1,6 +1,9 @@
 """make serve: both servers come up, the printed line works, and nothing is left afterwards."""
 
+import io
+import itertools
 import os
+import re
 import shlex
 import signal
 import socket
@@ -12,8 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
-from serving.launch import last_error
+from serving.launch import last_error, plain_lines
+from serving.startup import IMPORTING, PHASES, Progress, notes, phase
 from tests.servers import COMMON_ENV, STARTUP_SECONDS, end_group, free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,7 +40,7 @@ class Started:
         self.ports = (free_port(), free_port())
         self.groups: set[int] = set()
 
-    def start(self, command: list[str]) -> None:
+    def start(self, command: list[str], **env: str) -> None:
         """Start `command` from the project's folder in a process group of its own."""
         with self.output_file.open("wb") as output:
             self.process = subprocess.Popen(
@@ -44,16 +49,16 @@ class Started:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **COMMON_ENV},
+                env={**os.environ, **COMMON_ENV, **env},
                 start_new_session=True,
             )
 
-    def launch(self, ckpt: Path | str, *vllm_args: str, folder: Path) -> None:
+    def launch(self, ckpt: Path | str, *vllm_args: str, folder: Path, **env: str) -> None:
         """Start the launcher itself."""
         vllm_port, gateway_port = self.ports
-        command = [sys.executable, "-m", "serving.launch", f"--ckpt={ckpt}"]
+        command = [sys.executable, "-m", "attnserve", "serve", str(ckpt)]
         command += [f"--vllm-port={vllm_port}", f"--gateway-port={gateway_port}"]
-        self.start([*command, f"--log-folder={folder}", "--", *vllm_args])
+        self.start([*command, f"--log-folder={folder}", "--", *vllm_args], **env)
 
     def output(self) -> str:
         """What it has printed."""
@@ -99,7 +104,8 @@ def make_serve(started: Started, ckpt: Path) -> None:
 
 def test_make_serve_answers_and_leaves_nothing(started: Started, tiny_llama: Path) -> None:
     make_serve(started, tiny_llama)
-    curl = started.wait_for("}'\n").splitlines()[-1]
+    *phases, curl = started.wait_for("}'\n").splitlines()
+    check_phases(phases)
     answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=60)
     assert f'"model":"{tiny_llama.name}"' in answer.stdout
     assert len(started.note_groups()) >= 5  # make, the launcher, vLLM, its engine, the gateway
@@ -113,13 +119,23 @@ def test_make_serve_answers_and_leaves_nothing(started: Started, tiny_llama: Pat
             assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+def check_phases(printed: list[str]) -> None:
+    """Named phases with the elapsed time, of which a quick one may have been missed, and no log."""
+    stamped = [line for line in printed if re.match(r"\[ *\d+ s\] \S", line)]
+    assert len(stamped) == len(printed), printed
+    shown = [line[len("[   0 s] ") :] for line in stamped]
+    assert f"vllm: {IMPORTING}" in shown and f"gateway: {IMPORTING}" in shown
+    vllm = [f"vllm: {text}" for _, text in PHASES]
+    assert sum(line in shown for line in vllm) >= 3, printed
+
+
 def test_ctrl_c_during_start_up_leaves_nothing(started: Started, tiny_llama: Path) -> None:
     make_serve(started, tiny_llama)
-    started.wait_for(" s  ")  # the first line of progress: vLLM is loading
+    started.wait_for(PHASES[0][1])
     started.note_groups()
     os.killpg(started.process.pid, signal.SIGINT)  # to make and the launcher, as a terminal does
     started.process.wait(60)
-    assert "Stopping" in started.output()
+    assert "] stopping" in started.output()
     assert "Traceback" not in started.output()
     assert started.survivors() == []
 
@@ -130,6 +146,8 @@ def test_vllm_that_fails_is_reported(started: Started, tiny_llama: Path, tmp_pat
     last = started.output().splitlines()[-1]
     assert last.startswith("attnserve: vllm ended with exit code 2: vllm serve: error: argument")
     assert "many" in last
+    log = Path(last.rpartition("(log: ")[2].rstrip(")"))
+    assert log.parent == tmp_path and "usage: vllm serve" in log.read_text()
 
 
 def test_taken_port_is_said_before_anything_starts(
@@ -150,12 +168,11 @@ def test_missing_checkpoint(started: Started, tmp_path: Path) -> None:
     assert line.startswith(f"attnserve: CKPT={tmp_path}/nothing is not a checkpoint")
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "８０"])
-def test_impossible_port(port: str) -> None:
-    command = [sys.executable, "-m", "serving.launch", f"--vllm-port={port}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith(f"'{port}' is not a port (1 to 65535)")
+def test_quoted_tilde(started: Started, tmp_path: Path) -> None:
+    started.launch("~/nothing", folder=tmp_path, HOME=str(tmp_path))
+    assert started.process.wait(30) == 1
+    (line,) = started.output().splitlines()
+    assert line.startswith(f"attnserve: CKPT={tmp_path}/nothing is not a checkpoint")
 
 
 ENGINE_LOG = """\
@@ -184,3 +201,88 @@ nanobind: leaked 514 functions!
 )
 def test_last_error(log: str, expected: str) -> None:
     assert last_error(log) == expected
+
+
+STARTUP_LOG = """\
+Triton is installed, but doesn't include CPU backend. Disabling Triton.
+(APIServer pid=8) INFO 11-27 18:34:32 [api_utils.py:286] non-default args: {'port': 18123}
+(APIServer pid=8) WARNING 11-27 18:34:32 [system_utils.py:255] Found ulimit of 20000 and failed
+(APIServer pid=8) INFO 11-27 18:34:41 [model.py:2152] Using max model len 512
+(APIServer pid=8) WARNING 11-27 18:34:41 [vllm.py:1703] Enforce eager set, disabling torch.compile
+(APIServer pid=8) INFO 11-27 18:34:41 [preflight.py:74] softpick attention, as the checkpoint's \
+config.json says
+(EngineCore pid=9) INFO 11-27 18:34:46 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with
+(Worker pid=10) INFO 11-27 18:34:54 [cpu_model_runner.py:68] Starting to load model softpick...
+Compiling the softpick kernels for avx512, once on this machine, into /root/.cache/attnserve
+(Worker pid=10) INFO 11-27 18:35:02 [base_loader.py:82] Initializing model took 8.511509 seconds
+Loading safetensors checkpoint shards: 100% Completed | 1/1 [00:00<00:00, 175.89it/s]
+
+(EngineCore pid=9) INFO 11-27 18:35:03 [utils.py:347] Using LBHNC KV cache layout.
+(EngineCore pid=9) INFO 11-27 18:35:03 [kv_cache_utils.py:2327] CPU KV cache size: 131,072 tokens
+(EngineCore pid=9) INFO 11-27 18:35:04 [core.py:402] init engine (profile, create kv cache) took 1 s
+(EngineCore pid=9) WARNING 11-27 18:35:04 [vllm.py:1703] Enforce eager set, disabling torch.compile
+(APIServer pid=8) INFO 11-27 18:35:04 [entry.py:136] Supported tasks: ['generate']
+INFO:     Started server process [8]
+"""
+
+
+def test_phases_of_a_log() -> None:
+    """Of a real one, in order; what comes between two lines does not change the phase."""
+    lines = STARTUP_LOG.splitlines()
+    seen = [phase(plain_lines("\n".join(lines[:n]))) for n in range(len(lines) + 1)]
+    assert [text for text, _ in itertools.groupby(seen)] == [
+        "importing Python packages",
+        "reading the checkpoint's configuration",
+        "starting the engine",
+        "starting the worker",
+        "building the model",
+        "compiling CPU kernels, only at the first start",
+        "loading the weights",
+        "reserving the KV cache",
+        "warming up",
+        "starting the API server",
+    ]
+
+
+def test_notes_are_the_plugins_own() -> None:
+    slow = "attnserve: softpick attention runs in torch operations, many times slower than CPU"
+    log = STARTUP_LOG + f"{slow}\n(Worker pid=10) WARNING 11-27 18:35:02 [x.py:1] {slow}\n"
+    assert notes(plain_lines(log)) == [
+        "softpick attention, as the checkpoint's config.json says",
+        slow,
+    ]
+
+
+def shown(*, terminal: bool) -> list[str]:
+    """What a start prints, with escape sequences."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=60, highlight=False, markup=False)
+    progress = Progress(console)
+    for text in ("one", "one", "two"):
+        progress.now(text)
+        progress.note("[b]eware")
+    progress.close()
+    progress.say("ready")
+    return output.getvalue().splitlines()
+
+
+def test_progress_without_a_terminal() -> None:
+    assert shown(terminal=False) == [
+        "[   0 s] one",
+        "         [b]eware",
+        "[   0 s] two",
+        "[   0 s] ready",
+    ]
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that moves is erased; a line for each phase stays."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in shown(terminal=True)]
+    still = [line.split("\r")[-1] for line in lines]
+    assert [line for line in still if line.startswith("[")] == [
+        "[   0 s] one",
+        "[   0 s] two",
+        "[   0 s] ready",
+    ]
+    assert not any("torch" in line for line in lines)

@@ -5,15 +5,20 @@ test_bf16.py, tests/vllm_quant/test_served.py."""
 from __future__ import annotations
 
 import json
+import re
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from transformers import MambaConfig
 
 from attn_kernels import variant_names
 from serving.server_info import FIELDS
-from tests.tiny import tiny_checkpoint
+from tests.servers import vllm_server
+from tests.tiny import tiny_checkpoint, tiny_tokenizer
+from tests.vllm_attn.client import Client
 from vllm_attn.server_info import NAME, ServerInfoLogger, server_info
 
 PACKED = {
@@ -79,6 +84,18 @@ def test_vllms_own_attention_is_softmax(tiny_llama: Path) -> None:
     assert server_info(make_config(tiny_llama, attention_backend="LSSA"))["variant"] == "lssa"
 
 
+def test_model_without_attention(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(512)
+    tokenizer.save_pretrained(tmp_path)
+    MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        architectures=["MambaForCausalLM"],
+    ).save_pretrained(tmp_path)
+    assert server_info(make_config(tmp_path))["variant"] == "none"
+
+
 @pytest.mark.parametrize(
     ("entry", "linear", "embeddings", "method"),
     [
@@ -124,3 +141,14 @@ def test_second_server_of_a_process_replaces_the_first(tmp_path: Path) -> None:
 def test_server_that_cannot_be_described_starts() -> None:
     logger = ServerInfoLogger(None, [0])
     logger.log_engine_initialized()
+
+
+@pytest.mark.slow
+def test_several_api_servers_say_it_once(tiny_llama: Path) -> None:
+    """Each is a process of its own; vLLM gathers their metrics."""
+    args = ("--api-server-count=2", "--dtype=float32", "--served-model-name=m")
+    with vllm_server(tiny_llama, *args) as server:
+        page = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+        info = Client(server).server_info()
+    assert len(re.findall(f"^{NAME}{{", page, re.MULTILINE)) == 1
+    assert (info.model_name, info.variant, info.weight_bits) == ("m", "softmax", "32")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -21,6 +22,8 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+logger = logging.getLogger(__name__)
 
 FLAGS = (
     "-std=c++17",
@@ -145,15 +148,15 @@ def compile_library(
     for read in sorted(reads):
         key.update(read.name.encode() + b"\0" + read.read_bytes())
     folder = cache_folder()
-    name = f"{name}-{isa}-{key.hexdigest()[:16]}"
+    stem = f"{name}-{isa}-{key.hexdigest()[:16]}"
     try:
         compiler, version = _compiler()
     except BuildError:
-        if built := sorted(folder.glob(f"{name}-*.so")):
+        if built := sorted(folder.glob(f"{stem}-*.so")):
             return built[0]
         raise
     by = hashlib.sha256("\0".join([*compiler, version]).encode())
-    target = folder / f"{name}-{by.hexdigest()[:8]}.so"
+    target = folder / f"{stem}-{by.hexdigest()[:8]}.so"
     if target.exists():
         return target
     try:
@@ -161,6 +164,13 @@ def compile_library(
         with open(folder / f"{target.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
+                # A warning, so that it is shown where nobody has set up logging: it takes seconds.
+                logger.warning(
+                    "Compiling the %s kernels for %s, once on this machine, into %s",
+                    name,
+                    isa,
+                    folder,
+                )
                 _compile([*compiler, *flags, *options, str(source)], target)
     except OSError as error:
         raise BuildError(
