@@ -33,6 +33,11 @@ def make_serve(ckpt: str) -> str:
     return f"make serve CKPT={ckpt} VLLM_PORT={{vllm}} GATEWAY_PORT={{gateway}}"
 
 
+def attnserve_serve(ckpt: str) -> str:
+    """Return `attnserve serve` of this checkpoint on free ports."""
+    return f"attnserve serve {ckpt} --vllm-port {{vllm}} --gateway-port {{gateway}}"
+
+
 def helps(module: str) -> Run:
     """Return the rule for a command of hours, of which only `--help` is looked at."""
     return Run(f"python -m {module} --help", prints="usage", long=True)
@@ -242,8 +247,8 @@ RULES: dict[str, Rule] = {
     ),
     "attnserve serve checkpoints/softpick -- "
     "--chat-template checkpoints/softmax/chat_template.jinja": Serve(
-        "attnserve serve checkpoints/softpick --vllm-port {vllm} --gateway-port {gateway} -- "
-        "--chat-template checkpoints/softmax/chat_template.jinja"
+        attnserve_serve("checkpoints/softpick")
+        + " -- --chat-template checkpoints/softmax/chat_template.jinja"
     ),
     "attnserve-gateway --help": Run(prints="--check-config"),
     "attnserve-gateway keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
@@ -366,16 +371,16 @@ RULES: dict[str, Rule] = {
     "python -m training.convert your-llama your-ssmax --variant ssmax": Run(
         f"{YOUR_LLAMA} && python -m training.convert your-llama your-ssmax --variant ssmax"
     ),
-    "make serve CKPT=my-model": Serve(make_serve("my-served"), setup=MY_MODEL + "my-served"),
-    "python -m training.evaluate my-model --text docs/GATEWAY.md": Run(prints="GATEWAY"),
-    "python -m quant.quantize my-model my-model-4bit --bits 4 --scheme gptq": Run(),
-    "make serve CKPT=my-model-4bit": Serve(
-        make_serve("my-served-4bit"),
+    "attnserve serve my-model": Serve(attnserve_serve("my-served"), setup=MY_MODEL + "my-served"),
+    "attnserve evaluate my-model --text docs/GATEWAY.md": Run(prints="GATEWAY"),
+    "attnserve quantize my-model my-model-4bit --bits 4 --scheme gptq": Run(),
+    "attnserve serve my-model-4bit": Serve(
+        attnserve_serve("my-served-4bit"),
         setup=f"{MY_MODEL}my-served-8bit && python -m quant.quantize my-served-8bit "
         "my-served-4bit --bits 4 --scheme rtn",
     ),
-    "python -m training.budgets my-selective": Run(
-        f"{MY_MODEL}my-selective --variant selective && python -m training.budgets my-selective "
+    "attnserve budgets my-selective": Run(
+        f"{MY_MODEL}my-selective --variant selective && attnserve budgets my-selective "
         "--sequences 2 --judge 2 --test-sequences 2 --length 64 --step 32 --uniform 16 "
         "--max-loss 9 --out my-budgets --runs my-budget-runs",
         slow=True,
