@@ -7,6 +7,9 @@ Importing this package registers
   Mistral or Qwen with it, and
 - the models `variant_llama` (ours) and `transformer` (flash-linear-attention's, with softpick) with
   the Auto classes, so that checkpoints of these `model_type`s load without remote code.
+
+Every other model with an `attention_variant` in its configuration is refused from then on, unless
+that is the `attn_implementation`: transformers would run softmax.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -17,8 +20,10 @@ from hf_attn.attention import register_attention_functions
 from hf_attn.configuration import VariantLlamaConfig
 from hf_attn.fla import TransformerConfig, TransformerForCausalLM, TransformerModel
 from hf_attn.modeling import VariantLlamaForCausalLM, VariantLlamaModel
+from hf_attn.unread import refuse_unread_variants
 
 register_attention_functions()
+refuse_unread_variants()
 register_checkpoint_conversion_mapping(TransformerConfig.model_type, fla.RENAMINGS, overwrite=True)
 for config, model, causal_lm in (
     (VariantLlamaConfig, VariantLlamaModel, VariantLlamaForCausalLM),

@@ -50,6 +50,7 @@ class Format:
         columns: int,
         stored_rows: int,
         loader: Callable[..., None],
+        parts: int = 1,
     ) -> None:
         """Register the parameters of this rank's part of a weight, named as in checkpoints.
 
@@ -58,6 +59,7 @@ class Format:
             rows, columns: of this rank's part.
             stored_rows: most that a tensor of the checkpoint has.
             loader: the layer's own, which finds this rank's part of a tensor.
+            parts: tensors of the checkpoint that are fused in it.
 
         Zero points that are codes have 16 bits until `arrange`: a byte has no value that says that
         nothing was loaded (`vllm_attn.weights`).
@@ -73,7 +75,7 @@ class Format:
         )
         layer.weight_scale = scale(data=scales, weight_loader=loader, **place)
         layer.weight_shape = BasevLLMParameter(
-            data=torch.empty(2, dtype=torch.int64), weight_loader=comparing(layer)
+            data=torch.empty(parts, 2, dtype=torch.int64), weight_loader=comparing(layer)
         )
         layer.weight_zero_point = None
         if not self.symmetric:
@@ -126,17 +128,23 @@ def fitting(layer: Any, loader: Callable[..., None]) -> Callable[..., None]:
 
 
 def comparing(layer: Any) -> Callable[..., None]:
-    """A loader of `weight_shape`, which must be that of the layer, or of the part of it that is one
-    tensor in the checkpoint."""
+    """A loader of `weight_shape [parts, 2]`, which must be that of the layer, or of the part of it
+    that is one tensor in the checkpoint."""
 
     def load(parameter: nn.Parameter, stored: Tensor, shard: Any = None, **kwargs: Any) -> None:
-        shape = full_shape(layer, kwargs.get("loaded_shard_id", shard))
+        shard = kwargs.get("loaded_shard_id", shard)
+        shape = full_shape(layer, shard)
         if tuple(stored.tolist()) != shape:
             raise StartupError(
                 f"{layer.prefix}.weight_shape of the checkpoint is {stored.tolist()}, and the "
                 f"layer is {list(shape)}: config.json describes another model"
             )
-        parameter.data.copy_(stored)
+        if shard is None:
+            parameter.data[:] = stored
+        else:
+            parts = {"q": 0, "k": 1, "v": 2}
+            rows = shard if isinstance(shard, tuple) else (parts.get(shard, shard),)
+            parameter.data[list(rows)] = stored
 
     return load
 

@@ -55,7 +55,8 @@ class PackedScheme(CompressedTensorsScheme):
                 "--tensor-parallel-size"
             )
         self.inputs, self.outputs = input_size_per_partition, sum(output_partition_sizes)
-        self.form.create(layer, self.outputs, self.inputs, output_size, weight_loader)
+        parts = len(output_partition_sizes)
+        self.form.create(layer, self.outputs, self.inputs, output_size, weight_loader, parts)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring them into the kernels' order."""

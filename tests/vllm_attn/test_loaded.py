@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -54,14 +54,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def changed(source: Path, folder: Path, **tensors: Tensor | None) -> Path:
-    """A copy with other tensors (None: without them), by their names with __ for dots."""
+def changed(source: Path, folder: Path, tensors: dict[str, Tensor | None]) -> Path:
+    """A copy with other tensors; None: without them."""
     shutil.copytree(source, folder)
     content = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
-        content.pop(name.replace("__", "."))
+        del content[name]
         if tensor is not None:
-            content[name.replace("__", ".")] = tensor
+            content[name] = tensor
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -72,7 +72,7 @@ def tensor_names(folder: Path) -> list[str]:
 
 def refused_without(source: Path, name: str, folder: Path, **options: Any) -> None:
     """The line names the tensor that is not there."""
-    copy = changed(source, folder, **{name.replace(".", "__"): None})
+    copy = changed(source, folder, {name: None})
     with pytest.raises(StartupError, match=rf"has no tensor {re.escape(name)}(,|:| )"):
         load(copy, **options)
 
@@ -135,15 +135,12 @@ def test_no_packed_tensor_may_miss(
 def test_a_packed_matrix_may_not_miss(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """The first of its four tensors is named."""
     prefix = "model.layers.0.mlp.down_proj."
-    lost = {
-        name.replace(".", "__"): None
-        for name in tensor_names(checkpoints["packed-softpick"])
-        if name.startswith(prefix)
-    }
+    names = tensor_names(checkpoints["packed-softpick"])
+    lost: dict[str, Tensor | None] = {name: None for name in names if name.startswith(prefix)}
     assert len(lost) == 4
     line = f"has no tensor {prefix}weight_packed (and 3 more): it is incomplete"
     with pytest.raises(StartupError, match=re.escape(line)):
-        load(changed(checkpoints["packed-softpick"], tmp_path / "copy", **lost))
+        load(changed(checkpoints["packed-softpick"], tmp_path / "copy", lost))
 
 
 @pytest.mark.parametrize(
@@ -163,8 +160,8 @@ def test_weight_shape_is_compared(
     line: str,
     tmp_path: Path,
 ) -> None:
-    stored = {f"{name}.weight_shape".replace(".", "__"): torch.tensor(shape)}
-    copy = changed(checkpoints["packed-softpick"], tmp_path / "copy", **stored)
+    stored: dict[str, Tensor | None] = {f"{name}.weight_shape": torch.tensor(shape)}
+    copy = changed(checkpoints["packed-softpick"], tmp_path / "copy", stored)
     with pytest.raises(StartupError, match=re.escape(line)):
         load(copy)
 
@@ -201,7 +198,7 @@ class WideValues(LlamaAttention):
 class Sinks(LlamaAttention):
     """Passes what a model passes through vLLM's layer."""
 
-    given: dict[str, Any] = {}
+    given: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args: Any, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(*args, prefix=prefix, **kwargs)
@@ -229,10 +226,10 @@ def load_with(attention: type[LlamaAttention], folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("attention", "line"),
     [
-        (OwnAttention, "layer model.layers.1.self_attn.own would run CPU_ATTN instead of softpick"),
+        (OwnAttention, "layers.1.self_attn.own would run CPU_ATTN instead of softpick attention"),
         (
             WideValues,
-            "layer model.layers.0.self_attn.own has values of size 64 and keys of size 32",
+            "layers.0.self_attn.own has values of size 64 and keys of size 32",
         ),
     ],
 )

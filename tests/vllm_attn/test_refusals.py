@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2AudioConfig
 
-from attn_kernels import variant_from_config
+from attn_kernels import variant_from_config, variant_names
+from quant.quantize import main as quantize
 from tests.servers import failed_start
 from tests.tiny import tiny_checkpoint
 from vllm_attn.budgets import check_budgets
@@ -145,6 +148,8 @@ def test_the_checkpoint_chooses(softpick: Path) -> None:
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "drop --kv-transfer-config",
         ),
+        ({"kv_offloading_size": 1.0}, "drop --kv-offloading-size"),
+        ({"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"}, "drop --kv-offloading-s"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -205,6 +210,111 @@ def test_learned_tensors_on_a_plain_llama(tiny_llama: Path) -> None:
     constant = {"attention_variant": {"name": "ssmax", "scale": 0.168}}
     config = make_config(tiny_llama, hf_overrides=constant)
     assert config.attention_config.backend.name == "SSMAX"
+
+
+OTHERS = [name for name in variant_names() if name != "softmax"]
+
+
+def declaring(source: Path, folder: Path, **fields: object) -> Path:
+    """A copy of a checkpoint with other fields in its config.json."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_plain_llama_that_names_a_variant(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    """transformers would run softmax (`tests/hf_attn/test_unread.py`): both refuse, and both take a
+    variant that is asked for."""
+    parameters = {"scale": 0.2} if name == "ssmax" else {}
+    folder = declaring(
+        tiny_llama, tmp_path / "llama", attention_variant={"name": name, **parameters}
+    )
+    with pytest.raises(StartupError, match=r"llama does not read attention_variant.*variant_llama"):
+        make_config(folder)
+    asked = make_config(folder, attention_backend=name.upper())
+    overridden = make_config(
+        tiny_llama, hf_overrides={"attention_variant": {"name": name, **parameters}}
+    )
+    for config in (asked, overridden):
+        assert config.attention_config.backend.name == name.upper()
+
+
+def test_a_plain_llama_that_names_softmax(tiny_llama: Path, tmp_path: Path) -> None:
+    make_config(declaring(tiny_llama, tmp_path / "llama", attention_variant={"name": "softmax"}))
+
+
+def test_a_variant_in_a_nested_configuration(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of a multimodal model, whose text part vLLM would run with softmax."""
+    config = Qwen2AudioConfig(
+        text_config={"num_hidden_layers": 1, "vocab_size": 4096},
+        architectures=["Qwen2AudioForConditionalGeneration"],
+    )
+    folder = tmp_path / "audio"
+    shutil.copytree(tiny_llama, folder)  # for its tokenizer
+    config.save_pretrained(folder)
+    make_config(folder)
+    config.text_config.attention_variant = {"name": "softpick"}
+    config.save_pretrained(folder)
+    for options in ({}, {"attention_backend": "SOFTPICK"}):
+        with pytest.raises(StartupError, match=r"in text_config\.attention_variant, which"):
+            make_config(folder, **options)
+
+
+@pytest.mark.parametrize("connector", ["NixlConnector", "ExampleConnector", "MultiConnector"])
+def test_connectors_to_other_engines_on_a_cpu(softpick: Path, connector: str) -> None:
+    """Their engine may have another order of blocks: without a compiler, or another backend."""
+    transfer = {"kv_connector": connector, "kv_role": "kv_both"}
+    with pytest.raises(StartupError, match=f"which {connector} would give"):
+        make_config(softpick, kv_transfer_config=transfer)
+    with pytest.raises(StartupError, match="which --kv-offloading-backend lmcache would give"):
+        make_config(softpick, kv_offloading_size=1.0, kv_offloading_backend="lmcache")
+    config = make_config(softpick, kv_offloading_size=1.0)
+    assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
+
+
+@pytest.mark.parametrize("name", ["softpick", "llama"])
+def test_a_tokenizer_larger_than_the_table(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    """Whoever may ask could read past the table; the last row is still right."""
+    folder = tmp_path / name
+    if name == "llama":
+        shutil.copytree(tiny_llama, folder)
+    else:
+        tiny_checkpoint(folder, name)
+    make_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens("<one more>")
+    folder = shutil.copytree(folder, tmp_path / "other")  # vLLM keeps a folder's tokenizer
+    tokenizer.save_pretrained(folder)
+    line = f"token ids up to {rows}, and the model's embedding table {rows} rows"
+    with pytest.raises(StartupError, match=line):
+        make_config(folder)
+    make_config(folder, skip_tokenizer_init=True)
+
+
+@pytest.fixture(scope="module")
+def normless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed, without a norm."""
+    folder = tmp_path_factory.mktemp("normless")
+    tiny_checkpoint(folder / "whole", "softpick")
+    quantize([str(folder / "whole"), str(folder / "out"), "--bits=4", "--scheme=rtn"])
+    tensors = load_file(folder / "out" / "model.safetensors")
+    del tensors["model.layers.1.post_attention_layernorm.weight"]
+    save_file(tensors, folder / "out" / "model.safetensors", metadata={"format": "pt"})
+    return folder / "out"
+
+
+def test_an_engine_core_stops_with_one_line(normless: Path) -> None:
+    """What only a loaded model shows is said by another process than the API server's, as shortly:
+    one line, no traceback, exit code 1."""
+    code, output = failed_start(normless)
+    assert code == 1, output
+    said = [line for line in output.splitlines() if "attnserve: " in line]
+    assert len(said) == 1, output
+    assert "has no tensor model.layers.1.post_attention_layernorm.weight: it is" in said[0]
+    assert "Traceback" not in output
 
 
 def test_platform_plugin_bypassed(softpick: Path) -> None:

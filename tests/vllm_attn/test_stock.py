@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import (
+    AutoTokenizer,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+)
 
 from benchmarks.smollm2 import write_smollm2
 from tests.law_model import law_greedy
 from tests.servers import vllm_server
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.vllm_attn.client import Client
 
 NUM_TOKENS = 24
@@ -79,3 +87,78 @@ def test_any_variant_on_a_plain_llama(plain_llama: Path) -> None:
         assert Client(server).server_info().variant == "lssa"
         assert Client(server).greedy(prompt, NUM_TOKENS) == law.tokens
         assert "was trained with softmax attention; serving it with lssa is an" in server.log()
+
+
+COMMON = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    tokenizer = tiny_tokenizer(512)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def transformers_greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """NUM_TOKENS tokens, each of which stands out."""
+    tokens: list[int] = []
+    for _ in range(NUM_TOKENS):
+        with torch.inference_mode():
+            best = model.eval()(torch.tensor([prompt + tokens])).logits[0, -1].topk(2)
+        assert best.values[0] - best.values[1] > 1e-4
+        tokens.append(int(best.indices[0]))
+    return tokens
+
+
+def test_granite(tmp_path: Path) -> None:
+    """It passes `sinks=None` through vLLM's layer."""
+    torch.manual_seed(0)
+    config = GraniteConfig(vocab_size=512, num_hidden_layers=3, **COMMON)
+    model = GraniteForCausalLM(config)
+    save(model, tmp_path)
+    prompt = list(range(40, 120))
+    expected = transformers_greedy(model, prompt)
+    assert len(set(expected)) > 3
+    args = ("--dtype=float32", "--max-model-len=256", "--attention-backend=softmax")
+    with vllm_server(tmp_path, *args) as server:
+        assert Client(server).greedy(prompt, NUM_TOKENS) == expected
+        assert "Using SOFTMAX backend" in server.log()
+
+
+@pytest.mark.slow
+def test_fast_prefill_of_layers_that_share_keys(tmp_path: Path) -> None:
+    """vLLM copies a step's metadata into a class of its own there."""
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        vocab_size=512,
+        vocab_size_per_layer_input=512,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        head_dim=32,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+        sliding_window=64,
+        architectures=["Gemma3nForCausalLM"],
+        **COMMON,
+    )
+    model = Gemma3nForCausalLM(config)
+    save(model, tmp_path)
+    prompt = list(range(40, 120))
+    expected = transformers_greedy(model, prompt)
+    assert len(set(expected)) > 3
+    args = ("--dtype=float32", "--max-model-len=256", "--attention-backend=softmax")
+    with vllm_server(tmp_path, *args, "--kv-sharing-fast-prefill") as server:
+        client = Client(server)
+        assert client.greedy(prompt, NUM_TOKENS) == expected
+        together = client.greedy_together([prompt, prompt[:50]], NUM_TOKENS)
+        assert together == [expected, transformers_greedy(model, prompt[:50])]

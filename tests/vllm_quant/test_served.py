@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from openai import APIStatusError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from quant.measure import Samples, Subject
 from quant.quantize import main, parser, plan, quantize_model
@@ -97,6 +98,23 @@ def test_4_bits(tmp_path: Path, data: Data) -> None:
     arguments = ("--bits=4", "--scheme=rtn", "--embeddings=8")
     out, model = quantized(tmp_path, data, *arguments, tie_word_embeddings=True)
     assert differences(out, model).max() < 1e-4
+
+
+@pytest.mark.parametrize("embeddings", ["8", pytest.param("none", marks=pytest.mark.slow)])
+def test_ids_beyond_the_table(embeddings: str, tmp_path: Path) -> None:
+    """Are the client's error; whoever sent them, the server answers the next request."""
+    source = tiny_checkpoint(tmp_path / "source", "softpick")
+    rows = AutoConfig.from_pretrained(source).vocab_size
+    extra = [] if embeddings == "none" else [f"--embeddings={embeddings}"]
+    main([str(source), str(tmp_path / "out"), "--bits=4", "--scheme=rtn", *extra])
+    with vllm_server(tmp_path / "out", *SERVE, "--dtype=float32") as server:
+        client = Client(server)
+        answer = client.greedy([5, rows - 1], 4)
+        for token in (rows, 200_000, 2**31, -1):
+            with pytest.raises(APIStatusError) as error:
+                client.greedy([5, token], 4)
+            assert error.value.status_code == 400, error.value
+        assert client.greedy([5, rows - 1], 4) == answer
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""Refuse configurations that name a variant which the model does not read."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from attn_kernels import VariantError, nested_attention_variant, variant_from_config
+
+
+def refuse_unread_variants() -> None:
+    """Make models of transformers check their configuration when they choose an implementation.
+
+    The models of this package override the method and are not asked. Idempotent.
+    """
+    stock = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(stock, "checks_variant"):
+        return
+
+    @functools.wraps(stock)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        check_variant_is_read(type(self).__name__, self.config, requested_attention)
+        implementation: str = stock(self, requested_attention, *args, **kwargs)
+        return implementation
+
+    checked.checks_variant = True
+    PreTrainedModel.get_correct_attn_implementation = checked
+
+
+def check_variant_is_read(model: str, config: Any, requested: str | None) -> None:
+    """Refuse a stock model whose configuration names another attention than it would run.
+
+    Args:
+        model: the name of its class.
+        config: its configuration.
+        requested: the `attn_implementation` that was asked for; None: the default, a softmax.
+
+    Raises:
+        VariantError: with one line that says what to write instead.
+    """
+    if nested := nested_attention_variant(config):
+        raise VariantError(
+            f"config.json names an attention variant in {nested}, which transformers and vLLM do "
+            "not read: remove it, and try a variant with attn_implementation"
+        )
+    declared = variant_from_config(config)
+    if declared is None or declared.name in ("softmax", requested):
+        return
+    remedy = f'pass attn_implementation="{declared.name}"'
+    if config.model_type == "llama":
+        remedy = (
+            'write "model_type": "variant_llama" and "architectures": '
+            f'["VariantLlamaForCausalLM"] into it, or {remedy}'
+        )
+    elif config.model_type == "variant_llama":
+        remedy = "use VariantLlamaForCausalLM, or AutoModelForCausalLM"
+    raise VariantError(
+        f"config.json names {declared.name} attention, which {model} does not read: it would run "
+        f"softmax: {remedy}"
+    )
