@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.docs.text import ROOT
 
 PYTHONS = re.compile(rb"\A#!\S*/python[\d.]*\n")
@@ -57,6 +59,8 @@ def make_clone(folder: Path) -> Clone:
     environment that runs the tests are found through a path, and the clone's own project comes
     before theirs.
     """
+    if not (ROOT / ".git").exists():
+        pytest.skip("there is no git repository here to clone")
     clone = Clone(folder / "attnserve", folder / "home")
     clone.home.mkdir(parents=True)
     git = ["git", "-C", str(ROOT)]
