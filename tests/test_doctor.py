@@ -1,5 +1,6 @@
 """attnserve doctor: this environment is fit, and each thing that is really broken is found."""
 
+import ast
 import json
 import os
 import socket
@@ -11,9 +12,11 @@ import pytest
 
 from attn_kernels.cpu import build
 from serving import doctor, probe
+from serving.host_checks import Check, before_install, check_environment, check_ports
 from tests.servers import free_port
 
-LOCK = (Path(__file__).parent.parent / "requirements/cpu.txt").read_text().splitlines()
+ROOT = Path(__file__).parent.parent
+LOCK = (ROOT / "requirements/cpu.txt").read_text().splitlines()
 
 
 def distribution(folder: Path, name: str, version: str, entry_points: str = "") -> None:
@@ -24,7 +27,7 @@ def distribution(folder: Path, name: str, version: str, entry_points: str = "") 
     (info / "entry_points.txt").write_text(entry_points)
 
 
-def problem(checks: list[doctor.Check], name: str) -> doctor.Check:
+def problem(checks: list[Check], name: str) -> Check:
     """The check of this name, which must be a problem with advice of one line."""
     (check,) = (check for check in checks if check.name == name)
     assert check.state == "problem"
@@ -39,19 +42,105 @@ def forget_builds() -> None:
 
 
 def test_this_environment_is_fit() -> None:
-    command = [str(Path(sys.executable).with_name("attnserve")), "doctor"]
-    command += [f"--vllm-port={free_port()}", f"--gateway-port={free_port()}"]
+    ports = [f"--vllm-port={free_port()}", f"--gateway-port={free_port()}"]
+    command = [str(Path(sys.executable).with_name("attnserve")), "doctor", "--json", *ports]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    *table, last = done.stdout.splitlines()
-    found = json.loads(last)
+    found = json.loads(done.stdout)  # one object and nothing else
     assert done.returncode == 0 and found["problem"] == 0, done.stdout + done.stderr
-    rows = [line for line in table if not line.strip().startswith("->")]
-    assert len(rows) == len(found["checks"]) == found["ok"] + found["warning"]
-    assert [row.split()[0] for row in rows] == [check["state"] for check in found["checks"]]
+    assert len(found["checks"]) == found["ok"] + found["warning"]
     by_name = {check["name"]: check for check in found["checks"]}
     assert by_name["vllm import"]["found"].startswith("VariantCpuPlatform, _C")
     assert "softpick" in by_name["extension points"]["found"]
+
+
+def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """For people: a row a check, what to do below it, and the counts; no JSON."""
+    rows = [Check("a", "ok", "fine"), Check("b", "problem", "broken", "mend it")]
+    monkeypatch.setattr(doctor, "checks", lambda ports: iter(rows))
+    assert doctor.main([]) == 1
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "ok a fine",
+        "problem b broken",
+        "-> mend it",
+        "1 ok, 0 warning, 1 problem",
+    ]
+    assert doctor.main(["--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["checks"][1]["fix"] == "mend it"
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("libtorch.so: no such file\nand more")
+
+    monkeypatch.setattr(doctor, "check_kernels", broken)
+    monkeypatch.setattr(doctor, "check_vllm", lambda: iter(()))
+    found = problem(list(doctor.checks({})), "kernels").found
+    assert found == "RuntimeError: libtorch.so: no such file"
+
+
+def make_doctor(**variables: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `make doctor` with variables, on free ports."""
+    ports = f"--vllm-port={free_port()} --gateway-port={free_port()}"
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    return subprocess.run(
+        ["make", "--silent", "doctor", f"ARGS=--json {ports}", *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_make_doctor_before_an_install(tmp_path: Path) -> None:
+    """It installs nothing, and says that nothing is."""
+    done = make_doctor(VENV=tmp_path / "venv", PYTHON=sys.executable)
+    assert done.returncode == 2  # make's own; the doctor's is 1
+    checks = [Check(**check) for check in json.loads(done.stdout)["checks"]]
+    assert problem(checks, str(tmp_path / "venv")).found == "nothing is installed yet"
+    assert {"python", "compiler", "libnuma", "memory", "disk"} <= {check.name for check in checks}
+    assert not (tmp_path / "venv").exists()
+
+
+def test_make_doctor_with_a_python_that_is_not_there(tmp_path: Path) -> None:
+    done = make_doctor(VENV=tmp_path / "venv", PYTHON="/nonexistent/python3.11")
+    checks = [Check(**check) for check in json.loads(done.stdout)["checks"]]
+    check = problem(checks, "python")
+    assert check.found == "/nonexistent/python3.11 not found" and "PYTHON=" in check.fix
+
+
+def test_make_doctor_after_half_an_install(tmp_path: Path) -> None:
+    """The environment is there, and what it needs is not."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    done = make_doctor(VENV=tmp_path / "venv")
+    checks = [Check(**check) for check in json.loads(done.stdout)["checks"]]
+    check = problem(checks, str(tmp_path / "venv"))
+    assert check.found.startswith("the install is not complete: ModuleNotFoundError")
+    assert check.fix == "make install"
+
+
+def test_environment_whose_python_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to("/nonexistent/python3.11")
+    assert check_environment(tmp_path).fix == "make clean; make install"
+
+
+@pytest.mark.parametrize(("name", "fault"), [("/nonexistent/g++", "is not found"), ("false", "")])
+def test_compiler_before_an_install(
+    name: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", name)
+    assert fault in problem(list(before_install(tmp_path, sys.executable, {})), "compiler").found
+
+
+def test_before_an_install_the_standard_library_is_enough() -> None:
+    """In a Python without site-packages."""
+    program = "import sys, serving.doctor; print(sorted({n.split('.')[0] for n in sys.modules}))"
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    others = set(ast.literal_eval(done.stdout)) - sys.stdlib_module_names
+    assert others <= {"serving", "__main__", "_distutils_hack"}
 
 
 def test_tried_versions_are_the_locked_ones() -> None:
@@ -114,7 +203,7 @@ def test_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         free = free_port()
-        checks = list(doctor.check_ports({"VLLM_PORT": port, "GATEWAY_PORT": free}))
+        checks = list(check_ports({"VLLM_PORT": port, "GATEWAY_PORT": free}))
     assert problem(checks, f"port {port}").fix == "choose another VLLM_PORT"
     assert checks[1].state == "ok"
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,53 @@ def test_usage(arguments: list[str]) -> None:
     assert done.stderr.startswith("install: ") and len(done.stderr.splitlines()) == 1
 
 
+def write_wheel(folder: Path, name: str) -> None:
+    """The smallest wheel of a distribution, version 1.0."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}.py", "")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n")
+
+
+def install_offline(folder: Path, *pins: str) -> subprocess.CompletedProcess[str]:
+    """Install a lock with these lines from the wheels in `folder`."""
+    lock = folder / "lock.txt"
+    lock.write_text("".join(f"{pin}\n" for pin in pins))
+    # pip warns of the first: "Location ... is ignored".
+    links = f"{folder}/nothing {folder}"
+    nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": links, "PIP_CONFIG_FILE": os.devnull}
+    return install("dependencies", folder / "venv", lock, PYTHON=sys.executable, **nowhere)
+
+
+def test_steps_are_named_with_their_time(tmp_path: Path) -> None:
+    """And nothing else is shown: none of pip's warnings, no blank line."""
+    write_wheel(tmp_path, "one")
+    done = install_offline(tmp_path, "one==1.0")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert all(re.match(r"\[ *\d+ s\] \S", line) for line in lines)
+    assert [line[len("[   0 s] ") :] for line in lines] == [
+        f"making {tmp_path}/venv with {sys.executable}",
+        f"installing 1 distributions of {tmp_path}/lock.txt",
+    ]
+    assert "is ignored" in (ROOT / ".run/install.log").read_text()
+    (installed,) = tmp_path.glob("venv/lib/python*/site-packages/one.py")
+    assert installed.exists()
+
+
+def test_failure_shows_the_line_that_matters_and_keeps_the_log(tmp_path: Path) -> None:
+    write_wheel(tmp_path, "one")
+    done = install_offline(tmp_path, "one==1.0", "two==2.0")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "install: ERROR: No matching distribution found for two==2.0 (log: .run/install.log)\n"
+    )
+    log = (ROOT / ".run/install.log").read_text()
+    assert "Processing" in log and "Could not find a version" in log
+
+
 @pytest.mark.slow
 def test_no_cpu_build_of_torch(tmp_path: Path) -> None:
     """The line that the README explains."""
@@ -79,7 +128,7 @@ def test_wheel_serves_from_a_clean_environment(tmp_path: Path) -> None:
     subprocess.run([venv / "bin/python", "-m", "pip", "install", "--no-deps", wheel], check=True)
 
     ports = free_port(), free_port()
-    command = [str(venv / "bin/attnserve"), f"--ckpt={ROOT}/checkpoints/softpick"]
+    command = [str(venv / "bin/attnserve"), "serve", f"{ROOT}/checkpoints/softpick"]
     command += [f"--vllm-port={ports[0]}", f"--gateway-port={ports[1]}", "--", "--dtype=float32"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | COMMON_ENV
     with open(tmp_path / "log", "wb") as log:
@@ -88,7 +137,7 @@ def test_wheel_serves_from_a_clean_environment(tmp_path: Path) -> None:
         )
     try:
         deadline = time.monotonic() + STARTUP_SECONDS
-        while "Ready" not in (printed := (tmp_path / "log").read_text()):
+        while "] ready" not in (printed := (tmp_path / "log").read_text()):
             assert process.poll() is None and time.monotonic() < deadline, printed
             time.sleep(1)
         body = {"model": "softpick", "prompt": "It was the best of", "max_tokens": 8}

@@ -27,14 +27,16 @@ say() { printf '[%4d s] %s\n' $(($(date +%s) - INSTALL_BEGAN)) "$1"; }
 # The last error in the log; pip has several lines of others around it.
 why() { { grep -E '^(ERROR|error):|Error: ' "$LOG" || tail -n 1 "$LOG"; } | tail -n 1; }
 
-# How far pip is, of $1 distributions.
+# How far pip is, of $1 distributions; dots for what is no pip.
 progress() {
-  if grep -q '^Installing collected packages' "$LOG"; then
+  if [ "$1" = 0 ]; then
+    echo "..."
+  elif grep -q '^Installing collected packages' "$LOG"; then
     echo "unpacking"
   else
-    echo "$(grep -cE '^(Collecting|Processing|Requirement already) ' "$LOG" || true) of $1, $(
-      grep -oE '(Downloading|Using cached|Processing) [^ ]+( \([^)]*\))?' "$LOG" | tail -n 1 |
-        sed -E 's/ [^ ]*\// /'
+    echo "$(grep -cE '^(Collecting|Processing) ' "$LOG" || true) of $1 $(
+      grep -oE '(Downloading|Processing) [^ ]+( \([0-9.]+ .B\))?' "$LOG" | tail -n 1 |
+        sed -E 's,^[^ ]+ (.*/)?,,'
     )"
   fi
 }
