@@ -120,7 +120,7 @@ def together(parts: Sequence[Description]) -> Description:
         f"the servers differ in {name}: {' and '.join(values)}"
         for name, values in said.items()
         if len(values) > 1
-        and name != "model_name"  # the first of a server's names; it may have more
+        and name != "model_name"  # of several names the first
     )
     return Description(
         variant=",".join(distinct(p.variant for p in parts)),
