@@ -119,8 +119,7 @@ def together(parts: Sequence[Description]) -> Description:
     differ = tuple(
         f"the servers differ in {name}: {' and '.join(values)}"
         for name, values in said.items()
-        if len(values) > 1
-        and name != "model_name"  # of several names the first
+        if len(values) > 1 and name != "model_name"  # of several names the first
     )
     return Description(
         variant=",".join(distinct(p.variant for p in parts)),
