@@ -7,7 +7,7 @@ is an error, and a label of which the server says nothing is unconfirmed.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from serving.config import ModelEntry
@@ -77,15 +77,13 @@ class Description:
 
     def json(self) -> dict[str, Any]:
         """Return the fields for an answer of the gateway's; None is what is not known."""
-        said = {name: value or None for name, value in asdict(self.info).items()}
-        budgets, tables = numbers(self.info.kv_budgets), numbers(self.info.embedding_bits)
         return {
             "variant": self.variant,
             "bits": one_or_all(numbers(self.bits)),
-            "embedding_bits": one_or_all(tables),
-            "weight_method": said["weight_method"],
-            "kv_cache_dtype": said["kv_cache_dtype"],
-            "kv_budgets": budgets or None,
+            "embedding_bits": one_or_all(numbers(self.info.embedding_bits)),
+            "weight_method": self.info.weight_method or None,
+            "kv_cache_dtype": self.info.kv_cache_dtype or None,
+            "kv_budgets": numbers(self.info.kv_budgets) or None,
             "unconfirmed": list(self.unconfirmed),
             "errors": list(self.errors),
         }
@@ -121,7 +119,7 @@ def together(parts: Sequence[Description]) -> Description:
     differ = tuple(
         f"the servers differ in {name}: {' and '.join(values)}"
         for name, values in said.items()
-        if len(values) > 1
+        if len(values) > 1 and name != "model_name"  # of several names the first
     )
     return Description(
         variant=",".join(distinct(p.variant for p in parts)),

@@ -25,7 +25,7 @@ def refuse_unread_variants() -> None:
         implementation: str = stock(self, requested_attention, *args, **kwargs)
         return implementation
 
-    checked.checks_variant = True
+    vars(checked)["checks_variant"] = True
     PreTrainedModel.get_correct_attn_implementation = checked
 
 

@@ -121,7 +121,8 @@ def marked_places(parameter: Tensor) -> list[Tensor]:
         return [bits]
     if bits.dim() == 2:
         return [bits[:, 0], bits[:, -1], bits[0], bits[-1]]
-    bits = bits[(..., *[0] * (bits.dim() - 3))]
+    while bits.dim() > 3:
+        bits = bits[..., 0]
     return [
         bits[:, 0, 0],
         bits[:, bits.shape[1] // 2, 0],

@@ -61,7 +61,12 @@ def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=seeded(0))
 
 
-GOOD = {"q": rows(4, 6, 8), "k": rows(2, 6, 8), "v": rows(2, 6, 8), "mask": causal(6)}
+GOOD: dict[str, Any] = {
+    "q": rows(4, 6, 8),
+    "k": rows(2, 6, 8),
+    "v": rows(2, 6, 8),
+    "mask": causal(6),
+}
 
 
 @pytest.mark.parametrize(

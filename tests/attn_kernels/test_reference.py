@@ -214,11 +214,15 @@ def test_row_that_sees_no_key_is_zero(variant: Variant) -> None:
     inputs = make_inputs(variant, Shape(4, 2, 0, 6, 6, 4, 4), seed=17)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     mask[2] = False
-    given = {"learned": inputs.learned, "penalty": penalties(variant, inputs.q, inputs.k, 0.5)}
-    out, weights = attend(variant, *inputs.qkv, mask, **given)
+    penalty = penalties(variant, inputs.q, inputs.k, 0.5)
+
+    def attended(mask: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(variant, *inputs.qkv, mask, learned=inputs.learned, penalty=penalty)
+
+    out, weights = attended(mask)
     assert (out[:, 2] == 0).all() and (weights[:, 2] == 0).all()
-    full, _ = attend(variant, *inputs.qkv, mask.new_ones(6, 6).tril(), **given)
+    full, _ = attended(mask.new_ones(6, 6).tril())
     keep = [0, 1, 3, 4, 5]
     torch.testing.assert_close(out[:, keep], full[:, keep], rtol=1e-13, atol=1e-14)
-    none, _ = attend(variant, *inputs.qkv, torch.zeros(6, 6, dtype=torch.bool), **given)
+    none, _ = attended(torch.zeros(6, 6, dtype=torch.bool))
     assert (none == 0).all()

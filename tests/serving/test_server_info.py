@@ -95,6 +95,8 @@ def test_servers_of_one_model_that_differ() -> None:
     assert both.variant == "a,b" and both.info.kv_cache_dtype == "fp8"
     assert both.errors == ("the servers differ in variant: a and b",)
     assert together(parts[:1]) == parts[0]
+    aliases = [describe(labelled, ServerInfo(model_name=name)) for name in ("m", "alias")]
+    assert together(aliases).errors == () and together(aliases).info.model_name == ""
 
 
 @pytest.mark.parametrize(
