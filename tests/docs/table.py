@@ -38,11 +38,6 @@ def attnserve_serve(ckpt: str) -> str:
     return f"attnserve serve {ckpt} --vllm-port {{vllm}} --gateway-port {{gateway}}"
 
 
-def helps(module: str) -> Run:
-    """Return the rule for a command of hours, of which only `--help` is looked at."""
-    return Run(f"python -m {module} --help", prints="usage", long=True)
-
-
 RULES: dict[str, Rule] = {
     # README.md
     "make serve": Serve(make_serve("checkpoints/softpick"), slow=False),
@@ -54,6 +49,12 @@ RULES: dict[str, Rule] = {
     "curl http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d "
     '\'{"model": "softpick", "prompt": "It was the best of times,", "max_tokens": 32}\'': Asked(),
     "attnserve doctor": Run(prints="kernel cache"),
+    "attnserve --help": Run(prints="sweep"),
+    "attnserve serve CKPT": Serve(attnserve_serve("checkpoints/lssar")),
+    "pip install .": Elsewhere("tests/test_packaging.py"),
+    "pip install '.[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu": NotHere(
+        "a package index"
+    ),
     "vllm serve CKPT --hf-overrides "
     '\'{"attention_variant": {"name": "selective", "kv_budgets": [24, 40, 8, 72]}}\'': Serve(
         f"vllm serve checkpoints/selective {VLLM} --hf-overrides "
@@ -251,7 +252,7 @@ RULES: dict[str, Rule] = {
         + " -- --chat-template checkpoints/softmax/chat_template.jinja"
     ),
     "attnserve-gateway --help": Run(prints="--check-config"),
-    "attnserve-gateway keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
+    "attnserve keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
     "make conformance": NotHere("a package index"),
     **{
         f"pytest -m slow tests/serving/test_{name}.py": Run(
@@ -259,7 +260,9 @@ RULES: dict[str, Rule] = {
         )
         for name in ("abort", "kept", "kill")
     },
-    "make soak": Run("make soak ARGS='--help'", prints="usage", slow=True, long=True),
+    "make soak": Run(
+        "make soak ARGS='--streams 20 --seconds 10 --tokens 10 --pause-s 0.1'", slow=True, long=True
+    ),
     # docs/GPU.md
     "make test ARGS=tests/attn_kernels/test_triton.py": Run(
         "make test ARGS='-n 0 --collect-only -q tests/attn_kernels/test_triton.py'", slow=True
@@ -267,8 +270,18 @@ RULES: dict[str, Rule] = {
     "make test ARGS=tests/quant_kernels/test_triton.py": Run(
         "make test ARGS='-n 0 --collect-only -q tests/quant_kernels/test_triton.py'", slow=True
     ),
-    "make compile-kernels": Run("make compile-kernels ARGS=--help", prints="usage", long=True),
-    "python -m benchmarks.triton_compile.packed": helps("benchmarks.triton_compile.packed"),
+    "make compile-kernels": Run(
+        "make compile-kernels ARGS='--quick --variants softpick --phases decode --no-vllm'",
+        prints="softpick",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.triton_compile.packed": Run(
+        "python -m benchmarks.triton_compile.packed --archs sm_90 --bits 4 --dtypes bfloat16 "
+        "--rows 1 --csv none",
+        slow=True,
+        long=True,
+    ),
     "python -m benchmarks.roofline": Run(slow=True),
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
@@ -315,7 +328,9 @@ RULES: dict[str, Rule] = {
     # docs/RESULTS.md
     "python -m training.learning_rate": Run(prints=BOOKS, code=2, slow=True),
     "python -m training.convert": Elsewhere("tests/training/test_convert.py"),
-    "python -m training.long_context": Run(slow=True),
+    "python -m training.long_context": Run(
+        "python -m training.long_context --dtype bfloat16", prints="smollm2-softmax", slow=True
+    ),
     "python -m training.report": Run(slow=True),
     "python -m quant.sensitivity CHECKPOINT": Elsewhere("tests/quant/test_sensitivity.py"),
     "python -m training.analyze checkpoints/*": Run(prints=BOOKS, code=2, slow=True),
