@@ -38,6 +38,7 @@ def test_folder_is_a_normal_checkpoint(built: tuple[Path, list[Score]]) -> None:
     folder, _ = built
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
+        "attnserve_auto.py",
         "config.json",
         "generation_config.json",
         "loss.csv",
