@@ -13,7 +13,7 @@
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
 #   make gpu-check    the first hour on an NVIDIA GPU, in 8 minutes; needs GPU_PYTHON=
 #   make compile-kernels  compile the GPU kernels for GPUs that are not here (ARGS=--quick: a minute)
-#   make doctor       what is wrong with this environment, and what to do
+#   make doctor       what is wrong with this environment, and what to do; before an install, too
 #   make images-check check docker/ and deploy/ with hadolint, docker compose, kubernetes-validate
 #   make lock         write requirements/*.txt again (UPGRADE=1: newest versions)
 #

@@ -1,4 +1,4 @@
-"""The standard set, one benchmark after another: `make bench`, or `python -m benchmarks`.
+"""Run the standard set, one benchmark after another (`make bench`).
 
 On the bundled checkpoints, with models that are not compiled (vLLM's --enforce-eager), in under 40
 minutes on two cores. Nothing else should run on the machine. Each benchmark adds to its own file in
@@ -24,9 +24,26 @@ from pathlib import Path
 
 import pandas as pd
 
+from attnserve.commands import command_list
 from benchmarks import machine
 from benchmarks.options import command_line
 
+COMMANDS = (
+    "benchmarks.kernels",
+    "benchmarks.serve",
+    "benchmarks.memory",
+    "benchmarks.rates",
+    "benchmarks.pruning",
+    "benchmarks.quantized",
+    "benchmarks.packed_products",
+    "benchmarks.gateway",
+    "benchmarks.decode_step",
+    "benchmarks.smollm2",
+    "benchmarks.roofline",
+    "benchmarks.triton_compile",
+    "benchmarks.triton_compile.packed",
+    "benchmarks.gpu_check",
+)
 CHECKPOINTS = machine.ROOT / "checkpoints"
 PACKED = Path(".run/softpick-w4")
 PACK = [
@@ -54,6 +71,7 @@ STANDARD = {
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser, add = command_line("benchmarks", __doc__)
+    parser.epilog = f"Each benchmark alone, with --help:\n\n{command_list(COMMANDS)}"
     add("--only", "which of them", nargs="+", choices=STANDARD, default=list(STANDARD))
     parser.add_argument("--no-save", action="store_true", help="write no results")
     return parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""What budgets save: requests in flight and tokens per second at a fixed KV memory, selective
-attention within its budgets against the same checkpoint unpruned.
+"""What budgets save: requests in flight and tokens per second at a fixed KV memory.
 
-Both servers are up at once and take turns; each round sends all requests together, more than either
-holds, and is timed from the first byte sent to the last token. Meanwhile the server's own metrics
-say how many requests run and how full the cache is. Ratios are made inside a round. At the end each
-server generates one long answer: a pruned one must not take more memory as it grows.
+Selective attention within its budgets is compared with the same checkpoint unpruned. Both servers
+are up at once and take turns; each round sends all requests together, more than either holds, and
+is timed from the first byte sent to the last token. Meanwhile the server's own metrics say how many
+requests run and how full the cache is. Ratios are made inside a round. At the end each server
+generates one long answer: a pruned one must not take more memory as it grows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from attn_kernels import VariantError, variant_from_config
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import slot_bytes
-from attn_kernels.variants.selective import Selective
+from attn_kernels.variants.selective import LEAST_BUDGET, Selective
 from benchmarks import machine
 from benchmarks.options import command_line, positive
 from benchmarks.servers import Server, append_csv, run
@@ -39,6 +39,10 @@ from serving.launch import LaunchError
 CSV = machine.RESULTS / "pruning_cpu.csv"
 
 DTYPES = ("float32", "bfloat16", "float16")
+UNPRUNED = 4
+"""Unpruned requests that the default cache holds."""
+BLOCK = 128
+"""Tokens of a block of vLLM's cache on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +127,26 @@ async def measure(peers: Sequence[Peer], options: argparse.Namespace) -> list[di
 
 def kv_bytes(options: argparse.Namespace) -> tuple[int, int]:
     """Bytes of KV cache of a request of prompt and answer: `(unpruned, pruned)`."""
+    kv_heads, head_size, dtype = shape(options)
+    slots = sum(min(budget, options.max_model_len) for budget in options.kv_budgets)
+    tokens = options.prompt_len + options.new_tokens
+    return tokens * token_bytes(options), slots * slot_bytes(kv_heads, head_size, dtype)
+
+
+def token_bytes(options: argparse.Namespace) -> int:
+    """Bytes of KV cache of a token that is kept in every layer."""
+    kv_heads, head_size, dtype = shape(options)
+    a_layer = kv_heads * (2 * head_size * dtype.itemsize + STATE_BYTES)
+    return len(options.kv_budgets) * a_layer
+
+
+def shape(options: argparse.Namespace) -> tuple[int, int, torch.dtype]:
+    """KV heads, head size and the cache's type."""
     config = json.loads((options.ckpt / "config.json").read_text())
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_size = config.get("head_dim") or config["hidden_size"] // heads
-    dtype = getattr(torch, options.dtype)
-    tokens = options.prompt_len + options.new_tokens
-    token = kv_heads * (2 * head_size * dtype.itemsize + STATE_BYTES)
-    slots = sum(min(budget, options.max_model_len) for budget in options.kv_budgets)
-    unpruned = len(options.kv_budgets) * tokens * token
-    return unpruned, slots * slot_bytes(kv_heads, head_size, dtype)
+    return kv_heads, head_size, getattr(torch, options.dtype)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -140,13 +154,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser, add = command_line("benchmarks.pruning", __doc__)
     add("--ckpt", "the checkpoint's folder", type=Path, required=True)
     parser.add_argument(
-        "--kv-budgets", nargs="+", type=int, help="one a layer (default: those of config.json)"
+        "--kv-budgets",
+        nargs="+",
+        type=int,
+        help="one a layer (default: those of config.json, else a sixteenth of --max-model-len)",
     )
     add("--prompt-len", "tokens of a prompt", type=positive, default=448)
     add("--new-tokens", "tokens of an answer", type=positive, default=64)
     add("--requests", "sent together in a round", type=positive, default=128)
     add("--rounds", "of each server", type=positive, default=5)
-    add("--kv-cache-memory-bytes", "of each server", type=positive, default=4 << 20)
+    parser.add_argument(
+        "--kv-cache-memory-bytes",
+        type=positive,
+        help=f"of each server (default: room for {UNPRUNED} unpruned requests of --max-model-len)",
+    )
     add("--max-num-seqs", "of each server", type=positive, default=256)
     add("--max-model-len", "of each server, and the long answer's", type=positive, default=512)
     add("--dtype", "of the model and its cache", choices=DTYPES, default="float32")
@@ -161,6 +182,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     options.kv_budgets = check(options)
+    least = (options.max_model_len + BLOCK - 1) // BLOCK * BLOCK * token_bytes(options)
+    if options.kv_cache_memory_bytes is None:
+        options.kv_cache_memory_bytes = UNPRUNED * least
+    if options.kv_cache_memory_bytes < least:
+        raise LaunchError(
+            f"--kv-cache-memory-bytes {options.kv_cache_memory_bytes} holds no unpruned request of "
+            f"{options.max_model_len} tokens in {options.dtype}: give at least {least}, or a "
+            "shorter --max-model-len",
+            2,
+        )
     return options
 
 
@@ -177,10 +208,9 @@ def check(options: argparse.Namespace) -> list[int]:
         raise LaunchError(f"--ckpt {options.ckpt} is not a checkpoint: {error}", 2) from None
     if not isinstance(variant, Selective):
         raise LaunchError(f"--ckpt {options.ckpt} has no selective attention to prune", 2)
-    budgets = options.kv_budgets or list(variant.kv_budgets)
-    if not budgets:
-        raise LaunchError(f"{options.ckpt} has no kv_budgets: give --kv-budgets", 2)
     layers = config["num_hidden_layers"]
+    budgets = options.kv_budgets or list(variant.kv_budgets)
+    budgets = budgets or [max(LEAST_BUDGET, options.max_model_len // 16)] * layers
     if len(budgets) != layers:
         raise LaunchError(
             f"--kv-budgets has {len(budgets)} entries and the model {layers} layers", 2

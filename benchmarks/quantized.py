@@ -1,5 +1,7 @@
-"""What packed weights save: tokens per second and memory of `vllm serve` with a few bits a weight,
-against the same checkpoint unquantized in stock vLLM (without this project's plugins).
+"""What packed weights save: tokens per second and memory of `vllm serve` with a few bits a weight.
+
+They are compared with the same checkpoint unquantized in stock vLLM (without this project's
+plugins).
 
     python -m quant.quantize CKPT w4 --bits 4 --scheme gptq --embeddings 8
     python -m benchmarks.quantized --ckpt CKPT --packed w4

@@ -80,7 +80,7 @@ class Service:
 
     async def ready(self, path: str, progress: Progress | None = None) -> None:
         """Wait until it answers 200 under `path`, showing what it is doing."""
-        with contextlib.closing(progress or Progress(live=False)) as shown:
+        with contextlib.closing(progress or Progress(aside=True)) as shown:
             while True:
                 try:
                     await asyncio.to_thread(fetch, f"{self.url}{path}")

@@ -60,13 +60,21 @@ def notes(lines: list[str]) -> list[str]:
 class Progress:
     """Prints phases with the seconds since it was made; to be closed."""
 
-    def __init__(self, console: Console | None = None, *, live: bool = True) -> None:
-        """Print to standard output, or to `console`; with a line that moves only if `live`."""
+    def __init__(self, console: Console | None = None, *, aside: bool = False) -> None:
+        """Print to standard output or to `console`.
+
+        Args:
+            console: of rich.
+            aside: print to standard error and no line that moves, since the output is of something
+                else, or several servers start at once.
+        """
         from rich.console import Console  # `attnserve doctor` imports this module without it
 
-        self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self._console = console or Console(
+            stderr=aside, highlight=False, markup=False, soft_wrap=True
+        )
         terminal = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._moves = live and terminal
+        self._moves = terminal and not aside
         self._began = self._said = time.monotonic()
         self._phase = self._stamp = ""
         self._notes: list[str] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attnserve import cli
+from attnserve import __version__, cli
 
 ROOT = Path(__file__).parent.parent
 COMMAND = str(Path(sys.executable).with_name("attnserve"))
@@ -108,4 +108,4 @@ def test_keys_show_a_secret_once() -> None:
 
 
 def test_version() -> None:
-    assert attnserve("--version").stdout.strip() == "0.1.0"
+    assert attnserve("--version").stdout.strip() == __version__

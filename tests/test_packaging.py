@@ -71,7 +71,9 @@ def test_wheel_holds_the_packages_and_no_results(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     listed = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    packages = {name.split("/")[0] for name in names} - {"attnserve-0.1.0.data"}
+    packages = {name.split("/")[0] for name in names} - {
+        wheel.name.replace("-py3-none-any.whl", ".data")
+    }
     assert packages == {Path(package).name for package in listed}
     assert not [name for name in names if "/results/" in name]
     assert wheel.stat().st_size < 1_000_000
@@ -129,7 +131,7 @@ def make_environment(folder: Path, python: str) -> Path:
 
 def pip_install(python: Path, *arguments: str | Path) -> None:
     """Install into another environment with this one's pip."""
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*command, *arguments], check=True, timeout=600)
 
 

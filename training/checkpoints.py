@@ -1,4 +1,4 @@
-"""Build the reference checkpoints: `python -m training.checkpoints [NAME ...]`.
+"""Build the reference checkpoints from the novels.
 
 Trains the tokenizer and each model, measures it, and writes a Hugging Face folder with a model
 card. What is interrupted goes on where it was when the command is given again.

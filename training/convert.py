@@ -1,4 +1,4 @@
-"""Turn a softmax Llama into a checkpoint of another attention variant:
+"""Turn a softmax Llama into a checkpoint of another attention variant.
 
     python -m training.convert SRC OUT --variant ssmax
 
@@ -38,7 +38,7 @@ from attn_kernels import Variant, VariantError, get_variant, variant_from_config
 from benchmarks import machine
 from benchmarks.options import positive
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
-from training.data import read_tokens
+from training.data import read_tokens, text_file
 from training.finetune import FineTune, FineTuneError, Settings
 from training.recipe import parse_variant
 from training.tokenizer import complete
@@ -170,8 +170,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ConvertError(f"{out} is there already: choose another folder or delete it")
     if bool(options.steps) != bool(options.data):
         raise ConvertError("--steps and --data go together: give both or neither")
-    if missing := [file for file in options.data if not file.is_file()]:
-        raise ConvertError(f"no file {missing[0]}: --data takes UTF-8 text files")
     model = convert(
         source,
         options.variant,
@@ -286,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("fine-tuning (AdamW, no weight decay)")
     add = group.add_argument
     add("--steps", type=positive, default=0, help="(default: %(default)s, no fine-tuning)")
-    add("--data", nargs="+", type=Path, default=[], metavar="FILE", help="UTF-8 text files")
+    add("--data", nargs="+", type=text_file, default=[], metavar="FILE", help="UTF-8 text files")
     add(
         "--train",
         choices=("scale", "all"),
@@ -335,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         record = run(options)
     except (ConvertError, FineTuneError, VariantError) as error:
-        sys.exit(f"training.convert: {error}")
+        print(f"training.convert: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{options.out}: {record['source']} with {record['attention_variant']['name']} attention")
     rows: list[tuple[str, ...]] = [("", "mean", "min", "max")]
     stages = {"initial": record["initial"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 Tokens = NDArray[np.int64]
+
+
+def text_file(name: str) -> Path:
+    """Return the path of a UTF-8 text file, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none, or it is something else.
+    """
+    path = Path(name)
+    try:
+        path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"no file {name} ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is not UTF-8 text") from None
+    return path
 
 
 def read_tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> Tokens:

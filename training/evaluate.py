@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint: `python -m training.evaluate CKPT`.
+"""Measure the perplexity of a checkpoint.
 
 On --text FILE, or on the beginnings of the two held-out novels, which --books names or
 `python -m training.books` has fetched. Where there are neither, on text that the checkpoint writes
@@ -32,7 +32,7 @@ from attnserve.sampled_text import sampled_text
 from benchmarks.options import positive
 from training.analyze.measure import Checkpoint
 from training.books import Split, add_books_option, books_folder, split
-from training.data import Tokens, read_tokens, sequence
+from training.data import Tokens, read_tokens, sequence, text_file
 from training.ngram import Trigram, Unigram, log_likelihood
 
 OWN_SEQUENCES, OWN_LENGTH = 16, 512
@@ -87,7 +87,6 @@ def file_text(checkpoint: Checkpoint, name: str, file: Path, sequences: int | No
     """Return a file's text, or its first sequences of the training length.
 
     Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
         ValueError: it is empty.
     """
     tokens = read_tokens([file], checkpoint.tokenizer)[:-1]
@@ -176,7 +175,7 @@ def texts_of(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Text]:
     """Return the texts that the command line asks for.
 
     Raises:
-        OSError, ValueError: one of them is not there, or has no words.
+        FileNotFoundError, ValueError: the novels are not there, or a text has no words.
     """
     most = None if options.whole else options.sequences
     if options.text:
@@ -194,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text files")
+    parser.add_argument(
+        "--text", nargs="+", type=text_file, metavar="FILE", help="UTF-8 text files"
+    )
     add_books_option(parser)
     parser.add_argument(
         "--sequences",

@@ -1,4 +1,4 @@
-"""Is one learning rate fair to every variant? `python -m training.learning_rate`.
+"""Measure whether one learning rate is fair to every variant.
 
 Trains every variant for a short while at several peak rates, same text, order and seed, and
 measures each on the validation book. What is interrupted goes on where it was; a result that is in

@@ -1,4 +1,4 @@
-"""How loss grows with the position in a long text: `python -m training.long_context CKPT ...`.
+"""Measure how loss grows with the position in a long text.
 
 Each checkpoint reads the same windows of the held-out books through vLLM and this project's
 kernels, and the table has its mean loss (nats per token) by how many tokens it has read before, the
@@ -36,7 +36,7 @@ from training.analyze.vllm_scorer import DTYPE_BYTES, VLLMScorer
 from training.books import add_books_option, split
 from training.checkpoints import ROOT
 from training.convert import read_record, trained_length
-from training.data import read_tokens
+from training.data import read_tokens, text_file
 
 CSV = ROOT / "training" / "results" / "long_context.csv"
 FIRST_BIN, WIDEST_BIN = 64, 2048
@@ -267,15 +267,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--csv", "the table", type=Path, default=CSV)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw what the table has")
     parser.add_argument(
-        "--texts", nargs="+", type=Path, metavar="FILE", help="(default: the two held-out books)"
+        "--texts",
+        nargs="+",
+        type=text_file,
+        metavar="FILE",
+        help="(default: the two held-out books)",
     )
     add_books_option(parser)
     options = parser.parse_args(argv)
     try:
         books = split(options.books) if options.checkpoints and not options.texts else None
         texts = options.texts or ([books.validation, books.test] if books else [])
-        if missing := [file for file in texts if not file.is_file()]:
-            raise LongContextError(f"no file {missing[0]}: --texts takes UTF-8 text files")
         o = options
         settings = (tuple(texts), o.length, o.windows, o.spacing, o.dtype, o.csv)
         for checkpoint in o.checkpoints:
@@ -287,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if table.empty:
             raise LongContextError(f"{o.csv} has no {o.dtype} rows: name a checkpoint to measure")
     except (LongContextError, FileNotFoundError) as error:
-        sys.exit(f"training.long_context: {error}")
+        print(f"training.long_context: {error}", file=sys.stderr)
+        sys.exit(2)
     names = [checkpoint.name for checkpoint in o.checkpoints] or list(table["model"].unique())
     table = table[table["model"].isin(names)]
     summary = against(octaves(table), "octave", names[0])

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from attn_kernels import VariantError, variant_from_config
+from attn_kernels import VariantError, get_variant
 from hf_attn import VariantLlamaConfig
 
 
@@ -19,11 +19,18 @@ def parse_variant(text: str) -> dict[str, Any]:
     Raises:
         argparse.ArgumentTypeError: no such variant or parameter.
     """
+    example = '{"name": "lssar", "power": 3}'
     try:
-        entry = json.loads(text) if text.startswith("{") else {"name": text}
-        variant_from_config({"attention_variant": entry})
-    except (json.JSONDecodeError, VariantError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        entry = json.loads(text) if text.lstrip().startswith("{") else {"name": text}
+        parameters = dict(entry)
+        name = parameters.pop("name", None)
+        if not isinstance(name, str):
+            raise argparse.ArgumentTypeError(f"{text} names no variant: write it as {example}")
+        get_variant(name, **parameters)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): write it as {example}") from None
+    except VariantError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return dict(entry)
 
 

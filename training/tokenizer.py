@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on text files: `python -m training.tokenizer --help`."""
+"""Train a byte-level BPE tokenizer on text files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from training.data import text_file
 
 BOS, EOS = "<s>", "</s>"
 
@@ -87,7 +89,7 @@ def complete(tokenizer: PreTrainedTokenizerBase) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="training.tokenizer", description=__doc__)
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="UTF-8 text files")
+    parser.add_argument("--data", nargs="+", type=text_file, required=True, help="UTF-8 text files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--vocab-size", type=int, default=2048, help="tokens at most (default: %(default)s)"
@@ -96,8 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max-length", type=int, default=512, help="model_max_length (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
-    tokenizer = train_tokenizer(arguments.data, arguments.vocab_size, arguments.max_length)
-    tokenizer.save_pretrained(arguments.out)
+    try:
+        tokenizer = train_tokenizer(arguments.data, arguments.vocab_size, arguments.max_length)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(arguments.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"{len(tokenizer)} tokens from {len(arguments.data)} files in {arguments.out}")
     print(json.dumps({"out": str(arguments.out), "vocab_size": len(tokenizer)}))
 

@@ -1,4 +1,4 @@
-"""Train a small Llama with an attention variant on text files: `python -m training.train --help`.
+"""Train a small Llama with an attention variant on text files.
 
 The run can be killed at any moment and started again with the same command: it goes on from its
 last saved state and ends in the same bits as a run that was never interrupted.
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_attn import VariantLlamaForCausalLM
-from training.data import Batches, Tokens, fingerprint, read_tokens
+from training.data import Batches, Tokens, fingerprint, read_tokens, text_file
 from training.memory_loss import memory_share
 from training.recipe import Recipe, parse_variant
 from training.tokenizer import complete
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         required=True,
         help='a name, or JSON with parameters: \'{"name": "lssar", "power": 3}\'',
     )
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="UTF-8 text files")
+    parser.add_argument("--data", nargs="+", type=text_file, required=True, help="UTF-8 text files")
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="folder written by training.tokenizer"
     )
@@ -227,12 +227,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     Recipe.add_arguments(parser)
     arguments = parser.parse_args(argv)
+    if not (arguments.tokenizer / "tokenizer.json").is_file():
+        parser.error(f"--tokenizer {arguments.tokenizer} has no tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    tokens = read_tokens(arguments.data, tokenizer)
     recipe = Recipe.from_arguments(arguments)
     try:
+        tokens = read_tokens(arguments.data, tokenizer)
         run = Run(arguments.out, recipe, arguments.variant, tokenizer, tokens)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     run.train(arguments.save_every, arguments.compile)
     run.export(arguments.out / MODEL)

@@ -1,4 +1,4 @@
-"""CPU time of one request in a gateway, ours beside others: `python -m benchmarks.gateway`.
+"""CPU time of one request in a gateway, ours beside others.
 
 All gateways stand in front of the same model server, a small one that streams events at an even
 pace. In each round every gateway gets the same load in turn, and the order of the turn is reversed

@@ -1,4 +1,4 @@
-"""The first hour on an NVIDIA GPU, in under eight minutes: `make gpu-check`.
+"""The first hour on an NVIDIA GPU, in under eight minutes (`make gpu-check`).
 
 matrix: every variant's kernels against the float64 law, in all dtypes, head sizes, groups, windows
 and phases, on caches with NaN in every unused slot; float8 caches where the device has them.

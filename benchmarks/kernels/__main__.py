@@ -1,4 +1,4 @@
-"""Time the CPU attention kernels: `python -m benchmarks.kernels`.
+"""Time the CPU attention kernels.
 
 Every variant, vLLM's C++ softmax (`cpu_attention_with_kv_cache`) and torch's
 `scaled_dot_product_attention` on dense keys and values run in turn, A B C A B C ..., on the same

@@ -1,4 +1,4 @@
-"""The least time of each variant's GPU kernels: `python -m benchmarks.roofline`.
+"""The least time of each variant's GPU kernels, counted, not measured.
 
 Nothing is measured and no GPU is needed: bytes, matrix products, other operations and exponentials
 are counted along the kernels' own loops, tile by tile, and divided by what a chip can do at most.

@@ -1,4 +1,4 @@
-"""Compile the GPU kernels ahead of time: `python -m benchmarks.triton_compile`. No GPU is needed.
+"""Compile the GPU kernels ahead of time; no GPU is needed.
 
 Every variant's kernels are compiled, by the calls that a server makes, for GPUs that are not here;
 beside softmax, softpick and ssmax, vLLM's own softmax kernel (`kernel_unified_attention`, launched

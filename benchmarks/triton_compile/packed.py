@@ -1,4 +1,4 @@
-"""Compile the GPU kernels for packed weights ahead of time; no GPU is needed:
+"""Compile the GPU kernels for packed weights ahead of time; no GPU is needed.
 
     python -m benchmarks.triton_compile.packed
 

@@ -110,29 +110,26 @@ def _check_arguments(
         raise TypeError(
             f"mask must be bool, True where the query sees the key (causal_mask), not {mask.dtype}"
         )
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if min(q.dim(), k.dim(), v.dim()) < 3:
-        raise ValueError(f"q, k and v must be [..., heads, tokens, size], not {shapes}")
+        raise _misfit("q, k and v must be [..., heads, tokens, size]", q=q, k=k, v=v)
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have the same head size: {shapes}")
+        raise _misfit("q and k must have the same head size", q=q, k=k)
     if k.shape[-3:-1] != v.shape[-3:-1]:
-        raise ValueError(f"k and v must have the same heads and keys: {shapes}")
+        raise _misfit("k and v must have the same heads and keys", k=k, v=v)
     num_heads, num_kv_heads = q.shape[-3], k.shape[-3]
     if not num_kv_heads or num_heads % num_kv_heads:
-        raise ValueError(f"q must have a multiple of k's {num_kv_heads} heads: {shapes}")
-    try:
-        batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    except RuntimeError:
-        raise ValueError(f"q, k and v differ in their leading dimensions: {shapes}") from None
+        raise _misfit("the heads of q must be a multiple of those of k", q=q, k=k)
+    batch = q.shape[:-3]
+    if not batch == k.shape[:-3] == v.shape[:-3]:
+        try:
+            batch = torch.broadcast_shapes(batch, k.shape[:-3], v.shape[:-3])
+        except RuntimeError:
+            raise _misfit("q, k and v differ in their leading sizes", q=q, k=k, v=v) from None
     scores = (*batch, num_heads, q.shape[-2], k.shape[-2])
-    try:
-        fits = torch.broadcast_shapes(mask.shape, scores) == scores
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"mask {list(mask.shape)} does not broadcast to [..., heads, queries, keys] = "
-            f"{list(scores)}"
+    sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
+    if mask.dim() > len(scores) or any(size != 1 and size != full for size, full in sizes):
+        raise _misfit(
+            f"mask must broadcast to [..., heads, queries, keys] = {list(scores)}", mask=mask
         )
     for name in variant.learned:
         if name not in learned:
@@ -146,6 +143,12 @@ def _check_arguments(
             raise ValueError(
                 f"{name} must be [num_heads] = [{num_heads}], not {list(learned[name].shape)}"
             )
+
+
+def _misfit(what: str, **tensors: Tensor) -> ValueError:
+    """The error of shapes that do not fit, with the shapes."""
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    return ValueError(f"{what}, not {shapes}")
 
 
 def _penalty_of_all(variant: Variant, q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:

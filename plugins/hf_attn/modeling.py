@@ -151,6 +151,10 @@ class VariantLlamaPreTrainedModel(PreTrainedModel):
             )
         return name
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing, as `VariantLlamaConfig.register_for_auto_class`."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

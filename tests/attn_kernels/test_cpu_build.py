@@ -6,7 +6,9 @@ its calls and turns optimisation off, which takes a second instead of ten.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,9 +98,14 @@ def check_bound(
     assert relative_error(out.transpose(0, 1), law) <= TORCH_TOLERANCE
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What was logged, but for the line before each compilation."""
+    return [r for r in caplog.records if not r.getMessage().startswith("Compiling ")]
+
+
 def only_warning(caplog: pytest.LogCaptureFixture) -> str:
     """The one warning that there is, a single line."""
-    (record,) = caplog.records
+    (record,) = said(caplog)
     assert record.name == "attn_kernels.cpu" and record.levelname == "WARNING"
     message = record.getMessage()
     assert message.startswith("attnserve: softpick attention runs in torch operations")
@@ -274,11 +281,23 @@ def test_no_compiler_but_a_library(
         monkeypatch.delenv("CXX")
     forget()
     check_bound(cpu.CPULayer)
-    assert place.libraries() == [library] and not caplog.records
+    assert place.libraries() == [library] and not said(caplog)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DUNUSED"))
     forget()
     check_bound(TorchLayer)
     assert "install g++, or set CXX" in only_warning(caplog)
+
+
+def test_compilation_is_announced(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, since it takes seconds; not where the library is there."""
+    for _ in range(2):
+        build.build_library(HEADER, "Softpick", "portable")
+        forget()
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"Compiling the softpick kernels for portable, once .*", record.getMessage()
+    )
+    assert str(build.cache_folder()) in record.getMessage()
 
 
 def test_compiler_cannot_be_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:

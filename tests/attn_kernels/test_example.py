@@ -73,7 +73,7 @@ def test_kernels_equal_law(path: str) -> None:
 def test_serving_binds_the_kernels(sigmoid: Variant, caplog: pytest.LogCaptureFixture) -> None:
     layer = cpu.bind(sigmoid, torch.zeros(2, 1, 16, 64), num_heads=2, scale=0.2)
     assert isinstance(layer, cpu.CPULayer)
-    assert not caplog.records
+    assert not [r for r in caplog.records if not r.getMessage().startswith("Compiling ")]
 
 
 def test_example_is_gone() -> None:

@@ -42,7 +42,7 @@ def test_a_budget_beyond_the_context_is_the_context(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "has no kv_budgets: give --kv-budgets"),
+        (["--kv-cache-memory-bytes=700000"], "700000 holds no unpruned request of 512 tokens in f"),
         (["--kv-budgets", "8", "8"], "--kv-budgets has 2 entries and the model 3 layers"),
         (["--kv-budgets", *BUDGETS, "--prompt-len=500"], "longer than --max-model-len"),
         (["--ckpt=nowhere"], "nowhere is not a checkpoint"),
@@ -52,6 +52,13 @@ def test_a_budget_beyond_the_context_is_the_context(checkpoint: Path) -> None:
 def test_refusals(checkpoint: Path, arguments: list[str], line: str) -> None:
     with pytest.raises(LaunchError, match=line):
         parse([f"--ckpt={checkpoint}", *arguments])
+
+
+def test_defaults_hold_a_request_of_any_dtype(checkpoint: Path) -> None:
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        options = parse([f"--ckpt={checkpoint}", f"--dtype={dtype}", "--max-model-len=520"])
+        assert options.kv_budgets == [32] * 3
+        assert options.kv_cache_memory_bytes == 4 * 5 * 128 * 3 * 2 * (2 * 32 * size + 4)
 
 
 def test_another_attention_is_refused(tmp_path: Path) -> None:

@@ -168,6 +168,17 @@ def test_missing_checkpoint(started: Started, tmp_path: Path) -> None:
     assert line.startswith(f"attnserve: CKPT={tmp_path}/nothing is not a checkpoint")
 
 
+def test_log_folder_that_cannot_be_written(
+    started: Started, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    started.launch(tiny_llama, folder=tmp_path / "file")
+    assert started.process.wait(30) == 1
+    last = started.output().splitlines()[-1]
+    assert last.startswith(f"attnserve: cannot write {tmp_path}/file/vllm-")
+    assert last.endswith("choose another --log-folder")
+
+
 def test_quoted_tilde(started: Started, tmp_path: Path) -> None:
     started.launch("~/nothing", folder=tmp_path, HOME=str(tmp_path))
     assert started.process.wait(30) == 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from attn_kernels.pruning import attend_pruned
-from tests.tiny import tiny_checkpoint
+from tests.tiny import LICENSE, tiny_checkpoint
 from tests.training.test_eviction import page
 from training.analyze.measure import Checkpoint
 from training.budgets import forward as forward_module
@@ -23,6 +23,7 @@ from training.budgets.forward import Forward
 from training.budgets.measured import Budgets, Measured
 from training.budgets.result import Found
 from training.budgets.search import FREE, Descent, search
+from training.budgets.texts import Counts, of_file, of_itself, of_users_text
 from training.evaluate import model_log_likelihood
 
 LENGTH = 24
@@ -40,7 +41,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def measured(folder: Path, books: Path, runs: Path, sequences: int = 5) -> Measured:
     forward = Forward(Checkpoint(folder))
-    return Measured.on(forward, books / "emma.txt", LENGTH, sequences, runs)
+    text = of_file(forward.checkpoint, books / "emma.txt", LENGTH, sequences)
+    return Measured.on(forward, text, runs)
 
 
 def of_transformers(folder: Path, own: Measured) -> list[float]:
@@ -163,7 +165,8 @@ def test_result_and_checkpoint(
     choices = {tuple(row.budgets): row.choice for row in found.rows if row.rule == "selective"}
     for target in found.targets:
         assert target.name in choices[tuple(target.budgets)].split(", ")
-    test = Measured.on(own.forward, books / "great_expectations.txt", LENGTH, 4, tmp_path)
+    held_out = of_file(own.checkpoint, books / "great_expectations.txt", LENGTH, 4)
+    test = Measured.on(own.forward, held_out, tmp_path)
     for row in found.rows:
         assert row.factor == pytest.approx(3 * LENGTH / sum(row.budgets), abs=1e-3)
         size = 2 * 2 * 32 * 2 + {"selective": 8}.get(row.model, 8 * (row.rule == "heavy hitters"))
@@ -228,20 +231,85 @@ def test_refusals(
     books: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
     monkeypatch.chdir(folders["selective"].parent)
     argv = command(folders, books, tmp_path)
     for place, value in changes.items():
         argv[place] = value
-    with pytest.raises(SystemExit, match=message):
+    assert message in refusal(argv, capsys)
+
+
+def refusal(argv: list[str], capsys: Capture) -> str:
+    """The last line of what the command refuses."""
+    with pytest.raises(SystemExit) as ended:
         main(argv)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_existing_folder_is_not_overwritten(
-    folders: dict[str, Path], books: Path, tmp_path: Path
+    folders: dict[str, Path], books: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    with pytest.raises(SystemExit, match="exists: name another folder or delete it"):
-        main(command(folders, books, tmp_path, "--write", str(folders["softmax"])))
+    argv = command(folders, books, tmp_path, "--write", str(folders["softmax"]))
+    assert "exists: name another folder or delete it" in refusal(argv, capsys)
+
+
+def test_no_text_at_hand(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    """What the checkpoint writes itself, other tokens for each use; both models read them, and the
+    writer's own loss is the target's base."""
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
+    argv = command(folders, tmp_path, tmp_path)
+    del argv[3:5]
+    runs = tmp_path / "runs"
+    del argv[argv.index("--out") : argv.index("--out") + 2]
+    main(argv)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "Text: what selective writes itself"
+    found = Found.read(runs / "budgets" / "selective.json")
+    assert json.loads(printed[-1])["out"] == str(runs / "budgets" / "selective.json")
+    assert found.about["text_from"] == "own"
+    assert len(set(found.about["texts"].values())) == 3
+    assert [target.name for target in found.targets] == ["+1 %"]
+
+    parts = of_itself(Checkpoint(folders["selective"]), Counts(3, 6, 4, LENGTH))
+    assert (len(parts.search), len(parts.judge), len(parts.test)) == (3, 6, 4)
+    assert (parts.judge.inputs[:, 1:] == parts.judge.targets[:, :-1]).all()
+    assert (parts.judge.inputs[:, 0] == 0).all()
+    for name, losses in (("selective", found.unpruned), ("softmax", None)):
+        forward = Forward(Checkpoint(folders[name]))
+        mean = float(np.mean(forward(parts.judge, FULL, "none")))
+        expected = losses or found.unpruned
+        change = 0.0 if losses else found.allowance.value
+        assert mean == pytest.approx(expected.value + change, rel=1e-5)
+
+
+def test_users_text(
+    folders: dict[str, Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file of any name: the halves are for search and test, the reference's loss a target."""
+    argv = command(folders, tmp_path, tmp_path)
+    argv[3:5] = ["--text", str(LICENSE)]
+    main(argv)
+    assert capsys.readouterr().out.splitlines()[0] == f"Text: {LICENSE.name}"
+    found = Found.read(tmp_path / "selective.json")
+    assert [target.name for target in found.targets] == ["softmax", "+1 %"]
+    own = Checkpoint(folders["selective"])
+    tokens = own.encode(LICENSE.read_text())
+    parts = of_users_text(own, [LICENSE], Counts(3, 6, 4, LENGTH))
+    assert parts.judge.targets[0].tolist() == tokens[:LENGTH]
+    middle = len(tokens) // 2
+    assert parts.test.targets[0].tolist() == tokens[middle : middle + LENGTH]
+    (tmp_path / "short.txt").write_text("too short")
+    argv[4] = str(tmp_path / "short.txt")
+    assert "fewer than two sequences of 24" in refusal(argv, capsys)
+    argv[4] = "nowhere.txt"
+    assert "no file nowhere.txt" in refusal(argv, capsys)
 
 
 def test_not_a_result(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_folder_is_a_normal_checkpoint(built: tuple[Path, list[Score]]) -> None:
     folder, _ = built
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
+        "attnserve_auto.py",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",

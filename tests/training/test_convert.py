@@ -298,8 +298,10 @@ REFUSED = {
     "quantized": (["{tmp}/quantized", "{tmp}/out"], "is quantized: convert the original"),
     "out is there": (["{plain}", "{tmp}"], "is there already: choose another folder"),
     "steps alone": (["{plain}", "{tmp}/out", "--steps", "2"], "--steps and --data go together"),
-    "data alone": (["{plain}", "{tmp}/out", "--data", "x"], "--steps and --data go together"),
-    "no data": (["{plain}", "{tmp}/out", "--steps", "2", "--data", "{tmp}/x"], "no file "),
+    "data alone": (
+        ["{plain}", "{tmp}/out", "--data", "{license}"],
+        "--steps and --data go together",
+    ),
     "short data": (
         ["{plain}", "{tmp}/out", "--steps", "2", "--data", "{tmp}/softpick/config.json"],
         "too few for sequences of 1024: name more --data or a shorter --sequence",
@@ -314,7 +316,11 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line(
-    arguments: list[str], message: str, plain: Path, tmp_path: Path
+    arguments: list[str],
+    message: str,
+    plain: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny_checkpoint(tmp_path / "softpick", "softpick")
     for name, fields in (
@@ -327,10 +333,10 @@ def test_refused_in_one_line(
     argv = [argument.format(**places) for argument in arguments]
     with pytest.raises(SystemExit) as stopped:
         main(["--variant", "ssmax", *argv])
-    line = str(stopped.value)
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if "training.convert" in text)
+    assert stopped.value.code == 2
     assert line.startswith("training.convert: ")
     assert message in line
-    assert "\n" not in line
     assert not (tmp_path / "out").exists()
 
 
@@ -340,6 +346,7 @@ def test_refused_in_one_line(
         (["--variant", "softpik"], "did you mean 'softpick'"),
         (["--rope-theta", "0"], "0 is not a number above 0"),
         (["--positions", "-1"], "not a whole number above 0"),
+        (["--data", "nowhere.txt"], "no file nowhere.txt"),
     ],
 )
 def test_wrong_options(

@@ -182,6 +182,7 @@ def test_variant_option() -> None:
         ("softpik", "did you mean 'softpick'"),
         ('{"name": "softpick", "power": 3}', "no parameter 'power'"),
         ("{name}", "Expecting property name"),
+        ('{"powr": 3}', 'names no variant: write it as {"name": "lssar", "power": 3}'),
     ],
 )
 def test_wrong_variant_is_one_line(
@@ -190,4 +191,5 @@ def test_wrong_variant_is_one_line(
     with pytest.raises(SystemExit) as stopped:
         main(["--variant", text, "--data", "x", "--tokenizer", "x", "--out", str(tmp_path)])
     assert stopped.value.code == 2
-    assert message in capfd.readouterr().err.splitlines()[-1]
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert message in line and "config.json" not in line

@@ -7,6 +7,11 @@ the loss least, until the loss is that of the reference checkpoint, or --max-los
 --rise. On the test text: perplexity against memory, beside random eviction and first + most recent
 tokens on the same checkpoint, and StreamingLLM and H2O on the reference.
 
+The text is --text, else the two held-out novels, which --books names or `python -m training.books`
+has fetched, else text that the checkpoint writes itself. On that the rise of the loss is what it
+is on any other, the divergence from the unpruned checkpoint; but no other checkpoint can reach the
+writer's loss there, so that the reference's loss is no target.
+
 Every evaluation is kept: the same command goes on where it was after a kill at any moment.
 """
 
@@ -21,16 +26,19 @@ from pathlib import Path
 from attn_kernels.variants.selective import LEAST_BUDGET
 from benchmarks.machine import commit
 from benchmarks.options import command_line, positive
-from training.analyze.measure import Checkpoint, digest
+from training.analyze.measure import Checkpoint
 from training.analyze.store import ROOT
-from training.books import Split, add_books_option, split
-from training.budgets.forward import Forward, Refusal
+from training.books import add_books_option, books_folder, split
+from training.budgets.errors import Refusal
+from training.budgets.forward import Forward
 from training.budgets.measured import Budgets, Measured
 from training.budgets.plot import save
 from training.budgets.result import FOLDER, Found, write_checkpoint
 from training.budgets.table import compare, text_table
 from training.budgets.targets import Validation, find, higher
+from training.budgets.texts import Counts, Parts, Texts, of_itself, of_novels, of_users_text
 from training.card import machine
+from training.data import text_file
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,9 +78,20 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TOKENS",
     )
     add("--seed", "of random eviction", type=int, default=0)
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        type=text_file,
+        metavar="FILE",
+        help="UTF-8 text files: the first half is for the search, the second for the test",
+    )
     add_books_option(parser)
     add("--runs", "folder of the evaluations", type=Path, default=ROOT / "runs")
-    add("--out", "folder of the result", type=Path, default=FOLDER)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder of the result (default: {FOLDER} for the novels, else budgets in --runs)",
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table")
     parser.add_argument(
         "--write", type=Path, metavar="CKPT", help="a copy of the checkpoint with the budgets"
@@ -80,16 +99,15 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(o: argparse.Namespace) -> tuple[Split, Checkpoint, Checkpoint]:
-    """The texts, the checkpoint and its reference.
+def check(o: argparse.Namespace) -> tuple[Checkpoint, Checkpoint]:
+    """Return the checkpoint and its reference.
 
     Raises:
         Refusal: what the command line asks for cannot be done.
     """
     try:
-        books = split(o.books)
         own, reference = Checkpoint(o.checkpoint), Checkpoint(o.reference)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise Refusal(str(error)) from error
     for checkpoint, wanted in ((own, "selective"), (reference, "softmax")):
         if checkpoint.variant != wanted:
@@ -100,7 +118,24 @@ def check(o: argparse.Namespace) -> tuple[Split, Checkpoint, Checkpoint]:
         raise Refusal(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(o.uniform)}")
     if o.write is not None and o.write.exists():
         raise Refusal(f"{o.write} exists: name another folder or delete it")
-    return books, own, reference
+    return own, reference
+
+
+def parts_of(o: argparse.Namespace, own: Checkpoint) -> Parts:
+    """Return the text that the command line asks for.
+
+    Raises:
+        Refusal: it is too short, or the novels are not there.
+    """
+    counts = Counts(o.sequences, o.judge, o.test_sequences, o.length or own.context)
+    if o.text:
+        return of_users_text(own, o.text, counts)
+    try:
+        if o.books or books_folder().is_dir():
+            return of_novels(own, split(o.books), counts)
+    except FileNotFoundError as error:
+        raise Refusal(str(error)) from error
+    return of_itself(own, counts)
 
 
 def run(o: argparse.Namespace) -> Found:
@@ -109,24 +144,27 @@ def run(o: argparse.Namespace) -> Found:
     Raises:
         Refusal: it cannot be done.
     """
-    books, own, reference = check(o)
+    own, reference = check(o)
     model, softmax = (Forward(checkpoint, o.seed) for checkpoint in (own, reference))
-    length = o.length or own.context
+    parts = parts_of(o, own)
+    length = parts.test.inputs.shape[1]
+    print(f"Text: {parts.source}", flush=True)
 
-    def on(forward: Forward, file: Path, sequences: int) -> Measured:
-        return Measured.on(forward, file, length, sequences, o.runs / "budgets")
+    def on(forward: Forward, text: Texts) -> Measured:
+        return Measured.on(forward, text, o.runs / "budgets")
 
     validation = Validation(
-        on(model, books.validation, o.sequences),
-        on(model, books.validation, o.judge),
-        on(softmax, books.validation, o.judge),
-        o.step,
+        on(model, parts.search), on(model, parts.judge), on(softmax, parts.judge), o.step
     )
     unpruned, allowance = validation.unpruned, validation.allowance
-    limit = unpruned.value + allowance.value
-    main_target = (reference.name, limit) if o.max_loss is None else ("max-loss", o.max_loss)
-    rises = [(f"+{percent:g} %", higher(unpruned.value, percent)) for percent in o.rise]
-    targets, path = find(validation, [main_target, *rises])
+    limits = [(f"+{percent:g} %", higher(unpruned.value, percent)) for percent in o.rise]
+    if o.max_loss is not None:
+        limits.insert(0, ("max-loss", o.max_loss))
+    elif parts.kind != "own":
+        limits.insert(0, (reference.name, unpruned.value + allowance.value))
+    if not limits:
+        raise Refusal("there is no target: give --rise or --max-loss")
+    targets, path = find(validation, limits)
 
     chosen: dict[Budgets, str] = {}
     for target in targets:
@@ -138,8 +176,8 @@ def run(o: argparse.Namespace) -> Found:
         nearest = min(path, key=lambda budgets: abs(sum(budgets) - wanted))
         chosen.setdefault(nearest, "searched")
     rows = compare(
-        on(model, books.test, o.test_sequences),
-        on(softmax, books.test, o.test_sequences),
+        on(model, parts.test),
+        on(softmax, parts.test),
         sorted((budget for budget in o.uniform if budget < length), reverse=True),
         dict(sorted(chosen.items(), key=lambda pair: -sum(pair[0]))),
     )
@@ -147,13 +185,14 @@ def run(o: argparse.Namespace) -> Found:
         "checkpoint": own.name,
         "reference": reference.name,
         "digests": {checkpoint.name: checkpoint.digest for checkpoint in (own, reference)},
-        "texts": {file.name: digest(file) for file in (books.validation, books.test)},
+        "text_from": parts.kind,
+        "texts": parts.digests,
         "length": length,
         "step": o.step,
         "sequences": {
             "search": len(validation.looked_at.text),
             "judged": len(validation.judged.text),
-            "test": o.test_sequences,
+            "test": len(parts.test),
         },
         "seed": o.seed,
         "machine": machine(),
@@ -168,8 +207,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         found = run(o)
     except Refusal as error:
-        sys.exit(f"training.budgets: {error}")
-    out = found.write(o.out)
+        print(f"training.budgets: {error}", file=sys.stderr)
+        sys.exit(2)
+    default = FOLDER if found.about["text_from"] == "novels" else o.runs / "budgets"
+    out = found.write(o.out or default)
     if o.plot:
         save([found], o.plot)
     print(text_table(found.rows))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -14,50 +12,15 @@ from transformers import AutoModelForCausalLM
 from attn_kernels.pruning import FRACTION_BITS
 from hf_attn import VariantLlamaForCausalLM
 from training.analyze.measure import Checkpoint
+from training.budgets.errors import Refusal
 from training.budgets.eviction import RULES, Cache, accumulate, survivors
-from training.data import read_tokens, sequence
+from training.budgets.texts import Texts
 
 VARIANTS = ("selective", "softmax")
 """Whose weights are a softmax, so that torch's fused attention can compute them."""
 
 BATCH = 8
 """Sequences that a layer takes at once: a few matrices of `BATCH * length ** 2` numbers."""
-
-
-class Refusal(ValueError):
-    """What was asked for cannot be done; the message says what to do."""
-
-
-class Texts:
-    """Sequences of a text as training sees them, spread evenly over it: `inputs` and `targets`,
-    `[sequences, length]`.
-
-    Args:
-        checkpoint: whose tokenizer reads it.
-        file: the text.
-        length: tokens of a sequence.
-        sequences: how many; all that there are if these are fewer.
-
-    Raises:
-        Refusal: the text is shorter than two sequences.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, file: Path, length: int, sequences: int) -> None:
-        tokens = read_tokens([file], checkpoint.tokenizer)[:-1]
-        there = len(tokens) // length
-        if there < 2:
-            raise Refusal(f"{file} has {len(tokens)} tokens, fewer than two sequences of {length}")
-        places = [i * there // sequences for i in range(sequences)]
-        pairs = [
-            sequence(tokens, place * length, length, checkpoint.bos)
-            for place in sorted(set(places))
-        ]
-        self.inputs, self.targets = (
-            torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True)
-        )
-
-    def __len__(self) -> int:
-        return len(self.inputs)
 
 
 class Forward:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.analyze.measure import Checkpoint, digest
+from training.analyze.measure import Checkpoint
 from training.budgets.evaluations import Evaluations, Losses
-from training.budgets.forward import Forward, Texts
+from training.budgets.forward import Forward
+from training.budgets.texts import Texts
 
 Budgets = tuple[int, ...]
 """Tokens that each layer keeps."""
@@ -31,28 +32,11 @@ class Measured:
     evaluations: Evaluations
 
     @classmethod
-    def on(cls, forward: Forward, file: Path, length: int, sequences: int, runs: Path) -> Measured:
-        """A model on sequences of a file.
-
-        Args:
-            forward: the model.
-            file: the text.
-            length: tokens of a sequence.
-            sequences: how many, spread over the text.
-            runs: folder of the evaluations.
-
-        Raises:
-            Refusal: the text is too short.
-        """
+    def on(cls, forward: Forward, text: Texts, runs: Path) -> Measured:
+        """Return a model on a text, with the evaluations that `runs` has of the two."""
         checkpoint = forward.checkpoint
-        about = {
-            "checkpoint": checkpoint.digest,
-            "text": digest(file),
-            "length": length,
-            "sequences": sequences,
-        }
-        text = Texts(checkpoint, file, length, sequences)
-        name = f"{checkpoint.name}-{file.stem}"
+        about = {"checkpoint": checkpoint.digest, **text.about}
+        name = f"{checkpoint.name}-{text.name.replace(' ', '_')}"
         return cls(checkpoint, forward, text, Evaluations(runs, name, about))
 
     @property
