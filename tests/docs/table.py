@@ -298,7 +298,7 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
-    "python -m quant.report": Run(),
+    "python -m quant.report": Run("python -m quant.report --results quant/results"),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
         "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 4 8 "
         "--scheme rtn --sequences 1 --length 64 --calibration 1 --out sensitivity",
