@@ -31,7 +31,8 @@ import pandas as pd
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from serving.launch import last_error
+from benchmarks.servers import config_of
+from serving.launch import LaunchError, last_error
 
 BLOCK = 5
 """Decode steps with the wrappers, then as many without."""
@@ -370,8 +371,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "norm (default: compile, as `vllm serve` does)",
     )
     options = parser.parse_args(arguments)
-    if not (options.ckpt / "config.json").is_file():
-        parser.error(f"{options.ckpt} is not a checkpoint: it has no config.json")
+    try:
+        config_of(options.ckpt)
+    except LaunchError as error:
+        parser.error(str(error))
     return options
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from benchmarks.servers import Answer, Server, append_csv, run
+from benchmarks.servers import Answer, Server, append_csv, config_of, run
 from serving.launch import LaunchError
 
 CSV = machine.RESULTS / "rates_cpu.csv"
@@ -101,7 +101,7 @@ def measured(answers: Sequence[Answer], prompt_len: int) -> Round:
 async def measure(peers: Sequence[Server], options: argparse.Namespace) -> list[Case]:
     """Every case, all backends in turn; the order of the turn is reversed every other round."""
     rng = np.random.default_rng(options.seed)
-    vocabulary = json.loads((options.ckpt / "config.json").read_text())["vocab_size"]
+    vocabulary = config_of(options.ckpt)["vocab_size"]
     cases = [Case(length, batch) for length in options.prompt_lens for batch in options.batches]
 
     async def one_round(index: int, prompts: list[list[int]], n: int) -> list[Round]:
@@ -241,10 +241,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         LaunchError: with the reason in one line.
     """
-    try:
-        config = json.loads((options.ckpt / "config.json").read_text())
-    except OSError as error:
-        raise LaunchError(f"--ckpt {options.ckpt} is not a checkpoint: {error}", 2) from None
+    config = config_of(options.ckpt)
     if options.new_tokens == 1:
         raise LaunchError("--new-tokens 1 has no decode step: give 2 or more", 2)
     longest = max(options.prompt_lens) + options.new_tokens

@@ -209,7 +209,7 @@ def refusal(capsys: Capture, *argv: str) -> str:
         ("--what cache", "unknown --what 'cache': use one or several of weights, activations, kv"),
         ("--groups 0", "'0' is not a whole number above 0"),
         ("--ray", "--ray needs the library ray, which is not installed: leave it out"),
-        ("--books nowhere", "emma.txt is not there: name the folder of books with --books"),
+        ("--books nowhere", "emma.txt is not there"),
         ("--eval nowhere", "name its folder with --eval"),
     ],
 )
