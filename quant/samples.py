@@ -30,10 +30,16 @@ class Samples:
 
 
 class Subject(Checkpoint):
-    """A checkpoint whose texts are turned into tokens once, however many cells it has."""
+    """A checkpoint whose texts are turned into tokens once, however many cells it has.
+
+    Args:
+        folder: a Hugging Face folder.
+        length: tokens of a sequence; `context` is that, or the training length if that is less.
+    """
 
     def __init__(self, folder: Path, length: int) -> None:
         super().__init__(folder)
+        self.length = length
         self.context = min(length, self.context)
         self._encoded: dict[str, list[int]] = {}
 

@@ -170,10 +170,10 @@ def set_files(sets: Path) -> list[Path]:
     files = [sets / WIKITEXT, *Blimp().files(data), *Lambada().files(data)]
     for file in files:
         if not file.is_file():
-            raise Refusal(f"{file} is not there: name its folder with --eval, or leave that out")
+            raise Refusal(f"{file} is not there: name its folder with --eval, or leave it out")
     if len(files) < 3:
         raise Refusal(
-            f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave that out"
+            f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out"
         )
     return files
 
@@ -188,11 +188,11 @@ def _measured(sources: Sources, subject: Subject, sequences: int, length: int) -
 def _sampled(
     sources: Sources, subject: Subject, use: Use, sequences: int, length: int, seed: int = 0
 ) -> Text:
-    """Pieces that a checkpoint writes; one with a shorter context than the reader's writes them
-    as long as it can."""
-    writer = sources.writer or subject.folder
-    rows = sampled_text(writer, use, sequences, Subject(writer, length).context + 1, seed)
-    return Text(SAMPLED + writer.resolve().name, rows[:, 1:].tolist())
+    """Pieces that a checkpoint writes. Their beginnings are the same for every reader, also for
+    one whose context is shorter."""
+    writer = Subject(sources.writer or subject.folder, subject.length)
+    rows = sampled_text(writer.folder, use, sequences, writer.context + 1, seed)
+    return Text(SAMPLED + writer.name, rows[:, 1 : length + 1].tolist())
 
 
 def _names(files: Sequence[Path]) -> str:

@@ -72,7 +72,14 @@ RULES: dict[str, Rule] = {
         make_serve("out-4bit"),
         setup="python -m quant.quantize checkpoints/softpick out-4bit --bits 4 --scheme rtn",
     ),
-    "python -m quant.sweep CKPT --bits 2 3 4 8": Run(
+    "python -m quant.sweep --bits 2 3 4 8": Run(
+        "python -m quant.sweep --bits 4 --sequences 2 --length 64 --schemes rtn --what weights "
+        "--out sweep-all --jobs 1",
+        prints="selective_prunable",
+        slow=True,
+        long=True,
+    ),
+    "python -m quant.sweep CKPT": Run(
         f"python -m quant.sweep checkpoints/softpick --bits 4 {SMALL} --schemes rtn "
         "--what weights --calibration 2 --out sweep-one --jobs 1",
         long=True,
@@ -284,6 +291,7 @@ RULES: dict[str, Rule] = {
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
     # docs/QUANT.md
+    "python -m quant": Run(prints="sensitivity"),
     **{
         f"pip install -e '.[{extra}]'": Run(
             f"pip install --quiet --no-deps --no-build-isolation -e '.[{extra}]'"
