@@ -14,7 +14,7 @@ from attn_kernels.variants.selective import Selective
 from benchmarks import machine
 from benchmarks.options import positive
 from benchmarks.quantized import DTYPES, name_of
-from benchmarks.servers import Server
+from benchmarks.servers import Server, config_of
 from serving.launch import LaunchError
 
 BUNDLED = [machine.ROOT / "checkpoints" / name for name in ("softmax", "softpick", "selective")]
@@ -70,19 +70,6 @@ class CaseServer(Server):
         common += ["--enforce-eager"] if o.enforce_eager else []
         mine = [*common, *case.arguments(), *arguments, *o.vllm_args]
         super().__init__(case.name.replace(" ", "-"), case.ckpt, mine, o.threads, o.log_folder)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json.
-
-    Raises:
-        LaunchError: there is none.
-    """
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise LaunchError(f"{folder} is not a checkpoint: {error}", 2) from None
-    return config
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:

@@ -32,7 +32,7 @@ from attn_kernels.pruning import slot_bytes
 from attn_kernels.variants.selective import LEAST_BUDGET, Selective
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from benchmarks.servers import Server, append_csv, run
+from benchmarks.servers import Server, append_csv, config_of, run
 from benchmarks.watch import watched
 from serving.launch import LaunchError
 
@@ -99,7 +99,7 @@ async def long_answer(peer: Peer, length: int) -> dict[str, Any]:
 async def measure(peers: Sequence[Peer], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rounds in alternation, then the long answers; one row a server."""
     rng = np.random.default_rng(options.seed)
-    vocabulary = json.loads((options.ckpt / "config.json").read_text())["vocab_size"]
+    vocabulary = config_of(options.ckpt)["vocab_size"]
     shape = (options.requests, options.prompt_len)
     rounds: list[list[Round]] = [[] for _ in peers]
     for peer in peers:
@@ -142,7 +142,7 @@ def token_bytes(options: argparse.Namespace) -> int:
 
 def shape(options: argparse.Namespace) -> tuple[int, int, torch.dtype]:
     """KV heads, head size and the cache's type."""
-    config = json.loads((options.ckpt / "config.json").read_text())
+    config = config_of(options.ckpt)
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_size = config.get("head_dim") or config["hidden_size"] // heads
@@ -202,10 +202,10 @@ def check(options: argparse.Namespace) -> list[int]:
         LaunchError: with the reason in one line.
     """
     try:
-        config = json.loads((options.ckpt / "config.json").read_text())
+        config = config_of(options.ckpt)
         variant = variant_from_config(config)
-    except (OSError, VariantError) as error:
-        raise LaunchError(f"--ckpt {options.ckpt} is not a checkpoint: {error}", 2) from None
+    except VariantError as error:
+        raise LaunchError(f"{options.ckpt}: {error}", 2) from None
     if not isinstance(variant, Selective):
         raise LaunchError(f"--ckpt {options.ckpt} has no selective attention to prune", 2)
     layers = config["num_hidden_layers"]

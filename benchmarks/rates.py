@@ -29,10 +29,12 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from benchmarks.servers import Answer, Server, append_csv, run
+from benchmarks.servers import Answer, Server, append_csv, config_of, run, variant_of
 from serving.launch import LaunchError
 
 CSV = machine.RESULTS / "rates_cpu.csv"
+BACKENDS = ("cpu_attn", "softmax", "softpick")
+LENGTHS = (1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def measured(answers: Sequence[Answer], prompt_len: int) -> Round:
 async def measure(peers: Sequence[Server], options: argparse.Namespace) -> list[Case]:
     """Every case, all backends in turn; the order of the turn is reversed every other round."""
     rng = np.random.default_rng(options.seed)
-    vocabulary = json.loads((options.ckpt / "config.json").read_text())["vocab_size"]
+    vocabulary = config_of(options.ckpt)["vocab_size"]
     cases = [Case(length, batch) for length in options.prompt_lens for batch in options.batches]
 
     async def one_round(index: int, prompts: list[list[int]], n: int) -> list[Round]:
@@ -205,11 +207,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser, add = command_line("benchmarks.rates", __doc__)
     add("--ckpt", "the checkpoint's folder", type=Path, required=True)
-    backends = ["cpu_attn", "softmax", "softpick"]
-    add("--backends", "names, the first is what others compare to", nargs="+", default=backends)
-    lengths = {"type": positive, "nargs": "+"}
-    add("--prompt-lens", "tokens of a prompt", default=[1024, 4096], **lengths)
-    add("--batches", "requests at once", default=[1, 8], **lengths)
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        help="names, the first is what others compare to (default: the checkpoint's own, beside "
+        f"vLLM's for softmax; {' '.join(BACKENDS)} if its config.json names none)",
+    )
+    parser.add_argument(
+        "--prompt-lens",
+        type=positive,
+        nargs="+",
+        help=f"tokens of a prompt (default: {' and '.join(map(str, LENGTHS))}, as far as the "
+        "model has room, else what it has room for)",
+    )
+    add("--batches", "requests at once", type=positive, nargs="+", default=[1, 8])
     add("--new-tokens", "tokens of an answer", type=positive, default=64)
     add("--rounds", "decode rounds of each case", type=positive, default=5)
     add("--prefill-rounds", "uncached rounds of each case", type=positive, default=2)
@@ -231,6 +242,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "vllm_args", nargs="*", metavar="-- VLLM_ARGS", help="further arguments of `vllm serve`"
     )
     options = parser.parse_args(arguments)
+    config = config_of(options.ckpt)
+    own = variant_of(config)
+    choices = {"": BACKENDS, "softmax": BACKENDS[:2]}
+    options.backends = options.backends or list(choices.get(own, (own,)))
+    room = config["max_position_embeddings"] - options.new_tokens
+    fitting = [length for length in LENGTHS if length <= room] or [max(1, room)]
+    options.prompt_lens = options.prompt_lens or fitting
     check(options)
     return options
 
@@ -241,10 +259,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         LaunchError: with the reason in one line.
     """
-    try:
-        config = json.loads((options.ckpt / "config.json").read_text())
-    except OSError as error:
-        raise LaunchError(f"--ckpt {options.ckpt} is not a checkpoint: {error}", 2) from None
+    config = config_of(options.ckpt)
     if options.new_tokens == 1:
         raise LaunchError("--new-tokens 1 has no decode step: give 2 or more", 2)
     longest = max(options.prompt_lens) + options.new_tokens

@@ -115,6 +115,28 @@ class Server:
         return [Answer(sent, tokens, cached) for tokens in times]
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json.
+
+    Raises:
+        LaunchError: there is none, or it is no language model's.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{folder} is not a checkpoint: {error}", 2) from None
+    for name in ("num_hidden_layers", "max_position_embeddings", "vocab_size"):
+        if not isinstance(config, dict) or name not in config:
+            raise LaunchError(f"{folder} is not a checkpoint: config.json has no {name}", 2)
+    return config
+
+
+def variant_of(config: dict[str, Any]) -> str:
+    """Return the name of the attention that a config.json asks for; empty if it names none."""
+    entry = config.get("attention_variant") or {}
+    return str(entry.get("name", "")) if isinstance(entry, dict) else ""
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on."""
     with socket.socket() as probe:

@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights")
     options = parser.parse_args()
+    if options.folder.exists() and not options.folder.is_dir():
+        parser.error(f"{options.folder} is not a folder")
     try:
         folder = write_smollm2(options.folder, options.dtype)
     except OSError as error:

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -38,6 +37,7 @@ from attn_kernels import Variant, VariantError, get_variant, variant_from_config
 from benchmarks import machine
 from benchmarks.options import positive
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
+from training.analyze.measure import read_config
 from training.data import read_tokens, text_file
 from training.finetune import FineTune, FineTuneError, Settings
 from training.recipe import parse_variant
@@ -62,20 +62,17 @@ def initial_scale(train_length: int) -> float:
     return train_length / math.lgamma(train_length + 1)  # lgamma(n + 1) = ln n!
 
 
-def read_config(source: Path, target: Variant | None) -> PreTrainedConfig:
+def convertible_config(source: Path, target: Variant | None) -> PreTrainedConfig:
     """The configuration of a folder that can be converted.
 
     Raises:
         ConvertError: it is no Llama of softmax or of `target` itself.
     """
-    if not (source / "config.json").is_file():
-        raise ConvertError(f"{source} has no config.json: name the folder of a checkpoint")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         variant = variant_from_config(config)
-    except (ValueError, KeyError) as error:
-        line = str(error).partition("\n")[0]
-        raise ConvertError(f"{source} cannot be read: {line}") from None
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
     if config.model_type not in ("llama", "variant_llama"):
         raise ConvertError(f"{source} is a {config.model_type}: only Llamas can be converted")
     if variant not in (None, get_variant("softmax"), target):
@@ -122,7 +119,7 @@ def convert(
     Raises:
         ConvertError: the source is no such Llama, or a number makes no sense.
     """
-    config = read_config(source, variant_from_config({"attention_variant": variant}))
+    config = convertible_config(source, variant_from_config({"attention_variant": variant}))
     scale = initial_scale(train_length or trained_length(source, config))
     rope = dict(config.rope_parameters)
     rope["rope_theta"] = float(rope_theta or rope["rope_theta"]) * rope_theta_factor
@@ -184,8 +181,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "source": source.name,
         "source_conversion": read_record(source) or None,
         "attention_variant": options.variant,
-        "train_length": options.train_length
-        or trained_length(source, AutoConfig.from_pretrained(source)),
+        "train_length": options.train_length or trained_length(source, read_config(source)),
         "rope_theta": config.rope_parameters["rope_theta"],
         "max_position_embeddings": config.max_position_embeddings,
         "initial": learned_summary(model),

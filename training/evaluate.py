@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from attn_kernels import VariantError
 from attnserve.sampled_text import sampled_text
 from benchmarks.options import positive
-from training.analyze.measure import Checkpoint
+from training.analyze.measure import Checkpoint, first_line
 from training.books import Split, add_books_option, books_folder, split
 from training.data import Tokens, read_tokens, sequence, text_file
 from training.ngram import Trigram, Unigram, log_likelihood
@@ -215,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = texts_of(checkpoint, options)
         scores = evaluate(checkpoint, texts, train)
     except (OSError, ValueError, VariantError) as error:
-        line = str(error).partition("\n")[0]
-        print(f"training.evaluate: {line}", file=sys.stderr)
+        print(f"training.evaluate: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     print(table(scores))
     if texts[0].name == "own text":

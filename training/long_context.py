@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from attn_kernels import variant_from_config
 from benchmarks import machine
 from benchmarks.options import command_line, positive
+from training.analyze.measure import read_config
 from training.analyze.scorer import Item
 from training.analyze.vllm_scorer import DTYPE_BYTES, VLLMScorer
 from training.books import add_books_option, split
@@ -85,10 +86,11 @@ def describe(checkpoint: Path) -> dict[str, Any]:
     Raises:
         LongContextError: the folder holds no checkpoint.
     """
-    if not (checkpoint / "config.json").is_file():
-        raise LongContextError(f"{checkpoint} has no config.json: name the folder of a checkpoint")
-    config = AutoConfig.from_pretrained(checkpoint)
-    variant = variant_from_config(config)
+    try:
+        config = read_config(checkpoint)
+        variant = variant_from_config(config)
+    except ValueError as error:
+        raise LongContextError(str(error)) from None
     made = read_record(checkpoint)
     tuned = (made if "finetuning" in made else made.get("source_conversion") or {}).get(
         "finetuning", {}
@@ -276,12 +278,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_books_option(parser)
     options = parser.parse_args(argv)
     try:
-        books = split(options.books) if options.checkpoints and not options.texts else None
-        texts = options.texts or ([books.validation, books.test] if books else [])
         o = options
-        settings = (tuple(texts), o.length, o.windows, o.spacing, o.dtype, o.csv)
         for checkpoint in o.checkpoints:
             describe(checkpoint)  # before anything is measured
+        books = split(o.books) if o.checkpoints and not o.texts else None
+        texts = o.texts or ([books.validation, books.test] if books else [])
+        settings = (tuple(texts), o.length, o.windows, o.spacing, o.dtype, o.csv)
         for checkpoint in o.checkpoints:
             measure(Job(checkpoint, *settings))
         table = read(o.csv)

@@ -31,11 +31,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.cases import Case, add_options, cases_of, config_of, described
+from benchmarks.cases import Case, add_options, cases_of, described
 from benchmarks.memory.measure import measure
 from benchmarks.memory.predict import QUANTITIES, predict
 from benchmarks.options import command_line, positive
-from benchmarks.servers import append_csv, until_signal
+from benchmarks.servers import append_csv, config_of, until_signal
 from serving.launch import LaunchError
 
 CSV = machine.RESULTS / "memory_cpu.csv"

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.cases import Case, CaseServer, config_of
-from benchmarks.servers import started, while_alive
+from benchmarks.cases import Case, CaseServer
+from benchmarks.servers import config_of, started, while_alive
 from benchmarks.watch import Watched, metrics, processes, rss, watched
 from serving.launch import LaunchError
 

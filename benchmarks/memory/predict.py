@@ -10,8 +10,9 @@ import torch
 from attn_kernels import get_variant
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import slot_bytes
-from benchmarks.cases import Case, config_of
+from benchmarks.cases import Case
 from benchmarks.quantized import weight_bytes
+from benchmarks.servers import config_of
 
 BLOCK_SIZE = 128
 """Tokens of vLLM's blocks on a CPU."""

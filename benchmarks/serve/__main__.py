@@ -37,12 +37,12 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.cases import add_options, cases_of, config_of, described
+from benchmarks.cases import add_options, cases_of, described
 from benchmarks.options import command_line, positive
 from benchmarks.serve.levels import LEVELS, level
 from benchmarks.serve.measure import SLACK, Runs, Subject, measure, server_of
 from benchmarks.serve.report import capacity, plot, results, table
-from benchmarks.servers import append_csv, until_signal
+from benchmarks.servers import append_csv, config_of, until_signal
 from serving.launch import LaunchError
 
 CSV = machine.RESULTS / "serve_cpu.csv"

@@ -11,7 +11,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from benchmarks.rates import Case, Round, decode_rate, measured, results
+from attn_kernels import variant_names
+from benchmarks.rates import Case, Round, decode_rate, measured, parse, results
 from benchmarks.servers import Answer, append_csv
 from serving.launch import LaunchError
 from tests.tiny import tiny_checkpoint
@@ -96,6 +97,15 @@ def test_bad_input_is_one_line(checkpoint: Path, arguments: list[str], reason: s
     assert ended.returncode == 2
     assert reason in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_defaults_fit_the_checkpoint(name: str, tmp_path: Path) -> None:
+    """A checkpoint that names its attention runs with no other; a prompt has to fit."""
+    ckpt = tiny_checkpoint(tmp_path, name)  # 1024 tokens
+    options = parse(["--ckpt", str(ckpt)])
+    assert options.backends == (["cpu_attn", "softmax"] if name == "softmax" else [name])
+    assert options.prompt_lens == [960]
 
 
 def ours() -> list[psutil.Process]:

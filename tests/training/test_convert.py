@@ -292,7 +292,7 @@ def test_learning_rate() -> None:
 
 
 REFUSED = {
-    "no folder": (["{tmp}/none", "{tmp}/out"], "has no config.json: name the folder"),
+    "no folder": (["{tmp}/none", "{tmp}/out"], "has no config.json: name a"),
     "not a Llama": (["{tmp}/gpt2", "{tmp}/out"], "is a gpt2: only Llamas can be converted"),
     "another variant": (["{tmp}/softpick", "{tmp}/out"], "has softpick attention already"),
     "quantized": (["{tmp}/quantized", "{tmp}/out"], "is quantized: convert the original"),

@@ -88,7 +88,7 @@ def test_measured_through_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{tmp}"], "has no config.json: name the folder of a checkpoint"),
+        (["{tmp}"], "has no config.json: name a checkpoint's folder"),
         (["--csv", "{tmp}/none.csv"], "has no float32 rows: name a checkpoint to measure"),
         (["{ckpt}"], "emma.txt is not there: fetch the thirteen novels"),
         (["{ckpt}", "--texts", "{ckpt}/config.json"], "no text has 32768 tokens"),

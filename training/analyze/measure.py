@@ -45,6 +45,25 @@ class Data:
         return self.evaluation
 
 
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint.
+
+    Raises:
+        ValueError: the folder holds none, or one that transformers cannot read; in one line.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers lets anything through that a wrong file causes
+        raise ValueError(f"{folder} cannot be read: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return (str(error) or repr(error)).partition("\n")[0]
+
+
 class Checkpoint:
     """A Hugging Face folder.
 
@@ -57,12 +76,13 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, context: int | None = None) -> None:
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
         self.folder = folder
         self.name = folder.resolve().name
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.config = read_config(folder)
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} has no tokenizer: {first_line(error)}") from None
         self.context: int = context or self.config.max_position_embeddings
 
     @property

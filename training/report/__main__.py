@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", ROOT / "docs" / "RESULTS.md", "the document")
     add("--figures", ROOT / "docs" / "results", "folder of the PNG files")
     options = parser.parse_args(argv)
+    for folder in (options.results, options.checkpoints):
+        if not folder.is_dir():
+            parser.error(f"{folder} is not a folder")
     try:
         evidence = load(
             options.results,

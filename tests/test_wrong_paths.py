@@ -1,0 +1,79 @@
+"""Every command of training and benchmarks that is given a wrong path: one line, no traceback."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import COMMANDS as BENCHMARKS
+from tests.tiny import LICENSE
+from training.__main__ import COMMANDS as TRAINING
+
+WRONG = {
+    "training.evaluate": "{bad}",
+    "training.train": "--variant softpick --data {text} --tokenizer {bad} --out {out}",
+    "training.tokenizer": "--data {bad} --out {out}",
+    "training.convert": "{bad} {out} --variant ssmax",
+    "training.budgets": "{bad}",
+    "training.long_context": "{bad} --texts {text}",
+    "training.analyze": "{bad} --measures passkey",
+    "training.report": "--results {file} --out {out}/r.md --figures {out}",
+    "training.books": "--out {file}",
+    "training.checkpoints": "--books {bad} --runs {out} --out {out}",
+    "training.learning_rate": "--books {bad} --runs {out} --csv {out}/t.csv",
+    "benchmarks.rates": "--ckpt {bad}",
+    "benchmarks.pruning": "--ckpt {bad}",
+    "benchmarks.quantized": "--ckpt {bad} --packed {bad}",
+    "benchmarks.decode_step": "--ckpt {bad}",
+    "benchmarks.serve": "--ckpts {bad}",
+    "benchmarks.memory": "--ckpts {bad}",
+    "benchmarks.smollm2": "{file}",
+}
+"""A path that is no checkpoint, text or folder, where the command reads or writes one."""
+WITHOUT = {  # they read no path, and write only what they have measured
+    *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
+    *("benchmarks.roofline", "benchmarks.triton_compile", "benchmarks.triton_compile.packed"),
+    "benchmarks.gpu_check",
+}
+CONFIGS = {"nothing": None, "no JSON": "{", "empty": "{}", "no mapping": "[]"}
+"""What config.json holds in the folder that is named."""
+
+
+def test_every_command_is_here() -> None:
+    assert {*TRAINING, *BENCHMARKS} == {*WRONG, *WITHOUT}
+    for package in ("training", "benchmarks"):
+        for file in Path(package).rglob("*.py"):
+            module = ".".join(file.with_suffix("").parts).removesuffix(".__main__")
+            inside = {"worker", "naive", "upstream"}  # processes that a command starts
+            if '__name__ == "__main__"' in file.read_text() and file.stem not in inside:
+                assert module in {*TRAINING, *BENCHMARKS, package}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("module", WRONG)
+def test_wrong_path(
+    module: str,
+    config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad, out, file = tmp_path / "bad", tmp_path / "out", tmp_path / "file"
+    file.write_text("a file")
+    content = CONFIGS[config]
+    if content is not None:
+        bad.mkdir()
+        (bad / "config.json").write_text(content)
+    places = {"bad": bad, "out": out, "file": file, "text": LICENSE}
+    monkeypatch.setattr(sys, "argv", [module, *WRONG[module].format(**places).split()])
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ended.value.code not in (0, None)
+    line = (capsys.readouterr().err.splitlines() or [str(ended.value)])[-1]
+    assert str(tmp_path) in line
+    assert line.startswith((f"{module}: ", f"python -m {module}: "))
