@@ -298,12 +298,6 @@ RULES: dict[str, Rule] = {
         )
         for extra in ("quant-libraries", "lm-eval")
     },
-    "python -m quant.sweep checkpoints/softmax checkpoints/softpick": Run(
-        f"python -m quant.sweep checkpoints/softmax checkpoints/softpick --bits 3 {SMALL} "
-        "--schemes hqq --what weights --calibration 2 --out sweep-two --jobs 1",
-        slow=True,
-        long=True,
-    ),
     "python -m quant.report": Run("python -m quant.report --results quant/results"),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
         "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 4 8 "
