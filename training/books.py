@@ -117,6 +117,7 @@ def fetch(folder: Path, source: str, server: str = "", keep_changed: bool = Fals
     Raises:
         FetchError: the folder holds something else, a download failed, or a text is another.
     """
+    folder = folder.resolve()
     url_of, usual = SOURCES[source]
     wanted = novels()
     if folder.exists() and any(folder.iterdir()):
