@@ -6,12 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from attnserve.options import positive
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+__all__ = ["command_line", "positive"]
 
 
 def command_line(

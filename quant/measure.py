@@ -21,14 +21,22 @@ from quant.activations import Activations, QuantizedCache, cache_bytes
 from quant.cell import Cell
 from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
+from quant.samples import Samples, Subject
 from quant.schemes.registry import get_scheme
 from quant.scorer import Comparison, Recorder, WatchedScorer, Watcher
-from quant.texts import calibration
+from quant.texts import (
+    Sources,
+    Text,
+    calibration_text,
+    fingerprint,
+    measured_texts,
+    set_files,
+)
 from training.analyze.blimp import Blimp
 from training.analyze.intervals import Estimate, Z, mean_interval
 from training.analyze.lambada import Lambada
-from training.analyze.measure import Checkpoint, Data, Measure, digest
-from training.analyze.perplexity import TEXTS, Perplexity
+from training.analyze.measure import Checkpoint, Data, digest
+from training.analyze.perplexity import score_text
 from training.analyze.scorer import Scorer
 from training.analyze.transformers_scorer import load
 from training.books import split
@@ -39,31 +47,6 @@ NUMERICS = 1
 
 
 @dataclass(frozen=True)
-class Samples:
-    """How much is measured.
-
-    Args:
-        sequences: of each of the three texts, for perplexity and divergence.
-        length: tokens of a sequence; at most the training length is used.
-        pairs: of each BLiMP set.
-        passages: of LAMBADA.
-        calibration: sequences of training text for GPTQ and static scales.
-        seed: of the calibration's places.
-    """
-
-    sequences: int = 16
-    length: int = 512
-    pairs: int = 50
-    passages: int = 100
-    calibration: int = 16
-    seed: int = 0
-
-    def measures(self) -> list[Measure]:
-        """What is asked of every model."""
-        return [Perplexity(self.sequences), Blimp(self.pairs), Lambada(self.passages)]
-
-
-@dataclass(frozen=True)
 class Task:
     """A cell of a checkpoint, with all that is needed to measure it in another process.
 
@@ -71,7 +54,7 @@ class Task:
         folder: the checkpoint.
         cell: what to quantize.
         samples: how much to measure.
-        data: where the texts are.
+        texts: what to measure and calibrate on.
         records: folder for the log-probabilities of unquantized models.
         key: what the result depends on.
         baseline: the unquantized model's `units`; None if this is it.
@@ -81,7 +64,7 @@ class Task:
     folder: Path
     cell: Cell
     samples: Samples
-    data: Data
+    texts: Texts
     records: Path
     key: dict[str, Any]
     baseline: dict[str, Any] | None = None
@@ -93,19 +76,44 @@ class Task:
         return f"{self.folder.resolve().name} {self.cell.name}"
 
 
-class Subject(Checkpoint):
-    """A checkpoint whose texts are turned into tokens once, however many cells it has."""
+@dataclass(frozen=True)
+class Texts:
+    """What a checkpoint is measured and calibrated on.
 
-    def __init__(self, folder: Path, length: int) -> None:
-        super().__init__(folder)
-        self.context = min(length, self.context)
-        self._encoded: dict[str, list[int]] = {}
+    Args:
+        measured: by name; `test` is the main one.
+        calibration: for calibrated schemes, static scales and outliers.
+        sets: the folder of BLiMP and LAMBADA; None: they are not measured.
+        key: a hash of all of it.
+    """
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
-        if text not in self._encoded:
-            self._encoded[text] = super().encode(text)
-        return self._encoded[text]
+    measured: dict[str, Text]
+    calibration: Text
+    sets: Path | None
+    key: str
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """As results keep them."""
+        return {"measured": self.measured["test"].title, "calibration": self.calibration.title}
+
+
+def texts_of(sources: Sources, subject: Subject, samples: Samples) -> Texts:
+    """Return all texts for a checkpoint, sampled where none is given.
+
+    Raises:
+        Refusal, FileNotFoundError, ValueError: one is missing or too short.
+    """
+    sets = [] if sources.sets is None else set_files(sources.sets)
+    measured = measured_texts(sources, subject, samples.sequences)
+    calibration = calibration_text(sources, subject, samples.calibration, samples.seed)
+    if sources.books is not None and sets:
+        # As the committed results have it.
+        books = split(sources.books)
+        key = digest(*books.train, *sorted({books.validation, books.test, *sets}))
+    else:
+        key = f"{fingerprint([*measured.values(), calibration])}{digest(*sets) if sets else ''}"
+    return Texts(measured, calibration, sources.sets, key)
 
 
 @functools.lru_cache(maxsize=1)
@@ -118,7 +126,7 @@ def key_of(
     checkpoint: Checkpoint,
     cell: Cell,
     samples: Samples,
-    data: Data,
+    texts: Texts,
     harness: lm_eval_tasks.Harness | None = None,
 ) -> dict[str, Any]:
     """What a result depends on.
@@ -131,17 +139,10 @@ def key_of(
         "checkpoint": checkpoint.digest,
         "cell": dataclasses.asdict(cell),
         "samples": dataclasses.asdict(samples),
-        "texts": texts_digest(data),
+        "texts": texts.key,
         "numerics": NUMERICS,
         **asked,
     }
-
-
-@functools.cache
-def texts_digest(data: Data) -> str:
-    """A hash of all texts that are read."""
-    files = {file for measure in Samples().measures() for file in measure.files(data)}
-    return digest(*split(data.books).train, *sorted(files))
 
 
 def record_folder(records: Path, name: str, key: dict[str, Any]) -> Path:
@@ -177,10 +178,16 @@ def measure(task: Task) -> dict[str, Any]:
         watcher = comparison = Comparison(record)
     units: dict[str, Any] = {}
     scorer: Scorer = WatchedScorer(model, cache, watcher)
-    for one in task.samples.measures():
-        result = one.run(checkpoint, task.data, scorer)
-        summary |= {f"{one.name}: {figure}": value for figure, value in result.summary.items()}
-        units[one.name] = result.units
+    units["perplexity"] = {}
+    for name, text in task.texts.measured.items():
+        figures, units["perplexity"][name] = score_text(checkpoint, scorer, name, text.pieces)
+        summary |= {f"perplexity: {figure}": value for figure, value in figures.items()}
+    if task.texts.sets is not None:
+        data = Data(task.texts.sets, task.texts.sets)  # they have no books
+        for one in (Blimp(task.samples.pairs), Lambada(task.samples.passages)):
+            result = one.run(checkpoint, data, scorer)
+            summary |= {f"{one.name}: {figure}": value for figure, value in result.summary.items()}
+            units[one.name] = result.units
     if task.harness is not None:
         figures, units[lm_eval_tasks.NAME] = lm_eval_tasks.run(task.harness, checkpoint, scorer)
         summary |= figures
@@ -198,6 +205,7 @@ def measure(task: Task) -> dict[str, Any]:
         "variant": checkpoint.variant,
         "context": checkpoint.context,
         "key": task.key,
+        "texts": task.texts.titles,
         "machine": machine(),
         "seconds": round(time.monotonic() - start, 1),
         "size": size,
@@ -211,11 +219,9 @@ def quantized_model(
     checkpoint: Checkpoint, task: Task
 ) -> tuple[PreTrainedModel, dict[str, int], Callable[[], Cache] | None]:
     """The model, its sizes, and what makes its caches if those are quantized."""
-    cell, samples = task.cell, task.samples
+    cell = task.cell
     model = load(checkpoint.folder)
-    texts = torch.empty(0, dtype=torch.long)
-    if cell.calibrated:
-        texts = calibration(checkpoint, task.data.books, samples.calibration, samples.seed)
+    texts = task.texts.calibration.rows(checkpoint.bos)
     stored = {}
     if cell.scheme is not None:
         scheme = get_scheme(cell.scheme)
@@ -243,8 +249,7 @@ def outliers(
     """Outliers of an unquantized model's weights and linear inputs, on calibration texts."""
     layers = linears(model)
     weights = weight_outliers(layers)
-    samples = task.samples
-    texts = calibration(checkpoint, task.data.books, samples.calibration, samples.seed)
+    texts = task.texts.calibration.rows(checkpoint.bos)
     summary, inputs = input_outliers(model, layers, texts)
     return summary, {"weight outliers": weights, "input outliers": inputs}
 
@@ -252,20 +257,22 @@ def outliers(
 def changes(units: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Estimate]:
     """What quantization changed, text by text: losses in nats, shares."""
     found = {}
-    for text in TEXTS:
-        new, old = (u["perplexity"][text]["sequence_losses"] for u in (units, baseline))
+    for text, before in baseline["perplexity"].items():
+        new, old = (u["sequence_losses"] for u in (units["perplexity"][text], before))
         found[f"{text} loss change"] = mean_interval(np.subtract(new, old))
-    new, old = units["lambada"], baseline["lambada"]
-    found["lambada accuracy change"] = mean_interval(np.subtract(new["hits"], old["hits"]))
-    found["lambada loss change"] = mean_interval(np.subtract(new["losses"], old["losses"]))
-    sets = [
-        np.subtract(units["blimp"]["correct"][name], correct)
-        for name, correct in baseline["blimp"]["correct"].items()
-    ]
-    # The sets are fixed and their pairs are the sample, as for BLiMP's mean itself.
-    mean = float(np.mean([each.mean() for each in sets]))
-    half = Z * float(np.sqrt(sum(each.var(ddof=1) / len(each) for each in sets))) / len(sets)
-    found["blimp change"] = Estimate(mean, mean - half, mean + half)
+    if "lambada" in units:
+        new, old = units["lambada"], baseline["lambada"]
+        found["lambada accuracy change"] = mean_interval(np.subtract(new["hits"], old["hits"]))
+        found["lambada loss change"] = mean_interval(np.subtract(new["losses"], old["losses"]))
+    if "blimp" in units:
+        sets = [
+            np.subtract(units["blimp"]["correct"][name], correct)
+            for name, correct in baseline["blimp"]["correct"].items()
+        ]
+        # The sets are fixed and their pairs are the sample, as for BLiMP's mean itself.
+        mean = float(np.mean([each.mean() for each in sets]))
+        half = Z * float(np.sqrt(sum(each.var(ddof=1) / len(each) for each in sets))) / len(sets)
+        found["blimp change"] = Estimate(mean, mean - half, mean + half)
     if lm_eval_tasks.NAME in units:
         found |= lm_eval_tasks.changes(*(u[lm_eval_tasks.NAME] for u in (units, baseline)))
     return found

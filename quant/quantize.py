@@ -2,8 +2,9 @@
 
     python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq
 
-Linear layers are quantized as `python -m quant.sweep` does it, with the same settings. What is
-written is compressed-tensors' format; docs/QUANT.md says who can read it.
+Linear layers are quantized as `python -m quant.sweep` does it, with the same settings. Without
+--calibration-text, gptq is calibrated on text that the checkpoint writes itself. What is written is
+compressed-tensors' format; docs/QUANT.md says who can read it.
 """
 
 from __future__ import annotations
@@ -24,18 +25,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
-from benchmarks.options import positive
+from attnserve.options import positive
 from quant.errors import Refusal
-from quant.measure import Samples, Subject
 from quant.model import HEAD, empty_model, linears, quantize
+from quant.options import add_text_options, group, sources_of
 from quant.quantize_files import Part, checkpoint_tensors, write_checkpoint, written_format
+from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.schemes.rtn import rtn
-from quant.sweep import group
-from quant.texts import calibration
+from quant.texts import calibration_text
 from quant.weight import BITS, Grid, QuantizedWeight
 from training.analyze.transformers_scorer import load
-from training.books import BOOKS, split
 
 SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
 """Schemes whose grids are codes, scales and zero points of the written format."""
@@ -110,8 +110,6 @@ def plan(options: argparse.Namespace) -> Plan:
                 f"{folder} has no tensor {name}.weight: checkpoints with other names than "
                 "transformers' Llama cannot be quantized yet"
             )
-    if scheme.calibrated:
-        split(options.books)
     return Plan(scheme, grid, embeddings, list(layers), tables, options.activations)
 
 
@@ -159,17 +157,31 @@ def quantize_model(
         return found | quantize(model, counted, chosen.grid, texts, act_order=act_order)
 
 
-def run(options: argparse.Namespace) -> list[Part]:
-    """Do it all; the folder appears when it is complete.
+def calibration(options: argparse.Namespace) -> tuple[str, torch.Tensor]:
+    """Return what is calibrated on: its title, and token ids int64 `[sequences, tokens]`.
 
     Raises:
-        Refusal, ValueError, FileNotFoundError, VariantError: something will not do.
+        Refusal, ValueError, FileNotFoundError: a text is missing or too short.
+    """
+    sources = sources_of(options, [options.checkpoint])[options.checkpoint]
+    subject = Subject(options.checkpoint, options.length)
+    text = calibration_text(sources, subject, options.calibration, options.seed)
+    return text.title, text.rows(subject.bos)
+
+
+def run(options: argparse.Namespace) -> tuple[list[Part], str | None]:
+    """Do it all; the folder appears when it is complete.
+
+    Returns:
+        What became of each part, and what was calibrated on; None if nothing was.
+
+    Raises:
+        Refusal, ValueError, OSError, VariantError: something will not do.
     """
     chosen = plan(options)
-    texts = torch.empty(0, dtype=torch.long)
+    title, texts = None, torch.empty(0, dtype=torch.long)
     if chosen.scheme.calibrated:
-        subject = Subject(options.checkpoint, options.length)
-        texts = calibration(subject, options.books, options.calibration, options.seed)
+        title, texts = calibration(options)
     torch.manual_seed(options.seed)
     model = load(options.checkpoint)
     quantized = quantize_model(model, chosen, texts, options.act_order)
@@ -177,13 +189,14 @@ def run(options: argparse.Namespace) -> list[Part]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         new = Path(temporary) / "new"
-        card = settings(options)
+        card = f"`python -m quant.quantize {settings(options)}`"
+        card += f", calibrated on: {title}" if title else ""
         written = written_format(chosen.activations)
         parts = write_checkpoint(options.checkpoint, new, quantized, chosen.tables, written, card)
         if out.exists():
             shutil.move(out, Path(temporary) / "old")
         os.replace(new, out)
-    return parts
+    return parts, title
 
 
 def settings(options: argparse.Namespace) -> str:
@@ -247,12 +260,12 @@ def parser() -> argparse.ArgumentParser:
         "kernel (default: as they are); with --bits 8 --symmetric --group channel",
     )
     samples = Samples()
-    texts = "sequences of training text that gptq is calibrated on (default: %(default)s)"
+    texts = "sequences of text that gptq is calibrated on (default: %(default)s)"
     add("--calibration", type=positive, default=samples.calibration, help=texts)
     length = "tokens of such a sequence; the training length at most (default: %(default)s)"
     add("--length", type=positive, default=samples.length, help=length)
-    add("--seed", type=int, default=0, help="of the sequences' places (default: %(default)s)")
-    add("--books", type=Path, default=BOOKS, help="their folder (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the calibration text (default: %(default)s)")
+    add_text_options(made, measured=False)
     add("--overwrite", action="store_true", help="replace OUT if it is a quantized checkpoint")
     return made
 
@@ -263,14 +276,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = command.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:
-        parts = run(options)
-    except (Refusal, ValueError, FileNotFoundError, VariantError) as error:
-        print(f"{command.prog}: {error}", file=sys.stderr)
+        parts, title = run(options)
+    except (Refusal, ValueError, OSError, VariantError) as error:
+        print(f"{command.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(table(parts))
+    if title:
+        print(f"Calibrated on: {title}")
     line = {
         "out": str(options.out),
         "settings": settings(options),
+        "calibrated_on": title,
         "parts": {part.name: dataclasses.asdict(part) for part in parts},
     }
     print(json.dumps(line))

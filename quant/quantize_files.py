@@ -76,7 +76,7 @@ def write_checkpoint(
     quantized: Mapping[str, QuantizedWeight],
     tables: Sequence[str],
     form: Format,
-    settings: str,
+    made_by: str,
 ) -> list[Part]:
     """Write a folder like `source` with quantized weights packed.
 
@@ -86,7 +86,7 @@ def write_checkpoint(
         quantized: by layer.
         tables: which of them are embeddings or heads.
         form: what to write.
-        settings: of the command, for the card.
+        made_by: the command, and whatever the card is to say beside it.
 
     Returns:
         What became of linear layers, embeddings, the rest, and all of it.
@@ -125,7 +125,7 @@ def write_checkpoint(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(quantized, tables, form)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    add_to_card(out, source.resolve().name, settings)
+    add_to_card(out, source.resolve().name, made_by)
     order = [name for name in ("linear", "embeddings", "rest") if name in sizes]
     return [*(Part(name, *sizes[name]) for name in order), Part("all", *total)]
 
@@ -197,12 +197,12 @@ def config_group(targets: list[str], weight: QuantizedWeight, form: Format) -> d
     }
 
 
-def add_to_card(folder: Path, name: str, settings: str) -> None:
+def add_to_card(folder: Path, name: str, made_by: str) -> None:
     """Say in README.md how it was made."""
     card = folder / "README.md"
     old = card.read_text(encoding="utf-8").rstrip() + "\n\n" if card.exists() else ""
     text = (
-        f"## Quantized\n\n`{name}` with `python -m quant.quantize {settings}` of attnserve. What "
-        "is said above of weights, sizes and results is of the original.\n"
+        f"## Quantized\n\n`{name}` with attnserve's {made_by}. What is said above of weights, "
+        "sizes and results is of the original.\n"
     )
     card.write_text(old + text, encoding="utf-8")

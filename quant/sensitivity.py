@@ -2,10 +2,11 @@
 
     python -m quant.sensitivity checkpoints/softpick --budget 1200000
 
-Divergences of single layers are measured on the validation book; the frontier of mixed widths, and
-the uniform widths beside it, on the test book. Calibrated schemes see the unquantized model's
-inputs in every layer, so that each layer's weights are the same in any mixture. What has been
-measured is in JOURNAL.jsonl under --out, and is not measured again.
+Divergences of single layers are measured on one text; the frontier of mixed widths, and the uniform
+widths beside it, on another. Where no text is named, the unquantized checkpoint writes both.
+Calibrated schemes see the unquantized model's inputs in every layer, so that each layer's weights
+are the same in any mixture. What has been measured is in JOURNAL.jsonl under --out, and is not
+measured again.
 """
 
 from __future__ import annotations
@@ -28,23 +29,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
-from benchmarks.options import positive
+from attnserve.options import positive
 from quant.errors import Refusal
-from quant.measure import NUMERICS, Samples, Subject
+from quant.measure import NUMERICS
 from quant.mixed import Price, Prices, Widths, path, total, within
 from quant.model import empty_model, linears, put
+from quant.options import add_text_options, group, sources_of
+from quant.samples import Samples, Subject
 from quant.schemes.hessian import watched
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
-from quant.store import FOLDER
+from quant.store import OUT
 from quant.store import put as put_file
-from quant.sweep import group
-from quant.texts import calibration
+from quant.texts import calibration_text, explained, fingerprint, held_out_texts
 from quant.weight import BITS, Grid, QuantizedWeight
 from training.analyze.intervals import Estimate, mean_interval
-from training.analyze.lambada import spread
-from training.analyze.measure import Checkpoint, digest
 from training.analyze.transformers_scorer import load
-from training.books import BOOKS, split
 from training.card import machine
 from training.report.markdown import table
 
@@ -52,20 +51,6 @@ POINTS = 9
 """Of the frontier, at even distances in bytes, both ends included."""
 
 Quantized = dict[str, dict[int, QuantizedWeight]]
-
-
-def held_out(checkpoint: Checkpoint, file: Path, sequences: int) -> Tensor:
-    """Token ids `[sequences, context]` at even distances in a book, after the begin-of-text token.
-
-    Raises:
-        Refusal: the book is too short.
-    """
-    tokens = checkpoint.encode(file.read_text(encoding="utf-8"))
-    length = checkpoint.context - 1
-    if len(tokens) < 2 * length:
-        raise Refusal(f"{file} has fewer than {2 * length} tokens: lower --length")
-    places = [index * length for index in spread(sequences, len(tokens) // length)]
-    return torch.tensor([[checkpoint.bos, *tokens[p : p + length]] for p in places])
 
 
 def quantize_all(
@@ -191,7 +176,7 @@ class Point:
         widths: by layer.
         size: bytes of the quantized layers.
         bits: mean stored bits of a weight.
-        divergence: nats per token on the test book.
+        divergence: nats per token.
     """
 
     kind: str
@@ -201,7 +186,7 @@ class Point:
     divergence: Estimate
 
 
-def plot(checkpoint: str, prices: Prices, points: Sequence[Point], file: Path) -> None:
+def plot(title: str, prices: Prices, points: Sequence[Point], file: Path) -> None:
     """The layers' divergences, and the frontier beside the uniform widths."""
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -214,10 +199,10 @@ def plot(checkpoint: str, prices: Prices, points: Sequence[Point], file: Path) -
             if own:
                 values = [p.divergence.value for p in own]
                 right.plot([p.size / 1e6 for p in own], values, style, label=kind)
-        right.set(yscale="log", xlabel="MB of the quantized layers", ylabel="KL, test book, nats")
+        right.set(yscale="log", xlabel="MB of the quantized layers", ylabel="KL, nats")
         left.legend()
         right.legend()
-        figure.suptitle(checkpoint)
+        figure.suptitle(title)
         figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
@@ -225,32 +210,37 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """Everything for one checkpoint, printed and written; returns the summary.
 
     Raises:
-        Refusal, ValueError, FileNotFoundError, VariantError: something will not do.
+        Refusal, ValueError, OSError, VariantError: something will not do.
     """
     for bits in options.bits:
         if bits not in BITS:
             raise Refusal(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
-    scheme, books = get_scheme(options.scheme), split(options.books)
+    scheme = get_scheme(options.scheme)
     grids = [Grid(bits, options.group, options.symmetric) for bits in sorted(set(options.bits))]
     checkpoint = Subject(options.checkpoint, options.length)
     planned = linears(empty_model(options.checkpoint), options.lm_head)
     for grid in grids:
         scheme.check(grid, {layer.in_features for layer in planned.values()})
+    sources = sources_of(options, [options.checkpoint])[options.checkpoint]
+    held_out = held_out_texts(sources, checkpoint, options.sequences)
+    calibration = calibration_text(sources, checkpoint, options.calibration, options.seed)
+    titles = {"measured": held_out[1].title, "calibration": calibration.title}
+    chosen_on, measured_on = (text.rows(checkpoint.bos) for text in held_out)
+    print(f"Chosen on: {held_out[0].title}. {explained(**titles)}")
     model = load(options.checkpoint)
     layers = linears(model, options.lm_head)
     key = {
         "checkpoint": checkpoint.digest,
-        "texts": digest(*books.train, books.validation, books.test),
+        "texts": fingerprint([*held_out, calibration]),
         "numerics": NUMERICS,
     }
     settings = ("scheme", "group", "symmetric", "lm_head", "sequences", "length", "calibration")
     key |= {name: getattr(options, name) for name in (*settings, "seed")}
     name = f"{checkpoint.name}-{scheme.name}-g{options.group or 'channel'}"
     journal = Journal(options.out / f"{name}.jsonl", key, options.force)
-    texts = calibration(checkpoint, options.books, options.calibration, options.seed)
-    quantized = quantize_all(model, layers, scheme, grids, texts)
+    quantized = quantize_all(model, layers, scheme, grids, calibration.rows(checkpoint.bos))
     mixtures = Mixtures(model, layers, quantized)
-    choose = Divergence(model, held_out(checkpoint, books.validation, options.sequences))
+    choose = Divergence(model, chosen_on)
     single = {f"{layer} {grid.bits}": {layer: grid.bits} for layer in layers for grid in grids}
     measured = mixtures.measure(journal, choose, "layers", single)
     prices: Prices = {
@@ -267,7 +257,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     wanted |= {f"mixed {total(prices, widths)}": widths for widths in chosen}
     if options.budget is not None:
         wanted[f"budget {options.budget}"] = within(prices, options.budget)
-    report = Divergence(model, held_out(checkpoint, books.test, options.sequences))
+    report = Divergence(model, measured_on)
     found = mixtures.measure(journal, report, "mixtures", wanted)
     numbers = sum(layer.weight.numel() for layer in layers.values())
     points = []
@@ -275,11 +265,13 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
         size = total(prices, widths)
         kind = label.partition(" ")[0]
         points.append(Point(kind, widths, size, 8 * size / numbers, mean_interval(found[label])))
-    plot(checkpoint.name, prices, points, options.out / f"{name}.png")
+    title = f"{checkpoint.name}, measured on: {titles['measured']}"
+    plot(title, prices, points, options.out / f"{name}.png")
     print(tables(prices, points))
     summary = {
         "checkpoint": checkpoint.name,
         "key": key,
+        "texts": titles | {"chosen": held_out[0].title},
         "machine": machine(),
         "layers": {
             layer: {bits: dataclasses.astuple(price) for bits, price in own.items()}
@@ -309,7 +301,7 @@ def tables(prices: Prices, points: Sequence[Point]) -> str:
         [p.kind, f"{p.bits:.3f}", f"{p.size}", p.divergence.shown(5)]
         for p in sorted(points, key=lambda p: p.size)
     ]
-    return f"{single}\n\n{table(['', 'bits/weight', 'bytes', 'KL, test book, nats'], lines)}"
+    return f"{single}\n\n{table(['', 'bits/weight', 'bytes', 'KL, nats'], lines)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -328,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--symmetric", action="store_true", help="no zero points (default: with)")
     add("--lm-head", action="store_true", help="the head too")
     add("--budget", type=positive, help="bytes of the quantized layers (default: none)")
-    add("--sequences", type=positive, default=8, help="of each book (default: %(default)s)")
+    add("--sequences", type=positive, default=8, help="of each text (default: %(default)s)")
     add(
         "--length",
         type=positive,
@@ -339,18 +331,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--calibration",
         type=positive,
         default=samples.calibration,
-        help="sequences of training text (default: %(default)s)",
+        help="sequences to calibrate on (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="of the calibration's places (default: %(default)s)")
-    add("--books", type=Path, default=BOOKS, help="folder (default: %(default)s)")
-    add("--out", type=Path, default=FOLDER / "sensitivity", help="folder (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the calibration text (default: %(default)s)")
+    add_text_options(parser)
+    add("--out", type=Path, default=OUT / "sensitivity", help="folder (default: %(default)s)")
     add("--force", action="store_true", help="measure again what is there")
     options = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:
         summary = analyze(options)
-    except (Refusal, ValueError, FileNotFoundError, VariantError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except (Refusal, ValueError, OSError, VariantError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(summary))
 

@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from quant.cell import Cell
+from quant.texts import BOOK
 from training.analyze.intervals import Estimate
 from training.analyze.store import ROOT
 
+OUT = Path("runs") / "quant"
+"""Where the commands write and read results if no folder is named, in the current folder."""
 FOLDER = ROOT / "quant" / "results"
+"""The project's own results, which docs/RESULTS.md shows."""
+OLDER = {"measured": BOOK, "calibration": "training books"}
+"""The texts of results that do not name theirs."""
 FIELDS = ("checkpoint", "variant", "context", "key", "machine", "seconds", "size", "details")
 
 
@@ -23,6 +29,7 @@ class Stored:
     Args:
         checkpoint, variant, context: what was measured; context in tokens.
         key: what the result is good for.
+        texts: titles of the main text that was measured on, and of what was calibrated on.
         machine: and versions.
         seconds: that it took.
         size: bytes of the checkpoint, of its quantized part and of a cached token, and how many
@@ -36,6 +43,7 @@ class Stored:
     variant: str
     context: int
     key: dict[str, Any]
+    texts: dict[str, str]
     machine: str
     seconds: float
     size: dict[str, int]
@@ -87,9 +95,11 @@ def read(path: Path) -> Stored:
         fields = json.loads(path.read_text(encoding="utf-8"))
         summary = {name: Estimate.from_json(ends) for name, ends in fields["summary"].items()}
         common = {name: fields[name] for name in FIELDS}
-        found = Stored(**common, summary=summary, units=fields["units"])
+        texts = fields.get("texts", OLDER)
+        found = Stored(**common, texts=texts, summary=summary, units=fields["units"])
+        assert set(texts) == set(OLDER)
         assert found.cell.name
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{path} is not a result of quant.sweep: {error!r}") from error
     return found
 

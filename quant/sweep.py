@@ -1,7 +1,10 @@
 """Measure what few bits cost: checkpoints x what is quantized x schemes x bits x groups.
 
-    python -m quant.sweep checkpoints/softmax checkpoints/softpick --bits 2 3 4 8
+    python -m quant.sweep --bits 2 3 4 8
+    python -m quant.sweep my-checkpoint --bits 3 4 --text mine.txt --calibration-text other.txt
 
+Where no text is named, the unquantized checkpoint writes it, the same for all checkpoints of one
+tokenizer. Rows are printed as cells are done; the report comes at the end.
 Each cell is a file, cells/CHECKPOINT/CELL.json under --out, written when it is done: a sweep that
 was killed goes on where it was when the command is given again, and what is there is not measured
 again. The unquantized model is measured first; every cell is compared with it, text by text.
@@ -24,54 +27,69 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
-from benchmarks.options import positive
 from quant import pool, store
-from quant.cell import PARTS, Cell, cells
+from quant.cell import Cell, cells
 from quant.errors import Refusal
 from quant.lm_eval_tasks import Harness
-from quant.measure import Samples, Task, key_of, measure
+from quant.measure import Task, key_of, measure, texts_of
 from quant.model import empty_model, linears
-from quant.report.frame import table
+from quant.options import bundled_checkpoints, sources_of
+from quant.report.frame import Rows
 from quant.report.write import write
-from quant.schemes.registry import SCHEMES, get_scheme, installed
-from quant.weight import BITS
-from training.analyze.measure import EVAL, Checkpoint, Data
-from training.books import BOOKS, split
+from quant.samples import Samples, Subject
+from quant.schemes.registry import get_scheme, installed
+from quant.sweep_options import parser
+from quant.texts import Sources, explained
 
 WORKER_BYTES = 700 * 2**20
 """What a worker holds besides its model: mostly torch and transformers."""
 BATCH_TOKENS = 2048
 
 
-def tasks_of(
-    checkpoint: Checkpoint, chosen: Sequence[Cell], options: argparse.Namespace
-) -> list[Task]:
-    """A checkpoint's cells, the unquantized one first.
+def check_cells(folder: Path, chosen: Sequence[Cell], lm_head: bool) -> None:
+    """Every scheme can do its cells of a checkpoint.
 
     Raises:
-        Refusal: a scheme cannot do a cell.
+        Refusal, ValueError: one cannot, or there is no checkpoint.
     """
-    layers = linears(empty_model(checkpoint.folder), options.lm_head)
+    if not (folder / "config.json").exists():
+        raise Refusal(f"{folder} has no config.json: name a checkpoint's folder")
+    layers = linears(empty_model(folder), lm_head)
     columns = {layer.in_features for layer in layers.values()}
     for cell in chosen:
         if cell.scheme is not None:
             get_scheme(cell.scheme).check(cell.grid, columns)
-    samples = Samples(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Samples)}
-    )
-    data, harness = Data(options.books, options.eval), harness_of(options)
+
+
+def tasks_of(
+    folder: Path, sources: Sources, chosen: Sequence[Cell], options: argparse.Namespace
+) -> list[Task]:
+    """A checkpoint's cells, the unquantized one first.
+
+    Raises:
+        Refusal, FileNotFoundError, ValueError: a text is missing or too short.
+    """
+    samples, harness = samples_of(options), harness_of(options)
+    subject = Subject(folder, samples.length)
+    texts = texts_of(sources, subject, samples)
     return [
         Task(
-            checkpoint.folder,
+            folder,
             cell,
             samples,
-            data,
+            texts,
             options.out / "records",
-            key_of(checkpoint, cell, samples, data, harness),
+            key_of(subject, cell, samples, texts, harness),
             harness=harness,
         )
         for cell in (Cell(), *chosen)
     ]
+
+
+def samples_of(options: argparse.Namespace) -> Samples:
+    """How much is measured."""
+    names = [field.name for field in dataclasses.fields(Samples)]
+    return Samples(**{name: getattr(options, name) for name in names})
 
 
 def harness_of(options: argparse.Namespace) -> Harness | None:
@@ -96,31 +114,17 @@ def is_there(task: Task, options: argparse.Namespace) -> bool:
     path = store.path_of(options.out, task.folder.resolve().name, task.cell)
     if options.force or not path.exists():
         return False
-    key = store.read(path).key
-    if key != task.key:
-        names = {**task.key, **key}
-        differing = ", ".join(name for name in names if task.key.get(name) != key.get(name))
+    stored = store.read(path)
+    if stored.key != task.key:
+        names = {**task.key, **stored.key}
+        differing = [name for name in names if task.key.get(name) != stored.key.get(name)]
+        texts = [", ".join(found.values()) for found in (stored.texts, task.texts.titles)]
+        said = f" ({texts[0]}; now {texts[1]})" if texts[0] != texts[1] else ""
         raise Refusal(
-            f"{path} holds a result with another {differing}: --force measures again and "
-            "replaces it, --out DIR writes elsewhere"
+            f"{path} holds a result with another {', '.join(differing)}{said}: --force measures "
+            "again and replaces it, --out DIR writes elsewhere"
         )
     return True
-
-
-def check_data(data: Data) -> None:
-    """Every text is there.
-
-    Raises:
-        Refusal, FileNotFoundError: one is not.
-    """
-    split(data.books)
-    for one in Samples().measures():
-        files = one.files(data)
-        for file in files:
-            if not file.exists():
-                raise Refusal(f"{file} is not there: name its folder with --eval or --books")
-        if not files:
-            raise Refusal(f"{data.evaluation} has no files for {one.name}: name it with --eval")
 
 
 def affordable(jobs: int, folders: Sequence[Path]) -> int:
@@ -152,9 +156,17 @@ def prepare(jobs: int) -> None:
 
 
 def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict[str, str]:
-    """Measure all tasks whose results are not there; returns the failed ones and why."""
-    missing = [task for task in tasks if not is_there(task, options)]
-    print(f"{len(missing)} cells to measure, {len(tasks) - len(missing)} there already", flush=True)
+    """Measure all tasks whose results are not there, and print each result as it is done; returns
+    the failed ones and why."""
+    there, missing = list[Task](), list[Task]()
+    for task in tasks:
+        (there if is_there(task, options) else missing).append(task)
+    print(f"{len(missing)} cells to measure, {len(there)} there already", flush=True)
+    names = [task.folder.resolve().name for task in tasks]
+    rows = Rows(names, [task.cell for task in tasks], options.eval is not None)
+    print(rows.head)
+    for stored in stored_of(there, options.out):
+        print(rows.row(stored), flush=True)
     failures: dict[str, str] = {}
     with tqdm(total=len(missing), unit="cell", smoothing=0.1) as bar:
         first = [task for task in missing if task.cell == Cell()]
@@ -168,10 +180,17 @@ def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict
                     failures[task.name] = outcome.why
                     bar.write(f"failed: {task.name}: {outcome.why}", file=sys.stderr)
                 else:
-                    store.write(options.out, outcome)
+                    bar.write(rows.row(store.read(store.write(options.out, outcome))))
+                    sys.stdout.flush()
                 bar.set_postfix_str(task.name)
                 bar.update()
     return failures
+
+
+def stored_of(tasks: Sequence[Task], out: Path) -> list[store.Stored]:
+    """The results that there are, in the order of tables."""
+    paths = [store.path_of(out, task.folder.resolve().name, task.cell) for task in tasks]
+    return sorted((store.read(path) for path in paths if path.exists()), key=store.order)
 
 
 def with_baseline(task: Task, options: argparse.Namespace, failures: dict[str, str]) -> Task | None:
@@ -184,107 +203,11 @@ def with_baseline(task: Task, options: argparse.Namespace, failures: dict[str, s
     return dataclasses.replace(task, baseline=store.read(path).units)
 
 
-def group(text: str) -> int | None:
-    """Columns of a group, or `channel`, for argparse."""
-    return None if text == "channel" else positive(text)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m quant.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = made.add_argument
-    add("checkpoints", nargs="+", type=Path, help="Hugging Face folders")
-    add(
-        "--bits",
-        nargs="+",
-        type=int,
-        default=[2, 3, 4, 8],
-        help=f"widths from {BITS[0]} to {BITS[-1]} of what is named first in --what "
-        "(default: 2 3 4 8)",
-    )
-    titles = "; ".join(f"{name}: {scheme.title}" for name, scheme in SCHEMES.items())
-    add(
-        "--schemes",
-        nargs="+",
-        default=["rtn", "hqq", "gptq"],
-        metavar="SCHEME",
-        help=f"of weights. {titles} (default: rtn hqq gptq)",
-    )
-    add(
-        "--what",
-        nargs="+",
-        default=["weights", "weights+activations", "kv"],
-        help=f"what is quantized: {', '.join(PARTS)}, or several joined by +; activations are the "
-        "inputs of linear layers, kv the cache (default: weights weights+activations kv)",
-    )
-    add(
-        "--groups",
-        nargs="+",
-        type=group,
-        default=[64],
-        metavar="GROUP",
-        help="columns of the weights that share a scale, or channel (default: 64)",
-    )
-    add("--symmetric", action="store_true", help="no zero points (default: with)")
-    add("--act-order", action="store_true", help="gptq takes columns by their Hessian")
-    add("--lm-head", action="store_true", help="quantize the head's weights too")
-    add("--static", action="store_true", help="calibrated scales of activations, not one a token")
-    add(
-        "--activation-bits",
-        type=int,
-        default=8,
-        help="of activations beside weights (default: %(default)s)",
-    )
-    add("--kv-bits", type=int, default=8, help="of the cache beside others (default: %(default)s)")
-    units = {
-        "sequences": "of each text, for perplexity and divergence",
-        "length": "tokens of a sequence; the training length at most",
-        "pairs": "of each BLiMP set",
-        "passages": "of LAMBADA",
-        "calibration": "sequences of training text to calibrate on",
-    }
-    for name, text in units.items():
-        default = getattr(Samples(), name)
-        add(f"--{name}", type=positive, default=default, help=f"{text} (default: {default})")
-    add(
-        "--lm-eval",
-        nargs="+",
-        default=[],
-        metavar="TASK",
-        help="tasks of lm-eval too, where their data is local: pip install -e '.[lm-eval]', "
-        "HF_HUB_OFFLINE=1 (default: none)",
-    )
-    add("--lm-eval-include", type=Path, metavar="DIR", help="folder with tasks of your own (YAML)")
-    add("--lm-eval-limit", type=positive, metavar="N", help="documents of a task (default: all)")
-    add("--seed", type=int, default=0, help="of the calibration's places (default: %(default)s)")
-    add(
-        "--jobs",
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help="processes; fewer if memory is short (default: one a core, %(default)s)",
-    )
-    add(
-        "--ray",
-        action="store_true",
-        help="spread cells over the Ray cluster that RAY_ADDRESS names, which must see the same "
-        "folders; --jobs has no meaning then",
-    )
-    add("--books", type=Path, default=BOOKS, help="folder (default: %(default)s)")
-    add("--eval", type=Path, default=EVAL, help="folder of the sets (default: %(default)s)")
-    add("--out", type=Path, default=store.FOLDER, help="folder (default: %(default)s)")
-    add("--force", action="store_true", help="measure again what is there")
-    return made
-
-
 def plan(options: argparse.Namespace) -> list[Task]:
-    """All tasks, checked.
+    """All tasks, checked; whatever text is not given is sampled.
 
     Raises:
-        Refusal, ValueError, FileNotFoundError, VariantError: something will not do.
+        Refusal, ValueError, OSError, VariantError: something will not do.
     """
     if options.ray and not installed("ray"):
         raise Refusal("--ray needs the library ray, which is not installed: leave it out")
@@ -300,12 +223,18 @@ def plan(options: argparse.Namespace) -> list[Task]:
         options.activation_bits,
         options.kv_bits,
     )
-    check_data(Data(options.books, options.eval))
+    options.checkpoints = options.checkpoints or bundled_checkpoints()
     names = [folder.resolve().name for folder in options.checkpoints]
     if twice := {name for name in names if names.count(name) > 1}:
         raise Refusal(f"two checkpoints are called {min(twice)}: their results would clash")
-    checkpoints = [Checkpoint(folder) for folder in options.checkpoints]
-    tasks = [task for one in checkpoints for task in tasks_of(one, chosen, options)]
+    harness_of(options)
+    for folder in options.checkpoints:
+        check_cells(folder, chosen, options.lm_head)
+    tasks = [
+        task
+        for folder, sources in sources_of(options, options.checkpoints).items()
+        for task in tasks_of(folder, sources, chosen, options)
+    ]
     for task in tasks:
         is_there(task, options)
     return tasks
@@ -313,24 +242,26 @@ def plan(options: argparse.Namespace) -> list[Task]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    command = parser()
+    command = parser(__doc__)
     options = command.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:
         tasks = plan(options)
-    except (Refusal, ValueError, FileNotFoundError, VariantError) as error:
-        print(f"{command.prog}: {error}", file=sys.stderr)
+    except (Refusal, ValueError, OSError, VariantError) as error:
+        print(f"{command.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     jobs = affordable(options.jobs, options.checkpoints)
     if jobs < options.jobs:
         print(f"memory is free for {jobs} of {options.jobs} jobs")
+    for said in dict.fromkeys(explained(**task.texts.titles) for task in tasks):
+        print(said)
     failures = sweep(tasks, options, jobs)
-    paths = [store.path_of(options.out, t.folder.resolve().name, t.cell) for t in tasks]
-    results = sorted((store.read(path) for path in paths if path.exists()), key=store.order)
-    print(table(results))
+    results = stored_of(tasks, options.out)
     written = write(options.out) if results else {}
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
+    if written:
+        print(f"Report: {written['html']}")
     divergences = {
         f"{stored.checkpoint} {stored.cell.name}": stored.summary["test KL"].json()
         for stored in results

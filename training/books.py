@@ -41,8 +41,6 @@ WAYS = (
     "with --books DIR"
 )
 
-BOOKS: Path | None = None
-
 
 class Split(NamedTuple):
     """Text files by what they are for."""

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        default=store.FOLDER,
+        default=store.OUT,
         help="folder that quant.sweep wrote; everything goes there (default: %(default)s)",
     )
     options = parser.parse_args(argv)

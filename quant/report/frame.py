@@ -67,6 +67,11 @@ def frame(results: Sequence[Stored]) -> pd.DataFrame:
     return rows.astype(dict.fromkeys(INTEGERS, "Int64"))  # they may be missing
 
 
+def text_of(results: Sequence[Stored]) -> str:
+    """What was measured on: the title of the main text, or those of several checkpoints."""
+    return "; ".join(dict.fromkeys(stored.texts["measured"] for stored in results))
+
+
 COLUMNS: dict[str, tuple[str, int | None, float]] = {
     "perplexity: test per token": ("perplexity", 2, 1.0),
     "test loss change": ("loss change", None, 1.0),
@@ -77,8 +82,12 @@ COLUMNS: dict[str, tuple[str, int | None, float]] = {
     "lambada loss change": ("LAMBADA loss change", 3, 1.0),
 }
 """Of the main table: heading, decimals (None: two significant digits), factor. Perplexity, loss and
-KL are the test book's."""
+KL are the main text's."""
+OF_SETS = ("wikitext2 KL", "blimp change", "lambada loss change")
+"""Columns that are there only where the evaluation sets were measured."""
 HEAD = ("checkpoint", "what", "bits", "how", "MB", "bits/weight")
+WIDTH = 24
+"""Characters of an estimate with its interval, as a rule."""
 
 
 def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 1.0) -> str:
@@ -91,25 +100,58 @@ def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 
     return f"{value} [{low}, {high}]"
 
 
+def line(stored: Stored, columns: Sequence[str]) -> list[str]:
+    """A cell's main figures as text, those of some of `COLUMNS`."""
+    cell, per_weight = stored.cell, stored.bits_per_weight
+    cells = [stored.checkpoint, cell.what, str(cell.bits or ""), setting(cell)]
+    cells.append(f"{stored.size['bytes'] / 1e6:.2f}")
+    cells.append("" if per_weight is None else f"{per_weight:.2f}")
+    for name in columns:
+        _, digits, factor = COLUMNS[name]
+        cells.append(shown(stored.summary.get(name), digits, factor))
+    return cells
+
+
 def lines(results: Sequence[Stored]) -> list[list[str]]:
-    """The main figures as text: a heading, and a line a cell."""
-    found = [[*HEAD, *(heading for heading, _, _ in COLUMNS.values())]]
-    for stored in results:
-        cell, per_weight = stored.cell, stored.bits_per_weight
-        cells = [stored.checkpoint, cell.what, str(cell.bits or ""), setting(cell)]
-        cells.append(f"{stored.size['bytes'] / 1e6:.2f}")
-        cells.append("" if per_weight is None else f"{per_weight:.2f}")
-        for name, (_, digits, factor) in COLUMNS.items():
-            cells.append(shown(stored.summary.get(name), digits, factor))
-        found.append(cells)
-    return found
+    """The main figures as text: a heading, and a line a cell; figures that no cell has are left
+    out."""
+    measured = {name for stored in results for name in stored.summary}
+    columns = [name for name in COLUMNS if name in measured]
+    head = [*HEAD, *(COLUMNS[name][0] for name in columns)]
+    return [head, *(line(stored, columns) for stored in results)]
 
 
 def table(results: Sequence[Stored]) -> str:
     """The main figures for the terminal, with 95 % intervals."""
     rows = lines(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return "\n".join(joined(row, widths) for row in rows)
+
+
+def joined(row: Sequence[str], widths: Sequence[int]) -> str:
+    """A row of a table in columns."""
+    pairs = zip(row, widths, strict=True)
+    return "  ".join(cell.ljust(width) for cell, width in pairs).rstrip()
+
+
+class Rows:
+    """The main table a row at a time, in columns that are wide enough for what is to come.
+
+    Args:
+        checkpoints: their names.
+        cells: all that will be shown.
+        sets: the evaluation sets are measured.
+    """
+
+    def __init__(self, checkpoints: Sequence[str], cells: Sequence[Cell], sets: bool) -> None:
+        self.columns = [name for name in COLUMNS if sets or name not in OF_SETS]
+        fixed = [checkpoints, [cell.what for cell in cells], [], [setting(cell) for cell in cells]]
+        texts = [*fixed, ["0000.00"], []]
+        head = [*HEAD, *(COLUMNS[name][0] for name in self.columns)]
+        self.widths = [max(map(len, [title, *own])) for title, own in zip(HEAD, texts, strict=True)]
+        self.widths += [max(WIDTH, len(title)) for title in head[len(HEAD) :]]
+        self.head = joined(head, self.widths)
+
+    def row(self, stored: Stored) -> str:
+        """Return a cell's line."""
+        return joined(line(stored, self.columns), self.widths)

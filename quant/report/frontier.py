@@ -23,7 +23,7 @@ class Choice:
         kind: `uniform`, `mixed` or `budget`.
         size: bytes of the quantized layers.
         bits: mean stored bits of a weight.
-        divergence: nats per token on the test book.
+        divergence: nats per token.
     """
 
     kind: str
@@ -40,11 +40,14 @@ class Frontier:
         checkpoint: its name.
         scheme: of all layers.
         choices: uniform and mixed.
+        chosen, measured: titles of the texts that widths were chosen and measured on.
     """
 
     checkpoint: str
     scheme: str
     choices: list[Choice]
+    chosen: str
+    measured: str
 
     def beside(self) -> list[tuple[Choice, Choice]]:
         """Each uniform width between the ends, and the largest mixture that is not larger."""
@@ -73,7 +76,8 @@ def read_all(folder: Path) -> list[Frontier]:
                 for p in fields["points"]
             ]
             choices.sort(key=lambda choice: choice.size)
-            found.append(Frontier(fields["checkpoint"], fields["key"]["scheme"], choices))
+            titles = (fields["texts"][of] for of in ("chosen", "measured"))
+            found.append(Frontier(fields["checkpoint"], fields["key"]["scheme"], choices, *titles))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of quant.sensitivity: {error!r}") from error
     return sorted(found, key=lambda one: (one.checkpoint != "softmax", one.checkpoint))
@@ -96,7 +100,10 @@ def text(frontiers: Sequence[Frontier]) -> str:
     ]
     if not rows:
         return "Not measured: `python -m quant.sensitivity CHECKPOINT`."
-    schemes = ", ".join(dict.fromkeys(one.scheme for one in frontiers))
+    schemes, chosen, measured = (
+        ", ".join(dict.fromkeys(getattr(one, of) for one in frontiers))
+        for of in ("scheme", "chosen", "measured")
+    )
     header = [
         "",
         "bits/weight",
@@ -107,9 +114,9 @@ def text(frontiers: Sequence[Frontier]) -> str:
         "uniform/mixed",
     ]
     return (
-        "Widths of 2, 3, 4 and 8 bits for single layers, chosen on the validation book, measured "
-        f"on the test book ({schemes}, `python -m quant.sensitivity`). Beside each uniform width: "
-        "the choice that is no larger.\n\n" + table(header, rows)
+        f"Widths of 2, 3, 4 and 8 bits for single layers, chosen on: {chosen}; measured on: "
+        f"{measured} ({schemes}, `python -m quant.sensitivity`). Beside each uniform width: the "
+        "choice that is no larger.\n\n" + table(header, rows)
     )
 
 
@@ -128,6 +135,7 @@ def plot(frontiers: Sequence[Frontier]) -> Figure:
                 label=f"{one.checkpoint}, {kind}",
                 linewidth=1,
             )
-    axes.set(yscale="log", xlabel="stored bits per weight", ylabel="KL, test book, nats")
+    axes.set(yscale="log", xlabel="stored bits per weight", ylabel="KL, nats")
     axes.legend(fontsize="small")
+    axes.set_title("; ".join(dict.fromkeys(f"measured on: {one.measured}" for one in frontiers)))
     return figure

@@ -10,6 +10,7 @@ from pathlib import Path
 from quant.report.frame import lines
 from quant.report.section import explanations
 from quant.store import Stored
+from quant.texts import explained
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em }
@@ -29,13 +30,16 @@ def page(results: Sequence[Stored], plots: Mapping[str, Path]) -> str:
     told = "".join(f"<p>{html.escape(line)}</p>" for line in explanations(results))
     machines = "; ".join(sorted({stored.machine for stored in results}))
     samples = "; ".join(sorted({str(stored.key["samples"]) for stored in results}))
+    said = dict.fromkeys(explained(**stored.texts) for stored in results)
+    texts = "".join(f"<p>{html.escape(line)}</p>" for line in said)
     names = ", ".join(dict.fromkeys(stored.checkpoint for stored in results))
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>Quantization</title>"
         f"<style>{STYLE}</style><h1>What few bits cost</h1>"
-        f"<p>Checkpoints: {html.escape(names)}. Figures are those of the test book unless another "
-        "text is named, with 95 % intervals over texts; changes are against the unquantized model "
-        f"on the same texts.</p>{images}<h2>Outliers and cost</h2>{told}"
+        f"<p>Checkpoints: {html.escape(names)}.</p>{texts}<p>Figures are of the text that was "
+        "measured on unless another is named, with 95 % intervals over its sequences; changes are "
+        "against the unquantized model on the same text.</p>"
+        f"{images}<h2>Outliers and cost</h2>{told}"
         f"<h2>All cells</h2><div class=wide>{table(results)}</div>"
         f"<p>Samples: {html.escape(samples)}</p><p>On: {html.escape(machines)}</p></html>\n"
     )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from quant.cell import Cell
 from quant.outliers import FIGURES
 from quant.report import frontier
-from quant.report.frame import setting
+from quant.report.frame import setting, text_of
 from quant.store import Stored
 from training.report.plots import color
 
@@ -20,7 +20,7 @@ METRICS = {"test KL": "KL to the unquantized model, nats", "test loss change": "
 
 
 def degradation(results: Sequence[Stored], what: str) -> Figure:
-    """Divergence and change of loss on the test book against bits: a column a setting, a line a
+    """Divergence and change of loss on the main text against bits: a column a setting, a line a
     checkpoint."""
     own = [stored for stored in results if stored.cell.what == what]
     settings = list(dict.fromkeys(setting(stored.cell) for stored in own))
@@ -46,7 +46,7 @@ def degradation(results: Sequence[Stored], what: str) -> Figure:
     for axes, label in zip(panels[:, 0], METRICS.values(), strict=True):
         axes.set_ylabel(label)
     panels[0, 0].legend(fontsize="small")
-    figure.suptitle(f"{what}, test book, 95 % intervals")
+    figure.suptitle(f"{what}, {text_of(results)}, 95 % intervals")
     return figure
 
 

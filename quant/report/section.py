@@ -8,7 +8,7 @@ from pathlib import Path
 from quant import store
 from quant.cell import Cell
 from quant.report import explain, frontier, paper
-from quant.report.frame import setting, shown
+from quant.report.frame import setting, shown, text_of
 from quant.report.plots import draw
 from quant.scorer import CHANGES, DIVERGENCES
 from quant.store import Stored
@@ -16,9 +16,9 @@ from training.analyze.intervals import Estimate
 from training.report.markdown import table
 
 METRICS = {
-    "test KL": "KL divergence to the unquantized model, nats per token, test book",
-    "test loss change": "Perplexity on the test book, as a multiple of the unquantized model's",
-    "test top-1": "Tokens with the same likeliest token as the unquantized model, %, test book",
+    "test KL": "KL divergence to the unquantized model, nats per token",
+    "test loss change": "Perplexity, as a multiple of the unquantized model's",
+    "test top-1": "Tokens with the same likeliest token as the unquantized model, %",
 }
 SPREAD = ("weights", "gptq", 64)
 """What, scheme and group of the cells whose spread over tokens is shown; all are in `cells.csv`."""
@@ -64,7 +64,10 @@ def section(
         "95 % intervals are over texts; changes are against the unquantized model on the same "
         "texts. Each variant was trained once.",
         "### Softmax against softpick, as in the softpick paper\n\n" + against_the_paper(results),
-        *(f"### {text}\n\n{by_variant(results, metric)}" for metric, text in METRICS.items()),
+        *(
+            f"### {title}, {text_of(results)}\n\n{by_variant(results, metric)}"
+            for metric, title in METRICS.items()
+        ),
         "### Spread over tokens\n\n" + spread(results),
         *images,
         "### Do outliers explain it?\n\n" + outliers(results),
@@ -81,7 +84,7 @@ def against_the_paper(results: Sequence[Stored]) -> str:
         pairs = [paper.find(results, variant, row) for variant in ("softmax", "softpick")]
         cells = [row.name, arrow(row.wikitext, 2), arrow(row.lambada, 2) if row.lambada else ""]
         for figure in ("perplexity: test per token", "perplexity: wikitext2 per word"):
-            values = [stored.summary[figure].value for stored in pairs if stored is not None]
+            values = [s.summary[figure].value for s in pairs if s and figure in s.summary]
             cells.append(arrow(values, 2) if len(values) == 2 else "not measured")
         ours = paper.our_advantage(results, row, "test") if row.scheme else None
         cells.append(f"{paper.advantage(row):+.3f}" if row.scheme else "")
@@ -92,7 +95,7 @@ def against_the_paper(results: Sequence[Stored]) -> str:
         "softmax -> softpick",
         "paper: Wikitext, word",
         "paper: LAMBADA, %",
-        "here: test book, token",
+        f"here: {text_of(results)}, token",
         "here: WikiText-2, word",
         "paper: softpick's advantage",
         "here",
@@ -101,9 +104,9 @@ def against_the_paper(results: Sequence[Stored]) -> str:
     return (
         "The paper's models have 340M parameters and a context of 4096. Advantage: how much more "
         "softmax's loss rises than softpick's, in nats (the paper's per word of Wikitext, ours per "
-        "token of the test book, in pairs). HQQ and GPTQ are this repository's, by groups; BNB-4 "
-        "is bitsandbytes' NF4, BNB-8 its int8, weights only. What is not measured is not replaced "
-        "by another method.\n\n" + table(header, rows)
+        f"token, {text_of(results)}, in pairs). HQQ and GPTQ are this repository's, by groups; "
+        "BNB-4 is bitsandbytes' NF4, BNB-8 its int8, weights only. What is not measured is not "
+        "replaced by another method.\n\n" + table(header, rows)
     )
 
 
@@ -155,9 +158,9 @@ def spread(results: Sequence[Stored]) -> str:
         return "Not measured."
     names = [*(f"KL, {name}" for name in DIVERGENCES), *(f"p, {name}" for name in CHANGES)]
     return (
-        "Weights alone, GPTQ, groups of 64, test book. KL in nats; p is the change of the right "
-        "token's probability in percentage points: quantiles over tokens, and the root of its mean "
-        "square.\n\n" + table(["", "bits", *names, "p, RMS"], rows)
+        f"Weights alone, GPTQ, groups of 64, {text_of(results)}. KL in nats; p is the change of "
+        "the right token's probability in percentage points: quantiles over tokens, and the root "
+        "of its mean square.\n\n" + table(["", "bits", *names, "p, RMS"], rows)
     )
 
 

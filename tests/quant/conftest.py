@@ -12,6 +12,18 @@ from training.analyze.measure import Data
 
 
 @pytest.fixture(scope="session")
+def sampled_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for the text that checkpoints write, which all tests share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(sampled_texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing goes into the user's cache."""
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(sampled_texts))
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     """Books and evaluation sets of a few hundred words."""
     return Data(*write_texts(tmp_path_factory.mktemp("texts")))

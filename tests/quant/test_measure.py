@@ -14,24 +14,33 @@ from attn_kernels import variant_names
 from quant.activations import cache_bytes
 from quant.cell import Cell, cells
 from quant.errors import Refusal
-from quant.measure import Samples, Subject, Task, changes, key_of, measure
+from quant.measure import Task, changes, key_of, measure, texts_of
 from quant.model import linears, put, quantize, stored_bytes
 from quant.outliers import figures
+from quant.samples import Samples, Subject
 from quant.schemes.registry import get_scheme
 from quant.scorer import Comparison, Recorder, WatchedScorer
-from quant.texts import calibration
+from quant.texts import Sources
 from quant.weight import Grid
 from tests.tiny import tiny_checkpoint
+from training.analyze.blimp import Blimp
+from training.analyze.lambada import Lambada
 from training.analyze.measure import Checkpoint, Data
+from training.analyze.perplexity import Perplexity
 from training.analyze.transformers_scorer import TransformersScorer, load
 from training.books import split
 
 SAMPLES = Samples(sequences=2, length=48, pairs=2, passages=3, calibration=2)
 
 
+MEASURES = [Perplexity(SAMPLES.sequences), Blimp(SAMPLES.pairs), Lambada(SAMPLES.passages)]
+
+
 def task(folder: Path, cell: Cell, data: Data, records: Path, baseline: Any = None) -> Task:
-    key = key_of(Checkpoint(folder), cell, SAMPLES, data)
-    return Task(folder, cell, SAMPLES, data, records, key, baseline)
+    sources = Sources(books=data.books, sets=data.evaluation)
+    texts = texts_of(sources, Subject(folder, SAMPLES.length), SAMPLES)
+    key = key_of(Checkpoint(folder), cell, SAMPLES, texts)
+    return Task(folder, cell, SAMPLES, texts, records, key, baseline)
 
 
 @pytest.mark.parametrize("variant", variant_names())
@@ -44,7 +53,7 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
     # The same measures through training.analyze's own scorer.
     checkpoint = Subject(folder, SAMPLES.length)
     scorer = TransformersScorer(folder, quiet=True)
-    for one in SAMPLES.measures():
+    for one in MEASURES:
         for name, estimate in one.run(checkpoint, data, scorer).summary.items():
             found = exact["summary"][f"{one.name}: {name}"]
             assert found[0] == pytest.approx(estimate.value, rel=1e-4)
@@ -73,7 +82,7 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_divergence_is_that_of_the_definition(softpick: Path, data: Data, tmp_path: Path) -> None:
-    checkpoint, perplexity = Subject(softpick, 48), SAMPLES.measures()[0]
+    checkpoint, perplexity = Subject(softpick, 48), MEASURES[0]
     model = load(softpick)
     record = Recorder(tmp_path / "record")
     perplexity.run(checkpoint, data, WatchedScorer(model, watcher=record))
@@ -129,18 +138,6 @@ def test_changes_are_in_pairs() -> None:
     mean, low, high = found["blimp change"]
     error = math.sqrt(2 * np.var([0, 0, 1], ddof=1) / 3) / 2
     assert (mean, high - low) == pytest.approx((1 / 3, 2 * 1.959964 * error))
-
-
-def test_calibration_is_on_training_books_only(softpick: Path, data: Data) -> None:
-    checkpoint = Subject(softpick, 40)
-    found = calibration(checkpoint, data.books, 5, seed=0)
-    assert found.shape == (5, 40) and (found[:, 0] == checkpoint.bos).all()
-    assert torch.equal(found, calibration(checkpoint, data.books, 5, seed=0))
-    assert not torch.equal(found, calibration(checkpoint, data.books, 5, seed=1))
-    train = [file.read_text() for file in split(data.books).train]
-    for row in found:
-        text = checkpoint.tokenizer.decode(row[1:].tolist())
-        assert any(text in book for book in train)
 
 
 def test_sizes(softpick: Path) -> None:

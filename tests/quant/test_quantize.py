@@ -15,12 +15,12 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant.measure import Samples, Subject
 from quant.model import quantize
 from quant.pack import unpack
 from quant.quantize import main
+from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, get_scheme
-from quant.texts import calibration
+from quant.texts import Sources, calibration_text
 from quant.weight import Grid, QuantizedWeight
 from tests.tiny import tiny_checkpoint
 from training.analyze.measure import Data
@@ -70,7 +70,9 @@ def test_files_hold_the_sweeps_weights(
     scheme = get_scheme(arguments[0].removeprefix("--scheme="))
     model, texts = load(softpick), torch.empty(0, dtype=torch.long)
     if scheme.calibrated:
-        texts = calibration(Subject(softpick, 512), data.books, Samples().calibration, 0)
+        subject, sources = Subject(softpick, 512), Sources(books=data.books)
+        text = calibration_text(sources, subject, Samples().calibration, 0)
+        texts = text.rows(subject.bos)
     grid = Grid(bits, args["group_size"], args["symmetric"])
     found = quantize(model, scheme, grid, texts, act_order="--act-order" in arguments)
     tensors = load_file(out / "model.safetensors")
@@ -170,6 +172,11 @@ REFUSALS = [
     (["--bits=4", "--scheme=rtn", "--group=48"], "--group 48: use a multiple of 32, or channel"),
     (["--bits=4", "--scheme=rtn", "--activations"], "--activations needs --bits 8 --symmetric"),
     (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
+    (
+        ["--bits=4", "--scheme=gptq", "--calibration-text", "nowhere.txt"],
+        "nowhere.txt is not there",
+    ),
+    (["--bits=4", "--scheme=gptq", "--text-from=nowhere"], "nowhere has no config.json"),
 ]
 
 

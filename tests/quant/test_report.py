@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quant import store
 from quant.cell import Cell
 from quant.report import frontier, paper
 from quant.report.explain import explanations, in_short, ranks, spearman
@@ -46,6 +47,7 @@ def result(variant: str, cell: Cell, rise: Sequence[float], outliers: float = 3.
         variant=variant,
         context=64,
         key={"checkpoint": "0", "cell": vars(cell), "samples": {}, "texts": "1"},
+        texts=store.OLDER,
         machine="here",
         seconds=60.0,
         size={
@@ -169,7 +171,7 @@ def test_library_rows_of_the_paper() -> None:
 
 def test_metrics_as_people_read_them() -> None:
     text = section(pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]))
-    _, after = text.split("### Perplexity on the test book, as a multiple")
+    _, after = text.split("### Perplexity, as a multiple")
     ratio, rest = after.split("### Tokens with the same likeliest token")
     assert "| 1.2214 [" in ratio and "90.0 [80.0, 100.0]" in rest
     assert "| softmax | 3 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | -12.50 |" in rest
@@ -192,6 +194,7 @@ def write_sensitivity(file: Path) -> None:
         )
     ]
     fields = {"checkpoint": "softpick", "key": {"scheme": "gptq"}, "points": points}
+    fields["texts"] = {"chosen": "chosen.txt", "measured": "measured.txt"}
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(fields))
 
@@ -204,6 +207,7 @@ def test_mixed_widths_beside_uniform_ones(tmp_path: Path) -> None:
     assert "| softpick | 4.00 | 40 | 0.1 [0.1, 0.1] | 38 | 0.05 [0.05, 0.05] | 2.00 |" in (
         frontier.text([found])
     )
+    assert "chosen on: chosen.txt; measured on: measured.txt (gptq" in frontier.text([found])
     (tmp_path / "sensitivity" / "softpick-gptq-g64.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is not a result of quant\.sensitivity"):
         frontier.read_all(tmp_path)

@@ -12,10 +12,9 @@ import pytest
 
 from quant import sensitivity
 from quant.errors import Refusal
-from quant.measure import Subject
 from quant.mixed import Price, path, total, within
+from quant.report import frontier
 from training.analyze.measure import Data
-from training.books import split
 
 Capture = pytest.CaptureFixture[str]
 PRICES = {
@@ -59,17 +58,6 @@ def test_a_worse_larger_width_is_left_first() -> None:
         "b": {4: Price(0.1, 40), 8: Price(0, 80)},
     }
     assert path(prices)[1] == {"a": 4, "b": 8}
-
-
-def test_held_out(softpick: Path, data: Data) -> None:
-    checkpoint = Subject(softpick, 40)
-    found = sensitivity.held_out(checkpoint, split(data.books).test, 3)
-    tokens = checkpoint.encode(split(data.books).test.read_text())
-    assert found.shape == (3, 40) and found[0, 1:].tolist() == tokens[:39]
-    starts = [tokens.index(int(row[1])) for row in found]
-    assert starts[0] == 0 and (found[:, 0] == checkpoint.bos).all()
-    with pytest.raises(Refusal, match="lower --length"):
-        sensitivity.held_out(Subject(softpick, 64), Path(__file__).with_name("__init__.py"), 3)
 
 
 def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) -> None:
@@ -118,6 +106,21 @@ def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) ->
     assert again["points"][: len(found["points"])] == found["points"] and len(calls) <= 2
     (budget,) = [p for p in again["points"] if p[0] == "budget"]
     assert budget[1] <= sizes[2]
+
+
+def test_without_text_the_checkpoint_writes_it(
+    softpick: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder in which there is nothing, and where results go by default."""
+    monkeypatch.chdir(tmp_path)
+    argv = [str(softpick), "--length=48", "--sequences=2", "--calibration=2", "--bits", "2", "8"]
+    sensitivity.main([*argv, "--scheme=gptq"])
+    output = capsys.readouterr().out.splitlines()
+    assert output[0].startswith("Chosen on: text sampled from softpick. Measured on: text sampled")
+    out = tmp_path / "runs" / "quant" / "sensitivity" / "softpick-gptq-g64.json"
+    assert json.loads(output[-1])["out"] == str(out.relative_to(tmp_path))
+    (found,) = frontier.read_all(tmp_path / "runs" / "quant")
+    assert found.measured == found.chosen == "text sampled from softpick"
 
 
 @pytest.mark.parametrize(

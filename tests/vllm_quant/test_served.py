@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant.measure import Samples, Subject
-from quant.quantize import main, parser, plan, quantize_model
-from quant.texts import calibration
+from quant.quantize import calibration, main, parser, plan, quantize_model
 from tests.servers import failed_start, vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
@@ -43,7 +41,7 @@ def quantized(
     options.out = tmp_path / "other"
     texts = torch.empty(0, dtype=torch.long)
     if options.scheme == "gptq":
-        texts = calibration(Subject(source, 512), data.books, Samples().calibration, 0)
+        _, texts = calibration(options)
     model = load(source)
     assert len(quantize_model(model, plan(options), texts, options.act_order)) >= 21
     return tmp_path / "out", model

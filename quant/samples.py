@@ -1,0 +1,50 @@
+"""How much is measured, and of which checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.analyze.measure import Checkpoint
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How much is measured.
+
+    Args:
+        sequences: of each text, for perplexity and divergence.
+        length: tokens of a sequence; at most the training length is used.
+        pairs: of each BLiMP set.
+        passages: of LAMBADA.
+        calibration: sequences of text for GPTQ and static scales.
+        seed: of the calibration text.
+    """
+
+    sequences: int = 16
+    length: int = 512
+    pairs: int = 50
+    passages: int = 100
+    calibration: int = 16
+    seed: int = 0
+
+
+class Subject(Checkpoint):
+    """A checkpoint whose texts are turned into tokens once, however many cells it has.
+
+    Args:
+        folder: a Hugging Face folder.
+        length: tokens of a sequence; `context` is that, or the training length if that is less.
+    """
+
+    def __init__(self, folder: Path, length: int) -> None:
+        super().__init__(folder)
+        self.length = length
+        self.context = min(length, self.context)
+        self._encoded: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        if text not in self._encoded:
+            self._encoded[text] = super().encode(text)
+        return self._encoded[text]
