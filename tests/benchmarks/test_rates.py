@@ -116,6 +116,25 @@ def ours() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--backends", "softpick"], "trained with softmax"),
+        (["--kv-cache-memory-bytes", "100000"], "KV cache is needed"),
+    ],
+)
+def test_why_a_server_does_not_start(
+    arguments: list[str], reason: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its own words, not what follows from them."""
+    common = ("--enforce-eager", "--backends", "softmax", "--threads", "1", "--no-save")
+    ended = bench("--ckpt", checkpoint, *common, *arguments, "--log-folder", tmp_path)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert reason in last and "Engine core initialization failed" not in last
+
+
+@pytest.mark.slow
 def test_measures_two_servers(checkpoint: Path, tmp_path: Path) -> None:
     csv = tmp_path / "rates.csv"
     ended = bench(
