@@ -105,7 +105,9 @@ def make_serve(started: Started, ckpt: Path) -> None:
 def test_make_serve_answers_and_leaves_nothing(started: Started, tiny_llama: Path) -> None:
     make_serve(started, tiny_llama)
     printed = started.wait_for("}'\n")  # after an install, where that was needed
-    *phases, curl = printed[printed.index("[   0 s] starting vLLM") :].splitlines()
+    *phases, curl = re.split(r"^(?=\[ *\d+ s\] starting vLLM)", printed, flags=re.M)[
+        -1
+    ].splitlines()
     check_phases(phases)
     answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=60)
     assert f'"model":"{tiny_llama.name}"' in answer.stdout
