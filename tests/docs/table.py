@@ -92,7 +92,9 @@ RULES: dict[str, Rule] = {
     "make analyze": Run(
         "make analyze ARGS='--measures perplexity --limit 1'", prints=BOOKS, code=2, long=True
     ),
-    "python -m training.evaluate checkpoints/NAME": Run(
+    "python -m training": Run(prints="training.evaluate"),
+    "python -m training.evaluate checkpoints/softpick --text README.md": Run(prints="README"),
+    "python -m training.evaluate CKPT": Run(
         "python -m training.evaluate checkpoints/softpick --sequences 2", prints="per token"
     ),
     "python -m training.train --help": Run(prints="usage"),
