@@ -25,6 +25,7 @@ BOOKS = r"--books"
 SMALL = "--sequences 2 --length 64"
 YOUR_LLAMA = "python -m tests.docs.prepare plain-llama your-llama"
 MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
+MY_TOKENIZER = "python -m training.tokenizer --data docs/*.md --out my-tokenizer"
 VLLM = "--host 127.0.0.1 --port {vllm} --enforce-eager --kv-cache-memory-bytes 64M"
 
 
@@ -366,7 +367,7 @@ RULES: dict[str, Rule] = {
         f"vllm serve your-llama {VLLM} --attention-backend softpick",
         setup=YOUR_LLAMA,
     ),
-    # docs/TRAINING.md, whose commands build on each other
+    # docs/TRAINING.md
     "python examples/train_llama.py my-model --variant softpick --text docs/*.md": Run(
         "python examples/train_llama.py my-model --variant softpick --text docs/*.md --steps 20",
         prints="wrote my-model",
@@ -377,9 +378,10 @@ RULES: dict[str, Rule] = {
         prints="wrote my-trainer-model",
     ),
     "pip install accelerate": Run("pip install --no-deps --no-index accelerate", prints="already"),
-    "python -m training.tokenizer --data docs/*.md --out my-tokenizer": Run(),
+    MY_TOKENIZER: Run(),
     "python -m training.train --variant lssar --data docs/*.md --tokenizer my-tokenizer "
     "--out my-run --compile": Run(
+        f"{MY_TOKENIZER} && "
         "python -m training.train --variant lssar --data docs/*.md --tokenizer my-tokenizer "
         "--out my-run --steps 2 --context 64 --layers 1 --hidden-size 64 --heads 2 --kv-heads 2",
         prints="my-run/model",
@@ -389,8 +391,13 @@ RULES: dict[str, Rule] = {
         f"{YOUR_LLAMA} && python -m training.convert your-llama your-ssmax --variant ssmax"
     ),
     "attnserve serve my-model": Serve(attnserve_serve("my-served"), setup=MY_MODEL + "my-served"),
-    "attnserve evaluate my-model --text docs/GATEWAY.md": Run(prints="GATEWAY"),
-    "attnserve quantize my-model my-model-4bit --bits 4 --scheme gptq": Run(),
+    **{
+        command: Run(f"(test -d my-model || {MY_MODEL}my-model) && {command}")
+        for command in (
+            "attnserve evaluate my-model --text docs/GATEWAY.md",
+            "attnserve quantize my-model my-model-4bit --bits 4 --scheme gptq",
+        )
+    },
     "attnserve serve my-model-4bit": Serve(
         attnserve_serve("my-served-4bit"),
         setup=f"{MY_MODEL}my-served-8bit && python -m quant.quantize my-served-8bit "
