@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 
-from tests.docs.rules import Asked, Elsewhere, NotHere, Printed, Rule, Run, Serve
-from tests.docs.text import ROOT
-
-CHECKPOINTS = {
-    folder.name: "selective" if folder.name == "selective_prunable" else folder.name
-    for folder in sorted((ROOT / "checkpoints").iterdir())
-    if (folder / "config.json").exists()
-}
-"""The bundled checkpoints' folders, and the variant of each."""
-
+from tests.docs.rules import (
+    CHECKPOINTS,
+    Asked,
+    Elsewhere,
+    NotHere,
+    Printed,
+    Rule,
+    Run,
+    Serve,
+    attnserve_serve,
+    make_serve,
+)
 
 BOOKS = r"--books"
 """What a command says that truly needs the thirteen novels."""
@@ -27,17 +29,6 @@ YOUR_LLAMA = "python -m tests.docs.prepare plain-llama your-llama"
 MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
 MY_TOKENIZER = "python -m training.tokenizer --data docs/*.md --out my-tokenizer"
 VLLM = "--host 127.0.0.1 --port {vllm} --enforce-eager --kv-cache-memory-bytes 64M"
-
-
-def make_serve(ckpt: str) -> str:
-    """Return `make serve` with this checkpoint on free ports."""
-    return f"make serve CKPT={ckpt} VLLM_PORT={{vllm}} GATEWAY_PORT={{gateway}}"
-
-
-def attnserve_serve(ckpt: str) -> str:
-    """Return `attnserve serve` of this checkpoint on free ports."""
-    return f"attnserve serve {ckpt} --vllm-port {{vllm}} --gateway-port {{gateway}}"
-
 
 RULES: dict[str, Rule] = {
     # README.md
