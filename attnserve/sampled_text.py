@@ -45,8 +45,9 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
     """Return token ids int64 `[sequences, length]` that a checkpoint writes: each row begins with
     the begin-of-text token.
 
-    The text depends on nothing but the arguments and the checkpoint's files. It is kept in the
-    user's cache (`$ATTNSERVE_CACHE`, else `~/.cache/attnserve`), in the folder `sampled-text`.
+    The text depends on nothing but the arguments and the checkpoint's files; between machines,
+    rounding may change some tokens. It is kept in the user's cache (`$ATTNSERVE_CACHE`, else
+    `~/.cache/attnserve`), in the folder `sampled-text`.
 
     Args:
         folder: a Hugging Face folder; any variant that `hf_attn` knows, or a plain model.

@@ -31,7 +31,7 @@ import pandas as pd
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from benchmarks.servers import config_of
+from benchmarks.servers import config_of, variant_of
 from serving.launch import LaunchError, last_error
 
 BLOCK = 5
@@ -168,13 +168,18 @@ def model_points(model: Any) -> list[Point]:
     return points
 
 
+def answer_length(options: argparse.Namespace) -> int:
+    """Return the tokens that a request may generate, more than it is asked for."""
+    return WARM_UP + 2 * int(options.steps) + int(options.profiled_steps) + 2 * BLOCK
+
+
 class Engine:
     """vLLM in this process, with a batch of requests that decode together."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from vllm import LLM, SamplingParams
 
-        tokens = WARM_UP + 2 * options.steps + options.profiled_steps + 2 * BLOCK
+        tokens = answer_length(options)
         llm = LLM(
             model=str(options.ckpt),
             dtype=options.dtype,
@@ -356,8 +361,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser, add = command_line("benchmarks.decode_step", __doc__)
     add("--ckpt", "the checkpoint's folder", type=Path, required=True)
-    add("--backend", "vLLM's attention backend", default="softpick")
-    add("--prompt-len", "tokens of a prompt", type=positive, default=1024)
+    parser.add_argument(
+        "--backend", help="vLLM's attention backend (default: by config.json, else softpick)"
+    )
+    parser.add_argument(
+        "--prompt-len",
+        type=positive,
+        help="tokens of a prompt (default: 1024, or what the model has room for)",
+    )
     add("--batch", "requests that decode together", type=positive, default=1)
     add("--steps", "decode steps timed with wrappers, as many without", type=positive, default=40)
     add("--profiled-steps", "decode steps under torch.profiler", type=positive, default=10)
@@ -372,9 +383,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     try:
-        config_of(options.ckpt)
+        config = config_of(options.ckpt)
     except LaunchError as error:
         parser.error(str(error))
+    options.backend = options.backend or variant_of(config) or "softpick"
+    room = config["max_position_embeddings"] - answer_length(options)
+    if (options.prompt_len or 1) > room:
+        parser.error(
+            f"the model has room for a prompt of {room} tokens beside the steps: give a shorter "
+            "--prompt-len, or fewer --steps"
+        )
+    options.prompt_len = options.prompt_len or min(1024, room)
     return options
 
 

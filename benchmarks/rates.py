@@ -29,10 +29,12 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.options import command_line, positive
-from benchmarks.servers import Answer, Server, append_csv, config_of, run
+from benchmarks.servers import Answer, Server, append_csv, config_of, run, variant_of
 from serving.launch import LaunchError
 
 CSV = machine.RESULTS / "rates_cpu.csv"
+BACKENDS = ("cpu_attn", "softmax", "softpick")
+LENGTHS = (1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -205,11 +207,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser, add = command_line("benchmarks.rates", __doc__)
     add("--ckpt", "the checkpoint's folder", type=Path, required=True)
-    backends = ["cpu_attn", "softmax", "softpick"]
-    add("--backends", "names, the first is what others compare to", nargs="+", default=backends)
-    lengths = {"type": positive, "nargs": "+"}
-    add("--prompt-lens", "tokens of a prompt", default=[1024, 4096], **lengths)
-    add("--batches", "requests at once", default=[1, 8], **lengths)
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        help="names, the first is what others compare to (default: the checkpoint's own, beside "
+        f"vLLM's for softmax; {' '.join(BACKENDS)} if its config.json names none)",
+    )
+    parser.add_argument(
+        "--prompt-lens",
+        type=positive,
+        nargs="+",
+        help=f"tokens of a prompt (default: {' and '.join(map(str, LENGTHS))}, as far as the "
+        "model has room, else what it has room for)",
+    )
+    add("--batches", "requests at once", type=positive, nargs="+", default=[1, 8])
     add("--new-tokens", "tokens of an answer", type=positive, default=64)
     add("--rounds", "decode rounds of each case", type=positive, default=5)
     add("--prefill-rounds", "uncached rounds of each case", type=positive, default=2)
@@ -231,6 +242,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "vllm_args", nargs="*", metavar="-- VLLM_ARGS", help="further arguments of `vllm serve`"
     )
     options = parser.parse_args(arguments)
+    config = config_of(options.ckpt)
+    own = variant_of(config)
+    choices = {"": BACKENDS, "softmax": BACKENDS[:2]}
+    options.backends = options.backends or list(choices.get(own, (own,)))
+    room = config["max_position_embeddings"] - options.new_tokens
+    fitting = [length for length in LENGTHS if length <= room] or [max(1, room)]
+    options.prompt_lens = options.prompt_lens or fitting
     check(options)
     return options
 

@@ -131,6 +131,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
+def variant_of(config: dict[str, Any]) -> str:
+    """Return the name of the attention that a config.json asks for; empty if it names none."""
+    entry = config.get("attention_variant") or {}
+    return str(entry.get("name", "")) if isinstance(entry, dict) else ""
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on."""
     with socket.socket() as probe:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve.options import positive
+from attnserve.sampled_text import writers
 from quant.errors import Refusal
+from quant.texts import Sources
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
@@ -71,3 +75,23 @@ def add_text_options(parser: argparse.ArgumentParser, measured: bool = True) -> 
         help="the checkpoint that writes, for all (default: of those with one tokenizer the first "
         "with softmax attention, else the first)",
     )
+
+
+def sources_of(options: argparse.Namespace, folders: Sequence[Path]) -> dict[Path, Sources]:
+    """Return where each checkpoint's text comes from, as the options say.
+
+    Raises:
+        Refusal, ValueError: options contradict each other, or one cannot write for another.
+    """
+    given = Sources(
+        tuple(getattr(options, "text", ())),
+        tuple(options.calibration_text),
+        options.books,
+        getattr(options, "eval", None),
+    )
+    if given.sampled:
+        pairs = writers(folders, options.text_from).items()
+        return {folder: dataclasses.replace(given, writer=writer) for folder, writer in pairs}
+    if options.text_from is not None:
+        raise Refusal("--text-from: all text is given, none is written: leave it out")
+    return dict.fromkeys(folders, given)

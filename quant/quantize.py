@@ -26,15 +26,14 @@ from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
 from attnserve.options import positive
-from attnserve.sampled_text import writers
 from quant.errors import Refusal
 from quant.model import HEAD, empty_model, linears, quantize
-from quant.options import add_text_options, group
+from quant.options import add_text_options, group, sources_of
 from quant.quantize_files import Part, checkpoint_tensors, write_checkpoint, written_format
 from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.schemes.rtn import rtn
-from quant.texts import Sources, calibration_text
+from quant.texts import calibration_text
 from quant.weight import BITS, Grid, QuantizedWeight
 from training.analyze.transformers_scorer import load
 
@@ -164,10 +163,7 @@ def calibration(options: argparse.Namespace) -> tuple[str, torch.Tensor]:
     Raises:
         Refusal, ValueError, FileNotFoundError: a text is missing or too short.
     """
-    files = tuple(options.calibration_text)
-    sources = Sources(calibration_text=files, books=options.books, writer=options.text_from)
-    if options.text_from is not None:
-        writers([options.checkpoint], options.text_from)  # it has the same tokenizer
+    sources = sources_of(options, [options.checkpoint])[options.checkpoint]
     subject = Subject(options.checkpoint, options.length)
     text = calibration_text(sources, subject, options.calibration, options.seed)
     return text.title, text.rows(subject.bos)

@@ -17,8 +17,8 @@ from torch import Tensor
 from quant.pack import pack
 from quant.weight import QuantizedWeight
 
-COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "LICENSE*")
-"""Tokenizer, generation settings, card."""
+COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
+"""Tokenizer, generation settings, card, code that `auto_map` names."""
 INDEX = "model.safetensors.index.json"
 
 

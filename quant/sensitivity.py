@@ -30,18 +30,17 @@ from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
 from attnserve.options import positive
-from attnserve.sampled_text import writers
 from quant.errors import Refusal
 from quant.measure import NUMERICS
 from quant.mixed import Price, Prices, Widths, path, total, within
 from quant.model import empty_model, linears, put
-from quant.options import add_text_options, group
+from quant.options import add_text_options, group, sources_of
 from quant.samples import Samples, Subject
 from quant.schemes.hessian import watched
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.store import OUT
 from quant.store import put as put_file
-from quant.texts import Sources, calibration_text, explained, fingerprint, held_out_texts
+from quant.texts import calibration_text, explained, fingerprint, held_out_texts
 from quant.weight import BITS, Grid, QuantizedWeight
 from training.analyze.intervals import Estimate, mean_interval
 from training.analyze.transformers_scorer import load
@@ -222,7 +221,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     planned = linears(empty_model(options.checkpoint), options.lm_head)
     for grid in grids:
         scheme.check(grid, {layer.in_features for layer in planned.values()})
-    sources = sources_of(options)
+    sources = sources_of(options, [options.checkpoint])[options.checkpoint]
     held_out = held_out_texts(sources, checkpoint, options.sequences)
     calibration = calibration_text(sources, checkpoint, options.calibration, options.seed)
     titles = {"measured": held_out[1].title, "calibration": calibration.title}
@@ -288,18 +287,6 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
         "plot": str(options.out / f"{name}.png"),
         "points": [[p.kind, p.size, round(p.bits, 3), *p.divergence.json()] for p in points],
     }
-
-
-def sources_of(options: argparse.Namespace) -> Sources:
-    """Where text comes from.
-
-    Raises:
-        Refusal, ValueError: options contradict each other, or a checkpoint cannot write.
-    """
-    files = (tuple(options.text), tuple(options.calibration_text))
-    if options.text_from is not None:
-        writers([options.checkpoint], options.text_from)  # it has the same tokenizer
-    return Sources(*files, books=options.books, writer=options.text_from)
 
 
 def tables(prices: Prices, points: Sequence[Point]) -> str:

@@ -27,14 +27,13 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
-from attnserve.sampled_text import writers
 from quant import pool, store
 from quant.cell import Cell, cells
 from quant.errors import Refusal
 from quant.lm_eval_tasks import Harness
 from quant.measure import Task, key_of, measure, texts_of
 from quant.model import empty_model, linears
-from quant.options import bundled_checkpoints
+from quant.options import bundled_checkpoints, sources_of
 from quant.report.frame import Rows
 from quant.report.write import write
 from quant.samples import Samples, Subject
@@ -91,22 +90,6 @@ def samples_of(options: argparse.Namespace) -> Samples:
     """How much is measured."""
     names = [field.name for field in dataclasses.fields(Samples)]
     return Samples(**{name: getattr(options, name) for name in names})
-
-
-def sources_of(options: argparse.Namespace) -> dict[Path, Sources]:
-    """Where each checkpoint's text comes from.
-
-    Raises:
-        Refusal, ValueError: options contradict each other, or one cannot write for another.
-    """
-    given = Sources(
-        tuple(options.text), tuple(options.calibration_text), options.books, options.eval
-    )
-    folders: list[Path] = options.checkpoints
-    if not given.sampled:
-        return dict.fromkeys(folders, given)
-    pairs = writers(folders, options.text_from).items()
-    return {folder: dataclasses.replace(given, writer=writer) for folder, writer in pairs}
 
 
 def harness_of(options: argparse.Namespace) -> Harness | None:
@@ -249,7 +232,7 @@ def plan(options: argparse.Namespace) -> list[Task]:
         check_cells(folder, chosen, options.lm_head)
     tasks = [
         task
-        for folder, sources in sources_of(options).items()
+        for folder, sources in sources_of(options, options.checkpoints).items()
         for task in tasks_of(folder, sources, chosen, options)
     ]
     for task in tasks:

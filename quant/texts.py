@@ -172,9 +172,7 @@ def set_files(sets: Path) -> list[Path]:
         if not file.is_file():
             raise Refusal(f"{file} is not there: name its folder with --eval, or leave it out")
     if len(files) < 3:
-        raise Refusal(
-            f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out"
-        )
+        raise Refusal(f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out")
     return files
 
 

@@ -304,7 +304,9 @@ def check_offline() -> Iterator[Check]:
     if value in ("1", "true", "TRUE", "yes", "YES", "on", "ON"):
         yield Check("HF_HUB_OFFLINE", "ok", f"{value}: nothing is downloaded")
     else:
-        fix = "export HF_HUB_OFFLINE=1, unless models are to be downloaded (make serve sets it)"
+        fix = (
+            "export HF_HUB_OFFLINE=1, unless models are to be downloaded (attnserve serve sets it)"
+        )
         yield Check("HF_HUB_OFFLINE", "warning", "unset" if value is None else value, fix)
 
 

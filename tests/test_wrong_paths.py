@@ -11,6 +11,7 @@ import pytest
 from benchmarks.__main__ import COMMANDS as BENCHMARKS
 from tests.tiny import LICENSE
 from training.__main__ import COMMANDS as TRAINING
+from training.checkpoints import ROOT
 
 WRONG = {
     "training.evaluate": "{bad}",
@@ -45,8 +46,9 @@ CONFIGS = {"nothing": None, "no JSON": "{", "empty": "{}", "no mapping": "[]"}
 def test_every_command_is_here() -> None:
     assert {*TRAINING, *BENCHMARKS} == {*WRONG, *WITHOUT}
     for package in ("training", "benchmarks"):
-        for file in Path(package).rglob("*.py"):
-            module = ".".join(file.with_suffix("").parts).removesuffix(".__main__")
+        for file in (ROOT / package).rglob("*.py"):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            module = ".".join(parts).removesuffix(".__main__")
             inside = {"worker", "naive", "upstream"}  # processes that a command starts
             if '__name__ == "__main__"' in file.read_text() and file.stem not in inside:
                 assert module in {*TRAINING, *BENCHMARKS, package}

@@ -41,8 +41,6 @@ WAYS = (
     "with --books DIR"
 )
 
-BOOKS: Path | None = None
-
 
 class Split(NamedTuple):
     """Text files by what they are for."""
@@ -117,6 +115,7 @@ def fetch(folder: Path, source: str, server: str = "", keep_changed: bool = Fals
     Raises:
         FetchError: the folder holds something else, a download failed, or a text is another.
     """
+    folder = folder.resolve()
     url_of, usual = SOURCES[source]
     wanted = novels()
     if folder.exists() and any(folder.iterdir()):

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from attn_kernels import Variant, VariantError, get_variant, variant_from_config
+from attnserve.options import positive
 from benchmarks import machine
-from benchmarks.options import positive
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.analyze.measure import read_config
 from training.data import read_tokens, text_file

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attn_kernels import VariantError
+from attnserve.options import positive
 from attnserve.sampled_text import sampled_text
-from benchmarks.options import positive
 from training.analyze.measure import Checkpoint, first_line
 from training.books import Split, add_books_option, books_folder, split
 from training.data import Tokens, read_tokens, sequence, text_file

@@ -1,25 +1,32 @@
 """Start-up errors, and how a user sees them: one line, exit code 1, no traceback.
 
-An error in the API server's process reaches `sys.excepthook`. One in an engine core or worker is
-logged there by vLLM, which then raises an error of its own in the API server.
+An error in the API server's process reaches `sys.excepthook`. One in a worker or engine core is
+logged there by vLLM, and every process above raises an error of its own. The first one says the
+line and leaves it in a note, which tells the others that theirs are consequences.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import difflib
 import logging
+import multiprocessing
+import os
 import re
+import secrets
 import sys
+import tempfile
+from pathlib import Path
 from types import TracebackType
 
 from attn_kernels import VariantError, variant_names
 
-STOPPED = 78
-"""Exit code of an engine core that has said in one line why it does not start (sysexits.h's
-EX_CONFIG). vLLM names it in the API server's error."""
-
 ENGINE_LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 """Where an engine core and its workers log the error that ends them."""
+
+RUN = "ATTNSERVE_RUN"
+"""Environment variable: names one server's note, in all of its processes."""
 
 
 class StartupError(RuntimeError):
@@ -59,40 +66,69 @@ def unknown_backend(name: str) -> str:
     return f"unknown attention backend {name.lower()!r}; {hint}"
 
 
+def note() -> Path:
+    """The file in which a process of this server leaves its line."""
+    return Path(tempfile.gettempdir()) / f"attnserve-{os.environ.get(RUN)}"
+
+
+def said() -> str | None:
+    """The line that another process of this server has left."""
+    try:
+        return note().read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def say(message: str) -> None:
+    """Print the line and leave it to the processes above."""
+    print(f"attnserve: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # then vLLM's own errors follow the line
+        fd = os.open(note(), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(message)
+
+
 class OneLineFilter(logging.Filter):
-    """Ends the process where vLLM would log the traceback of a StartupError or VariantError."""
+    """Ends the process where vLLM would log the traceback of a StartupError or VariantError, or of
+    what follows from one in another process."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return True for every other record.
 
         Raises:
-            SystemExit: with `STOPPED`, after the line is printed.
+            SystemExit: the line is said.
         """
-        message = one_line(record.exc_info[1]) if record.exc_info else None
-        if message is None:
+        if not record.exc_info:
             return True
-        print(f"attnserve: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(STOPPED)
+        if message := one_line(record.exc_info[1]):
+            say(message)
+        elif said() is None:
+            return True
+        raise SystemExit(1)
 
 
 def install() -> None:
-    """Print a StartupError or VariantError that nobody catches as one line, in this process and in
-    its engine cores; leave every other error alone."""
+    """Show a StartupError or VariantError that nobody catches as one line, in this process and in
+    its engine cores and workers; leave every other error alone."""
+    # A spawned process unpickles its configuration, which comes here, before it has a parent.
+    spawned = "--multiprocessing-fork" in sys.orig_argv
+    if not spawned and multiprocessing.parent_process() is None:
+        os.environ[RUN] = secrets.token_hex(8)
+        atexit.register(note().unlink, missing_ok=True)
     for name in ENGINE_LOGGERS:
         logging.getLogger(name).addFilter(OneLineFilter())
     install_excepthook()
 
 
 def install_excepthook() -> None:
-    """Print an uncaught StartupError or VariantError as one line."""
+    """Print an uncaught StartupError or VariantError, or one of another process of this server, as
+    one line."""
     previous = sys.excepthook
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        message = one_line(error)
-        if re.search(rf"Failed core proc\(s\): .*: {STOPPED}\b", str(error)):
-            return  # it has printed the line
+        message = one_line(error) or said()
         if message is None:
             previous(kind, error, traceback)
         else:

@@ -161,18 +161,20 @@ def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise StartupError(
-            f"the checkpoint has no tensor {checkpoint_name(model, missing[0], seen)}{more}: it is "
-            "incomplete, or not of the model that its config.json describes"
+            f"the checkpoint has no {lacking(model, missing[0], seen)}{more}: it is incomplete, or "
+            "not of the model that its config.json describes"
         )
 
 
-def checkpoint_name(model: Any, name: str, seen: set[str]) -> str:
-    """The name in the checkpoint of what a parameter lacks: of a fused one, the first missing
-    part."""
+def lacking(model: Any, name: str, seen: set[str]) -> str:
+    """What a parameter lacks, by its name in the checkpoint: of a fused one, the first missing
+    part. vLLM has names of its own for experts, and for what it computes from a tensor."""
     layer, _, tensor = name.rpartition(".")
     parent, _, leaf = layer.rpartition(".")
+    if all(other.rpartition(".")[2] != tensor for other in seen):
+        return f"tensor, or not all of them, for vLLM's {name}"
     for part in getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf]):
         candidate = ".".join(word for word in (parent, part, tensor) if word)
         if candidate not in seen:
-            return candidate
-    return name
+            return f"tensor {candidate}"
+    return f"tensor {name}"

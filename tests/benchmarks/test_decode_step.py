@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from attn_kernels import cpu, get_variant
+from attn_kernels import cpu, get_variant, variant_names
 from benchmarks import decode_step as bench
 from tests.tiny import tiny_checkpoint
 
@@ -110,6 +110,16 @@ def test_bad_input_is_one_line() -> None:
     ended = command("--ckpt", "nowhere")
     assert ended.returncode == 2
     assert "nowhere is not a checkpoint" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_defaults_fit_the_checkpoint(name: str, tmp_path: Path) -> None:
+    ckpt = tiny_checkpoint(tmp_path, name)  # 1024 tokens
+    options = bench.parse(["--ckpt", str(ckpt)])
+    assert options.backend == name
+    assert options.prompt_len + bench.answer_length(options) == 1024
+    with pytest.raises(SystemExit):
+        bench.parse(["--ckpt", str(ckpt), "--prompt-len", str(options.prompt_len + 1)])
 
 
 @pytest.mark.slow

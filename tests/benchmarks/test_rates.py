@@ -11,7 +11,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from benchmarks.rates import Case, Round, decode_rate, measured, results
+from attn_kernels import variant_names
+from benchmarks.rates import Case, Round, decode_rate, measured, parse, results
 from benchmarks.servers import Answer, append_csv
 from serving.launch import LaunchError
 from tests.tiny import tiny_checkpoint
@@ -98,11 +99,39 @@ def test_bad_input_is_one_line(checkpoint: Path, arguments: list[str], reason: s
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("name", variant_names())
+def test_defaults_fit_the_checkpoint(name: str, tmp_path: Path) -> None:
+    """A checkpoint that names its attention runs with no other; a prompt has to fit."""
+    ckpt = tiny_checkpoint(tmp_path, name)  # 1024 tokens
+    options = parse(["--ckpt", str(ckpt)])
+    assert options.backends == (["cpu_attn", "softmax"] if name == "softmax" else [name])
+    assert options.prompt_lens == [960]
+
+
 def ours() -> list[psutil.Process]:
     """Processes of vLLM below this one or left behind by it; dead ones do not count."""
     alive = [p for p in psutil.process_iter(["name"]) if p.status() != psutil.STATUS_ZOMBIE]
     mine = {p.pid for p in psutil.Process().children(recursive=True)}
     return [p for p in alive if p.pid in mine and "vllm" in p.info["name"].lower()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--backends", "softpick"], "trained with softmax"),
+        (["--kv-cache-memory-bytes", "100000"], "KV cache is needed"),
+    ],
+)
+def test_why_a_server_does_not_start(
+    arguments: list[str], reason: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its own words, not what follows from them."""
+    common = ("--enforce-eager", "--backends", "softmax", "--threads", "1", "--no-save")
+    ended = bench("--ckpt", checkpoint, *common, *arguments, "--log-folder", tmp_path)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert reason in last and "Engine core initialization failed" not in last
 
 
 @pytest.mark.slow

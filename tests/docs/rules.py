@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tests.docs.text import ROOT
+
+CHECKPOINTS = {
+    folder.name: "selective" if folder.name == "selective_prunable" else folder.name
+    for folder in sorted((ROOT / "checkpoints").iterdir())
+    if (folder / "config.json").exists()
+}
+"""The bundled checkpoints' folders, and the variant of each."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,3 +75,13 @@ class Printed:
 
 
 Rule = Run | Serve | Asked | Elsewhere | NotHere | Printed
+
+
+def make_serve(ckpt: str) -> str:
+    """Return `make serve` with this checkpoint on free ports."""
+    return f"make serve CKPT={ckpt} VLLM_PORT={{vllm}} GATEWAY_PORT={{gateway}}"
+
+
+def attnserve_serve(ckpt: str) -> str:
+    """Return `attnserve serve` of this checkpoint on free ports."""
+    return f"attnserve serve {ckpt} --vllm-port {{vllm}} --gateway-port {{gateway}}"

@@ -12,7 +12,8 @@ import yaml
 from attn_kernels import variant_from_config
 from tests.docs.clone import Clone
 from tests.docs.prepare import gateway_example
-from tests.docs.table import CHECKPOINTS, YOUR_LLAMA
+from tests.docs.rules import CHECKPOINTS
+from tests.docs.table import YOUR_LLAMA
 from tests.docs.test_servers import GATEWAY
 from tests.docs.text import TEXTS, Block, all_blocks, blocks
 

@@ -12,6 +12,7 @@ import pytest
 
 from hf_attn import VariantLlamaConfig
 from hf_attn.configuration import AUTO_CODE, AUTO_FILE, AUTO_MAP
+from quant.quantize import main as quantize
 from tests.tiny import tiny_checkpoint
 
 LOAD = """
@@ -46,6 +47,13 @@ def test_without_the_import(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
         file.name for file in folder.iterdir() if not file.name.startswith("tokenizer")
     )
+    assert json.loads((tmp_path / "out/config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_a_quantized_copy_keeps_it(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", "softpick")
+    quantize([str(folder), str(tmp_path / "out"), "--bits=4", "--scheme=rtn"])
+    assert (tmp_path / "out" / AUTO_FILE).read_text() == AUTO_CODE
     assert json.loads((tmp_path / "out/config.json").read_text())["auto_map"] == AUTO_MAP
 
 

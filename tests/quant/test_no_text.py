@@ -15,6 +15,7 @@ from quant import options, quantize, sweep
 from quant.cell import Cell
 from quant.report import __main__ as report
 from quant.store import Stored, read_all
+from quant.sweep_options import parser
 from tests.quant.test_sweep import SMALL, refusal
 from tests.tiny import LICENSE, tiny_checkpoint
 from training.analyze.measure import digest
@@ -121,7 +122,7 @@ def test_every_bundled_checkpoint_is_the_default(
 ) -> None:
     names = {folder.name for folder in options.bundled_checkpoints()}
     assert {"softmax", "softpick"} <= names
-    tasks = sweep.plan(sweep.parser("").parse_args([*SMALL, "--bits", "2", "3", "4", "8"]))
+    tasks = sweep.plan(parser("").parse_args([*SMALL, "--bits", "2", "3", "4", "8"]))
     assert {task.folder.name for task in tasks} == names
     assert len(tasks) == len(names) * (1 + 2 * 3 * 4 + 4)
     assert len({task.texts.key for task in tasks}) == 1
@@ -161,7 +162,7 @@ def test_quantize_gives_the_sweeps_weights(softpick: Path, empty: Path) -> None:
     parsed = quantize.parser().parse_args([str(softpick), "o", "--bits=4", "--scheme=gptq"])
     _, texts = quantize.calibration(parsed)
     line = [str(softpick), "--what", "weights", "--schemes", "gptq"]
-    task = sweep.plan(sweep.parser("").parse_args(line))[-1]
+    task = sweep.plan(parser("").parse_args(line))[-1]
     assert task.cell == Cell(weights=8, scheme="gptq", group=64)
     assert texts.tolist() == task.texts.calibration.rows(0).tolist()
 

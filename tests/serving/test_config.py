@@ -100,16 +100,18 @@ def run_gateway(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_check_config(tmp_path: Path) -> None:
-    good = run_gateway("--config", str(write(tmp_path, GOOD)), "--check-config")
+    checked = ("--config", str(write(tmp_path, GOOD)), "--check-config")
+    good = run_gateway(*checked)
     assert good.returncode == 0
-    assert json.loads(good.stdout.splitlines()[-1])["models"] == 1
+    assert good.stdout.splitlines()[-1].endswith("is good: models 1, keys 0")
+    assert json.loads(run_gateway(*checked, "--json").stdout)["models"] == 1
     bad = run_gateway("--config", str(write(tmp_path, "models: []")), "--check-config")
     assert bad.returncode == 1
     assert bad.stderr.startswith("attnserve-gateway: ") and bad.stderr.count("\n") == 1
 
 
 def test_keys_new() -> None:
-    made = json.loads(run_gateway("keys", "new", "alice").stdout.splitlines()[-1])
+    made = json.loads(run_gateway("keys", "new", "alice", "--json").stdout)
     assert made["name"] == "alice"
     assert made["sha256"] == digest(made["key"])
     assert run_gateway("keys", "new", "two words").returncode == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from training import books, gutenberg
+from training.checkpoints import ROOT
 from training.gutenberg import Novel, clean, sha256
 
 BODY = [
@@ -94,7 +95,7 @@ def server(table: list[Novel]) -> Iterator[tuple[Server, str]]:
 def test_table_names_the_novels_of_the_checkpoints() -> None:
     rows = gutenberg.novels()
     assert len(rows) == 13 == len({novel.id for novel in rows})
-    card = Path("checkpoints/softmax/README.md").read_text()
+    card = (ROOT / "checkpoints" / "softmax" / "README.md").read_text()
     for novel in rows:
         held_out = novel.file in (books.VALIDATION, books.TEST)
         assert (f"`{novel.file}`" in card) != held_out

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import (
     LlamaAttention,
@@ -25,14 +26,33 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from attn_kernels import variant_names
 from quant.quantize import main as quantize
-from tests.tiny import tiny_checkpoint, write_tiny_llama
+from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_llama
 from tests.vllm_attn.loading import load, one_worker
 from vllm_attn.report import StartupError
 
 
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock model with experts."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer(512).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", autouse=True)
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with one_worker(tiny_checkpoint(tmp_path_factory.mktemp("worker"), "softmax")):
+def worker(mixtral: Path) -> Iterator[None]:
+    with one_worker(mixtral):  # for experts, a worker sets up more
         yield
 
 
@@ -130,6 +150,17 @@ def test_no_packed_tensor_may_miss(
     assert len(names) == 4 * 4 + 3
     for i, name in enumerate(names):
         refused_without(checkpoints[checkpoint], name, tmp_path / str(i))
+
+
+def test_no_expert_may_miss(mixtral: Path, tmp_path: Path) -> None:
+    """vLLM has those of a layer in two tensors."""
+    load(mixtral, attention_backend="SOFTPICK")
+    experts = "model.layers.1.block_sparse_moe.experts"
+    for name, stacked in (("0.w1", "w13"), ("2.w3", "w13"), ("3.w2", "w2")):
+        copy = changed(mixtral, tmp_path / name, {f"{experts}.{name}.weight": None})
+        line = rf"for vLLM's {re.escape(experts)}\.\w+\.{stacked}_weight: it is"
+        with pytest.raises(StartupError, match=line):
+            load(copy, attention_backend="SOFTPICK")
 
 
 def test_a_packed_matrix_may_not_miss(checkpoints: dict[str, Path], tmp_path: Path) -> None:

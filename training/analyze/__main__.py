@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
-from benchmarks.options import positive
+from attnserve.options import positive
 from training.analyze.attention import Attention
 from training.analyze.blimp import Blimp
 from training.analyze.lambada import Lambada

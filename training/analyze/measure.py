@@ -18,7 +18,6 @@ from training.analyze.scorer import Scorer
 
 SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
 """What a folder of evaluation sets holds."""
-EVAL: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Perplexity(Measure):
         return [books.validation, books.test, data.sets / "wikitext2_test_raw.txt"]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        summary, units = {}, {}
+        summary: dict[str, Estimate] = {}
+        units: dict[str, Any] = {}
         for name, file in zip(TEXTS, self.files(data), strict=True):
             tokens = checkpoint.encode(file.read_text(encoding="utf-8"))
             tokens = tokens[: self.sequences * checkpoint.context]

@@ -219,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{found.unpruned.shown(4)} nats per token; {found.about['reference']} is "
         f"{found.allowance.shown(4)} above it."
     )
+    if found.about["text_from"] == "own":
+        print("It wrote the text: another model cannot reach its loss there, whatever it is worth.")
     for target in found.targets:
         budgets = ", ".join(map(str, target.budgets))
         missed = "" if target.reached else " (not reached: the unpruned model is above it)"

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--figures", ROOT / "docs" / "results", "folder of the PNG files")
     options = parser.parse_args(argv)
     for folder in (options.results, options.checkpoints):
-        if not folder.is_dir():
+        if folder.exists() and not folder.is_dir():
             parser.error(f"{folder} is not a folder")
     try:
         evidence = load(

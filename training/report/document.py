@@ -324,7 +324,10 @@ def provenance(evidence: Evidence) -> str:
     return (
         "`python -m training.analyze checkpoints/*`, and once more with `--rope-theta-factor 50 "
         "--measures length passkey` and with `--engine vllm`; then `python -m training.report`. "
-        "Models run in float32. Sample sizes:\n\n"
+        "They read the thirteen novels, which `python -m training.books` fetches or --books names, "
+        "and with --eval a folder of evaluation sets: `lambada_test.jsonl` (LAMBADA's test set), "
+        "`blimp/*.jsonl` (twelve sets of BLiMP) and `wikitext2_test_raw.txt` (WikiText-2's test "
+        "text, raw). Models run in float32. Sample sizes:\n\n"
         + "\n".join(f"- {line}" for line in sizes(stored))
         + "\n\n"
         + table(["", "hash of the checkpoint", "training length", "minutes"], rows)
