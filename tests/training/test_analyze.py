@@ -129,7 +129,7 @@ def test_attention_figures_are_those_of_the_maps(checkpoint: Checkpoint, data: D
     measure = Attention(sequences=2)
     result = measure.run(checkpoint, data, Copier())
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    text = checkpoint.encode((data.books / "great_expectations.txt").read_text())
+    text = checkpoint.encode(split(data.books).test.read_text())
     places = (0, len(text) // CONTEXT - 1)
     seen = np.tri(CONTEXT, dtype=bool)
     first, zero, kurtosis = [], [], []
@@ -180,7 +180,7 @@ def test_length_bins_windows_and_pieces(checkpoint: Checkpoint, data: Data) -> N
     scorer = TransformersScorer(checkpoint.folder, quiet=True)
     measure = Length(windows=2, multiple=4)
     result = measure.run(checkpoint, data, scorer)
-    text = checkpoint.encode((data.books / "great_expectations.txt").read_text())
+    text = checkpoint.encode(split(data.books).test.read_text())
     length = 4 * CONTEXT
     starts = [0, (len(text) // length - 1) * length]
     items = [Item([checkpoint.bos], text[start : start + length]) for start in starts]
