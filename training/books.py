@@ -62,6 +62,14 @@ def books_folder() -> Path:
         raise FileNotFoundError(f"no place for the novels: {error}, or give --books DIR") from None
 
 
+def are_fetched() -> bool:
+    """Return whether that folder is there."""
+    try:
+        return books_folder().is_dir()
+    except FileNotFoundError:
+        return False
+
+
 def split(folder: Path | None = None) -> Split:
     """Return the text files: all of the folder are for training but the two of `VALIDATION` and
     `TEST`.

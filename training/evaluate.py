@@ -31,10 +31,12 @@ from attn_kernels import VariantError
 from attnserve.options import positive
 from attnserve.sampled_text import sampled_text
 from training.analyze.measure import Checkpoint, first_line
-from training.books import Split, add_books_option, books_folder, split
+from training.books import Split, add_books_option, are_fetched, split
 from training.data import Tokens, read_tokens, sequence, text_file
 from training.ngram import Trigram, Unigram, log_likelihood
 
+TOKENS = 2**15
+"""Of each text that are read by default."""
 OWN_SEQUENCES, OWN_LENGTH = 16, 512
 """How much a checkpoint writes where no text is at hand, in sequences and tokens of each."""
 
@@ -177,10 +179,11 @@ def texts_of(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Text]:
     Raises:
         FileNotFoundError, ValueError: the novels are not there, or a text has no words.
     """
-    most = None if options.whole else options.sequences
+    most = options.sequences or max(1, TOKENS // checkpoint.context)
+    most = None if options.whole else most
     if options.text:
         return [file_text(checkpoint, file.name, file, most) for file in options.text]
-    if options.books or books_folder().is_dir():
+    if options.books or are_fetched():
         return held_out(checkpoint, split(options.books), most)
     return [own_text(checkpoint, most)]
 
@@ -200,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sequences",
         type=positive,
-        default=64,
-        help="of the training length, from the beginning of each text (default: %(default)s)",
+        help="of the training length, from the beginning of each text (default: as many as have "
+        f"{TOKENS} tokens)",
     )
     parser.add_argument("--whole", action="store_true", help="read whole texts: minutes for novels")
     parser.add_argument(

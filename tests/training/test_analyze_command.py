@@ -145,6 +145,32 @@ def test_what_cannot_be_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("measure", command.MEASURES)
+def test_what_a_measure_needs(
+    measure: str,
+    softpick: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the novels and the evaluation sets: measured, or one line that says how to get
+    them."""
+    monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
+    argv = [str(softpick), f"--out={tmp_path}", "--limit=1", "--max-length=224"]
+    argv.append(f"--measures={measure}")
+    if measure == "passkey":
+        command.main(argv)
+    elif measure in ("lambada", "blimp"):
+        assert "name the folder of the evaluation sets (lambada_test.jsonl, blimp/*.jsonl," in (
+            refusal(capsys, *argv)
+        )
+        line = refusal(capsys, *argv, "--eval=nowhere")
+        assert "nowhere" in line and line.endswith(("with --eval", "with --eval or --books"))
+    else:
+        line = refusal(capsys, *argv)
+        assert "emma.txt is not there: fetch the thirteen novels with `python -m training" in line
+
+
 def test_two_checkpoints_of_one_name(softpick: Path, texts: list[str], capsys: Capture) -> None:
     line = refusal(capsys, str(softpick), str(softpick), *texts)
     assert "two checkpoints are called softpick" in line

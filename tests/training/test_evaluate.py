@@ -84,6 +84,18 @@ def test_novels_and_baselines(
     assert [score.log_likelihood for score in scored] == [row["log_likelihood"] for row in rows]
 
 
+def test_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user without a home folder, as in some containers, has no cache: nothing is kept."""
+    for name in ("ATTNSERVE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError()))
+    folder = tiny_checkpoint(tmp_path / "tiny", "softmax")
+    shown, _ = run(capsys, folder, "--sequences", 1)
+    assert "own sampling" in shown
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [

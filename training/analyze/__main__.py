@@ -122,9 +122,12 @@ def analyze(folder: Path, data: Data, options: argparse.Namespace) -> list[Store
     checkpoint = Checkpoint(folder, options.context)
     chosen = measures(options, checkpoint.context)
     for measure in chosen:
-        for file in measure.files(data):
+        files = measure.files(data)
+        for file in files:
             if not file.exists():
                 raise Refusal(f"{file} is not there: name its folder with --eval or --books")
+        if isinstance(measure, Blimp) and not files:
+            raise Refusal(f"{data.sets} has no blimp/*.jsonl: name its folder with --eval")
     results, missing = to_do(checkpoint, chosen, data, options)
     print(f"{checkpoint.name}: {len(missing)} to measure, {len(results)} there already", flush=True)
     if not missing:

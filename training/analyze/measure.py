@@ -40,7 +40,10 @@ class Data:
             FileNotFoundError: none is named.
         """
         if self.evaluation is None:
-            raise FileNotFoundError(f"name the folder of the evaluation sets ({SETS}) with --eval")
+            raise FileNotFoundError(
+                f"name the folder of the evaluation sets ({SETS}) with --eval, or leave out what "
+                "needs them"
+            )
         return self.evaluation
 
 

@@ -28,7 +28,7 @@ from benchmarks.machine import commit
 from benchmarks.options import command_line, positive
 from training.analyze.measure import Checkpoint
 from training.analyze.store import ROOT
-from training.books import add_books_option, books_folder, split
+from training.books import add_books_option, are_fetched, split
 from training.budgets.errors import Refusal
 from training.budgets.forward import Forward
 from training.budgets.measured import Budgets, Measured
@@ -131,7 +131,7 @@ def parts_of(o: argparse.Namespace, own: Checkpoint) -> Parts:
     if o.text:
         return of_users_text(own, o.text, counts)
     try:
-        if o.books or books_folder().is_dir():
+        if o.books or are_fetched():
             return of_novels(own, split(o.books), counts)
     except FileNotFoundError as error:
         raise Refusal(str(error)) from error
