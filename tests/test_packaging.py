@@ -168,11 +168,9 @@ def outside(folder: Path, *command: str, **env: str) -> subprocess.CompletedProc
 
 LISTED = """
 import sys, pkgutil, importlib
-import serving, attnserve
-for package in (attnserve, serving):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if module.name not in ("serving.probe", "attnserve.__main__"):
-            importlib.import_module(module.name)
+import serving, attnserve.cli
+for module in pkgutil.iter_modules(serving.__path__, "serving."):
+    importlib.import_module(module.name)
 print(sorted({name.split(".")[0] for name in sys.modules}))
 """
 """Imports all of the gateway and the command line; prints what that has imported."""

@@ -71,6 +71,18 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
+    **dict.fromkeys(
+        (
+            "python -m quant.sweep checkpoints/softmax checkpoints/softpick --what weights "
+            "--schemes gptq --bits 2 3 4 --text BOOKS/great_expectations.txt --out sampled",
+            "python -m quant.sweep checkpoints/softmax checkpoints/softpick --what weights "
+            "--schemes gptq --bits 2 3 4 --text BOOKS/great_expectations.txt --out novels "
+            "--calibration-text $(ls BOOKS/*.txt | grep -v -e emma -e great_expectations)",
+            "python -m quant.sweep checkpoints/softpick --what weights --schemes gptq "
+            "--bits 2 3 4 --text BOOKS/great_expectations.txt --out own",
+        ),
+        NotHere("the thirteen novels"),
+    ),
     "python -m quant.sweep CKPT": Run(
         f"python -m quant.sweep checkpoints/softpick --bits 4 {SMALL} --schemes rtn "
         "--what weights --calibration 2 --out sweep-one --jobs 1",
@@ -294,7 +306,7 @@ RULES: dict[str, Rule] = {
     },
     "python -m quant.report": Run("python -m quant.report --results quant/results"),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
-        "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 4 8 "
+        "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 2 4 "
         "--scheme rtn --sequences 1 --length 64 --calibration 1 --out sensitivity",
         slow=True,
         long=True,
@@ -394,10 +406,10 @@ RULES: dict[str, Rule] = {
         setup=f"{MY_MODEL}my-served-8bit && python -m quant.quantize my-served-8bit "
         "my-served-4bit --bits 4 --scheme rtn",
     ),
-    "attnserve budgets my-selective": Run(
-        f"{MY_MODEL}my-selective --variant selective && attnserve budgets my-selective "
-        "--sequences 2 --judge 2 --test-sequences 2 --length 64 --step 32 --uniform 16 "
-        "--max-loss 9 --out my-budgets --runs my-budget-runs",
+    "attnserve budgets my-selective --reference my-softmax": Run(
+        f"{MY_MODEL}my-selective --variant selective && {MY_MODEL}my-softmax --variant softmax && "
+        "attnserve budgets my-selective --reference my-softmax --sequences 2 --judge 2 "
+        "--test-sequences 2 --length 64 --step 32 --uniform 16 --out my-budgets --runs my-runs",
         slow=True,
         long=True,
     ),
