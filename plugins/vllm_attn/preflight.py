@@ -20,7 +20,7 @@ from attn_kernels import (
     variant_from_config,
 )
 from hf_attn.configuration import VariantLlamaConfig
-from vllm_attn import library, names
+from vllm_attn import library, names, report
 from vllm_attn.budgets import KV_CACHE_DTYPES, check_budgets
 from vllm_attn.report import StartupError
 
@@ -41,6 +41,7 @@ def check(vllm_config: Any) -> None:
     """
     if vllm_config.model_config is None:
         return
+    report.forget()
     device = vllm_config.device_config.device_type
     if device == "cpu":
         library.check()

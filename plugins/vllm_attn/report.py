@@ -68,7 +68,7 @@ def unknown_backend(name: str) -> str:
 
 def note() -> Path:
     """The file in which a process of this server leaves its line."""
-    return Path(tempfile.gettempdir()) / f"attnserve-{os.environ.get(RUN)}"
+    return Path(tempfile.gettempdir()) / f"attnserve-{os.environ.get(RUN, os.getpid())}"
 
 
 def said() -> str | None:
@@ -83,9 +83,14 @@ def say(message: str) -> None:
     """Print the line and leave it to the processes above."""
     print(f"attnserve: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # then vLLM's own errors follow the line
-        fd = os.open(note(), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        fd = os.open(note(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(fd, "w", encoding="utf-8") as file:
             file.write(message)
+
+
+def forget() -> None:
+    """Drop the line of an earlier start in this process."""
+    note().unlink(missing_ok=True)
 
 
 class OneLineFilter(logging.Filter):
@@ -114,21 +119,23 @@ def install() -> None:
     spawned = "--multiprocessing-fork" in sys.orig_argv
     if not spawned and multiprocessing.parent_process() is None:
         os.environ[RUN] = secrets.token_hex(8)
-        atexit.register(note().unlink, missing_ok=True)
+        atexit.register(forget)
     for name in ENGINE_LOGGERS:
         logging.getLogger(name).addFilter(OneLineFilter())
     install_excepthook()
 
 
 def install_excepthook() -> None:
-    """Print an uncaught StartupError or VariantError, or one of another process of this server, as
-    one line."""
+    """Print an uncaught StartupError or VariantError as one line, also where vLLM's error follows
+    from one in another process."""
     previous = sys.excepthook
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        message = one_line(error) or said()
+        message = one_line(error)
+        if message is None and "Engine core initialization failed" in str(error):
+            message = said()
         if message is None:
             previous(kind, error, traceback)
         else:

@@ -87,7 +87,7 @@ def expected(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
         for name, parameter in module.named_parameters(recurse=False):
             if is_lazy(parameter) or parameter.is_meta or not parameter.numel():
                 continue
-            if every or name in FOREIGN:
+            if every or (name in FOREIGN and marked_places(parameter)):
                 yield f"{prefix}.{name}".lstrip("."), module, parameter
 
 
