@@ -20,7 +20,8 @@ def gateway_example(port: int = 8080) -> str:
 
 
 def main(kind: str, out: str, *rest: str) -> None:
-    """Write one of them: a plain Llama, a published softpick checkpoint, a gateway's YAML."""
+    """Write one of them: a plain Llama, a published softpick checkpoint, a gateway's YAML, the
+    variant of docs/VARIANT.md."""
     if kind == "plain-llama":
         from tests.tiny import write_tiny_llama
 
@@ -31,6 +32,12 @@ def main(kind: str, out: str, *rest: str) -> None:
         fla_checkpoint(Path(out).parent).rename(out)
     elif kind == "gateway":
         Path(out).write_text(gateway_example(*map(int, rest)), encoding="utf-8")
+    elif kind == "sigmoid":
+        from tests.attn_kernels.test_example import example
+
+        (Path(out) / "sigmoid.py").write_text(example("python", "class Sigmoid"))
+        (Path(out) / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
+        (Path(out) / "sigmoid_triton.py").write_text(example("python", "import triton"))
     else:
         raise SystemExit(f"no such kind: {kind}")
 

@@ -1,13 +1,11 @@
 """How the tests run each command of the texts.
 
 A command that is not here fails `test_coverage.py`, and so does an entry that no text has any more.
-A command without arguments, inline, names a program: it is covered where a longer one here begins
-with it.
+A command without options in a sentence or a table names a program: it is covered where a longer one
+here begins with it.
 """
 
 from __future__ import annotations
-
-import re
 
 from tests.docs.rules import (
     CHECKPOINTS,
@@ -21,12 +19,14 @@ from tests.docs.rules import (
     attnserve_serve,
     make_serve,
 )
+from tests.docs.text import Command, normal
 
 BOOKS = r"--books"
 """What a command says that truly needs the thirteen novels."""
 SMALL = "--sequences 2 --length 64"
 YOUR_LLAMA = "python -m tests.docs.prepare plain-llama your-llama"
 MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
+SIGMOID = "python -m tests.docs.prepare sigmoid kernels/attn_kernels/variants"
 MY_TOKENIZER = "python -m training.tokenizer --data docs/*.md --out my-tokenizer"
 VLLM = "--host 127.0.0.1 --port {vllm} --enforce-eager --kv-cache-memory-bytes 64M"
 
@@ -70,6 +70,18 @@ RULES: dict[str, Rule] = {
         prints="selective_prunable",
         slow=True,
         long=True,
+    ),
+    **dict.fromkeys(
+        (
+            "python -m quant.sweep checkpoints/softmax checkpoints/softpick --what weights "
+            "--schemes gptq --bits 2 3 4 --text BOOKS/great_expectations.txt --out sampled",
+            "python -m quant.sweep checkpoints/softmax checkpoints/softpick --what weights "
+            "--schemes gptq --bits 2 3 4 --text BOOKS/great_expectations.txt --out novels "
+            "--calibration-text $(ls BOOKS/*.txt | grep -v -e emma -e great_expectations)",
+            "python -m quant.sweep checkpoints/softpick --what weights --schemes gptq "
+            "--bits 2 3 4 --text BOOKS/great_expectations.txt --out own",
+        ),
+        NotHere("the thirteen novels"),
     ),
     "python -m quant.sweep CKPT": Run(
         f"python -m quant.sweep checkpoints/softpick --bits 4 {SMALL} --schemes rtn "
@@ -294,7 +306,7 @@ RULES: dict[str, Rule] = {
     },
     "python -m quant.report": Run("python -m quant.report --results quant/results"),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
-        "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 4 8 "
+        "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 2 4 "
         "--scheme rtn --sequences 1 --length 64 --calibration 1 --out sensitivity",
         slow=True,
         long=True,
@@ -394,10 +406,10 @@ RULES: dict[str, Rule] = {
         setup=f"{MY_MODEL}my-served-8bit && python -m quant.quantize my-served-8bit "
         "my-served-4bit --bits 4 --scheme rtn",
     ),
-    "attnserve budgets my-selective": Run(
-        f"{MY_MODEL}my-selective --variant selective && attnserve budgets my-selective "
-        "--sequences 2 --judge 2 --test-sequences 2 --length 64 --step 32 --uniform 16 "
-        "--max-loss 9 --out my-budgets --runs my-budget-runs",
+    "attnserve budgets my-selective --reference my-softmax": Run(
+        f"{MY_MODEL}my-selective --variant selective && {MY_MODEL}my-softmax --variant softmax && "
+        "attnserve budgets my-selective --reference my-softmax --sequences 2 --judge 2 "
+        "--test-sequences 2 --length 64 --step 32 --uniform 16 --out my-budgets --runs my-runs",
         slow=True,
         long=True,
     ),
@@ -407,14 +419,22 @@ RULES: dict[str, Rule] = {
     ),
     # docs/VARIANT.md
     'make test ARGS="-k sigmoid"': Elsewhere("tests/test_variant_example.py"),
-    "python -m training.checkpoints sigmoid": Elsewhere("tests/test_variant_example.py"),
-    "make serve CKPT=checkpoints/sigmoid": Elsewhere("tests/test_variant_example.py"),
+    "python -m training.checkpoints sigmoid": Run(
+        f"{SIGMOID} && python -m training.checkpoints sigmoid",
+        prints=BOOKS,
+        code=2,
+        slow=True,
+        long=True,
+    ),
+    "make serve CKPT=checkpoints/sigmoid": Serve(
+        make_serve("checkpoints/sigmoid"),
+        setup=f"{SIGMOID} && {MY_MODEL}checkpoints/sigmoid --variant sigmoid",
+    ),
 }
 
 
-def rule_for(command: str) -> Rule | None:
-    """Return the rule of a command (`text.normal`), None if none covers it."""
-    if command in RULES:
-        return RULES[command]
-    longer = [rule for text, rule in RULES.items() if text.startswith(command + " ")]
-    return longer[0] if longer and not re.search(r" -", command.removeprefix("python -m")) else None
+def is_covered(command: Command) -> bool:
+    """Return whether a command has a rule, or names a program of a rule."""
+    line = normal(command.line)
+    named = command.inline and " -" not in line.removeprefix("python -m")
+    return line in RULES or (named and any(rule.startswith(f"{line} ") for rule in RULES))

@@ -42,6 +42,8 @@ class Command:
 
     text: Path
     line: str
+    inline: bool
+    """In a sentence or a table, not in a shell block."""
 
 
 def read(text: Path) -> str:
@@ -80,7 +82,7 @@ def is_module(words: list[str]) -> bool:
     """Return whether this is the name of one of the project's commands, as in `quant.sweep`."""
     head, *rest = words
     parts = head.split(".")
-    if parts[0] not in PACKAGES or len(parts) < 2 or any(x.endswith(".") for x in words):
+    if parts[0] not in PACKAGES or len(parts) < 2 or not all(parts):
         return False
     file = ROOT.joinpath(*parts)
     runs = file.with_suffix(".py").exists() and "__main__" in file.with_suffix(".py").read_text()
@@ -103,16 +105,17 @@ def inline_command(span: str) -> str | None:
 def commands(text: Path) -> list[Command]:
     """Return every command of a text: of its shell blocks, then the inline ones."""
     if text == MAKEFILE:
-        return [Command(text, x) for x in re.findall(r"^#   (make [\w-]+)", read(text), re.M)]
+        targets = re.findall(r"^#   (make [\w-]+)", read(text), re.M)
+        return [Command(text, target, inline=True) for target in targets]
     found = [
-        line
+        Command(text, line, inline=False)
         for block in blocks(text)
         if block.language in ("sh", "bash", "console")
         for line in script_lines(block.content)
     ]
     prose = _FENCE.sub("", read(text))
-    found += filter(None, map(inline_command, _INLINE.findall(prose)))
-    return [Command(text, line) for line in found]
+    spans = filter(None, map(inline_command, _INLINE.findall(prose)))
+    return found + [Command(text, span, inline=True) for span in spans]
 
 
 def all_commands() -> list[Command]:
