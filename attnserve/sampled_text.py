@@ -8,13 +8,14 @@ any other text. An end-of-text token is kept and the text goes on after it, as t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -39,6 +41,9 @@ FORMAT = 1
 """Goes up when a change of the code changes the text, so that an older one is not taken for it."""
 BATCH = 32
 """Sequences that are written at a time."""
+SMALL = 20_000_000
+"""Parameters below which a token takes so little work that threads wait for each other for most of
+the time: ten times as long with two of them, on two cores that others use too."""
 
 
 def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int = 0) -> Tensor:
@@ -149,7 +154,10 @@ def _write_text(folder: Path, sequences: int, length: int, name: str) -> Tensor:
     generator = torch.Generator().manual_seed(int(name[:15], 16))
     text = torch.full((sequences, length), begin, dtype=torch.long)
     label = f"{folder.resolve().name} writes text"
-    with tqdm(total=sequences * (length - 1), desc=label, unit=" tokens", disable=None) as bar:
+    with (
+        _threads_for(model),
+        tqdm(total=sequences * (length - 1), desc=label, unit=" tokens", disable=None) as bar,
+    ):
         for rows in text.split(BATCH):  # views
             cache = DynamicCache(config=model.config)
             for place in range(1, length):
@@ -159,6 +167,17 @@ def _write_text(folder: Path, sequences: int, length: int, name: str) -> Tensor:
                 rows[:, place] = shares.multinomial(1, generator=generator)[:, 0]
                 bar.update(len(rows))
     return text
+
+
+@contextlib.contextmanager
+def _threads_for(model: PreTrainedModel) -> Iterator[None]:
+    """One thread for a small model, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if model.num_parameters() < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
