@@ -71,18 +71,6 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
-    **dict.fromkeys(
-        (
-            "python -m quant.sweep checkpoints/softmax checkpoints/softpick --what weights "
-            "--schemes gptq --bits 2 3 4 --text BOOKS/great_expectations.txt --out sampled",
-            "python -m quant.sweep checkpoints/softmax checkpoints/softpick --what weights "
-            "--schemes gptq --bits 2 3 4 --text BOOKS/great_expectations.txt --out novels "
-            "--calibration-text $(ls BOOKS/*.txt | grep -v -e emma -e great_expectations)",
-            "python -m quant.sweep checkpoints/softpick --what weights --schemes gptq "
-            "--bits 2 3 4 --text BOOKS/great_expectations.txt --out own",
-        ),
-        NotHere("the thirteen novels"),
-    ),
     "python -m quant.sweep CKPT": Run(
         f"python -m quant.sweep checkpoints/softpick --bits 4 {SMALL} --schemes rtn "
         "--what weights --calibration 2 --out sweep-one --jobs 1",

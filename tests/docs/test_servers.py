@@ -106,7 +106,7 @@ def test_server(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    record_property("command", rule.command)
+    record_property("command", command)
     with serving(clone, rule, tmp_path / "log") as served:
         record_property("seconds", served.seconds)
         if rule.path == "/v1/models":
