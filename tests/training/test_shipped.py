@@ -1,6 +1,7 @@
 """The checkpoints that the repository carries."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn  # noqa: F401  registers the model class
 from tests.law_model import law_greedy
+from training.analyze.measure import Checkpoint
 from training.checkpoints import EXTRA
 from training.tokenizer import PARAGRAPHS
 
@@ -32,6 +34,15 @@ def test_generates_the_laws_tokens(folder: Path) -> None:
         **ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert output[0, ids.input_ids.shape[1] :].tolist() == law.tokens
+
+
+def test_committed_results_are_of_these_checkpoints() -> None:
+    cells = CHECKPOINTS.parent / "quant" / "results" / "cells"
+    files = sorted(cells.glob("*/unquantized.json"))
+    assert files
+    for file in files:
+        key = json.loads(file.read_text())["key"]
+        assert Checkpoint(CHECKPOINTS / file.parent.name).digest == key["checkpoint"]
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,16 +107,22 @@ class Checkpoint:
     @functools.cached_property
     def digest(self) -> str:
         """A hash of configuration, weights and tokenizer."""
-        files = [self.folder / "config.json", self.folder / "tokenizer.json"]
-        files += sorted(self.folder.glob("*.safetensors"))
-        return digest(*(file for file in files if file.exists()))
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("auto_map", None)  # how Python finds the model's class, not what it computes
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # as transformers writes it
+        files = [self.folder / "tokenizer.json", *sorted(self.folder.glob("*.safetensors"))]
+        return _digest(text.encode(), *(file.read_bytes() for file in files if file.exists()))
 
 
 def digest(*files: Path) -> str:
     """A hash of the contents of files."""
+    return _digest(*(file.read_bytes() for file in files))
+
+
+def _digest(*contents: bytes) -> str:
     total = hashlib.sha256()
-    for file in files:
-        total.update(file.read_bytes())
+    for content in contents:
+        total.update(content)
     return total.hexdigest()[:16]
 
 
