@@ -120,7 +120,7 @@ def ours() -> list[psutil.Process]:
     ("arguments", "reason"),
     [
         (["--backends", "softpick"], "trained with softmax"),
-        (["--kv-cache-memory-bytes", "100000"], "KV cache is needed"),
+        (["--kv-cache-memory-bytes", "400000"], "KV cache is needed"),
     ],
 )
 def test_why_a_server_does_not_start(
