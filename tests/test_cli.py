@@ -85,9 +85,9 @@ def test_arguments_are_handed_on_as_they_are() -> None:
 
 
 def test_a_module_reads_its_own_arguments() -> None:
-    done = attnserve("quantize", "--no-such-option", "x", "y", "--bits=4")
+    done = attnserve("quantize", "--bits=nonsense")
     assert done.returncode == 2
-    assert "--no-such-option" in done.stderr and not done.stderr.startswith("attnserve: ")
+    assert "nonsense" in done.stderr and not done.stderr.startswith("attnserve: ")
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
