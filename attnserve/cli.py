@@ -51,10 +51,18 @@ def show_version(
         raise typer.Exit(2)
 
 
+def expanded(path: Path) -> Path:
+    """Return a path whose `~`, which may have been quoted, is a home folder's."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        fail(f"there is no user {path.parts[0].removeprefix('~')}: {path}", 2)
+
+
 def checkpoint_folder(named: Path | None) -> Path:
     """Return the checkpoint to serve: the one named (`~` may be quoted), else the bundled one."""
     if named is not None:
-        return named.expanduser()
+        return expanded(named)
     for base in (Path(), ROOT):
         if (base / DEFAULT_CHECKPOINT / "config.json").is_file():
             return base / DEFAULT_CHECKPOINT
@@ -101,7 +109,7 @@ def serve(
         backend,
         vllm_port,
         gateway_port,
-        log_folder.expanduser(),
+        expanded(log_folder),
         tuple(context.obj),
     )
     try:
@@ -192,7 +200,9 @@ def main() -> None:
         message, hint = error.format_message().rstrip("."), "attnserve --help"
         if own[0] == "serve":
             hint = "attnserve serve --help"
-        elif (Path(own[0]).expanduser() / "config.json").exists():
+            if getattr(error, "possibilities", None) == []:  # typer's NoSuchOption is private
+                hint = "vLLM's options follow `--`: attnserve serve CKPT -- OPTIONS"
+        elif Path(os.path.expanduser(own[0]), "config.json").exists():
             hint = f"to serve it: attnserve serve {own[0]}"
         fail(f"{message} ({hint})", error.exit_code)
     sys.exit(code)

@@ -50,9 +50,9 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
     """Return token ids int64 `[sequences, length]` that a checkpoint writes: each row begins with
     the begin-of-text token.
 
-    The text depends on nothing but the arguments and the checkpoint's files; between machines,
-    rounding may change some tokens. It is kept in the user's cache (`$ATTNSERVE_CACHE`, else
-    `~/.cache/attnserve`), in the folder `sampled-text`.
+    The text depends on nothing but the arguments and what the checkpoint computes; between
+    machines, rounding may change some tokens. It is kept in the user's cache, in the folder
+    `sampled-text` of `$ATTNSERVE_CACHE`, else `~/.cache/attnserve`.
 
     Args:
         folder: a Hugging Face folder; any variant that `hf_attn` knows, or a plain model.
@@ -66,24 +66,27 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
-    settings = [FORMAT, checkpoint_hash(folder), use, sequences, length, seed]
+    begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
+    settings = [FORMAT, checkpoint_hash(folder), begin, use, sequences, length, seed]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     try:
         file = cache_folder() / "sampled-text" / f"{name}.npz"
     except BuildError:  # no home folder: the text is written again each time
-        return _write_text(folder, sequences, length, name)
+        return _write_text(folder, begin, sequences, length, name)
     kept = _read(file, (sequences, length))
     if kept is None:
-        kept = _write_text(folder, sequences, length, name)
+        kept = _write_text(folder, begin, sequences, length, name)
         _keep(file, kept)
     return kept
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """Return a hash of what a checkpoint's text depends on: configuration, weights, tokenizer."""
-    total = hashlib.sha256()
-    names = ("config.json", "tokenizer*", "*.safetensors", "*.bin")
-    for file in sorted({file for name in names for file in folder.glob(name)}):
+    """Return a hash of what a model computes with: its configuration and its weights."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("auto_map", "transformers_version"):  # these change nothing
+        config.pop(name, None)
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted({*folder.glob("*.safetensors"), *folder.glob("*.bin")}):
         total.update(file.name.encode() + b"\0")
         with file.open("rb") as opened:
             total.update(hashlib.file_digest(opened, "sha256").digest())
@@ -147,9 +150,8 @@ def begin_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @torch.inference_mode()
-def _write_text(folder: Path, sequences: int, length: int, name: str) -> Tensor:
-    """Sample the text whose cache entry has a name."""
-    begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
+def _write_text(folder: Path, begin: int, sequences: int, length: int, name: str) -> Tensor:
+    """Sample the text whose cache entry has a name; every row begins with the token `begin`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(int(name[:15], 16))
     text = torch.full((sequences, length), begin, dtype=torch.long)

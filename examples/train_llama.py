@@ -129,9 +129,16 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="UTF-8 files")
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
+    if missing := [str(file) for file in arguments.text if not file.is_file()]:
+        parser.error(f"{missing[0]} is not there: name text files with --text")
 
     trained = ByteLevelBPETokenizer()
-    trained.train([str(file) for file in arguments.text], VOCABULARY, special_tokens=["<|end|>"])
+    trained.train(
+        [str(file) for file in arguments.text],
+        VOCABULARY,
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, bos_token="<|end|>", eos_token="<|end|>"
     )

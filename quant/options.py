@@ -15,7 +15,7 @@ from quant.texts import Sources
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
 
-def group(text: str) -> int | None:
+def columns_of_group(text: str) -> int | None:
     """Return the columns of a group, None for `channel`, for argparse."""
     return None if text == "channel" else positive(text)
 
@@ -26,12 +26,15 @@ def bundled_checkpoints() -> list[Path]:
     Raises:
         Refusal: this is none.
     """
-    found = sorted(file.parent for file in CHECKPOINTS.glob("*/config.json"))
-    if not found:
+    if not (found := _bundled()):
         raise Refusal(
             "name a checkpoint's folder: only a checkout of the project has checkpoints of its own"
         )
     return found
+
+
+def _bundled() -> list[Path]:
+    return sorted(file.parent for file in CHECKPOINTS.glob("*/config.json"))
 
 
 def add_text_options(parser: argparse.ArgumentParser, measured: bool = True) -> None:
@@ -90,8 +93,18 @@ def sources_of(options: argparse.Namespace, folders: Sequence[Path]) -> dict[Pat
         getattr(options, "eval", None),
     )
     if given.sampled:
-        pairs = writers(folders, options.text_from).items()
-        return {folder: dataclasses.replace(given, writer=writer) for folder, writer in pairs}
+        found = writers(_with_bundled(folders), options.text_from)
+        return {folder: dataclasses.replace(given, writer=found[folder]) for folder in folders}
     if options.text_from is not None:
         raise Refusal("--text-from: all text is given, none is written: leave it out")
     return dict.fromkeys(folders, given)
+
+
+def _with_bundled(folders: Sequence[Path]) -> list[Path]:
+    """The checkpoints, and all bundled ones if one of them is: it then reads the same text alone as
+    beside the others."""
+    bundled = _bundled()
+    named = {folder.resolve() for folder in folders}
+    if not named & set(bundled):
+        return list(folders)
+    return [*folders, *(folder for folder in bundled if folder not in named)]

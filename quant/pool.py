@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -67,14 +69,30 @@ def _window(
             try:
                 while tasks or running:
                     while tasks and len(running) < jobs:
-                        submitted = pool.submit(attempt, work, tasks[0])
+                        with deaf_to_ctrl_c():  # processes start here
+                            submitted = pool.submit(attempt, work, tasks[0])
                         running[submitted] = tasks.pop(0)
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         outcome = done.result()
                         yield running.pop(done), outcome
             except BrokenProcessPool:
                 lost += running.values()
+            except (KeyboardInterrupt, GeneratorExit):
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
     return lost
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Let processes that start meanwhile ignore Ctrl-C, which a terminal sends to them too: the
+    parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def start(prepare: Callable[[int], None], jobs: int) -> None:

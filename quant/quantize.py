@@ -28,7 +28,7 @@ from attn_kernels import VariantError
 from attnserve.options import positive
 from quant.errors import Refusal
 from quant.model import HEAD, empty_model, linears, quantize
-from quant.options import add_text_options, group, sources_of
+from quant.options import add_text_options, columns_of_group, sources_of
 from quant.quantize_files import Part, checkpoint_tensors, write_checkpoint, written_format
 from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
@@ -240,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     add("--scheme", required=True, metavar="SCHEME", help=titles)
     add(
         "--group",
-        type=group,
+        type=columns_of_group,
         default=64,
         help=f"columns that share a scale, a multiple of {CHUNK}, or channel (default: 64)",
     )

@@ -149,7 +149,8 @@ class Comparison:
         found = {}
         for text, each in self.divergence.items():
             found[f"{text} KL"] = mean_interval([values.mean() for values in each.values()])
-            found[f"{text} top-1"] = mean_interval(list(self.agreement[text].values()))
+            shares = mean_interval(list(self.agreement[text].values()))
+            found[f"{text} top-1"] = Estimate(*(min(1.0, max(0.0, x)) for x in shares))
             changes = list(self.change[text].values())
             found[f"{text} p change"] = mean_interval([values.mean() for values in changes])
             squares = mean_interval([(values**2).mean() for values in changes])

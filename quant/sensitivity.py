@@ -34,7 +34,7 @@ from quant.errors import Refusal
 from quant.measure import NUMERICS
 from quant.mixed import Price, Prices, Widths, path, total, within
 from quant.model import empty_model, linears, put
-from quant.options import add_text_options, group, sources_of
+from quant.options import add_text_options, columns_of_group, sources_of
 from quant.samples import Samples, Subject
 from quant.schemes.hessian import watched
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
@@ -107,7 +107,7 @@ class Journal:
         if whole and whole[0] != key:
             differing = ", ".join(name for name in key if key[name] != whole[0].get(name))
             raise Refusal(
-                f"{file} has values with another {differing}: --force measures again, --out DIR "
+                f"{file} has values that differ in {differing}: --force measures again, --out DIR "
                 "writes elsewhere"
             )
         for name, value in whole[1:]:
@@ -316,7 +316,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("checkpoint", type=Path, help="a Hugging Face folder")
     add("--bits", nargs="+", type=int, default=[2, 3, 4, 8], help="widths (default: 2 3 4 8)")
     add("--scheme", default="gptq", help=f"one of {', '.join(SCHEMES)} (default: %(default)s)")
-    add("--group", type=group, default=64, help="columns, or channel (default: %(default)s)")
+    add(
+        "--group",
+        type=columns_of_group,
+        default=64,
+        help="columns, or channel (default: %(default)s)",
+    )
     add("--symmetric", action="store_true", help="no zero points (default: with)")
     add("--lm-head", action="store_true", help="the head too")
     add("--budget", type=positive, help="bytes of the quantized layers (default: none)")

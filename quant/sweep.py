@@ -121,7 +121,7 @@ def is_there(task: Task, options: argparse.Namespace) -> bool:
         texts = [", ".join(found.values()) for found in (stored.texts, task.texts.titles)]
         said = f" ({texts[0]}; now {texts[1]})" if texts[0] != texts[1] else ""
         raise Refusal(
-            f"{path} holds a result with another {', '.join(differing)}{said}: --force measures "
+            f"{path} holds a result that differs in {', '.join(differing)}{said}: --force measures "
             "again and replaces it, --out DIR writes elsewhere"
         )
     return True
@@ -255,7 +255,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"memory is free for {jobs} of {options.jobs} jobs")
     for said in dict.fromkeys(explained(**task.texts.titles) for task in tasks):
         print(said)
-    failures = sweep(tasks, options, jobs)
+    try:
+        failures = sweep(tasks, options, jobs)
+    except KeyboardInterrupt:
+        print(
+            f"{command.prog}: stopped; what is done is in {options.out}, and the same command goes "
+            "on from there",
+            file=sys.stderr,
+        )
+        sys.exit(130)
     results = stored_of(tasks, options.out)
     written = write(options.out) if results else {}
     for name, reason in failures.items():

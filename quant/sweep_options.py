@@ -9,7 +9,7 @@ from pathlib import Path
 from attnserve.options import positive
 from quant import store
 from quant.cell import PARTS
-from quant.options import add_text_options, group
+from quant.options import add_text_options, columns_of_group
 from quant.samples import Samples
 from quant.schemes.registry import SCHEMES
 from quant.weight import BITS
@@ -55,7 +55,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add(
         "--groups",
         nargs="+",
-        type=group,
+        type=columns_of_group,
         default=[64],
         metavar="GROUP",
         help="columns of the weights that share a scale, or channel (default: 64)",

@@ -328,7 +328,13 @@ class StrictLoader(yaml.SafeLoader):
 def describe(error: ValidationError) -> str:
     """A validation error in one line: each name, what it was, what is wrong with it."""
     lines = []
-    for e in error.errors():
+    errors = error.errors()
+    places = [e["loc"] for e in errors]
+    for e in errors:
+        if e["type"] == "too_short" and any(
+            len(p) > len(e["loc"]) and p[: len(e["loc"])] == e["loc"] for p in places
+        ):
+            continue  # only because what is wrong inside does not count
         name = ".".join(map(str, e["loc"]))
         value = "" if isinstance(e["input"], dict | list) or "sha256" in name else repr(e["input"])
         message = e["msg"].removeprefix("Value error, ")

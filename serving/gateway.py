@@ -106,10 +106,10 @@ class Gateway:
     def counts(self, model: Model, name: str) -> ModelMetrics:
         """The metrics of a model under a name. With an entry for every name, only names that were
         answered get their own (see `known`): anybody could make up others without end."""
-        label = model.entry.name
-        if label == EVERY and (name, *model.labels) in self._counts:
-            label = name
-        labels = (label, *model.labels)
+        labels = (model.entry.name, *model.labels)
+        if model.entry.name == EVERY:
+            named = (name, *model.labels)
+            labels = named if named in self._counts else (EVERY, "", "")
         if labels not in self._counts:
             self._counts[labels] = self.metrics.of(*labels)
         return self._counts[labels]

@@ -89,8 +89,9 @@ class Service:
                     raise self.failed(f"answers {path} with {error.code}") from error
                 except OSError:
                     pass  # it does not listen yet
-                lines = plain_lines(self.log())
-                for note in notes(lines):
+                log = self.log()
+                lines = plain_lines(log)
+                for note in notes(plain_lines(FATAL.sub("", log))):
                     shown.note(note)
                 shown.now(f"{self.name}: {phase(lines)}")
                 await asyncio.sleep(0.25)
@@ -119,6 +120,8 @@ class Service:
 
 
 PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|WARNING|INFO) \S+ \S+ \[\S+\] )?")
+FATAL = re.compile(r"^(\(\w+ pid=\d+\) )?attnserve: .*$", re.MULTILINE)
+"""A line with which the plugin ends a start: it has no level, as what is logged does."""
 ERROR_LINE = re.compile(r"^(attnserve: |[\w.]+(Error|Exception): |[\w. -]*\berror: |Value error, )")
 CONSEQUENCES = ("Engine core initialization failed", "EngineDeadError", "See root cause above")
 
@@ -228,6 +231,8 @@ async def run(vllm: Service, gateway: Service, options: Options, progress: Progr
     """Start both, say when they are ready, and wait for one of them to fail."""
     command = vllm_command(options)
     progress.say(f"starting vLLM with {options.ckpt} (log: {vllm.log_file})")
+    if set(CPU_ARGS) <= set(command):
+        progress.note(f"on a CPU with {' '.join(CPU_ARGS)}; arguments after -- override")
     await vllm.start(command, {})
     gateway_environment = {
         "GATEWAY_HOST": HOST,
@@ -253,7 +258,10 @@ async def serve(options: Options) -> None:
     """
     check_checkpoint(options.ckpt)
     if options.vllm_port == options.gateway_port:
-        raise LaunchError(f"VLLM_PORT and GATEWAY_PORT are both {options.vllm_port}")
+        raise LaunchError(
+            "VLLM_PORT (--vllm-port) and GATEWAY_PORT (--gateway-port) are both "
+            f"{options.vllm_port}"
+        )
     check_port(options.vllm_port, "VLLM_PORT (--vllm-port)")
     check_port(options.gateway_port, "GATEWAY_PORT (--gateway-port)")
 

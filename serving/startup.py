@@ -23,7 +23,7 @@ PHASES = (
     (r"^Using max model len", "starting the engine"),
     (r"^Initializing a V1 LLM engine", "starting the worker"),
     (r"^Starting to load model", "building the model"),
-    (r"^Compiling the .* kernels", "compiling CPU kernels, only at the first start"),
+    (r"^Compiling the .* kernels", "compiling CPU kernels, once on this machine"),
     (r"^Initializing model took|^Loading safetensors", "loading the weights"),
     (r"Dynamo bytecode transform|^Compiling a graph", "compiling the model"),
     (r"^Available KV cache memory|KV cache layout|KV cache size: ", "reserving the KV cache"),

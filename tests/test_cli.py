@@ -52,9 +52,12 @@ def test_nothing_lists_the_commands_too() -> None:
         (["--ckpt=x"], "No such option: --ckpt"),
         (["serve", "x", "y"], "unexpected extra argument(s) (y)"),
         (["serve", "--vlm-port=1"], "Possible options: --vllm-port"),
+        (["serve", "x", "--max-model-len=256"], "vLLM's options follow `--`"),
         (["serve", "--vllm-port=0"], "'--vllm-port'"),
         (["serve", "--vllm-port=65536"], "'--vllm-port'"),
         (["serve", "--gateway-port=http"], "'--gateway-port'"),
+        (["~no1"], "No such command '~no1'"),
+        (["serve", "~no1/x"], "there is no user no1: ~no1/x"),
         (["checkpoints/softpick"], "to serve it: attnserve serve checkpoints/softpick"),
     ],
 )

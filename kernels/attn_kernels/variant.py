@@ -175,7 +175,9 @@ def get_variant(name: str, /, **parameters: Any) -> Variant:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(parameters) - known):
         takes = ", ".join(sorted(known)) or "no parameters"
-        raise VariantError(f"attention variant {name!r} has no parameter {unknown[0]!r}: {takes}")
+        raise VariantError(
+            f"attention variant {name!r} has no parameter {unknown[0]!r}; it has {takes}"
+        )
     hints = get_type_hints(cls)
     for parameter, value in parameters.items():
         hint = hints[parameter]

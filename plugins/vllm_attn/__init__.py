@@ -1,8 +1,9 @@
 """The vLLM plugin: every registered attention variant as an attention backend.
 
 vLLM finds the two functions below through its entry points and calls them in every process (API
-server, engine core, workers). Nothing in vLLM is patched on a CPU build: variants are registered
-with `AttentionBackendEnum.register`, the platform is a subclass that vLLM selects itself.
+server, engine core, workers). On a CPU build nothing in vLLM is patched but its loaders
+(`weights.py`): variants are registered with `AttentionBackendEnum.register`, the platform is a
+subclass that vLLM selects itself.
 """
 
 from __future__ import annotations

@@ -32,11 +32,6 @@ def write(folder: Path) -> dict[str, str]:
     if installed("pyarrow"):
         rows.to_parquet(folder / "cells.parquet")
         written["parquet"] = str(folder / "cells.parquet")
-    else:
-        print(
-            "no cells.parquet: it needs the library pyarrow, which is not installed: "
-            "pip install pyarrow"
-        )
     plots = draw(results, folder / "plots", frontier.read_all(folder))
     written |= {f"plot {name}": str(path) for name, path in plots.items()}
     put("html", "report.html", page(results, plots))

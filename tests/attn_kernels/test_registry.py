@@ -145,7 +145,9 @@ def test_malformed_entry(make: Any, entry: object) -> None:
 def test_config_with_an_unknown_name_or_parameter() -> None:
     with pytest.raises(VariantError, match="did you mean 'softpick'"):
         variant_from_config({"attention_variant": {"name": "softpik"}})
-    with pytest.raises(VariantError, match="'softmax' has no parameter 'eps': no parameters"):
+    with pytest.raises(
+        VariantError, match="'softmax' has no parameter 'eps'; it has no parameters"
+    ):
         variant_from_config({"attention_variant": {"name": "softmax", "eps": 1}})
 
 

@@ -99,7 +99,7 @@ def test_tasks_in_cells(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         sweep.main(argv[:-1])
-    assert "holds a result with another lm-eval" in capsys.readouterr().err
+    assert "holds a result that differs in lm-eval" in capsys.readouterr().err
     # Of other documents, neither: another process would read them again.
     pairs = tasks / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("best", "worst"))
@@ -107,7 +107,7 @@ def test_tasks_in_cells(
         cached.cache_clear()
     with pytest.raises(SystemExit):
         sweep.main([*argv, "--lm-eval", "pairs", "texts"])
-    assert "holds a result with another lm-eval" in capsys.readouterr().err
+    assert "holds a result that differs in lm-eval" in capsys.readouterr().err
 
 
 @needs_lm_eval

@@ -85,7 +85,7 @@ def test_text_from(softpick: Path, tmp_path: Path, empty: Path, capsys: Capture)
     other = tiny_checkpoint(tmp_path / "other", "ssmax", max_position_embeddings=64)
     sweep.main([str(softpick), *FEW, "4"])
     line = refusal(capsys, str(softpick), *FEW, "4", f"--text-from={other}")
-    assert "holds a result with another texts (text sampled from softpick, text sampled" in line
+    assert "holds a result that differs in texts (text sampled from softpick, text sampled" in line
     assert "now text sampled from other, text sampled from other): --force measures" in line
     sweep.main([str(softpick), *FEW, "4", f"--text-from={other}", "--out=elsewhere"])
     own, others = (results(Path(out)) for out in ("runs/quant", "elsewhere"))
@@ -185,3 +185,10 @@ def test_the_list_of_commands() -> None:
         (line,) = [row for row in done.stdout.splitlines() if f"-m quant.{command} " in row]
         assert len(line.split()) > 6
     assert subprocess.run([sys.executable, "-m", "quant", "sweeep"], cwd=ROOT).returncode == 2
+
+
+def test_bundled_checkpoints_read_the_same_text_alone() -> None:
+    nothing_named = parser(None).parse_args([])
+    for folder in options.bundled_checkpoints():
+        (sources,) = options.sources_of(nothing_named, [folder]).values()
+        assert sources.writer == options.CHECKPOINTS / "softmax"

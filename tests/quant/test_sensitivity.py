@@ -151,6 +151,6 @@ def test_another_checkpoints_values_are_not_taken(tmp_path: Path) -> None:
     assert sensitivity.Journal(file, {"checkpoint": "1", "seed": 0}, force=False).values == {
         "a": [0.5]
     }
-    with pytest.raises(Refusal, match="has values with another checkpoint: --force"):
+    with pytest.raises(Refusal, match="has values that differ in checkpoint: --force"):
         sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=False)
     assert not sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=True).values

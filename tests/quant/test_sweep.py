@@ -177,7 +177,7 @@ def test_a_result_of_something_else_is_not_replaced(
     sweep.main(argv)
     before = times(tmp_path)
     line = refusal(capsys, *argv, "--pairs", "3")
-    assert "holds a result with another samples: --force measures again and replaces it" in line
+    assert "holds a result that differs in samples: --force measures again and replaces it" in line
     assert times(tmp_path) == before
     sweep.main([*argv, "--pairs", "3", "--force"])
     assert before.keys() == times(tmp_path).keys() and before.items().isdisjoint(
@@ -281,3 +281,23 @@ def test_two_jobs(softpick: Path, texts: list[str], tmp_path: Path) -> None:
         assert a.summary.keys() == b.summary.keys()
         for name, estimate in a.summary.items():
             assert b.summary[name].value == pytest.approx(estimate.value, rel=1e-3, abs=1e-5)
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
+    """Workers, which a terminal's Ctrl-C reaches too, say nothing; the command goes on later."""
+    options = f"--bits 4 --schemes rtn --what weights --sequences 2 --length 64 --out {tmp_path}/r"
+    command = [sys.executable, "-m", "quant.sweep", "checkpoints/softpick", *options.split()]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--jobs=2"], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
+    while "cells to measure" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    time.sleep(2)  # the workers import
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    printed = log.read_text()
+    assert "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("python -m quant.sweep: stopped; what is done is in")

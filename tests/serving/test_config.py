@@ -60,6 +60,7 @@ def test_nonsense_is_refused_in_one_line(
     line = str(caught.value)
     assert said in line and str(tmp_path) in line
     assert "\n" not in line
+    assert ("Tuple" in line) == ("Tuple" in said)  # what follows from an error is none
 
 
 def test_key_instead_of_its_hash_is_refused_without_repeating_it(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a user finds after plain `make serve`: chat with the default checkpoint, and its real name
 and what it runs wherever a model is named."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def test_what_it_runs(served: Server) -> None:
     assert metric(served.url, f"attnserve_completion_tokens_total{{{labels}}}") >= 2
     assert 'model="*"' not in ask(served.url, "GET", "/metrics").body.decode()
     assert list(ask(served.url, "GET", "/health").json()["models"]) == ["softpick"]
+    with pytest.raises(openai.NotFoundError):  # nobody's name has no one's labels
+        client(served).completions.create(model="gpt-4", prompt="x")
+    page = ask(served.url, "GET", "/metrics").body.decode()
+    assert 'bits="",model="*",variant=""' in page
+    assert not re.search(r'bits="16",model="\*"', page)
 
 
 def test_checkpoint_without_a_template(gateway: Server) -> None:

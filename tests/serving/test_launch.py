@@ -261,7 +261,7 @@ def test_phases_of_a_log() -> None:
         "starting the engine",
         "starting the worker",
         "building the model",
-        "compiling CPU kernels, only at the first start",
+        "compiling CPU kernels, once on this machine",
         "loading the weights",
         "reserving the KV cache",
         "warming up",
