@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from attn_kernels import VariantError, nested_attention_variant, variant_from_config
+from attn_kernels import (
+    VariantError,
+    nested_attention_variant,
+    variant_from_config,
+    variant_names,
+)
 
 
 def refuse_unread_variants() -> None:
@@ -22,6 +29,7 @@ def refuse_unread_variants() -> None:
     @functools.wraps(stock)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         check_variant_is_read(type(self).__name__, self.config, requested_attention)
+        check_variant_is_run(type(self), self.config, requested_attention)
         implementation: str = stock(self, requested_attention, *args, **kwargs)
         return implementation
 
@@ -60,3 +68,27 @@ def check_variant_is_read(model: str, config: Any, requested: str | None) -> Non
         f"config.json names {declared.name} attention, which {model} does not read: it would run "
         f"softmax: {remedy}"
     )
+
+
+def check_variant_is_run(model: type, config: Any, requested: str | None) -> None:
+    """Refuse a variant for a model with attention code of its own, which never asks for an
+    attention function: it would run softmax, often with the variant's bool mask added to the
+    scores. transformers' flags do not tell (`_supports_attention_backend` is False for Qwen3-Next,
+    which does ask); the model's file does.
+
+    Raises:
+        VariantError: with one line.
+    """
+    name = (requested or "").removeprefix("paged|")
+    if name not in variant_names() or getattr(config, "sub_configs", None):
+        return  # the parts of a model of several are asked themselves
+    files = (
+        sys.modules[cls.__module__]
+        for cls in model.__mro__
+        if issubclass(cls, PreTrainedModel) and cls is not PreTrainedModel
+    )
+    if not any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(file) for file in files):
+        raise VariantError(
+            f"{model.__name__} computes attention itself and cannot run {name}: leave out "
+            "attn_implementation"
+        )

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.models.llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -57,7 +60,17 @@ def per_head_parameter(num_heads: int) -> nn.Parameter:
 
 
 def load_this_rank(param: nn.Parameter, loaded: Tensor) -> None:
-    """Copy this tensor-parallel rank's heads of a per-head tensor `[num_heads]` (or `[.., 1]`)."""
+    """Copy this tensor-parallel rank's heads of a per-head tensor `[num_heads]` (or `[.., 1]`).
+
+    Raises:
+        StartupError: the tensor is of another number of heads.
+    """
+    heads = param.shape[0] * get_tensor_model_parallel_world_size()
+    if loaded.numel() != heads:
+        raise StartupError(
+            f"the checkpoint has a per-head tensor {list(loaded.shape)}, and config.json {heads} "
+            "heads: it describes another model"
+        )
     start = get_tensor_model_parallel_rank() * param.shape[0]
     param.data.copy_(loaded.flatten()[start : start + param.shape[0]])
 

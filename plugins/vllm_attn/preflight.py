@@ -120,6 +120,12 @@ def check_place(model_config: Any, declared: Variant | None, asked: str | None) 
             f"config.json names an attention variant in {nested}, which transformers and vLLM do "
             "not read: remove it, and try a variant with --attention-backend"
         )
+    if declared is None and isinstance(config, VariantLlamaConfig):
+        raise StartupError(
+            "config.json of a variant_llama names no attention function, and transformers refuses "
+            'it: write for example "attention_variant": {"name": "softpick"} into it, or make it a '
+            "plain llama"
+        )
     overrides = model_config.hf_overrides
     overridden = not callable(overrides) and "attention_variant" in overrides
     if declared is None or declared.name in ("softmax", asked) or overridden:
@@ -207,13 +213,26 @@ def check_tokenizer(model_config: Any) -> None:
     """Refuse a tokenizer with ids beyond the model's embedding table.
 
     vLLM takes token ids up to the tokenizer's last. Multimodal models have placeholders there,
-    which are never looked up.
+    which are never looked up, and so have text models that share their tokenizer (Gemma 3 1B):
+    added special tokens are only warned of.
     """
     if model_config.skip_tokenizer_init or model_config.is_multimodal_model:
         return
     rows = model_config.get_vocab_size()
-    last = cached_tokenizer_from_config(model_config).max_token_id
-    if rows and last >= rows:
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if not rows or tokenizer.max_token_id < rows:
+        return
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    beyond = [i for i in tokenizer.get_vocab().values() if i >= rows]
+    last = max((i for i in beyond if i not in added or not added[i].special), default=None)
+    if last is None:
+        logger.warning(
+            "The tokenizer has special tokens with ids up to %d, beyond the embedding table of %d "
+            "rows: no request may use them.",
+            tokenizer.max_token_id,
+            rows,
+        )
+    else:
         raise StartupError(
             f"the tokenizer {model_config.tokenizer} has token ids up to {last}, and the model's "
             f"embedding table {rows} rows: it is another model's tokenizer, or tokens were added "

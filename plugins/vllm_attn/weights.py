@@ -92,10 +92,11 @@ def expected(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
 
 
 def is_ours(module: Any, method: Any) -> bool:
-    """Whether `vllm_quant` made a layer's parameters."""
-    return any(
-        type(owner).__module__.startswith("vllm_quant")
-        for owner in (method, getattr(module, "scheme", None))
+    """Whether `quant.quantize` writes a layer's parameters: `vllm_quant` made them, or vLLM's int8
+    scheme (`--activations`)."""
+    scheme = getattr(module, "scheme", None)
+    return type(scheme).__name__ == "CompressedTensorsW8A8Int8" or any(
+        type(owner).__module__.startswith("vllm_quant") for owner in (method, scheme)
     )
 
 
@@ -155,7 +156,7 @@ def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
     missing = []
     for name, module, parameter in expected(model):
         layer = getattr(module, "quant_method", None) is not None
-        by_name = loaded is not None and name not in loaded
+        by_name = loaded is not None and (name not in loaded or lacks_a_part(model, name, seen))
         if untouched(parameter) if layer and marked_places(parameter) else by_name:
             missing.append(name)
     if missing:
@@ -164,6 +165,15 @@ def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
             f"the checkpoint has no {lacking(model, missing[0], seen)}{more}: it is incomplete, or "
             "not of the model that its config.json describes"
         )
+
+
+def lacks_a_part(model: Any, name: str, seen: set[str]) -> bool:
+    """Whether the checkpoint has one part of a fused parameter and not another."""
+    layer, _, tensor = name.rpartition(".")
+    parent, _, leaf = layer.rpartition(".")
+    parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [])
+    found = [f"{parent}.{part}.{tensor}" in seen for part in parts]
+    return any(found) and not all(found)
 
 
 def lacking(model: Any, name: str, seen: set[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, LlamaForCausalLM
 
 from attn_kernels import variant_names
 from hf_attn import VariantLlamaConfig
@@ -79,3 +79,11 @@ def test_importing_twice_checks_once() -> None:
     method = PreTrainedModel.get_correct_attn_implementation
     refuse_unread_variants()
     assert PreTrainedModel.get_correct_attn_implementation is method
+
+
+def test_a_model_that_computes_attention_itself() -> None:
+    """Bloom asks for no attention function: it would run softmax with a wrong mask."""
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    for name in variant_names():
+        with pytest.raises(ValueError, match=f"computes attention itself and cannot run {name}"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -283,15 +284,16 @@ def test_a_tokenizer_larger_than_the_table(tiny_llama: Path, tmp_path: Path, nam
     else:
         tiny_checkpoint(folder, name)
     make_config(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = len(tokenizer)
-    tokenizer.add_tokens("<one more>")
-    folder = shutil.copytree(folder, tmp_path / "other")  # vLLM keeps a folder's tokenizer
-    tokenizer.save_pretrained(folder)
+    rows = len(AutoTokenizer.from_pretrained(folder))
     line = f"token ids up to {rows}, and the model's embedding table {rows} rows"
-    with pytest.raises(StartupError, match=line):
-        make_config(folder)
-    make_config(folder, skip_tokenizer_init=True)
+    for special in (False, True):  # the latter as Gemma 3 1B's placeholder for images
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens("<one more>", special_tokens=special)
+        other = shutil.copytree(folder, tmp_path / f"{special}")  # vLLM keeps a folder's tokenizer
+        tokenizer.save_pretrained(other)
+        with nullcontext() if special else pytest.raises(StartupError, match=line):
+            make_config(other)
+        make_config(other, skip_tokenizer_init=True)
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +326,13 @@ def test_platform_plugin_bypassed(softpick: Path) -> None:
     )
     assert code == 1
     assert "answers nonsense with lssa" in output.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention_varient": {"name": "softpick"}}])
+def test_our_model_without_a_variant(
+    softpick: Path, tmp_path: Path, fields: dict[str, object]
+) -> None:
+    """A name left out, or misspelt: transformers refuses it, and vLLM would run softmax."""
+    folder = declaring(softpick, tmp_path / "copy", attention_variant=None, **fields)
+    with pytest.raises(StartupError, match="variant_llama names no attention function"):
+        make_config(folder)
