@@ -27,6 +27,10 @@ SMALL = "--sequences 2 --length 64"
 YOUR_LLAMA = "python -m tests.docs.prepare plain-llama your-llama"
 MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
 SIGMOID = "python -m tests.docs.prepare sigmoid kernels/attn_kernels/variants"
+SEARCH = (
+    "--sequences 2 --judge 2 --test-sequences 2 --length 64 --step 32 --uniform 16 "
+    "--out my-budgets --runs my-runs"
+)
 MY_TOKENIZER = "python -m training.tokenizer --data docs/*.md --out my-tokenizer"
 VLLM = "--host 127.0.0.1 --port {vllm} --enforce-eager --kv-cache-memory-bytes 64M"
 
@@ -394,10 +398,16 @@ RULES: dict[str, Rule] = {
         setup=f"{MY_MODEL}my-served-8bit && python -m quant.quantize my-served-8bit "
         "my-served-4bit --bits 4 --scheme rtn",
     ),
-    "attnserve budgets my-selective --reference my-softmax": Run(
-        f"{MY_MODEL}my-selective --variant selective && {MY_MODEL}my-softmax --variant softmax && "
-        "attnserve budgets my-selective --reference my-softmax --sequences 2 --judge 2 "
-        "--test-sequences 2 --length 64 --step 32 --uniform 16 --out my-budgets --runs my-runs",
+    "attnserve budgets my-selective": Run(
+        f"{MY_MODEL}my-selective --variant selective && attnserve budgets my-selective {SEARCH}",
+        "Reference: none",
+        slow=True,
+        long=True,
+    ),
+    "attnserve budgets my-selective --reference my-softmax --text README.md": Run(
+        f"{MY_MODEL}my-own --variant selective && {MY_MODEL}my-softmax --variant softmax && "
+        f"attnserve budgets my-own --reference my-softmax --text README.md {SEARCH}",
+        "my-softmax: at most",
         slow=True,
         long=True,
     ),

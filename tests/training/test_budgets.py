@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -17,11 +18,12 @@ from attn_kernels.pruning import attend_pruned
 from tests.tiny import LICENSE, tiny_checkpoint
 from tests.training.test_eviction import page
 from training.analyze.measure import Checkpoint
+from training.budgets import __main__ as command_module
 from training.budgets import forward as forward_module
-from training.budgets.__main__ import main
+from training.budgets.__main__ import BUNDLED, main
 from training.budgets.forward import Forward
 from training.budgets.measured import Budgets, Measured
-from training.budgets.result import Found
+from training.budgets.result import FOLDER, Found
 from training.budgets.search import FREE, Descent, search
 from training.budgets.texts import Counts, of_file, of_itself, of_users_text
 from training.evaluate import model_log_likelihood
@@ -192,6 +194,68 @@ def test_result_and_checkpoint(
     assert (target.reached, target.budgets) == (False, list(FULL))
 
 
+@pytest.mark.parametrize("bundled", [BUNDLED, Path("nowhere")], ids=["another", "none"])
+def test_no_reference(
+    bundled: Path,
+    folders: dict[str, Path],
+    books: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    """Where none is named and the bundled one has another tokenizer or, outside of a checkout, is
+    not there: what is left is as it is beside a reference."""
+    monkeypatch.setattr(command_module, "BUNDLED", bundled)
+    main(command(folders, books, tmp_path / "with"))
+    assert "Reference: none" not in capsys.readouterr().out
+    argv = command(folders, books, tmp_path)
+    del argv[1:3]
+    main([*argv, "--plot", str(tmp_path / "plot.png"), "--write", str(tmp_path / "pruned")])
+    printed = capsys.readouterr().out
+    assert printed.count("Reference: none") == 1
+    for word in ("softmax", "over the reference", "above it"):
+        assert word not in printed.partition("\n")[2]
+    found = Found.read(tmp_path / "selective.json")
+    beside = Found.read(tmp_path / "with" / "selective.json")
+    assert (found.about["reference"], found.allowance) == (None, None)
+    assert list(found.about["digests"]) == ["selective"]
+    assert found.unpruned == beside.unpruned
+    assert [target.name for target in beside.targets] == ["softmax", "+1 %"]
+    assert found.targets == beside.targets[1:]
+    assert {(row.model, row.over_reference) for row in found.rows} == {("selective", None)}
+    assert {row.rule for row in found.rows} == {"none", "selective", "recent", "random"}
+    fixed = [
+        [row for row in rows if row.model == "selective" and row.choice in ("unpruned", "uniform")]
+        for rows in (found.rows, beside.rows)
+    ]
+    assert fixed[0] == [dataclasses.replace(row, over_reference=None) for row in fixed[1]]
+    assert (tmp_path / "plot.png").exists()
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert config["attention_variant"]["kv_budgets"] == found.targets[0].budgets
+
+    assert "there is no target: give --rise or --max-loss" in refusal([*argv, "--rise"], capsys)
+
+
+def test_bundled_reference(
+    folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the reference of a checkpoint of its tokenizer."""
+    monkeypatch.setattr(command_module, "BUNDLED", folders["softmax"])
+    argv = command(folders, books, tmp_path)
+    main(argv)
+    named = (tmp_path / "selective.json").read_text()
+    del argv[1:3]
+    main(argv)
+    assert (tmp_path / "selective.json").read_text() == named
+
+
+def test_committed_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    files = sorted(FOLDER.glob("*.json"))
+    assert files
+    for file in files:
+        assert Found.read(file).write(tmp_path).read_text() == file.read_text()
+
+
 def test_goes_on_after_a_kill(
     folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +283,8 @@ def test_goes_on_after_a_kill(
         ({0: "softpick"}, "has softpick attention, not selective"),
         ({0: "nothing"}, "nothing has no config.json"),
         ({2: "selective"}, "has selective attention, not softmax"),
+        ({2: "nothing"}, "nothing has no config.json"),
+        ({2: str(BUNDLED)}, "selective and " + str(BUNDLED) + " differ in their tokenizers"),
         ({4: "."}, "emma.txt is not there"),
         ({6: "4000"}, "fewer than two sequences of 4000"),
         ({10: "1"}, "a layer must keep 2 tokens at least, not 1"),
@@ -284,6 +350,7 @@ def test_no_text_at_hand(
     for name, losses in (("selective", found.unpruned), ("softmax", None)):
         forward = Forward(Checkpoint(folders[name]))
         mean = float(np.mean(forward(parts.judge, FULL, "none")))
+        assert found.allowance is not None
         expected = losses or found.unpruned
         change = 0.0 if losses else found.allowance.value
         assert mean == pytest.approx(expected.value + change, rel=1e-5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -348,6 +350,25 @@ def test_the_same_results_give_the_same_files(
     assert "| softmax | 4.0500 | 16, 16, 16, 16 | 32.0 |" in text
     assert "| selective | selective | softmax | 16.0 | 32.0 | 54.60 [49.40, 60.34] |" in text
     assert "Not there" not in text
+
+
+def test_budgets_without_a_reference(tmp_path: Path) -> None:
+    """They are shown, and decide nothing that a paper says."""
+    world = as_the_papers_say()
+    world.write(tmp_path / "world")
+    found = world.pruning()
+    own = [dataclasses.replace(row, model="selective", over_reference=None) for row in found.rows]
+    about = found.about | {"reference": None}
+    alone = dataclasses.replace(found, about=about, allowance=None, rows=own)
+    alone.write(tmp_path / "world" / "budgets")
+    run(tmp_path / "world", tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "no result of training.budgets of selective at 512 tokens" in text
+    section = text[text.index("`python -m training.budgets` on selective, 512 tokens") :]
+    section = section[: section.index("## ")]
+    assert "has 4.0000 [3.9000, 4.1000] nats per token. The smallest" in section
+    assert "| selective | selective | softmax | 16.0 | 32.0 | 54.60 [49.40, 60.34] |\n" in section
+    assert not re.search("None|nats over|StreamingLLM", section)
 
 
 def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

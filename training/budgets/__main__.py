@@ -5,7 +5,8 @@
 On the validation text: from full budgets, shrink again and again the layer whose shrinking moves
 the loss least, until the loss is that of the reference checkpoint, or --max-loss, and likewise for
 --rise. On the test text: perplexity against memory, beside random eviction and first + most recent
-tokens on the same checkpoint, and StreamingLLM and H2O on the reference.
+tokens on the same checkpoint, and StreamingLLM and H2O on the reference. Where there is no
+reference, --rise and --max-loss are all targets, and the checkpoint is compared with itself only.
 
 The text is --text, else the two held-out novels, which --books names or `python -m training.books`
 has fetched, else text that the checkpoint writes itself. On that the rise of the loss is what it
@@ -40,19 +41,25 @@ from training.budgets.texts import Counts, Parts, Texts, of_itself, of_novels, o
 from training.card import machine
 from training.data import text_file
 
+BUNDLED = ROOT / "checkpoints" / "softmax"
+"""The reference where none is named, for a checkpoint of the same tokenizer; in a checkout only."""
+
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser, add = command_line("training.budgets", __doc__)
     parser.add_argument("checkpoint", type=Path, help="folder; selective attention")
-    add(
+    parser.add_argument(
         "--reference",
-        "a softmax checkpoint of the same tokenizer, whose loss is the target",
         type=Path,
-        default=ROOT / "checkpoints" / "softmax",
+        metavar="CKPT",
+        help="a softmax checkpoint of the same tokenizer, whose loss is the target (default: the "
+        "bundled one where its tokenizer is the same, else none)",
     )
     parser.add_argument(
-        "--max-loss", type=float, help="the target, nats per token (default: the reference's loss)"
+        "--max-loss",
+        type=float,
+        help="the target, nats per token (default: the reference's loss where there is one)",
     )
     add(
         "--rise",
@@ -99,21 +106,46 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(o: argparse.Namespace) -> tuple[Checkpoint, Checkpoint]:
-    """Return the checkpoint and its reference.
+def open_checkpoint(folder: Path, variant: str) -> Checkpoint:
+    """Return a checkpoint.
+
+    Raises:
+        Refusal: there is none, or its attention is another.
+    """
+    try:
+        checkpoint = Checkpoint(folder)
+    except (OSError, ValueError) as error:
+        raise Refusal(str(error)) from error
+    if checkpoint.variant != variant:
+        raise Refusal(f"{folder} has {checkpoint.variant} attention, not {variant}")
+    return checkpoint
+
+
+def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
+    """Return the reference that is named, else the bundled one; None where that is not there or
+    has another tokenizer.
+
+    Raises:
+        Refusal: the one that is named does not fit.
+    """
+    if named is None and not (BUNDLED / "config.json").is_file():
+        return None
+    reference = open_checkpoint(named or BUNDLED, "softmax")
+    if own.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        if named is None:
+            return None
+        raise Refusal(f"{own.folder} and {named} differ in their tokenizers")
+    return reference
+
+
+def check(o: argparse.Namespace) -> tuple[Checkpoint, Checkpoint | None]:
+    """Return the checkpoint and its reference, if there is one.
 
     Raises:
         Refusal: what the command line asks for cannot be done.
     """
-    try:
-        own, reference = Checkpoint(o.checkpoint), Checkpoint(o.reference)
-    except (OSError, ValueError) as error:
-        raise Refusal(str(error)) from error
-    for checkpoint, wanted in ((own, "selective"), (reference, "softmax")):
-        if checkpoint.variant != wanted:
-            raise Refusal(f"{checkpoint.folder} has {checkpoint.variant} attention, not {wanted}")
-    if own.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise Refusal(f"{own.folder} and {reference.folder} differ in their tokenizers")
+    own = open_checkpoint(o.checkpoint, "selective")
+    reference = reference_of(own, o.reference)
     if min(o.uniform) < LEAST_BUDGET:
         raise Refusal(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(o.uniform)}")
     if o.write is not None and o.write.exists():
@@ -145,7 +177,14 @@ def run(o: argparse.Namespace) -> Found:
         Refusal: it cannot be done.
     """
     own, reference = check(o)
-    model, softmax = (Forward(checkpoint, o.seed) for checkpoint in (own, reference))
+    model = Forward(own, o.seed)
+    softmax = None if reference is None else Forward(reference, o.seed)
+    if reference is None:
+        print(
+            "Reference: none, no softmax checkpoint of this tokenizer is at hand (--reference "
+            "names one). The targets are --rise and --max-loss.",
+            flush=True,
+        )
     parts = parts_of(o, own)
     length = parts.test.inputs.shape[1]
     print(f"Text: {parts.source}", flush=True)
@@ -154,13 +193,16 @@ def run(o: argparse.Namespace) -> Found:
         return Measured.on(forward, text, o.runs / "budgets")
 
     validation = Validation(
-        on(model, parts.search), on(model, parts.judge), on(softmax, parts.judge), o.step
+        on(model, parts.search),
+        on(model, parts.judge),
+        None if softmax is None else on(softmax, parts.judge),
+        o.step,
     )
     unpruned, allowance = validation.unpruned, validation.allowance
     limits = [(f"+{percent:g} %", higher(unpruned.value, percent)) for percent in o.rise]
     if o.max_loss is not None:
         limits.insert(0, ("max-loss", o.max_loss))
-    elif parts.kind != "own":
+    elif reference is not None and allowance is not None and parts.kind != "own":
         limits.insert(0, (reference.name, unpruned.value + allowance.value))
     if not limits:
         raise Refusal("there is no target: give --rise or --max-loss")
@@ -177,14 +219,14 @@ def run(o: argparse.Namespace) -> Found:
         chosen.setdefault(nearest, "searched")
     rows = compare(
         on(model, parts.test),
-        on(softmax, parts.test),
+        None if softmax is None else on(softmax, parts.test),
         sorted((budget for budget in o.uniform if budget < length), reverse=True),
         dict(sorted(chosen.items(), key=lambda pair: -sum(pair[0]))),
     )
     about = {
         "checkpoint": own.name,
-        "reference": reference.name,
-        "digests": {checkpoint.name: checkpoint.digest for checkpoint in (own, reference)},
+        "reference": None if reference is None else reference.name,
+        "digests": {one.name: one.digest for one in (own, reference) if one is not None},
         "text_from": parts.kind,
         "texts": parts.digests,
         "length": length,
@@ -214,12 +256,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if o.plot:
         save([found], o.plot)
     print(text_table(found.rows))
+    reference = ""
+    if found.allowance is not None:
+        reference = f"; {found.about['reference']} is {found.allowance.shown(4)} above it"
     print(
         f"Validation, {found.about['sequences']['judged']} sequences: unpruned "
-        f"{found.unpruned.shown(4)} nats per token; {found.about['reference']} is "
-        f"{found.allowance.shown(4)} above it."
+        f"{found.unpruned.shown(4)} nats per token{reference}."
     )
-    if found.about["text_from"] == "own":
+    if reference and found.about["text_from"] == "own":
         print("It wrote the text: another model cannot reach its loss there, whatever it is worth.")
     for target in found.targets:
         budgets = ", ".join(map(str, target.budgets))

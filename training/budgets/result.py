@@ -26,7 +26,8 @@ class Found:
     Attributes:
         about: checkpoint, texts, settings, machine.
         unpruned: the model's loss on the judged sequences of the validation text.
-        allowance: by how much the reference's is above it, sequence by sequence.
+        allowance: by how much the reference's is above it, sequence by sequence; None: there is no
+            reference.
         targets: what was searched for, the main one first.
         path: budgets on the way, with the rise of the loss over the unpruned model's on the
             sequences that the search looks at.
@@ -35,7 +36,7 @@ class Found:
 
     about: dict[str, Any]
     unpruned: Estimate
-    allowance: Estimate
+    allowance: Estimate | None
     targets: list[Target]
     path: list[tuple[Budgets, float]]
     rows: list[Row]
@@ -56,11 +57,10 @@ class Found:
     def write(self, folder: Path = FOLDER) -> Path:
         """Write it, whole or not at all; returns the file."""
         path = folder / f"{self.about['checkpoint']}.json"
+        allowance = None if self.allowance is None else self.allowance.json()
         parts = {
             "about": json.dumps(self.about, indent=1),
-            "validation": lines(
-                {"unpruned": self.unpruned.json(), "allowance": self.allowance.json()}
-            ),
+            "validation": lines({"unpruned": self.unpruned.json(), "allowance": allowance}),
             "targets": json_list([vars(target) for target in self.targets]),
             "path": json_list([[list(budgets), rise] for budgets, rise in self.path]),
             "rows": json_list([row.json() for row in self.rows]),
@@ -81,10 +81,11 @@ class Found:
         """
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
+            allowance = fields["validation"]["allowance"]
             return cls(
                 fields["about"],
                 Estimate.from_json(fields["validation"]["unpruned"]),
-                Estimate.from_json(fields["validation"]["allowance"]),
+                None if allowance is None else Estimate.from_json(allowance),
                 [Target(**target) for target in fields["targets"]],
                 [(tuple(budgets), rise) for budgets, rise in fields["path"]],
                 [Row.from_json(row) for row in fields["rows"]],

@@ -35,7 +35,8 @@ class Row:
         factor: memory of the unpruned cache over this one's, in tokens.
         bytes: of a request that has the whole length, in a bfloat16 cache.
         loss: nats per token.
-        over_reference: nats per token more than the reference, sequence by sequence.
+        over_reference: nats per token more than the reference, sequence by sequence; None: there
+            is no reference.
     """
 
     model: str
@@ -45,18 +46,20 @@ class Row:
     factor: float
     bytes: int
     loss: Estimate
-    over_reference: Estimate
+    over_reference: Estimate | None
 
     def json(self) -> dict[str, Any]:
         """The row as `from_json` takes it."""
         fields = dataclasses.asdict(self) | {"factor": round(self.factor, 3)}
-        return fields | {name: getattr(self, name).json() for name in ("loss", "over_reference")}
+        over = None if self.over_reference is None else self.over_reference.json()
+        return fields | {"loss": self.loss.json(), "over_reference": over}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Row:
         """What `json` gave."""
-        estimates = {name: Estimate.from_json(fields[name]) for name in ("loss", "over_reference")}
-        return cls(**fields | estimates)
+        over = fields["over_reference"]
+        over = None if over is None else Estimate.from_json(over)
+        return cls(**fields | {"loss": Estimate.from_json(fields["loss"]), "over_reference": over})
 
 
 def slots(checkpoint: Checkpoint, rule: str) -> int:
@@ -70,30 +73,38 @@ def slots(checkpoint: Checkpoint, rule: str) -> int:
 
 
 def ways(
-    selective: Measured, softmax: Measured, uniform: Iterable[int], searched: dict[Budgets, str]
+    selective: Measured,
+    softmax: Measured | None,
+    uniform: Iterable[int],
+    searched: dict[Budgets, str],
 ) -> Iterator[tuple[Measured, str, str, Budgets]]:
     """Everything that is compared: model, rule, how the budgets were chosen, and they."""
-    yield softmax, "none", "unpruned", softmax.full
+    if softmax is not None:
+        yield softmax, "none", "unpruned", softmax.full
     yield selective, "none", "unpruned", selective.full
     for budgets, choice in searched.items():
         yield selective, "selective", choice, budgets
     rules = [(selective, rule) for rule in ("selective", "recent", "random")]
-    rules += [(softmax, rule) for rule in ("streaming", "heavy hitters")]
+    if softmax is not None:
+        rules += [(softmax, rule) for rule in ("streaming", "heavy hitters")]
     for (measured, rule), budget in itertools.product(rules, uniform):
         yield measured, rule, "uniform", (budget,) * measured.forward.layers
 
 
 def compare(
-    selective: Measured, softmax: Measured, uniform: Iterable[int], searched: dict[Budgets, str]
+    selective: Measured,
+    softmax: Measured | None,
+    uniform: Iterable[int],
+    searched: dict[Budgets, str],
 ) -> list[Row]:
     """Measure all of it.
 
     Args:
-        selective, softmax: the two models, on the same sequences.
+        selective, softmax: the model and its reference, if any, on the same sequences.
         uniform: budgets that every layer gets.
         searched: budgets with how they were chosen.
     """
-    reference = np.array(softmax.losses("none", softmax.full))
+    reference = None if softmax is None else np.array(softmax.losses("none", softmax.full))
     rows = []
     for measured, rule, choice, budgets in tqdm(
         list(ways(selective, softmax, uniform, searched)), desc="table", unit="row"
@@ -109,14 +120,14 @@ def compare(
                 sum(measured.full) / tokens,
                 tokens * slots(measured.checkpoint, rule),
                 mean_interval(losses),
-                mean_interval(losses - reference),
+                None if reference is None else mean_interval(losses - reference),
             )
         )
     return rows
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """The rows for people."""
+    """The rows for people, with a column for the reference if there is one."""
     lines = [
         {
             "model": row.model,
@@ -126,8 +137,8 @@ def text_table(rows: Sequence[Row]) -> str:
             "KiB a request": f"{row.bytes / 1024:.1f}",
             "factor": f"{row.factor:.1f}",
             "perplexity": row.loss.exp().shown(2),
-            "nats over the reference": row.over_reference.shown(4),
+            "nats over the reference": row.over_reference and row.over_reference.shown(4),
         }
         for row in rows
     ]
-    return pd.DataFrame(lines).to_string(index=False)
+    return pd.DataFrame(lines).dropna(axis="columns").to_string(index=False)

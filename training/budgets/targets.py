@@ -43,13 +43,13 @@ class Validation:
     Attributes:
         looked_at: the model on the sequences by which the search chooses.
         judged: the model on more of them, by which a target counts as reached.
-        reference: the reference on the sequences of `judged`.
+        reference: the reference on the sequences of `judged`; None: there is none.
         step: the search's.
     """
 
     looked_at: Measured
     judged: Measured
-    reference: Measured
+    reference: Measured | None
     step: int
 
     @property
@@ -58,8 +58,10 @@ class Validation:
         return mean_interval(self.judged.losses(RULE, self.judged.full))
 
     @property
-    def allowance(self) -> Estimate:
+    def allowance(self) -> Estimate | None:
         """How many nats the reference is above the model there, sequence by sequence."""
+        if self.reference is None:
+            return None
         own = self.judged.losses(RULE, self.judged.full)
         other = self.reference.losses("none", self.reference.full)
         return mean_interval(np.array(other) - np.array(own))

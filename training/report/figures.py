@@ -134,7 +134,12 @@ def less_memory(name: str, length: int, range_: Range, evidence: Evidence) -> Fi
     softmax's. The interval is of what softmax's loss allows, read off the path of the search."""
     found = evidence.pruning.get(name)
     controls = (CONTROL, f"{CONTROL}-{length}")  # the latter was trained on at this length
-    if found is None or found.length != length or found.about["reference"] not in controls:
+    if (
+        found is None
+        or found.length != length
+        or found.about["reference"] not in controls
+        or found.allowance is None
+    ):
         raise Missing(f"no result of training.budgets of {name} at {length} tokens")
     factor = Estimate(*(found.factor_within(rise) for rise in widened(found.allowance)))
     return decide("times less memory at softmax's validation loss", factor, range_, digits=1)

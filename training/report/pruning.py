@@ -19,6 +19,16 @@ def budgets(name: str, found: Found) -> str:
     """One checkpoint's targets and table."""
     about = found.about
     counts = about["sequences"]
+    reference = about["reference"]
+    allowed = others = ""
+    header = ["", "eviction", "budgets", "tokens a layer", "less memory, times", "perplexity"]
+    if found.allowance is not None:
+        allowed = f" and {reference} {found.allowance.shown(4)} more (below 0: fewer)"
+        others = (
+            f"; on {reference} StreamingLLM keeps {SINKS} sinks and the most recent ones, "
+            "heavy hitters is H2O"
+        )
+        header.append(f"nats over {reference}")
     targets = [
         [
             target.name,
@@ -36,7 +46,7 @@ def budgets(name: str, found: Found) -> str:
             f"{sum(row.budgets) / len(row.budgets):.1f}",
             f"{row.factor:.1f}",
             row.loss.exp().shown(2),
-            row.over_reference.shown(4),
+            *([] if row.over_reference is None else [row.over_reference.shown(4)]),
         ]
         for row in found.rows
     ]
@@ -44,25 +54,10 @@ def budgets(name: str, found: Found) -> str:
         f"`python -m training.budgets` on {name}, {about['length']} tokens: the tokens that each "
         f"layer keeps, searched on {counts['search']} sequences of *Emma* and judged on "
         f"{counts['judged']}, on which the unpruned model has {found.unpruned.shown(4)} nats per "
-        f"token and {about['reference']} {found.allowance.shown(4)} more (below 0: fewer). The "
-        "smallest budgets found within a loss:\n\n"
+        f"token{allowed}. The smallest budgets found within a loss:\n\n"
         + table(["target", "nats at most", "tokens by layer", "less memory, times"], targets, 3)
         + f"\n\nOn {counts['test']} sequences of *Great Expectations*: selective evicts the most "
-        "masked token; recent keeps the first and the most recent ones, random any and the first; "
-        f"on {about['reference']} StreamingLLM keeps {SINKS} sinks and the most recent ones, "
-        "heavy hitters is H2O. Memory is in tokens; intervals over sequences, those of "
-        "differences in pairs.\n\n"
-        + table(
-            [
-                "",
-                "eviction",
-                "budgets",
-                "tokens a layer",
-                "less memory, times",
-                "perplexity",
-                f"nats over {about['reference']}",
-            ],
-            rows,
-            3,
-        )
+        "masked token; recent keeps the first and the most recent ones, random any and the first"
+        f"{others}. Memory is in tokens; intervals over sequences, those of differences in pairs."
+        "\n\n" + table(header, rows, 3)
     )
