@@ -167,7 +167,9 @@ RULES: dict[str, Rule] = {
         "make test-slow ARGS='--collect-only -q tests/serving/test_kept.py'", slow=True, long=True
     ),
     "make test-gpu": NotHere("a GPU"),
-    "make lint": Run(slow=True),
+    "make lint": Run(prints=r"All checks passed!(.|\n)*formatted(.|\n)*no issues", slow=True),
+    "make format": Run(prints=r"All checks passed!(.|\n)*left unchanged"),
+    "make clean": Run("make clean VENV=other-venv", prints="rm -rf other-venv"),
     "make install": Run(),
     "make lock": NotHere("a package index"),
     "make doctor": Run(prints="kernel cache"),
@@ -284,6 +286,7 @@ RULES: dict[str, Rule] = {
     "python -m benchmarks.roofline": Run(slow=True),
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
+    "python -m benchmarks.gpu_check": NotHere("a GPU"),
     # docs/QUANT.md
     "python -m quant": Run(prints="sensitivity"),
     **{

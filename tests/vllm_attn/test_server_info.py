@@ -138,9 +138,13 @@ def test_second_server_of_a_process_replaces_the_first(tmp_path: Path) -> None:
         assert [(s.labels["variant"], s.value) for s in samples] == [(name, 1.0)]
 
 
-def test_server_that_cannot_be_described_starts() -> None:
+def test_server_that_cannot_be_described_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    """It says in its log what its /metrics lack, and why."""
     logger = ServerInfoLogger(None, [0])
     logger.log_engine_initialized()
+    printed = "".join(capsys.readouterr())
+    assert f"{NAME} is not published" in printed
+    assert "AttributeError" in printed
 
 
 @pytest.mark.slow
