@@ -36,6 +36,11 @@ def test_every_rule_has_a_command() -> None:
     assert not gone, f"no text has these any more: {gone}"
 
 
+def test_every_run_looks_at_what_is_printed() -> None:
+    silent = [line for line, rule in RULES.items() if isinstance(rule, Run) and not rule.prints]
+    assert not silent, f"in tests/docs/table.py without `prints`: {silent}"
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=str)
 def test_minutes_are_announced(text: Path) -> None:
     """A command that takes minutes is said to: in its block, its sentence, or just before it."""
