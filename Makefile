@@ -2,7 +2,10 @@
 #
 #   make serve        vLLM on 127.0.0.1:8000 and the gateway on 127.0.0.1:8080; Ctrl-C stops both
 #   make test         the tests of every day (under 30 minutes on 2 cores)
+#   make test-slow    the tests that take longer than a minute each
+#   make test-gpu     the tests that need a GPU
 #   make lint         ruff and mypy
+#   make format       ruff: mend what it can, lay out the code
 #   make conformance  suites of others (openai-python's tests, llm-comply, schemathesis) against the gateway
 #   make soak         the gateway under 1000 streams for 5 minutes
 #   make install      only the environment
@@ -16,6 +19,7 @@
 #   make doctor       what is wrong with this environment, and what to do; before an install, too
 #   make images-check check docker/ and deploy/ with hadolint, docker compose, kubernetes-validate
 #   make lock         write requirements/*.txt again (UPGRADE=1: newest versions)
+#   make clean        remove .venv and what the tools keep
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
 # ARGS (doctor, test, conformance, soak, analyze, bench, bench-kernels, compile-kernels); PYTHON;

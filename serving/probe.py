@@ -4,7 +4,9 @@ It runs in a process of its own, because what it looks for may kill it: a librar
 processor dies of SIGILL.
 """
 
+import importlib
 import json
+import pkgutil
 from typing import Any
 
 EXTENSION_POINTS = (
@@ -13,6 +15,7 @@ EXTENSION_POINTS = (
     ("vllm.platforms.interface:Platform", "get_attn_backend_cls"),
     ("vllm.platforms.interface:Platform", "update_block_size_for_backend"),
     ("vllm.model_executor.model_loader:DefaultModelLoader", "load_weights"),
+    ("vllm.model_executor.model_loader:RunaiModelStreamerLoader", "load_weights"),
     ("vllm.v1.attention.backend:AttentionBackend", "customize_spec"),
     ("vllm.v1.attention.backend:AttentionBackend", "supported_kv_cache_layouts"),
     ("vllm.v1.attention.backend:AttentionBackend", "forward_includes_kv_cache_update"),
@@ -33,6 +36,18 @@ def missing_points() -> list[str]:
         if not hasattr(owner, attribute):
             missing.append(f"{place.partition(':')[2]}.{attribute}")
     return missing
+
+
+def import_plugins() -> None:
+    """Import every module of the plugins: a server imports some only while it starts, and would
+    find only there that vLLM has moved something."""
+    import vllm_attn
+    import vllm_quant
+
+    for package in (vllm_attn, vllm_quant):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if module.name != "vllm_attn.cpu_platform":  # of CPU builds, which have it by then
+                importlib.import_module(module.name)
 
 
 def cuda() -> str | None:
@@ -63,6 +78,7 @@ def main() -> None:
 
     vllm_attn.register()
     missing = missing_points()
+    import_plugins()
     for name in variant_names():
         names.backend_for(name).get_class()
     if current_platform.is_cpu():

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -133,10 +134,25 @@ def test_compiler_before_an_install(
     assert fault in problem(list(before_install(tmp_path, sys.executable, {})), "compiler").found
 
 
-def test_before_an_install_the_standard_library_is_enough() -> None:
-    """In a Python without site-packages."""
-    program = "import sys, serving.doctor; print(sorted({n.split('.')[0] for n in sys.modules}))"
-    command = [sys.executable, "-S", "-c", program]
+def pythons() -> list[str]:
+    """This Python, and each other one from 3.8 on that is on PATH and starts."""
+    others = (shutil.which(f"python3.{minor}") for minor in range(8, 20))
+    starts = [
+        path
+        for path in others
+        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0
+    ]
+    return [sys.executable, *starts]
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_before_an_install_the_standard_library_is_enough(python: str) -> None:
+    """In a Python without site-packages, and in the oldest that `make doctor` takes: 3.8."""
+    program = (
+        "import sys, serving.doctor; loaded = {n.split('.')[0] for n in sys.modules};"
+        "print(sorted(loaded - set(getattr(sys, 'stdlib_module_names', ()))))"  # since 3.10
+    )
+    command = [python, "-S", "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     others = set(ast.literal_eval(done.stdout)) - sys.stdlib_module_names
@@ -261,6 +277,24 @@ def test_vllm_that_cannot_be_imported(
     (package / "__init__.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert problem(list(doctor.check_vllm()), "vllm import").found.startswith(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moved",
+    [
+        "vllm.model_executor.layers.mamba.abstract",  # vllm_attn.loaded
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",  # vllm_attn.weights
+        "vllm.v1.metrics.loggers",  # vllm_attn.server_info
+        "vllm.model_executor.layers.quantization.compressed_tensors",  # vllm_quant.config
+    ],
+)
+def test_vllm_module_that_a_starting_server_would_miss(
+    moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{moved!r}] = None")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert moved in problem(list(doctor.check_vllm()), "vllm import").found
 
 
 def test_vllm_without_libnuma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,5 +123,6 @@ with the same recipe: AdamW, linear warm-up and half a cosine, attention always 
 |---|---|
 {settings}
 
-Made by `python -m training.checkpoints {name}`, which needs the novels (docs/TRAINING.md).
+Made by `python -m training.checkpoints {name}`, which takes about an hour and needs the
+novels (docs/TRAINING.md).
 """

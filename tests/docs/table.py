@@ -24,7 +24,15 @@ from tests.docs.text import Command, normal
 BOOKS = r"--books"
 """What a command says that truly needs the thirteen novels."""
 SMALL = "--sequences 2 --length 64"
+SWEEP_ONE = (
+    f"python -m quant.sweep checkpoints/softpick --bits 4 {SMALL} --schemes rtn --what weights "
+    "--calibration 2 --jobs 1"
+)
 YOUR_LLAMA = "python -m tests.docs.prepare plain-llama your-llama"
+PACKED = r'"parts": \{"'
+BUDGETS = r'"targets": \{"'
+ROWS = r'"rows": \[\{'
+COLLECTED = r"[1-9]\d*(/\d+)? tests? collected"
 MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
 SIGMOID = "python -m tests.docs.prepare sigmoid kernels/attn_kernels/variants"
 SEARCH = (
@@ -41,7 +49,9 @@ RULES: dict[str, Rule] = {
     "make serve VLLM_PORT=8001": Serve(
         "make serve VLLM_PORT={vllm} GATEWAY_PORT={gateway} CKPT=checkpoints/ssmax"
     ),
-    "make TORCH_INDEX=URL": Run("make TORCH_INDEX=https://download.pytorch.org/whl/cpu"),
+    "make TORCH_INDEX=URL": Run(
+        "make TORCH_INDEX=https://download.pytorch.org/whl/cpu", prints="Nothing to be done"
+    ),
     "curl http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d "
     '\'{"model": "softpick", "prompt": "It was the best of times,", "max_tokens": 32}\'': Asked(),
     "attnserve doctor": Run(prints="kernel cache"),
@@ -62,22 +72,23 @@ RULES: dict[str, Rule] = {
     ),
     "python -m quant.quantize CKPT OUT --bits 4 --scheme gptq --embeddings 8": Run(
         "python -m quant.quantize checkpoints/lssa OUT --bits 4 --scheme gptq --embeddings 8 "
-        "--calibration 2 --length 64"
+        "--calibration 2 --length 64",
+        prints=PACKED,
     ),
     "make serve CKPT=OUT": Serve(
         make_serve("out-4bit"),
         setup="python -m quant.quantize checkpoints/softpick out-4bit --bits 4 --scheme rtn",
     ),
     "python -m quant.sweep --bits 2 3 4 8": Run(
-        "python -m quant.sweep --bits 4 --sequences 2 --length 64 --schemes rtn --what weights "
-        "--out sweep-all --jobs 1",
-        prints="selective_prunable",
+        f"python -m quant.sweep --bits 4 {SMALL} --schemes rtn --what weights "
+        f"--calibration 2 --jobs 1 && {SWEEP_ONE}",
+        prints=r"(?s)selective_prunable.*Report: .*Report: ",
         slow=True,
         long=True,
     ),
     "python -m quant.sweep CKPT": Run(
-        f"python -m quant.sweep checkpoints/softpick --bits 4 {SMALL} --schemes rtn "
-        "--what weights --calibration 2 --out sweep-one --jobs 1",
+        SWEEP_ONE,
+        prints=r"(?s)softpick weights-rtn.*Report: ",
         long=True,
     ),
     "make serve CKPT=softpick-340M-4096-model": Serve(
@@ -97,29 +108,36 @@ RULES: dict[str, Rule] = {
     "python -m training.budgets CKPT": Run(
         "python -m training.budgets checkpoints/selective --sequences 2 --judge 2 "
         "--test-sequences 2 --length 64 --step 32 --uniform 16 --out budgets --runs budget-runs",
+        prints=BUDGETS,
         long=True,
     ),
-    "make bench": Run("make bench ARGS='--only kernels --no-save'", slow=True, long=True),
+    "make bench": Run(
+        "make bench ARGS='--only kernels --no-save'", prints=ROWS, slow=True, long=True
+    ),
     "python -m benchmarks.kernels": Run(
         "python -m benchmarks.kernels --quick --variants softmax --phases decode --dtypes fp32 "
         "--head-dims 64 --ctx 64 --batch 1 --seconds 0.1 --no-save",
+        prints=ROWS,
         slow=True,
     ),
     "make bench-kernels": Run(
         "make bench-kernels ARGS='--quick --variants softmax --phases decode --dtypes fp32 "
         "--head-dims 64 --ctx 64 --batch 1 --seconds 0.1 --no-save'",
+        prints=ROWS,
         slow=True,
         long=True,
     ),
     "python -m benchmarks.rates --ckpt DIR": Run(
         "python -m benchmarks.rates --ckpt checkpoints/softmax --backends softmax --prompt-lens 16 "
         "--batches 1 --new-tokens 4 --rounds 1 --prefill-rounds 1 --enforce-eager --no-save",
+        prints=ROWS,
         slow=True,
         long=True,
     ),
     "python -m benchmarks.pruning --ckpt DIR": Run(
         "python -m benchmarks.pruning --ckpt checkpoints/selective --requests 8 --rounds 1 "
         "--new-tokens 16 --no-save -- --enforce-eager",
+        prints=ROWS,
         slow=True,
         long=True,
     ),
@@ -128,17 +146,20 @@ RULES: dict[str, Rule] = {
         "python -m benchmarks.quantized --ckpt checkpoints/softmax --packed bench-4bit "
         "--packed-dtypes float32 --peer-backend softmax --prompt-lens 16 --batches 1 "
         "--new-tokens 4 --rounds 1 --prefill-rounds 1 --enforce-eager --no-save",
+        prints=ROWS,
         slow=True,
         long=True,
     ),
     "python -m benchmarks.gateway": Run(
         "python -m benchmarks.gateway --gateways attnserve --requests 8 --rounds 1 "
         "--concurrency 2 --tokens 4 --no-save",
+        prints=ROWS,
         slow=True,
     ),
     "python -m benchmarks.decode_step --ckpt DIR": Run(
         "python -m benchmarks.decode_step --ckpt checkpoints/softpick --prompt-len 16 --steps 8 "
         "--profiled-steps 2 --enforce-eager",
+        prints='"backend": .*"mode": "eager"',
         slow=True,
         long=True,
     ),
@@ -146,12 +167,14 @@ RULES: dict[str, Rule] = {
         "python -m benchmarks.serve --enforce-eager --ckpts checkpoints/softmax --gateway none "
         "--no-stock --requests 4 --rounds 1 --request-rates inf --prompt-len 16 --new-tokens 4 "
         "--no-save",
+        prints=ROWS,
         slow=True,
         long=True,
     ),
     "python -m benchmarks.memory": Run(
         "python -m benchmarks.memory --enforce-eager --ckpts checkpoints/softmax --prompt-len 64 "
         "--new-tokens 16 --no-save",
+        prints=ROWS,
         slow=True,
         long=True,
     ),
@@ -168,11 +191,16 @@ RULES: dict[str, Rule] = {
         "make test ARGS='-n 0 -k softpick tests/attn_kernels/test_registry.py'", r"\d passed"
     ),
     "make test-slow": Run(
-        "make test-slow ARGS='--collect-only -q tests/serving/test_kept.py'", slow=True, long=True
+        "make test-slow ARGS='--collect-only -q tests/serving/test_kept.py'",
+        prints=COLLECTED,
+        slow=True,
+        long=True,
     ),
     "make test-gpu": NotHere("a GPU"),
-    "make lint": Run(slow=True),
-    "make install": Run(),
+    "make lint": Run(prints=r"(?s)All checks passed!.*formatted.*no issues", slow=True),
+    "make format": Run(prints=r"(?s)All checks passed!.*left unchanged"),
+    "make clean": Run("make clean VENV=other-venv", prints="rm -rf other-venv"),
+    "make install": Run(prints="Nothing to be done"),
     "make lock": NotHere("a package index"),
     "make doctor": Run(prints="kernel cache"),
     # checkpoints/*/README.md
@@ -196,17 +224,20 @@ RULES: dict[str, Rule] = {
     },
     # docs/BENCHMARKS.md
     "python -m benchmarks": Run(
-        "python -m benchmarks --only gateway --no-save", slow=True, long=True
+        "python -m benchmarks --only gateway --no-save", prints=ROWS, slow=True, long=True
     ),
     "python -m benchmarks.serve --enforce-eager --level chat=1000:150 --ckpts BIG "
     "--gateway none": Run(
         "python -m benchmarks.serve --enforce-eager --level chat=1000:150 "
         "--ckpts checkpoints/softmax --gateway none --no-stock --requests 4 --rounds 1 "
         "--request-rates inf --prompt-len 16 --new-tokens 4 --no-save",
+        prints=ROWS,
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.smollm2": Run("python -m benchmarks.smollm2 smollm2", slow=True),
+    "python -m benchmarks.smollm2": Run(
+        "python -m benchmarks.smollm2 smollm2", prints='"folder": "smollm2"', slow=True
+    ),
     # docs/DEPLOY.md
     **dict.fromkeys(
         (
@@ -243,7 +274,8 @@ RULES: dict[str, Rule] = {
     ),
     "attnserve-gateway --config gateway.yaml --check-config": Run(
         "python -m tests.docs.prepare gateway gateway.yaml && "
-        "attnserve-gateway --config gateway.yaml --check-config"
+        "attnserve-gateway --config gateway.yaml --check-config",
+        prints="gateway.yaml is good",
     ),
     'make serve VLLM_ARGS="--chat-template checkpoints/softmax/chat_template.jinja"': Serve(
         make_serve("checkpoints/softpick")
@@ -259,19 +291,29 @@ RULES: dict[str, Rule] = {
     "make conformance": NotHere("a package index"),
     **{
         f"pytest -m slow tests/serving/test_{name}.py": Run(
-            f"pytest -m slow --collect-only -q tests/serving/test_{name}.py", slow=True, long=True
+            f"pytest -m slow --collect-only -q tests/serving/test_{name}.py",
+            prints=COLLECTED,
+            slow=True,
+            long=True,
         )
         for name in ("abort", "kept", "kill")
     },
     "make soak": Run(
-        "make soak ARGS='--streams 20 --seconds 10 --tokens 10 --pause-s 0.1'", slow=True, long=True
+        "make soak ARGS='--streams 20 --seconds 10 --tokens 10 --pause-s 0.1'",
+        prints='"ok": true',
+        slow=True,
+        long=True,
     ),
     # docs/GPU.md
     "make test ARGS=tests/attn_kernels/test_triton.py": Run(
-        "make test ARGS='-n 0 --collect-only -q tests/attn_kernels/test_triton.py'", slow=True
+        "make test ARGS='-n 0 --collect-only -q tests/attn_kernels/test_triton.py'",
+        prints=COLLECTED,
+        slow=True,
     ),
     "make test ARGS=tests/quant_kernels/test_triton.py": Run(
-        "make test ARGS='-n 0 --collect-only -q tests/quant_kernels/test_triton.py'", slow=True
+        "make test ARGS='-n 0 --collect-only -q tests/quant_kernels/test_triton.py'",
+        prints=COLLECTED,
+        slow=True,
     ),
     "make compile-kernels": Run(
         "make compile-kernels ARGS='--quick --variants softpick --phases decode --no-vllm'",
@@ -282,24 +324,30 @@ RULES: dict[str, Rule] = {
     "python -m benchmarks.triton_compile.packed": Run(
         "python -m benchmarks.triton_compile.packed --archs sm_90 --bits 4 --dtypes bfloat16 "
         "--rows 1 --csv none",
+        prints=r'"kernels": [1-9]\d*, "wrong": 0',
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.roofline": Run(slow=True),
+    "python -m benchmarks.roofline": Run(prints=r'"rows": [1-9]', slow=True),
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
+    "python -m benchmarks.gpu_check": NotHere("a GPU"),
     # docs/QUANT.md
     "python -m quant": Run(prints="sensitivity"),
     **{
         f"pip install -e '.[{extra}]'": Run(
-            f"pip install --quiet --no-deps --no-build-isolation -e '.[{extra}]'"
+            f"pip install --no-deps --no-build-isolation -e '.[{extra}]'",
+            prints="Successfully installed attnserve",
         )
         for extra in ("quant-libraries", "lm-eval")
     },
-    "python -m quant.report": Run("python -m quant.report --results quant/results"),
+    "python -m quant.report": Run(
+        "python -m quant.report --results quant/results", prints=r'"cells": [1-9]'
+    ),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
         "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 2 4 "
         "--scheme rtn --sequences 1 --length 64 --calibration 1 --out sensitivity",
+        prints='"checkpoint": "softpick"',
         slow=True,
         long=True,
     ),
@@ -313,6 +361,7 @@ RULES: dict[str, Rule] = {
     "--embeddings 8": Run(
         "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq "
         "--embeddings 8 --calibration 2 --length 64",
+        prints=PACKED,
         slow=True,
     ),
     "vllm serve softpick-4bit": Serve(
@@ -321,7 +370,9 @@ RULES: dict[str, Rule] = {
         "--scheme rtn --embeddings 8",
     ),
     "python -m benchmarks.packed_products": Run(
-        "python -m benchmarks.packed_products --bits 4 --rounds 1 --no-save", slow=True
+        "python -m benchmarks.packed_products --bits 4 --rounds 1 --no-save",
+        prints=r'"steps": \[\{',
+        slow=True,
     ),
     # docs/RESULTS.md
     "python -m training.learning_rate": Run(prints=BOOKS, code=2, slow=True),
@@ -329,7 +380,7 @@ RULES: dict[str, Rule] = {
     "python -m training.long_context": Run(
         "python -m training.long_context --dtype bfloat16", prints="smollm2-softmax", slow=True
     ),
-    "python -m training.report": Run(slow=True),
+    "python -m training.report": Run(prints=r'"figures": \[".*"verdicts": ', slow=True),
     "python -m quant.sensitivity CHECKPOINT": Elsewhere("tests/quant/test_sensitivity.py"),
     "python -m training.analyze checkpoints/*": Run(prints=BOOKS, code=2, slow=True),
     # docs/CLIENTS.md
@@ -357,7 +408,9 @@ RULES: dict[str, Rule] = {
         "a Docker engine and a network"
     ),
     # docs/MODELS.md, docs/PYTHON.md
-    "source .venv/bin/activate": Run(),
+    "source .venv/bin/activate": Run(
+        'source .venv/bin/activate && echo "$VIRTUAL_ENV_PROMPT"', prints=r"\(\.venv\)"
+    ),
     "vllm serve your-llama --attention-backend softpick": Serve(
         f"vllm serve your-llama {VLLM} --attention-backend softpick",
         setup=YOUR_LLAMA,
@@ -373,7 +426,7 @@ RULES: dict[str, Rule] = {
         prints="wrote my-trainer-model",
     ),
     "pip install accelerate": Run("pip install --no-deps --no-index accelerate", prints="already"),
-    MY_TOKENIZER: Run(),
+    MY_TOKENIZER: Run(prints='"vocab_size": '),
     "python -m training.train --variant lssar --data docs/*.md --tokenizer my-tokenizer "
     "--out my-run --compile": Run(
         f"{MY_TOKENIZER} && "
@@ -383,14 +436,15 @@ RULES: dict[str, Rule] = {
         long=True,
     ),
     "python -m training.convert your-llama your-ssmax --variant ssmax": Run(
-        f"{YOUR_LLAMA} && python -m training.convert your-llama your-ssmax --variant ssmax"
+        f"{YOUR_LLAMA} && python -m training.convert your-llama your-ssmax --variant ssmax",
+        prints="with ssmax attention",
     ),
     "attnserve serve my-model": Serve(attnserve_serve("my-served"), setup=MY_MODEL + "my-served"),
     **{
-        command: Run(f"(test -d my-model || {MY_MODEL}my-model) && {command}")
-        for command in (
-            "attnserve evaluate my-model --text docs/GATEWAY.md",
-            "attnserve quantize my-model my-model-4bit --bits 4 --scheme gptq",
+        command: Run(f"(test -d my-model || {MY_MODEL}my-model) && {command}", prints)
+        for command, prints in (
+            ("attnserve evaluate my-model --text docs/GATEWAY.md", "per token"),
+            ("attnserve quantize my-model my-model-4bit --bits 4 --scheme gptq", PACKED),
         )
     },
     "attnserve serve my-model-4bit": Serve(

@@ -24,6 +24,8 @@ PROGRAMS = {
 PACKAGES = ("benchmarks", "quant", "serving", "training")
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
+_ITEM = re.compile(r"\s*(?:[-|]|\d+\.) ")
+_PASSAGE = re.compile(r"\n\s*\n|\n(?=\s*(?:[-|]|\d+\.) )")
 _INLINE = re.compile(r"`([^`]+)`")
 
 
@@ -51,12 +53,34 @@ def read(text: Path) -> str:
     return (ROOT / text).read_text(encoding="utf-8")
 
 
-def blocks(text: Path) -> list[Block]:
-    """Return the fenced code blocks of a text."""
+def blocks(text: Path, part: str | None = None) -> list[Block]:
+    """Return the fenced code blocks of a text, or of a part of it."""
     return [
         Block(text, language, "".join(x.removeprefix(indent) for x in content.splitlines(True)))
-        for indent, language, content in _FENCE.findall(read(text))
+        for indent, language, content in _FENCE.findall(read(text) if part is None else part)
     ]
+
+
+def passages(text: Path) -> list[tuple[str, str]]:
+    """Return every code block, paragraph, list item and table row, each with the paragraph or block
+    that is before it in its section: before the whole list or table. A heading belongs to the first
+    of its section."""
+    parts: list[str] = []
+    end = 0
+    for fence in _FENCE.finditer(read(text)):
+        parts += [*_PASSAGE.split(read(text)[end : fence.start()]), fence[0]]
+        end = fence.end()
+    parts += _PASSAGE.split(read(text)[end:])
+    found, before, heading = [], "", ""
+    for part in filter(str.strip, parts):
+        if re.match(r"\s*#+ ", part):
+            before, heading = "", f"{part}\n"
+            continue
+        found.append((heading + part, before))
+        heading = ""
+        if not _ITEM.match(part):
+            before = part
+    return found
 
 
 def script_lines(script: str) -> list[str]:
@@ -102,18 +126,18 @@ def inline_command(span: str) -> str | None:
     return span
 
 
-def commands(text: Path) -> list[Command]:
-    """Return every command of a text: of its shell blocks, then the inline ones."""
+def commands(text: Path, part: str | None = None) -> list[Command]:
+    """Return every command of a text or of a part of it: of shell blocks, then the inline ones."""
     if text == MAKEFILE:
         targets = re.findall(r"^#   (make [\w-]+)", read(text), re.M)
         return [Command(text, target, inline=True) for target in targets]
     found = [
         Command(text, line, inline=False)
-        for block in blocks(text)
+        for block in blocks(text, part)
         if block.language in ("sh", "bash", "console")
         for line in script_lines(block.content)
     ]
-    prose = _FENCE.sub("", read(text))
+    prose = _FENCE.sub("", read(text) if part is None else part)
     spans = filter(None, map(inline_command, _INLINE.findall(prose)))
     return found + [Command(text, span, inline=True) for span in spans]
 

@@ -123,7 +123,7 @@ def test_a_checkpoint_beside_its_variants(
     assert "vllm serve checkpoints/selective_prunable --attention-backend selective\n" in card
     assert "plus 0.1 times the share of the tokens that the layers must keep" in card
     assert "| memory loss | 0.1 |" in card
-    assert "Made by `python -m training.checkpoints selective_prunable`." in card
+    assert "Made by `python -m training.checkpoints selective_prunable`, " in card
     rows = list(csv.DictReader((folder / "loss.csv").open()))
     assert len(rows) == TINY.steps and "memory" in rows[0]
 

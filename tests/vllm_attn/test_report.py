@@ -16,8 +16,11 @@ CONSEQUENCE = RuntimeError("Engine core initialization failed. See root cause ab
 
 
 @pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a new process: where torch.distributed was started, torch puts the rank before lines."""
     vllm_attn.register()
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    report.install_excepthook()
     report.forget()
     yield
     report.forget()

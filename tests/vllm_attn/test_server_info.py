@@ -5,6 +5,7 @@ test_bf16.py, tests/vllm_quant/test_served.py."""
 from __future__ import annotations
 
 import json
+import logging
 import re
 import urllib.request
 from pathlib import Path
@@ -138,9 +139,16 @@ def test_second_server_of_a_process_replaces_the_first(tmp_path: Path) -> None:
         assert [(s.labels["variant"], s.value) for s in samples] == [(name, 1.0)]
 
 
-def test_server_that_cannot_be_described_starts() -> None:
-    logger = ServerInfoLogger(None, [0])
-    logger.log_engine_initialized()
+def test_server_that_cannot_be_described_starts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says in its log what its /metrics lack, and why."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to caplog
+    ServerInfoLogger(None, [0]).log_engine_initialized()
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.getMessage() == f"{NAME} is not published"
+    assert record.exc_info and record.exc_info[0] is AttributeError
 
 
 @pytest.mark.slow
