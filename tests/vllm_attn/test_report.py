@@ -17,7 +17,7 @@ CONSEQUENCE = RuntimeError("Engine core initialization failed. See root cause ab
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a new process: where torch.distributed was started, torch puts the rank before lines."""
+    """As in a new process: torch puts the rank before lines where it was distributed."""
     vllm_attn.register()
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     report.install_excepthook()

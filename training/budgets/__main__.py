@@ -93,7 +93,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="UTF-8 text files: the first half is for the search, the second for the test",
     )
     add_books_option(parser)
-    add("--runs", "folder of the evaluations", type=Path, default=ROOT / "runs")
+    add("--runs", "folder of the evaluations", type=Path, default=Path("runs"))
     parser.add_argument(
         "--out",
         type=Path,
