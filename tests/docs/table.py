@@ -347,7 +347,7 @@ RULES: dict[str, Rule] = {
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
         "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 2 4 "
         "--scheme rtn --sequences 1 --length 64 --calibration 1 --out sensitivity",
-        prints='"checkpoint": "softpick"',
+        prints=r'"points": \[\[',
         slow=True,
         long=True,
     ),
