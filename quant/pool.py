@@ -86,13 +86,13 @@ def _window(
 
 @contextlib.contextmanager
 def deaf_to_ctrl_c() -> Iterator[None]:
-    """Let processes that start meanwhile ignore Ctrl-C, which a terminal sends to them too: the
-    parent ends them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let processes that start meanwhile be deaf to Ctrl-C, which a terminal sends to them too: the
+    parent, which hears it afterwards, ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start(prepare: Callable[[int], None], jobs: int) -> None:

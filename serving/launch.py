@@ -232,7 +232,7 @@ async def run(vllm: Service, gateway: Service, options: Options, progress: Progr
     command = vllm_command(options)
     progress.say(f"starting vLLM with {options.ckpt} (log: {vllm.log_file})")
     if set(CPU_ARGS) <= set(command):
-        progress.note(f"on a CPU with {' '.join(CPU_ARGS)}; arguments after -- override")
+        progress.say(f"on a CPU, with {' '.join(CPU_ARGS)} (what follows -- comes after them)")
     await vllm.start(command, {})
     gateway_environment = {
         "GATEWAY_HOST": HOST,

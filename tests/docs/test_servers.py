@@ -127,9 +127,13 @@ def test_make_serve(make_serve: Served, record_property: Callable[[str, object],
     record_property("command", make_serve.command)
     record_property("seconds", make_serve.seconds)
     assert answer(make_serve.url)
-    printed = make_serve.log_file.read_text()
+    for _ in range(600):  # the gateway answers a moment before the launcher says so
+        printed = make_serve.log_file.read_text()
+        if lines := re.findall(r"^curl .*}'$", printed, re.M):
+            break
+        time.sleep(0.1)
     assert "Traceback" not in printed
-    curl = next(line for line in printed.splitlines() if line.startswith("curl "))
+    (curl,) = lines
     assert '"text"' in make_serve.run(curl).stdout
 
 

@@ -290,7 +290,13 @@ def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--jobs=2"], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+            [*command, "--jobs=2"],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            # A shell's background jobs, of which these tests may be one, ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     while "cells to measure" not in log.read_text():
         assert process.poll() is None, log.read_text()
