@@ -1,11 +1,31 @@
-"""The list that `python -m PACKAGE` prints."""
+"""What `python -m PACKAGE` does: it lists the commands of the package."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+
+def list_commands(package: str, about: str, modules: Sequence[str]) -> None:
+    """Print the commands of a package.
+
+    Args:
+        package: its name.
+        about: a sentence that says what it is for.
+        modules: its commands.
+
+    Raises:
+        SystemExit: with code 2, if the command line has arguments: the package is no command.
+    """
+    print(f"{about} Commands, each with --help:")
+    print(command_list(modules))
+    if sys.argv[1:] not in ([], ["--help"], ["-h"]):
+        line = f"python -m {package}: {sys.argv[1]!r} is no command: use one of these"
+        print(line, file=sys.stderr)
+        sys.exit(2)
 
 
 def command_list(modules: Sequence[str]) -> str:

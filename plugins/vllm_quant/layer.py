@@ -61,7 +61,7 @@ class Format:
             loader: the layer's own, which finds this rank's part of a tensor.
             parts: tensors of the checkpoint that are fused in it.
 
-        Zero points that are codes have 16 bits until `arrange`: a byte has no value that says that
+        Packed zero points have 16 bits until `arrange`: a byte has no value that says that
         nothing was loaded (`vllm_attn.weights`).
         """
         scale: Any = ChannelQuantScaleParameter
@@ -111,7 +111,7 @@ class Format:
 
 
 def fitting(layer: Any, loader: Callable[..., None]) -> Callable[..., None]:
-    """A layer's loader of codes, which says in one line that a tensor does not fit."""
+    """A layer's loader of packed values, which says in one line that a tensor does not fit."""
 
     def load(parameter: nn.Parameter, packed: Tensor, *args: Any, **kwargs: Any) -> None:
         try:

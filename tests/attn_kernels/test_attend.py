@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import Variant, attend, causal_mask, get_variant
-from attn_kernels import reference as law
+from attn_kernels import Variant, attend, causal_mask, get_variant, reference
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
     SHAPES,
@@ -33,7 +32,7 @@ def test_attend_is_the_reference(variant: Variant, shape: Shape) -> None:
     positions = torch.arange(shape.length)
     mask = causal_mask(positions, positions, shape.window)
     got, _ = attend(variant, *inputs.qkv, mask, learned=inputs.learned)
-    want, _ = law.attention(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
+    want, _ = reference.attention(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -53,7 +52,7 @@ def test_selective_batch_with_padding() -> None:
     mask[1, :, :, :3] = False
     got, _ = attend(variant, q, k, v, mask)
     for i, start in enumerate((0, 3)):
-        want, _ = law.attention(variant, *(x[i, :, start:] for x in (q, k, v)))
+        want, _ = reference.attention(variant, *(x[i, :, start:] for x in (q, k, v)))
         torch.testing.assert_close(got[i, :, start:], want, rtol=1e-12, atol=1e-12)
     assert (got[1, :, :3] == 0).all()
 
@@ -132,5 +131,5 @@ def test_compiled(variant: Variant) -> None:
 def test_ssmax_with_fixed_parameters_needs_nothing() -> None:
     variant = get_variant("ssmax", scale=0.4)
     got, _ = attend(variant, **GOOD)
-    want, _ = law.attention(variant, *(GOOD[name] for name in "qkv"))
+    want, _ = reference.attention(variant, *(GOOD[name] for name in "qkv"))
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

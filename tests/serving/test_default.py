@@ -4,6 +4,7 @@ and what it runs wherever a model is named."""
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -12,11 +13,11 @@ from tests.servers import Server, vllm_server
 from tests.serving.helpers import MODEL, ask, gateway_server, metric
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "softpick"
-MESSAGES = [
+MESSAGES: Any = [
     {"role": "system", "content": "A novel."},
     {"role": "user", "content": "“Who goes there?” said the old man."},
 ]
-FIELDS = {"temperature": 0, "max_tokens": 24}
+FIELDS: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,13 @@ def client(server: Server) -> openai.OpenAI:
 def test_chat(served: Server) -> None:
     """Whole and streamed, the same text; it goes on where the template ends."""
     chat = client(served).chat.completions
-    answer = chat.create(model="softpick", messages=MESSAGES, **FIELDS)  # type: ignore[call-overload]
+    answer = chat.create(model="softpick", messages=MESSAGES, **FIELDS)
     text = answer.choices[0].message.content
     assert len(text) > 20
-    events = chat.create(model="softpick", messages=MESSAGES, stream=True, **FIELDS)  # type: ignore[call-overload]
+    events = chat.create(model="softpick", messages=MESSAGES, stream=True, **FIELDS)
     assert "".join(event.choices[0].delta.content or "" for event in events) == text
     prompt = "A novel.\n\n“Who goes there?” said the old man.\n\n"
-    plain = client(served).completions.create(model="softpick", prompt=prompt, **FIELDS)  # type: ignore[call-overload]
+    plain = client(served).completions.create(model="softpick", prompt=prompt, **FIELDS)
     assert plain.choices[0].text == text
 
 
@@ -75,7 +76,7 @@ def test_what_it_runs(served: Server) -> None:
 def test_checkpoint_without_a_template(gateway: Server) -> None:
     """vLLM's own error, and completions work; the server has no plugin and says nothing."""
     with pytest.raises(openai.BadRequestError, match="you must provide a chat template"):
-        client(gateway).chat.completions.create(model=MODEL, messages=MESSAGES)  # type: ignore[arg-type]
+        client(gateway).chat.completions.create(model=MODEL, messages=MESSAGES)
     assert client(gateway).completions.create(model=MODEL, prompt="x").choices
     (model,) = ask(gateway.url, "GET", "/v1/models").json()["data"]
     assert (model["id"], model["attnserve"]["variant"]) == (MODEL, "")
