@@ -171,9 +171,14 @@ HANDED_ON = {
     "quantize": module("quant.quantize", "quant", "Write a checkpoint with packed weights."),
     "sweep": module("quant.sweep", "quant", "Measure what few bits cost, for checkpoints."),
     "budgets": module(
-        "training.budgets", "train", "Find KV budgets for a checkpoint with selective attention."
+        "attnserve.budgets", "train", "Find KV budgets for a checkpoint with selective attention."
     ),
-    "evaluate": module("training.evaluate", "train", "Measure a checkpoint's perplexity."),
+    "evaluate": module(
+        "attnserve.evaluation.evaluate", "train", "Measure a checkpoint's perplexity."
+    ),
+    "books": module(
+        "attnserve.evaluation.books", "train", "Fetch the novels that the checkpoints learned from."
+    ),
 }
 """Commands that read their arguments themselves, `--help` too."""
 

@@ -1,1 +1,5 @@
-"""What is measured on the machine at hand; nothing here is imported by the served packages."""
+"""Measurements of attnserve beside its peers; what they gave is in benchmarks/results."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"

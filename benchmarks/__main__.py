@@ -24,9 +24,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from attnserve import machine
 from attnserve.commands import command_list
-from benchmarks import machine
-from benchmarks.options import command_line
+from attnserve.files import CHECKOUT
+from attnserve.options import command_line
 
 COMMANDS = (
     "benchmarks.kernels",
@@ -44,7 +45,7 @@ COMMANDS = (
     "benchmarks.triton_compile.packed",
     "benchmarks.gpu_check",
 )
-CHECKPOINTS = machine.ROOT / "checkpoints"
+CHECKPOINTS = CHECKOUT / "checkpoints"
 PACKED = Path(".run/softpick-w4")
 PACK = [
     *("quant.quantize", f"{CHECKPOINTS / 'softpick'}", f"{PACKED}", "--overwrite"),

@@ -11,13 +11,14 @@ from typing import Any
 
 from attn_kernels import VariantError, variant_from_config
 from attn_kernels.variants.selective import Selective
-from benchmarks import machine
-from benchmarks.options import positive
+from attnserve import machine
+from attnserve.files import CHECKOUT
+from attnserve.options import positive
 from benchmarks.quantized import DTYPES, name_of
 from benchmarks.servers import Server, config_of
 from serving.launch import LaunchError
 
-BUNDLED = [machine.ROOT / "checkpoints" / name for name in ("softmax", "softpick", "selective")]
+BUNDLED = [CHECKOUT / "checkpoints" / name for name in ("softmax", "softpick", "selective")]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import machine
-from benchmarks.options import command_line, positive
+from attnserve import machine
+from attnserve.options import command_line, positive
 from benchmarks.servers import config_of, variant_of
 from serving.launch import LaunchError, last_error
 

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks import machine
-from benchmarks.options import command_line, positive
+from attnserve import machine
+from attnserve.options import command_line, positive
+from benchmarks import RESULTS
 from benchmarks.servers import append_csv
-from quant.pack import pack
 from quant_kernels import multiply, panels
+from quant_kernels.pack import pack
 
-CSV = machine.RESULTS / "packed_products_cpu.csv"
+CSV = RESULTS / "packed_products_cpu.csv"
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
 SHAPES = ((960, HIDDEN), (HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
 """Outputs and inputs of a layer's matrices: QKV, attention's output, gate and up, down."""

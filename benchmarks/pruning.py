@@ -30,13 +30,14 @@ from attn_kernels import VariantError, variant_from_config
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import slot_bytes
 from attn_kernels.variants.selective import LEAST_BUDGET, Selective
-from benchmarks import machine
-from benchmarks.options import command_line, positive
+from attnserve import machine
+from attnserve.options import command_line, positive
+from benchmarks import RESULTS
 from benchmarks.servers import Server, append_csv, config_of, run
 from benchmarks.watch import watched
 from serving.launch import LaunchError
 
-CSV = machine.RESULTS / "pruning_cpu.csv"
+CSV = RESULTS / "pruning_cpu.csv"
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNPRUNED = 4

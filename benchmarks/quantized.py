@@ -26,13 +26,14 @@ import pandas as pd
 import psutil
 from safetensors import safe_open
 
-from benchmarks import machine
-from benchmarks.options import command_line, positive
+from attnserve import machine
+from attnserve.options import command_line, positive
+from benchmarks import RESULTS
 from benchmarks.rates import Case, check, described, measure, results
 from benchmarks.servers import Server, append_csv, run
 from serving.launch import LaunchError
 
-CSV = machine.RESULTS / "quantized_cpu.csv"
+CSV = RESULTS / "quantized_cpu.csv"
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 """Of activations, and of weights that are not packed; what safetensors calls them."""
 

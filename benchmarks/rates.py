@@ -27,12 +27,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from benchmarks import machine
-from benchmarks.options import command_line, positive
+from attnserve import machine
+from attnserve.options import command_line, positive
+from benchmarks import RESULTS
 from benchmarks.servers import Answer, Server, append_csv, config_of, run, variant_of
 from serving.launch import LaunchError
 
-CSV = machine.RESULTS / "rates_cpu.csv"
+CSV = RESULTS / "rates_cpu.csv"
 BACKENDS = ("cpu_attn", "softmax", "softpick")
 LENGTHS = (1024, 4096)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from quant.pack import words
-from quant.weight import Grid
+from quant_kernels.pack import words
+from quant_kernels.weight import Grid
 
 
 def on_grid(values: Tensor, bits: int, symmetric: bool) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quant.errors import Refusal
+from attnserve.errors import UserError
 from quant.schemes.registry import get_scheme
-from quant.weight import BITS, Grid
+from quant_kernels.weight import BITS, Grid
 
 PARTS = ("weights", "activations", "kv")
 
@@ -97,18 +97,18 @@ def cells(
     `activation_bits` and `kv_bits`. Without weights there are no schemes and groups.
 
     Raises:
-        Refusal: a name or width that there is not.
+        UserError: a name or width that there is not.
     """
     for width in (*bits, activation_bits, kv_bits):
         if width not in BITS:
-            raise Refusal(f"{width} bits: use a width from {BITS[0]} to {BITS[-1]}")
+            raise UserError(f"{width} bits: use a width from {BITS[0]} to {BITS[-1]}")
     for name in schemes:
         get_scheme(name)
     found: dict[Cell, None] = {}
     for what in whats:
         parts = what.split("+")
         if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
-            raise Refusal(
+            raise UserError(
                 f"unknown --what {what!r}: use one or several of {', '.join(PARTS)}, joined by +"
             )
         for width in bits:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from quant.errors import Refusal
+from attnserve.errors import UserError
+from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.scorer import Item, Scorer
 from quant.schemes.registry import installed
-from training.analyze.intervals import Estimate, mean_interval
-from training.analyze.measure import Checkpoint
-from training.analyze.scorer import Item, Scorer
 
 NAME = "lm-eval"
 """Of a result's part in keys, summaries and units."""
@@ -49,7 +49,7 @@ def key(harness: Harness) -> dict[str, Any]:
     """What results depend on: the tasks with their settings and documents.
 
     Raises:
-        Refusal: lm-eval or a task's data is not here, or a task cannot be done.
+        UserError: lm-eval or a task's data is not here, or a task cannot be done.
     """
     found = {}
     for name, task in load(harness)["tasks"].items():
@@ -64,17 +64,19 @@ def load(harness: Harness) -> Any:
     """The tasks with their data, as lm-eval's `TaskManager` gives them.
 
     Raises:
-        Refusal: see `key`.
+        UserError: see `key`.
     """
     if not installed("lm_eval"):
-        raise Refusal(
+        raise UserError(
             "--lm-eval needs the library lm_eval, which is not installed: "
             "pip install -e '.[lm-eval]', or leave it out"
         )
     if os.environ.get("HF_HUB_OFFLINE") != "1":
-        raise Refusal("--lm-eval reads local data only: set HF_HUB_OFFLINE=1, or leave it out")
+        raise UserError("--lm-eval reads local data only: set HF_HUB_OFFLINE=1, or leave it out")
     if harness.include is not None and not harness.include.is_dir():
-        raise Refusal(f"{harness.include} is no folder: name one with tasks for --lm-eval-include")
+        raise UserError(
+            f"{harness.include} is no folder: name one with tasks for --lm-eval-include"
+        )
     from lm_eval.tasks import TaskManager
 
     def missing(manager: Any) -> list[str]:
@@ -85,7 +87,7 @@ def load(harness: Harness) -> Any:
     if harness.include is not None and missing(manager):
         manager = TaskManager(include_path=harness.include)
     if unknown := missing(manager):
-        raise Refusal(
+        raise UserError(
             f"lm-eval has no task {unknown[0]!r}: name one of `lm-eval ls tasks`, or its folder "
             "with --lm-eval-include"
         )
@@ -93,14 +95,14 @@ def load(harness: Harness) -> Any:
         loaded = manager.load(list(harness.tasks))
     except Exception as error:  # whatever datasets and hub clients raise without network
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(
+        raise UserError(
             f"lm-eval cannot load {', '.join(harness.tasks)} from local data "
             f"({type(error).__name__}: {reason}): put it into the Hugging Face cache, or leave it "
             "out"
         ) from error
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in SCORED:
-            raise Refusal(
+            raise UserError(
                 f"lm-eval's {name} lets the model write ({task.OUTPUT_TYPE}): the sweep scores "
                 "texts only, leave it out"
             )

@@ -16,6 +16,15 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
+from attnserve import machine
+from attnserve.evaluation.blimp import Blimp
+from attnserve.evaluation.books import split
+from attnserve.evaluation.intervals import Estimate, Z, mean_interval
+from attnserve.evaluation.lambada import Lambada
+from attnserve.evaluation.measure import Checkpoint, Data, digest
+from attnserve.evaluation.perplexity import score_text
+from attnserve.evaluation.scorer import Scorer
+from attnserve.evaluation.transformers_scorer import load
 from quant import lm_eval_tasks
 from quant.activations import Activations, QuantizedCache, cache_bytes
 from quant.cell import Cell
@@ -32,15 +41,6 @@ from quant.texts import (
     measured_texts,
     set_files,
 )
-from training.analyze.blimp import Blimp
-from training.analyze.intervals import Estimate, Z, mean_interval
-from training.analyze.lambada import Lambada
-from training.analyze.measure import Checkpoint, Data, digest
-from training.analyze.perplexity import score_text
-from training.analyze.scorer import Scorer
-from training.analyze.transformers_scorer import load
-from training.books import split
-from training.card import machine
 
 NUMERICS = 1
 """Goes up when a change of the code changes results, so that older ones are not taken for new."""
@@ -102,7 +102,7 @@ def texts_of(sources: Sources, subject: Subject, samples: Samples) -> Texts:
     """Return all texts for a checkpoint, sampled where none is given.
 
     Raises:
-        Refusal, FileNotFoundError, ValueError: one is missing or too short.
+        UserError, FileNotFoundError, ValueError: one is missing or too short.
     """
     sets = [] if sources.sets is None else set_files(sources.sets)
     measured = measured_texts(sources, subject, samples.sequences)
@@ -132,7 +132,7 @@ def key_of(
     """What a result depends on.
 
     Raises:
-        Refusal: lm-eval cannot do what is asked of it.
+        UserError: lm-eval cannot do what is asked of it.
     """
     asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
     return {
@@ -206,7 +206,7 @@ def measure(task: Task) -> dict[str, Any]:
         "context": checkpoint.context,
         "key": task.key,
         "texts": task.texts.titles,
-        "machine": machine(),
+        "machine": machine.summary(),
         "seconds": round(time.monotonic() - start, 1),
         "size": size,
         "summary": {name: estimate.json() for name, estimate in summary.items()},

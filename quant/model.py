@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hf_attn  # noqa: F401  registers the model classes
 from quant.schemes.hessian import layer_by_layer
 from quant.schemes.registry import Scheme
-from quant.weight import Grid, QuantizedWeight
+from quant_kernels.weight import Grid, QuantizedWeight
 
 HEAD = "lm_head"
 Observer = Callable[[str, Tensor], None]

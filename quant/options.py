@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnserve.errors import UserError
 from attnserve.options import positive
 from attnserve.sampled_text import writers
-from quant.errors import Refusal
 from quant.texts import Sources
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -24,10 +24,10 @@ def bundled_checkpoints() -> list[Path]:
     """Return the checkpoints that come with a checkout of the project.
 
     Raises:
-        Refusal: this is none.
+        UserError: this is none.
     """
     if not (found := _bundled()):
-        raise Refusal(
+        raise UserError(
             "name a checkpoint's folder: only a checkout of the project has checkpoints of its own"
         )
     return found
@@ -84,7 +84,7 @@ def sources_of(options: argparse.Namespace, folders: Sequence[Path]) -> dict[Pat
     """Return where each checkpoint's text comes from, as the options say.
 
     Raises:
-        Refusal, ValueError: options contradict each other, or one cannot write for another.
+        UserError, ValueError: options contradict each other, or one cannot write for another.
     """
     given = Sources(
         tuple(getattr(options, "text", ())),
@@ -96,7 +96,7 @@ def sources_of(options: argparse.Namespace, folders: Sequence[Path]) -> dict[Pat
         found = writers(_with_bundled(folders), options.text_from)
         return {folder: dataclasses.replace(given, writer=found[folder]) for folder in folders}
     if options.text_from is not None:
-        raise Refusal("--text-from: all text is given, none is written: leave it out")
+        raise UserError("--text-from: all text is given, none is written: leave it out")
     return dict.fromkeys(folders, given)
 
 

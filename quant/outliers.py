@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant.model import observe
-from training.analyze.intervals import Estimate, mean_interval
 
 FIGURES = ("kurtosis", "largest over median")
 

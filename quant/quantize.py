@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
+from attnserve.errors import UserError
+from attnserve.evaluation.transformers_scorer import load
 from attnserve.options import positive
-from quant.errors import Refusal
 from quant.model import HEAD, empty_model, linears, quantize
 from quant.options import add_text_options, columns_of_group, sources_of
 from quant.quantize_files import Part, checkpoint_tensors, write_checkpoint, written_format
@@ -34,8 +35,7 @@ from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.schemes.rtn import rtn
 from quant.texts import calibration_text
-from quant.weight import BITS, Grid, QuantizedWeight
-from training.analyze.transformers_scorer import load
+from quant_kernels.weight import BITS, Grid, QuantizedWeight
 
 SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
 """Schemes whose grids are codes, scales and zero points of the written format."""
@@ -67,34 +67,34 @@ def plan(options: argparse.Namespace) -> Plan:
     """Check everything that can be checked before the weights are read.
 
     Raises:
-        Refusal, ValueError, FileNotFoundError, VariantError: something will not do.
+        UserError, ValueError, FileNotFoundError, VariantError: something will not do.
     """
     for bits in (options.bits, options.embeddings):
         if bits is not None and bits not in BITS:
-            raise Refusal(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
+            raise UserError(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
     scheme = get_scheme(options.scheme)
     if scheme.name not in SERVED:
-        raise Refusal(f"scheme {scheme.name} cannot be served: use one of {', '.join(SERVED)}")
+        raise UserError(f"scheme {scheme.name} cannot be served: use one of {', '.join(SERVED)}")
     if options.act_order and scheme.name != "gptq":
-        raise Refusal("--act-order is of the scheme gptq: leave it out")
+        raise UserError("--act-order is of the scheme gptq: leave it out")
     if options.group is not None and options.group % CHUNK:
-        raise Refusal(f"--group {options.group}: use a multiple of {CHUNK}, or channel")
+        raise UserError(f"--group {options.group}: use a multiple of {CHUNK}, or channel")
     int8 = options.bits == 8 and options.symmetric and options.group is None
     if options.activations and (not int8 or options.embeddings is not None):
-        raise Refusal(
+        raise UserError(
             "--activations needs --bits 8 --symmetric --group channel and no --embeddings: vLLM's "
             "int8 kernel takes nothing else"
         )
     folder: Path = options.checkpoint
     check_out(folder, options.out, options.overwrite)
     if not (folder / "config.json").exists():
-        raise Refusal(f"{folder} has no config.json: name a checkpoint's folder")
+        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
-        raise Refusal(f"{folder} is quantized already: name the checkpoint that it was made from")
+        raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
     stored = checkpoint_tensors(folder)
     if not stored:
-        raise Refusal(f"{folder} has no *.safetensors: save the checkpoint in that format first")
+        raise UserError(f"{folder} has no *.safetensors: save the checkpoint in that format first")
     model = empty_model(folder)
     layers = linears(model)
     grid = Grid(options.bits, options.group, options.symmetric)
@@ -106,7 +106,7 @@ def plan(options: argparse.Namespace) -> Plan:
         tables += [] if model.config.tie_word_embeddings else [HEAD]
     for name in (*layers, *tables):
         if f"{name}.weight" not in stored:
-            raise Refusal(
+            raise UserError(
                 f"{folder} has no tensor {name}.weight: checkpoints with other names than "
                 "transformers' Llama cannot be quantized yet"
             )
@@ -117,18 +117,18 @@ def check_out(folder: Path, out: Path, overwrite: bool) -> None:
     """Refuse to overwrite what was not asked to be overwritten, or was not made here.
 
     Raises:
-        Refusal: it would be.
+        UserError: it would be.
     """
     if not out.exists():
         return
     if out.resolve() == folder.resolve():
-        raise Refusal(f"{out} is the checkpoint itself: name another folder")
+        raise UserError(f"{out} is the checkpoint itself: name another folder")
     if not overwrite:
-        raise Refusal(f"{out} is there already: --overwrite replaces it")
+        raise UserError(f"{out} is there already: --overwrite replaces it")
     config = out / "config.json"
     ours = config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
     if not (out.is_dir() and (ours or not any(out.iterdir()))):
-        raise Refusal(f"{out} is no quantized checkpoint: remove it yourself, or name another")
+        raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
 
 
 def quantize_model(
@@ -161,7 +161,7 @@ def calibration(options: argparse.Namespace) -> tuple[str, torch.Tensor]:
     """Return what is calibrated on: its title, and token ids int64 `[sequences, tokens]`.
 
     Raises:
-        Refusal, ValueError, FileNotFoundError: a text is missing or too short.
+        UserError, ValueError, FileNotFoundError: a text is missing or too short.
     """
     sources = sources_of(options, [options.checkpoint])[options.checkpoint]
     subject = Subject(options.checkpoint, options.length)
@@ -176,7 +176,7 @@ def run(options: argparse.Namespace) -> tuple[list[Part], str | None]:
         What became of each part, and what was calibrated on; None if nothing was.
 
     Raises:
-        Refusal, ValueError, OSError, VariantError: something will not do.
+        UserError, ValueError, OSError, VariantError: something will not do.
     """
     chosen = plan(options)
     title, texts = None, torch.empty(0, dtype=torch.long)
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         parts, title = run(options)
-    except (Refusal, ValueError, OSError, VariantError) as error:
+    except (UserError, ValueError, OSError, VariantError) as error:
         print(f"{command.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(table(parts))

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant.pack import pack
-from quant.weight import QuantizedWeight
+from quant_kernels.pack import pack
+from quant_kernels.weight import QuantizedWeight
 
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
 """Tokenizer, generation settings, card, code that `auto_map` names."""

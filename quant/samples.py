@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.analyze.measure import Checkpoint
+from attnserve.evaluation.measure import Checkpoint
 
 
 @dataclass(frozen=True)

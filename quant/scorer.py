@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from training.analyze.intervals import Estimate, mean_interval
-from training.analyze.perplexity import Perplexity
-from training.analyze.scorer import Item, Scored
-from training.analyze.transformers_scorer import TransformersScorer
+from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.evaluation.perplexity import Perplexity
+from attnserve.evaluation.scorer import Item, Scored
+from attnserve.evaluation.transformers_scorer import TransformersScorer
 
 
 class Watcher(Protocol):

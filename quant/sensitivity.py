@@ -29,8 +29,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
+from attnserve import machine
+from attnserve.errors import UserError
+from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.evaluation.transformers_scorer import load
 from attnserve.options import positive
-from quant.errors import Refusal
 from quant.measure import NUMERICS
 from quant.mixed import Price, Prices, Widths, path, total, within
 from quant.model import empty_model, linears, put
@@ -41,10 +44,7 @@ from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.store import OUT
 from quant.store import put as put_file
 from quant.texts import calibration_text, explained, fingerprint, held_out_texts
-from quant.weight import BITS, Grid, QuantizedWeight
-from training.analyze.intervals import Estimate, mean_interval
-from training.analyze.transformers_scorer import load
-from training.card import machine
+from quant_kernels.weight import BITS, Grid, QuantizedWeight
 from training.report.markdown import table
 
 POINTS = 9
@@ -97,7 +97,7 @@ class Journal:
     """Measured values by name, a JSON line each, after a line that says what they depend on.
 
     Raises:
-        Refusal: the file has values of something else.
+        UserError: the file has values of something else.
     """
 
     def __init__(self, file: Path, key: dict[str, Any], force: bool) -> None:
@@ -106,7 +106,7 @@ class Journal:
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
         if whole and whole[0] != key:
             differing = ", ".join(name for name in key if key[name] != whole[0].get(name))
-            raise Refusal(
+            raise UserError(
                 f"{file} has values that differ in {differing}: --force measures again, --out DIR "
                 "writes elsewhere"
             )
@@ -210,11 +210,11 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """Everything for one checkpoint, printed and written; returns the summary.
 
     Raises:
-        Refusal, ValueError, OSError, VariantError: something will not do.
+        UserError, ValueError, OSError, VariantError: something will not do.
     """
     for bits in options.bits:
         if bits not in BITS:
-            raise Refusal(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
+            raise UserError(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
     scheme = get_scheme(options.scheme)
     grids = [Grid(bits, options.group, options.symmetric) for bits in sorted(set(options.bits))]
     checkpoint = Subject(options.checkpoint, options.length)
@@ -272,7 +272,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": checkpoint.name,
         "key": key,
         "texts": titles | {"chosen": held_out[0].title},
-        "machine": machine(),
+        "machine": machine.summary(),
         "layers": {
             layer: {bits: dataclasses.astuple(price) for bits, price in own.items()}
             for layer, own in prices.items()
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         summary = analyze(options)
-    except (Refusal, ValueError, OSError, VariantError) as error:
+    except (UserError, ValueError, OSError, VariantError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(summary))

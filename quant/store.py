@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnserve.evaluation.intervals import Estimate
+from attnserve.files import CHECKOUT
 from quant.cell import Cell
 from quant.texts import BOOK
-from training.analyze.intervals import Estimate
-from training.analyze.store import ROOT
 
 OUT = Path("runs") / "quant"
 """Where the commands write and read results if no folder is named, in the current folder."""
-FOLDER = ROOT / "quant" / "results"
+FOLDER = CHECKOUT / "quant" / "results"
 """The project's own results, which docs/RESULTS.md shows."""
 OLDER = {"measured": BOOK, "calibration": "training books"}
 """The texts of results that do not name theirs."""

@@ -27,9 +27,9 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
+from attnserve.errors import UserError
 from quant import pool, store
 from quant.cell import Cell, cells
-from quant.errors import Refusal
 from quant.lm_eval_tasks import Harness
 from quant.measure import Task, key_of, measure, texts_of
 from quant.model import empty_model, linears
@@ -50,10 +50,10 @@ def check_cells(folder: Path, chosen: Sequence[Cell], lm_head: bool) -> None:
     """Every scheme can do its cells of a checkpoint.
 
     Raises:
-        Refusal, ValueError: one cannot, or there is no checkpoint.
+        UserError, ValueError: one cannot, or there is no checkpoint.
     """
     if not (folder / "config.json").exists():
-        raise Refusal(f"{folder} has no config.json: name a checkpoint's folder")
+        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
     layers = linears(empty_model(folder), lm_head)
     columns = {layer.in_features for layer in layers.values()}
     for cell in chosen:
@@ -67,7 +67,7 @@ def tasks_of(
     """A checkpoint's cells, the unquantized one first.
 
     Raises:
-        Refusal, FileNotFoundError, ValueError: a text is missing or too short.
+        UserError, FileNotFoundError, ValueError: a text is missing or too short.
     """
     samples, harness = samples_of(options), harness_of(options)
     subject = Subject(folder, samples.length)
@@ -96,12 +96,14 @@ def harness_of(options: argparse.Namespace) -> Harness | None:
     """lm-eval's tasks.
 
     Raises:
-        Refusal: settings without tasks.
+        UserError: settings without tasks.
     """
     if options.lm_eval:
         return Harness(tuple(options.lm_eval), options.lm_eval_include, options.lm_eval_limit)
     if options.lm_eval_include or options.lm_eval_limit:
-        raise Refusal("--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval")
+        raise UserError(
+            "--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval"
+        )
     return None
 
 
@@ -109,7 +111,7 @@ def is_there(task: Task, options: argparse.Namespace) -> bool:
     """Whether a task's result is there already.
 
     Raises:
-        Refusal: the file holds a result of other weights, texts or samples.
+        UserError: the file holds a result of other weights, texts or samples.
     """
     path = store.path_of(options.out, task.folder.resolve().name, task.cell)
     if options.force or not path.exists():
@@ -120,7 +122,7 @@ def is_there(task: Task, options: argparse.Namespace) -> bool:
         differing = [name for name in names if task.key.get(name) != stored.key.get(name)]
         texts = [", ".join(found.values()) for found in (stored.texts, task.texts.titles)]
         said = f" ({texts[0]}; now {texts[1]})" if texts[0] != texts[1] else ""
-        raise Refusal(
+        raise UserError(
             f"{path} holds a result that differs in {', '.join(differing)}{said}: --force measures "
             "again and replaces it, --out DIR writes elsewhere"
         )
@@ -207,10 +209,10 @@ def plan(options: argparse.Namespace) -> list[Task]:
     """All tasks, checked; whatever text is not given is sampled.
 
     Raises:
-        Refusal, ValueError, OSError, VariantError: something will not do.
+        UserError, ValueError, OSError, VariantError: something will not do.
     """
     if options.ray and not installed("ray"):
-        raise Refusal("--ray needs the library ray, which is not installed: leave it out")
+        raise UserError("--ray needs the library ray, which is not installed: leave it out")
     chosen = cells(
         options.what,
         options.schemes,
@@ -226,7 +228,7 @@ def plan(options: argparse.Namespace) -> list[Task]:
     options.checkpoints = options.checkpoints or bundled_checkpoints()
     names = [folder.resolve().name for folder in options.checkpoints]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise Refusal(f"two checkpoints are called {min(twice)}: their results would clash")
+        raise UserError(f"two checkpoints are called {min(twice)}: their results would clash")
     harness_of(options)
     for folder in options.checkpoints:
         check_cells(folder, chosen, options.lm_head)
@@ -247,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         tasks = plan(options)
-    except (Refusal, ValueError, OSError, VariantError) as error:
+    except (UserError, ValueError, OSError, VariantError) as error:
         print(f"{command.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     jobs = affordable(options.jobs, options.checkpoints)

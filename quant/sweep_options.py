@@ -12,7 +12,7 @@ from quant.cell import PARTS
 from quant.options import add_text_options, columns_of_group
 from quant.samples import Samples
 from quant.schemes.registry import SCHEMES
-from quant.weight import BITS
+from quant_kernels.weight import BITS
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

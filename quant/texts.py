@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnserve.errors import UserError
+from attnserve.evaluation.blimp import Blimp
+from attnserve.evaluation.books import split
+from attnserve.evaluation.lambada import Lambada, spread
+from attnserve.evaluation.measure import Data
 from attnserve.sampled_text import Use, sampled_text
-from quant.errors import Refusal
 from quant.samples import Subject
-from training.analyze.blimp import Blimp
-from training.analyze.lambada import Lambada, spread
-from training.analyze.measure import Data
-from training.books import split
 
 CHARACTERS_A_TOKEN = 16
 """More than any text needs, so that a piece is long enough."""
@@ -35,12 +35,12 @@ class Sources:
     Args:
         text: files to measure on.
         calibration_text: files to calibrate on.
-        books: a folder for both, as `training.books.split` splits it.
+        books: a folder for both, as `attnserve.evaluation.books.split` splits it.
         sets: a folder with WikiText-2, BLiMP and LAMBADA, which are measured only from there.
         writer: the checkpoint that writes.
 
     Raises:
-        Refusal: they contradict each other.
+        UserError: they contradict each other.
     """
 
     text: tuple[Path, ...] = ()
@@ -51,9 +51,9 @@ class Sources:
 
     def __post_init__(self) -> None:
         if self.books is not None and (self.text or self.calibration_text):
-            raise Refusal("--books gives both texts: leave out --text and --calibration-text")
+            raise UserError("--books gives both texts: leave out --text and --calibration-text")
         if twice := {f.resolve() for f in self.text} & {f.resolve() for f in self.calibration_text}:
-            raise Refusal(
+            raise UserError(
                 f"{min(twice)} would be measured on after it was calibrated on: give another text "
                 "to calibrate on, or leave out --calibration-text"
             )
@@ -85,7 +85,7 @@ def measured_texts(sources: Sources, subject: Subject, sequences: int) -> dict[s
     """Return the texts whose perplexity and divergence are measured; `test` is the main one.
 
     Raises:
-        Refusal, FileNotFoundError: a text is missing or too short.
+        UserError, FileNotFoundError: a text is missing or too short.
     """
     length = subject.context
     if sources.books is not None:
@@ -109,7 +109,7 @@ def held_out_texts(sources: Sources, subject: Subject, sequences: int) -> tuple[
     The text to choose by is the validation book, else what calibration texts are, at other places.
 
     Raises:
-        Refusal, FileNotFoundError: a text is missing or too short.
+        UserError, FileNotFoundError: a text is missing or too short.
     """
     length = subject.context - 1
     if sources.books is not None:
@@ -131,7 +131,7 @@ def calibration_text(sources: Sources, subject: Subject, sequences: int, seed: i
     less than the context. Text that is measured on is never read.
 
     Raises:
-        Refusal, FileNotFoundError: a text is missing or too short.
+        UserError, FileNotFoundError: a text is missing or too short.
     """
     length = subject.context - 1
     if sources.books is not None:
@@ -164,15 +164,17 @@ def set_files(sets: Path) -> list[Path]:
     """Return the files of the evaluation sets.
 
     Raises:
-        Refusal: one is not there.
+        UserError: one is not there.
     """
     data = Data(sets, sets)  # they have no books
     files = [sets / WIKITEXT, *Blimp().files(data), *Lambada().files(data)]
     for file in files:
         if not file.is_file():
-            raise Refusal(f"{file} is not there: name its folder with --eval, or leave it out")
+            raise UserError(f"{file} is not there: name its folder with --eval, or leave it out")
     if len(files) < 3:
-        raise Refusal(f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out")
+        raise UserError(
+            f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out"
+        )
     return files
 
 
@@ -202,11 +204,11 @@ def _names(files: Sequence[Path]) -> str:
 
 def _read(file: Path) -> str:
     if not file.is_file():
-        raise Refusal(f"{file} is not there: name a text file")
+        raise UserError(f"{file} is not there: name a text file")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise Refusal(f"{file} is no UTF-8 text: convert it, or name another") from None
+        raise UserError(f"{file} is no UTF-8 text: convert it, or name another") from None
 
 
 def _first(file: Path, subject: Subject, sequences: int) -> list[list[int]]:
@@ -225,7 +227,7 @@ def _evenly(
         whole = range(0, len(tokens) - length + 1, length)
         pieces += [tokens[start : start + length] for start in whole]
     if len(pieces) < 2:
-        raise Refusal(
+        raise UserError(
             f"{_names(files)} has fewer than two sequences of {length} tokens: give more text, or "
             "lower --length"
         )
@@ -246,7 +248,7 @@ def _anywhere(
         start = int(generator.integers(max(1, len(text) - window)))
         tokens = subject.encode(text[start : start + window])
         if len(tokens) < length:
-            raise Refusal(
+            raise UserError(
                 f"{files[chosen].name} has fewer than {length} tokens to calibrate on: give more "
                 "text, or lower --length"
             )

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from attnserve.files import CHECKOUT
 from benchmarks.__main__ import COMMANDS as BENCHMARKS
 from tests.tiny import LICENSE
 from training.__main__ import COMMANDS as TRAINING
-from training.checkpoints import ROOT
 
 WRONG = {
-    "training.evaluate": "{bad}",
+    "attnserve.evaluation.evaluate": "{bad}",
     "training.train": "--variant softpick --data {text} --tokenizer {bad} --out {out}",
     "training.tokenizer": "--data {bad} --out {out}",
     "training.convert": "{bad} {out} --variant ssmax",
-    "training.budgets": "{bad}",
+    "attnserve.budgets": "{bad}",
     "training.long_context": "{bad} --texts {text}",
     "training.analyze": "{bad} --measures passkey",
     "training.report": "--results {file} --out {out}/r.md --figures {out}",
-    "training.books": "--out {file}",
+    "attnserve.evaluation.books": "--out {file}",
     "training.checkpoints": "--books {bad} --runs {out} --out {out}",
     "training.learning_rate": "--books {bad} --runs {out} --csv {out}/t.csv",
     "benchmarks.rates": "--ckpt {bad}",
@@ -46,8 +46,8 @@ CONFIGS = {"nothing": None, "no JSON": "{", "empty": "{}", "no mapping": "[]"}
 def test_every_command_is_here() -> None:
     assert {*TRAINING, *BENCHMARKS} == {*WRONG, *WITHOUT}
     for package in ("training", "benchmarks"):
-        for file in (ROOT / package).rglob("*.py"):
-            parts = file.relative_to(ROOT).with_suffix("").parts
+        for file in (CHECKOUT / package).rglob("*.py"):
+            parts = file.relative_to(CHECKOUT).with_suffix("").parts
             module = ".".join(parts).removesuffix(".__main__")
             inside = {"worker", "naive", "upstream"}  # processes that a command starts
             if '__name__ == "__main__"' in file.read_text() and file.stem not in inside:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from attn_kernels import get_variant, variant_names
 from attn_kernels.cpu.build import HERE, ISAS, BuildError, build_library
-from quant.weight import BITS
 from quant_kernels import library
+from quant_kernels.weight import BITS
 
 
 def build(name: str | int, isa: str) -> Path | None:

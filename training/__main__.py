@@ -5,15 +5,12 @@ from __future__ import annotations
 from attnserve.commands import list_commands
 
 COMMANDS = (
-    "training.evaluate",
     "training.train",
     "training.tokenizer",
     "training.convert",
-    "training.budgets",
     "training.long_context",
     "training.analyze",
     "training.report",
-    "training.books",
     "training.checkpoints",
     "training.learning_rate",
 )

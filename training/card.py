@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import transformers
-
-from training.evaluate import Score, table
+from attnserve import machine
+from attnserve.evaluation.evaluate import Score, table
 from training.train import Run
-
-
-def machine() -> str:
-    """The processor, its cores and the versions that results depend on."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return (
-        f"{cpu}, {os.cpu_count()} cores (torch threads: {torch.get_num_threads()}), "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
 
 
 def memory(run: Run) -> str:
@@ -49,7 +31,7 @@ def card(name: str, run: Run, scores: Sequence[Score], train_files: Sequence[Pat
     Args:
         name: the checkpoint's.
         run: a finished run.
-        scores: what `training.evaluate.evaluate` gives.
+        scores: what `attnserve.evaluation.evaluate.evaluate` gives.
         train_files: what it was trained on.
     """
     recipe, variant = run.recipe, run.model.config.variant
@@ -101,8 +83,8 @@ one paragraph.
 Validation is *Emma*, test *Great Expectations*; neither was trained on. Every model predicts the
 same tokens. The trained model reads sequences of {recipe.context} tokens that each start anew; the
 baselines (add-one unigram, interpolated Kneser-Ney trigram) are counted on the training text.
-`python -m training.evaluate checkpoints/{name} --whole --ngrams` measures it again, once
-`python -m training.books` has fetched the novels.
+`attnserve evaluate checkpoints/{name} --whole --ngrams` measures it again, once
+`attnserve books` has fetched the novels.
 
 ## Training
 
@@ -111,7 +93,7 @@ baselines (add-one unigram, interpolated Kneser-Ney trigram) are counted on the 
 - Loss {first:.3f} at the first step, {sum(last) / len(last):.3f} over the last {len(last)} \
 (`loss.csv`, nats per token).
 {memory(run)}\
-- {run.seconds / 60:.0f} minutes on a machine shared with other work: {machine()}.
+- {run.seconds / 60:.0f} minutes on a machine shared with other work: {machine.summary()}.
 - Text: {books}; all in the public domain.
 - Tokenizer: byte-level BPE trained on the same text.
 - Weights are stored in bfloat16 and were measured as stored.

@@ -16,16 +16,16 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attn_kernels import VariantError, get_variant, variant_names
-from training.analyze.measure import Checkpoint
-from training.books import Split, add_books_option, split
+from attnserve.evaluation.books import Split, add_books_option, split
+from attnserve.evaluation.evaluate import Score, evaluate, held_out, table
+from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.tokens import read_tokens
+from attnserve.files import CHECKOUT
 from training.card import card
-from training.data import read_tokens
-from training.evaluate import Score, evaluate, held_out, table
 from training.recipe import Recipe
 from training.tokenizer import train_tokenizer
 from training.train import LOSSES, Run
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Recipe(precision="bf16")
 VOCAB_SIZE = 2048
 COMPILED = True
@@ -106,10 +106,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_books_option(parser)
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs", help="training states (default: %(default)s)"
+        "--runs",
+        type=Path,
+        default=CHECKOUT / "runs",
+        help="training states (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "checkpoints", help="checkpoints (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=CHECKOUT / "checkpoints",
+        help="checkpoints (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     try:

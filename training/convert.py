@@ -34,11 +34,11 @@ from transformers import (
 )
 
 from attn_kernels import Variant, VariantError, get_variant, variant_from_config
+from attnserve import machine
+from attnserve.evaluation.measure import read_config
+from attnserve.evaluation.tokens import read_tokens, text_file
 from attnserve.options import positive
-from benchmarks import machine
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
-from training.analyze.measure import read_config
-from training.data import read_tokens, text_file
 from training.finetune import FineTune, FineTuneError, Settings
 from training.recipe import parse_variant
 from training.tokenizer import complete

@@ -21,9 +21,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from attn_kernels.variants.softmax import Softmax
 from attn_kernels.variants.ssmax import SSMax
+from attnserve.evaluation.tokens import Tokens
 from hf_attn import VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
-from training.data import Batches, Tokens, fingerprint
+from training.data import Batches, fingerprint
 from training.train import Loss, loss_function
 
 STATE = "state.pt"

@@ -20,17 +20,18 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from attn_kernels import variant_names
+from attnserve.evaluation.books import add_books_option, split
+from attnserve.evaluation.tokens import Tokens, read_tokens, sequence
+from attnserve.files import CHECKOUT
 from hf_attn import VariantLlamaForCausalLM
-from training.books import add_books_option, split
-from training.checkpoints import COMPILED, RECIPE, ROOT, shared_tokenizer, variant_name
-from training.data import Tokens, read_tokens, sequence
+from training.checkpoints import COMPILED, RECIPE, shared_tokenizer, variant_name
 from training.train import Run
 
 RATES = (1e-3, 2e-3, 4e-3)
 SHORT = dataclasses.replace(RECIPE, steps=120, warmup=20)
 SEQUENCES = 96
 """Sequences of the validation book, from its beginning: 49,152 tokens."""
-TABLE = ROOT / "training" / "results" / "learning_rate.csv"
+TABLE = CHECKOUT / "training" / "results" / "learning_rate.csv"
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--runs",
         type=Path,
-        default=ROOT / "runs",
+        default=CHECKOUT / "runs",
         help="training states (default: %(default)s)",
     )
     parser.add_argument("--csv", type=Path, default=TABLE, help="the table (default: %(default)s)")

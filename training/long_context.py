@@ -29,17 +29,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from attn_kernels import variant_from_config
-from benchmarks import machine
-from benchmarks.options import command_line, positive
-from training.analyze.measure import read_config
-from training.analyze.scorer import Item
-from training.analyze.vllm_scorer import DTYPE_BYTES, VLLMScorer
-from training.books import add_books_option, split
-from training.checkpoints import ROOT
+from attnserve import machine
+from attnserve.evaluation.books import add_books_option, split
+from attnserve.evaluation.measure import read_config
+from attnserve.evaluation.scorer import Item
+from attnserve.evaluation.tokens import read_tokens, text_file
+from attnserve.evaluation.vllm_scorer import DTYPE_BYTES, VLLMScorer
+from attnserve.files import CHECKOUT
+from attnserve.options import command_line, positive
 from training.convert import read_record, trained_length
-from training.data import read_tokens, text_file
 
-CSV = ROOT / "training" / "results" / "long_context.csv"
+CSV = CHECKOUT / "training" / "results" / "long_context.csv"
 FIRST_BIN, WIDEST_BIN = 64, 2048
 KEYS = ["text", "start"]
 """What tells one window from another."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from training.data import text_file
+from attnserve.evaluation.tokens import text_file
 
 BOS, EOS = "<s>", "</s>"
 

@@ -23,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from attnserve.evaluation.tokens import Tokens, read_tokens, text_file
 from hf_attn import VariantLlamaForCausalLM
-from training.data import Batches, Tokens, fingerprint, read_tokens, text_file
+from training.data import Batches, fingerprint
 from training.memory_loss import memory_share
 from training.recipe import Recipe, parse_variant
 from training.tokenizer import complete

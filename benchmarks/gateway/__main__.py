@@ -34,12 +34,14 @@ import psutil
 import uvloop
 from tqdm import tqdm
 
-from benchmarks import machine
-from benchmarks.options import command_line, positive
+from attnserve import machine
+from attnserve.files import CHECKOUT
+from attnserve.options import command_line, positive
+from benchmarks import RESULTS
 from benchmarks.servers import append_csv
 from serving.launch import HOST, LaunchError, Service, check_port
 
-CSV = machine.RESULTS / "gateway.csv"
+CSV = RESULTS / "gateway.csv"
 OURS, DIRECT, ROUTER = "attnserve", "direct", "vllm-router"
 NAMES = [OURS, "naive-aiohttp", "naive-httpx", ROUTER]
 MODES = ("stream", "spread", "whole")
@@ -71,7 +73,7 @@ class Peer:
 def find_router() -> Path | None:
     """The command vllm-router: beside this Python, where `make conformance` puts it, or on PATH."""
     beside = Path(sys.executable).with_name(ROUTER)
-    suites = machine.ROOT / "tests/conformance/.venv/bin" / ROUTER
+    suites = CHECKOUT / "tests/conformance/.venv/bin" / ROUTER
     on_path = shutil.which(ROUTER)
     places = [beside, suites, *([Path(on_path)] if on_path else [])]
     return next((place for place in places if place.exists()), None)

@@ -26,19 +26,20 @@ try:
     import torch
 
     from attn_kernels import VariantError, get_variant, variant_names
-    from benchmarks import machine
+    from attnserve import machine
+    from attnserve.options import command_line, positive
+    from benchmarks import RESULTS
     from benchmarks.gpu_check import report
     from benchmarks.gpu_check.checks import Task
     from benchmarks.gpu_check.run import GRACE_SECONDS, SHARES, STOP_SECONDS, run
     from benchmarks.kernels.case import DTYPES
-    from benchmarks.options import command_line, positive
 except ImportError as error:  # the environment of `make install` is for CPUs
     sys.exit(
         f"gpu_check: {error}; in an environment with CUDA's torch: "
         "pip install -e '.[cuda,bench,dev]', then make gpu-check GPU_PYTHON=that/python"
     )
 
-OUT = machine.RESULTS / "gpu_check.json"
+OUT = RESULTS / "gpu_check.json"
 HEAD_DIMS = (128, 64, 256, 80)
 
 

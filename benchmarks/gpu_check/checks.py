@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from attnserve import machine
 
 Row = dict[str, Any]
 """At least `part`, `check`, `status` ("ok", "failed" or "skipped") and `detail`."""

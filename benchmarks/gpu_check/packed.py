@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.gpu_check.checks import Check, Row, Task
 from benchmarks.kernels.case import DTYPES
-from quant.pack import pack
-from quant.weight import BITS, Grid, QuantizedWeight
 from quant_kernels import Panels, panels
+from quant_kernels.pack import pack
+from quant_kernels.weight import BITS, Grid, QuantizedWeight
 
 TOLERANCES = {"fp32": 2e-6, "bf16": 2**-8, "fp16": 2**-11}
 """Of an output, relative to the sum of the absolute products."""

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks import machine
+from attnserve import machine
 from benchmarks.gpu_check.checks import Row
 
 PACKAGES = ("torch", "triton", "vllm", "flash_attn", "transformers", "attnserve")

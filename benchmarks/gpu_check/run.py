@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import machine
+from attnserve.files import CHECKOUT
 from benchmarks.gpu_check.checks import Row, Task
 
 SHARES = {"matrix": 45.0, "graph": 10.0, "packed": 10.0, "timing": 25.0, "serve": 20.0}
@@ -86,7 +86,7 @@ class Worker:
         with self.error_file.open("wb") as errors:
             self.process = subprocess.Popen(
                 self.command(task),
-                cwd=machine.ROOT,
+                cwd=CHECKOUT,
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=errors,

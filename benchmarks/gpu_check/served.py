@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from attnserve.files import CHECKOUT
 from benchmarks.gpu_check.checks import Check, Row, SkippedError, Task, require_vllm
 from benchmarks.servers import free_port
 from serving.launch import DIRECT, HOST, Service
 
-CHECKPOINT = machine.ROOT / "checkpoints" / "softpick"
+CHECKPOINT = CHECKOUT / "checkpoints" / "softpick"
 PROMPT_TOKENS, NEW_TOKENS = (5, 40, 120), 24
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.25}
 """Distance of the law's two best logits below which a token may come out the other way."""
@@ -77,7 +77,7 @@ async def answers(
     assert own is not None
     # Else the server, in a process group of its own, would outlive this process.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, own.cancel)
-    service = Service("gpu-check-vllm", free_port(), machine.ROOT / ".run")
+    service = Service("gpu-check-vllm", free_port(), CHECKOUT / ".run")
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT)]
     command += [f"--host={HOST}", f"--port={service.url.rpartition(':')[2]}"]
     command += ["--served-model-name=model", "--attention-backend=softpick", f"--dtype={dtype}"]

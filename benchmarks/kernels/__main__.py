@@ -24,14 +24,15 @@ from pathlib import Path
 
 from attn_kernels import VariantError, get_variant, variant_names
 from attn_kernels.cpu import usable_isas
-from benchmarks import machine
+from attnserve import machine
+from attnserve.options import positive
+from benchmarks import RESULTS
 from benchmarks.kernels.case import DTYPES, FULL, QUICK, Grid
 from benchmarks.kernels.measure import Budget
 from benchmarks.kernels.peer import ISAS, PeerError
 from benchmarks.kernels.run import BenchmarkError, Options, run
-from benchmarks.options import positive
 
-CSV = machine.RESULTS / "kernels_cpu.csv"
+CSV = RESULTS / "kernels_cpu.csv"
 SECONDS, QUICK_SECONDS = 6.0, 1.0
 
 

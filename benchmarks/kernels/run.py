@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from attn_kernels import get_variant, variant_names
 from attn_kernels.cpu import load
-from benchmarks import machine
+from attnserve import machine
 from benchmarks.kernels.candidates import Kernel
 from benchmarks.kernels.case import Case, copies_needed
 from benchmarks.kernels.limits import Limit, read_bandwidth, sgemm_rate

@@ -30,15 +30,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import machine
+from attnserve.options import command_line, positive
+from benchmarks import RESULTS
 from benchmarks.cases import Case, add_options, cases_of, described
 from benchmarks.memory.measure import measure
 from benchmarks.memory.predict import QUANTITIES, predict
-from benchmarks.options import command_line, positive
 from benchmarks.servers import append_csv, config_of, until_signal
 from serving.launch import LaunchError
 
-CSV = machine.RESULTS / "memory_cpu.csv"
+CSV = RESULTS / "memory_cpu.csv"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -23,14 +23,14 @@ from typing import Any
 import pandas as pd
 
 from attn_kernels import get_variant, variant_names
-from benchmarks import machine
+from attnserve.options import command_line
+from benchmarks import RESULTS
 from benchmarks.kernels.case import Case
-from benchmarks.options import command_line
 from benchmarks.roofline.chips import CHIPS, REACHED, Chip
 from benchmarks.roofline.count import Counts, count
 from benchmarks.roofline.trace import UncountedError
 
-CSV = machine.RESULTS / "roofline.csv"
+CSV = RESULTS / "roofline.csv"
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 16
 CACHES = {"bf16": 2, "fp8": 1}
 

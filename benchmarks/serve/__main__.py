@@ -36,16 +36,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks import machine
+from attnserve.options import command_line, positive
+from benchmarks import RESULTS
 from benchmarks.cases import add_options, cases_of, described
-from benchmarks.options import command_line, positive
 from benchmarks.serve.levels import LEVELS, level
 from benchmarks.serve.measure import SLACK, Runs, Subject, measure, server_of
 from benchmarks.serve.report import capacity, plot, results, table
 from benchmarks.servers import append_csv, config_of, until_signal
 from serving.launch import LaunchError
 
-CSV = machine.RESULTS / "serve_cpu.csv"
+CSV = RESULTS / "serve_cpu.csv"
 
 
 def rate(text: str) -> float:

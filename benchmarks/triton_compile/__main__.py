@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from attn_kernels import variant_names
-from benchmarks import machine
-from benchmarks.options import command_line
+from attnserve.options import command_line
+from benchmarks import RESULTS
 from benchmarks.triton_compile import ARCHS, DTYPES, HEAD_DIMS, PHASES
 
-CSV = machine.RESULTS / "triton_compile.csv"
+CSV = RESULTS / "triton_compile.csv"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

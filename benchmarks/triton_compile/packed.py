@@ -27,12 +27,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.options import command_line
+from attnserve.options import command_line
+from benchmarks import RESULTS
 from benchmarks.triton_compile import ARCHS
-from quant.weight import BITS
+from quant_kernels.weight import BITS
 
-CSV = machine.RESULTS / "triton_compile_packed.csv"
+CSV = RESULTS / "triton_compile_packed.csv"
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (1, 4, 16, 64)
 """Of x: a kernel for each, and one for lookups."""

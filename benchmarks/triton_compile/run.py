@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from attn_kernels.triton import attention
 from attn_kernels.triton.tuning import SHARED_MEMORY
-from benchmarks import machine
+from attnserve import machine
 from benchmarks.triton_compile import WRITE
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
 from benchmarks.triton_compile.listing import Figures

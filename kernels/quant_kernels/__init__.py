@@ -1,6 +1,6 @@
 """Products with weights of 2 to 8 bits that stay packed in memory.
 
-`panels` brings a matrix as checkpoints store it (`quant.pack`) into the order that the kernels
+`panels` brings a matrix as checkpoints store it (`pack`) into the order that the kernels
 read, `multiply` is `x @ weight.T`, `gather` takes rows as an embedding does. On a CPU `packed.cpp`
 says how; where nothing can be compiled, torch operations do the same, slowly. On a GPU it is
 `triton`, which has not run on one yet.

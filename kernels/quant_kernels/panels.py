@@ -33,7 +33,7 @@ def panels(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, inpu
     """Bring a matrix into the kernels' order; as many bytes, but for whole panels and chunks.
 
     Args:
-        packed: int32 `[outputs, words]`, as `quant.pack.pack` packs.
+        packed: int32 `[outputs, words]`, as `quant_kernels.pack.pack` packs.
         scales: `[outputs, groups]`; kept in 16 bits where these hold them exactly.
         zeros: `[outputs, groups]`, uint8 or float16; None if the grid is symmetric.
         bits: of a code, 2 to 8.

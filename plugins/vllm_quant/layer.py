@@ -18,8 +18,8 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
 )
 
-from quant.pack import unpack
 from quant_kernels import Panels, panels
+from quant_kernels.pack import unpack
 from vllm_attn.report import StartupError
 
 

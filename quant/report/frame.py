@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from attnserve.evaluation.intervals import Estimate
 from quant.cell import Cell
 from quant.store import Stored
-from training.analyze.intervals import Estimate
 
 ENDS = ("", " low", " high")
 INTEGERS = ("bits", "cell weights", "cell activations", "cell kv", "cell group", "resident bytes")

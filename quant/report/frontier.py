@@ -9,8 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from attnserve.evaluation.intervals import Estimate
 from quant.report.frame import shown
-from training.analyze.intervals import Estimate
 from training.report.markdown import table
 from training.report.plots import color
 

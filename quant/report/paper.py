@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant.cell import Cell
 from quant.store import Stored
-from training.analyze.intervals import Estimate, mean_interval
 from training.report.rules import Range
 
 

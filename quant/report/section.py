@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnserve.evaluation.intervals import Estimate
 from quant import store
 from quant.cell import Cell
 from quant.report import explain, frontier, paper
@@ -12,7 +13,6 @@ from quant.report.frame import setting, shown, text_of
 from quant.report.plots import draw
 from quant.scorer import CHANGES, DIVERGENCES
 from quant.store import Stored
-from training.analyze.intervals import Estimate
 from training.report.markdown import table
 
 METRICS = {

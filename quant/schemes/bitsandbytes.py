@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.weight import BlockWeight, Grid, QuantizedWeight
+from quant_kernels.weight import BlockWeight, Grid, QuantizedWeight
 
 BLOCKS = tuple(2**power for power in range(5, 13))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.weight import Grid, QuantizedWeight
+from quant_kernels.weight import Grid, QuantizedWeight
 
 DAMPING = 0.01
 """Of the Hessian's mean diagonal, added to the diagonal, as in the paper."""

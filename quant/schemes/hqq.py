@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.schemes.rtn import rtn
-from quant.weight import Grid, QuantizedWeight
+from quant_kernels.weight import Grid, QuantizedWeight
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
 

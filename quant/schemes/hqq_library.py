@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.weight import BlockWeight, Grid
+from quant_kernels.weight import BlockWeight, Grid
 
 BITS = (2, 3, 4, 5, 6, 8)
 

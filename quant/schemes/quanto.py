@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.weight import Grid, QuantizedWeight
+from quant_kernels.weight import Grid, QuantizedWeight
 
 BITS = (2, 4, 8)
 

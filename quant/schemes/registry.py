@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quant.errors import Refusal
+from attnserve.errors import UserError
 from quant.schemes import bitsandbytes, hqq_library, quanto
 from quant.schemes.compressed_tensors import compressed_tensors
 from quant.schemes.gptq import gptq
 from quant.schemes.hqq import hqq
 from quant.schemes.rtn import rtn
-from quant.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, Grid, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ class Scheme:
             columns: the widths of all matrices.
 
         Raises:
-            Refusal: the scheme cannot do this, or its library is missing.
+            UserError: the scheme cannot do this, or its library is missing.
         """
         if grid.bits not in self.bits:
             widths = ", ".join(map(str, self.bits))
-            raise Refusal(f"scheme {self.name} cannot do {grid.bits} bits: it has {widths}")
+            raise UserError(f"scheme {self.name} cannot do {grid.bits} bits: it has {widths}")
         if grid.symmetric and not self.symmetric:
-            raise Refusal(f"scheme {self.name} has no symmetric form: leave out --symmetric")
+            raise UserError(f"scheme {self.name} has no symmetric form: leave out --symmetric")
         if self.wants is not None and (why := self.wants(grid)) is not None:
-            raise Refusal(f"scheme {self.name} {why}")
+            raise UserError(f"scheme {self.name} {why}")
         if self.library is not None and not installed(self.library):
-            raise Refusal(
+            raise UserError(
                 f"scheme {self.name} needs the library {self.library}, which is not installed: "
                 f"pip install {self.requirement or self.library}, or leave the scheme out"
             )
         short = sorted(c for c in columns if c % grid.size(c))
         if short and not self.short_groups:
-            raise Refusal(
+            raise UserError(
                 f"scheme {self.name} cannot cut {short[0]} columns into groups of "
                 f"{grid.group_size}: use --groups channel or a divisor"
             )
@@ -152,10 +152,10 @@ def get_scheme(name: str) -> Scheme:
     """A scheme by name.
 
     Raises:
-        Refusal: there is none.
+        UserError: there is none.
     """
     if name not in SCHEMES:
-        raise Refusal(f"unknown scheme {name!r}: use one of {', '.join(SCHEMES)}")
+        raise UserError(f"unknown scheme {name!r}: use one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quant.weight import Grid, QuantizedWeight
+from quant_kernels.weight import Grid, QuantizedWeight
 
 
 def rtn(weight: Tensor, grid: Grid) -> QuantizedWeight:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attn_kernels import get_variant, variant_names
-from benchmarks import machine
+from attnserve import machine
 from benchmarks.kernels import limits, run
 from benchmarks.kernels.__main__ import main
 from tests.benchmarks.fakes import NotQuite, Refusing, TorchKernel

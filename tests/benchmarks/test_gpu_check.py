@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import machine
+from attnserve.files import CHECKOUT
 from benchmarks.gpu_check.checks import SPOILED, Check, SkippedError, Task, work
 from benchmarks.gpu_check.run import Budget, run, run_part
 
@@ -303,7 +303,7 @@ def test_worker_stops_where_the_device_is_lost_and_at_its_deadline(task: Task) -
 
 SCRIPT = f"""
 import os, signal, sys, time
-sys.path.insert(0, {str(machine.ROOT)!r})
+sys.path.insert(0, {str(CHECKOUT)!r})
 from benchmarks.gpu_check.checks import Check, Task, work
 task = Task.loads(sys.argv[1])
 def dies():

@@ -99,14 +99,15 @@ RULES: dict[str, Rule] = {
     "make analyze": Run(
         "make analyze ARGS='--measures perplexity --limit 1'", prints=BOOKS, code=2, long=True
     ),
-    "python -m training": Run(prints="training.evaluate"),
-    "python -m training.evaluate checkpoints/softpick --text README.md": Run(prints="README"),
-    "python -m training.evaluate CKPT": Run(
-        "python -m training.evaluate checkpoints/softpick --sequences 2", prints="per token"
+    "python -m training": Run(prints="attnserve.evaluation.evaluate"),
+    "attnserve evaluate checkpoints/softpick --text README.md": Run(prints="README"),
+    "attnserve evaluate CKPT": Run(
+        "attnserve evaluate checkpoints/softpick --sequences 2",
+        prints="per token",
     ),
     "python -m training.train --help": Run(prints="usage"),
-    "python -m training.budgets CKPT": Run(
-        "python -m training.budgets checkpoints/selective --sequences 2 --judge 2 "
+    "attnserve budgets CKPT": Run(
+        "attnserve budgets checkpoints/selective --sequences 2 --judge 2 "
         "--test-sequences 2 --length 64 --step 32 --uniform 16 --out budgets --runs budget-runs",
         prints=BUDGETS,
         long=True,
@@ -211,7 +212,7 @@ RULES: dict[str, Rule] = {
         for name, variant in CHECKPOINTS.items()
     },
     **{
-        f"python -m training.evaluate checkpoints/{name} --whole --ngrams": Run(
+        f"attnserve evaluate checkpoints/{name} --whole --ngrams": Run(
             prints=BOOKS, code=2, slow=name != "softpick"
         )
         for name in CHECKPOINTS
@@ -465,9 +466,11 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
-    "python -m training.books": NotHere("a network"),
-    "python -m training.evaluate CKPT --ngrams --whole": Run(
-        "python -m training.evaluate checkpoints/softpick --ngrams --whole", prints=BOOKS, code=2
+    "attnserve books": NotHere("a network"),
+    "attnserve evaluate CKPT --ngrams --whole": Run(
+        "attnserve evaluate checkpoints/softpick --ngrams --whole",
+        prints=BOOKS,
+        code=2,
     ),
     # docs/VARIANT.md
     'make test ARGS="-k sigmoid"': Elsewhere("tests/test_variant_example.py"),

@@ -12,7 +12,14 @@ def test_inline_commands() -> None:
     assert inline_command("make\n  bench") == "make bench"
     assert inline_command("benchmarks.rates --ckpt DIR") == "python -m benchmarks.rates --ckpt DIR"
     assert inline_command("HF_HUB_OFFLINE=1 python -m x") == "HF_HUB_OFFLINE=1 python -m x"
-    for other in ("vllm", "quant/pack.py", "quant.pack", "attnserve: no", "timeouts.idle", "x = 1"):
+    for other in (
+        "vllm",
+        "kernels/quant_kernels/pack.py",
+        "quant_kernels.pack",
+        "attnserve: no",
+        "timeouts.idle",
+        "x = 1",
+    ):
         assert inline_command(other) is None
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from attnserve.evaluation.measure import Data
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
-from training.analyze.measure import Data
 
 
 @pytest.fixture(scope="session")

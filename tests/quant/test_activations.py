@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from attn_kernels import variant_names
+from attnserve.evaluation.transformers_scorer import load
 from quant.activations import Activations, QuantizedCache, on_grid
 from quant.model import largest_inputs, linears
 from quant.schemes.rtn import rtn
-from quant.weight import Grid
+from quant_kernels.weight import Grid
 from tests.tiny import tiny_checkpoint, write_tiny_llama
-from training.analyze.transformers_scorer import load
 
 NAMES = [*variant_names(), "llama"]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.errors import Refusal
+from attnserve.errors import UserError
+from attnserve.evaluation.transformers_scorer import load
 from quant.model import quantize
 from quant.schemes import registry
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme, installed
-from quant.weight import Grid, QuantizedWeight
-from training.analyze.transformers_scorer import load
+from quant_kernels.weight import Grid, QuantizedWeight
 
 
 def needs(name: str) -> Scheme:
@@ -140,7 +140,7 @@ def test_models(name: str, softpick: Path) -> None:
     ],
 )
 def test_what_a_library_lacks_is_refused(name: str, grid: Grid, message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         get_scheme(name).check(grid, {128})
 
 
@@ -153,7 +153,7 @@ def test_a_missing_library_is_one_line_with_what_to_install(
             continue
         rows = scheme.name in ("quanto", "bnb-int8")
         grid = Grid(8, None, True) if rows else Grid(4, 64)
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(UserError) as refused:
             scheme.check(grid, {128})
         line = str(refused.value)
         assert f"pip install {scheme.requirement}, or leave the scheme out" in line

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from attnserve.evaluation.measure import Checkpoint, Data
+from attnserve.evaluation.scorer import Item
+from attnserve.evaluation.transformers_scorer import TransformersScorer
 from quant import lm_eval_tasks, sweep
 from quant.cell import Cell
 from quant.schemes.registry import installed
 from quant.store import path_of, read
 from tests.quant.test_sweep import SMALL
-from training.analyze.measure import Checkpoint, Data
-from training.analyze.scorer import Item
-from training.analyze.transformers_scorer import TransformersScorer
 
 Capture = pytest.CaptureFixture[str]
 HERE = installed("lm_eval")

@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from attn_kernels import variant_names
+from attnserve.errors import UserError
+from attnserve.evaluation.blimp import Blimp
+from attnserve.evaluation.books import split
+from attnserve.evaluation.lambada import Lambada
+from attnserve.evaluation.measure import Checkpoint, Data
+from attnserve.evaluation.perplexity import Perplexity
+from attnserve.evaluation.transformers_scorer import TransformersScorer, load
 from quant.activations import cache_bytes
 from quant.cell import Cell, cells
-from quant.errors import Refusal
 from quant.measure import Task, changes, key_of, measure, texts_of
 from quant.model import linears, put, quantize, stored_bytes
 from quant.outliers import figures
@@ -21,14 +27,8 @@ from quant.samples import Samples, Subject
 from quant.schemes.registry import get_scheme
 from quant.scorer import Comparison, Recorder, WatchedScorer
 from quant.texts import Sources
-from quant.weight import Grid
+from quant_kernels.weight import Grid
 from tests.tiny import tiny_checkpoint
-from training.analyze.blimp import Blimp
-from training.analyze.lambada import Lambada
-from training.analyze.measure import Checkpoint, Data
-from training.analyze.perplexity import Perplexity
-from training.analyze.transformers_scorer import TransformersScorer, load
-from training.books import split
 
 SAMPLES = Samples(sequences=2, length=48, pairs=2, passages=3, calibration=2)
 
@@ -224,5 +224,5 @@ def test_cells() -> None:
         ({"whats": ["weights+cache"]}, "unknown --what 'weights\\+cache'"),
         ({"whats": ["kv+kv"]}, "unknown --what"),
     ):
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(UserError, match=message):
             made(**change)

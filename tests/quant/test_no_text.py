@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from attnserve.evaluation.measure import digest
 from quant import options, quantize, sweep
 from quant.cell import Cell
 from quant.report import __main__ as report
@@ -18,7 +19,6 @@ from quant.store import Stored, read_all
 from quant.sweep_options import parser
 from tests.quant.test_sweep import SMALL, refusal
 from tests.tiny import LICENSE, tiny_checkpoint
-from training.analyze.measure import digest
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]

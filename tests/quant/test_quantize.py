@@ -15,16 +15,16 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from attnserve.evaluation.measure import Data
+from attnserve.evaluation.transformers_scorer import load
 from quant.model import quantize
-from quant.pack import unpack
 from quant.quantize import main
 from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.texts import Sources, calibration_text
-from quant.weight import Grid, QuantizedWeight
+from quant_kernels.pack import unpack
+from quant_kernels.weight import Grid, QuantizedWeight
 from tests.tiny import tiny_checkpoint
-from training.analyze.measure import Data
-from training.analyze.transformers_scorer import load
 
 LAYERS = 14
 """Linear layers of the fixture's model."""

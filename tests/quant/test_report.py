@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant import store
 from quant.cell import Cell
 from quant.report import frontier, paper
@@ -19,7 +20,6 @@ from quant.report.frame import frame, setting, table
 from quant.report.section import section, write_section
 from quant.scorer import CHANGES, DIVERGENCES
 from quant.store import Stored
-from training.analyze.intervals import Estimate, mean_interval
 
 BEFORE = np.array([3.0, 4.0, 5.0])
 

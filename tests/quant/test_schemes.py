@@ -14,16 +14,16 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from attn_kernels import variant_names
-from quant.errors import Refusal
+from attnserve.errors import UserError
+from attnserve.evaluation.transformers_scorer import load
 from quant.model import linears, observe, quantize
 from quant.schemes.gptq import DAMPING, gptq
 from quant.schemes.hessian import layer_by_layer
 from quant.schemes.hqq import hqq, objective
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.schemes.rtn import rtn
-from quant.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, Grid, QuantizedWeight
 from tests.tiny import tiny_checkpoint
-from training.analyze.transformers_scorer import load
 
 
 def correlated(rows: int, columns: int) -> Tensor:
@@ -170,10 +170,10 @@ def test_quantize_replaces_weights_and_nothing_else(scheme: str, softpick: Any) 
     ],
 )
 def test_refusals(scheme: str, grid: Grid, columns: set[int], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         get_scheme(scheme).check(grid, columns)
 
 
 def test_unknown_scheme() -> None:
-    with pytest.raises(Refusal, match="unknown scheme 'awq': use one of rtn, hqq, gptq"):
+    with pytest.raises(UserError, match="unknown scheme 'awq': use one of rtn, hqq, gptq"):
         get_scheme("awq")

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnserve.errors import UserError
+from attnserve.evaluation.measure import Data
 from quant import sensitivity
-from quant.errors import Refusal
 from quant.mixed import Price, path, total, within
 from quant.report import frontier
-from training.analyze.measure import Data
 
 Capture = pytest.CaptureFixture[str]
 PRICES = {
@@ -151,6 +151,6 @@ def test_another_checkpoints_values_are_not_taken(tmp_path: Path) -> None:
     assert sensitivity.Journal(file, {"checkpoint": "1", "seed": 0}, force=False).values == {
         "a": [0.5]
     }
-    with pytest.raises(Refusal, match="has values that differ in checkpoint: --force"):
+    with pytest.raises(UserError, match="has values that differ in checkpoint: --force"):
         sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=False)
     assert not sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=True).values

@@ -16,13 +16,13 @@ import pandas as pd
 import psutil
 import pytest
 
+from attnserve.evaluation.measure import Data
 from quant import sweep
 from quant.cell import Cell
 from quant.measure import Task, measure
 from quant.report import __main__ as report
 from quant.schemes.registry import SCHEMES, installed
 from quant.store import read, read_all
-from training.analyze.measure import Data
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from quant.errors import Refusal
+from attnserve.errors import UserError
+from attnserve.evaluation.books import split
+from attnserve.evaluation.measure import Data
 from quant.samples import Subject
 from quant.texts import (
     Sources,
@@ -18,8 +20,6 @@ from quant.texts import (
     set_files,
 )
 from tests.tiny import LICENSE, tiny_checkpoint
-from training.analyze.measure import Data
-from training.books import split
 
 LENGTH = 40
 
@@ -121,9 +121,11 @@ def test_two_checkpoints_read_the_same_tokens(softpick: Path, tmp_path: Path) ->
 def test_too_short_a_text_is_one_line(subject: Subject, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Reader, I married him.")
-    with pytest.raises(Refusal, match=r"^short\.txt has fewer than two sequences of 40 tokens: .*"):
+    with pytest.raises(
+        UserError, match=r"^short\.txt has fewer than two sequences of 40 tokens: .*"
+    ):
         measured_texts(Sources(text=(short,)), subject, 2)
-    with pytest.raises(Refusal, match=r"^short\.txt has fewer than 39 tokens to calibrate on"):
+    with pytest.raises(UserError, match=r"^short\.txt has fewer than 39 tokens to calibrate on"):
         calibration_text(Sources(calibration_text=(short,)), subject, 2, seed=0)
 
 
@@ -135,7 +137,7 @@ def test_what_is_no_text_is_one_line(
     if content is not None:
         file.write_bytes(content)
     for sources in (Sources(text=(file,)), Sources(calibration_text=(file,))):
-        with pytest.raises(Refusal, match=r"mine\.txt (is not there|is no UTF-8 text): .*name "):
+        with pytest.raises(UserError, match=r"mine\.txt (is not there|is no UTF-8 text): .*name "):
             measured_texts(sources, subject, 2)
             calibration_text(sources, subject, 2, seed=0)
 
@@ -145,14 +147,14 @@ def test_sets(subject: Subject, data: Data, tmp_path: Path) -> None:
     sources = Sources(sets=data.evaluation)
     assert list(measured_texts(sources, subject, 2)) == ["test", "wikitext2"]
     assert len(set_files(data.evaluation)) == 4
-    with pytest.raises(Refusal, match="name its folder with --eval, or leave it out"):
+    with pytest.raises(UserError, match="name its folder with --eval, or leave it out"):
         set_files(tmp_path)
 
 
 def test_contradictions(mine: Path, data: Data) -> None:
-    with pytest.raises(Refusal, match="--books gives both texts"):
+    with pytest.raises(UserError, match="--books gives both texts"):
         Sources(text=(mine,), books=data.books)
-    with pytest.raises(Refusal, match="would be measured on after it was calibrated on"):
+    with pytest.raises(UserError, match="would be measured on after it was calibrated on"):
         Sources(text=(mine,), calibration_text=(mine.parent / "." / mine.name,))
 
 

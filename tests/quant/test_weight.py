@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from quant.pack import pack, unpack, words
 from quant.schemes.compressed_tensors import compressed_tensors
 from quant.schemes.rtn import rtn
-from quant.weight import BITS, Grid, bfloat16_above
+from quant_kernels.pack import pack, unpack, words
+from quant_kernels.weight import BITS, Grid, bfloat16_above
 
 grids = st.builds(
     Grid, st.sampled_from(BITS), st.sampled_from([None, 1, 3, 8, 64]), symmetric=st.booleans()

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from attn_kernels.cpu.build import usable_isas
-from quant.pack import pack
-from quant.weight import BITS, Grid, QuantizedWeight
 from quant_kernels import Panels, gather, library, multiply, panels
+from quant_kernels.pack import pack
 from quant_kernels.panels import dequantize
+from quant_kernels.weight import BITS, Grid, QuantizedWeight
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of an output, relative to the sum of the absolute products; a 16-bit output is rounded once."""

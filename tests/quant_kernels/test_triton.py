@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.weight import BITS
 from quant_kernels import Panels
+from quant_kernels.weight import BITS
 from tests.attn_kernels.test_triton import interpreter
 from tests.quant_kernels import test_packed as packed
 

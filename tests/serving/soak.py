@@ -22,7 +22,7 @@ import psutil
 import uvloop
 from tqdm import tqdm
 
-from benchmarks import machine
+from attnserve import machine
 from tests.servers import end_group, free_port, spawn, wait_until_healthy
 from tests.serving.helpers import configured
 

@@ -12,28 +12,28 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from attn_kernels import variant_names
-from tests.fla import fla_checkpoint
-from tests.tiny import tiny_checkpoint, write_tiny_llama
-from tests.training.texts import Copier, write_lines, write_texts
-from training.analyze import tiled
-from training.analyze.attention import Attention, summarise
-from training.analyze.blimp import Blimp
-from training.analyze.intervals import (
+from attnserve.evaluation import tiled
+from attnserve.evaluation.blimp import Blimp
+from attnserve.evaluation.books import split
+from attnserve.evaluation.evaluate import evaluate, held_out
+from attnserve.evaluation.intervals import (
     Estimate,
     mean_interval,
     mean_share_interval,
     share_interval,
     t_quantile,
 )
-from training.analyze.lambada import Lambada
+from attnserve.evaluation.lambada import Lambada
+from attnserve.evaluation.measure import Checkpoint, Data
+from attnserve.evaluation.perplexity import Perplexity
+from attnserve.evaluation.scorer import Item
+from attnserve.evaluation.transformers_scorer import TransformersScorer, load
+from tests.fla import fla_checkpoint
+from tests.tiny import tiny_checkpoint, write_tiny_llama
+from tests.training.texts import Copier, write_lines, write_texts
+from training.analyze.attention import Attention, summarise
 from training.analyze.length import BINS, Length
-from training.analyze.measure import Checkpoint, Data
 from training.analyze.passkey import Passkey, make_pair
-from training.analyze.perplexity import Perplexity
-from training.analyze.scorer import Item
-from training.analyze.transformers_scorer import TransformersScorer, load
-from training.books import split
-from training.evaluate import evaluate, held_out
 
 CONTEXT = 224
 

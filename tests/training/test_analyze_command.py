@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from attnserve.evaluation.blimp import Blimp
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 from training.analyze import __main__ as command
 from training.analyze.attention import Attention
-from training.analyze.blimp import Blimp
 from training.analyze.store import read
 
 Capture = pytest.CaptureFixture[str]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from training import books, gutenberg
-from training.checkpoints import ROOT
-from training.gutenberg import Novel, clean, sha256
+from attnserve.evaluation import books, gutenberg
+from attnserve.evaluation.gutenberg import Novel, clean, sha256
+from attnserve.files import CHECKOUT
 
 BODY = [
     "EMMA",
@@ -95,7 +95,7 @@ def server(table: list[Novel]) -> Iterator[tuple[Server, str]]:
 def test_table_names_the_novels_of_the_checkpoints() -> None:
     rows = gutenberg.novels()
     assert len(rows) == 13 == len({novel.id for novel in rows})
-    card = (ROOT / "checkpoints" / "softmax" / "README.md").read_text()
+    card = (CHECKOUT / "checkpoints" / "softmax" / "README.md").read_text()
     for novel in rows:
         held_out = novel.file in (books.VALIDATION, books.TEST)
         assert (f"`{novel.file}`" in card) != held_out

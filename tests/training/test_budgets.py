@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from attn_kernels.pruning import attend_pruned
+from attnserve.budgets import __main__ as command_module
+from attnserve.budgets import forward as forward_module
+from attnserve.budgets.__main__ import BUNDLED, main
+from attnserve.budgets.forward import Forward
+from attnserve.budgets.measured import Budgets, Measured
+from attnserve.budgets.result import FOLDER, Found
+from attnserve.budgets.search import FREE, Descent, search
+from attnserve.budgets.texts import Counts, of_file, of_itself, of_users_text
+from attnserve.evaluation.evaluate import model_log_likelihood
+from attnserve.evaluation.measure import Checkpoint
 from tests.tiny import LICENSE, tiny_checkpoint
 from tests.training.test_eviction import page
-from training.analyze.measure import Checkpoint
-from training.budgets import __main__ as command_module
-from training.budgets import forward as forward_module
-from training.budgets.__main__ import BUNDLED, main
-from training.budgets.forward import Forward
-from training.budgets.measured import Budgets, Measured
-from training.budgets.result import FOLDER, Found
-from training.budgets.search import FREE, Descent, search
-from training.budgets.texts import Counts, of_file, of_itself, of_users_text
-from training.evaluate import model_log_likelihood
 
 LENGTH = 24
 FULL = (LENGTH,) * 3
@@ -381,5 +381,5 @@ def test_users_text(
 
 def test_not_a_result(tmp_path: Path) -> None:
     (tmp_path / "selective.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"selective.json is not a result of training.budgets"):
+    with pytest.raises(ValueError, match=r"selective.json is not a result of attnserve.budgets"):
         Found.read(tmp_path / "selective.json")

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attn_kernels import variant_names
+from attnserve.evaluation.books import split
+from attnserve.evaluation.evaluate import Score
 from tests.training.conftest import TINY
 from training import checkpoints
-from training.books import split
-from training.evaluate import Score
 from training.train import Run
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from attn_kernels import get_variant, variant_names
+from attnserve.evaluation.tokens import read_tokens
 from hf_attn import VariantLlamaForCausalLM
 from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer
 from training.convert import convert, initial_scale, main
-from training.data import read_tokens
 from training.finetune import STATE, FineTune, FineTuneError, Settings, fused_attention
 from training.tokenizer import PARAGRAPHS
 

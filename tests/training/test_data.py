@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training.books import split
-from training.data import Batches, fingerprint, read_tokens, sequence
+from attnserve.evaluation.books import split
+from attnserve.evaluation.tokens import read_tokens, sequence
+from training.data import Batches, fingerprint
 from training.tokenizer import PARAGRAPHS, main, train_tokenizer
 
 TOKENS = np.arange(1, 1001)

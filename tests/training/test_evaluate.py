@@ -1,4 +1,4 @@
-"""`python -m training.evaluate`: which text it reads, and what it says of it."""
+"""`attnserve evaluate`: which text it reads, and what it says of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from attn_kernels import variant_names
+from attnserve.evaluation import evaluate
+from attnserve.evaluation.books import split
+from attnserve.evaluation.evaluate import held_out
+from attnserve.evaluation.measure import Checkpoint
 from attnserve.sampled_text import sampled_text
 from tests.tiny import tiny_checkpoint
-from training import evaluate
-from training.analyze.measure import Checkpoint
-from training.books import split
-from training.evaluate import held_out
 
 
 @pytest.fixture
@@ -120,4 +120,4 @@ def test_what_is_not_there_is_one_line(
         evaluate.main(argv)
     error = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2
-    assert error.startswith("training.evaluate: ") and line in error
+    assert error.startswith("attnserve.evaluation.evaluate: ") and line in error

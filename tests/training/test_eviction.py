@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_kernels.pruning import FRACTION_BITS, Page, PageShape, attend_pruned
-from training.budgets.eviction import RULES, SINKS, Cache, accumulate
+from attnserve.budgets.eviction import RULES, SINKS, Cache, accumulate
 
 N = 40
 

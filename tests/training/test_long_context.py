@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from attnserve.evaluation.tokens import read_tokens
 from tests.tiny import LICENSE, tiny_checkpoint
 from training import convert
-from training.data import read_tokens
 from training.long_context import against, edges, main, octaves
 
 LENGTH, SPACING = 300, 500

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from attn_kernels import get_variant
+from attnserve.evaluation.tokens import Tokens, read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 from tests.training.conftest import TINY
-from training.data import Tokens, read_tokens
 from training.memory_loss import memory_share
 from training.train import LOSSES, STATE, Run, loss_function, main
 

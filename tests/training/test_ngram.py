@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from training.ngram import Trigram, Unigram, log_likelihood
+from attnserve.evaluation.ngram import Trigram, Unigram, log_likelihood
 
 TEXT = np.array([0, 1, 2, 0, 1, 3, 0, 1, 2, 2, 0])
 

@@ -15,14 +15,14 @@ import pandas as pd
 import pytest
 
 from attn_kernels import variant_names
+from attnserve.budgets.measured import Budgets
+from attnserve.budgets.result import Found
+from attnserve.budgets.table import Row
+from attnserve.budgets.targets import Target
+from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.evaluation.measure import Result
 from training.analyze import store
-from training.analyze.intervals import Estimate, mean_interval
 from training.analyze.length import BINS, multiples
-from training.analyze.measure import Result
-from training.budgets.measured import Budgets
-from training.budgets.result import Found
-from training.budgets.table import Row
-from training.budgets.targets import Target
 from training.report.__main__ import main
 from training.report.claims import PAPERS
 from training.report.evidence import Evidence, Missing, load
@@ -363,8 +363,8 @@ def test_budgets_without_a_reference(tmp_path: Path) -> None:
     alone.write(tmp_path / "world" / "budgets")
     run(tmp_path / "world", tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "no result of training.budgets of selective at 512 tokens" in text
-    section = text[text.index("`python -m training.budgets` on selective, 512 tokens") :]
+    assert "no result of attnserve.budgets of selective at 512 tokens" in text
+    section = text[text.index("`attnserve budgets` on selective, 512 tokens") :]
     section = section[: section.index("## ")]
     assert "has 4.0000 [3.9000, 4.1000] nats per token. The smallest" in section
     assert "| selective | selective | softmax | 16.0 | 32.0 | 54.60 [49.40, 60.34] |\n" in section
@@ -387,7 +387,7 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not there: lssa, selective. Trained but not analyzed: ssmax." in text
     assert "no result length of lssa" in text and "No table of learning rates" in text
-    assert "no result of training.budgets of selective at 512 tokens" in text
+    assert "no result of attnserve.budgets of selective at 512 tokens" in text
     verdicts = json.loads(capsys.readouterr().out.splitlines()[-1])["verdicts"]
     assert set(verdicts["LSSA (arXiv 2501.13428)"].values()) == {Verdict.MISSING}
     assert Verdict.AGREES in verdicts["LSSAR, p = 15 (arXiv 2501.13428)"].values()

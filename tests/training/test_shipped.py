@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn  # noqa: F401  registers the model class
+from attnserve.evaluation.measure import Checkpoint
 from tests.law_model import law_greedy
-from training.analyze.measure import Checkpoint
 from training.checkpoints import EXTRA
 from training.tokenizer import PARAGRAPHS
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from attn_kernels import variant_names
+from attnserve.evaluation.tokens import Tokens, read_tokens
 from tests.training.conftest import TINY
-from training.data import Tokens, read_tokens
 from training.recipe import Recipe, parse_variant
 from training.train import Run, main
 

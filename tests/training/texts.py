@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from attnserve.evaluation.scorer import Item, Scored
 from tests.tiny import LICENSE
-from training.analyze.scorer import Item, Scored
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:

@@ -13,13 +13,13 @@ from openai import APIStatusError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from attnserve.evaluation.measure import Data
+from attnserve.evaluation.transformers_scorer import load
 from quant.quantize import calibration, main, parser, plan, quantize_model
 from tests.servers import failed_start, vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 from tests.vllm_attn.client import Client
-from training.analyze.measure import Data
-from training.analyze.transformers_scorer import load
 
 SERVE = ("--max-num-batched-tokens=64", "--max-model-len=256")
 

@@ -19,17 +19,18 @@ import transformers
 from tqdm import tqdm
 
 from attn_kernels import VariantError
+from attnserve.errors import UserError
+from attnserve.evaluation.blimp import Blimp
+from attnserve.evaluation.books import add_books_option
+from attnserve.evaluation.lambada import Lambada
+from attnserve.evaluation.measure import SETS, Checkpoint, Data, Measure
+from attnserve.evaluation.perplexity import Perplexity
+from attnserve.evaluation.scorer import Scorer
 from attnserve.options import positive
 from training.analyze.attention import Attention
-from training.analyze.blimp import Blimp
-from training.analyze.lambada import Lambada
 from training.analyze.length import Length, multiples
-from training.analyze.measure import SETS, Checkpoint, Data, Measure
 from training.analyze.passkey import Passkey
-from training.analyze.perplexity import Perplexity
-from training.analyze.scorer import Scorer
 from training.analyze.store import FOLDER, Stored, key_of, path_of, read, stored, write
-from training.books import add_books_option
 
 MEASURES: dict[str, type[Measure]] = {
     cls.name: cls for cls in (Attention, Length, Passkey, Lambada, Blimp, Perplexity)
@@ -38,19 +39,15 @@ ENGINES = ("transformers", "vllm")
 QUICK_LIMIT, QUICK_MULTIPLE = 4, 2
 
 
-class Refusal(Exception):
-    """One line for the user."""
-
-
 def measures(options: argparse.Namespace, context: int) -> list[Measure]:
     """The chosen measures with their settings, for a model of some training length.
 
     Raises:
-        Refusal: the training length is above `--max-length`.
+        UserError: the training length is above `--max-length`.
     """
     limit = QUICK_LIMIT if options.quick and options.limit is None else options.limit
     if context > options.max_length:
-        raise Refusal(
+        raise UserError(
             f"the training length of {context} tokens is above --max-length {options.max_length}: "
             "raise it, or lower --context"
         )
@@ -77,7 +74,7 @@ def to_do(
     """What is there already, and what is to be measured.
 
     Raises:
-        Refusal: a file holds a result of other weights, texts or settings.
+        UserError: a file holds a result of other weights, texts or settings.
     """
     present, missing = [], []
     for measure in chosen:
@@ -90,7 +87,7 @@ def to_do(
         found, key = read(path), key_of(checkpoint, measure, data)
         if found.key != key:
             differing = ", ".join(name for name in key if key[name] != found.key.get(name))
-            raise Refusal(
+            raise UserError(
                 f"{path} holds a result with another {differing}: --force measures again and "
                 "replaces it, --out DIR writes elsewhere"
             )
@@ -103,7 +100,7 @@ def scorer_for(
 ) -> Scorer:
     """The model in the chosen engine."""
     if options.engine == "vllm":
-        from training.analyze.vllm_scorer import VLLMScorer
+        from attnserve.evaluation.vllm_scorer import VLLMScorer
 
         longest = max(measure.longest(checkpoint) for measure in missing)
         return VLLMScorer(
@@ -112,7 +109,7 @@ def scorer_for(
             rope_theta_factor=options.rope_theta_factor,
             kv_cache_memory_bytes=options.kv_cache_memory_bytes,
         )
-    from training.analyze.transformers_scorer import TransformersScorer
+    from attnserve.evaluation.transformers_scorer import TransformersScorer
 
     return TransformersScorer(checkpoint.folder, options.rope_theta_factor)
 
@@ -125,9 +122,9 @@ def analyze(folder: Path, data: Data, options: argparse.Namespace) -> list[Store
         files = measure.files(data)
         for file in files:
             if not file.exists():
-                raise Refusal(f"{file} is not there: name its folder with --eval or --books")
+                raise UserError(f"{file} is not there: name its folder with --eval or --books")
         if isinstance(measure, Blimp) and not files:
-            raise Refusal(f"{data.sets} has no blimp/*.jsonl: name its folder with --eval")
+            raise UserError(f"{data.sets} has no blimp/*.jsonl: name its folder with --eval")
     results, missing = to_do(checkpoint, chosen, data, options)
     print(f"{checkpoint.name}: {len(missing)} to measure, {len(results)} there already", flush=True)
     if not missing:
@@ -249,10 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         names = [folder.resolve().name for folder in options.checkpoints]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise Refusal(f"two checkpoints are called {min(twice)}: their results would clash")
+            raise UserError(f"two checkpoints are called {min(twice)}: their results would clash")
         for folder in tqdm(options.checkpoints, desc="checkpoints", disable=len(names) < 2):
             results += analyze(folder, data, options)
-    except (Refusal, ValueError, FileNotFoundError, VariantError) as error:
+    except (UserError, ValueError, FileNotFoundError, VariantError) as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         sys.exit(2)
     print(table(results))

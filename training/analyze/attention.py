@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from training.analyze.intervals import mean_interval
-from training.analyze.lambada import spread
-from training.analyze.measure import Checkpoint, Data, Measure, Result
-from training.analyze.scorer import Scorer
-from training.analyze.transformers_scorer import load
-from training.books import split
-from training.data import read_tokens
+from attnserve.evaluation.books import split
+from attnserve.evaluation.intervals import mean_interval
+from attnserve.evaluation.lambada import spread
+from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
+from attnserve.evaluation.scorer import Scorer
+from attnserve.evaluation.tokens import read_tokens
+from attnserve.evaluation.transformers_scorer import load
 
 SINK_EPS = (0.2, 0.3)
 QUIET = 0.01

@@ -9,11 +9,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from training.analyze.intervals import mean_interval
-from training.analyze.measure import Checkpoint, Data, Measure, Result
-from training.analyze.scorer import Item, Scorer
-from training.books import split
-from training.data import Tokens, read_tokens
+from attnserve.evaluation.books import split
+from attnserve.evaluation.intervals import mean_interval
+from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
+from attnserve.evaluation.scorer import Item, Scorer
+from attnserve.evaluation.tokens import Tokens, read_tokens
 
 BINS = 4
 """Bins that a training length is cut into."""

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from training.analyze.intervals import mean_interval, share_interval
+from attnserve.evaluation.intervals import mean_interval, share_interval
+from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
+from attnserve.evaluation.scorer import Item, Scorer
 from training.analyze.length import multiples
-from training.analyze.measure import Checkpoint, Data, Measure, Result
-from training.analyze.scorer import Item, Scorer
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from training.analyze.intervals import Estimate
-from training.analyze.measure import Checkpoint, Data, Measure, Result, digest
-from training.card import machine
+from attnserve import machine
+from attnserve.evaluation.intervals import Estimate
+from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result, digest
+from attnserve.files import CHECKOUT, json_lines, write_text
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "training" / "results" / "analysis"
+FOLDER = CHECKOUT / "training" / "results" / "analysis"
 
 
 @dataclass(frozen=True)
@@ -78,24 +77,14 @@ def write(folder: Path, stored: Stored) -> Path:
     path = path_of(
         folder, stored.checkpoint, stored.measure, stored.engine, stored.rope_theta_factor
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = {
         "about": json.dumps(about, indent=1),
-        "summary": lines({name: e.json() for name, e in stored.result.summary.items()}),
-        "units": lines(stored.result.units),
+        "summary": json_lines({name: e.json() for name, e in stored.result.summary.items()}),
+        "units": json_lines(stored.result.units),
     }
     text = "{\n" + ",\n".join(f'"{name}": {part}' for name, part in parts.items()) + "\n}\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
     return path
-
-
-def lines(values: dict[str, Any]) -> str:
-    """A JSON object with one line an entry, which diffs well and does not fill pages."""
-    return (
-        "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()) + "\n}"
-    )
 
 
 def stored(
@@ -117,7 +106,7 @@ def stored(
         engine=engine,
         rope_theta_factor=factor,
         key=key_of(checkpoint, measure, data),
-        machine=machine() + engine_version,
+        machine=machine.summary() + engine_version,
         seconds=round(seconds, 1),
         result=result,
     )

@@ -11,10 +11,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnserve.budgets.result import FOLDER as BUDGETS
+from attnserve.files import CHECKOUT
 from quant.report.section import write_section
 from quant.store import FOLDER as QUANTIZATION
-from training.analyze.store import FOLDER, ROOT
-from training.budgets.result import FOLDER as BUDGETS
+from training.analyze.store import FOLDER
 from training.long_context import CSV as LONG_CONTEXT
 from training.report.claims import PAPERS
 from training.report.document import document, write
@@ -35,17 +36,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(name, type=Path, default=default, help=text + " (default: %(default)s)")
 
     add("--results", FOLDER, "folder that training.analyze wrote")
-    add("--checkpoints", ROOT / "checkpoints", "folder of checkpoints with their loss.csv")
+    add("--checkpoints", CHECKOUT / "checkpoints", "folder of checkpoints with their loss.csv")
     add(
         "--learning-rates",
-        ROOT / "training" / "results" / "learning_rate.csv",
+        CHECKOUT / "training" / "results" / "learning_rate.csv",
         "table of training.learning_rate",
     )
-    add("--budgets", BUDGETS, "folder that training.budgets wrote")
+    add("--budgets", BUDGETS, "folder that attnserve.budgets wrote")
     add("--long-context", LONG_CONTEXT, "table of training.long_context")
     add("--quantization", QUANTIZATION, "folder that quant.sweep wrote")
-    add("--out", ROOT / "docs" / "RESULTS.md", "the document")
-    add("--figures", ROOT / "docs" / "results", "folder of the PNG files")
+    add("--out", CHECKOUT / "docs" / "RESULTS.md", "the document")
+    add("--figures", CHECKOUT / "docs" / "results", "folder of the PNG files")
     options = parser.parse_args(argv)
     for folder in (options.results, options.checkpoints):
         if folder.exists() and not folder.is_dir():

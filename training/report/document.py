@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attn_kernels import variant_names
-from training.analyze.intervals import Estimate
+from attnserve.evaluation.intervals import Estimate
+from attnserve.evaluation.perplexity import TEXTS
 from training.analyze.length import multiples
-from training.analyze.perplexity import TEXTS
 from training.analyze.store import Stored
 from training.report.claims import PAPERS
 from training.report.evidence import Evidence
@@ -324,7 +324,7 @@ def provenance(evidence: Evidence) -> str:
     return (
         "`python -m training.analyze checkpoints/*`, and once more with `--rope-theta-factor 50 "
         "--measures length passkey` and with `--engine vllm`; then `python -m training.report`. "
-        "They read the thirteen novels, which `python -m training.books` fetches or --books names, "
+        "They read the thirteen novels, which `attnserve books` fetches or --books names, "
         "and with --eval a folder of evaluation sets: `lambada_test.jsonl` (LAMBADA's test set), "
         "`blimp/*.jsonl` (twelve sets of BLiMP) and `wikitext2_test_raw.txt` (WikiText-2's test "
         "text, raw). Models run in float32. Sample sizes:\n\n"

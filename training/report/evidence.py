@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from training.analyze.intervals import Estimate, mean_interval
+from attnserve.budgets.result import Found
+from attnserve.evaluation.intervals import Estimate, mean_interval
 from training.analyze.length import BINS
 from training.analyze.store import Stored, read
-from training.budgets.result import Found
 
 Values = NDArray[np.float64]
 LAST_STEPS = 100
@@ -31,7 +31,7 @@ class Evidence:
         results: by checkpoint, measure, RoPE factor and engine.
         curves: training losses, one frame `step, learning_rate, loss` a checkpoint.
         rates: the table of `training.learning_rate`, or None.
-        pruning: results of `training.budgets` by checkpoint.
+        pruning: results of `attnserve.budgets` by checkpoint.
         long_context: the table of `training.long_context`, or None.
     """
 
@@ -101,7 +101,7 @@ def load(
         results: the folder that `training.analyze` writes.
         checkpoints: a folder of checkpoints with their `loss.csv`.
         rates: the table of `training.learning_rate`; need not exist.
-        budgets: the folder that `training.budgets` writes.
+        budgets: the folder that `attnserve.budgets` writes.
         long_context: the table of `training.long_context`; need not exist.
 
     Raises:

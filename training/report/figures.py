@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.analyze.intervals import Estimate, mean_interval
+from attnserve.evaluation.intervals import Estimate, mean_interval
 from training.analyze.length import BINS
 from training.report.evidence import (
     LAST_STEPS,
@@ -140,6 +140,6 @@ def less_memory(name: str, length: int, range_: Range, evidence: Evidence) -> Fi
         or found.about["reference"] not in controls
         or found.allowance is None
     ):
-        raise Missing(f"no result of training.budgets of {name} at {length} tokens")
+        raise Missing(f"no result of attnserve.budgets of {name} at {length} tokens")
     factor = Estimate(*(found.factor_within(rise) for rise in widened(found.allowance)))
     return decide("times less memory at softmax's validation loss", factor, range_, digits=1)

@@ -11,9 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from training.analyze.intervals import mean_interval
+from attnserve.budgets import plot as budgets_plot
+from attnserve.evaluation.intervals import mean_interval
 from training.analyze.length import BINS
-from training.budgets import plot as budgets_plot
 from training.report.evidence import Evidence
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from training.budgets.eviction import SINKS
-from training.budgets.result import Found
+from attnserve.budgets.eviction import SINKS
+from attnserve.budgets.result import Found
 from training.report.evidence import Evidence
 from training.report.markdown import table
 
@@ -11,7 +11,7 @@ from training.report.markdown import table
 def pruning(evidence: Evidence) -> str:
     """What budgets cost, and what other ways of evicting do."""
     if not evidence.pruning:
-        return "No results of `python -m training.budgets`."
+        return "No results of `attnserve budgets`."
     return "\n\n".join(budgets(name, found) for name, found in evidence.pruning.items())
 
 
@@ -51,7 +51,7 @@ def budgets(name: str, found: Found) -> str:
         for row in found.rows
     ]
     return (
-        f"`python -m training.budgets` on {name}, {about['length']} tokens: the tokens that each "
+        f"`attnserve budgets` on {name}, {about['length']} tokens: the tokens that each "
         f"layer keeps, searched on {counts['search']} sequences of *Emma* and judged on "
         f"{counts['judged']}, on which the unpruned model has {found.unpruned.shown(4)} nats per "
         f"token{allowed}. The smallest budgets found within a loss:\n\n"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from training.analyze.intervals import Estimate
+from attnserve.evaluation.intervals import Estimate
 
 SEED_NOISE = 0.02
 """Nats per token by which the losses of two models may differ for no reason but their seeds. An

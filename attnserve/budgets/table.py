@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from attn_kernels.pruning import slot_bytes
-from training.analyze.intervals import Estimate, mean_interval
-from training.analyze.measure import Checkpoint
-from training.budgets.measured import Budgets, Measured
+from attnserve.budgets.measured import Budgets, Measured
+from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.evaluation.measure import Checkpoint
 
 ACCUMULATOR_BYTES = 4
 """Of what H2O keeps for each token and KV head: a float32 sum of attention weights."""
@@ -29,7 +29,7 @@ class Row:
 
     Attributes:
         model: the checkpoint's name.
-        rule: of eviction (`training.budgets.eviction`); "none" keeps everything.
+        rule: of eviction (`attnserve.budgets.eviction`); "none" keeps everything.
         choice: "uniform", "searched", or the name of the target that the budgets were searched for.
         budgets: tokens that each layer keeps.
         factor: memory of the unpruned cache over this one's, in tokens.

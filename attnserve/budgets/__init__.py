@@ -1,5 +1,5 @@
 """Per-layer budgets of selective attention, and what pruning with them costs:
-`python -m training.budgets`.
+`attnserve budgets`.
 
 One file an idea: texts (what is read), eviction (who is thrown out), forward (a model whose layers
 prune), evaluations and measured (what has been measured, kept over a kill), search (the greedy

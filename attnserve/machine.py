@@ -11,8 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
+from attnserve.files import CHECKOUT
 
 
 def cpu_model() -> str:
@@ -61,7 +60,7 @@ def _git(*arguments: str) -> str:
     """Output of a git command in the checkout; empty if it fails or there is no git."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+            ["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         return ""
@@ -86,3 +85,15 @@ def described() -> dict[str, Any]:
         **{name: package(name) for name in ("vllm", "torch", "attnserve")},
         "commit": commit(),
     }
+
+
+def summary() -> str:
+    """Return in one line the processor, its cores and the versions that a result depends on."""
+    import torch  # a gateway's machine has neither
+    import transformers
+
+    return (
+        f"{cpu_model()}, {os.cpu_count()} cores (torch threads: {torch.get_num_threads()}), "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )

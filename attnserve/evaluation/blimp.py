@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from training.analyze.intervals import mean_share_interval, share_interval
-from training.analyze.lambada import spread
-from training.analyze.measure import Checkpoint, Data, Measure, Result
-from training.analyze.scorer import Item, Scorer
+from attnserve.evaluation.intervals import mean_share_interval, share_interval
+from attnserve.evaluation.lambada import spread
+from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
+from attnserve.evaluation.scorer import Item, Scorer
 
 
 @dataclass(frozen=True)

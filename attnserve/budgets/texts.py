@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnserve.errors import UserError
+from attnserve.evaluation.books import Split
+from attnserve.evaluation.measure import Checkpoint, digest
+from attnserve.evaluation.tokens import Tokens, read_tokens, sequence
 from attnserve.sampled_text import Use, sampled_text
-from training.analyze.measure import Checkpoint, digest
-from training.books import Split
-from training.budgets.errors import Refusal
-from training.data import Tokens, read_tokens, sequence
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def spread(
         name, text_digest: of the text.
 
     Raises:
-        Refusal: the text is shorter than two sequences.
+        UserError: the text is shorter than two sequences.
     """
     there = len(tokens) // length
     if there < 2:
-        raise Refusal(f"{name} has {len(tokens)} tokens, fewer than two sequences of {length}")
+        raise UserError(f"{name} has {len(tokens)} tokens, fewer than two sequences of {length}")
     places = sorted({i * there // sequences for i in range(sequences)})
     pairs = [sequence(tokens, place * length, length, bos) for place in places]
     inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))

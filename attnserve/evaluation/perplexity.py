@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from training.analyze.intervals import Estimate, mean_interval
-from training.analyze.measure import Checkpoint, Data, Measure, Result
-from training.analyze.scorer import Item, Scorer
-from training.books import split
-from training.evaluate import Score
+from attnserve.evaluation.books import split
+from attnserve.evaluation.evaluate import Score
+from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
+from attnserve.evaluation.scorer import Item, Scorer
 
 TEXTS = ("validation", "test", "wikitext2")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant.pack import words
+from quant_kernels.pack import words
 
 BITS = range(2, 9)
 
@@ -104,7 +104,7 @@ class QuantizedWeight:
     """A matrix on a grid: all that is stored of it.
 
     Args:
-        codes: uint8 `[rows, columns]`, 0 to `2**bits - 1`, one code a byte (`quant.pack` packs).
+        codes: uint8 `[rows, columns]`, 0 to `2**bits - 1`, one code a byte (`pack` packs).
         scales: `[rows, groups]`, in the dtype that is stored.
         zeros: `[rows, groups]`: uint8 codes, or floating point where the scheme lets zero lie
             between codes; None if the grid is symmetric.

@@ -1,7 +1,7 @@
 """Measure the perplexity of a checkpoint.
 
 On --text FILE, or on the beginnings of the two held-out novels, which --books names or
-`python -m training.books` has fetched. Where there are neither, on text that the checkpoint writes
+`attnserve books` has fetched. Where there are neither, on text that the checkpoint writes
 itself; its perplexity there is the entropy of its own sampling, not a measure of its English.
 
 --ngrams adds an add-one unigram and an interpolated Kneser-Ney trigram over the same tokens,
@@ -28,12 +28,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attn_kernels import VariantError
+from attnserve.evaluation.books import Split, add_books_option, are_fetched, split
+from attnserve.evaluation.measure import Checkpoint, first_line
+from attnserve.evaluation.ngram import Trigram, Unigram, log_likelihood
+from attnserve.evaluation.tokens import Tokens, read_tokens, sequence, text_file
 from attnserve.options import positive
 from attnserve.sampled_text import sampled_text
-from training.analyze.measure import Checkpoint, first_line
-from training.books import Split, add_books_option, are_fetched, split
-from training.data import Tokens, read_tokens, sequence, text_file
-from training.ngram import Trigram, Unigram, log_likelihood
 
 TOKENS = 2**15
 """Of each text that are read by default."""
@@ -191,7 +191,7 @@ def texts_of(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Text]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="training.evaluate",
+        prog="attnserve.evaluation.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -218,14 +218,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = texts_of(checkpoint, options)
         scores = evaluate(checkpoint, texts, train)
     except (OSError, ValueError, VariantError) as error:
-        print(f"training.evaluate: {first_line(error)}", file=sys.stderr)
+        print(f"attnserve.evaluation.evaluate: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     print(table(scores))
     if texts[0].name == "own text":
         print(
             "The checkpoint wrote this text itself: the perplexity is the entropy of its own "
             "sampling and says\nnothing about its English. For a real text: --text FILE, or the "
-            "novels (python -m training.books)."
+            "novels (attnserve books)."
         )
     print(
         json.dumps(

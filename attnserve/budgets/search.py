@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from attn_kernels.variants.selective import LEAST_BUDGET
-from training.budgets.evaluations import Losses
-from training.budgets.measured import Budgets, Measured
+from attnserve.budgets.evaluations import Losses
+from attnserve.budgets.measured import Budgets, Measured
 
 RULE = "selective"
 FREE = 1e-4

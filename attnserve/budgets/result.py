@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.analyze.intervals import Estimate
-from training.analyze.store import ROOT, lines
-from training.budgets.measured import Budgets
-from training.budgets.table import Row
-from training.budgets.targets import Target
+from attnserve.budgets.measured import Budgets
+from attnserve.budgets.table import Row
+from attnserve.budgets.targets import Target
+from attnserve.evaluation.intervals import Estimate
+from attnserve.files import CHECKOUT, json_lines
 
-FOLDER = ROOT / "training" / "results" / "budgets"
+FOLDER = CHECKOUT / "training" / "results" / "budgets"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Found:
         allowance = None if self.allowance is None else self.allowance.json()
         parts = {
             "about": json.dumps(self.about, indent=1),
-            "validation": lines({"unpruned": self.unpruned.json(), "allowance": allowance}),
+            "validation": json_lines({"unpruned": self.unpruned.json(), "allowance": allowance}),
             "targets": json_list([vars(target) for target in self.targets]),
             "path": json_list([[list(budgets), rise] for budgets, rise in self.path]),
             "rows": json_list([row.json() for row in self.rows]),
@@ -91,7 +91,7 @@ class Found:
                 [Row.from_json(row) for row in fields["rows"]],
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of training.budgets: {error!r}") from error
+            raise ValueError(f"{path} is not a result of attnserve.budgets: {error!r}") from error
 
 
 def json_list(values: Sequence[Any]) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.analyze.measure import Checkpoint
-from training.budgets.evaluations import Evaluations, Losses
-from training.budgets.forward import Forward
-from training.budgets.texts import Texts
+from attnserve.budgets.evaluations import Evaluations, Losses
+from attnserve.budgets.forward import Forward
+from attnserve.budgets.texts import Texts
+from attnserve.evaluation.measure import Checkpoint
 
 Budgets = tuple[int, ...]
 """Tokens that each layer keeps."""

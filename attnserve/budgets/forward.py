@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
 from attn_kernels.pruning import FRACTION_BITS
+from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
+from attnserve.budgets.texts import Texts
+from attnserve.errors import UserError
+from attnserve.evaluation.measure import Checkpoint
 from hf_attn import VariantLlamaForCausalLM
-from training.analyze.measure import Checkpoint
-from training.budgets.errors import Refusal
-from training.budgets.eviction import RULES, Cache, accumulate, survivors
-from training.budgets.texts import Texts
 
 VARIANTS = ("selective", "softmax")
 """Whose weights are a softmax, so that torch's fused attention can compute them."""
@@ -31,12 +31,12 @@ class Forward:
         seed: of random eviction.
 
     Raises:
-        Refusal: the checkpoint is another model.
+        UserError: the checkpoint is another model.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
         if checkpoint.config.model_type != "variant_llama" or checkpoint.variant not in VARIANTS:
-            raise Refusal(
+            raise UserError(
                 f"{checkpoint.folder} is a {checkpoint.config.model_type} with "
                 f"{checkpoint.variant} attention: budgets are measured for a variant_llama with "
                 f"{' or '.join(VARIANTS)} attention"

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from training.analyze.intervals import mean_interval, share_interval
-from training.analyze.measure import Checkpoint, Data, Measure, Result
-from training.analyze.scorer import Item, Scorer
+from attnserve.evaluation.intervals import mean_interval, share_interval
+from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
+from attnserve.evaluation.scorer import Item, Scorer
 
 
 def spread(count: int, of: int) -> list[int]:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Self
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import hf_attn  # noqa: F401  registers the configuration
-from training.analyze.intervals import Estimate
-from training.analyze.scorer import Scorer
+from attnserve.evaluation.intervals import Estimate
+from attnserve.evaluation.scorer import Scorer
 
 SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
 """What a folder of evaluation sets holds."""
@@ -26,7 +26,7 @@ class Data:
     """Folders of text.
 
     Attributes:
-        books: what `training.books.split` splits; None: the fetched novels.
+        books: what `attnserve.evaluation.books.split` splits; None: the fetched novels.
         evaluation: the sets that `SETS` names; None: there are none.
     """
 

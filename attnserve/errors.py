@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class Refusal(Exception):
+class UserError(ValueError):
     """One line for the user: what is wrong, and what to do."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from training.budgets.result import Found
-from training.budgets.table import Row
+from attnserve.budgets.result import Found
+from attnserve.budgets.table import Row
 
 LOOKS = {
     ("selective", "searched"): ("budgets searched, most masked goes", "tab:purple", "-"),

@@ -1,8 +1,8 @@
 """Fetch the thirteen novels that the reference checkpoints are trained and measured on.
 
-    python -m training.books
+    attnserve books
 
-They are e-books of Project Gutenberg, in the public domain, 21 MB in all; training/novels.tsv has
+They are e-books of Project Gutenberg, in the public domain, 21 MB in all; novels.tsv has
 their numbers and hashes. Gutenberg revises its files, so the editions that were used come from
 GITenberg's copies on GitHub, which are fixed by a commit. --source gutenberg asks www.gutenberg.org
 for today's files instead; a changed one is refused unless --keep-changed is given.
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from attn_kernels.cpu.build import BuildError, cache_folder
-from training.gutenberg import (
+from attnserve.evaluation.gutenberg import (
     GITENBERG,
     GUTENBERG,
     Novel,
@@ -37,7 +37,7 @@ from training.gutenberg import (
 
 VALIDATION, TEST = "emma.txt", "great_expectations.txt"
 WAYS = (
-    "fetch the thirteen novels with `python -m training.books` (network), or name their folder "
+    "fetch the thirteen novels with `attnserve books` (network), or name their folder "
     "with --books DIR"
 )
 
@@ -51,7 +51,7 @@ class Split(NamedTuple):
 
 
 def books_folder() -> Path:
-    """Return the folder in which `python -m training.books` puts the novels if nothing is said.
+    """Return the folder in which `attnserve books` puts the novels if nothing is said.
 
     Raises:
         FileNotFoundError: this user has no cache folder.
@@ -97,7 +97,7 @@ def add_books_option(parser: argparse.ArgumentParser) -> None:
         "--books",
         type=Path,
         metavar="DIR",
-        help="folder of the novels (default: where `python -m training.books` puts them)",
+        help="folder of the novels (default: where `attnserve books` puts them)",
     )
 
 
@@ -171,7 +171,7 @@ def write(path: Path, text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.books",
+        prog="attnserve books",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = options.out or books_folder()
         changed = fetch(folder, options.source, options.server, options.keep_changed)
     except (FetchError, OSError) as error:
-        sys.exit(f"training.books: {error}")
+        sys.exit(f"attnserve.evaluation.books: {error}")
     print(f"The novels are in {folder}")
     if changed:
         print(f"Not the texts that were used, so results will differ: {', '.join(changed)}")

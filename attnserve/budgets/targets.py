@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from training.analyze.intervals import Estimate, mean_interval
-from training.budgets.measured import Budgets, Measured
-from training.budgets.search import RULE, Descent, Point, search
+from attnserve.budgets.measured import Budgets, Measured
+from attnserve.budgets.search import RULE, Descent, Point, search
+from attnserve.evaluation.intervals import Estimate, mean_interval
 
 BEYOND = 0.05
 """Nats per token by which the path goes on behind the last target, for the curve."""

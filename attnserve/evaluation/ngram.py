@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data import Tokens
+from attnserve.evaluation.tokens import Tokens
 
 Probabilities = NDArray[np.float64]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from attnserve.evaluation.rope import rope_parameters
+from attnserve.evaluation.scorer import Item, Scored
+from attnserve.evaluation.tiled import attend_in_tiles
 from hf_attn import VariantLlamaForCausalLM
-from training.analyze.rope import rope_parameters
-from training.analyze.scorer import Item, Scored
-from training.analyze.tiled import attend_in_tiles
 
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included; a longer item is a batch of its own."""

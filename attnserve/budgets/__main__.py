@@ -1,6 +1,6 @@
 """Search how many tokens each layer of a selective-attention checkpoint must keep.
 
-    python -m training.budgets checkpoints/selective --write checkpoints/selective_pruned
+    attnserve budgets checkpoints/selective --write checkpoints/selective_pruned
 
 On the validation text: from full budgets, shrink again and again the layer whose shrinking moves
 the loss least, until the loss is that of the reference checkpoint, or --max-loss, and likewise for
@@ -8,7 +8,7 @@ the loss least, until the loss is that of the reference checkpoint, or --max-los
 tokens on the same checkpoint, and StreamingLLM and H2O on the reference. Where there is no
 reference, --rise and --max-loss are all targets, and the checkpoint is compared with itself only.
 
-The text is --text, else the two held-out novels, which --books names or `python -m training.books`
+The text is --text, else the two held-out novels, which --books names or `attnserve books`
 has fetched, else text that the checkpoint writes itself. On that the rise of the loss is what it
 is on any other, the divergence from the unpruned checkpoint; but no other checkpoint can reach the
 writer's loss there, so that the reference's loss is no target.
@@ -25,29 +25,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attn_kernels.variants.selective import LEAST_BUDGET
-from benchmarks.machine import commit
-from benchmarks.options import command_line, positive
-from training.analyze.measure import Checkpoint
-from training.analyze.store import ROOT
-from training.books import add_books_option, are_fetched, split
-from training.budgets.errors import Refusal
-from training.budgets.forward import Forward
-from training.budgets.measured import Budgets, Measured
-from training.budgets.plot import save
-from training.budgets.result import FOLDER, Found, write_checkpoint
-from training.budgets.table import compare, text_table
-from training.budgets.targets import Validation, find, higher
-from training.budgets.texts import Counts, Parts, Texts, of_itself, of_novels, of_users_text
-from training.card import machine
-from training.data import text_file
+from attnserve import machine
+from attnserve.budgets.forward import Forward
+from attnserve.budgets.measured import Budgets, Measured
+from attnserve.budgets.plot import save
+from attnserve.budgets.result import FOLDER, Found, write_checkpoint
+from attnserve.budgets.table import compare, text_table
+from attnserve.budgets.targets import Validation, find, higher
+from attnserve.budgets.texts import Counts, Parts, Texts, of_itself, of_novels, of_users_text
+from attnserve.errors import UserError
+from attnserve.evaluation.books import add_books_option, are_fetched, split
+from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.tokens import text_file
+from attnserve.files import CHECKOUT
+from attnserve.options import command_line, positive
 
-BUNDLED = ROOT / "checkpoints" / "softmax"
+BUNDLED = CHECKOUT / "checkpoints" / "softmax"
 """The reference where none is named, for a checkpoint of the same tokenizer; in a checkout only."""
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser, add = command_line("training.budgets", __doc__)
+    parser, add = command_line("attnserve.budgets", __doc__)
     parser.add_argument("checkpoint", type=Path, help="folder; selective attention")
     parser.add_argument(
         "--reference",
@@ -110,14 +109,14 @@ def open_checkpoint(folder: Path, variant: str) -> Checkpoint:
     """Return a checkpoint.
 
     Raises:
-        Refusal: there is none, or its attention is another.
+        UserError: there is none, or its attention is another.
     """
     try:
         checkpoint = Checkpoint(folder)
     except (OSError, ValueError) as error:
-        raise Refusal(str(error)) from error
+        raise UserError(str(error)) from error
     if checkpoint.variant != variant:
-        raise Refusal(f"{folder} has {checkpoint.variant} attention, not {variant}")
+        raise UserError(f"{folder} has {checkpoint.variant} attention, not {variant}")
     return checkpoint
 
 
@@ -126,7 +125,7 @@ def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
     has another tokenizer.
 
     Raises:
-        Refusal: the one that is named does not fit.
+        UserError: the one that is named does not fit.
     """
     if named is None and not (BUNDLED / "config.json").is_file():
         return None
@@ -134,7 +133,7 @@ def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
     if own.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         if named is None:
             return None
-        raise Refusal(f"{own.folder} and {named} differ in their tokenizers")
+        raise UserError(f"{own.folder} and {named} differ in their tokenizers")
     return reference
 
 
@@ -142,14 +141,14 @@ def check(o: argparse.Namespace) -> tuple[Checkpoint, Checkpoint | None]:
     """Return the checkpoint and its reference, if there is one.
 
     Raises:
-        Refusal: what the command line asks for cannot be done.
+        UserError: what the command line asks for cannot be done.
     """
     own = open_checkpoint(o.checkpoint, "selective")
     reference = reference_of(own, o.reference)
     if min(o.uniform) < LEAST_BUDGET:
-        raise Refusal(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(o.uniform)}")
+        raise UserError(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(o.uniform)}")
     if o.write is not None and o.write.exists():
-        raise Refusal(f"{o.write} exists: name another folder or delete it")
+        raise UserError(f"{o.write} exists: name another folder or delete it")
     return own, reference
 
 
@@ -157,7 +156,7 @@ def parts_of(o: argparse.Namespace, own: Checkpoint) -> Parts:
     """Return the text that the command line asks for.
 
     Raises:
-        Refusal: it is too short, or the novels are not there.
+        UserError: it is too short, or the novels are not there.
     """
     counts = Counts(o.sequences, o.judge, o.test_sequences, o.length or own.context)
     if o.text:
@@ -166,7 +165,7 @@ def parts_of(o: argparse.Namespace, own: Checkpoint) -> Parts:
         if o.books or are_fetched():
             return of_novels(own, split(o.books), counts)
     except FileNotFoundError as error:
-        raise Refusal(str(error)) from error
+        raise UserError(str(error)) from error
     return of_itself(own, counts)
 
 
@@ -174,7 +173,7 @@ def run(o: argparse.Namespace) -> Found:
     """Search and compare.
 
     Raises:
-        Refusal: it cannot be done.
+        UserError: it cannot be done.
     """
     own, reference = check(o)
     model = Forward(own, o.seed)
@@ -205,7 +204,7 @@ def run(o: argparse.Namespace) -> Found:
     elif reference is not None and allowance is not None and parts.kind != "own":
         limits.insert(0, (reference.name, unpruned.value + allowance.value))
     if not limits:
-        raise Refusal("there is no target: give --rise or --max-loss")
+        raise UserError("there is no target: give --rise or --max-loss")
     targets, path = find(validation, limits)
 
     chosen: dict[Budgets, str] = {}
@@ -237,8 +236,8 @@ def run(o: argparse.Namespace) -> Found:
             "test": len(parts.test),
         },
         "seed": o.seed,
-        "machine": machine(),
-        "commit": commit(),
+        "machine": machine.summary(),
+        "commit": machine.commit(),
     }
     return Found(about, unpruned, allowance, targets, list(path.items()), rows)
 
@@ -248,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     o = options(argv)
     try:
         found = run(o)
-    except Refusal as error:
-        print(f"training.budgets: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"attnserve.budgets: {error}", file=sys.stderr)
         sys.exit(2)
     default = FOLDER if found.about["text_from"] == "novels" else o.runs / "budgets"
     out = found.write(o.out or default)
@@ -279,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({"out": str(out), "targets": summary}))
     if o.write is not None:
         if not found.targets[0].reached:
-            sys.exit(f"training.budgets: {o.write} is not written: name a higher --max-loss")
+            sys.exit(f"attnserve.budgets: {o.write} is not written: name a higher --max-loss")
         write_checkpoint(o.checkpoint, found.targets[0].budgets, o.write)
 
 
