@@ -21,7 +21,6 @@ from attnserve.evaluation.intervals import (
     mean_interval,
     mean_share_interval,
     share_interval,
-    t_quantile,
 )
 from attnserve.evaluation.lambada import Lambada
 from attnserve.evaluation.measure import Checkpoint, Data
@@ -49,13 +48,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A random softpick model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "softpick"
     return Checkpoint(tiny_checkpoint(folder, "softpick", max_position_embeddings=CONTEXT))
-
-
-@pytest.mark.parametrize(
-    ("freedom", "exact"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (30, 2.042)]
-)
-def test_t_quantile(freedom: int, exact: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(exact, rel=0.01)
 
 
 def test_intervals() -> None:
