@@ -32,7 +32,7 @@ from attn_kernels import VariantError
 from attnserve import machine
 from attnserve.errors import UserError
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.scorers import load
 from attnserve.options import positive
 from attnserve.reports import table
 from quant.measure import NUMERICS

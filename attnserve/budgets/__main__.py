@@ -35,7 +35,7 @@ from attnserve.budgets.targets import Validation, find, higher
 from attnserve.budgets.texts import Counts, Parts, Texts, of_itself, of_novels, of_users_text
 from attnserve.errors import UserError
 from attnserve.evaluation.books import add_books_option, are_fetched, split
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.tokens import text_file
 from attnserve.files import CHECKOUT
 from attnserve.options import command_line, positive

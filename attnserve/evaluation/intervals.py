@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
         return Estimate(*(math.exp(x) if x < 700 else math.inf for x in self))
 
     def json(self) -> list[float | None]:
-        """Return value, low and high to seven digits; None is infinite, which JSON does not have."""
+        """Return value, low and high to seven digits; None is infinite, which JSON lacks."""
         return [float(f"{x:.7g}") if math.isfinite(x) else None for x in self]
 
     @classmethod

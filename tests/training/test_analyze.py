@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from attn_kernels import variant_names
 from attnserve.evaluation import tiled
-from attnserve.evaluation.blimp import Blimp
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import evaluate, held_out
 from attnserve.evaluation.intervals import (
     Estimate,
@@ -22,11 +22,10 @@ from attnserve.evaluation.intervals import (
     mean_share_interval,
     share_interval,
 )
-from attnserve.evaluation.lambada import Lambada
-from attnserve.evaluation.measure import Checkpoint, Data
+from attnserve.evaluation.measures import Data
 from attnserve.evaluation.perplexity import Perplexity
-from attnserve.evaluation.scorer import Item
-from attnserve.evaluation.transformers_scorer import TransformersScorer, load
+from attnserve.evaluation.scorers import Item, TransformersScorer, load
+from attnserve.evaluation.tasks import Blimp, Lambada
 from tests.fla import fla_checkpoint
 from tests.tiny import tiny_checkpoint, write_tiny_llama
 from tests.training.texts import Copier, write_lines, write_texts

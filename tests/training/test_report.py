@@ -20,7 +20,7 @@ from attnserve.budgets.result import Found
 from attnserve.budgets.table import Row
 from attnserve.budgets.targets import Target
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.evaluation.measure import Result
+from attnserve.evaluation.measures import Result
 from attnserve.reports import Range, Verdict
 from training.analyze import store
 from training.analyze.length import BINS, multiples
