@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve import machine
-from attnserve.evaluation.evaluate import Score, table
+from attnserve.evaluation.perplexity import Score, table
 from training.train import Run
 
 
@@ -31,7 +31,7 @@ def card(name: str, run: Run, scores: Sequence[Score], train_files: Sequence[Pat
     Args:
         name: the checkpoint's.
         run: a finished run.
-        scores: what `attnserve.evaluation.evaluate.evaluate` gives.
+        scores: what `attnserve.evaluation.perplexity.evaluate` gives.
         train_files: what it was trained on.
     """
     recipe, variant = run.recipe, run.model.config.variant

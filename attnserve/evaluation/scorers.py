@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from attnserve.evaluation.tiled import attend_in_tiles
+from attnserve.evaluation.tiled import attend_in_tiles, is_pruned
 from hf_attn import VariantLlamaForCausalLM
 
 BATCH_TOKENS = 2048
@@ -101,7 +101,7 @@ class TransformersScorer:
     def __init__(self, folder: Path, rope_theta_factor: float = 1.0, quiet: bool = False) -> None:
         self.model = load(folder, rope_theta_factor)
         self.quiet = quiet
-        if isinstance(self.model, VariantLlamaForCausalLM):
+        if isinstance(self.model, VariantLlamaForCausalLM) and not is_pruned(self.model):
             attend_in_tiles(self.model)
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attn_kernels import variant_names
 from attnserve.evaluation.books import split
-from attnserve.evaluation.evaluate import Score
+from attnserve.evaluation.perplexity import Score
 from tests.training.conftest import TINY
 from training import checkpoints
 from training.train import Run
