@@ -35,7 +35,7 @@ def test_help_lists_every_command_with_one_line() -> None:
     assert done.returncode == 0
     listed = done.stdout.partition("Commands:\n")[2].splitlines()
     names = [line.split()[0] for line in listed]
-    assert names == ["serve", *cli.HANDED_ON, "books"]
+    assert names == ["serve", *cli.HANDED_ON, "budgets", "evaluate", "books"]
     assert all(line.rstrip().endswith(".") and len(line.split()) > 2 for line in listed)
 
 

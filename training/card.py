@@ -8,11 +8,11 @@ from pathlib import Path
 
 from attnserve import machine
 from attnserve.evaluation.perplexity import Score, table
-from training.train import Run
+from training.run import Run
 
 
 def memory(run: Run) -> str:
-    """The lines about the memory loss; empty for a run without it."""
+    """Return the lines about the memory loss; empty for a run without it."""
     if not run.memory:
         return ""
     last = run.memory[-100:]
@@ -26,7 +26,7 @@ that the layers must keep
 
 
 def card(name: str, run: Run, scores: Sequence[Score], train_files: Sequence[Path]) -> str:
-    """The text of `README.md`.
+    """Return the text of `README.md`.
 
     Args:
         name: the checkpoint's.

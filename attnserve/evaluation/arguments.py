@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
+"""What a folder of evaluation sets holds."""
+
 
 def text_file(name: str) -> Path:
     """Return the path of a UTF-8 text file.

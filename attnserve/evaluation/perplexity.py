@@ -176,7 +176,6 @@ class Perplexity(Measure):
     """
 
     name: ClassVar[str] = "perplexity"
-    title: ClassVar[str] = "perplexity of held-out books and of WikiText-2"
     counts: ClassVar[tuple[str, ...]] = ("sequences",)
 
     sequences: int = 128
