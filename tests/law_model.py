@@ -17,7 +17,6 @@ from torch.nn.functional import silu
 
 from attn_kernels import get_variant, variant_from_config
 from attn_kernels.reference import attention
-from attn_kernels.variants.selective import Selective
 
 
 class Greedy(NamedTuple):
@@ -56,7 +55,7 @@ class LawModel:
         self.config = json.loads((folder / "config.json").read_text())
         named = {"attention_variant": variant} if variant else self.config
         self.variant = variant_from_config(named) or get_variant("softmax")
-        self.budgets = self.variant.kv_budgets if isinstance(self.variant, Selective) else ()
+        self.budgets = self.variant.kv_budgets
         self.weights = {
             name: tensor.double()
             for file in sorted(folder.glob("*.safetensors"))
@@ -151,11 +150,17 @@ class LawModel:
         group = len(q) // len(k)
         scores = (keys.repeat_interleave(group, 0) @ q[:, :, None])[..., 0] * q.shape[-1] ** -0.5
         penalties = torch.tensor([token.accumulator for token in stored]).double() / 2**16
-        weights = (scores - penalties).softmax(-1)
-        for token, score in zip(stored[:-1], scores[0].tolist(), strict=False):
+        rows = (scores - penalties)[:, None]
+        seen, n = (
+            torch.ones_like(rows, dtype=torch.bool),
+            torch.full_like(rows[..., :1], len(stored)),
+        )
+        weights = self.variant.weights(rows, seen, n)
+        added = self.variant.selection(scores[0])
+        for token, score in zip(stored[:-1], added.tolist(), strict=False):
             if token.position:
-                token.accumulator += round(max(0.0, score) * 2**16)
-        return (weights[:, None] @ values.repeat_interleave(group, 0))[:, 0]
+                token.accumulator += round(score * 2**16)
+        return (weights @ values.repeat_interleave(group, 0))[:, 0]
 
 
 @torch.no_grad()

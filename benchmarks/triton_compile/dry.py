@@ -153,12 +153,17 @@ class DryCompiler:
         self._launched(code, fn, compile)
 
     def _launched(self, code: str, fn: Any, compile: Any) -> None:
-        names, constants = fn.jit_function.arg_names, compile["constants"]
+        names, constants = fn.jit_function.arg_names, {}
+        for path, value in compile["constants"].items():
+            if hasattr(value, "_asdict"):  # a group of them
+                constants |= {field.upper(): part for field, part in value._asdict().items()}
+            elif len(path) == 1:
+                constants[names[path[0]]] = value
         self.found.append(
             Compiled(
                 code,
                 fn.jit_function.__name__,
-                {names[path[0]]: value for path, value in constants.items() if len(path) == 1},
+                constants,
                 compile["num_warps"],
                 compile["num_stages"],
                 self.known[code],

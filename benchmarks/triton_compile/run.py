@@ -69,7 +69,7 @@ def about() -> Row:
 
 def launch_name(compiled: Compiled) -> str:
     """The kernel's name without "_kernel", or which of its two passes this is."""
-    passes = {attention.OBSERVE.value: "observe", attention.WEIGH.value: "weigh"}
+    passes = {attention.STATISTICS.value: "statistics", attention.OUTPUT.value: "output"}
     number = compiled.constants.get("PASS")
     return passes.get(getattr(number, "value", number), compiled.kernel.removesuffix("_kernel"))
 

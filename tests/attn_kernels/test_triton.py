@@ -273,7 +273,11 @@ def test_refusals(name: str, dtype: torch.dtype, options: dict[str, Any], messag
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [pruned.Shape(4, 2, 32, 7, (20, 1, 7, 8)), pruned.Shape(3, 3, 48, 2, (1, 9))],
+    [
+        pruned.Shape(name, *sizes)
+        for name in pruned.PRUNABLE
+        for sizes in ((4, 2, 32, 7, (20, 1, 7, 8)), (3, 3, 48, 2, (1, 9)))
+    ],
     ids=str,
 )
 def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
@@ -282,7 +286,7 @@ def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
 
     for chunk in (3, 20):
         layer = TritonPrunedLayer(
-            pruned.SELECTIVE,
+            shape.variant,
             pruned.pages_of(shape, dtype),
             shape.page(dtype),
             num_heads=shape.heads,

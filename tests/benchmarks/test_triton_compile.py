@@ -134,11 +134,11 @@ print(json.dumps(out))
 
 BROKEN = """
 import triton
-from attn_kernels.triton.variants.softmax import UNIT_KEYS, finish, merge, query_factor, start
+from attn_kernels.triton.variants.softmax import FIRST_MAX, UNIT_KEYS, epilogue, merge, query_factor
 
 @triton.jit
-def weigh(s, seen, top, total, mean, per_spread, params):
-    return s, missing_name, top, total
+def update(s, seen, running_max, denominator, mean, per_spread, params):
+    return s, missing_name, running_max, denominator
 """
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from attn_kernels import get_variant
 from attn_kernels.pruning import attend_pruned
 from attnserve.budgets import __main__ as command_module
 from attnserve.budgets import forward as forward_module
@@ -79,7 +80,12 @@ def test_pruned_is_the_law(
     def law(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
         budget = next(left)
         pairs = zip(q, k, v, strict=True)
-        return torch.stack([attend_pruned(*qkv, page(budget, qkv[1]), 0, scale) for qkv in pairs])
+        return torch.stack(
+            [
+                attend_pruned(get_variant("selective"), *qkv, page(budget, qkv[1]), 0, scale)
+                for qkv in pairs
+            ]
+        )
 
     monkeypatch.setattr(forward_module, "scaled_dot_product_attention", law)
     assert own.forward(own.text, FULL, "selective") == pytest.approx(found, rel=1e-5)
@@ -280,7 +286,7 @@ def test_goes_on_after_a_kill(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: "softpick"}, "has softpick attention, not selective"),
+        ({0: "softpick"}, "has softpick attention, which cannot be pruned"),
         ({0: "nothing"}, "nothing has no config.json"),
         ({2: "selective"}, "has selective attention, not softmax"),
         ({2: "nothing"}, "nothing has no config.json"),
