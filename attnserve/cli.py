@@ -102,7 +102,8 @@ def serve(
     ] = Path(".run"),
 ) -> None:
     """Serve a checkpoint: vLLM, and the gateway in front of it. Ctrl-C stops both."""
-    from serving import launch
+    from serving.launch import serve as launch
+    from serving.launch.process import LaunchError
 
     options = launch.Options(
         checkpoint_folder(ckpt),
@@ -114,7 +115,7 @@ def serve(
     )
     try:
         asyncio.run(launch.serve(options))
-    except launch.LaunchError as error:
+    except LaunchError as error:
         fail(str(error), error.code)
 
 
@@ -134,7 +135,7 @@ def keys(context: typer.Context) -> None:
 
 def doctor(context: typer.Context) -> None:
     """Check this environment and say what to do."""
-    from serving.doctor import main
+    from serving.launch.doctor import main
 
     raise typer.Exit(main(context.obj))
 
