@@ -32,7 +32,8 @@ import pandas as pd
 from attnserve import machine
 from attnserve.options import command_line, positive
 from benchmarks.servers import config_of, variant_of
-from serving.launch import LaunchError, last_error
+from serving.launch.process import LaunchError
+from serving.launch.vllm_log import last_error
 
 BLOCK = 5
 """Decode steps with the wrappers, then as many without."""

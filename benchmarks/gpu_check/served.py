@@ -18,7 +18,7 @@ import torch
 from attnserve.files import CHECKOUT
 from benchmarks.gpu_check.checks import Check, Row, SkippedError, Task, require_vllm
 from benchmarks.servers import free_port
-from serving.launch import DIRECT, HOST, Service
+from serving.launch.process import DIRECT, HOST, Service
 
 CHECKPOINT = CHECKOUT / "checkpoints" / "softpick"
 PROMPT_TOKENS, NEW_TOKENS = (5, 40, 120), 24

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from serving.config import Breaker, Config
-from serving.connection import Connection, Pool, StaleError, UpstreamError
-from serving.kv import figures
-from serving.server_info import NOTHING, ServerInfo, parse_info
+from serving.upstream.http import Connection, Pool, StaleError, UpstreamError
+from serving.upstream.kv import figures
+from serving.upstream.vllm_metrics import NOTHING, ServerInfo, parse_info
 
 log = logging.getLogger("attnserve")
 

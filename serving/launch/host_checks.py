@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from serving.launch import last_line, plain_lines, port_fault
+from serving.launch.vllm_log import last_line, plain_lines
 
 GIB = 2**30
 
@@ -184,3 +185,14 @@ def check_ports(ports: Mapping[str, int]) -> Iterator[Check]:
             yield Check(f"port {port}", "problem", fault, f"choose another {variable}")
         else:
             yield Check(f"port {port}", "ok", f"free ({variable})")
+
+
+def port_fault(port: int, host: str = "127.0.0.1") -> str:
+    """Return why nothing can listen on a port; empty if something can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return f"cannot listen on {host}:{port}: {error.strerror}"
+    return ""

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 from starlette.types import Scope, Send
 
-from serving.answer import JSON, whole
-from serving.ask import (
+from serving.call import Call
+from serving.compare.kl import Position, drift, summary
+from serving.compare.request import Comparison
+from serving.compare.scoring import (
     Kept,
     Written,
     ask,
@@ -24,14 +26,12 @@ from serving.ask import (
     same_vocabulary,
     write,
 )
-from serving.call import Call
-from serving.comparison import Comparison
-from serving.connection import timed_out
-from serving.drift import Position, drift, summary
-from serving.errors import ApiError
-from serving.kv import kv_cache
-from serving.route import Route
-from serving.server_info import Description
+from serving.handler import Route
+from serving.openai.errors import ApiError
+from serving.openai.response import JSON, whole
+from serving.upstream.http import timed_out
+from serving.upstream.kv import kv_cache
+from serving.upstream.vllm_metrics import Description
 
 COMPARE = "/v1/compare"
 

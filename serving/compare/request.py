@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from serving.config import EVERY, Config
-from serving.errors import ApiError
-from serving.request import Request, json_type, only_text, parse
+from serving.openai.errors import ApiError
+from serving.openai.request import Request, json_type, only_text, parse
 
 MOST_MODELS = 32
 

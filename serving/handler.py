@@ -13,15 +13,15 @@ from abc import ABC, abstractmethod
 
 from starlette.types import Receive, Scope, Send
 
-from serving.answer import JSON, end_with_error, whole
 from serving.call import Call
 from serving.client import ClientLeftError, ClientWatch, read_body
-from serving.connection import UpstreamError
-from serving.errors import ApiError, retry_headers
-from serving.forward import Forward, UnavailableError
-from serving.gateway import Gateway
-from serving.metrics import CLIENT_LEFT
-from serving.tracing import Tracer
+from serving.observability.metrics import CLIENT_LEFT
+from serving.observability.tracing import Tracer
+from serving.openai.errors import ApiError, retry_headers
+from serving.openai.response import JSON, end_with_error, whole
+from serving.state import Gateway
+from serving.upstream.http import UpstreamError
+from serving.upstream.proxy import Forward, UnavailableError
 
 log = logging.getLogger("attnserve")
 

@@ -2,8 +2,8 @@
 
 A row a check: ok, warning (serves, but not as it could) or problem (does not serve, or wrongly, or
 many times slower). Exit code 1 if there is a problem. What an import could die of is tried in a
-process of its own (`serving.probe`). Before an install the rows are those of
-`serving.host_checks`; only what that needs is imported above the functions.
+process of its own (`serving.launch.probe`). Before an install the rows are those of
+`serving.launch.host_checks`; only what that needs is imported above the functions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serving.host_checks import (
+from serving.launch.host_checks import (
     COMPILER_FIX,
     Check,
     before_install,
@@ -31,7 +31,7 @@ from serving.host_checks import (
     check_ports,
     compiler_fault,
 )
-from serving.launch import last_error
+from serving.launch.vllm_log import last_error
 
 TRIED = {"torch": "2.13", "vllm": "0.32", "transformers": "5.19", "triton": "3.9"}
 """The minor versions that the project's own tests run with (its lock)."""
@@ -164,7 +164,7 @@ def check_entry_points() -> Iterator[Check]:
 
 def check_vllm() -> Iterator[Check]:
     """vLLM imports with its kernels, the plugin registers, and what it builds on is there."""
-    command = [sys.executable, "-m", "serving.probe"]
+    command = [sys.executable, "-m", "serving.launch.probe"]
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == -signal.SIGILL:

@@ -1,60 +1,18 @@
-"""What a start is doing, for people: phases recognised in vLLM's log, shown with elapsed time.
+"""Show what the start of a server is doing: its phases, with the elapsed time.
 
 On a terminal the present phase is one line that moves; elsewhere each phase is a line of its own.
-Lines of the log itself are not shown, with one exception: what attnserve's own plugin says of the
-checkpoint, or warns of.
 """
 
 from __future__ import annotations
 
-import re
 import time
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.status import Status
-
-IMPORTING = "importing Python packages"
-"""What a server does before it logs anything, for some 10 seconds."""
-
-PHASES = (
-    (r"^non-default args: ", "reading the checkpoint's configuration"),
-    (r"^Using max model len", "starting the engine"),
-    (r"^Initializing a V1 LLM engine", "starting the worker"),
-    (r"^Starting to load model", "building the model"),
-    (r"^Compiling the .* kernels", "compiling CPU kernels, once on this machine"),
-    (r"^Initializing model took|^Loading safetensors", "loading the weights"),
-    (r"Dynamo bytecode transform|^Compiling a graph", "compiling the model"),
-    (r"^Available KV cache memory|KV cache layout|KV cache size: ", "reserving the KV cache"),
-    (r"^Capturing CUDA graphs", "capturing CUDA graphs"),
-    (r"^JIT kernel warmup starting|^init engine ", "warming up"),
-    (r"^Supported tasks: ", "starting the API server"),
-)
-"""How vLLM 0.32's log says that a phase begins, and what it is."""
-
-NOTES = re.compile(
-    r"^attnserve(:| was tried)|attention, as the checkpoint's config|^Packed weights of|"
-    r"^Pruned to kv_budgets|was trained with \w+ attention; serving|^prefix caching is off"
-)
-"""What attnserve's plugin logs and a user should read."""
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 LINE_SECONDS = 15.0
 """Where there is no terminal, a phase that lasts is named again after this time."""
-
-
-def phase(lines: list[str]) -> str:
-    """Return what a server is doing, by the lines of its log without their prefixes."""
-    for line in reversed(lines):
-        for pattern, text in PHASES:
-            if re.search(pattern, line):
-                return text
-    return IMPORTING
-
-
-def notes(lines: list[str]) -> list[str]:
-    """Return the lines that a user should read, each once."""
-    return list(dict.fromkeys(line for line in lines if NOTES.search(line)))
 
 
 class Progress:
@@ -68,8 +26,6 @@ class Progress:
             aside: print to standard error and no line that moves, since the output is of something
                 else, or several servers start at once.
         """
-        from rich.console import Console  # `attnserve doctor` imports this module without it
-
         self._console = console or Console(
             stderr=aside, highlight=False, markup=False, soft_wrap=True
         )
@@ -118,8 +74,6 @@ class Progress:
         self._console.print(line)
 
     def _show(self, line: str) -> None:
-        from rich.text import Text
-
         text = Text(line, no_wrap=True, overflow="ellipsis")
         if self._live is None:
             self._live = self._console.status(text)

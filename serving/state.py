@@ -7,12 +7,12 @@ import random
 import signal
 from pathlib import Path
 
+from serving.auth import Keys
 from serving.config import EVERY, Config, ConfigError, load
-from serving.errors import no_such_model
-from serving.keys import Keys
-from serving.metrics import LiveState, Metrics, ModelMetrics
-from serving.replica import Replica
-from serving.routing import Model, Queue
+from serving.observability.metrics import LiveState, Metrics, ModelMetrics
+from serving.openai.errors import no_such_model
+from serving.upstream.replica import Replica
+from serving.upstream.router import Model, Queue
 
 log = logging.getLogger("attnserve")
 

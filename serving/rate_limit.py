@@ -4,7 +4,7 @@ import math
 import time
 
 from serving.config import KeyEntry
-from serving.errors import ApiError
+from serving.openai.errors import ApiError
 
 MINUTE, DAY = 60.0, 86400.0
 

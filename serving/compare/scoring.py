@@ -12,13 +12,13 @@ from typing import Any
 from starlette.types import Message
 
 from serving.call import Call
+from serving.compare.kl import Position, other_text, positions
 from serving.config import Limits
-from serving.connection import UpstreamError
-from serving.drift import Position, other_text, positions
-from serving.errors import ApiError, kind_of
-from serving.events import END, parsed
-from serving.forward import Forward, UnavailableError
-from serving.request import Request
+from serving.openai.errors import ApiError, kind_of
+from serving.openai.request import Request
+from serving.openai.sse import END, parsed
+from serving.upstream.http import UpstreamError
+from serving.upstream.proxy import Forward, UnavailableError
 
 MISMATCH = "vocabulary_mismatch"
 """The error code of a model whose token ids stand for other tokens than the reference's."""

@@ -12,11 +12,11 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.drift import Drift
-from serving.histogram import Histogram
+from serving.compare.kl import Drift
+from serving.observability.histogram import Histogram
 
 if TYPE_CHECKING:
-    from serving.gateway import Gateway
+    from serving.state import Gateway
 
 CLIENT_LEFT = 499
 """The status counted for a request whose client left before an answer began (nginx's number)."""

@@ -12,13 +12,13 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from serving.ask import MISMATCH, check_vocabulary, read
 from serving.call import Call
+from serving.compare.kl import drift
+from serving.compare.scoring import MISMATCH, check_vocabulary, read
 from serving.config import ShadowScoring
-from serving.drift import drift
-from serving.errors import ApiError
-from serving.forward import Forward
-from serving.request import only_text, parse
+from serving.openai.errors import ApiError
+from serving.openai.request import only_text, parse
+from serving.upstream.proxy import Forward
 
 log = logging.getLogger("attnserve")
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from serving.config import Limits
-from serving.errors import ApiError
+from serving.openai.errors import ApiError
 
 MOST_TOKENS = 2**31 - 1
 """A number of tokens above this is taken for it: no server writes as many, and a float has room."""

@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Iterable
 
 from serving.config import KeyEntry
-from serving.errors import no_key, wrong_key
-from serving.limits import Account
+from serving.openai.errors import no_key, wrong_key
+from serving.rate_limit import Account
 
 PREFIX = "attnserve-"
 

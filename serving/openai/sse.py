@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from serving.errors import normalise
+from serving.openai.errors import normalise
 
 END = re.compile(rb"\r?\n\r?\n")
 LONGEST = 4 * 1024 * 1024

@@ -6,9 +6,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 
 from serving.config import EVERY, ModelEntry, Routing
-from serving.errors import ApiError
-from serving.replica import Replica, Turn
-from serving.server_info import Description, describe, numbers, one_or_all, together
+from serving.openai.errors import ApiError
+from serving.upstream.replica import Replica, Turn
+from serving.upstream.vllm_metrics import Description, describe, numbers, one_or_all, together
 
 Lookup = Callable[[str], "Model"]
 """Finds a model by its name, or raises an ApiError with status 404."""

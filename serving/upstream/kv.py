@@ -4,10 +4,10 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from serving.connection import UpstreamError
+from serving.upstream.http import UpstreamError
 
 if TYPE_CHECKING:
-    from serving.replica import Replica
+    from serving.upstream.replica import Replica
 
 INFO = re.compile(rb"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
 NUMBER = re.compile(rb'(\w+)="(\d+(?:\.\d+)?)"')

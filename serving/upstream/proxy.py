@@ -8,18 +8,18 @@ import time
 
 from starlette.types import Send
 
-from serving.answer import JSON, end_with_error, whole
 from serving.call import Call
-from serving.connection import Connection, Headers, UpstreamError
-from serving.errors import ApiError, normalise, retry_headers
-from serving.events import Events, usage_of
-from serving.gateway import Gateway
-from serving.metrics import ModelMetrics
+from serving.observability.metrics import ModelMetrics
+from serving.observability.tracing import Tracer
+from serving.openai.errors import ApiError, normalise, retry_headers
+from serving.openai.request import Request
+from serving.openai.response import JSON, end_with_error, whole
+from serving.openai.sse import Events, usage_of
 from serving.protocol import direct
-from serving.replica import Replica, Turn, send_request
-from serving.request import Request
 from serving.shape import without_nulls
-from serving.tracing import Tracer
+from serving.state import Gateway
+from serving.upstream.http import Connection, Headers, UpstreamError
+from serving.upstream.replica import Replica, Turn, send_request
 
 # Headers that belong to one connection (RFC 9110, 7.6.1), or that each side writes for itself.
 CONNECTION_HEADERS = frozenset(

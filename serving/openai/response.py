@@ -5,8 +5,8 @@ import json
 from starlette.types import Send
 
 from serving.call import Call
-from serving.connection import Headers
-from serving.errors import ApiError
+from serving.openai.errors import ApiError
+from serving.upstream.http import Headers
 
 JSON = (b"content-type", b"application/json")
 
