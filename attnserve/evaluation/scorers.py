@@ -1,23 +1,81 @@
-"""Scores through transformers."""
+"""The one question that measures ask a model: how likely is this text after that one?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from attnserve.evaluation.rope import rope_parameters
-from attnserve.evaluation.scorer import Item, Scored
 from attnserve.evaluation.tiled import attend_in_tiles
 from hf_attn import VariantLlamaForCausalLM
 
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included; a longer item is a batch of its own."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Token ids: a prompt (at least one token) and what comes after it (at least one token)."""
+
+    prompt: list[int]
+    continuation: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and continuation."""
+        return self.prompt + self.continuation
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model says of a continuation's tokens, each given all tokens before it."""
+
+    logprobs: NDArray[np.float64]
+    """`[num_tokens]`, natural logarithms."""
+    greedy: NDArray[np.bool_]
+    """`[num_tokens]`: no other token is as likely."""
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation."""
+        return float(self.logprobs.sum())
+
+
+class Scorer(Protocol):
+    """A model that scores items. Computes in float32, whatever the checkpoint's dtype."""
+
+    def score(self, items: Sequence[Item], label: str) -> list[Scored]:
+        """Score each item, in order.
+
+        Args:
+            items: no longer than the scorer's longest.
+            label: what the progress bar says.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the model's memory and processes back."""
+        ...
+
+
+def rope_parameters(config: PreTrainedConfig, factor: float) -> dict[str, Any]:
+    """The `rope_parameters` of a configuration with theta times `factor`.
+
+    Raises:
+        ValueError: the model has several kinds of RoPE, or none.
+    """
+    parameters = dict(config.rope_parameters or {})
+    if "rope_theta" not in parameters:
+        raise ValueError(f"a {config.model_type} has no single rope_theta to multiply")
+    return parameters | {"rope_theta": parameters["rope_theta"] * factor}
 
 
 def load(folder: Path, rope_theta_factor: float = 1.0, **kwargs: Any) -> PreTrainedModel:
