@@ -3,7 +3,9 @@
 import importlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +37,34 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+class Commands:
+    """Runs commands, functions that typer reads, in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def run(self, function: Callable[..., Any], *arguments: object, code: int = 0) -> str:
+        """Run a command that must end with an exit code; return its standard output."""
+        from attnserve.command import main
+
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(function, "the command", [str(argument) for argument in arguments])
+        self.printed = self.capsys.readouterr()
+        assert (ended.value.code or 0) == code, self.printed.err
+        return self.printed.out
+
+    def refused(self, function: Callable[..., Any], *arguments: object, code: int = 2) -> str:
+        """Run a command that must refuse its input; return the one line with which it does."""
+        assert self.run(function, *arguments, code=code) == ""
+        *progress, line = self.printed.err.splitlines()
+        assert line.startswith("the command") and not any("Traceback" in text for text in progress)
+        return line
+
+
+@pytest.fixture
+def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
+    """What runs a command and returns what it prints."""
+    return Commands(capsys)

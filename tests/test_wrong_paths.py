@@ -38,12 +38,14 @@ WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.triton_compile", "benchmarks.triton_compile.packed"),
     "benchmarks.gpu_check",
 }
+OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets")
+"""Modules that `attnserve` runs."""
 CONFIGS = {"nothing": None, "no JSON": "{", "empty": "{}", "no mapping": "[]"}
 """What config.json holds in the folder that is named."""
 
 
 def test_every_command_is_here() -> None:
-    assert {*TRAINING, *BENCHMARKS} == {*WRONG, *WITHOUT}
+    assert {*TRAINING, *BENCHMARKS, *OURS} == {*WRONG, *WITHOUT}
     for package in ("training", "benchmarks"):
         for file in (CHECKOUT / package).rglob("*.py"):
             parts = file.relative_to(CHECKOUT).with_suffix("").parts
@@ -77,4 +79,4 @@ def test_wrong_path(
     assert ended.value.code not in (0, None)
     line = (capsys.readouterr().err.splitlines() or [str(ended.value)])[-1]
     assert str(tmp_path) in line
-    assert line.startswith((f"{module}: ", f"python -m {module}: "))
+    assert line.startswith((f"{module}: ", f"python -m {module}: ", "attnserve "))

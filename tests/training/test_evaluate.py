@@ -104,7 +104,10 @@ def test_no_home(
         (["CKPT", "--text", "EMPTY"], "has no words"),
         (["CKPT", "--text", "CKPT/model.safetensors"], "is not UTF-8 text"),
         (["CKPT", "--books", "nowhere"], "nowhere/emma.txt is not there: fetch the thirteen"),
-        (["CKPT", "--ngrams"], "emma.txt is not there: fetch the thirteen novels with `python"),
+        (
+            ["CKPT", "--ngrams"],
+            "emma.txt is not there: fetch the thirteen novels with `attnserve books",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
