@@ -159,13 +159,6 @@ RULES: dict[str, Rule] = {
         prints=ROWS,
         slow=True,
     ),
-    "python -m benchmarks.decode_step --ckpt DIR": Run(
-        "python -m benchmarks.decode_step --ckpt checkpoints/softpick --prompt-len 16 --steps 8 "
-        "--profiled-steps 2 --enforce-eager",
-        prints='"backend": .*"mode": "eager"',
-        slow=True,
-        long=True,
-    ),
     "python -m benchmarks.serve --enforce-eager": Run(
         "python -m benchmarks.serve --enforce-eager --ckpts checkpoints/softmax --gateway none "
         "--no-stock --requests 4 --rounds 1 --request-rates inf --prompt-len 16 --new-tokens 4 "
@@ -331,7 +324,6 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.roofline": Run(prints=r'"rows": [1-9]', slow=True),
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
     "python -m benchmarks.gpu_check": NotHere("a GPU"),

@@ -1,12 +1,12 @@
-"""Random requests on a paged cache, step by step against the float64 law.
+"""Random requests on a paged cache, step by step against the float64 reference.
 
-The law is computed on the CPU; only the kernels under test run on the device.
+The reference is computed on the CPU; only the kernels under test run on the device.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from attn_kernels import Variant, get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES
-from attn_kernels.triton import TritonLayer
-from benchmarks.kernels.case import DTYPES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 TOLERANCES = {
     # Scores and sums are float32; a GPU's exp2, log2 and division are off by two units in the last
@@ -30,18 +30,18 @@ TOLERANCES = {
     "fp16": 2e-3,
 }
 """Largest error by the queries' dtype, relative to a request's largest output. A float8 cache has
-none of its own: the law sees the keys and values as the cache holds them."""
+none of its own: the reference sees the keys and values as the cache holds them."""
 
 INPUT_ROUNDING = 2.0**-20
-"""Where the law itself moves by more than the tolerance if its queries do by so much, no kernel
-that sums up float32 can do better: 64 products that are each off by 2^-20, up or down, move a score
-as much as one that is off by 2^-23 of |q||k|."""
+"""Where the reference itself moves by more than the tolerance if its queries do by so much, no
+kernel that sums up float32 can do better: 64 products that are each off by 2^-20, up or down, move
+a score as much as one that is off by 2^-23 of |q||k|."""
 
 PADDING = 2
 """Rows behind the last query of each step, whose outputs nobody may touch."""
 
 KEY_SCALE, VALUE_SCALE = 0.05, 0.04
-"""Of a float8 cache; keys above 448 times this are clamped, which are none."""
+"""Scales of a float8 cache. Keys above 448 times the first are clamped; there are none."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,27 @@ class Setup:
         head_dim: elements of a head.
         group: query heads of a KV head.
         window: sliding window in tokens.
-        fp8: the cache is float8_e4m3fn.
+        device: where the kernels run: "cuda", or "cpu" for Triton's interpreter.
         longest: tokens of the longest request.
-        device: where the kernels run.
-        seed: of the random inputs.
+        fp8: the cache is float8_e4m3fn.
     """
 
     variant: str
     dtype: str
     head_dim: int
     group: int
-    window: int | None
-    fp8: bool = False
-    longest: int = 150
+    window: int | None = None
     device: str = "cuda"
-    seed: int = 0
+    longest: int = 150
+    fp8: bool = False
     num_kv_heads: int = 2
     block_size: int = 16
 
     def __str__(self) -> str:
         cache = " fp8 cache" if self.fp8 else ""
         window = f" window {self.window}" if self.window else ""
-        return f"{self.variant} {self.dtype}{cache} D{self.head_dim} G{self.group}{window}"
+        shape = f"D{self.head_dim} G{self.group}{window}"
+        return f"{self.device} {self.variant} {self.dtype}{cache} {shape}"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -89,18 +88,18 @@ class Setup:
 
 
 class Requests:
-    """Random sequences, and what the law makes of them.
+    """Random sequences, and their outputs by the reference.
 
     Attributes:
         q, k, v: by request, `[n, heads, head_dim]` in the setup's dtype, on the CPU.
-        laws: by request, float64 `[n, num_heads, head_dim]`.
+        expected: by request, float64 `[n, num_heads, head_dim]`.
         learned: the variant's per-head tensors.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.variant: Variant = get_variant(setup.variant)
-        self.generator = torch.Generator().manual_seed(zlib.crc32(f"{setup.seed} {setup}".encode()))
+        self.generator = torch.Generator().manual_seed(zlib.crc32(str(setup).encode()))
         dtype = DTYPES[setup.dtype]
 
         def normal(n: int, heads: int, size: float) -> Tensor:
@@ -114,13 +113,13 @@ class Requests:
             name: torch.rand(setup.num_heads, generator=self.generator) * 0.3 + 0.1
             for name in self.variant.learned
         }
-        self.laws = [self.law(r, self.q[r]) for r in range(len(setup.lengths))]
+        self.expected = [self.reference(r, self.q[r]) for r in range(len(setup.lengths))]
 
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
 
-    def law(self, request: int, q: Tensor) -> Tensor:
-        """The law's outputs of a request with these queries."""
+    def reference(self, request: int, q: Tensor) -> Tensor:
+        """Return the reference's outputs of a request with these queries."""
         k, v = self.k[request].double(), self.v[request].double()
         if self.setup.fp8:
             k, v = stored(k, KEY_SCALE), stored(v, VALUE_SCALE)
@@ -134,18 +133,18 @@ class Requests:
         return output.transpose(0, 1)
 
     def limit(self, request: int) -> float:
-        """Largest error allowed: the tolerance, or what rounded inputs do to the law."""
-        q, law = self.q[request].double(), self.laws[request]
+        """Return the largest error allowed: the tolerance, or what rounded inputs change."""
+        q, expected = self.q[request].double(), self.expected[request]
         moved = 0.0
         for _ in range(2):
             signs = torch.randint(0, 2, q.shape, generator=self.generator) * 2 - 1
-            other = self.law(request, q * (1 + INPUT_ROUNDING * signs))
-            moved = max(moved, float((other - law).abs().max() / law.abs().max()))
+            other = self.reference(request, q * (1 + INPUT_ROUNDING * signs))
+            moved = max(moved, float((other - expected).abs().max() / expected.abs().max()))
         return max(TOLERANCES[self.setup.dtype], moved)
 
 
 def stored(x: Tensor, scale: float) -> Tensor:
-    """What a float8 cache gives back."""
+    """Return `x` as a float8 cache gives it back."""
     held = (x.float() / torch.tensor(scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
     return held.double() * float(torch.tensor(scale))
 
@@ -157,6 +156,8 @@ class Paged:
     """
 
     def __init__(self, requests: Requests) -> None:
+        from attn_kernels.triton import TritonLayer  # by the test: interpreted or compiled
+
         self.requests = requests
         setup = requests.setup
         self.device = torch.device(setup.device)
@@ -186,8 +187,8 @@ class Paged:
         self.table = self._table()
 
     def _table(self) -> Tensor:
-        """Block table `[requests, most blocks + 1]` on the CPU: what is behind a request's last
-        block names one that holds NaN."""
+        """Return the block table `[requests, most blocks + 1]` on the CPU: entries behind a
+        request's last block name one that holds NaN."""
         *parts, rest = self.order.split(
             [*self.blocks_each, len(self.order) - sum(self.blocks_each)]
         )
@@ -207,13 +208,13 @@ class Paged:
         self.table = self._table()
 
     def slots(self, request: int, start: int, end: int) -> Tensor:
-        """int64: where a request's tokens are."""
+        """Return the slots of a request's tokens, int64."""
         positions = torch.arange(start, end)
         blocks = self.table[request].long()[positions // self.size]
         return blocks * self.size + positions % self.size
 
     def step(self, spans: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-        """Write and attend tokens `start` to `end` of some requests; their outputs on the CPU.
+        """Write and attend tokens `start` to `end` of some requests; return their outputs.
 
         Args:
             spans: `(request, start, end)` each.
@@ -246,35 +247,34 @@ class Paged:
         return list(host[:-PADDING].split(lens))
 
     def error(self, spans: Sequence[tuple[int, int, int]], outputs: Sequence[Tensor]) -> float:
-        """Largest error relative to the request's largest output; NaN if an output is."""
+        """Return the largest error relative to the request's largest output; NaN if one is."""
         worst = 0.0
         for (r, a, b), output in zip(spans, outputs, strict=True):
-            law = self.requests.laws[r]
-            error = float((output.double() - law[a:b]).abs().max() / law.abs().max())
+            expected = self.requests.expected[r]
+            difference = (output.double() - expected[a:b]).abs().max()
+            error = float(difference / expected.abs().max())
             worst = worse(error, worst)
         return worst
 
 
 def worse(a: float, b: float) -> float:
-    """The larger error; NaN if one is."""
+    """Return the larger error; NaN if one is."""
     return a if a != a or a > b else b
 
 
 def nothing(x: Tensor) -> Tensor:
-    """PADDING rows of NaN like those of `x`."""
+    """Return PADDING rows of NaN like those of `x`."""
     return torch.full((PADDING, *x.shape[1:]), torch.nan, dtype=x.dtype)
 
 
-def judged(error: float, requests: Requests, **columns: Any) -> dict[str, Any]:
-    """A row: the error, its limit, and whether that is kept."""
+def check(errors: Mapping[str, float], requests: Requests) -> None:
+    """Compare errors, each of one phase, with the limit of the requests.
+
+    Raises:
+        AssertionError: one is above it, or is NaN.
+    """
     limit = TOLERANCES[requests.setup.dtype]
-    if not error <= limit and requests.setup.dtype == "fp32":
-        limit = max(requests.limit(r) for r in range(len(requests.laws)))
-    kept = error <= limit  # a NaN is not
-    return {
-        **columns,
-        "status": "ok" if kept else "failed",
-        "detail": "" if kept else f"error {error:.1e} against the law, limit {limit:.0e}",
-        "error": error if error == error else None,
-        "limit": limit,
-    }
+    if requests.setup.dtype == "fp32" and not all(error <= limit for error in errors.values()):
+        limit = max(requests.limit(r) for r in range(len(requests.expected)))
+    wrong = {phase: error for phase, error in errors.items() if not error <= limit}
+    assert not wrong, f"errors above {limit:.0e}: {wrong}"

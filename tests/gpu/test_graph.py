@@ -1,25 +1,23 @@
-"""A captured decode step: replayed after block tables, lengths and requests changed in place."""
+"""A captured decode step, replayed after block tables, lengths and requests changed in place."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 
+from attn_kernels import variant_names
 from attn_kernels.batch import Batch
-from benchmarks.gpu_check.checks import Check, Row, Task
-from benchmarks.gpu_check.matrix import UNSPLIT, split_processors
-from benchmarks.gpu_check.paged import Paged, Requests, Setup, judged
-from benchmarks.kernels.case import DTYPES
+from tests.gpu.paged import DTYPES, Paged, Requests, Setup, check
+from tests.gpu.test_attention import UNSPLIT, split_processors, tiny
 
 SIZE = 4
 """Requests of the captured step; those that are missing are padding."""
 
 
 def capture(device: torch.device, step: Callable[[], None]) -> Callable[[], None]:
-    """A function that replays the step, captured once it has run; without a GPU, the step."""
+    """Return what replays the step, captured once it has run; without a GPU, the step itself."""
     if device.type != "cuda":
         return step
     side = torch.cuda.Stream()
@@ -58,7 +56,7 @@ class Decoder:
         self.paged.layer.attend(self.q, self.batch, self.out)
 
     def decode(self, tokens: Sequence[tuple[int, int]]) -> float:
-        """Replay with `(request, position)` each; the error against the law.
+        """Replay with `(request, position)` each; return the error against the reference.
 
         Raises:
             AssertionError: outputs of padding were written.
@@ -81,37 +79,42 @@ class Decoder:
         return paged.error([(r, p, p + 1) for r, p in tokens], [row[None] for row in out[:n]])
 
 
-def check(setup: Setup, processors: int) -> Iterable[Row]:
+# The compiled kernels are checked in the format that is served most.
+SETUPS = [tiny("selective")] + [
+    pytest.param(Setup(name, "bf16", 128, 4), marks=pytest.mark.gpu) for name in variant_names()
+]
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_replay(setup: Setup, split: bool) -> None:
     """Prefill, then four replays: as captured, later tokens, other blocks, other requests."""
     requests = Requests(setup)
     paged = Paged(requests)
-    paged.layer.num_processors = processors
+    paged.layer.num_processors = split_processors(setup.device) if split else UNSPLIT
     ends = [n - 4 for n in setup.lengths]
     paged.step([(r, 0, end) for r, end in enumerate(ends)])
     decoder = Decoder(paged)
     everyone = range(len(ends))
-    errors = [decoder.decode([(r, ends[r] + step) for r in everyone]) for step in range(2)]
+    errors = {"replay": decoder.decode([(r, ends[r]) for r in everyone])}
+    errors["later tokens"] = decoder.decode([(r, ends[r] + 1) for r in everyone])
     paged.move()
-    errors.append(decoder.decode([(r, ends[r] + 2) for r in everyone]))
-    errors.append(decoder.decode([(r, ends[r] + 3) for r in (2, 0)]))
-    names = ("replay", "later tokens", "blocks moved", "fewer requests, reordered")
-    columns = {"variant": setup.variant, "dtype": setup.dtype, "split": processors > 1}
-    return [
-        judged(error, requests, phase=name, **columns)
-        for name, error in zip(names, errors, strict=True)
-    ]
+    errors["blocks moved"] = decoder.decode([(r, ends[r] + 2) for r in everyone])
+    errors["fewer requests, reordered"] = decoder.decode([(r, ends[r] + 3) for r in (2, 0)])
+    check(errors, requests)
 
 
-def checks(task: Task) -> list[Check]:
-    """Each variant with whole and with split contexts, in the widest of the usual formats."""
-    dtype = "bf16" if "bf16" in task.dtypes else task.dtypes[0]
-    head_dim = 128 if 128 in task.head_dims else task.head_dims[0]
-    found = []
-    for variant, processors in product(task.variants, (split_processors(task.device), UNSPLIT)):
-        setup = Setup(
-            variant, dtype, head_dim, 4, None, longest=task.longest, device=task.device,
-            seed=task.seed,
-        )  # fmt: skip
-        name = f"{setup}, {'split' if processors > 1 else 'whole'} contexts"
-        found.append(Check(name, functools.partial(check, setup, processors)))
-    return found
+def test_stale_block_table_fails() -> None:
+    """A replay that does not see the new block table reads NaN."""
+    paged = Paged(Requests(tiny("softmax")))
+    paged.layer.num_processors = UNSPLIT
+    ends = [n - 2 for n in paged.requests.setup.lengths]
+    paged.step([(1, 0, ends[1])])
+    decoder = Decoder(paged)
+    assert decoder.decode([(1, ends[1])]) <= 1e-5
+    old = paged.table
+    paged.move()
+    assert not torch.equal(old, paged.table)
+    paged.table = old
+    error = decoder.decode([(1, ends[1] + 1)])
+    assert error != error
