@@ -282,7 +282,6 @@ RULES: dict[str, Rule] = {
         attnserve_serve("checkpoints/softpick")
         + " -- --chat-template checkpoints/softmax/chat_template.jinja"
     ),
-    "attnserve-gateway --help": Run(prints="--check-config"),
     "attnserve keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
     "make conformance": NotHere("a package index"),
     **{
