@@ -169,7 +169,7 @@ def outside(folder: Path, *command: str, **env: str) -> subprocess.CompletedProc
 LISTED = """
 import sys, pkgutil, importlib
 import serving, attnserve.cli
-for module in pkgutil.iter_modules(serving.__path__, "serving."):
+for module in pkgutil.walk_packages(serving.__path__, "serving."):
     importlib.import_module(module.name)
 print(sorted({name.split(".")[0] for name in sys.modules}))
 """

@@ -56,8 +56,10 @@ RULES: dict[str, Rule] = {
     '\'{"model": "softpick", "prompt": "It was the best of times,", "max_tokens": 32}\'': Asked(),
     "attnserve doctor": Run(prints="kernel cache"),
     "attnserve --help": Run(prints="sweep"),
+    "attnserve --install-completion": NotHere("a shell whose settings it may change"),
     "attnserve serve CKPT": Serve(attnserve_serve("checkpoints/lssar")),
     "pip install .": Elsewhere("tests/test_packaging.py"),
+    "pip install '.[cuda]'": NotHere("a GPU, and a package index"),
     "pip install '.[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu": NotHere(
         "a package index"
     ),
@@ -99,7 +101,7 @@ RULES: dict[str, Rule] = {
     "make analyze": Run(
         "make analyze ARGS='--measures perplexity --limit 1'", prints=BOOKS, code=2, long=True
     ),
-    "python -m training": Run(prints="attnserve.evaluation.evaluate"),
+    "python -m training": Run(prints="training.convert"),
     "attnserve evaluate checkpoints/softpick --text README.md": Run(prints="README"),
     "attnserve evaluate CKPT": Run(
         "attnserve evaluate checkpoints/softpick --sequences 2",
