@@ -41,7 +41,7 @@ COMMANDS = (
     "benchmarks.smollm2",
     "benchmarks.triton_compile",
     "benchmarks.triton_compile.packed",
-    "benchmarks.gpu_check",
+    "benchmarks.gpu",
 )
 CHECKPOINTS = CHECKOUT / "checkpoints"
 PACKED = Path(".run/softpick-w4")

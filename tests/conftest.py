@@ -14,18 +14,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny tensors gain nothing from a second thread, and lose much where a server runs beside the test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Decide whether Triton's kernels are interpreted: not with `-m gpu`.
-
-    Triton decides at its first import, by whichever test comes first, whether its own functions
-    are; the programs that tests start decide for themselves.
-    """
-    if config.getoption("markexpr") != "gpu":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            importlib.import_module("triton.language")
-
+# Triton decides at its first import, by whichever test comes first, whether its own functions are
+# interpreted. In this process they are, unless TRITON_INTERPRET=0 (`make test-gpu`) says otherwise;
+# the programs that tests start decide for themselves.
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
+    importlib.import_module("triton.language")
 
 # The default action ends Python at once and would leave the servers of a test running.
 signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -36,7 +36,7 @@ WRONG = {
 WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
     *("benchmarks.triton_compile", "benchmarks.triton_compile.packed"),
-    "benchmarks.gpu_check",
+    "benchmarks.gpu",
 }
 OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets")
 """Modules that `attnserve` runs."""

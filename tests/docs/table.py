@@ -325,7 +325,7 @@ RULES: dict[str, Rule] = {
     ),
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
-    "python -m benchmarks.gpu_check": NotHere("a GPU"),
+    "python -m benchmarks.gpu": NotHere("a GPU"),
     # docs/QUANT.md
     "python -m quant": Run(prints="sensitivity"),
     **{

@@ -1,7 +1,7 @@
 """GPU tests run twice: tiny cases in Triton's interpreter on the CPU, all cases on a GPU.
 
-`pytest -m gpu` chooses the second. With `-n 15` (xdist) as many processes compile side by side, and
-one that loses its device is replaced.
+`TRITON_INTERPRET=0 pytest -m gpu` chooses the second. With `-n 15` (xdist) as many processes compile
+side by side, and one that loses its device is replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     from triton.runtime.interpreter import InterpretedFunction
 
     if isinstance(triton.language.cdiv, InterpretedFunction):
-        pytest.skip("kernels are interpreted in this process: choose GPU tests with -m gpu")
+        pytest.skip("kernels are interpreted in this process: run with TRITON_INTERPRET=0")
     yield
     try:
         torch.cuda.synchronize()

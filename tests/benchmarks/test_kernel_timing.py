@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from attn_kernels import causal_mask
+from attn_kernels import causal_mask, get_variant
 from benchmarks.kernels.case import FULL, Case, Inputs, Paging, copies_needed
-from benchmarks.kernels.clock import Spread, interleave, paired_ratio
-from benchmarks.kernels.limits import Limit
+from benchmarks.kernels.measure import Limit, interleave, row
+from benchmarks.results import spread
 
 DECODE = Case("decode", "bf16", 64, 300, 3, 1, 4, 2, 32)
 PREFILL = Case("prefill", "fp32", 32, 100, 2, 70, 4, 2, 32)
+GOOD = {"softpick": "", "vllm": "", "sdpa": "error"}
 
 
 def test_grid_is_the_issue_s() -> None:
@@ -24,7 +26,7 @@ def test_grid_is_the_issue_s() -> None:
     assert prefill == {(0, 512), (0, 2048), (4096, 512), (4096, 2048)}
 
 
-@pytest.mark.parametrize("case", [DECODE, PREFILL], ids=Case.describe)
+@pytest.mark.parametrize("case", [DECODE, PREFILL], ids=str)
 def test_bytes_and_operations_are_those_of_the_tensors(case: Case) -> None:
     inputs = Inputs.make(case)
     assert case.kv_bytes == inputs.key.nbytes + inputs.value.nbytes
@@ -35,7 +37,7 @@ def test_bytes_and_operations_are_those_of_the_tensors(case: Case) -> None:
     assert case.flops == pairs * case.head_dim * 2 * 2
 
 
-@pytest.mark.parametrize("case", [DECODE, PREFILL], ids=Case.describe)
+@pytest.mark.parametrize("case", [DECODE, PREFILL], ids=str)
 def test_copies_share_no_slot(case: Case) -> None:
     paging = Paging(case, 3)
     slots = torch.cat([paging.slots(copy, 0) for copy in range(3)])
@@ -54,14 +56,17 @@ def test_small_cases_are_copied_until_they_are_cold() -> None:
 class Scripted:
     """A candidate that writes down what happens to it."""
 
+    variant, learned = get_variant("softmax"), dict[str, Tensor]()
+
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
 
     def prepare(self) -> None:
         self.log.append(f"prepare {self.name}")
 
-    def run(self) -> None:
+    def run(self) -> Tensor:
         self.log.append(self.name)
+        return torch.empty(0)
 
 
 def test_candidates_alternate() -> None:
@@ -80,14 +85,19 @@ def test_least_rounds_are_run_whatever_they_take() -> None:
 
 def test_spread() -> None:
     samples = np.arange(11, dtype=np.float64)[::-1]
-    assert Spread.of(samples) == Spread(2.0, 5.0, 8.0)
+    assert spread("ms", samples) == {"ms_p20": 2.0, "ms_median": 5.0, "ms_p80": 8.0}
+    assert spread("ms", []) == {"ms_p20": None, "ms_median": None, "ms_p80": None}
 
 
 def test_a_ratio_is_free_of_the_machine_s_drift() -> None:
     drift = np.array([1.0, 3.0, 9.0, 2.0, 5.0])
     peer = drift * 4.0
     ours = drift * np.array([1.0, 1.0, 2.0, 1.0, 1.0])
-    assert paired_ratio(ours, peer) == 0.25
+    found = row("softpick", PREFILL, {"softpick": ours, "vllm": peer}, GOOD, "GFLOP/s", 100.0)
+    assert found["ratio_vllm"] == 0.25 and found["ratio_sdpa"] is None
+    achieved = pytest.approx(PREFILL.flops / found["ms_median"] / 1e6)
+    assert found["rate"] == achieved and found["fraction_of_limit"] * 100 == achieved
+    assert found["note"] == "SDPA: error"
 
 
 def test_limit_is_the_best_method(monkeypatch: pytest.MonkeyPatch) -> None:

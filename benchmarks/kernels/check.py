@@ -1,22 +1,22 @@
-"""The gate before the stopwatch: a candidate's output on the case's own data against the law."""
+"""What is wrong is not timed: a candidate's output on the case's own data against the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from attn_kernels import Variant, reference, selectable_mask
+from benchmarks.kernels.candidates import Candidate
 from benchmarks.kernels.case import Inputs
 
 LIMITS = {"fp32": 2e-6, "bf16": 1e-2, "fp16": 1e-2}
 """Largest error of our kernels by dtype, relative to the largest |output| of the sampled rows."""
 
 PEER_LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
-"""The same for vLLM and torch: enough to know that they compute the same thing."""
+"""The same for the kernels of others: enough to know that they compute the same thing."""
 
 SAMPLES = 3
 """Rows compared: the first, the last and a random one."""
@@ -25,29 +25,18 @@ TILE = 256
 """Queries whose selections are materialised at once, in float64."""
 
 
-class Checked(Protocol):
-    """A candidate as the gate sees it: freshly made, its accumulators 0."""
-
-    variant: Variant
-    learned: Mapping[str, Tensor]
-
-    @property
-    def out(self) -> Tensor:
-        """Output of the last `run`, `[batch * new_tokens, num_heads, head_dim]`."""
-
-    def run(self) -> None:
-        """Attend with the case's queries."""
-
-
 def calls_checked(variant: Variant, inputs: Inputs) -> int:
-    """Calls before the comparison. The first decode finds accumulators of 0, in which a wrong
-    kernel would not show; a second one with the same queries reads what the first has left."""
+    """Return how many calls come before the comparison.
+
+    The first decode finds accumulators of 0, in which a wrong kernel would not show; a second one
+    with the same queries reads what the first has left.
+    """
     return 2 if variant.stateful and inputs.case.phase == "decode" else 1
 
 
 @dataclass(frozen=True)
-class Law:
-    """The float64 law's outputs for some of a case's queries.
+class Expected:
+    """The float64 reference's outputs for some of a case's queries.
 
     Attributes:
         rows: indices into the case's `[batch * new_tokens]` queries.
@@ -58,8 +47,9 @@ class Law:
     output: Tensor
 
     @classmethod
-    def of(cls, variant: Variant, inputs: Inputs, learned: Mapping[str, Tensor]) -> Law:
-        """For `calls_checked` calls with the same queries, on accumulators that began at 0.
+    def of(cls, variant: Variant, inputs: Inputs, learned: Mapping[str, Tensor]) -> Expected:
+        """Return those of `calls_checked` calls with the same queries, on accumulators that began
+        at 0.
 
         Args:
             variant: the attention function.
@@ -68,39 +58,38 @@ class Law:
         """
         case = inputs.case
         total = len(inputs.query)
-        drawn = torch.randint(total, (max(0, SAMPLES - 2),)).tolist()
-        rows = sorted({0, total - 1, *drawn})
+        rows = sorted({0, total - 1, *torch.randint(total, (max(0, SAMPLES - 2),)).tolist()})
         outputs = []
         for row in rows:
             request, index = divmod(row, case.new_tokens)
-            position = case.seq_len - case.new_tokens + index
+            seen = case.seq_len - case.new_tokens + index + 1
             key, value = inputs.key[request].transpose(0, 1), inputs.value[request].transpose(0, 1)
+            state = state_before(variant, inputs, request, index) if variant.stateful else None
             output, _ = reference.attention(
                 variant,
                 inputs.query[row, :, None],
-                key[:, : position + 1],
-                value[:, : position + 1],
+                key[:, :seen],
+                value[:, :seen],
                 scale=inputs.scale,
                 learned=learned,
-                state=_state_before(variant, inputs, request, index)[: position + 1]
-                if variant.stateful
-                else None,
+                state=None if state is None else state[:seen],
             )
             outputs.append(output[:, 0])
         return cls(rows, torch.stack(outputs))
 
     def error(self, out: Tensor) -> float:
-        """Largest error relative to the largest |output|; NaN if anything is.
+        """Return the largest error relative to the largest |output|; NaN if anything is.
 
         Args:
             out: `[batch * new_tokens, num_heads, head_dim]`.
         """
-        difference = (out[self.rows].double() - self.output).abs().max()
+        difference = (out[self.rows].cpu().double() - self.output).abs().max()
         return float(difference / self.output.abs().max())
 
 
-def _state_before(variant: Variant, inputs: Inputs, request: int, index: int) -> Tensor:
-    """float64 `[seq_len]`: the request's accumulators before its query `index` of the last call."""
+def state_before(variant: Variant, inputs: Inputs, request: int, index: int) -> Tensor:
+    """Return a request's accumulators before its query `index` of the last call, float64
+    `[seq_len]`."""
     case = inputs.case
     first = case.seq_len - case.new_tokens
     keys = torch.arange(case.seq_len)
@@ -117,14 +106,16 @@ def _state_before(variant: Variant, inputs: Inputs, request: int, index: int) ->
     return state
 
 
-def red(error: float, limit: float) -> str:
-    """Why a candidate with this error must not be timed; empty if it may."""
-    # "not <=": a NaN is not within any limit.
-    return f"error {error:.1e} against the law, limit {limit:.0e}" if not error <= limit else ""
-
-
-def check(candidate: Checked, inputs: Inputs, law: Law) -> float:
-    """Call a fresh candidate; its error against the law (`Law.error`)."""
+def error_of(candidate: Candidate, inputs: Inputs, expected: Expected) -> float:
+    """Call a fresh candidate, and return its error (`Expected.error`)."""
     for _ in range(calls_checked(candidate.variant, inputs)):
-        candidate.run()
-    return law.error(candidate.out)
+        out = candidate.run()
+    return expected.error(out)
+
+
+def complaint(error: float, limit: float) -> str:
+    """Return why a candidate with this error must not be timed; empty if it may."""
+    # "not <=": a NaN is not within any limit.
+    if not error <= limit:
+        return f"error {error:.1e} against the reference, limit {limit:.0e}"
+    return ""
