@@ -1,7 +1,6 @@
 """The command `attnserve`: all that users run, under one name.
 
-`serve` is read here. The other commands read their own arguments, which are handed on as they are,
-and nothing of theirs is imported before one of them is asked for.
+It stands above the packages whose commands it names; nothing imports it.
 """
 
 from __future__ import annotations
@@ -9,33 +8,26 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, requires, version
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from packaging.requirements import Requirement
-from typer.exceptions import TyperException
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The checkout, if this is one."""
+from attnserve import command
+from attnserve.command import expanded
+from attnserve.errors import UserError
+from attnserve.evaluation.books import books
+from attnserve.files import CHECKOUT
 
 DEFAULT_CHECKPOINT = Path("checkpoints/softpick")
 
-app = typer.Typer(
-    help="Serve attention that is not softmax, by unmodified vLLM. "
+app = command.application(
+    "Serve attention that is not softmax, by unmodified vLLM. "
     "`attnserve COMMAND --help` says what a command takes.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    completion=True,
 )
-
-
-def fail(message: str, code: int = 1) -> NoReturn:
-    """End with one line on standard error."""
-    print(f"attnserve: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)
@@ -51,28 +43,18 @@ def show_version(
         raise typer.Exit(2)
 
 
-def expanded(path: Path) -> Path:
-    """Return a path whose `~`, which may have been quoted, is a home folder's."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        fail(f"there is no user {path.parts[0].removeprefix('~')}: {path}", 2)
-
-
 def checkpoint_folder(named: Path | None) -> Path:
     """Return the checkpoint to serve: the one named (`~` may be quoted), else the bundled one."""
     if named is not None:
         return expanded(named)
-    for base in (Path(), ROOT):
+    for base in (Path(), CHECKOUT):
         if (base / DEFAULT_CHECKPOINT / "config.json").is_file():
             return base / DEFAULT_CHECKPOINT
-    fail(
-        f"name a checkpoint's folder: attnserve serve CKPT (there is no {DEFAULT_CHECKPOINT} here)",
-        2,
+    raise UserError(
+        f"name a checkpoint's folder: attnserve serve CKPT (there is no {DEFAULT_CHECKPOINT} here)"
     )
 
 
-@app.command(epilog="What follows -- goes to `vllm serve`.")
 def serve(
     context: typer.Context,
     ckpt: Annotated[
@@ -101,8 +83,12 @@ def serve(
         Path, typer.Option(metavar="FOLDER", help="Where the two servers' logs go.")
     ] = Path(".run"),
 ) -> None:
-    """Serve a checkpoint: vLLM, and the gateway in front of it. Ctrl-C stops both."""
-    from serving import launch
+    """Serve a checkpoint: vLLM, and the gateway in front of it.
+
+    Ctrl-C stops both. What follows -- goes to `vllm serve`.
+    """
+    from serving.launch import serve as launch
+    from serving.launch.process import LaunchError
 
     options = launch.Options(
         checkpoint_folder(ckpt),
@@ -110,12 +96,12 @@ def serve(
         vllm_port,
         gateway_port,
         expanded(log_folder),
-        tuple(context.obj),
+        tuple(context.args),
     )
     try:
         asyncio.run(launch.serve(options))
-    except launch.LaunchError as error:
-        fail(str(error), error.code)
+    except LaunchError as error:
+        command.fail("attnserve", str(error), error.code)
 
 
 def gateway(context: typer.Context) -> None:
@@ -134,29 +120,17 @@ def keys(context: typer.Context) -> None:
 
 def doctor(context: typer.Context) -> None:
     """Check this environment and say what to do."""
-    from serving.doctor import main
+    from serving.launch.doctor import main
 
     raise typer.Exit(main(context.obj))
-
-
-def missing(extra: str) -> list[str]:
-    """Return the distributions of an extra that are not installed."""
-    names = []
-    for requirement in map(Requirement, requires("attnserve") or []):
-        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
-            try:
-                version(requirement.name)
-            except PackageNotFoundError:
-                names.append(requirement.name)
-    return names
 
 
 def module(name: str, extra: str, text: str) -> Callable[[typer.Context], None]:
     """Return a command that runs `python -m NAME` in place of this process."""
 
     def run(context: typer.Context) -> None:
-        if names := missing(extra):
-            fail(f"{', '.join(names)} not installed: pip install 'attnserve[{extra}]'")
+        if names := command.missing(extra):
+            raise UserError(f"{', '.join(names)} not installed: pip install 'attnserve[{extra}]'")
         # -P: a folder in the present one that has the name of a package must not win over it.
         os.execv(sys.executable, [sys.executable, "-P", "-m", name, *context.obj])
 
@@ -176,38 +150,18 @@ HANDED_ON = {
     "evaluate": module(
         "attnserve.evaluation.evaluate", "train", "Measure a checkpoint's perplexity."
     ),
-    "books": module(
-        "attnserve.evaluation.books", "train", "Fetch the novels that the checkpoints learned from."
-    ),
 }
 """Commands that read their arguments themselves, `--help` too."""
 
+command.add(app, "serve", serve, others=True)
 for _name, _command in HANDED_ON.items():
     app.command(_name)(_command)
-
-
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments that are read here, and those that are handed on as they are."""
-    if arguments and arguments[0] in HANDED_ON:
-        return [arguments[0]], list(arguments[1:])
-    if "--" in arguments:
-        at = arguments.index("--")
-        return list(arguments[:at]), list(arguments[at + 1 :])
-    return list(arguments), []
+command.add(app, "books", books)
 
 
 def main() -> None:
     """Run the command line: exit code 2 and one line where it makes no sense."""
-    own, others = split(sys.argv[1:])
-    try:
-        code = app(own, prog_name="attnserve", obj=others, standalone_mode=False)
-    except TyperException as error:
-        message, hint = error.format_message().rstrip("."), "attnserve --help"
-        if own[0] == "serve":
-            hint = "attnserve serve --help"
-            if getattr(error, "possibilities", None) == []:  # typer's NoSuchOption is private
-                hint = "vLLM's options follow `--`: attnserve serve CKPT -- OPTIONS"
-        elif Path(os.path.expanduser(own[0]), "config.json").exists():
-            hint = f"to serve it: attnserve serve {own[0]}"
-        fail(f"{message} ({hint})", error.exit_code)
-    sys.exit(code)
+    given = sys.argv[1:]
+    if given and given[0] in HANDED_ON:
+        app(given[:1], prog_name="attnserve", obj=given[1:])
+    command.run(app, "attnserve", given)

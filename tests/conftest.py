@@ -3,7 +3,9 @@
 import importlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +15,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Triton decides at its first import, by whichever test comes first, whether its own functions are
-# interpreted. In this process they are; the programs that tests start decide for themselves.
+# interpreted. In this process they are, unless TRITON_INTERPRET=0 (`make test-gpu`) says otherwise;
+# the programs that tests start decide for themselves.
 with pytest.MonkeyPatch.context() as _patch:
-    _patch.setenv("TRITON_INTERPRET", "1")
+    _patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
     importlib.import_module("triton.language")
 
 # The default action ends Python at once and would leave the servers of a test running.
@@ -28,3 +31,34 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+class Commands:
+    """Runs commands, functions that typer reads, in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def run(self, function: Callable[..., Any], *arguments: object, code: int = 0) -> str:
+        """Run a command that must end with an exit code; return its standard output."""
+        from attnserve.command import main
+
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(function, "the command", [str(argument) for argument in arguments])
+        self.printed = self.capsys.readouterr()
+        assert (ended.value.code or 0) == code, self.printed.err
+        return self.printed.out
+
+    def refused(self, function: Callable[..., Any], *arguments: object, code: int = 2) -> str:
+        """Run a command that must refuse its input; return the one line with which it does."""
+        assert self.run(function, *arguments, code=code) == ""
+        *progress, line = self.printed.err.splitlines()
+        assert line.startswith("the command") and not any("Traceback" in text for text in progress)
+        return line
+
+
+@pytest.fixture
+def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
+    """What runs a command and returns what it prints."""
+    return Commands(capsys)

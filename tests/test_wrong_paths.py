@@ -28,7 +28,6 @@ WRONG = {
     "benchmarks.rates": "--ckpt {bad}",
     "benchmarks.pruning": "--ckpt {bad}",
     "benchmarks.quantized": "--ckpt {bad} --packed {bad}",
-    "benchmarks.decode_step": "--ckpt {bad}",
     "benchmarks.serve": "--ckpts {bad}",
     "benchmarks.memory": "--ckpts {bad}",
     "benchmarks.smollm2": "{file}",
@@ -36,15 +35,17 @@ WRONG = {
 """A path that is no checkpoint, text or folder, where the command reads or writes one."""
 WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
-    *("benchmarks.roofline", "benchmarks.triton_compile", "benchmarks.triton_compile.packed"),
-    "benchmarks.gpu_check",
+    *("benchmarks.triton_compile", "benchmarks.triton_compile.packed"),
+    "benchmarks.gpu",
 }
+OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets")
+"""Modules that `attnserve` runs."""
 CONFIGS = {"nothing": None, "no JSON": "{", "empty": "{}", "no mapping": "[]"}
 """What config.json holds in the folder that is named."""
 
 
 def test_every_command_is_here() -> None:
-    assert {*TRAINING, *BENCHMARKS} == {*WRONG, *WITHOUT}
+    assert {*TRAINING, *BENCHMARKS, *OURS} == {*WRONG, *WITHOUT}
     for package in ("training", "benchmarks"):
         for file in (CHECKOUT / package).rglob("*.py"):
             parts = file.relative_to(CHECKOUT).with_suffix("").parts
@@ -78,4 +79,4 @@ def test_wrong_path(
     assert ended.value.code not in (0, None)
     line = (capsys.readouterr().err.splitlines() or [str(ended.value)])[-1]
     assert str(tmp_path) in line
-    assert line.startswith((f"{module}: ", f"python -m {module}: "))
+    assert line.startswith((f"{module}: ", f"python -m {module}: ", "attnserve "))

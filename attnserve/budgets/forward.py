@@ -15,7 +15,7 @@ from attn_kernels.variants.softmax import Softmax
 from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
 from attnserve.budgets.texts import Texts
 from attnserve.errors import UserError
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 from hf_attn import VariantLlamaForCausalLM
 
 BATCH = 8

@@ -1,28 +1,17 @@
-"""Fetch the thirteen novels that the reference checkpoints are trained and measured on.
-
-    attnserve books
-
-They are e-books of Project Gutenberg, in the public domain, 21 MB in all; novels.tsv has
-their numbers and hashes. Gutenberg revises its files, so the editions that were used come from
-GITenberg's copies on GitHub, which are fixed by a commit. --source gutenberg asks www.gutenberg.org
-for today's files instead; a changed one is refused unless --keep-changed is given.
-
-An interrupted download is kept: the same command goes on from there.
-"""
+"""Where the thirteen novels are that the reference checkpoints are trained and measured on."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from tqdm import tqdm
+import typer
 
-from attn_kernels.cpu.build import BuildError, cache_folder
+from attnserve.command import AsJson, expanded, main, needs
+from attnserve.errors import UserError
 from attnserve.evaluation.gutenberg import (
     GITENBERG,
     GUTENBERG,
@@ -34,6 +23,7 @@ from attnserve.evaluation.gutenberg import (
     sha256,
     used_edition,
 )
+from attnserve.files import write_text
 
 VALIDATION, TEST = "emma.txt", "great_expectations.txt"
 WAYS = (
@@ -56,6 +46,8 @@ def books_folder() -> Path:
     Raises:
         FileNotFoundError: this user has no cache folder.
     """
+    from attn_kernels.cpu.build import BuildError, cache_folder
+
     try:
         return cache_folder() / "books"
     except BuildError as error:
@@ -101,19 +93,25 @@ def add_books_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SOURCES = {"gitenberg": (used_edition, GITENBERG), "gutenberg": (newest_edition, GUTENBERG)}
+class Source(StrEnum):
+    """Where the novels are fetched from."""
+
+    GITENBERG = "gitenberg"
+    GUTENBERG = "gutenberg"
 
 
-class FetchError(Exception):
-    """The novels could not be fetched; the message says why and what to do."""
+SOURCES = {
+    Source.GITENBERG: (used_edition, GITENBERG),
+    Source.GUTENBERG: (newest_edition, GUTENBERG),
+}
 
 
-def fetch(folder: Path, source: str, server: str = "", keep_changed: bool = False) -> list[str]:
+def fetch(folder: Path, source: Source, server: str = "", keep_changed: bool = False) -> list[str]:
     """Download the novels that the folder lacks; it is there with all of them or not at all.
 
     Args:
         folder: to write. Meanwhile the novels are in `folder.part`.
-        source: a key of `SOURCES`.
+        source: the edition.
         server: another one that has the files of the source under the same paths.
         keep_changed: keep texts whose hash is not that of `novels.tsv`.
 
@@ -121,14 +119,16 @@ def fetch(folder: Path, source: str, server: str = "", keep_changed: bool = Fals
         The files whose hash is not that of `novels.tsv`.
 
     Raises:
-        FetchError: the folder holds something else, a download failed, or a text is another.
+        UserError: the folder holds something else, a download failed, or a text is another.
     """
+    from tqdm import tqdm
+
     folder = folder.resolve()
     url_of, usual = SOURCES[source]
     wanted = novels()
     if folder.exists() and any(folder.iterdir()):
         if missing := [novel.file for novel in wanted if not (folder / novel.file).is_file()]:
-            raise FetchError(f"{folder} is there and has no {missing[0]}: name another --out")
+            raise UserError(f"{folder} is there and has no {missing[0]}: name another --out")
         return [novel.file for novel in wanted if not unchanged(folder / novel.file, novel)]
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
@@ -141,15 +141,15 @@ def fetch(folder: Path, source: str, server: str = "", keep_changed: bool = Fals
         try:
             text = clean(download(url))
         except OSError as error:
-            raise FetchError(f"{error}; what came is kept, run the command again") from None
+            raise UserError(f"{error}; what came is kept, run the command again") from None
         if sha256(text) != novel.sha256:
             if not keep_changed:
-                raise FetchError(
+                raise UserError(
                     f"{url} is not the text of {novel.title} that was used: it has another "
                     "SHA-256. --keep-changed takes it, and results will differ"
                 )
             changed.append(novel.file)
-        write(path, text)
+        write_text(path, text)
     if folder.exists():
         folder.rmdir()
     part.rename(folder)
@@ -161,53 +161,51 @@ def unchanged(path: Path, novel: Novel) -> bool:
     return path.is_file() and sha256(path.read_text(encoding="utf-8")) == novel.sha256
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+@needs("train")
+def books(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder to write, for --books. Default: books in the cache folder, which is "
+            "$ATTNSERVE_CACHE, else attnserve in $XDG_CACHE_HOME or ~/.cache.",
+        ),
+    ] = None,
+    source: Annotated[
+        Source, typer.Option(help="The editions that were used, or today's.")
+    ] = Source.GITENBERG,
+    server: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help=f"A mirror of the source. Default: {GITENBERG} or {GUTENBERG}.",
+            show_default=False,
+        ),
+    ] = "",
+    keep_changed: Annotated[
+        bool, typer.Option("--keep-changed", help="Keep texts with another SHA-256.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the novels that the checkpoints learned from.
 
+    The reference checkpoints were trained and measured on them. They are thirteen e-books of
+    Project Gutenberg, in the public domain, 21 MB in all. Gutenberg revises its files, so the
+    editions that were used come from GITenberg's copies on GitHub, which are fixed by a commit.
+    --source gutenberg asks www.gutenberg.org for today's files instead; a changed one is refused
+    unless --keep-changed is given.
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="attnserve books",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder to write, for --books (default: books in the cache folder, which is "
-        "$ATTNSERVE_CACHE, else attnserve in $XDG_CACHE_HOME or ~/.cache)",
-    )
-    parser.add_argument(
-        "--source",
-        choices=SOURCES,
-        default="gitenberg",
-        help="the editions that were used, or today's (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--server",
-        default="",
-        metavar="URL",
-        help=f"a mirror of the source (default: {GITENBERG} or {GUTENBERG})",
-    )
-    parser.add_argument(
-        "--keep-changed", action="store_true", help="keep texts with another SHA-256"
-    )
-    options = parser.parse_args(argv)
-    try:
-        folder = options.out or books_folder()
-        changed = fetch(folder, options.source, options.server, options.keep_changed)
-    except (FetchError, OSError) as error:
-        sys.exit(f"attnserve.evaluation.books: {error}")
+    An interrupted download is kept: the same command goes on from there.
+    """
+    folder = expanded(out) if out else books_folder()
+    changed = fetch(folder, source, server, keep_changed)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "changed": changed}))
+        return
     print(f"The novels are in {folder}")
     if changed:
         print(f"Not the texts that were used, so results will differ: {', '.join(changed)}")
-    print(json.dumps({"folder": str(folder), "changed": changed}))
 
 
 if __name__ == "__main__":
-    main()
+    main(books, "attnserve books")

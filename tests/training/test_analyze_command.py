@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attnserve.evaluation.blimp import Blimp
+from attnserve.evaluation.tasks import Blimp
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 from training.analyze import __main__ as command
@@ -168,7 +168,7 @@ def test_what_a_measure_needs(
         assert "nowhere" in line and line.endswith(("with --eval", "with --eval or --books"))
     else:
         line = refusal(capsys, *argv)
-        assert "emma.txt is not there: fetch the thirteen novels with `python -m training" in line
+        assert "emma.txt is not there: fetch the thirteen novels with `attnserve books" in line
 
 
 def test_two_checkpoints_of_one_name(softpick: Path, texts: list[str], capsys: Capture) -> None:

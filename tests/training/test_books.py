@@ -13,6 +13,7 @@ import pytest
 from attnserve.evaluation import books, gutenberg
 from attnserve.evaluation.gutenberg import Novel, clean, sha256
 from attnserve.files import CHECKOUT
+from tests.conftest import Commands
 
 BODY = [
     "EMMA",
@@ -110,50 +111,54 @@ def test_only_the_novel_is_left(encoding: str) -> None:
 
 
 def test_fetched_whole_and_found(
-    server: tuple[Server, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: tuple[Server, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: Commands,
 ) -> None:
     state, url = server
     monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
     state.failures = ["503", "short", "short"]
-    books.main(["--server", url])
+    commands.run(books.books, "--server", url)
     assert len(state.asked) == 3 + 3
     assert [path.name for path in books.split().train] == ["first.txt"]
     assert books.split().test.read_text() == CLEANED
-    books.main(["--server", url])
+    commands.run(books.books, "--server", url)
     assert len(state.asked) == 6, "what is there is not asked for again"
 
 
 def test_broken_off_and_gone_on(
-    server: tuple[Server, str], table: list[Novel], tmp_path: Path
+    server: tuple[Server, str], table: list[Novel], tmp_path: Path, commands: Commands
 ) -> None:
     state, url = server
     last = gutenberg.used_edition(table[-1], "")
     content = state.files.pop(last)
     out = tmp_path / "novels"
     command = ["--server", url, "--out", str(out)]
-    with pytest.raises(SystemExit, match=f"{last}: Not Found; what came is kept, run the command"):
-        books.main(command)
+    message = commands.refused(books.books, *command)
+    assert f"{last}: Not Found; what came is kept, run the command again" in message
     assert not out.exists(), "a part of the novels is never taken for all"
     state.files[last], state.asked = content, []
-    books.main(command)
+    commands.run(books.books, *command)
     assert state.asked == [last]
     assert sorted(path.name for path in out.iterdir()) == sorted(novel.file for novel in table)
 
 
 def test_changed_edition_is_refused_or_named(
-    server: tuple[Server, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: tuple[Server, str], tmp_path: Path, commands: Commands
 ) -> None:
     _, url = server
     command = ["--server", url, "--out", str(tmp_path / "novels"), "--source", "gutenberg"]
-    with pytest.raises(SystemExit, match=r"another SHA-256\. --keep-changed takes it, and results"):
-        books.main(command)
-    books.main([*command, "--keep-changed"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    message = commands.refused(books.books, *command)
+    assert "another SHA-256. --keep-changed takes it, and results will differ" in message
+    found = json.loads(commands.run(books.books, *command, "--keep-changed", "--json"))
     assert found["changed"] == ["emma.txt", "great_expectations.txt", "first.txt"]
 
 
-def test_other_folder_is_left_alone(server: tuple[Server, str], tmp_path: Path) -> None:
+def test_other_folder_is_left_alone(
+    server: tuple[Server, str], tmp_path: Path, commands: Commands
+) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"has no emma\.txt: name another --out"):
-        books.main(["--server", server[1], "--out", str(tmp_path)])
+    message = commands.refused(books.books, "--server", server[1], "--out", tmp_path)
+    assert "has no emma.txt: name another --out" in message
     assert server[0].asked == []

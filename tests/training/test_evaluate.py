@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from attn_kernels import variant_names
 from attnserve.evaluation import evaluate
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import held_out
-from attnserve.evaluation.measure import Checkpoint
 from attnserve.sampled_text import sampled_text
 from tests.tiny import tiny_checkpoint
 
@@ -104,7 +104,10 @@ def test_no_home(
         (["CKPT", "--text", "EMPTY"], "has no words"),
         (["CKPT", "--text", "CKPT/model.safetensors"], "is not UTF-8 text"),
         (["CKPT", "--books", "nowhere"], "nowhere/emma.txt is not there: fetch the thirteen"),
-        (["CKPT", "--ngrams"], "emma.txt is not there: fetch the thirteen novels with `python"),
+        (
+            ["CKPT", "--ngrams"],
+            "emma.txt is not there: fetch the thirteen novels with `attnserve books",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,0 +1,192 @@
+"""How commands are made: typed functions, read by typer.
+
+The module of a command imports nothing heavy at its top, so that help is there at once; the
+function imports what it needs. It raises `UserError` for what it refuses. Its docstring is its
+help: paragraphs that are indented stay as they are, and what follows a form feed is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from packaging.requirements import Requirement
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
+
+from attnserve.errors import UserError
+
+Function = Callable[..., Any]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path whose `~`, which may have been quoted, is a home folder's.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0].removeprefix("~")
+        raise UserError(f"there is no user {user}: {path}") from None
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+"""An option of every command that prints results."""
+
+
+class Command(TyperCommand):
+    """A command whose list options take several values at once: `--bits 2 3 4 8`.
+
+    Where it allows extra arguments, `context.args` are those after `--`, as they are.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line."""
+        others: list[str] = []
+        if ctx.allow_extra_args and "--" in args:
+            at = args.index("--")
+            args, others = args[:at], args[at + 1 :]
+        ctx.allow_extra_args = False
+        super().parse_args(ctx, self._repeated(args))
+        ctx.args = others
+        return others
+
+    def _repeated(self, args: Sequence[str]) -> list[str]:
+        """Return `--bits 2 3` as `--bits 2 --bits 3`."""
+        lists = {name for option in self.params if option.multiple for name in option.opts}
+        result: list[str] = []
+        current, values = "", 0
+        for argument in args:
+            if argument.startswith("-") and argument != "-":
+                name, equals, _ = argument.partition("=")
+                current, values = (name if name in lists else ""), int(bool(equals))
+            elif current:
+                if values:
+                    result.append(current)
+                values += 1
+            result.append(argument)
+        return result
+
+
+def missing(extra: str) -> list[str]:
+    """Return the distributions of an extra that are not installed."""
+    names = []
+    for requirement in map(Requirement, requires("attnserve") or []):
+        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+            try:
+                version(requirement.name)
+            except PackageNotFoundError:
+                names.append(requirement.name)
+    return names
+
+
+def needs(extra: str) -> Callable[[Function], Function]:
+    """Return a decorator of a command that works only where an extra is installed."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def run(*arguments: Any, **options: Any) -> Any:
+            if names := missing(extra):
+                raise UserError(
+                    f"{', '.join(names)} not installed: pip install 'attnserve[{extra}]'"
+                )
+            return function(*arguments, **options)
+
+        return run
+
+    return decorate
+
+
+def add(app: typer.Typer, name: str, function: Function, others: bool = False) -> None:
+    """Add a command.
+
+    Args:
+        app: to this.
+        name: what is typed.
+        function: what runs.
+        others: what follows `--` is handed to it as `context.args`.
+    """
+    text = (inspect.getdoc(function) or "").partition("\f")[0].strip()
+    paragraphs = text.split("\n\n")
+    app.command(
+        name,
+        cls=Command,
+        help="\n\n".join("\b\n" + p if p.startswith("  ") else p for p in paragraphs),
+        short_help=" ".join(paragraphs[0].split()),
+        context_settings={"allow_extra_args": others, "help_option_names": ["--help", "-h"]},
+    )(function)
+
+
+def application(help_text: str | None = None, completion: bool = False) -> typer.Typer:
+    """Return an application without commands, in plain text."""
+    return typer.Typer(
+        help=help_text,
+        add_completion=completion,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line to its end.
+
+    Args:
+        app: what reads it.
+        name: what the user typed for it, which begins every message.
+        arguments: the command line; None: this process's.
+
+    Raises:
+        SystemExit: always: with 0; with 2 and one line on standard error where the input makes no
+            sense; or with what the command says.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given, prog_name=name, standalone_mode=False)
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else name
+        fail(path, f"{error.format_message().rstrip('.')} ({hint(error, path, given)})", 2)
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        fail(name, f"{error.filename}: {error.strerror}" if named else str(error), 2)
+    except ValueError as error:
+        fail(name, " ".join(str(error).split()), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        fail(name, "interrupted", INTERRUPTED)
+    sys.exit(code)
+
+
+def hint(error: TyperException, path: str, given: Sequence[str]) -> str:
+    """Return what to do about a command line that cannot be read."""
+    context = getattr(error, "ctx", None)
+    if context is not None and context.command.context_settings.get("allow_extra_args"):
+        if getattr(error, "possibilities", None) == []:  # typer's NoSuchOption is private
+            return f"other options follow `--`: {path} ... -- OPTIONS"
+    elif given and os.path.isfile(os.path.expanduser(given[0]) + "/config.json"):
+        return f"to serve it: attnserve serve {given[0]}"
+    return f"{path} --help"
+
+
+def fail(name: str, message: str, code: int) -> NoReturn:
+    """End with one line on standard error."""
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main(function: Function, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one function as a program of its own: `python -m quant.sweep`."""
+    app = application()
+    add(app, name, function)
+    run(app, name, arguments)
