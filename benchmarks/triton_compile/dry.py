@@ -153,7 +153,8 @@ class DryCompiler:
         self._launched(code, fn, compile)
 
     def _launched(self, code: str, fn: Any, compile: Any) -> None:
-        names, constants = fn.jit_function.arg_names, {}
+        names = fn.jit_function.arg_names
+        constants: dict[str, Any] = {}
         for path, value in compile["constants"].items():
             if hasattr(value, "_asdict"):  # a group of them
                 constants |= {field.upper(): part for field, part in value._asdict().items()}
