@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attn_kernels import get_variant
 from attn_kernels.reference import attention
-from tests.law_model import Greedy, LawModel
+from tests.reference_model import Greedy, ReferenceModel
 from tests.tiny import tiny_checkpoint
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def fla_checkpoint(folder: Path, **fields: Any) -> Path:
     return fla
 
 
-class FlaLaw(LawModel):
+class FlaLaw(ReferenceModel):
     """A checkpoint of the format in float64 that reads one token at a time."""
 
     def __init__(self, folder: Path) -> None:
@@ -201,7 +201,7 @@ def fla_logits(folder: Path, tokens: list[int]) -> Tensor:
 
 @torch.no_grad()
 def fla_greedy(folder: Path, prompt: list[int], num_tokens: int) -> Greedy:
-    """The law's most likely tokens after a prompt, as `tests.law_model.law_greedy`."""
+    """The law's most likely tokens after a prompt, as `tests.reference_model.reference_greedy`."""
     model = FlaLaw(folder)
     for token in prompt[:-1]:
         model.read(token)

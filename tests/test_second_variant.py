@@ -70,7 +70,7 @@ from pathlib import Path
 import torch
 from attnserve.budgets.forward import Forward
 from attnserve.evaluation.measure import Checkpoint
-from tests.law_model import LawModel
+from tests.reference_model import ReferenceModel
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = [8, 4, 12]
@@ -80,7 +80,7 @@ hidden = forward.embed(torch.tensor([prompt]))
 for layer, budget in enumerate(BUDGETS):
     hidden = forward.layer(layer, hidden, budget, "selective")
 logits = forward.model.lm_head(forward.model.model.norm(hidden))[0, -1]
-law = LawModel(tiny_checkpoint(Path("pruned"), {"name": "damped", "kv_budgets": BUDGETS}))
+law = ReferenceModel(tiny_checkpoint(Path("pruned"), {"name": "damped", "kv_budgets": BUDGETS}))
 for token in prompt:
     last = law.read(token)
 torch.testing.assert_close(logits.double(), last, rtol=0, atol=1e-3)
@@ -88,7 +88,7 @@ torch.testing.assert_close(logits.double(), last, rtol=0, atol=1e-3)
 
 SERVE = """
 from pathlib import Path
-from tests.law_model import clear_greedy
+from tests.reference_model import clear_greedy
 from tests.tiny import tiny_checkpoint
 from vllm import LLM, SamplingParams
 

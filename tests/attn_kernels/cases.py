@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import Variant, get_variant, selectable_mask, variant_names
-from tests.attn_kernels import textbook
+from tests.attn_kernels import paper_formulas
 
 # Parameters to try beside the defaults.
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
@@ -116,7 +116,7 @@ def in_textbook(
     learned: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(weights, outputs)` of the textbook for whole sequences of queries, keys and values."""
-    weights, outputs = textbook.attention(
+    weights, outputs = paper_formulas.attention(
         variant.name,
         dataclasses.asdict(variant),
         q.tolist(),

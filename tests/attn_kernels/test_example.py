@@ -45,8 +45,8 @@ def sigmoid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant
 def test_law_equals_textbook(
     sigmoid: Variant, shape: cases.Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(textbook, "TEXTBOOK", dict(textbook.TEXTBOOK))
-    exec(example("python", "TEXTBOOK["), dict(vars(textbook)))
+    monkeypatch.setattr(paper_formulas, "FORMULAS", dict(paper_formulas.FORMULAS))
+    exec(example("python", "FORMULAS["), dict(vars(paper_formulas)))
     inputs = cases.make_inputs(sigmoid, shape, seed=1)
     rows = range(shape.start, shape.stop)
     _, want = cases.in_textbook(sigmoid, *inputs.qkv, rows=rows, window=shape.window)
@@ -63,10 +63,10 @@ def test_kernels_equal_law(path: str) -> None:
     for shape in test_paged.SHAPES:
         for window in (None, 19):
             for dtype in (torch.float32, torch.bfloat16):
-                error = test_paged.error_against_law(path, "sigmoid", shape, window, dtype, 1)
+                error = test_paged.error_against_reference(path, "sigmoid", shape, window, dtype, 1)
                 assert error <= test_paged.tolerance(path, dtype), (shape, window, dtype)
     split = test_paged.Shape(4, 2, 32, 16, 1800, 1797)
-    error = test_paged.error_against_law(path, "sigmoid", split, None, torch.float32, threads=2)
+    error = test_paged.error_against_reference(path, "sigmoid", split, None, torch.float32, threads=2)
     assert error <= test_paged.TOLERANCE
 
 

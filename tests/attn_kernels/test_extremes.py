@@ -13,7 +13,7 @@ from tests.attn_kernels.cases import (
     VARIANTS,
     Shape,
     causal,
-    in_textbook,
+    in_paper_formulas,
     make_inputs,
     make_learned,
     penalties,

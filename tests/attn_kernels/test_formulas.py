@@ -16,14 +16,14 @@ from attn_kernels import (
     variant_names,
 )
 from attn_kernels import reference as law
-from tests.attn_kernels import textbook
+from tests.attn_kernels import paper_formulas
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
     SHAPES,
     VARIANTS,
     Shape,
     causal,
-    in_textbook,
+    in_paper_formulas,
     make_inputs,
     penalties,
     seeded,
@@ -54,12 +54,12 @@ def assert_weights(
 
 @pytest.mark.parametrize("name", variant_names())
 def test_every_variant_has_a_textbook_formula(name: str) -> None:
-    assert callable(textbook.entry(name).weights)
+    assert callable(paper_formulas.entry(name).weights)
 
 
 def test_missing_textbook_formula_says_what_to_do() -> None:
-    with pytest.raises(AssertionError, match=r"'novel' has no textbook formula: .*TEXTBOOK"):
-        textbook.entry("novel")
+    with pytest.raises(AssertionError, match=r"'novel' has no textbook formula: .*FORMULAS"):
+        paper_formulas.entry("novel")
 
 
 def test_softmax_vector() -> None:
@@ -169,7 +169,7 @@ def test_selective_penalties_equal_the_triple_loop(window: int | None) -> None:
     q, k, _ = make_inputs(get_variant("selective"), Shape(2, 1, 0, 15, 15, 4, 4), seed=4).qkv
     penalty = penalties(get_variant("selective"), q, k, 0.5, window)
     assert penalty is not None
-    want = textbook.penalties(q.tolist(), k.tolist(), scale=0.5, window=window)
+    want = paper_formulas.penalties(q.tolist(), k.tolist(), scale=0.5, window=window)
     seen = causal(15)
     torch.testing.assert_close(
         penalty[seen], torch.tensor(want, dtype=torch.float64)[seen], rtol=1e-12, atol=1e-13

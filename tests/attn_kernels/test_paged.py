@@ -179,7 +179,7 @@ def make_case(name: str, shape: Shape, window: int | None, dtype: torch.dtype) -
     return case
 
 
-def error_against_law(
+def error_against_reference(
     path: str, name: str, shape: Shape, window: int | None, dtype: torch.dtype, threads: int
 ) -> float:
     """Requests of odd lengths, prefilled in chunks and decoded in one mixed batch; the largest
@@ -292,7 +292,7 @@ FORMATS = (
 def test_equals_law(
     name: str, shape: Shape, dtype: torch.dtype, window: int | None, path: str
 ) -> None:
-    error = error_against_law(path, name, shape, window, dtype, threads=1)
+    error = error_against_reference(path, name, shape, window, dtype, threads=1)
     assert error <= tolerance(path, dtype)
 
 
@@ -303,14 +303,14 @@ def test_split_contexts_equal_law(name: str) -> None:
     for dtype, window in ((torch.float32, None), (torch.float32, 700), (torch.bfloat16, None)):
         for path in paths(name)[1:]:
             for threads in (2, 5):
-                error = error_against_law(path, name, shape, window, dtype, threads)
+                error = error_against_reference(path, name, shape, window, dtype, threads)
                 assert error <= tolerance(path, dtype), (path, threads, dtype, window)
 
 
 @pytest.mark.parametrize("name", variant_names())
 def test_single_visible_key(name: str) -> None:
     for path in paths(name)[1:]:
-        error = error_against_law(path, name, SHAPES[0], 1, torch.float32, threads=1)
+        error = error_against_reference(path, name, SHAPES[0], 1, torch.float32, threads=1)
         assert error <= TOLERANCE, path
 
 

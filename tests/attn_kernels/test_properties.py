@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attn_kernels import Variant, attend, causal_mask, get_variant, selectable_mask
 from attn_kernels import reference as law
-from tests.attn_kernels import textbook
+from tests.attn_kernels import paper_formulas
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
     VARIANTS,
@@ -71,7 +71,7 @@ def test_rows_of_weights(variant: Variant, shape: Shape, seed: int, spread: floa
     assert (weights >= 0).all()
     assert (weights[:, ~mask] == 0).all()
     total = weights.sum(-1)
-    row_sum = textbook.entry(variant.name).row_sum
+    row_sum = paper_formulas.entry(variant.name).row_sum
     if row_sum == "one":
         close(total, torch.ones_like(total), 1e-12)
     elif row_sum == "at most one":
@@ -94,7 +94,7 @@ def test_causality(variant: Variant, shape: Shape, seed: int, data: st.DataObjec
     before = run(variant, inputs, shape.window)
     after = run(variant, changed, shape.window)
     close(after[:, :j], before[:, :j], 1e-12)
-    if textbook.entry(variant.name).row_sum == "one":  # other rows may be 0 before and after
+    if paper_formulas.entry(variant.name).row_sum == "one":  # other rows may be 0 before and after
         assert not torch.equal(after[:, j:], before[:, j:]), "the change must be seen from j on"
 
 

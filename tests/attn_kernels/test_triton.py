@@ -94,13 +94,13 @@ def make_layer(
 # Few processors leave a context whole, many cut it into parts.
 @pytest.mark.parametrize(("window", "processors"), [(None, "132"), (24, "1")])
 @pytest.mark.parametrize("name", variant_names())
-def test_equals_the_law(
+def test_equals_the_reference(
     name: str, window: int | None, processors: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill in chunks and decoding, mixed; one request alone decodes against a split context."""
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
     shape = SHAPES[window is not None]
-    error = paged.error_against_law(processors, name, shape, window, torch.float32, 1)
+    error = paged.error_against_reference(processors, name, shape, window, torch.float32, 1)
     assert error <= TOLERANCE
 
 
@@ -108,7 +108,7 @@ def test_equals_the_law(
 @pytest.mark.parametrize("name", ["softpick", "lssar", "selective"])
 def test_groups_of_any_size(name: str, shape: paged.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
-    assert paged.error_against_law("16", name, shape, None, torch.float32, 1) <= TOLERANCE
+    assert paged.error_against_reference("16", name, shape, None, torch.float32, 1) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_groups_of_any_size(name: str, shape: paged.Shape, monkeypatch: pytest.M
 )
 def test_16_bits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
-    error = paged.error_against_law("132", name, SHAPES[0], None, dtype, 1)
+    error = paged.error_against_reference("132", name, SHAPES[0], None, dtype, 1)
     assert error <= NARROW_TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("sigmoid")
 def test_the_example_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
-    error = paged.error_against_law("132", "sigmoid", SHAPES[0], None, torch.float32, 1)
+    error = paged.error_against_reference("132", "sigmoid", SHAPES[0], None, torch.float32, 1)
     assert error <= TOLERANCE
 
 

@@ -19,7 +19,7 @@ from transformers import (
 from attn_kernels import get_variant, variant_names
 from attn_kernels.reference import attention
 from hf_attn.attention import attention_forward
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 
 TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -62,7 +62,7 @@ def generate(model: PreTrainedModel, **options: Any) -> list[int]:
 def test_stock_llama_generates_the_laws_tokens(name: str, tmp_path: Path) -> None:
     model = stock(LlamaConfig(**TINY), name)
     model.save_pretrained(tmp_path)
-    law = law_greedy(tmp_path, IDS[0].tolist(), 16, {"name": name})
+    law = reference_greedy(tmp_path, IDS[0].tolist(), 16, {"name": name})
     assert min(law.margins) > 1e-3
     assert generate(model, use_cache=get_variant(name).stateful is False) == law.tokens
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attn_kernels import variant_names
-from tests.law_model import LawModel, clear_greedy
+from tests.reference_model import ReferenceModel, clear_greedy
 from tests.tiny import tiny_checkpoint
 
 PROMPT_LENGTHS = (10, 3, 1, 5)
@@ -90,7 +90,7 @@ def test_logits_of_a_padded_batch(case: Case, left: bool) -> None:
     with torch.no_grad():
         position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
         logits = case.model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits
-    law = LawModel(case.folder)
+    law = ReferenceModel(case.folder)
     for row, prompt in enumerate(case.prompts):
         law.reset()
         expected = torch.stack([law.read(token) for token in prompt])

@@ -11,7 +11,7 @@ import torch
 
 from attn_kernels import VariantError, get_variant, variant_names
 from hf_attn import VariantLlamaForCausalLM
-from tests.law_model import Greedy, clear_greedy, law_greedy
+from tests.reference_model import Greedy, clear_greedy, reference_greedy
 from tests.tiny import tiny_checkpoint
 
 NUM_TOKENS = 8
@@ -54,7 +54,7 @@ def test_pruning_matters(checkpoint: Path, answers: list[tuple[list[int], Greedy
     """The comparison above means something."""
     prompt, law = answers[-1]
     name = json.loads((checkpoint / "config.json").read_text())["attention_variant"]["name"]
-    assert law_greedy(checkpoint, prompt, NUM_TOKENS, {"name": name}).tokens != law.tokens
+    assert reference_greedy(checkpoint, prompt, NUM_TOKENS, {"name": name}).tokens != law.tokens
 
 
 def test_a_budget_for_each_layer(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.law_model import LawModel
+from tests.reference_model import ReferenceModel
 from tests.servers import Server, vllm_server
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import standin, wait_for
@@ -60,7 +60,7 @@ def compare(gateway: Running, **fields: Any) -> Answer:
 
 def law(name: str, ids: list[int], start: int) -> Tensor:
     """Logprobs `[tokens, vocab_size]` of every token at the places of `ids[start:]`, float64."""
-    model = LawModel(ROOT / "checkpoints" / name)
+    model = ReferenceModel(ROOT / "checkpoints" / name)
     logits = torch.stack([model.read(id) for id in ids[:-1]])
     return logits[start - 1 :].log_softmax(-1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.vllm_attn.client import Client
 
@@ -43,7 +43,7 @@ def test_same_tokens_as_the_law(config: Path) -> None:
     ckpt = config.parent
     tokenizer = AutoTokenizer.from_pretrained(ckpt)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    law = [law_greedy(ckpt, prompt, NUM_TOKENS) for prompt in prompts]
+    law = [reference_greedy(ckpt, prompt, NUM_TOKENS) for prompt in prompts]
     # A served token may differ only where float32 cannot tell the two best apart.
     decided = [
         next((i for i, margin in enumerate(answer.margins) if margin < 1e-3), NUM_TOKENS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.law_model import clear_greedy, law_greedy
+from tests.reference_model import clear_greedy, reference_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.vllm_attn.client import Client
@@ -94,7 +94,7 @@ def test_pruning_matters(served: Served) -> None:
     unpruned = {"name": "selective"}
     long = [i for i, length in enumerate(PROMPT_LENGTHS) if length > 60]
     answers = [
-        law_greedy(served.ckpt, served.prompts[i], NUM_TOKENS, unpruned).tokens for i in long
+        reference_greedy(served.ckpt, served.prompts[i], NUM_TOKENS, unpruned).tokens for i in long
     ]
     differ = sum(answer != served.law[i] for answer, i in zip(answers, long, strict=True))
     assert differ > len(long) // 2

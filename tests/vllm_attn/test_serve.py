@@ -9,7 +9,7 @@ import pytest
 
 from attn_kernels import get_variant, variant_names
 from serving.upstream.vllm_metrics import ServerInfo
-from tests.law_model import clear_greedy
+from tests.reference_model import clear_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.vllm_attn.client import Client

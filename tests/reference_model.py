@@ -43,7 +43,7 @@ class Stored:
     accumulator: int = 0
 
 
-class LawModel:
+class ReferenceModel:
     """A Llama checkpoint in float64 that reads one token at a time.
 
     Args:
@@ -164,15 +164,15 @@ class LawModel:
 
 
 @torch.no_grad()
-def law_greedy(
+def reference_greedy(
     folder: Path, prompt: list[int], num_tokens: int, variant: dict[str, Any] | None = None
 ) -> Greedy:
     """The `num_tokens` most likely tokens after the token ids of `prompt`, one after another.
 
     The end-of-text token is a token like any other (`ignore_eos`). `folder` and `variant` are
-    those of `LawModel`.
+    those of `ReferenceModel`.
     """
-    model = LawModel(folder, variant)
+    model = ReferenceModel(folder, variant)
     for token in prompt[:-1]:
         model.read(token)
     token, tokens, margins = prompt[-1], [], []
@@ -194,7 +194,7 @@ def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple
     for seed in range(100):
         generator = torch.Generator().manual_seed(1000 * num_prompt_tokens + seed)
         prompt = torch.randint(2, 256, (num_prompt_tokens,), generator=generator).tolist()
-        law = law_greedy(folder, prompt, num_tokens)
+        law = reference_greedy(folder, prompt, num_tokens)
         if min(*law.margins, law.closest_eviction) > 1e-3:
             return prompt, law
     raise AssertionError(f"100 prompts of {num_prompt_tokens} tokens have near ties")
