@@ -1,4 +1,4 @@
-"""The law of whole models: greedy decoding of a Llama checkpoint in float64, token by token.
+"""The reference of whole models: greedy decoding of a Llama checkpoint in float64, token by token.
 
 Written from the formulas and independent of transformers' and vLLM's model code: what those
 generate is compared with this.
@@ -23,7 +23,7 @@ class Greedy(NamedTuple):
     """What greedy decoding gives.
 
     `margins` are the distances between the best and the second-best logit of each step: a token
-    may differ from the law's only where the margin is within the rounding of what is tested.
+    may differ from the reference's only where the margin is within the rounding of what is tested.
     `closest_eviction` is the least distance, over all evictions, between the accumulator of the
     token that went and of the runner-up, unless both are 0; infinite where there was none.
     """
@@ -185,7 +185,7 @@ def reference_greedy(
 
 
 def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple[list[int], Greedy]:
-    """A random prompt of byte tokens, and the law's greedy tokens after it.
+    """A random prompt of byte tokens, and the reference's greedy tokens after it.
 
     A prompt with a near tie among its answers, or among the tokens to evict, is passed over:
     float32 moves the logits of `tests.tiny.tiny_checkpoint` by less than 1e-4 and may decide a tie
@@ -194,7 +194,7 @@ def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple
     for seed in range(100):
         generator = torch.Generator().manual_seed(1000 * num_prompt_tokens + seed)
         prompt = torch.randint(2, 256, (num_prompt_tokens,), generator=generator).tolist()
-        law = reference_greedy(folder, prompt, num_tokens)
-        if min(*law.margins, law.closest_eviction) > 1e-3:
-            return prompt, law
+        expected = reference_greedy(folder, prompt, num_tokens)
+        if min(*expected.margins, expected.closest_eviction) > 1e-3:
+            return prompt, expected
     raise AssertionError(f"100 prompts of {num_prompt_tokens} tokens have near ties")

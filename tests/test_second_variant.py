@@ -80,9 +80,10 @@ hidden = forward.embed(torch.tensor([prompt]))
 for layer, budget in enumerate(BUDGETS):
     hidden = forward.layer(layer, hidden, budget, "selective")
 logits = forward.model.lm_head(forward.model.model.norm(hidden))[0, -1]
-law = ReferenceModel(tiny_checkpoint(Path("pruned"), {"name": "damped", "kv_budgets": BUDGETS}))
+folder = tiny_checkpoint(Path("pruned"), {"name": "damped", "kv_budgets": BUDGETS})
+reference = ReferenceModel(folder)
 for token in prompt:
-    last = law.read(token)
+    last = reference.read(token)
 torch.testing.assert_close(logits.double(), last, rtol=0, atol=1e-3)
 """
 
@@ -101,7 +102,7 @@ llm = LLM(
 sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in asked], sampling)
 answers = [list(output.outputs[0].token_ids) for output in outputs]
-assert answers == [law.tokens for _, law in asked], (answers, asked)
+assert answers == [expected.tokens for _, expected in asked], (answers, asked)
 """
 
 

@@ -1,6 +1,6 @@
 """Dense attention for any variant, in torch operations and in the dtype of its inputs.
 
-One function serves the float64 law, training (it is differentiable) and the serving fallback
+One function serves the float64 reference, training (it is differentiable) and the serving fallback
 where no kernel is built. It materialises the scores: `num_queries x num_keys` per head.
 """
 

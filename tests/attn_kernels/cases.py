@@ -104,7 +104,7 @@ def make_learned(variant: Variant, heads: int, g: torch.Generator) -> dict[str, 
     }
 
 
-def in_textbook(
+def by_paper_formula(
     variant: Variant,
     q: Tensor,
     k: Tensor,
@@ -115,7 +115,7 @@ def in_textbook(
     window: int | None = None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(weights, outputs)` of the textbook for whole sequences of queries, keys and values."""
+    """`(weights, outputs)` of the paper formula for whole sequences of queries, keys and values."""
     weights, outputs = paper_formulas.attention(
         variant.name,
         dataclasses.asdict(variant),

@@ -152,7 +152,7 @@ def entry(name: str) -> Entry:
         AssertionError: a registered variant has none; the message says where to add it.
     """
     assert name in FORMULAS, (
-        f"variant {name!r} has no textbook formula: write its paper's row formula in "
+        f"variant {name!r} has no paper formula: write its paper's row formula in "
         "tests/attn_kernels/paper_formulas.py and name it in FORMULAS"
     )
     return FORMULAS[name]

@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_kernels import Variant, attend, causal_mask, get_variant, selectable_mask
-from attn_kernels import reference as law
+from attn_kernels import Variant, attend, causal_mask, get_variant, reference, selectable_mask
 from tests.attn_kernels import paper_formulas
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
@@ -50,7 +49,9 @@ spreads = st.sampled_from([0.0, 0.01, 1.0, 30.0])
 
 
 def run(variant: Variant, inputs: Inputs, window: int | None, **options: Any) -> Tensor:
-    return law.attention(variant, *inputs.qkv, window=window, learned=inputs.learned, **options)[0]
+    return reference.attention(
+        variant, *inputs.qkv, window=window, learned=inputs.learned, **options
+    )[0]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
@@ -160,16 +161,18 @@ def test_keys_outside_the_window_change_nothing(
     state = torch.rand(start, generator=seeded(seed), dtype=torch.float64)
     options: dict[str, Any] = {"window": window, "learned": inputs.learned}
     q = inputs.q[:, start:]
-    want, _ = law.attention(
+    want, _ = reference.attention(
         variant, q, inputs.k, inputs.v, state=state if variant.stateful else None, **options
     )
     k = torch.cat((other.k[:, :past], inputs.k[:, past:]), 1)
     v = torch.cat((other.v[:, :past], inputs.v[:, past:]), 1)
-    got, _ = law.attention(variant, q, k, v, state=state if variant.stateful else None, **options)
+    got, _ = reference.attention(
+        variant, q, k, v, state=state if variant.stateful else None, **options
+    )
     close(got, want, 1e-12)
     if not variant.stateful:
         # A stateful variant may treat position 0 apart, and without its past another key is there.
-        dropped, _ = law.attention(variant, q, k[:, past:], v[:, past:], **options)
+        dropped, _ = reference.attention(variant, q, k[:, past:], v[:, past:], **options)
         close(dropped, want, 1e-12)
 
 

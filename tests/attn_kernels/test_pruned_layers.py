@@ -149,10 +149,10 @@ KINDS = ("torch", "portable", cpu.usable_isas()[0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32(kind: str, shape: Shape) -> None:
-    law = expected(shape, torch.float32)
+    rights = expected(shape, torch.float32)
     for chunk in (1, 7, 64):
         outputs = in_chunks(make_layer(kind, shape, torch.float32), shape, torch.float32, chunk)
-        for output, right in zip(outputs, law, strict=True):
+        for output, right in zip(outputs, rights, strict=True):
             # Penalties are whole units of 2^-16, a few of which rounding may move.
             torch.testing.assert_close(output.double(), right, rtol=0, atol=3e-4)
 

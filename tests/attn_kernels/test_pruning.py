@@ -109,8 +109,8 @@ def test_ample_budget_is_selective_attention(chunk: int) -> None:
     """But for the accumulators' rounding to 2^-16."""
     q, k, v = inputs(40)
     outputs, _ = in_chunks(q, k, v, 40, chunk, 0.5)
-    law, _ = reference.attention(SELECTIVE, q, k, v, scale=0.5)
-    torch.testing.assert_close(outputs, law, rtol=0, atol=1e-3)
+    expected, _ = reference.attention(SELECTIVE, q, k, v, scale=0.5)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-3)
 
 
 def test_ties_evict_the_oldest() -> None:

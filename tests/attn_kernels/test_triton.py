@@ -1,5 +1,5 @@
-"""The GPU kernels against the float64 law, in Triton's interpreter: odd shapes, random paging, NaN
-in every unused slot, by the same test as the CPU's.
+"""The GPU kernels against the float64 reference, in Triton's interpreter: odd shapes, random
+paging, NaN in every unused slot, by the same test as the CPU's.
 
 The interpreter multiplies bit patterns where matrices are bfloat16; here they are widened before.
 """
@@ -168,12 +168,12 @@ def single(name: str, dtype: torch.dtype, **options: Any) -> Single:
 
 @pytest.mark.parametrize("name", ["softmax", "lssa"])
 def test_quantized_cache(name: str) -> None:
-    """Keys and values divided by their scales and rounded: the law of what the cache holds."""
+    """Keys and values divided by their scales and rounded, against what the cache holds."""
     scales = {"key_scale": torch.tensor([0.03]), "value_scale": torch.tensor([0.04])}
     found = single(name, torch.int8, **scales)
     assert (found.k / 0.03).abs().max() > 100
-    law, _ = reference.attention(get_variant(name), found.q, found.k, found.v, scale=0.2)
-    assert paged.relative_error(found.output, law) <= TOLERANCE
+    expected, _ = reference.attention(get_variant(name), found.q, found.k, found.v, scale=0.2)
+    assert paged.relative_error(found.output, expected) <= TOLERANCE
 
 
 def test_soft_cap() -> None:
@@ -188,7 +188,7 @@ def test_soft_cap() -> None:
 
 
 def test_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles are timed once, one that does not fit is passed over, the answer stays the law's."""
+    """Tiles are timed once, one that does not fit is passed over, the answer stays the same."""
     from triton.runtime.errors import OutOfResources
 
     from attn_kernels.triton import tuning
@@ -209,8 +209,10 @@ def test_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "seconds", seconds)
     for _ in range(2):
         found = single("softpick", torch.float32)
-        law, _ = reference.attention(get_variant("softpick"), found.q, found.k, found.v, scale=0.2)
-        assert paged.relative_error(found.output, law) <= TOLERANCE
+        expected, _ = reference.attention(
+            get_variant("softpick"), found.q, found.k, found.v, scale=0.2
+        )
+        assert paged.relative_error(found.output, expected) <= TOLERANCE
     assert ran == tiles
     (chosen,) = tuning._fastest.values()
     assert chosen in tiles[:2]

@@ -44,17 +44,19 @@ def generate(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 def test_generate(checkpoint: Path, answers: list[tuple[list[int], Greedy]]) -> None:
     model = VariantLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for prompt, law in answers:
-        assert generate(model, [prompt]) == [law.tokens]
+    for prompt, expected in answers:
+        assert generate(model, [prompt]) == [expected.tokens]
     batch = generate(model, [prompt for prompt, _ in answers])
-    assert batch == [law.tokens for _, law in answers]
+    assert batch == [expected.tokens for _, expected in answers]
 
 
 def test_pruning_matters(checkpoint: Path, answers: list[tuple[list[int], Greedy]]) -> None:
     """The comparison above means something."""
-    prompt, law = answers[-1]
+    prompt, expected = answers[-1]
     name = json.loads((checkpoint / "config.json").read_text())["attention_variant"]["name"]
-    assert reference_greedy(checkpoint, prompt, NUM_TOKENS, {"name": name}).tokens != law.tokens
+    assert (
+        reference_greedy(checkpoint, prompt, NUM_TOKENS, {"name": name}).tokens != expected.tokens
+    )
 
 
 def test_a_budget_for_each_layer(tmp_path: Path) -> None:

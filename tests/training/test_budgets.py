@@ -66,7 +66,7 @@ def test_unpruned_is_the_model(
     assert own.losses("none", FULL) == pytest.approx(of_transformers(folders[name], own), abs=1e-4)
 
 
-def test_pruned_is_the_law(
+def test_pruned_is_the_reference(
     folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole model with `attend_pruned` in place of attention under a mask, to the bits of
@@ -77,7 +77,7 @@ def test_pruned_is_the_law(
     unpruned = own.losses("none", FULL)
     left = iter(budgets)
 
-    def law(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
+    def expected(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
         budget = next(left)
         pairs = zip(q, k, v, strict=True)
         return torch.stack(
@@ -87,7 +87,7 @@ def test_pruned_is_the_law(
             ]
         )
 
-    monkeypatch.setattr(forward_module, "scaled_dot_product_attention", law)
+    monkeypatch.setattr(forward_module, "scaled_dot_product_attention", expected)
     assert own.forward(own.text, FULL, "selective") == pytest.approx(found, rel=1e-5)
     assert next(left, None) is None
     assert found != pytest.approx(unpruned, rel=1e-3)

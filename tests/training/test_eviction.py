@@ -37,7 +37,7 @@ def cache(budget: int, batch: int = 3, first: int = 0) -> Cache:
 
 @pytest.mark.parametrize("budget", [2, 3, 9, 25, N])
 @pytest.mark.parametrize("ties", [False, True])
-def test_selective_is_the_law(budget: int, ties: bool) -> None:
+def test_selective_is_the_reference(budget: int, ties: bool) -> None:
     """`attn_kernels.pruning.attend_pruned`, a sequence at a time."""
     made = cache(budget)
     q, k, v = made.q.clone(), made.k, torch.randn_like(made.k)

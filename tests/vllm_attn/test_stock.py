@@ -79,13 +79,13 @@ def plain_llama(tiny_softmax: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_any_variant_on_a_plain_llama(plain_llama: Path) -> None:
     """The experiment people make first is allowed, named as such, and computed right."""
     prompt = list(range(40, 120))
-    law = reference_greedy(plain_llama, prompt, NUM_TOKENS, {"name": "lssa"})
-    assert min(law.margins) > 1e-3
-    assert law.tokens != reference_greedy(plain_llama, prompt, NUM_TOKENS).tokens
+    expected = reference_greedy(plain_llama, prompt, NUM_TOKENS, {"name": "lssa"})
+    assert min(expected.margins) > 1e-3
+    assert expected.tokens != reference_greedy(plain_llama, prompt, NUM_TOKENS).tokens
     args = ("--dtype=float32", "--max-model-len=256", "--attention-backend=lssa")
     with vllm_server(plain_llama, *args) as server:
         assert Client(server).server_info().variant == "lssa"
-        assert Client(server).greedy(prompt, NUM_TOKENS) == law.tokens
+        assert Client(server).greedy(prompt, NUM_TOKENS) == expected.tokens
         assert "was trained with softmax attention; serving it with lssa is an" in server.log()
 
 
