@@ -14,7 +14,7 @@ from benchmarks.gpu_check.checks import Check, Row, Task
 from benchmarks.kernels.case import DTYPES
 from quant_kernels import Panels, panels
 from quant_kernels.pack import pack
-from quant_kernels.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 
 TOLERANCES = {"fp32": 2e-6, "bf16": 2**-8, "fp16": 2**-11}
 """Of an output, relative to the sum of the absolute products."""
@@ -32,8 +32,8 @@ GROUPS = {"cuda": ((96, "half"), (128, "codes"), (None, "none")), "cpu": ((128, 
 def matrix(bits: int, group: int | None, zeros: str, seed: int) -> QuantizedWeight:
     """A random one."""
     generator = torch.Generator().manual_seed(seed)
-    grid = Grid(bits, group, zeros == "none")
-    shape = OUTPUTS, grid.groups(COLUMNS)
+    spec = QuantSpec(bits, group, zeros == "none")
+    shape = OUTPUTS, spec.groups(COLUMNS)
     codes = torch.randint(0, 2**bits, (OUTPUTS, COLUMNS), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(shape, generator=generator) + 0.1).bfloat16()
     points = None
@@ -41,7 +41,7 @@ def matrix(bits: int, group: int | None, zeros: str, seed: int) -> QuantizedWeig
         points = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
     elif zeros == "half":
         points = (torch.rand(shape, generator=generator) * 2**bits).half()
-    return QuantizedWeight(codes, scales, points, grid)
+    return QuantizedWeight(codes, scales, points, spec)
 
 
 def check(bits: int, dtype: str, task: Task) -> Iterable[Row]:
@@ -54,7 +54,7 @@ def check(bits: int, dtype: str, task: Task) -> Iterable[Row]:
     for group, zeros in GROUPS[task.device]:
         weight = matrix(bits, group, zeros, task.seed)
         exact = weight.dequantize()
-        found = panels(pack(weight.codes, bits), weight.scales, weight.zeros, bits, COLUMNS)
+        found = panels(pack(weight.values, bits), weight.scales, weight.zeros, bits, COLUMNS)
         points = None if found.zeros is None else found.zeros.to(device)
         stored = Panels(found.words.to(device), found.scales.to(device), points)
         size = group or 4096
