@@ -16,7 +16,7 @@ from attnserve.files import CHECKOUT
 from attnserve.options import positive
 from benchmarks.quantized import DTYPES, name_of
 from benchmarks.servers import Server, config_of
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 BUNDLED = [CHECKOUT / "checkpoints" / name for name in ("softmax", "softpick", "selective")]
 

@@ -35,7 +35,7 @@ from attnserve.options import command_line, positive
 from benchmarks import RESULTS
 from benchmarks.servers import Server, append_csv, config_of, run
 from benchmarks.watch import watched
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 CSV = RESULTS / "pruning_cpu.csv"
 

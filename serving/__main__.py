@@ -25,12 +25,12 @@ import uvicorn
 from pydantic import ValidationError
 
 from serving.app import App
+from serving.auth import digest, new_key
 from serving.config import Config, ConfigError, KeyEntry, describe, load
-from serving.gateway import Gateway
-from serving.keys import digest, new_key
-from serving.logs import configure
+from serving.observability.logging import configure
 from serving.protocol import Protocol
 from serving.settings import Settings
+from serving.state import Gateway
 
 KEEP_ALIVE_SECONDS = 75
 """How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load

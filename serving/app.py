@@ -17,16 +17,16 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.call import Call
-from serving.compare import COMPARE, Compare
+from serving.compare.handler import COMPARE, Compare
 from serving.config import EVERY
-from serving.connection import UpstreamError
-from serving.errors import ApiError, error_body, kind_of, no_such_model
-from serving.gateway import Gateway
+from serving.observability.tracing import tracer
+from serving.openai.errors import ApiError, error_body, kind_of, no_such_model
 from serving.openapi import describe_proxied
 from serving.playground import add_playground
 from serving.proxy import ROUTES, Proxy
-from serving.routing import Model
-from serving.tracing import tracer
+from serving.state import Gateway
+from serving.upstream.http import UpstreamError
+from serving.upstream.router import Model
 
 API = ROUTES | {COMPARE, "/v1/models"}
 """What clients ask for under a base URL; a slash at the end of one changes nothing."""

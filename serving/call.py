@@ -7,9 +7,9 @@ from typing import Any
 
 from starlette.types import Scope
 
-from serving.limits import Account
-from serving.metrics import ModelMetrics
-from serving.routing import Model
+from serving.observability.metrics import ModelMetrics
+from serving.rate_limit import Account
+from serving.upstream.router import Model
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 

@@ -5,7 +5,7 @@ from types import TracebackType
 
 from starlette.types import Receive
 
-from serving.errors import ApiError
+from serving.openai.errors import ApiError
 
 
 class ClientLeftError(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serving.comparison import MOST_MODELS
+from serving.compare.request import MOST_MODELS
 
 MODEL = {"type": "string", "minLength": 1, "description": "one of /v1/models"}
 STREAM = {"type": "boolean", "description": "answer with server-sent events"}

@@ -3,11 +3,11 @@
 from starlette.types import Scope, Send
 
 from serving.call import Call
-from serving.gateway import Gateway
-from serving.request import Request
-from serving.route import Route
-from serving.shadow import Shadow, Tap, with_ids
-from serving.tracing import Tracer
+from serving.compare.shadow import Shadow, Tap, with_ids
+from serving.handler import Route
+from serving.observability.tracing import Tracer
+from serving.openai.request import Request
+from serving.state import Gateway
 
 ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings"})
 

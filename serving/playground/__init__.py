@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 if TYPE_CHECKING:
-    from serving.gateway import Gateway
+    from serving.state import Gateway
 
 FOLDER = Path(__file__).parent
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.__main__ import STANDARD
 from benchmarks.pruning import kv_bytes, parse
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = ["8", "4", "12"]

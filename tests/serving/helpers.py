@@ -17,8 +17,8 @@ import yaml
 
 from serving.app import App
 from serving.config import Config
-from serving.gateway import Gateway
 from serving.protocol import Protocol
+from serving.state import Gateway
 from tests.servers import Server, end_group, free_port, spawn, wait_until_healthy
 from tests.serving.standin import wait_for
 

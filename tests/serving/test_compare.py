@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from serving.drift import Position, drift, positions
-from serving.keys import digest, new_key
-from serving.kv import figures
+from serving.auth import digest, new_key
+from serving.compare.kl import Position, drift, positions
+from serving.upstream.kv import figures
 from tests.servers import free_port
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.events import Events, usage_of
+from serving.openai.sse import Events, usage_of
 
 TOKENS = [
     f'data: {{"choices":[{{"text":"{t}"}}]}}\n\n'.encode() for t in ("a", "b é", '\\"usage\\"')

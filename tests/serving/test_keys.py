@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from serving.auth import digest, new_key
 from serving.config import KeyEntry
-from serving.keys import digest, new_key
-from serving.limits import Account, Bucket
+from serving.rate_limit import Account, Bucket
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import standin, wait_for
 

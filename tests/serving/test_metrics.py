@@ -14,11 +14,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import Histogram as Theirs
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.drift import Drift
-from serving.histogram import Histogram
-from serving.keys import digest, new_key
-from serving.logs import JsonLines
-from serving.metrics import SECONDS
+from serving.auth import digest, new_key
+from serving.compare.kl import Drift
+from serving.observability.histogram import Histogram
+from serving.observability.logging import JsonLines
+from serving.observability.metrics import SECONDS
 from tests.serving.helpers import Running, ask, configured, leave, open_request, running
 from tests.serving.standin import standin, wait_for
 

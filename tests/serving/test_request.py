@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.config import Limits
-from serving.errors import ApiError
-from serving.request import MOST_TOKENS, Request
+from serving.openai.errors import ApiError
+from serving.openai.request import MOST_TOKENS, Request
 
 
 def request(**fields: Any) -> Request:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving.config import Config
-from serving.gateway import Gateway
+from serving.state import Gateway
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 

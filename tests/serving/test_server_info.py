@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from serving.config import ModelEntry
-from serving.server_info import NOTHING, ServerInfo, describe, numbers, parse_info, together
+from serving.upstream.vllm_metrics import (
+    NOTHING,
+    ServerInfo,
+    describe,
+    numbers,
+    parse_info,
+    together,
+)
 from tests.serving.helpers import Running, ask, running
 from tests.serving.standin import StandIn, standin, wait_for
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from attn_kernels import get_variant, variant_names
-from serving.server_info import ServerInfo
+from serving.upstream.vllm_metrics import ServerInfo
 from tests.law_model import clear_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
