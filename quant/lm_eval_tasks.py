@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.evaluation.measure import Checkpoint
-from attnserve.evaluation.scorer import Item, Scorer
+from attnserve.evaluation.scorers import Item, Scorer
 from quant.schemes.registry import installed
 
 NAME = "lm-eval"

@@ -17,14 +17,13 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from attnserve import machine
-from attnserve.evaluation.blimp import Blimp
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint, digest
 from attnserve.evaluation.intervals import Estimate, Z, mean_interval
-from attnserve.evaluation.lambada import Lambada
-from attnserve.evaluation.measure import Checkpoint, Data, digest
+from attnserve.evaluation.measures import Data
 from attnserve.evaluation.perplexity import score_text
-from attnserve.evaluation.scorer import Scorer
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.scorers import Scorer, load
+from attnserve.evaluation.tasks import Blimp, Lambada
 from quant import lm_eval_tasks
 from quant.activations import Activations, QuantizedCache, cache_bytes
 from quant.cell import Cell

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from attn_kernels import VariantError
 from attnserve.errors import UserError
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.scorers import load
 from attnserve.options import positive
 from quant.model import HEAD, empty_model, linears, quantize
 from quant.options import add_text_options, columns_of_group, sources_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

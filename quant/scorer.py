@@ -21,8 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.perplexity import Perplexity
-from attnserve.evaluation.scorer import Item, Scored
-from attnserve.evaluation.transformers_scorer import TransformersScorer
+from attnserve.evaluation.scorers import Item, Scored, TransformersScorer
 
 
 class Watcher(Protocol):

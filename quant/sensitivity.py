@@ -32,8 +32,9 @@ from attn_kernels import VariantError
 from attnserve import machine
 from attnserve.errors import UserError
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.scorers import load
 from attnserve.options import positive
+from attnserve.reports import table
 from quant.measure import NUMERICS
 from quant.mixed import Price, Prices, Widths, path, total, within
 from quant.model import empty_model, linears, put
@@ -45,7 +46,6 @@ from quant.store import OUT
 from quant.store import put as put_file
 from quant.texts import calibration_text, explained, fingerprint, held_out_texts
 from quant_kernels.weight import BITS, Grid, QuantizedWeight
-from training.report.markdown import table
 
 POINTS = 9
 """Of the frontier, at even distances in bytes, both ends included."""

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from attnserve.errors import UserError
-from attnserve.evaluation.blimp import Blimp
 from attnserve.evaluation.books import split
-from attnserve.evaluation.lambada import Lambada, spread
-from attnserve.evaluation.measure import Data
+from attnserve.evaluation.measures import Data
+from attnserve.evaluation.tasks import Blimp, Lambada, spread
 from attnserve.sampled_text import Use, sampled_text
 from quant.samples import Subject
 

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attn_kernels import VariantError, get_variant, variant_names
 from attnserve.evaluation.books import Split, add_books_option, split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import Score, evaluate, held_out, table
-from attnserve.evaluation.measure import Checkpoint
 from attnserve.evaluation.tokens import read_tokens
 from attnserve.files import CHECKOUT
 from training.card import card

@@ -35,7 +35,7 @@ from transformers import (
 
 from attn_kernels import Variant, VariantError, get_variant, variant_from_config
 from attnserve import machine
-from attnserve.evaluation.measure import read_config
+from attnserve.evaluation.checkpoint import read_config
 from attnserve.evaluation.tokens import read_tokens, text_file
 from attnserve.options import positive
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM

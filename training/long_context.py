@@ -31,8 +31,8 @@ from transformers import AutoTokenizer
 from attn_kernels import variant_from_config
 from attnserve import machine
 from attnserve.evaluation.books import add_books_option, split
-from attnserve.evaluation.measure import read_config
-from attnserve.evaluation.scorer import Item
+from attnserve.evaluation.checkpoint import read_config
+from attnserve.evaluation.scorers import Item
 from attnserve.evaluation.tokens import read_tokens, text_file
 from attnserve.evaluation.vllm_scorer import DTYPE_BYTES, VLLMScorer
 from attnserve.files import CHECKOUT

@@ -28,17 +28,18 @@ from attn_kernels.variants.selective import LEAST_BUDGET
 from attnserve import machine
 from attnserve.budgets.forward import Forward
 from attnserve.budgets.measured import Budgets, Measured
-from attnserve.budgets.plot import save
+from attnserve.budgets.plot import draw
 from attnserve.budgets.result import FOLDER, Found, write_checkpoint
 from attnserve.budgets.table import compare, text_table
 from attnserve.budgets.targets import Validation, find, higher
 from attnserve.budgets.texts import Counts, Parts, Texts, of_itself, of_novels, of_users_text
 from attnserve.errors import UserError
 from attnserve.evaluation.books import add_books_option, are_fetched, split
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.tokens import text_file
 from attnserve.files import CHECKOUT
 from attnserve.options import command_line, positive
+from attnserve.reports import save_figure
 
 BUNDLED = CHECKOUT / "checkpoints" / "softmax"
 """The reference where none is named, for a checkpoint of the same tokenizer; in a checkout only."""
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = FOLDER if found.about["text_from"] == "novels" else o.runs / "budgets"
     out = found.write(o.out or default)
     if o.plot:
-        save([found], o.plot)
+        save_figure(draw([found]), o.plot)
     print(text_table(found.rows))
     reference = ""
     if found.allowance is not None:

@@ -13,7 +13,7 @@ from attn_kernels.pruning import FRACTION_BITS
 from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
 from attnserve.budgets.texts import Texts
 from attnserve.errors import UserError
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 from hf_attn import VariantLlamaForCausalLM
 
 VARIANTS = ("selective", "softmax")

@@ -9,7 +9,7 @@ from pathlib import Path
 from attnserve.budgets.evaluations import Evaluations, Losses
 from attnserve.budgets.forward import Forward
 from attnserve.budgets.texts import Texts
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 
 Budgets = tuple[int, ...]
 """Tokens that each layer keeps."""

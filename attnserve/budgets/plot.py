@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -65,9 +64,3 @@ def draw(results: Sequence[Found]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
-
-
-def save(results: Sequence[Found], path: Path) -> None:
-    """Draw into a PNG that is the same for the same results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(results).savefig(path, dpi=110, metadata={"Software": None})

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from attn_kernels.pruning import slot_bytes
 from attnserve.budgets.measured import Budgets, Measured
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.evaluation.measure import Checkpoint
 
 ACCUMULATOR_BYTES = 4
 """Of what H2O keeps for each token and KV head: a float32 sum of attention weights."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnserve.errors import UserError
 from attnserve.evaluation.books import Split
-from attnserve.evaluation.measure import Checkpoint, digest
+from attnserve.evaluation.checkpoint import Checkpoint, digest
 from attnserve.evaluation.tokens import Tokens, read_tokens, sequence
 from attnserve.sampled_text import Use, sampled_text
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attn_kernels import VariantError
 from attnserve.evaluation.books import Split, add_books_option, are_fetched, split
-from attnserve.evaluation.measure import Checkpoint, first_line
+from attnserve.evaluation.checkpoint import Checkpoint, first_line
 from attnserve.evaluation.ngram import Trigram, Unigram, log_likelihood
 from attnserve.evaluation.tokens import Tokens, read_tokens, sequence, text_file
 from attnserve.options import positive

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import Score
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
-from attnserve.evaluation.scorer import Item, Scorer
+from attnserve.evaluation.measures import Data, Measure, Result
+from attnserve.evaluation.scorers import Item, Scorer
 
 TEXTS = ("validation", "test", "wikitext2")
 

@@ -13,8 +13,7 @@ from transformers import AutoConfig
 
 import hf_attn  # noqa: F401  registers the configuration
 from attn_kernels import variant_from_config
-from attnserve.evaluation.rope import rope_parameters
-from attnserve.evaluation.scorer import Item, Scored
+from attnserve.evaluation.scorers import Item, Scored, rope_parameters
 
 CHUNK = 2048
 """Tokens that vLLM prefills at once: their logits are in memory together (400 MB for a vocabulary

@@ -10,9 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from attnserve.evaluation.intervals import Estimate
+from attnserve.reports import color, table
 from quant.report.frame import shown
-from training.report.markdown import table
-from training.report.plots import color
 
 
 @dataclass(frozen=True)

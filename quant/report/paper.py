@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.reports import Range
 from quant.cell import Cell
 from quant.store import Stored
-from training.report.rules import Range
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from attnserve.reports import color
 from quant.cell import Cell
 from quant.outliers import FIGURES
 from quant.report import frontier
 from quant.report.frame import setting, text_of
 from quant.store import Stored
-from training.report.plots import color
 
 METRICS = {"test KL": "KL to the unquantized model, nats", "test loss change": "loss change, nats"}
 

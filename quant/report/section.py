@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve.evaluation.intervals import Estimate
+from attnserve.reports import table
 from quant import store
 from quant.cell import Cell
 from quant.report import explain, frontier, paper
@@ -13,7 +14,6 @@ from quant.report.frame import setting, shown, text_of
 from quant.report.plots import draw
 from quant.scorer import CHANGES, DIVERGENCES
 from quant.store import Stored
-from training.report.markdown import table
 
 METRICS = {
     "test KL": "KL divergence to the unquantized model, nats per token",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attnserve.evaluation.measure import Data
+from attnserve.evaluation.measures import Data
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 

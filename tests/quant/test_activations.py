@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from attn_kernels import variant_names
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.scorers import load
 from quant.activations import Activations, QuantizedCache, on_grid
 from quant.model import largest_inputs, linears
 from quant.schemes.rtn import rtn

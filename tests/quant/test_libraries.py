@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnserve.errors import UserError
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.scorers import load
 from quant.model import quantize
 from quant.schemes import registry
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme, installed

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from attnserve.evaluation.measure import Checkpoint, Data
-from attnserve.evaluation.scorer import Item
-from attnserve.evaluation.transformers_scorer import TransformersScorer
+from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.measures import Data
+from attnserve.evaluation.scorers import Item, TransformersScorer
 from quant import lm_eval_tasks, sweep
 from quant.cell import Cell
 from quant.schemes.registry import installed

@@ -12,12 +12,12 @@ import torch
 
 from attn_kernels import variant_names
 from attnserve.errors import UserError
-from attnserve.evaluation.blimp import Blimp
 from attnserve.evaluation.books import split
-from attnserve.evaluation.lambada import Lambada
-from attnserve.evaluation.measure import Checkpoint, Data
+from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.measures import Data
 from attnserve.evaluation.perplexity import Perplexity
-from attnserve.evaluation.transformers_scorer import TransformersScorer, load
+from attnserve.evaluation.scorers import TransformersScorer, load
+from attnserve.evaluation.tasks import Blimp, Lambada
 from quant.activations import cache_bytes
 from quant.cell import Cell, cells
 from quant.measure import Task, changes, key_of, measure, texts_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from attnserve.evaluation.measure import digest
+from attnserve.evaluation.checkpoint import digest
 from quant import options, quantize, sweep
 from quant.cell import Cell
 from quant.report import __main__ as report

@@ -15,8 +15,8 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from attnserve.evaluation.measure import Data
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.measures import Data
+from attnserve.evaluation.scorers import load
 from quant.model import quantize
 from quant.quantize import main
 from quant.samples import Samples, Subject

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attn_kernels import variant_names
 from attnserve.errors import UserError
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.scorers import load
 from quant.model import linears, observe, quantize
 from quant.schemes.gptq import DAMPING, gptq
 from quant.schemes.hessian import layer_by_layer

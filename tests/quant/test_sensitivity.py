@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from attnserve.errors import UserError
-from attnserve.evaluation.measure import Data
+from attnserve.evaluation.measures import Data
 from quant import sensitivity
 from quant.mixed import Price, path, total, within
 from quant.report import frontier

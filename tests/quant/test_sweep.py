@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from attnserve.evaluation.measure import Data
+from attnserve.evaluation.measures import Data
 from quant import sweep
 from quant.cell import Cell
 from quant.measure import Task, measure

@@ -9,7 +9,7 @@ import pytest
 
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
-from attnserve.evaluation.measure import Data
+from attnserve.evaluation.measures import Data
 from quant.samples import Subject
 from quant.texts import (
     Sources,

@@ -13,21 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from attn_kernels import variant_names
 from attnserve.evaluation import tiled
-from attnserve.evaluation.blimp import Blimp
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import evaluate, held_out
 from attnserve.evaluation.intervals import (
     Estimate,
     mean_interval,
     mean_share_interval,
     share_interval,
-    t_quantile,
 )
-from attnserve.evaluation.lambada import Lambada
-from attnserve.evaluation.measure import Checkpoint, Data
+from attnserve.evaluation.measures import Data
 from attnserve.evaluation.perplexity import Perplexity
-from attnserve.evaluation.scorer import Item
-from attnserve.evaluation.transformers_scorer import TransformersScorer, load
+from attnserve.evaluation.scorers import Item, TransformersScorer, load
+from attnserve.evaluation.tasks import Blimp, Lambada
 from tests.fla import fla_checkpoint
 from tests.tiny import tiny_checkpoint, write_tiny_llama
 from tests.training.texts import Copier, write_lines, write_texts
@@ -49,13 +47,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A random softpick model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "softpick"
     return Checkpoint(tiny_checkpoint(folder, "softpick", max_position_embeddings=CONTEXT))
-
-
-@pytest.mark.parametrize(
-    ("freedom", "exact"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (30, 2.042)]
-)
-def test_t_quantile(freedom: int, exact: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(exact, rel=0.01)
 
 
 def test_intervals() -> None:

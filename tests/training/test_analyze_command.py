@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attnserve.evaluation.blimp import Blimp
+from attnserve.evaluation.tasks import Blimp
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 from training.analyze import __main__ as command

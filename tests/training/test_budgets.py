@@ -23,8 +23,8 @@ from attnserve.budgets.measured import Budgets, Measured
 from attnserve.budgets.result import FOLDER, Found
 from attnserve.budgets.search import FREE, Descent, search
 from attnserve.budgets.texts import Counts, of_file, of_itself, of_users_text
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import model_log_likelihood
-from attnserve.evaluation.measure import Checkpoint
 from tests.tiny import LICENSE, tiny_checkpoint
 from tests.training.test_eviction import page
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from attn_kernels import variant_names
 from attnserve.evaluation import evaluate
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import held_out
-from attnserve.evaluation.measure import Checkpoint
 from attnserve.sampled_text import sampled_text
 from tests.tiny import tiny_checkpoint
 

@@ -20,14 +20,15 @@ from attnserve.budgets.result import Found
 from attnserve.budgets.table import Row
 from attnserve.budgets.targets import Target
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.evaluation.measure import Result
+from attnserve.evaluation.measures import Result
+from attnserve.reports import Range, Verdict
 from training.analyze import store
 from training.analyze.length import BINS, multiples
 from training.report.__main__ import main
 from training.report.claims import PAPERS
 from training.report.evidence import Evidence, Missing, load
 from training.report.figures import less_memory
-from training.report.rules import Condition, Range, Verdict, decide, widened
+from training.report.rules import Condition, decide, widened
 from training.report.swapping import swapping
 
 MULTIPLE = 16

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn  # noqa: F401  registers the model class
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 from tests.law_model import law_greedy
 from training.checkpoints import EXTRA
 from training.tokenizer import PARAGRAPHS

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attnserve.evaluation.scorer import Item, Scored
+from attnserve.evaluation.scorers import Item, Scored
 from tests.tiny import LICENSE
 
 

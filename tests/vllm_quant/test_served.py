@@ -13,8 +13,8 @@ from openai import APIStatusError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from attnserve.evaluation.measure import Data
-from attnserve.evaluation.transformers_scorer import load
+from attnserve.evaluation.measures import Data
+from attnserve.evaluation.scorers import load
 from quant.quantize import calibration, main, parser, plan, quantize_model
 from tests.servers import failed_start, vllm_server
 from tests.tiny import tiny_checkpoint

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from attn_kernels import VariantError
 from attnserve.errors import UserError
-from attnserve.evaluation.blimp import Blimp
 from attnserve.evaluation.books import add_books_option
-from attnserve.evaluation.lambada import Lambada
-from attnserve.evaluation.measure import SETS, Checkpoint, Data, Measure
+from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.measures import SETS, Data, Measure
 from attnserve.evaluation.perplexity import Perplexity
-from attnserve.evaluation.scorer import Scorer
+from attnserve.evaluation.scorers import Scorer
+from attnserve.evaluation.tasks import Blimp, Lambada
 from attnserve.options import positive
 from training.analyze.attention import Attention
 from training.analyze.length import Length, multiples
@@ -109,7 +109,7 @@ def scorer_for(
             rope_theta_factor=options.rope_theta_factor,
             kv_cache_memory_bytes=options.kv_cache_memory_bytes,
         )
-    from attnserve.evaluation.transformers_scorer import TransformersScorer
+    from attnserve.evaluation.scorers import TransformersScorer
 
     return TransformersScorer(checkpoint.folder, options.rope_theta_factor)
 

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval
-from attnserve.evaluation.lambada import spread
-from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
-from attnserve.evaluation.scorer import Scorer
+from attnserve.evaluation.measures import Data, Measure, Result
+from attnserve.evaluation.scorers import Scorer, load
+from attnserve.evaluation.tasks import spread
 from attnserve.evaluation.tokens import read_tokens
-from attnserve.evaluation.transformers_scorer import load
 
 SINK_EPS = (0.2, 0.3)
 QUIET = 0.01

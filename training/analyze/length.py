@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval
-from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
-from attnserve.evaluation.scorer import Item, Scorer
+from attnserve.evaluation.measures import Data, Measure, Result
+from attnserve.evaluation.scorers import Item, Scorer
 from attnserve.evaluation.tokens import Tokens, read_tokens
 
 BINS = 4

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval, share_interval
-from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result
-from attnserve.evaluation.scorer import Item, Scorer
+from attnserve.evaluation.measures import Data, Measure, Result
+from attnserve.evaluation.scorers import Item, Scorer
 from training.analyze.length import multiples
 
 INTRODUCTION = (

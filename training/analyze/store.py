@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from attnserve import machine
+from attnserve.evaluation.checkpoint import Checkpoint, digest
 from attnserve.evaluation.intervals import Estimate
-from attnserve.evaluation.measure import Checkpoint, Data, Measure, Result, digest
+from attnserve.evaluation.measures import Data, Measure, Result
 from attnserve.files import CHECKOUT, json_lines, write_text
 
 FOLDER = CHECKOUT / "training" / "results" / "analysis"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attnserve.budgets.result import FOLDER as BUDGETS
 from attnserve.files import CHECKOUT
+from attnserve.reports import table
 from quant.report.section import write_section
 from quant.store import FOLDER as QUANTIZATION
 from training.analyze.store import FOLDER
@@ -20,7 +21,6 @@ from training.long_context import CSV as LONG_CONTEXT
 from training.report.claims import PAPERS
 from training.report.document import document, write
 from training.report.evidence import load
-from training.report.markdown import table
 from training.report.plots import draw
 
 

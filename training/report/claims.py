@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from attnserve.reports import Range, Verdict
 from training.report import figures as f
 from training.report.evidence import Evidence, Missing
-from training.report.rules import Finding, Range, Verdict
+from training.report.rules import Finding
 
 THETA = 50.0
 """RoPE's theta is multiplied with this in the SSMax paper's long contexts."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from attn_kernels import variant_names
 from attnserve.evaluation.intervals import Estimate
 from attnserve.evaluation.perplexity import TEXTS
+from attnserve.reports import Verdict, table
 from training.analyze.length import multiples
 from training.analyze.store import Stored
 from training.report.claims import PAPERS
 from training.report.evidence import Evidence
-from training.report.markdown import table
 from training.report.pruning import pruning
-from training.report.rules import SEED_NOISE, Finding, Verdict
+from training.report.rules import SEED_NOISE, Finding
 from training.report.swapping import swapping
 
 RULES = f"""\

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.reports import Range
 from training.analyze.length import BINS
 from training.report.evidence import (
     LAST_STEPS,
@@ -16,7 +17,7 @@ from training.report.evidence import (
     pieces,
     windows,
 )
-from training.report.rules import Condition, Finding, Range, decide, widened
+from training.report.rules import Condition, Finding, decide, widened
 
 CONTROL = "softmax"
 EQUAL = Range(-0.05, 0.05)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from attnserve.budgets import plot as budgets_plot
 from attnserve.evaluation.intervals import mean_interval
+from attnserve.reports import color, save_figure
 from training.analyze.length import BINS
 from training.report.evidence import Evidence
 
@@ -21,19 +22,6 @@ if TYPE_CHECKING:
 
 SMOOTHED = 50
 """Training steps that a point of the training curves averages."""
-
-COLORS = dict(
-    zip(
-        ("softmax", "softpick", "ssmax", "lssa", "lssar", "selective"),
-        ("black", "tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"),
-        strict=True,
-    )
-)
-
-
-def color(name: str) -> str:
-    """A checkpoint's color; grey for those that are not of the reference set."""
-    return COLORS.get(name, "tab:gray")
 
 
 def training(evidence: Evidence) -> Figure | None:
@@ -168,7 +156,6 @@ def draw(evidence: Evidence, folder: Path) -> list[str]:
         for name, plot in PLOTS.items():
             figure = plot(evidence)
             if figure is not None:
-                # Without the version of matplotlib, which would change the file.
-                figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+                save_figure(figure, folder / f"{name}.png")
                 drawn.append(name)
     return drawn

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from attnserve.budgets.eviction import SINKS
 from attnserve.budgets.result import Found
+from attnserve.reports import table
 from training.report.evidence import Evidence
-from training.report.markdown import table
 
 
 def pruning(evidence: Evidence) -> str:

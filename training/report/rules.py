@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 from attnserve.evaluation.intervals import Estimate
+from attnserve.reports import Range, Verdict
 
 SEED_NOISE = 0.02
 """Nats per token by which the losses of two models may differ for no reason but their seeds. An
 assumption: each variant was trained once."""
-
-
-class Verdict(StrEnum):
-    """What the measurements say of a claim."""
-
-    AGREES = "agrees"
-    DISAGREES = "does not agree"
-    UNDECIDED = "cannot be shown at this size"
-    MISSING = "not measured"
-
-
-@dataclass(frozen=True)
-class Range:
-    """Where a figure lies if a claim is right, both ends included."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-    def judge(self, estimate: Estimate) -> Verdict:
-        """The 95 % interval inside the range agrees, outside does not, and astride decides
-        nothing."""
-        if estimate.low >= self.low and estimate.high <= self.high:
-            return Verdict.AGREES
-        if estimate.high < self.low or estimate.low > self.high:
-            return Verdict.DISAGREES
-        return Verdict.UNDECIDED
-
-    def __str__(self) -> str:
-        if self.low == -math.inf:
-            return f"at most {self.high:g}"
-        if self.high == math.inf:
-            return f"at least {self.low:g}"
-        return f"{self.low:g} to {self.high:g}"
 
 
 def widened(difference: Estimate) -> Estimate:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from attnserve.reports import table
 from training.long_context import FIRST_BIN, against, octaves
-from training.report.markdown import table
 
 BASELINE = "smollm2-softmax"
 

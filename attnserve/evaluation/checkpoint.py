@@ -1,0 +1,90 @@
+"""A Hugging Face folder: its configuration, tokenizer and digest."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+import hf_attn  # noqa: F401  registers the configuration
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint.
+
+    Raises:
+        ValueError: the folder holds none, or one that transformers cannot read; in one line.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers lets anything through that a wrong file causes
+        raise ValueError(f"{folder} cannot be read: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return (str(error) or repr(error)).partition("\n")[0]
+
+
+class Checkpoint:
+    """A Hugging Face folder.
+
+    Args:
+        folder: the folder; its name is the checkpoint's.
+        context: tokens it was trained with; None: what `config.json` says.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def __init__(self, folder: Path, context: int | None = None) -> None:
+        self.folder = folder
+        self.name = folder.resolve().name
+        self.config = read_config(folder)
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} has no tokenizer: {first_line(error)}") from None
+        self.context: int = context or self.config.max_position_embeddings
+
+    @property
+    def variant(self) -> str:
+        """Its attention function's name; softmax if it names none."""
+        entry = getattr(self.config, "attention_variant", None) or {"name": "softmax"}
+        return str(entry["name"])
+
+    @property
+    def bos(self) -> int:
+        """The token that starts every text."""
+        first = self.tokenizer.bos_token_id
+        return int(self.tokenizer.eos_token_id if first is None else first)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of configuration, weights and tokenizer."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("auto_map", None)  # how Python finds the model's class, not what it computes
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # as transformers writes it
+        files = [self.folder / "tokenizer.json", *sorted(self.folder.glob("*.safetensors"))]
+        return _digest(text.encode(), *(file.read_bytes() for file in files if file.exists()))
+
+
+def digest(*files: Path) -> str:
+    """A hash of the contents of files."""
+    return _digest(*(file.read_bytes() for file in files))
+
+
+def _digest(*contents: bytes) -> str:
+    total = hashlib.sha256()
+    for content in contents:
+        total.update(content)
+    return total.hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""What a measure is, and the texts that it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.intervals import Estimate
+from attnserve.evaluation.scorers import Scorer
+
+SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
+"""What a folder of evaluation sets holds."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Folders of text.
+
+    Attributes:
+        books: what `attnserve.evaluation.books.split` splits; None: the fetched novels.
+        evaluation: the sets that `SETS` names; None: there are none.
+    """
+
+    books: Path | None = None
+    evaluation: Path | None = None
+
+    @property
+    def sets(self) -> Path:
+        """The folder of the evaluation sets.
+
+        Raises:
+            FileNotFoundError: none is named.
+        """
+        if self.evaluation is None:
+            raise FileNotFoundError(
+                f"name the folder of the evaluation sets ({SETS}) with --eval, or leave out what "
+                "needs them"
+            )
+        return self.evaluation
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a measure gives."""
+
+    summary: dict[str, Estimate]
+    """Figures for the table."""
+    units: dict[str, Any]
+    """What was measured on each text, for comparisons in pairs: lists and numbers."""
+
+
+@dataclass(frozen=True)
+class Measure(ABC):
+    """One thing to measure. The fields of a subclass are its settings; a result is good for the
+    settings, texts and checkpoint that it was measured with.
+
+    Class attributes:
+        name: of the measure, and of its results' files.
+        title: one line for people.
+        counts: the settings that are sample sizes, which `--limit` caps.
+        needs_scores: it asks a `Scorer`, so that every engine can do it; else it reads a
+            transformers model's inside.
+        uses_length: it takes the model beyond its training length, so that RoPE's theta matters.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    counts: ClassVar[tuple[str, ...]]
+    needs_scores: ClassVar[bool] = True
+    uses_length: ClassVar[bool] = False
+
+    @abstractmethod
+    def files(self, data: Data) -> list[Path]:
+        """The texts it reads."""
+
+    @abstractmethod
+    def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
+        """Measure.
+
+        Raises:
+            ValueError: the texts are too short for the settings.
+        """
+
+    def longest(self, checkpoint: Checkpoint) -> int:
+        """Tokens of its longest item, the begin-of-text token included."""
+        return checkpoint.context + 1
+
+    def limited(self, limit: int | None) -> Self:
+        """The same with every sample size at most `limit`."""
+        if limit is None:
+            return self
+        smaller: dict[str, Any] = {name: min(limit, getattr(self, name)) for name in self.counts}
+        return dataclasses.replace(self, **smaller)

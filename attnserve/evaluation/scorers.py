@@ -1,0 +1,147 @@
+"""The one question that measures ask a model: how likely is this text after that one?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from attnserve.evaluation.tiled import attend_in_tiles
+from hf_attn import VariantLlamaForCausalLM
+
+BATCH_TOKENS = 2048
+"""Tokens of a batch, padding included; a longer item is a batch of its own."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Token ids: a prompt (at least one token) and what comes after it (at least one token)."""
+
+    prompt: list[int]
+    continuation: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and continuation."""
+        return self.prompt + self.continuation
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model says of a continuation's tokens, each given all tokens before it."""
+
+    logprobs: NDArray[np.float64]
+    """`[num_tokens]`, natural logarithms."""
+    greedy: NDArray[np.bool_]
+    """`[num_tokens]`: no other token is as likely."""
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation."""
+        return float(self.logprobs.sum())
+
+
+class Scorer(Protocol):
+    """A model that scores items. Computes in float32, whatever the checkpoint's dtype."""
+
+    def score(self, items: Sequence[Item], label: str) -> list[Scored]:
+        """Score each item, in order.
+
+        Args:
+            items: no longer than the scorer's longest.
+            label: what the progress bar says.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the model's memory and processes back."""
+        ...
+
+
+def rope_parameters(config: PreTrainedConfig, factor: float) -> dict[str, Any]:
+    """The `rope_parameters` of a configuration with theta times `factor`.
+
+    Raises:
+        ValueError: the model has several kinds of RoPE, or none.
+    """
+    parameters = dict(config.rope_parameters or {})
+    if "rope_theta" not in parameters:
+        raise ValueError(f"a {config.model_type} has no single rope_theta to multiply")
+    return parameters | {"rope_theta": parameters["rope_theta"] * factor}
+
+
+def load(folder: Path, rope_theta_factor: float = 1.0, **kwargs: Any) -> PreTrainedModel:
+    """A checkpoint in float32; `kwargs` as `from_pretrained` takes them."""
+    config = AutoConfig.from_pretrained(folder)
+    if rope_theta_factor != 1.0:
+        config.rope_parameters = rope_parameters(config, rope_theta_factor)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, **kwargs
+    )
+    return model.eval()
+
+
+class TransformersScorer:
+    """One model, in this process.
+
+    Args:
+        folder: a Hugging Face folder.
+        rope_theta_factor: what RoPE's theta is multiplied with.
+        quiet: no progress bars.
+    """
+
+    def __init__(self, folder: Path, rope_theta_factor: float = 1.0, quiet: bool = False) -> None:
+        self.model = load(folder, rope_theta_factor)
+        self.quiet = quiet
+        if isinstance(self.model, VariantLlamaForCausalLM):
+            attend_in_tiles(self.model)
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[Item], label: str) -> list[Scored]:
+        """See `Scorer`."""
+        found: dict[int, Scored] = {}
+        with tqdm(total=len(items), desc=label, unit="text", disable=self.quiet) as bar:
+            for batch in _batches(items):
+                for index, scored in zip(
+                    batch, self._score([items[i] for i in batch]), strict=True
+                ):
+                    found[index] = scored
+                bar.update(len(batch))
+        return [found[index] for index in range(len(items))]
+
+    def _score(self, items: Sequence[Item]) -> list[Scored]:
+        """One batch. Padding stands after the tokens, where no token of a causal model sees it."""
+        longest = max(len(item.tokens) for item in items)
+        ids = [item.tokens + [0] * (longest - len(item.tokens)) for item in items]
+        logits = self.model(input_ids=torch.tensor(ids)[:, :-1], use_cache=False).logits
+        return [_read(row, item) for row, item in zip(logits, items, strict=True)]
+
+    def close(self) -> None:
+        """See `Scorer`."""
+        del self.model
+
+
+def _read(logits: Tensor, item: Item) -> Scored:
+    """The continuation's scores from the logits `[num_tokens, vocab_size]` of all tokens."""
+    start, count = len(item.prompt) - 1, len(item.continuation)
+    logprobs = logits[start : start + count].float().log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(item.continuation)[:, None])
+    rivals = (logprobs >= own).sum(-1)
+    return Scored(own[:, 0].double().numpy(), (rivals == 1).numpy())
+
+
+def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
+    """Indices of items of about the same length, longest first."""
+    order = sorted(range(len(items)), key=lambda index: -len(items[index].tokens))
+    while order:
+        size = max(1, BATCH_TOKENS // len(items[order[0]].tokens))
+        yield order[:size]
+        order = order[size:]
