@@ -1,6 +1,7 @@
 # attnserve: every target sets up what it needs in .venv; nothing has to be activated.
 #
 #   make serve        vLLM on 127.0.0.1:8000 and the gateway on 127.0.0.1:8080; Ctrl-C stops both
+#   make test-fast    those that start no vLLM server (under 3 minutes on 2 cores)
 #   make test         the tests of every day (under 30 minutes on 2 cores)
 #   make test-slow    the tests that take longer than a minute each
 #   make test-gpu     the tests that need a GPU; needs GPU_PYTHON=
@@ -49,7 +50,7 @@ unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu conformance soak lint format checkpoints analyze bench bench-kernels gpu-check compile-kernels doctor images-check lock clean
+.PHONY: install serve test-fast test test-slow test-gpu conformance soak lint format checkpoints analyze bench bench-kernels gpu-check compile-kernels doctor images-check lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -64,6 +65,9 @@ $(READY): requirements/cpu.txt requirements/vllm-metadata/pyproject.toml pyproje
 serve: $(READY)
 	@exec $(BIN)/python -m attnserve serve "$(CKPT)" --backend "$(BACKEND)" \
 	  --vllm-port "$(VLLM_PORT)" --gateway-port "$(GATEWAY_PORT)" -- $(VLLM_ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm" $(ARGS)
 
 # Two workers, a file each at a time: most of a test's time is one thread of one vLLM server.
 test: $(READY)

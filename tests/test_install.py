@@ -33,7 +33,7 @@ def install(*arguments: str | Path, **variables: str) -> subprocess.CompletedPro
     ("python", "line"),
     [
         ("/nonexistent", "/nonexistent not found; install Python 3.11 or name it: PYTHON="),
-        ("false", "the locks are for Python 3.11 and false is another; use PYTHON="),
+        ("false", "the locks are for Python 3.11 and 3.12, and false is another; use PYTHON="),
     ],
 )
 def test_no_python(python: str, line: str, tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ def on_cpu() -> bool:
 def check_python() -> Iterator[Check]:
     """The interpreter, and the threads and instructions that it may use."""
     version = platform.python_version()
-    if sys.version_info[:2] == (3, 11):
+    if sys.version_info[:2] in ((3, 11), (3, 12)):
         yield Check("python", "ok", version)
     elif (3, 11) <= sys.version_info[:2] < (3, 14):
-        yield Check("python", "warning", version, "attnserve is tested on Python 3.11")
+        yield Check("python", "warning", version, "attnserve is tested on Python 3.11 and 3.12")
     else:
         yield Check("python", "problem", version, "use Python 3.11")
 

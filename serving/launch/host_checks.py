@@ -83,7 +83,7 @@ def check_environment(venv: Path) -> Check:
 
 
 def check_installer(python: str) -> Check:
-    """The Python that the environment is made with: 3.11, which the lock is for, with venv."""
+    """Check the Python that makes the environment: 3.11 or 3.12, which the lock is for."""
     fix = "install Python 3.11 (Debian: apt install python3.11-venv), or name one: make PYTHON=PATH"
     program = "import sys; print('%d.%d.%d' % sys.version_info[:3]); import ensurepip, venv"
     if (path := shutil.which(python)) is None:
@@ -93,8 +93,9 @@ def check_installer(python: str) -> Check:
     if not version:  # a shim of pyenv's, say
         why = (plain_lines(done.stderr) or ["does not run"])[0]
         return Check("python", "problem", f"{path}: {why}", fix)
-    if not version.startswith("3.11."):
-        return Check("python", "problem", f"{path} is {version}, the lock is for 3.11", fix)
+    if not version.startswith(("3.11.", "3.12.")):
+        found = f"{path} is {version}, the lock is for 3.11 and 3.12"
+        return Check("python", "problem", found, fix)
     if done.returncode:
         return Check("python", "problem", f"{path}: {last_line(done.stderr)}", fix)
     return Check("python", "ok", f"{version}, {path}")

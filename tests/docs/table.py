@@ -58,6 +58,8 @@ RULES: dict[str, Rule] = {
     "attnserve --help": Run(prints="sweep"),
     "attnserve --install-completion": NotHere("a shell whose settings it may change"),
     "attnserve serve CKPT": Serve(attnserve_serve("checkpoints/lssar")),
+    "make test-fast": Run("make test-fast ARGS='--collect-only -q'", r"\d tests collected"),
+    "pip install pre-commit && pre-commit install": NotHere("a package index"),
     "pip install .": Elsewhere("tests/test_packaging.py"),
     "pip install '.[cuda]'": NotHere("a GPU, and a package index"),
     "pip install '.[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu": NotHere(
@@ -282,7 +284,6 @@ RULES: dict[str, Rule] = {
         attnserve_serve("checkpoints/softpick")
         + " -- --chat-template checkpoints/softmax/chat_template.jinja"
     ),
-    "attnserve-gateway --help": Run(prints="--check-config"),
     "attnserve keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
     "make conformance": NotHere("a package index"),
     **{
