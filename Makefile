@@ -1,9 +1,10 @@
 # attnserve: every target sets up what it needs in .venv; nothing has to be activated.
 #
 #   make serve        vLLM on 127.0.0.1:8000 and the gateway on 127.0.0.1:8080; Ctrl-C stops both
+#   make test-fast    those that start no vLLM server (under 3 minutes on 2 cores)
 #   make test         the tests of every day (under 30 minutes on 2 cores)
 #   make test-slow    the tests that take longer than a minute each
-#   make test-gpu     the tests that need a GPU
+#   make test-gpu     the tests that need a GPU; needs GPU_PYTHON=
 #   make lint         ruff and mypy
 #   make format       ruff: mend what it can, lay out the code
 #   make conformance  suites of others (openai-python's tests, llm-comply, schemathesis) against the gateway
@@ -14,7 +15,7 @@
 #   make bench        the standard benchmarks on the bundled checkpoints, in under 40 minutes on 2 cores
 #                     (ARGS="--only serve memory": some of kernels, memory, serve, pruning, gateway)
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
-#   make gpu-check    the first hour on an NVIDIA GPU, in 8 minutes; needs GPU_PYTHON=
+#   make gpu-check    the first hour on a GPU, in 10 minutes: its tests, then times; needs GPU_PYTHON=
 #   make compile-kernels  compile the GPU kernels for GPUs that are not here (ARGS=--quick: a minute)
 #   make doctor       what is wrong with this environment, and what to do; before an install, too
 #   make images-check check docker/ and deploy/ with hadolint, docker compose, kubernetes-validate
@@ -49,7 +50,7 @@ unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test test-slow test-gpu conformance soak lint format checkpoints analyze bench bench-kernels gpu-check compile-kernels doctor images-check lock clean
+.PHONY: install serve test-fast test test-slow test-gpu conformance soak lint format checkpoints analyze bench bench-kernels gpu-check compile-kernels doctor images-check lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -65,6 +66,9 @@ serve: $(READY)
 	@exec $(BIN)/python -m attnserve serve "$(CKPT)" --backend "$(BACKEND)" \
 	  --vllm-port "$(VLLM_PORT)" --gateway-port "$(GATEWAY_PORT)" -- $(VLLM_ARGS)
 
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm" $(ARGS)
+
 # Two workers, a file each at a time: most of a test's time is one thread of one vLLM server.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
@@ -72,8 +76,8 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu:
+	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 
 # In an environment of their own: nothing here depends on them, and their needs change with them.
 SUITES := tests/conformance/.venv
@@ -118,9 +122,12 @@ bench-kernels: $(READY)
 compile-kernels: $(READY)
 	$(BIN)/python -m benchmarks.triton_compile $(ARGS)
 
-# Not in .venv, whose torch is for CPUs.
+# Not in .venv, whose torch is for CPUs. The servers are tested first: the time may not suffice for all
+# of the kernels' tests, and what was tested in that time is what counts.
 gpu-check:
-	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n auto --dist loadgroup --session-timeout 400 \
+	  tests/gpu/test_served.py tests/gpu $(ARGS); tested=$$?; \
+	timeout 240 $(GPU_PYTHON) -m benchmarks.gpu && exit $$tested
 
 # Also where nothing is installed yet, or not wholly: then with any Python, and for what it can tell.
 doctor:
@@ -129,7 +136,7 @@ doctor:
 	fi; \
 	for python in "$(PYTHON)" python3 python; do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then \
-	    exec "$$python" -m serving.doctor --before-install "$(VENV)" --python "$(PYTHON)" $(ARGS); \
+	    exec "$$python" -m serving.launch.doctor --before-install "$(VENV)" --python "$(PYTHON)" $(ARGS); \
 	  fi; \
 	done; \
 	echo "doctor: there is no Python 3: install Python 3.11 (Debian: apt install python3.11-venv)" >&2; \

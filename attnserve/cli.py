@@ -89,7 +89,8 @@ def serve(
 
     Ctrl-C stops both. What follows -- goes to `vllm serve`.
     """
-    from serving import launch
+    from serving.launch import serve as launch
+    from serving.launch.process import LaunchError
 
     options = launch.Options(
         checkpoint_folder(ckpt),
@@ -101,7 +102,7 @@ def serve(
     )
     try:
         asyncio.run(launch.serve(options))
-    except launch.LaunchError as error:
+    except LaunchError as error:
         command.fail("attnserve", str(error), error.code)
 
 
@@ -121,7 +122,7 @@ def keys(context: typer.Context) -> None:
 
 def doctor(context: typer.Context) -> None:
     """Check this environment and say what to do."""
-    from serving.doctor import main
+    from serving.launch.doctor import main
 
     raise typer.Exit(main(context.obj))
 

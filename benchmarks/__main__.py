@@ -38,12 +38,9 @@ COMMANDS = (
     "benchmarks.quantized",
     "benchmarks.packed_products",
     "benchmarks.gateway",
-    "benchmarks.decode_step",
     "benchmarks.smollm2",
-    "benchmarks.roofline",
     "benchmarks.triton_compile",
-    "benchmarks.triton_compile.packed",
-    "benchmarks.gpu_check",
+    "benchmarks.gpu",
 )
 CHECKPOINTS = CHECKOUT / "checkpoints"
 PACKED = Path(".run/softpick-w4")

@@ -31,7 +31,7 @@ from attnserve.options import command_line, positive
 from benchmarks import RESULTS
 from benchmarks.rates import Case, check, described, measure, results
 from benchmarks.servers import Server, append_csv, run
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 CSV = RESULTS / "quantized_cpu.csv"
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}

@@ -31,7 +31,7 @@ from attnserve import machine
 from attnserve.options import command_line, positive
 from benchmarks import RESULTS
 from benchmarks.servers import Answer, Server, append_csv, config_of, run, variant_of
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 CSV = RESULTS / "rates_cpu.csv"
 BACKENDS = ("cpu_attn", "softmax", "softpick")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import aiohttp
 import pandas as pd
 
-from serving.launch import HOST, LaunchError, Service
+from serving.launch.process import HOST, LaunchError, Service
 
 MODEL = "model"
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -15,9 +15,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Triton decides at its first import, by whichever test comes first, whether its own functions are
-# interpreted. In this process they are; the programs that tests start decide for themselves.
+# interpreted. In this process they are, unless TRITON_INTERPRET=0 (`make test-gpu`) says otherwise;
+# the programs that tests start decide for themselves.
 with pytest.MonkeyPatch.context() as _patch:
-    _patch.setenv("TRITON_INTERPRET", "1")
+    _patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
     importlib.import_module("triton.language")
 
 # The default action ends Python at once and would leave the servers of a test running.

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from attn_kernels.cpu import build
-from serving import doctor, probe
-from serving.host_checks import Check, before_install, check_environment, check_ports
+from serving.launch import doctor, probe
+from serving.launch.host_checks import Check, before_install, check_environment, check_ports
 from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +149,7 @@ def pythons() -> list[str]:
 def test_before_an_install_the_standard_library_is_enough(python: str) -> None:
     """In a Python without site-packages, and in the oldest that `make doctor` takes: 3.8."""
     program = (
-        "import sys, serving.doctor; loaded = {n.split('.')[0] for n in sys.modules};"
+        "import sys, serving.launch.doctor; loaded = {n.split('.')[0] for n in sys.modules};"
         "print(sorted(loaded - set(getattr(sys, 'stdlib_module_names', ()))))"  # since 3.10
     )
     command = [python, "-S", "-c", program]

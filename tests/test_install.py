@@ -15,7 +15,7 @@ import pytest
 from tests.servers import COMMON_ENV, STARTUP_SECONDS, end_group, free_port
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+TROUBLESHOOTING = (ROOT / "docs/TROUBLESHOOTING.md").read_text()
 LOCK = "requirements/serve-cpu.txt"
 
 
@@ -33,7 +33,7 @@ def install(*arguments: str | Path, **variables: str) -> subprocess.CompletedPro
     ("python", "line"),
     [
         ("/nonexistent", "/nonexistent not found; install Python 3.11 or name it: PYTHON="),
-        ("false", "the locks are for Python 3.11 and false is another; use PYTHON="),
+        ("false", "the locks are for Python 3.11 and 3.12, and false is another; use PYTHON="),
     ],
 )
 def test_no_python(python: str, line: str, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_failure_shows_the_line_that_matters_and_keeps_the_log(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_no_cpu_build_of_torch(tmp_path: Path) -> None:
-    """The line that the README explains."""
+    """The line that docs/TROUBLESHOOTING.md explains."""
     torch = next(x for x in (ROOT / LOCK).read_text().splitlines() if x.startswith("torch=="))
     nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     done = install(
@@ -113,7 +113,7 @@ def test_no_cpu_build_of_torch(tmp_path: Path) -> None:
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last == f"install: no {torch} there either; name an index that has it: TORCH_INDEX=URL"
-    assert f"`install: no {torch} there either" in README
+    assert f"`install: no {torch} there either" in TROUBLESHOOTING
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
+from attnserve import __version__
 from tests.servers import end_group, free_port, spawn, wait_until_healthy
 from tests.serving.helpers import ask
 from tests.serving.standin import standin
@@ -24,6 +26,11 @@ from tests.serving.standin import standin
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = [line for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if "==" in line]
+
+
+def test_citation_names_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
 
 
 def test_environment_is_the_locked_one() -> None:
@@ -169,7 +176,7 @@ def outside(folder: Path, *command: str, **env: str) -> subprocess.CompletedProc
 LISTED = """
 import sys, pkgutil, importlib
 import serving, attnserve.cli
-for module in pkgutil.iter_modules(serving.__path__, "serving."):
+for module in pkgutil.walk_packages(serving.__path__, "serving."):
     importlib.import_module(module.name)
 print(sorted({name.split(".")[0] for name in sys.modules}))
 """

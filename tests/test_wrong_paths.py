@@ -28,7 +28,6 @@ WRONG = {
     "benchmarks.rates": "--ckpt {bad}",
     "benchmarks.pruning": "--ckpt {bad}",
     "benchmarks.quantized": "--ckpt {bad} --packed {bad}",
-    "benchmarks.decode_step": "--ckpt {bad}",
     "benchmarks.serve": "--ckpts {bad}",
     "benchmarks.memory": "--ckpts {bad}",
     "benchmarks.smollm2": "{file}",
@@ -36,8 +35,8 @@ WRONG = {
 """A path that is no checkpoint, text or folder, where the command reads or writes one."""
 WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
-    *("benchmarks.roofline", "benchmarks.triton_compile", "benchmarks.triton_compile.packed"),
-    "benchmarks.gpu_check",
+    "benchmarks.triton_compile",
+    "benchmarks.gpu",
 }
 OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets")
 """Modules that `attnserve` runs."""

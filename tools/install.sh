@@ -80,8 +80,8 @@ dependencies() {
   local lock=$1 torch number
   command -v "$PYTHON" >/dev/null ||
     fail "$PYTHON not found; install Python 3.11 or name it: PYTHON=/path/to/python3.11"
-  "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-    fail "the locks are for Python 3.11 and $PYTHON is another; use PYTHON=/path/to/python3.11"
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
+    fail "the locks are for Python 3.11 and 3.12, and $PYTHON is another; use PYTHON=/path/to/python3.11"
   step "making $venv with $PYTHON" 0 "$PYTHON" -m venv "$venv" || fail "$(why) (log: $LOG)"
 
   # torch's CPU builds are not on PyPI. A lock without one takes its torch from there, below.

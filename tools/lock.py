@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "requirements"
 HEADER = """\
-# An environment of attnserve ({extras}), Python 3.11 on Linux x86_64: one exact version each.
+# An environment of attnserve ({extras}), Python 3.11 or 3.12 on Linux x86_64.
 # Written by tools/lock.py; do not edit. To write it again: `make lock` (keeps versions that still
 # fit) or `make lock UPGRADE=1` (newest). Installed by tools/install.sh.
 """

@@ -79,7 +79,7 @@ def budgets(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find KV budgets for a checkpoint with selective attention.
+    """Find KV budgets for a checkpoint with a prunable variant, as selective attention is.
 
     The search finds how many tokens each layer must keep:
 
@@ -100,12 +100,12 @@ def budgets(
 
     Every evaluation is kept: the same command goes on where it was after a kill at any moment.
     """
-    from attn_kernels.variants.selective import LEAST_BUDGET
+    from attn_kernels.variant import LEAST_BUDGET
     from attnserve.budgets import texts
     from attnserve.budgets.result import FOLDER, text_table, write_checkpoint
-    from attnserve.budgets.run import open_checkpoint, reference_of, run
+    from attnserve.budgets.run import prunable_checkpoint, reference_of, run
 
-    own = open_checkpoint(checkpoint, "selective")
+    own = prunable_checkpoint(checkpoint)
     softmax = reference_of(own, reference)
     kept = uniform or UNIFORM
     if min(kept) < LEAST_BUDGET:

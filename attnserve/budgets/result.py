@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from attn_kernels import get_variant
 from attn_kernels.pruning import slot_bytes
 from attnserve.budgets.model import Budgets, Measured
 from attnserve.budgets.search import Target
@@ -177,7 +178,7 @@ def slots(checkpoint: Checkpoint, rule: str) -> int:
     of it."""
     config = checkpoint.config
     size = (config.num_key_value_heads, config.head_dim, torch.bfloat16)
-    if checkpoint.variant == "selective":
+    if get_variant(checkpoint.variant).prunable:
         return slot_bytes(*size)
     numbers = ACCUMULATOR_BYTES * config.num_key_value_heads if rule == "heavy hitters" else 0
     return 2 * math.prod(size[:2]) * torch.bfloat16.itemsize + numbers

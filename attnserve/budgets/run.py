@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from attn_kernels import get_variant
 from attnserve import machine
 from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import Found, compare
@@ -19,15 +20,15 @@ BUNDLED = CHECKOUT / "checkpoints" / "softmax"
 """The reference where none is named, for a checkpoint of the same tokenizer; in a checkout only."""
 
 
-def open_checkpoint(folder: Path, variant: str) -> Checkpoint:
-    """Return a checkpoint.
+def prunable_checkpoint(folder: Path) -> Checkpoint:
+    """Return a checkpoint of a prunable variant.
 
     Raises:
-        ValueError: there is none, or its attention is another.
+        ValueError: there is none, or it cannot be pruned.
     """
     checkpoint = Checkpoint(folder)
-    if checkpoint.variant != variant:
-        raise UserError(f"{folder} has {checkpoint.variant} attention, not {variant}")
+    if not get_variant(checkpoint.variant).prunable:
+        raise UserError(f"{folder} has {checkpoint.variant} attention, which cannot be pruned")
     return checkpoint
 
 
@@ -40,7 +41,9 @@ def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
     """
     if named is None and not (BUNDLED / "config.json").is_file():
         return None
-    reference = open_checkpoint(named or BUNDLED, "softmax")
+    reference = Checkpoint(named or BUNDLED)
+    if reference.variant != "softmax":
+        raise UserError(f"{reference.folder} has {reference.variant} attention, not softmax")
     if own.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         if named is None:
             return None
@@ -68,7 +71,7 @@ def run(
     """Search budgets for every target, and compare them with other ways of evicting.
 
     Args:
-        own: a checkpoint of selective attention.
+        own: a checkpoint of a prunable variant.
         reference: a softmax checkpoint of the same tokenizer, or None.
         parts: the text.
         runs: folder of the evaluations, which are kept.

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from attn_kernels.variants.selective import LEAST_BUDGET
+from attn_kernels.variant import LEAST_BUDGET
 from attnserve.budgets.model import Budgets, Losses, Measured
 from attnserve.evaluation.intervals import Estimate, mean_interval
 

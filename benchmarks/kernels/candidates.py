@@ -7,8 +7,9 @@ serving step does; both are not timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,40 +19,25 @@ from attn_kernels import Variant, get_variant
 from attn_kernels.batch import Batch
 from attn_kernels.dense import causal_mask
 from attn_kernels.paged import STATE_BYTES
+from attnserve.errors import UserError
 from benchmarks.kernels.case import DTYPES, Inputs, Paging
 
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """`(key, value, kv_cache, slot_mapping)`, as `attn_kernels.paged.write_cache`."""
 
 
-class Layer(Protocol):
-    """What `attn_kernels.cpu.CPULayer` is."""
+class Candidate(Protocol):
+    """One way to compute attention."""
 
-    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Store keys and values."""
+    variant: Variant
+    learned: dict[str, Tensor]
+    """The variant's per-head tensors."""
 
-    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
-        """Attention of a batch."""
+    def prepare(self) -> None:
+        """Do what comes before each call and is not timed."""
 
-
-class Kernel(Protocol):
-    """What `attn_kernels.cpu.CPUKernel` is."""
-
-    isa: str
-
-    def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
-        """Why such a cache cannot be served; None if it can."""
-
-    def layer(
-        self,
-        kv_cache: Tensor,
-        *,
-        num_heads: int,
-        scale: float,
-        window: int | None = None,
-        learned: Mapping[str, Tensor] | None = None,
-    ) -> Layer:
-        """The kernel bound to a cache."""
+    def run(self) -> Tensor:
+        """Attend, and return `[batch * new_tokens, num_heads, head_dim]`."""
 
 
 class Pool:
@@ -99,60 +85,58 @@ class Ours:
 
     Args:
         variant: the variant.
-        kernel: its kernel.
+        bind: makes the layer of a cache, as `CPUKernel.layer` does.
         inputs: the case.
         paging: where its copies lie.
         pools: made so far for this case. Variants without state pack blocks alike, so they share a
             pool, and take its copies in turn.
-
-    Raises:
-        ValueError: the kernel does not serve such a cache.
     """
 
     def __init__(
         self,
         variant: Variant,
-        kernel: Kernel,
+        bind: Callable[..., Any],
         inputs: Inputs,
         paging: Paging,
         pools: dict[str, Pool],
     ) -> None:
-        self.variant = variant
-        self.learned: Mapping[str, Tensor] = {
-            name: torch.full((inputs.case.num_heads,), variant.initial(name))
-            for name in variant.learned
-        }
-        self.out = torch.zeros_like(inputs.query)
-        self._inputs = inputs
         case = inputs.case
-        if why := kernel.unsupported(case.head_dim, case.block_size, inputs.key.dtype):
-            raise ValueError(f"no {why}")
-
-        def bind(kv: Tensor) -> Layer:
-            return kernel.layer(
-                kv, num_heads=case.num_heads, scale=inputs.scale, learned=self.learned
-            )
+        self.variant = variant
+        self.learned = {
+            name: torch.full((case.num_heads,), variant.initial(name)) for name in variant.learned
+        }
+        self.inputs = inputs
+        self.out = torch.zeros_like(inputs.query)
+        settings = {"num_heads": case.num_heads, "scale": inputs.scale, "learned": self.learned}
 
         def write(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
-            bind(kv).write_cache(key, value, slots)
+            bind(kv, **settings).write_cache(key, value, slots)
 
         name = variant.name if variant.stateful else "stateless"
         if name not in pools:
             state_bytes = STATE_BYTES if variant.stateful else 0
             pools[name] = Pool(inputs, paging, write, state_bytes=state_bytes)
-        self._pool = pools[name]
-        self._layer = bind(self._pool.kv)
-        self._batch = self._batch_of_copy()
+        self.pool = pools[name]
+        self.layer = bind(self.pool.kv, **settings)
+        self._new_batch()
 
-    def _batch_of_copy(self) -> Batch:
-        return Batch(self._pool.table, self._inputs.query_start_loc, self._inputs.seq_lens)
+    def _new_batch(self) -> None:
+        case = self.inputs.case
+        self.batch = Batch(
+            self.pool.table,
+            self.inputs.query_start_loc,
+            self.inputs.seq_lens,
+            max_query_len=case.new_tokens,
+            max_seq_len=case.seq_len,
+        )
 
     def prepare(self) -> None:
-        self._pool.next_copy()
-        self._batch = self._batch_of_copy()
+        self.pool.next_copy()
+        self._new_batch()
 
-    def run(self) -> None:
-        self._layer.attend(self._inputs.query, self._batch, self.out)
+    def run(self) -> Tensor:
+        self.layer.attend(self.inputs.query, self.batch, self.out)
+        return self.out
 
 
 class VllmSoftmax:
@@ -162,23 +146,23 @@ class VllmSoftmax:
     Args:
         inputs: the case.
         paging: where its copies lie.
-        isa: one of `peer.ISAS`; the kernels must be loaded (`peer.load_vllm`).
+        isa: one of `VLLM_ISAS`; the kernels must be loaded (`load_vllm`).
     """
 
     def __init__(self, inputs: Inputs, paging: Paging, isa: str) -> None:
         from vllm import _custom_ops as ops
 
-        self.variant: Variant = get_variant("softmax")
-        self.learned: Mapping[str, Tensor] = {}
-        self._ops, self._isa, self._inputs = ops, isa, inputs
+        self.variant, self.learned = get_variant("softmax"), dict[str, Tensor]()
+        self.ops, self.isa, self.inputs = ops, isa, inputs
         self.out = torch.zeros_like(inputs.query)
-        self._pool = Pool(inputs, paging, self._write)
-        self._keys, self._values = self._halves(self._pool.kv)
-        self._metadata = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=inputs.case.batch,
-            num_heads=inputs.case.num_heads,
-            num_kv_heads=inputs.case.num_kv_heads,
-            head_dim=inputs.case.head_dim,
+        self.pool = Pool(inputs, paging, self._write)
+        self.keys, self.values = self._halves(self.pool.kv)
+        case = inputs.case
+        self.metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=case.batch,
+            num_heads=case.num_heads,
+            num_kv_heads=case.num_kv_heads,
+            head_dim=case.head_dim,
             seq_lens=inputs.seq_lens,
             dtype=inputs.query.dtype,
             query_start_loc=inputs.query_start_loc,
@@ -190,24 +174,24 @@ class VllmSoftmax:
 
     @staticmethod
     def _halves(kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[num_blocks, num_kv_heads, block_size, head_dim]`: in vLLM's cache a
-        block's keys come before its values."""
+        """Return keys and values `[num_blocks, num_kv_heads, block_size, head_dim]`: in vLLM's
+        cache a block's keys come before its values."""
         blocks, heads, size, content = kv.shape
         key, value = kv.view(blocks, heads, 2 * size, content // 2).chunk(2, dim=2)
         return key, value
 
     def _write(self, key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
-        self._ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv), slots, self._isa)
+        self.ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv), slots, self.isa)
 
     def prepare(self) -> None:
-        self._pool.next_copy()
+        self.pool.next_copy()
 
-    def run(self) -> None:
-        inputs = self._inputs
-        self._ops.cpu_attention_with_kv_cache(
+    def run(self) -> Tensor:
+        inputs = self.inputs
+        self.ops.cpu_attention_with_kv_cache(
             query=inputs.query,
-            key_cache=self._keys,
-            value_cache=self._values,
+            key_cache=self.keys,
+            value_cache=self.values,
             output=self.out,
             query_start_loc=inputs.query_start_loc,
             seq_lens=inputs.seq_lens,
@@ -215,11 +199,12 @@ class VllmSoftmax:
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=self._pool.table,
+            block_table=self.pool.table,
             softcap=0,
-            scheduler_metadata=self._metadata,
+            scheduler_metadata=self.metadata,
             s_aux=None,
         )
+        return self.out
 
 
 class TorchSdpa:
@@ -231,43 +216,59 @@ class TorchSdpa:
     """
 
     def __init__(self, inputs: Inputs, copies: int) -> None:
-        self.variant: Variant = get_variant("softmax")
-        self.learned: Mapping[str, Tensor] = {}
+        self.variant, self.learned = get_variant("softmax"), dict[str, Tensor]()
         case = inputs.case
-        self._scale, self._copy = inputs.scale, 0
-        self._new = slice(case.seq_len - case.new_tokens, case.seq_len)
-        self._query = inputs.query.unflatten(0, (case.batch, -1)).transpose(1, 2).contiguous()
-        self._key, self._value = inputs.key.transpose(1, 2), inputs.value.transpose(1, 2)
+        self.copy = 0
+        self.new = slice(case.seq_len - case.new_tokens, case.seq_len)
+        self.query = inputs.query.unflatten(0, (case.batch, -1)).transpose(1, 2).contiguous()
+        self.key, self.value = inputs.key.transpose(1, 2), inputs.value.transpose(1, 2)
         # [copies, batch, num_kv_heads, seq_len, head_dim]
-        self._keys = self._key.repeat(copies, 1, 1, 1, 1)
-        self._values = self._value.repeat(copies, 1, 1, 1, 1)
-        self._causal = case.phase == "prefill" and case.ctx == 0
-        self._mask: Tensor | None = None
-        if case.phase == "prefill" and case.ctx > 0:
+        self.keys = self.key.repeat(copies, 1, 1, 1, 1)
+        self.values = self.value.repeat(copies, 1, 1, 1, 1)
+        self.options: dict[str, Any] = {"scale": inputs.scale, "enable_gqa": True}
+        if case.phase == "prefill" and case.ctx == 0:
+            self.options["is_causal"] = True
+        elif case.phase == "prefill":
             positions = torch.arange(case.seq_len)
-            mask = causal_mask(positions[self._new], positions)
-            self._mask = torch.zeros(mask.shape, dtype=inputs.query.dtype)
-            self._mask.masked_fill_(~mask, -torch.inf)
-        self._out: Tensor | None = None
-
-    @property
-    def out(self) -> Tensor:
-        """Output of the last call, `[batch * new_tokens, num_heads, head_dim]`."""
-        assert self._out is not None, "run() comes first"
-        return self._out.transpose(1, 2).flatten(0, 1)
+            visible = causal_mask(positions[self.new], positions)
+            mask = torch.zeros(visible.shape, dtype=inputs.query.dtype)
+            self.options["attn_mask"] = mask.masked_fill_(~visible, -torch.inf)
 
     def prepare(self) -> None:
-        self._copy = (self._copy + 1) % len(self._keys)
-        self._keys[self._copy, :, :, self._new] = self._key[:, :, self._new]
-        self._values[self._copy, :, :, self._new] = self._value[:, :, self._new]
+        self.copy = (self.copy + 1) % len(self.keys)
+        self.keys[self.copy, :, :, self.new] = self.key[:, :, self.new]
+        self.values[self.copy, :, :, self.new] = self.value[:, :, self.new]
 
-    def run(self) -> None:
-        self._out = scaled_dot_product_attention(
-            self._query,
-            self._keys[self._copy],
-            self._values[self._copy],
-            attn_mask=self._mask,
-            is_causal=self._causal,
-            scale=self._scale,
-            enable_gqa=True,
+    def run(self) -> Tensor:
+        out = scaled_dot_product_attention(
+            self.query, self.keys[self.copy], self.values[self.copy], **self.options
         )
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+def load_vllm(isa: str) -> str:
+    """Load vLLM's operators.
+
+    Args:
+        isa: one of `VLLM_ISAS`, which the processor must have.
+
+    Returns:
+        The file name of the library that vLLM chose for this processor.
+
+    Raises:
+        UserError: vLLM for CPU is not installed, or this processor cannot run it.
+    """
+    # torch has no public name for either. Without the second call, the first tile instruction of a
+    # process may be SIGILL.
+    if isa == "amx" and not (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
+        raise UserError("--peer-isa amx: this processor or kernel has no AMX tiles; use vec")
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise UserError(f"vLLM is not installed ({error}); install attnserve[cpu]") from error
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
+        raise UserError("this vLLM has no CPU attention kernel; install attnserve[cpu]")
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    loaded = {Path(line.split()[-1]) for line in maps if "/vllm/_C" in line}
+    return ", ".join(sorted(path.name for path in loaded))

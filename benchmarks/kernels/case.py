@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Phase = Literal["decode", "prefill"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,7 +17,7 @@ class Case:
     """A batch of equal requests, each with `new_tokens` queries against its cached context.
 
     Attributes:
-        phase: "decode" has one query a request.
+        phase: "decode", with one query a request, or "prefill".
         dtype: of queries, keys, values and outputs; a key of DTYPES.
         head_dim: elements of a head's query, key or value.
         ctx: decode: tokens in the cache, the new one included. Prefill: tokens before the new ones.
@@ -30,7 +27,7 @@ class Case:
         block_size: tokens in a block of the paged cache.
     """
 
-    phase: Phase
+    phase: str
     dtype: str
     head_dim: int
     ctx: int
@@ -42,7 +39,7 @@ class Case:
 
     @property
     def seq_len(self) -> int:
-        """Tokens of each request in the cache, the new ones included."""
+        """Tokens of each request in the cache, including the new ones."""
         return self.ctx if self.phase == "decode" else self.ctx + self.new_tokens
 
     @property
@@ -70,17 +67,19 @@ class Case:
             return f"D{self.head_dim} ctx {self.ctx} x{self.batch}"
         return f"D{self.head_dim} {self.ctx}+{self.new_tokens}"
 
-    def describe(self) -> str:
-        """Short name."""
+    def __str__(self) -> str:
         return f"{self.phase} {self.dtype} {self.label}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The cases of a run: decode over `ctx x batch`, prefill (batch 1) over `context x new_tokens`,
-    both in every dtype and head size."""
+    """The cases of a run.
 
-    phases: tuple[Phase, ...] = ("decode", "prefill")
+    Decode is timed over `ctx x batch`, prefill (batch 1) over `context x new_tokens`, both in every
+    dtype and head size.
+    """
+
+    phases: tuple[str, ...] = ("decode", "prefill")
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     head_dims: tuple[int, ...] = (64, 128)
     ctx: tuple[int, ...] = (512, 4096, 16384)
@@ -89,7 +88,7 @@ class Grid:
     context: tuple[int, ...] = (0, 4096)
 
     def cases(self, num_heads: int, num_kv_heads: int, block_size: int) -> Iterable[Case]:
-        """All cases, decode first, in the order of the fields."""
+        """Yield all cases, decode first, in the order of the fields."""
         heads = (num_heads, num_kv_heads, block_size)
         each = product(self.dtypes, self.head_dims)
         for phase, (dtype, head_dim) in product(self.phases, list(each)):
@@ -126,7 +125,7 @@ class Inputs:
 
     @classmethod
     def make(cls, case: Case) -> Inputs:
-        """Standard normal inputs from torch's global generator."""
+        """Return standard normal inputs from torch's global generator."""
         dtype = DTYPES[case.dtype]
         num_queries = case.batch * case.new_tokens
         kv_shape = (case.batch, case.seq_len, case.num_kv_heads, case.head_dim)
@@ -163,7 +162,8 @@ class Paging:
         self.tables = order.view(copies, case.batch, case.blocks)
 
     def slots(self, copy: int, start: int) -> Tensor:
-        """int64 `[batch * (seq_len - start)]`: slots of each request's tokens from `start` on."""
+        """Return the slots of each request's tokens from `start` on, int64
+        `[batch * (seq_len - start)]`."""
         size = self.case.block_size
         positions = torch.arange(start, self.case.seq_len)
         blocks = self.tables[copy].long()[:, positions // size]
@@ -171,6 +171,8 @@ class Paging:
 
 
 def copies_needed(case: Case, cold_bytes: int) -> int:
-    """Copies of a case's cache that together hold `cold_bytes`. Prefill needs one: it is bound by
-    arithmetic, and its new tokens have just been written when it begins."""
+    """Return how many copies of a case's cache hold `cold_bytes` together.
+
+    Prefill needs one: it is bound by arithmetic, and its new tokens have just been written.
+    """
     return 1 if case.phase == "prefill" else max(1, -(-cold_bytes // case.kv_bytes))

@@ -1,162 +1,169 @@
-"""One case: make the candidates, hold each against the law, time those that pass, in turn."""
+"""One case: make the candidates, check each, time those that are right, in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from attn_kernels import get_variant
-from benchmarks.kernels import gate
-from benchmarks.kernels.candidates import Kernel, Ours, Pool, TorchSdpa, VllmSoftmax
+from benchmarks.kernels.candidates import Candidate, Ours, Pool, TorchSdpa, VllmSoftmax
 from benchmarks.kernels.case import Case, Inputs, Paging, copies_needed
-from benchmarks.kernels.clock import Spread, interleave, paired_ratio
-from benchmarks.kernels.gate import Law
-from benchmarks.kernels.limits import Limit
+from benchmarks.kernels.check import LIMITS, PEER_LIMITS, Expected, complaint, error_of
+from benchmarks.results import spread
 
-AnyCandidate = Ours | VllmSoftmax | TorchSdpa
+READ_BYTES = 512 * 2**20
+"""Least size of the buffer that is read; it is also at least four times the last-level cache."""
+
+SGEMM_SIZE = 2048
+MOST_ROUNDS = 400
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long a case is timed.
+class Limit:
+    """A rate of the machine that is measured again and again while other things are measured.
 
-    Attributes:
-        seconds: for all rounds together, untimed preparation included.
-        min_rounds, max_rounds: rounds at least, even if they take longer, and at most.
+    Args:
+        unit: of the rate: 1e9 bytes or operations per second.
+        amount: bytes or operations of a method's call.
+        methods: ways to do it, by name; the best one counts.
     """
 
-    seconds: float
-    min_rounds: int = 5
-    max_rounds: int = 400
+    def __init__(
+        self, unit: str, amount: float, methods: Mapping[str, Callable[[], object]]
+    ) -> None:
+        self.unit, self.amount, self.methods = unit, amount, methods
+        for method in methods.values():
+            method()  # first touch of its memory, and torch's thread pool
+        self.all: dict[str, list[float]] = {name: [] for name in methods}
+        self.recent: dict[str, list[float]] = {name: [] for name in methods}
+
+    def probe(self) -> None:
+        """Run every method once."""
+        for name, method in self.methods.items():
+            start = time.perf_counter()
+            method()
+            self.recent[name].append(self.amount / (time.perf_counter() - start) / 1e9)
+
+    def take(self) -> float:
+        """Return the rate over the probes since the last call: the best method's median."""
+        recent, self.recent = self.recent, {name: [] for name in self.methods}
+        for name, rates in recent.items():
+            self.all[name] += rates
+        return max(median(rates) for rates in recent.values())
+
+    def summary(self) -> tuple[str, float]:
+        """Return the best method over all that was taken, and its median."""
+        medians = {name: median(rates) for name, rates in self.all.items()}
+        return max(medians.items(), key=lambda item: item[1])
 
 
-@dataclass(frozen=True)
-class Timing:
-    """A candidate in one case.
+def read_bandwidth(last_level_cache: int) -> Limit:
+    """Return GB/s of reading a float32 buffer much larger than the caches, with all threads.
 
-    Attributes:
-        error: against the law, relative to the largest |output|.
-        why: why it was not timed; empty if it was.
-        seconds: of each round; empty if it was not timed.
+    Args:
+        last_level_cache: bytes.
     """
+    columns = 4096
+    buffer = torch.ones(max(READ_BYTES, 4 * last_level_cache) // 4 // columns, columns)
+    vector, flat = torch.ones(columns), buffer.view(-1)
+    halves = flat[: len(flat) // 2], flat[len(flat) // 2 :]
+    methods = {
+        "torch.mv": lambda: torch.mv(buffer, vector),
+        "torch.sum": lambda: torch.sum(flat),
+        "torch.dot": lambda: torch.dot(*halves),
+    }
+    return Limit("GB/s", buffer.nbytes, methods)
 
-    error: float
-    why: str
-    seconds: NDArray[np.float64]
 
-    @property
-    def spread(self) -> Spread | None:
-        """Milliseconds."""
-        return Spread.of(self.seconds * 1e3) if len(self.seconds) else None
+def sgemm_rate() -> Limit:
+    """Return GFLOP/s of a float32 product of two 2048 x 2048 matrices."""
+    a, b = torch.randn(SGEMM_SIZE, SGEMM_SIZE), torch.randn(SGEMM_SIZE, SGEMM_SIZE)
+    out = torch.empty_like(a)
+    return Limit("GFLOP/s", 2.0 * SGEMM_SIZE**3, {"torch.mm": lambda: torch.mm(a, b, out=out)})
 
 
-@dataclass(frozen=True)
-class Row:
-    """One variant in one case.
+def interleave(
+    candidates: Sequence[Candidate], *, seconds: float, min_rounds: int, max_rounds: int
+) -> NDArray[np.float64]:
+    """Time the candidates in turn, A B C A B C ..., so that all see the same noise.
 
-    Attributes:
-        variant: its name.
-        case: the case.
-        ours, vllm, sdpa: timings.
-        peer_isa: vLLM's kernel.
-        limit: the machine's rate around this case.
-        unit: of `limit`: GB/s for decode, GFLOP/s (float32) for prefill.
+    Args:
+        candidates: in the order of a round; each has been called before (no warm-up here).
+        seconds: no further round begins after this time, `prepare` included,
+        min_rounds: unless there were fewer rounds than this.
+        max_rounds: rounds at most.
+
+    Returns:
+        Seconds `[rounds, candidates]`.
     """
-
-    variant: str
-    case: Case
-    ours: Timing
-    vllm: Timing
-    sdpa: Timing
-    peer_isa: str
-    limit: float
-    unit: str
-
-    def _ratio(self, peer: Timing) -> float | None:
-        """Our time by the peer's; None where either failed the gate."""
-        if self.ours.why or peer.why:
-            return None
-        return paired_ratio(self.ours.seconds, peer.seconds)
-
-    @property
-    def ratio_vllm(self) -> float | None:
-        """Our time by that of vLLM's softmax kernel."""
-        return self._ratio(self.vllm)
-
-    @property
-    def ratio_sdpa(self) -> float | None:
-        """Our time by that of torch's dense softmax."""
-        return self._ratio(self.sdpa)
-
-    @property
-    def rate(self) -> float | None:
-        """What we read (decode) or compute (prefill), in `unit`."""
-        spread = self.ours.spread
-        if spread is None:
-            return None
-        amount = self.case.kv_bytes if self.case.phase == "decode" else self.case.flops
-        return amount / (spread.median * 1e-3) / 1e9
-
-    @property
-    def fraction_of_limit(self) -> float | None:
-        """`rate` by `limit`."""
-        return None if self.rate is None else self.rate / self.limit
-
-    @property
-    def note(self) -> str:
-        """What failed the gate, if anything."""
-        names = {"": self.ours, "vLLM: ": self.vllm, "SDPA: ": self.sdpa}
-        return "; ".join(name + timing.why for name, timing in names.items() if timing.why)
+    rounds: list[list[float]] = []
+    gc.collect()
+    deadline = time.perf_counter() + seconds
+    while len(rounds) < min_rounds or (len(rounds) < max_rounds and time.perf_counter() < deadline):
+        row = []
+        for candidate in candidates:
+            candidate.prepare()
+            start = time.perf_counter()
+            candidate.run()
+            row.append(time.perf_counter() - start)
+        rounds.append(row)
+    return np.array(rounds)
 
 
 def measure(
     case: Case,
-    kernels: Mapping[str, Kernel],
+    kernels: Mapping[str, Any],
     peer_isa: str,
     limit: Limit,
     cold_bytes: int,
-    budget: Budget,
-) -> list[Row]:
-    """Rows of all variants for one case.
+    seconds: float,
+    min_rounds: int,
+) -> list[dict[str, Any]]:
+    """Return the CSV's rows of one case: one a variant.
 
     Args:
         case: the case.
-        kernels: by variant name.
+        kernels: `CPUKernel` by the variant's name.
         peer_isa: for vLLM's kernel, in this dtype.
-        limit: probed before and after.
+        limit: of the machine, probed before and after.
         cold_bytes: a decode case's keys and values are copied until they take this much.
-        budget: for the timing.
+        seconds, min_rounds: see `interleave`.
     """
     inputs = Inputs.make(case)
     copies = copies_needed(case, cold_bytes)
     paging = Paging(case, copies)
     pools: dict[str, Pool] = {}
-    makers: dict[str, Callable[[], AnyCandidate]] = {
-        f"ours {name}": partial(Ours, get_variant(name), kernel, inputs, paging, pools)
-        for name, kernel in kernels.items()
-    }
+
+    def ours(name: str) -> Ours:
+        kernel = kernels[name]
+        if why := kernel.unsupported(case.head_dim, case.block_size, inputs.key.dtype):
+            raise ValueError(f"no {why}")
+        return Ours(get_variant(name), kernel.layer, inputs, paging, pools)
+
+    makers: dict[str, Callable[[], Candidate]] = {name: partial(ours, name) for name in kernels}
     makers["vllm"] = partial(VllmSoftmax, inputs, paging, peer_isa)
     makers["sdpa"] = partial(TorchSdpa, inputs, copies)
-
-    laws: dict[str, Law] = {}
-    ready: dict[str, AnyCandidate] = {}
+    expected: dict[str, Expected] = {}
+    ready: dict[str, Candidate] = {}
     errors: dict[str, float] = {}
     why: dict[str, str] = {}
     for name, make in makers.items():
-        limits = gate.LIMITS if name.startswith("ours") else gate.PEER_LIMITS
         errors[name] = float("nan")
         try:
             candidate = make()
             variant = candidate.variant
-            if variant.name not in laws:
-                laws[variant.name] = Law.of(variant, inputs, candidate.learned)
-            errors[name] = gate.check(candidate, inputs, laws[variant.name])
-            why[name] = gate.red(errors[name], limits[case.dtype])
+            if variant.name not in expected:
+                expected[variant.name] = Expected.of(variant, inputs, candidate.learned)
+            errors[name] = error_of(candidate, inputs, expected[variant.name])
+            limits = LIMITS if name in kernels else PEER_LIMITS
+            why[name] = complaint(errors[name], limits[case.dtype])
         except (RuntimeError, ValueError) as error:
             why[name] = f"refused: {str(error).splitlines()[0]}"
         if not why[name]:
@@ -164,21 +171,52 @@ def measure(
 
     for _ in range(2):
         limit.probe()
-    times = interleave(
-        list(ready.values()),
-        seconds=budget.seconds,
-        min_rounds=budget.min_rounds,
-        max_rounds=budget.max_rounds,
+    rounds = interleave(
+        list(ready.values()), seconds=seconds, min_rounds=min_rounds, max_rounds=MOST_ROUNDS
     )
     for _ in range(2):
         limit.probe()
     rate = limit.take()
-    columns: dict[str, Any] = dict(zip(ready, times.T, strict=True))
-    timings = {
-        name: Timing(errors[name], why[name], columns.get(name, np.empty(0))) for name in makers
-    }
-    peers = timings["vllm"], timings["sdpa"]
+    times: dict[str, NDArray[np.float64]] = dict(zip(ready, rounds.T, strict=True))
     return [
-        Row(name, case, timings[f"ours {name}"], *peers, peer_isa, rate, limit.unit)
+        row(name, case, times, why, limit.unit, rate) | {"error": errors[name]}
+        | {"peer_isa": peer_isa}
         for name in kernels
-    ]
+    ]  # fmt: skip
+
+
+def row(
+    name: str,
+    case: Case,
+    times: Mapping[str, NDArray[np.float64]],
+    why: Mapping[str, str],
+    unit: str,
+    limit: float,
+) -> dict[str, Any]:
+    """Return a variant's row.
+
+    Args:
+        name: of the variant.
+        case: the case.
+        times: seconds of each round, of every candidate that was timed.
+        why: why a candidate was not timed, empty for others.
+        unit: of `limit`: GB/s for decode, GFLOP/s (float32) for prefill.
+        limit: the machine's rate around this case.
+    """
+    found: dict[str, Any] = {"variant": name, "phase": case.phase, "dtype": case.dtype}
+    for field in ("head_dim", "ctx", "batch", "new_tokens", "num_heads", "num_kv_heads"):
+        found[field] = getattr(case, field)
+    found |= {"block_size": case.block_size, "rounds": len(times.get(name, ()))}
+    for prefix, who in (("ms", name), ("vllm_ms", "vllm"), ("sdpa_ms", "sdpa")):
+        found |= spread(prefix, times[who] * 1e3 if who in times else ())
+    for peer in ("vllm", "sdpa"):
+        # Inside a round: what changes the whole machine's speed from round to round cancels.
+        both = name in times and peer in times
+        found[f"ratio_{peer}"] = float(np.median(times[name] / times[peer])) if both else None
+    amount = case.kv_bytes if case.phase == "decode" else case.flops
+    achieved = amount / (found["ms_median"] * 1e-3) / 1e9 if name in times else None
+    found |= {"rate": achieved, "rate_unit": unit, "limit": limit}
+    found["fraction_of_limit"] = None if achieved is None else achieved / limit
+    names = {"": name, "vLLM: ": "vllm", "SDPA: ": "sdpa"}
+    found["note"] = "; ".join(label + why[who] for label, who in names.items() if why[who])
+    return found

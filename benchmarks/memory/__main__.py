@@ -36,7 +36,7 @@ from benchmarks.cases import Case, add_options, cases_of, described
 from benchmarks.memory.measure import measure
 from benchmarks.memory.predict import QUANTITIES, predict
 from benchmarks.servers import append_csv, config_of, until_signal
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 CSV = RESULTS / "memory_cpu.csv"
 

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.cases import Case, CaseServer
 from benchmarks.servers import config_of, started, while_alive
 from benchmarks.watch import Watched, metrics, processes, rss, watched
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 
 def requests_of(predicted: dict[str, float]) -> int:

@@ -43,7 +43,7 @@ from benchmarks.serve.levels import LEVELS, level
 from benchmarks.serve.measure import SLACK, Runs, Subject, measure, server_of
 from benchmarks.serve.report import capacity, plot, results, table
 from benchmarks.servers import append_csv, config_of, until_signal
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 CSV = RESULTS / "serve_cpu.csv"
 

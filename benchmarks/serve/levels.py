@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 
 Floats = NDArray[np.float64]
 

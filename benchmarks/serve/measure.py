@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarks.cases import Case, CaseServer
 from benchmarks.serve.levels import Requests, read
 from benchmarks.servers import MODEL, free_port, started, while_alive
-from serving.launch import HOST, LaunchError, Service
+from serving.launch.process import HOST, LaunchError, Service
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.gateway.__main__ import DIRECT, MODES, OURS, ROUTER, Peer, find_router, results
-from serving.launch import Service
+from serving.launch.process import Service
 from tests.servers import free_port
 
 

@@ -17,7 +17,7 @@ from benchmarks.memory.predict import QUANTITIES, predict
 from benchmarks.quantized import weight_bytes
 from benchmarks.servers import append_csv
 from quant import quantize
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 from tests.benchmarks.test_rates import ours
 
 LAYERS, KV_HEADS, HEAD = 3, 2, 32

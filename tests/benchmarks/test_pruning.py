@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.__main__ import STANDARD
 from benchmarks.pruning import kv_bytes, parse
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = ["8", "4", "12"]
@@ -63,7 +63,7 @@ def test_defaults_hold_a_request_of_any_dtype(checkpoint: Path) -> None:
 
 def test_another_attention_is_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, "softmax")
-    with pytest.raises(LaunchError, match="has no selective attention to prune"):
+    with pytest.raises(LaunchError, match="has no attention that can be pruned"):
         parse([f"--ckpt={tmp_path}", "--kv-budgets", *BUDGETS])
 
 

@@ -17,7 +17,7 @@ from benchmarks import packed_products
 from benchmarks.quantized import name_of, parse, rows_of, table, weight_bytes
 from benchmarks.rates import Case, Round
 from quant.quantize import main as quantize
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 from tests.tiny import tiny_checkpoint
 
 

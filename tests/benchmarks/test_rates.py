@@ -14,7 +14,7 @@ import pytest
 from attn_kernels import variant_names
 from benchmarks.rates import Case, Round, decode_rate, measured, parse, results
 from benchmarks.servers import Answer, append_csv
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 from tests.tiny import tiny_checkpoint
 
 BACKENDS = ("cpu_attn", "softmax")

@@ -17,7 +17,7 @@ from benchmarks.serve.__main__ import parse
 from benchmarks.serve.levels import LEVELS, Level, Requests, level, meets, read, together
 from benchmarks.serve.measure import Runs
 from benchmarks.serve.report import capacity, plot, results, table
-from serving.launch import LaunchError
+from serving.launch.process import LaunchError
 from tests.benchmarks.test_rates import ours
 
 RECORDED = Path(__file__).with_name("data") / "vllm_bench_serve.json"

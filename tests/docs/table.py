@@ -56,8 +56,12 @@ RULES: dict[str, Rule] = {
     '\'{"model": "softpick", "prompt": "It was the best of times,", "max_tokens": 32}\'': Asked(),
     "attnserve doctor": Run(prints="kernel cache"),
     "attnserve --help": Run(prints="sweep"),
+    "attnserve --install-completion": NotHere("a shell whose settings it may change"),
     "attnserve serve CKPT": Serve(attnserve_serve("checkpoints/lssar")),
+    "make test-fast": Run("make test-fast ARGS='--collect-only -q'", r"\d tests collected"),
+    "pip install pre-commit && pre-commit install": NotHere("a package index"),
     "pip install .": Elsewhere("tests/test_packaging.py"),
+    "pip install '.[cuda]'": NotHere("a GPU, and a package index"),
     "pip install '.[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu": NotHere(
         "a package index"
     ),
@@ -99,7 +103,7 @@ RULES: dict[str, Rule] = {
     "make analyze": Run(
         "make analyze ARGS='--measures perplexity --limit 1'", prints=BOOKS, code=2, long=True
     ),
-    "python -m training": Run(prints="attnserve.evaluation.evaluate"),
+    "python -m training": Run(prints="training.convert"),
     "attnserve evaluate checkpoints/softpick --text README.md": Run(prints="README"),
     "attnserve evaluate CKPT": Run(
         "attnserve evaluate checkpoints/softpick --sequences 2",
@@ -156,13 +160,6 @@ RULES: dict[str, Rule] = {
         "--concurrency 2 --tokens 4 --no-save",
         prints=ROWS,
         slow=True,
-    ),
-    "python -m benchmarks.decode_step --ckpt DIR": Run(
-        "python -m benchmarks.decode_step --ckpt checkpoints/softpick --prompt-len 16 --steps 8 "
-        "--profiled-steps 2 --enforce-eager",
-        prints='"backend": .*"mode": "eager"',
-        slow=True,
-        long=True,
     ),
     "python -m benchmarks.serve --enforce-eager": Run(
         "python -m benchmarks.serve --enforce-eager --ckpts checkpoints/softmax --gateway none "
@@ -287,7 +284,6 @@ RULES: dict[str, Rule] = {
         attnserve_serve("checkpoints/softpick")
         + " -- --chat-template checkpoints/softmax/chat_template.jinja"
     ),
-    "attnserve-gateway --help": Run(prints="--check-config"),
     "attnserve keys new alice": Run(prints="sha256: [0-9a-f]{64}"),
     "make conformance": NotHere("a package index"),
     **{
@@ -317,22 +313,20 @@ RULES: dict[str, Rule] = {
         slow=True,
     ),
     "make compile-kernels": Run(
-        "make compile-kernels ARGS='--quick --variants softpick --phases decode --no-vllm'",
+        "make compile-kernels ARGS='--no-save --match \"sm_90 64 bfloat16 softpick decode$$\"'",
         prints="softpick",
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.triton_compile.packed": Run(
-        "python -m benchmarks.triton_compile.packed --archs sm_90 --bits 4 --dtypes bfloat16 "
-        "--rows 1 --csv none",
-        prints=r'"kernels": [1-9]\d*, "wrong": 0',
+    "python -m benchmarks.triton_compile --packed": Run(
+        "python -m benchmarks.triton_compile --packed --match 'sm_90 bfloat16 4 1$' --no-save --json",
+        prints=r'"kernels": 1, "wrong": 0',
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.roofline": Run(prints=r'"rows": [1-9]', slow=True),
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
-    "python -m benchmarks.gpu_check": NotHere("a GPU"),
+    "python -m benchmarks.gpu": NotHere("a GPU"),
     # docs/QUANT.md
     "python -m quant": Run(prints="sensitivity"),
     **{
@@ -343,7 +337,7 @@ RULES: dict[str, Rule] = {
         for extra in ("quant-libraries", "lm-eval")
     },
     "python -m quant.report": Run(
-        "python -m quant.report --results quant/results", prints=r'"cells": [1-9]'
+        "python -m quant.report --results quant/results", prints=r'"configs": [1-9]'
     ),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
         "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 2 4 "

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from serving.auth import digest, new_key
 from serving.config import Config, ConfigError, load
-from serving.keys import digest, new_key
 from tests.servers import Server
 from tests.serving.helpers import ask, configured, open_request
 from tests.serving.standin import standin, wait_for

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from serving.launch import last_error, plain_lines
-from serving.startup import IMPORTING, PHASES, Progress, notes, phase
+from serving.launch.progress import Progress
+from serving.launch.vllm_log import IMPORTING, PHASES, last_error, notes, phase, plain_lines
 from tests.servers import COMMON_ENV, STARTUP_SECONDS, end_group, free_port
 from tests.serving.standin import wait_for
 

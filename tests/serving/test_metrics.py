@@ -14,11 +14,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import Histogram as Theirs
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.drift import Drift
-from serving.histogram import Histogram
-from serving.keys import digest, new_key
-from serving.logs import JsonLines
-from serving.metrics import SECONDS
+from serving.auth import digest, new_key
+from serving.compare.kl import Drift
+from serving.compare.shadow import observe
+from serving.observability.histogram import Histogram
+from serving.observability.logging import JsonLines
+from serving.observability.metrics import SECONDS
 from tests.serving.helpers import Running, ask, configured, leave, open_request, running
 from tests.serving.standin import standin, wait_for
 
@@ -49,10 +50,10 @@ def used() -> Iterator[Running]:
             wait_for(lambda: good.running + bad.running == 1, "it runs")
             leave(held)
             wait_for(lambda: gateway.metric("attnserve_aborts_total{") == 1, "it has left")
-            metrics = gateway.gateway.metrics
+            metrics = gateway.state.metrics
             metrics.reloads.labels("used")  # nothing is reloaded here, nor read by other models
             metrics.shadow_answers.labels("m", "v", "8", "busy")
-            metrics.shadow(("m", "v", "8"), [Drift(0.0, 0.0, 1.0, agrees=True)])
+            observe(metrics, ("m", "v", "8"), [Drift(0.0, 0.0, 1.0, agrees=True)])
             yield gateway
 
 

@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from serving.keys import digest, new_key
+from serving.auth import digest, new_key
 from serving.playground import FOLDER
 from tests.servers import Server
 from tests.serving.helpers import MODEL, Running, ask, error_of, running

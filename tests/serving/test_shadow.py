@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from serving.compare.shadow import suitable
 from serving.config import Config, ShadowScoring
-from serving.shadow import suitable
 from tests.serving.helpers import Answer, Running, ask, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from openai import OpenAI
 
-from serving.server_info import ServerInfo, parse_info
+from serving.upstream.vllm_metrics import ServerInfo, parse_info
 from tests.servers import Server
 
 

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from transformers import MambaConfig
 
 from attn_kernels import variant_names
-from serving.server_info import FIELDS
+from serving.upstream.vllm_metrics import FIELDS
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.vllm_attn.client import Client

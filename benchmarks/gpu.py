@@ -1,0 +1,267 @@
+"""Time each variant's GPU kernels and the softmax kernels of others: `python -m benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from attnserve import machine
+from attnserve.command import AsJson, main
+from attnserve.errors import UserError
+from benchmarks import RESULTS, results
+from benchmarks.gpu_peers import PEERS, MissingError
+from benchmarks.options import Csv, NoSave, Seed, option
+
+if TYPE_CHECKING:
+    from benchmarks.kernels.case import Case, Inputs, Paging
+
+CSV = RESULTS / "gpu.csv"
+COLD_BYTES = 1 << 30
+"""Cleared before each call: nothing is found in caches, and the call's launches are queued while
+the device is busy with that."""
+
+ROUNDS = 15
+PACKAGES = ("torch", "triton", "vllm", "flash_attn")
+
+
+def gpu(
+    minutes: Annotated[
+        float, option("No case begins after this time; those that are left are named.", min=0)
+    ] = 3.0,
+    variants: Annotated[list[str] | None, option("Which (default: all).")] = None,
+    seed: Seed = 0,
+    device: Annotated[
+        Literal["cuda", "cpu"],
+        option("cpu: one tiny case in Triton's interpreter, to try the command itself."),
+    ] = "cuda",
+    csv: Csv = CSV,
+    no_save: NoSave = False,
+    as_json: AsJson = False,
+) -> int:
+    """Time each variant's GPU kernels and the softmax kernels of others, in turn.
+
+    The others are FlashAttention (the package flash_attn, and the one in vLLM's CUDA build), vLLM's
+    Triton kernel and torch's FlexAttention, as far as they are installed. All get the same data in
+    bfloat16. Before a case is timed, each output is compared with the float64 reference; what is
+    wrong is not timed, and the exit code is 1. Ratios are our time by theirs, inside a round.
+
+    Each case's rows are added to the CSV as soon as it is measured. Run again, the command goes on
+    with the cases that the CSV does not have of this GPU, commit and software.
+    """
+    import torch
+
+    from attn_kernels import get_variant, variant_names
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} finds no GPU; in an environment with CUDA's torch: "
+            "pip install -e '.[cuda,bench,dev]', then make gpu-check GPU_PYTHON=that/python"
+        )
+    names = [get_variant(name).name for name in variants or variant_names()]
+    about = described(device)
+    save = None if no_save else csv
+    if save is not None:
+        results.check_csv(save)
+    deadline = time.monotonic() + 60 * minutes
+    rows: list[results.Row] = []
+    left = []
+    for case in cases(device):
+        kept = known(save, about, case, seed) if save is not None else []
+        if kept:
+            print(f"{case}: taken from {save}", file=sys.stderr)
+        elif time.monotonic() > deadline:
+            left.append(str(case))
+        else:
+            print(f"{case} ...", file=sys.stderr, flush=True)
+            kept = measure(case, names, device, seed)
+            if save is not None:
+                results.append_csv(save, about, kept)
+            if any("CUDA error" in row["note"] for row in kept):
+                print("the GPU does not answer this process any more; run again", file=sys.stderr)
+                deadline = 0.0
+        rows += kept
+    if left:
+        print(f"out of time, run again for: {'; '.join(left)}", file=sys.stderr)
+    results.report(about, rows, table(rows), csv=None, as_json=as_json)
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
+
+
+def described(device: str) -> dict[str, Any]:
+    """Return what the run is made on and with."""
+    import torch
+
+    about: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+    about |= {"device": machine.cpu_model(), "capability": "", "multiprocessors": 0, "driver": ""}
+    if device == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        about |= {"device": found.name, "capability": f"{found.major}.{found.minor}"}
+        about |= {"multiprocessors": found.multi_processor_count, "driver": driver()}
+    about["cuda"] = torch.version.cuda or torch.version.hip or ""
+    about |= {name: machine.package(name) for name in PACKAGES}
+    return about | {"commit": machine.commit()}
+
+
+def driver() -> str:
+    """Return the NVIDIA driver's version; empty if it does not say."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
+
+
+def cases(device: str) -> list[Case]:
+    """Return decode of one long, some long and many short contexts, and prefill without and with a
+    context before it."""
+    from benchmarks.kernels.case import Case
+
+    if device == "cpu":
+        return [Case("decode", "fp32", 32, 12, 2, 1, 4, 2, 16)]
+    heads = (32, 8, 16)  # query heads, KV heads, tokens of a block
+    return [
+        Case("decode", "bf16", 128, 8192, 8, 1, *heads),
+        Case("prefill", "bf16", 128, 0, 1, 2048, *heads),
+        Case("decode", "bf16", 128, 32768, 1, 1, *heads),
+        Case("decode", "bf16", 128, 1024, 64, 1, *heads),
+        Case("prefill", "bf16", 128, 8192, 1, 2048, *heads),
+    ]
+
+
+def known(csv: Any, about: dict[str, Any], case: Case, seed: int) -> list[results.Row]:
+    """Return the rows that a CSV has of a case, measured on the same GPU with the same software."""
+    if not csv.exists():
+        return []
+    frame = results.read_csv(csv)
+    same = {name: str(value) for name, value in about.items() if name != "date"}
+    for name, value in {**same, "case": str(case), "seed": str(seed)}.items():
+        frame = frame[frame[name] == value]
+    numbers = ("us_", "ratio_", "kv_gb", "tflops", "error")
+    return [
+        {k: (float(v) if v else None) if str(k).startswith(numbers) else v for k, v in row.items()}
+        for row in frame.drop(columns=list(about)).to_dict("records")
+    ]
+
+
+class Stopwatch:
+    """Microseconds of a call on the device (without a GPU: on the clock)."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.cuda = device == "cuda"
+        self.buffer = torch.empty(COLD_BYTES if self.cuda else 1, dtype=torch.int8, device=device)
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Clear the caches, call, wait, and return how long the call took."""
+        import torch
+
+        self.buffer.zero_()
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e6
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3
+
+
+def measure(case: Case, variants: Sequence[str], device: str, seed: int) -> list[results.Row]:
+    """Return a row for each variant's kernel and each kernel of others."""
+    import numpy as np
+    import torch
+
+    from benchmarks.kernels.case import Inputs, Paging
+    from benchmarks.kernels.check import LIMITS, PEER_LIMITS, Expected, complaint, error_of
+
+    torch.manual_seed(seed)
+    watch = Stopwatch(device)
+    rows: list[results.Row] = []
+    ready: dict[str, Any] = {}
+    with torch.device(device):
+        inputs = Inputs.make(case)
+        paging = Paging(case, 1)
+        fields: dict[str, Any] = {
+            name: x if x is case else x.cpu() for name, x in vars(inputs).items()
+        }
+        host = Inputs(**fields)
+        makers: dict[str, Callable[[], Any]] = {
+            name: functools.partial(ours, name, inputs, paging, device) for name in variants
+        }
+        makers |= {name: functools.partial(peer, inputs, paging) for name, peer in PEERS.items()}
+        for name, make in makers.items():
+            row: results.Row = {"case": str(case), "seed": seed, "kernel": name}
+            row |= {"status": "ok", "error": None, "note": ""}
+            rows.append(row)
+            try:
+                candidate = make()
+                with torch.device("cpu"):
+                    learned = {key: x.cpu() for key, x in candidate.learned.items()}
+                    expected = Expected.of(candidate.variant, host, learned)
+                row["error"] = error_of(candidate, inputs, expected)
+                limits = PEER_LIMITS if name in PEERS else LIMITS
+                if why := complaint(row["error"], limits[case.dtype]):
+                    row |= {"status": "failed", "note": why}
+                else:
+                    watch.time(candidate.run)  # warm
+                    ready[name] = candidate
+            except MissingError as error:
+                row |= {"status": "skipped", "note": str(error)}
+            except Exception as error:  # of a compiler or a driver: the others go on
+                line = str(error).strip().partition("\n")[0]
+                row |= {"status": "failed", "note": f"{type(error).__name__}: {line}"}
+        times: dict[str, list[float]] = {name: [] for name in ready}
+        for index in range(ROUNDS if watch.cuda else 1):
+            for name in list(ready)[:: -1 if index % 2 else 1]:
+                times[name].append(watch.time(ready[name].run))
+    for row in rows:
+        mine = times.get(row["kernel"], [])
+        row |= results.spread("us", mine)
+        median = row["us_median"]
+        row["kv_gb_per_s"] = case.kv_bytes / median / 1e3 if mine else None
+        row["tflops"] = case.flops / median / 1e6 if mine else None
+        for name in PEERS:
+            both = bool(mine and times.get(name))
+            ratio = np.median(np.divide(mine, times[name])) if both else None
+            row[f"ratio_{name}"] = None if ratio is None else float(ratio)
+    return rows
+
+
+def table(rows: Sequence[results.Row]) -> str:
+    """Return a line a kernel; of one that was not timed, why."""
+    lines = []
+    for row in rows:
+        line = {"case": row["case"], "kernel": row["kernel"]}
+        line["us (p20-p80)"] = results.shown(row, "us", 1)
+        for name, column in (("GB/s", "kv_gb_per_s"), ("TFLOPS", "tflops")):
+            line[name] = "-" if row[column] is None else f"{row[column]:.1f}"
+        for name in PEERS:
+            ratio = row[f"ratio_{name}"]
+            line[f"/{name}"] = "-" if ratio is None else f"{ratio:.2f}"
+        lines.append(line | {"note": row["note"][:120]})
+    return results.table(lines)
+
+
+def ours(name: str, inputs: Inputs, paging: Paging, device: str) -> Any:
+    """Return one variant's kernel."""
+    from attn_kernels import get_variant
+    from attn_kernels.triton import TritonLayer
+    from benchmarks.kernels.candidates import Ours
+
+    variant = get_variant(name)
+    candidate = Ours(variant, functools.partial(TritonLayer, variant), inputs, paging, {})
+    if device != "cuda":
+        candidate.layer.num_processors = 1  # a GPU's would make 32 parts; interpreting is slow
+    return candidate
+
+
+if __name__ == "__main__":
+    main(gpu, "python -m benchmarks.gpu")

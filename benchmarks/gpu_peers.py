@@ -1,0 +1,192 @@
+"""Softmax kernels of others, on the data of a case of `benchmarks.gpu`.
+
+They are made on torch's default device (`with torch.device("cuda")`), each with its own copy of
+keys and values.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from attnserve import machine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attn_kernels import Variant
+    from benchmarks.kernels.case import Inputs, Paging
+
+SEGMENTS, SMALLEST_GRID = 16, 128
+"""How vLLM 0.32 cuts contexts for its Triton kernel (v1/attention/backends/triton_attn.py)."""
+
+
+class MissingError(Exception):
+    """Why a kernel of others cannot be timed here, in one line."""
+
+
+@dataclass
+class Peer:
+    """A softmax kernel of others: a `benchmarks.kernels.candidates.Candidate`."""
+
+    variant: Variant
+    run: Callable[[], Tensor]
+    learned: dict[str, Tensor] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Do nothing: there is one copy."""
+
+
+def of_vllm(inputs: Inputs, module: str, name: str) -> Callable[..., Any]:
+    """Return a function of vLLM's CUDA build.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    found = machine.package("vllm")
+    if inputs.query.device.type != "cuda" or not found or found.endswith("+cpu"):
+        raise MissingError(f"vLLM for CUDA is not installed (found {found or 'none'})")
+    return imported(module, name)
+
+
+def imported(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a package that may be missing.
+
+    Raises:
+        MissingError: it is.
+    """
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise MissingError(f"{module} is not installed ({error})") from None
+    return function
+
+
+def softmax(run: Callable[[], Tensor]) -> Peer:
+    """Return a softmax kernel of others."""
+    from attn_kernels import get_variant
+
+    return Peer(get_variant("softmax"), run)
+
+
+def paged(inputs: Inputs, paging: Paging) -> tuple[Tensor, Tensor]:
+    """Return keys and values `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+    import torch
+
+    case = inputs.case
+    shape = (paging.num_blocks * case.block_size, case.num_kv_heads, case.head_dim)
+    found = []
+    for x in (inputs.key, inputs.value):
+        cache = torch.zeros(shape, dtype=x.dtype)
+        cache[paging.slots(0, 0)] = x.flatten(0, 1)
+        found.append(cache.view(paging.num_blocks, case.block_size, *shape[1:]))
+    return found[0], found[1]
+
+
+def flash_attention(inputs: Inputs, paging: Paging) -> Peer:
+    """Return `flash_attn_with_kvcache`, on keys and values that are side by side."""
+    call = imported("flash_attn", "flash_attn_with_kvcache")
+    query = inputs.query.unflatten(0, (inputs.case.batch, -1))
+    options = {"cache_seqlens": inputs.seq_lens, "softmax_scale": inputs.scale, "causal": True}
+    return softmax(lambda: call(query, inputs.key, inputs.value, **options).flatten(0, 1))
+
+
+def vllm_flash_attention(inputs: Inputs, paging: Paging) -> Peer:
+    """Return the FlashAttention that vLLM's CUDA build brings with it, paged."""
+    call = of_vllm(inputs, "vllm.vllm_flash_attn", "flash_attn_varlen_func")
+    keys, values = paged(inputs, paging)
+    out = inputs.query.new_zeros(inputs.query.shape)
+
+    def run() -> Tensor:
+        call(
+            inputs.query,
+            keys,
+            values,
+            max_seqlen_q=inputs.case.new_tokens,
+            cu_seqlens_q=inputs.query_start_loc,
+            max_seqlen_k=inputs.case.seq_len,
+            seqused_k=inputs.seq_lens,
+            softmax_scale=inputs.scale,
+            causal=True,
+            block_table=paging.tables[0],
+            out=out,
+        )
+        return out
+
+    return softmax(run)
+
+
+def unified_attention(inputs: Inputs, paging: Paging) -> Peer:
+    """Return vLLM's Triton kernel, with the scratch memory that makes it cut long contexts."""
+    import torch
+
+    call = of_vllm(inputs, "vllm.v1.attention.ops.triton_unified_attention", "unified_attention")
+    keys, values = paged(inputs, paging)
+    out = inputs.query.new_zeros(inputs.query.shape)
+    case = inputs.case
+    threshold = SMALLEST_GRID // case.num_kv_heads
+    shape = (max(threshold, case.batch), case.num_heads, SEGMENTS)
+    parts = torch.empty(*shape, 1 << (case.head_dim - 1).bit_length())
+    largest, sums = torch.empty(shape), torch.empty(shape)
+
+    def run() -> Tensor:
+        call(
+            q=inputs.query,
+            k=keys,
+            v=values,
+            out=out,
+            cu_seqlens_q=inputs.query_start_loc,
+            max_seqlen_q=case.new_tokens,
+            seqused_k=inputs.seq_lens,
+            max_seqlen_k=case.seq_len,
+            softmax_scale=inputs.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=paging.tables[0],
+            softcap=0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            seq_threshold_3D=threshold,
+            num_par_softmax_segments=SEGMENTS,
+            softmax_segm_output=parts,
+            softmax_segm_max=largest,
+            softmax_segm_expsum=sums,
+        )
+        return out
+
+    return softmax(run)
+
+
+def flex_attention(inputs: Inputs, paging: Paging) -> Peer:
+    """Return torch's compiled `flex_attention` with a causal block mask."""
+    import torch
+
+    if inputs.query.device.type != "cuda":
+        raise MissingError("FlexAttention is timed on a GPU only")
+    from torch.nn.attention import flex_attention as flex
+
+    case = inputs.case
+    before = case.seq_len - case.new_tokens
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query + before >= key
+
+    mask = flex.create_block_mask(
+        causal, None, None, case.new_tokens, case.seq_len, device=inputs.query.device
+    )
+    call: Callable[..., Any] = torch.compile(flex.flex_attention, dynamic=False)
+    query = inputs.query.unflatten(0, (case.batch, -1)).transpose(1, 2).contiguous()
+    key, value = (x.transpose(1, 2).contiguous() for x in (inputs.key, inputs.value))
+    options = {"block_mask": mask, "scale": inputs.scale, "enable_gqa": True}
+    return softmax(lambda: call(query, key, value, **options).transpose(1, 2).flatten(0, 1))
+
+
+PEERS: dict[str, Callable[[Inputs, Paging], Peer]] = {
+    "FlashAttention": flash_attention,
+    "vLLM FlashAttention": vllm_flash_attention,
+    "vLLM Triton": unified_attention,
+    "FlexAttention": flex_attention,
+}

@@ -1,0 +1,113 @@
+"""What benchmarks share to write: figures of samples, rows of CSV files, tables, plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from attnserve.errors import UserError
+from attnserve.files import replacing
+
+Row = dict[str, Any]
+
+
+def spread(prefix: str, samples: ArrayLike) -> dict[str, float | None]:
+    """Return columns `<prefix>_p20`, `<prefix>_median` and `<prefix>_p80`; None without samples."""
+    given = np.asarray(samples)
+    values = np.percentile(given, (20, 50, 80)) if given.size else (None, None, None)
+    names = (f"{prefix}_{name}" for name in ("p20", "median", "p80"))
+    return {
+        name: None if value is None else float(f"{value:.6g}")
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def shown(row: Mapping[str, Any], prefix: str, digits: int, ends: str = "p20 p80") -> str:
+    """Return `median (low-high)` of a row's columns; "-" where there is none."""
+    low, high = ends.split()
+    values = [row[f"{prefix}_{name}"] for name in ("median", low, high)]
+    if values[0] is None:
+        return "-"
+    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low}-{high})"
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as an aligned table without an index."""
+    frame = pd.DataFrame(list(rows))
+    return frame.to_string(index=False, na_rep="") if len(frame) else "nothing was measured"
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Return a CSV file's cells as text, so that numbers and empty cells stay what they are.
+
+    Raises:
+        OSError, ValueError: it is no file that can be read, or no CSV.
+    """
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def check_csv(path: Path) -> None:
+    """Find out now, not after the run, that rows cannot be added to `path`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            read_csv(path)
+            path.open("a").close()
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"no permission to write in {path.parent}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"results cannot be written: {error}") from error
+
+
+def append_csv(
+    path: Path, about: Mapping[str, Any], rows: Sequence[Row], leave_out: Sequence[str] = ()
+) -> None:
+    """Add rows to a CSV file. What is in it stays as it is; columns that it lacks come last.
+
+    Args:
+        path: the file; made if missing.
+        about: columns that all rows share, first in a new file.
+        rows: the rows.
+        leave_out: their columns that are not written.
+    """
+    added = pd.DataFrame([{**about, **row} for row in rows]).drop(columns=list(leave_out))
+    if path.exists():
+        added = pd.concat([read_csv(path), added])
+    with replacing(path) as partial:
+        added.to_csv(partial, index=False, float_format="%.6g")
+
+
+def report(
+    about: Mapping[str, Any],
+    rows: Sequence[Row],
+    text: str,
+    *,
+    csv: Path | None,
+    as_json: bool,
+    leave_out: Sequence[str] = (),
+) -> None:
+    """Save what was measured and print it.
+
+    Args:
+        about: what the run was made on and with.
+        rows: of the run.
+        text: the table for people.
+        csv: rows are added to it; None: nowhere.
+        as_json: print `about` and the rows as one JSON object instead.
+        leave_out: columns that the CSV does not have.
+    """
+    if csv is not None and rows:
+        append_csv(csv, about, rows, leave_out)
+    print(json.dumps({**about, "rows": rows}) if as_json else text)

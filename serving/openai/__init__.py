@@ -1,0 +1,1 @@
+"""OpenAI's API: requests, answers, server-sent events and errors."""

@@ -1,0 +1,349 @@
+"""Connections to one HTTP/1.1 server: a pool, and one request and answer at a time on each.
+
+A general client does more for each streamed token than a gateway needs (`benchmarks.gateway` has
+two proxies that use one, beside ours), and does not say what retrying has to know: whether a
+connection that broke had been used before, and whether a byte of the answer had come.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+
+Headers = list[tuple[bytes, bytes]]
+
+BUFFER_BYTES = 256 * 1024
+"""An answer that is not fetched is read ahead this far, then the server has to wait."""
+
+Sink = Callable[[bytes], bool]
+"""Takes a piece of a body; returns whether it takes more now."""
+
+
+class UpstreamError(Exception):
+    """A model server failed a request: the status for the client, and the reason to count."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+
+
+class StaleError(UpstreamError):
+    """A kept connection broke before any byte of an answer: the server was just closing it."""
+
+
+def unreachable() -> UpstreamError:
+    """Return the error where no connection could be made, so that the request was not sent."""
+    return UpstreamError(503, "unreachable", "The model server cannot be reached.")
+
+
+def broken() -> UpstreamError:
+    """Return the error where the connection ended before the answer, or what came is not HTTP."""
+    return UpstreamError(502, "broken", "The model server broke off its answer.")
+
+
+def timed_out() -> UpstreamError:
+    """Return the error where nothing came for too long, or the whole took too long."""
+    return UpstreamError(504, "timeout", "The model server did not answer in time.")
+
+
+class Connection(asyncio.Protocol):
+    """One connection. `request`, then `piece` until it returns b"", then `Pool.put` or `close`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.parser = httptools.HttpResponseParser(self)
+        self.transport: asyncio.Transport
+        self.lost = False
+        self.uses = 0
+        self.idle_since = 0.0
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._sink: Sink | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.status = 0
+        self.headers: Headers = []
+        self.keep = False
+        self._began = False  # a byte of the answer has come
+        self._framed = False  # the answer says where it ends; else it ends with the connection
+        self._complete = False
+        self._error: UpstreamError | None = None
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._paused = False
+
+    async def request(self, data: bytes, read_timeout: float, total_timeout: float) -> None:
+        """Send a request and return when `status` and `headers` are here, and with them the first
+        piece of the body if there is one.
+
+        Args:
+            data: the whole request, head and body.
+            read_timeout: longest wait for the next byte, in seconds.
+            total_timeout: longest time for request and answer, in seconds.
+
+        Raises:
+            StaleError: the connection had been kept, and was no longer good.
+            UpstreamError: it failed otherwise.
+        """
+        self._clear()
+        self.uses += 1
+        if self.lost:
+            raise self._lost_error()
+        now = self.loop.time()
+        self._read_timeout, self._last_read = read_timeout, now
+        self._deadline = now + total_timeout
+        self._timer = self.loop.call_at(now + min(read_timeout, total_timeout), self._check_time)
+        self.transport.write(data)
+        while not (self._pieces or self._complete):
+            await self._wait()
+
+    async def piece(self) -> bytes:
+        """Return what has come of the body since the last call, or comes next; b"" at its end."""
+        while not self._pieces:
+            if self._complete:
+                return b""
+            await self._wait()
+        pieces = self._pieces
+        piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._pieces = []
+        self._size = 0
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+        return piece
+
+    async def pour(self, sink: Sink) -> None:
+        """Hand what comes of the body to `sink` as it comes, without waking a task for it.
+
+        Returns at the body's end, or when `sink` takes no more; `piece` goes on from there.
+        """
+        self._sink = sink
+        try:
+            while self._sink is not None and not self._complete and not self._pieces:
+                await self._wait()
+        finally:
+            self._sink = None
+
+    async def rest(self) -> bytes:
+        """Return all that is left of the body."""
+        pieces = []
+        while piece := await self.piece():
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        """End the connection at once; the server sees that its client has left."""
+        self.stop_timer()
+        if not self.lost:
+            self.transport.abort()
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the answer is complete and the connection good for another request."""
+        return self._complete and self.keep and not self.lost and not self._pieces
+
+    def stop_timer(self) -> None:
+        """Stop watching the time, at the end of an answer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wait(self) -> asyncio.Future[None]:
+        """Return a future that is done when something has happened.
+
+        Raises:
+            UpstreamError: it has, and it was a failure.
+        """
+        if self._error is not None:
+            raise self._error
+        self._waiter = self.loop.create_future()
+        return self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, error: UpstreamError) -> None:
+        if self._error is None and not self._complete:
+            self._error = error
+            self._wake()
+
+    def _lost_error(self) -> UpstreamError:
+        if self.uses > 1 and not self._began:
+            return StaleError(502, "stale", "The model server closed a kept connection.")
+        return broken()
+
+    def _check_time(self) -> None:
+        """Set the one timer of a request again where bytes have come meanwhile, else fail."""
+        due = min(self._last_read + self._read_timeout, self._deadline)
+        if self.loop.time() < due:
+            self._timer = self.loop.call_at(due, self._check_time)
+        else:
+            self._timer = None
+            self._fail(timed_out())
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass of it
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has come, and wake who waits for it."""
+        if self._timer is None or self._complete:  # nothing was asked for
+            self.transport.abort()
+            return
+        self._began = True
+        self._last_read = self.loop.time()
+        try:
+            self.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.keep = False
+            self._fail(broken())
+            self.transport.abort()
+            return
+        if self._sink is not None and self._pieces:
+            pieces, self._pieces, self._size = self._pieces, [], 0
+            if not self._sink(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
+                self._sink = None
+            elif not self._complete:
+                return
+        if self._size > BUFFER_BYTES and not self._paused and not self._complete:
+            self._paused = True
+            self.transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """End the answer, if that is how it ends, or fail it."""
+        self.lost = True
+        if self.status and not self._framed and not self._complete:
+            self._complete = True
+            self._wake()
+        self._fail(self._lost_error())
+
+    # httptools.HttpResponseParser
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep one header of the answer, its name in lower case."""
+        name = name.lower()
+        if name == b"content-length" or name == b"transfer-encoding":
+            self._framed = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Note the status; a 1xx is no answer yet."""
+        status = self.parser.get_status_code()
+        if status < 200:
+            self.headers = []
+        else:
+            self.status = status
+
+    def on_body(self, body: bytes) -> None:
+        """Keep a piece of the body."""
+        self._pieces.append(body)
+        self._size += len(body)
+
+    def on_message_complete(self) -> None:
+        """Note the end of the answer."""
+        if self.status:
+            self._complete = True
+            self.keep = self.parser.should_keep_alive()
+
+
+class Pool:
+    """The connections to one server. Idle ones are kept for `idle_seconds`, which must be less than
+    the server keeps them (vLLM: 5 s)."""
+
+    def __init__(self, url: str, idle_seconds: float) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self.host = parts.hostname
+        self.port = parts.port or (443 if self.tls else 80)
+        self.netloc = parts.netloc.encode("ascii")
+        self.idle_seconds = idle_seconds
+        self._idle: deque[Connection] = deque()  # the longest idle first
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def get(self, connect_timeout: float, fresh: bool = False) -> Connection:
+        """Return a connection, a kept one if there is one and not `fresh`.
+
+        Raises:
+            UpstreamError: none could be made.
+        """
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - self.idle_seconds
+        while self._idle and not fresh:
+            connection = self._idle.pop()
+            if not connection.lost and connection.idle_since > oldest:
+                return connection
+            connection.close()
+        try:
+            async with asyncio.timeout(connect_timeout):
+                _, made = await loop.create_connection(
+                    lambda: Connection(loop), self.host, self.port, ssl=self.tls
+                )
+        except OSError:  # a TimeoutError is one, and so is an ssl.SSLError
+            raise unreachable() from None
+        return made
+
+    async def send(
+        self, data: bytes, connect_timeout: float, read_timeout: float, total_timeout: float
+    ) -> Connection:
+        """Send a request and return the connection once the answer's first bytes are here.
+
+        A kept connection that the server was just closing costs nothing but a second, fresh one.
+        All times are in seconds; `put` or `close` has to follow.
+
+        Raises:
+            UpstreamError: the server failed the request; nothing of an answer had come.
+        """
+        for fresh in (False, True):
+            connection = await self.get(connect_timeout, fresh)
+            try:
+                await connection.request(data, read_timeout, total_timeout)
+                return connection
+            except StaleError:
+                connection.close()
+            except BaseException:
+                connection.close()
+                raise
+        raise AssertionError("a fresh connection is never stale")
+
+    def put(self, connection: Connection) -> None:
+        """Give a connection back after an answer; one that is not at its end is closed."""
+        if not connection.reusable:
+            connection.close()
+            return
+        connection.stop_timer()
+        loop = connection.loop
+        connection.idle_since = loop.time()
+        self._idle.append(connection)
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(self.idle_seconds, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what has been idle too long; come again while something is kept."""
+        self._sweeper = None
+        while self._idle:
+            first = self._idle[0]
+            left = first.idle_since + self.idle_seconds - first.loop.time()
+            if left > 0 and not first.lost:
+                self._sweeper = first.loop.call_later(max(left, 0.05), self._sweep)
+                return
+            self._idle.popleft().close()
+
+    def close(self) -> None:
+        """Close the idle connections; those in use are closed when they are given back."""
+        self.idle_seconds = 0.0
+        while self._idle:
+            self._idle.pop().close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
