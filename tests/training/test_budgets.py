@@ -341,7 +341,7 @@ def test_no_text_at_hand(
     runs = tmp_path / "runs"
     del argv[argv.index("--out") : argv.index("--out") + 2]
     commands.run(budgets, *argv)
-    assert commands.printed.err.splitlines()[0] == "Text: what selective writes itself"
+    assert "Text: what selective writes itself" in commands.printed.err.splitlines()
     found = Found.read(runs / "budgets" / "selective.json")
     assert f"Written to {runs / 'budgets' / 'selective.json'}" in commands.printed.out
     assert found.about["text_from"] == "own"
@@ -368,7 +368,7 @@ def test_users_text(
     argv = command(folders, tmp_path, tmp_path)
     argv[3:5] = ["--text", str(LICENSE)]
     commands.run(budgets, *argv)
-    assert commands.printed.err.splitlines()[0] == f"Text: {LICENSE.name}"
+    assert f"Text: {LICENSE.name}" in commands.printed.err.splitlines()
     found = Found.read(tmp_path / "selective.json")
     assert [target.name for target in found.targets] == ["softmax", "+1 %"]
     own = Checkpoint(folders["selective"])
