@@ -79,9 +79,9 @@ def budgets(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find KV budgets for a checkpoint with a prunable variant, as selective attention is.
+    """Find KV budgets for a checkpoint with selective attention.
 
-    The search finds how many tokens each layer must keep:
+    The search finds how many tokens each layer of a prunable variant must keep:
 
       attnserve budgets checkpoints/selective --write checkpoints/selective_pruned
 
