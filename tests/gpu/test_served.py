@@ -19,7 +19,7 @@ from attnserve import machine
 from attnserve.files import CHECKOUT
 from quant_kernels.pack import unpack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.vllm_attn.client import Client
 
@@ -161,7 +161,7 @@ def test_same_tokens_as_the_reference(case: Case, tmp_path: Path) -> None:
         log = server.log()
     agreed = 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        greedy = law_greedy(plain, prompt, NEW_TOKENS, case.variant)
+        greedy = reference_greedy(plain, prompt, NEW_TOKENS, case.variant)
         tie = NEAR_TIE[case.dtype]
         agreed += compare(answer, greedy.tokens, greedy.margins, tie)
     assert agreed > 0.5 * NEW_TOKENS * len(prompts), "too many near ties to compare"

@@ -36,7 +36,7 @@ def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) 
     return QuantizedWeight(codes, scales, points, spec)
 
 
-def law(quantized: QuantizedWeight) -> Tensor:
+def reference(quantized: QuantizedWeight) -> Tensor:
     """Float64 `[outputs, inputs]`."""
     spec, columns = quantized.spec, quantized.values.shape[1]
     zero: Tensor | int = spec.midpoint
@@ -69,10 +69,10 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def check(quantized: QuantizedWeight, x: Tensor) -> None:
-    """Hold a product against the law."""
+    """Hold a product against the reference."""
     bits, outputs = quantized.spec.bits, quantized.values.shape[0]
     product = multiply(x, in_panels(quantized), bits, group_of(quantized), outputs)
-    matrix = law(quantized)
+    matrix = reference(quantized)
     exact, size = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
     assert product.dtype == x.dtype
     assert product.shape == exact.shape
@@ -136,7 +136,7 @@ def test_lookups_are_exact(bits: int, zeros: str) -> None:
     rows = gather(ids, in_panels(quantized), bits, 32, 53, 77, torch.float32)
     assert torch.equal(rows, quantized.dequantize()[ids])
     if zeros != "half":  # then float32 has no more to round
-        assert torch.equal(rows.double(), law(quantized)[ids])
+        assert torch.equal(rows.double(), reference(quantized)[ids])
 
 
 @pytest.mark.parametrize("row", [20, 31, 32, 200_000, 2**40, -1])
@@ -161,7 +161,7 @@ def test_without_a_compiler(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch operations give the same."""
     quantized = weight(bits, 20, 77, 32, "codes")
     matrix = dequantize(in_panels(quantized), 20, 77, bits, 32)
-    assert torch.equal(matrix.double(), law(quantized))
+    assert torch.equal(matrix.double(), reference(quantized))
     monkeypatch.setattr(library, "_load", lambda bits, isa: None)
     check(quantized, poisoned(3, 77, torch.float32))
 

@@ -4,7 +4,7 @@ Written apart from `attn_kernels` on purpose: nothing here is imported from it, 
 by a maximum, and no formula is rearranged. Numbers are `decimal.Decimal` with 40 digits: its
 exponent is unbounded, so `exp(700 * ln n)` needs no trick, and rounding is far below float64's.
 
-A new variant needs one entry in `TEXTBOOK`; `test_formulas.py` fails until it has one.
+A new variant needs one entry in `FORMULAS`; `test_formulas.py` fails until it has one.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Entry:
     row_sum: str | None = "one"
 
 
-TEXTBOOK: dict[str, Entry] = {
+FORMULAS: dict[str, Entry] = {
     "softmax": Entry(softmax),
     "softpick": Entry(softpick, row_sum="at most one"),
     "ssmax": Entry(ssmax),
@@ -151,11 +151,11 @@ def entry(name: str) -> Entry:
     Raises:
         AssertionError: a registered variant has none; the message says where to add it.
     """
-    assert name in TEXTBOOK, (
-        f"variant {name!r} has no textbook formula: write its paper's row formula in "
-        "tests/attn_kernels/textbook.py and name it in TEXTBOOK"
+    assert name in FORMULAS, (
+        f"variant {name!r} has no paper formula: write its paper's row formula in "
+        "tests/attn_kernels/paper_formulas.py and name it in FORMULAS"
     )
-    return TEXTBOOK[name]
+    return FORMULAS[name]
 
 
 def decimals(nested: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The law of whole models: greedy decoding of a Llama checkpoint in float64, token by token.
+"""The reference of whole models: greedy decoding of a Llama checkpoint in float64, token by token.
 
 Written from the formulas and independent of transformers' and vLLM's model code: what those
 generate is compared with this.
@@ -17,14 +17,13 @@ from torch.nn.functional import silu
 
 from attn_kernels import get_variant, variant_from_config
 from attn_kernels.reference import attention
-from attn_kernels.variants.selective import Selective
 
 
 class Greedy(NamedTuple):
     """What greedy decoding gives.
 
     `margins` are the distances between the best and the second-best logit of each step: a token
-    may differ from the law's only where the margin is within the rounding of what is tested.
+    may differ from the reference's only where the margin is within the rounding of what is tested.
     `closest_eviction` is the least distance, over all evictions, between the accumulator of the
     token that went and of the runner-up, unless both are 0; infinite where there was none.
     """
@@ -44,7 +43,7 @@ class Stored:
     accumulator: int = 0
 
 
-class LawModel:
+class ReferenceModel:
     """A Llama checkpoint in float64 that reads one token at a time.
 
     Args:
@@ -56,7 +55,7 @@ class LawModel:
         self.config = json.loads((folder / "config.json").read_text())
         named = {"attention_variant": variant} if variant else self.config
         self.variant = variant_from_config(named) or get_variant("softmax")
-        self.budgets = self.variant.kv_budgets if isinstance(self.variant, Selective) else ()
+        self.budgets = self.variant.kv_budgets
         self.weights = {
             name: tensor.double()
             for file in sorted(folder.glob("*.safetensors"))
@@ -151,23 +150,29 @@ class LawModel:
         group = len(q) // len(k)
         scores = (keys.repeat_interleave(group, 0) @ q[:, :, None])[..., 0] * q.shape[-1] ** -0.5
         penalties = torch.tensor([token.accumulator for token in stored]).double() / 2**16
-        weights = (scores - penalties).softmax(-1)
-        for token, score in zip(stored[:-1], scores[0].tolist(), strict=False):
+        rows = (scores - penalties)[:, None]
+        seen, n = (
+            torch.ones_like(rows, dtype=torch.bool),
+            torch.full_like(rows[..., :1], len(stored)),
+        )
+        weights = self.variant.weights(rows, seen, n)
+        added = self.variant.selection(scores[0])
+        for token, score in zip(stored[:-1], added.tolist(), strict=False):
             if token.position:
-                token.accumulator += round(max(0.0, score) * 2**16)
-        return (weights[:, None] @ values.repeat_interleave(group, 0))[:, 0]
+                token.accumulator += round(score * 2**16)
+        return (weights @ values.repeat_interleave(group, 0))[:, 0]
 
 
 @torch.no_grad()
-def law_greedy(
+def reference_greedy(
     folder: Path, prompt: list[int], num_tokens: int, variant: dict[str, Any] | None = None
 ) -> Greedy:
     """The `num_tokens` most likely tokens after the token ids of `prompt`, one after another.
 
     The end-of-text token is a token like any other (`ignore_eos`). `folder` and `variant` are
-    those of `LawModel`.
+    those of `ReferenceModel`.
     """
-    model = LawModel(folder, variant)
+    model = ReferenceModel(folder, variant)
     for token in prompt[:-1]:
         model.read(token)
     token, tokens, margins = prompt[-1], [], []
@@ -180,7 +185,7 @@ def law_greedy(
 
 
 def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple[list[int], Greedy]:
-    """A random prompt of byte tokens, and the law's greedy tokens after it.
+    """A random prompt of byte tokens, and the reference's greedy tokens after it.
 
     A prompt with a near tie among its answers, or among the tokens to evict, is passed over:
     float32 moves the logits of `tests.tiny.tiny_checkpoint` by less than 1e-4 and may decide a tie
@@ -189,7 +194,7 @@ def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple
     for seed in range(100):
         generator = torch.Generator().manual_seed(1000 * num_prompt_tokens + seed)
         prompt = torch.randint(2, 256, (num_prompt_tokens,), generator=generator).tolist()
-        law = law_greedy(folder, prompt, num_tokens)
-        if min(*law.margins, law.closest_eviction) > 1e-3:
-            return prompt, law
+        expected = reference_greedy(folder, prompt, num_tokens)
+        if min(*expected.margins, expected.closest_eviction) > 1e-3:
+            return prompt, expected
     raise AssertionError(f"100 prompts of {num_prompt_tokens} tokens have near ties")
