@@ -16,12 +16,12 @@ from typing import Annotated
 import typer
 
 from attnserve import command
-from attnserve.budgets.command import budgets
 from attnserve.command import expanded
 from attnserve.errors import UserError
 from attnserve.evaluation.books import books
-from attnserve.evaluation.evaluate import evaluate
 from attnserve.files import CHECKOUT
+from quant.quantize import quantize
+from quant.sweep import sweep
 
 DEFAULT_CHECKPOINT = Path("checkpoints/softpick")
 
@@ -144,16 +144,22 @@ HANDED_ON = {
     "gateway": gateway,
     "keys": keys,
     "doctor": doctor,
-    "quantize": module("quant.quantize", "quant", "Write a checkpoint with packed weights."),
-    "sweep": module("quant.sweep", "quant", "Measure what few bits cost, for checkpoints."),
+    "budgets": module(
+        "attnserve.budgets", "train", "Find KV budgets for a checkpoint with selective attention."
+    ),
+    "evaluate": module(
+        "attnserve.evaluation.evaluate", "train", "Measure a checkpoint's perplexity."
+    ),
 }
 """Commands that read their arguments themselves, `--help` too."""
 
 command.add(app, "serve", serve, others=True)
-for _name, _command in HANDED_ON.items():
-    app.command(_name)(_command)
-command.add(app, "budgets", budgets)
-command.add(app, "evaluate", evaluate)
+for _name in ("gateway", "keys", "doctor"):
+    app.command(_name)(HANDED_ON[_name])
+command.add(app, "quantize", quantize)
+command.add(app, "sweep", sweep)
+for _name in ("budgets", "evaluate"):
+    app.command(_name)(HANDED_ON[_name])
 command.add(app, "books", books)
 
 
