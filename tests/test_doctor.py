@@ -13,7 +13,13 @@ import pytest
 
 from attn_kernels.cpu import build
 from serving.launch import doctor, probe
-from serving.launch.host_checks import Check, before_install, check_environment, check_ports
+from serving.launch.host_checks import (
+    Check,
+    before_install,
+    check_environment,
+    check_ports,
+    print_checks,
+)
 from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -55,18 +61,17 @@ def test_this_environment_is_fit() -> None:
     assert "softpick" in by_name["extension points"]["found"]
 
 
-def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     """For people: a row a check, what to do below it, and the counts; no JSON."""
     rows = [Check("a", "ok", "fine"), Check("b", "problem", "broken", "mend it")]
-    monkeypatch.setattr(doctor, "checks", lambda ports: iter(rows))
-    assert doctor.main([]) == 1
+    assert print_checks(rows, as_json=False) == 1
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
         "ok a fine",
         "problem b broken",
         "-> mend it",
         "1 ok, 0 warning, 1 problem",
     ]
-    assert doctor.main(["--json"]) == 1
+    assert print_checks(rows, as_json=True) == 1
     assert json.loads(capsys.readouterr().out)["checks"][1]["fix"] == "mend it"
 
 
@@ -149,7 +154,7 @@ def pythons() -> list[str]:
 def test_before_an_install_the_standard_library_is_enough(python: str) -> None:
     """In a Python without site-packages, and in the oldest that `make doctor` takes: 3.8."""
     program = (
-        "import sys, serving.launch.doctor; loaded = {n.split('.')[0] for n in sys.modules};"
+        "import sys, serving.launch.host_checks; loaded = {n.split('.')[0] for n in sys.modules};"
         "print(sorted(loaded - set(getattr(sys, 'stdlib_module_names', ()))))"  # since 3.10
     )
     command = [python, "-S", "-c", program]
@@ -335,10 +340,3 @@ def test_hub(value: str | None, state: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
     (check,) = doctor.check_offline()
     assert check.state == state
-
-
-def test_impossible_port(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        doctor.main(["--vllm-port=0"])
-    assert stopped.value.code == 2
-    assert "is not a port" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_check_config(tmp_path: Path) -> None:
     assert good.stdout.splitlines()[-1].endswith("is good: models 1, keys 0")
     assert json.loads(run_gateway(*checked, "--json").stdout)["models"] == 1
     bad = run_gateway("--config", str(write(tmp_path, "models: []")), "--check-config")
-    assert bad.returncode == 1
+    assert bad.returncode == 2
     assert bad.stderr.startswith("attnserve-gateway: ") and bad.stderr.count("\n") == 1
 
 
@@ -115,7 +115,7 @@ def test_keys_new() -> None:
     made = json.loads(run_gateway("keys", "new", "alice", "--json").stdout)
     assert made["name"] == "alice"
     assert made["sha256"] == digest(made["key"])
-    assert run_gateway("keys", "new", "two words").returncode == 1
+    assert run_gateway("keys", "new", "two words").returncode == 2
 
 
 def models(gateway: Server) -> list[str]:

@@ -177,7 +177,7 @@ def test_taken_port_is_said_before_anything_starts(
 
 def test_missing_checkpoint(started: Started, tmp_path: Path) -> None:
     started.launch(tmp_path / "nothing", folder=tmp_path)
-    assert started.process.wait(30) == 1
+    assert started.process.wait(30) == 2
     (line,) = started.output().splitlines()
     assert line.startswith(f"attnserve: CKPT={tmp_path}/nothing is not a checkpoint")
 
@@ -195,7 +195,7 @@ def test_log_folder_that_cannot_be_written(
 
 def test_quoted_tilde(started: Started, tmp_path: Path) -> None:
     started.launch("~/nothing", folder=tmp_path, HOME=str(tmp_path))
-    assert started.process.wait(30) == 1
+    assert started.process.wait(30) == 2
     (line,) = started.output().splitlines()
     assert line.startswith(f"attnserve: CKPT={tmp_path}/nothing is not a checkpoint")
 
