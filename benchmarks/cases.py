@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_kernels import VariantError, variant_from_config
-from attn_kernels.variants.selective import Selective
+from attn_kernels import VariantError, get_variant, variant_from_config
 from attnserve import machine
 from attnserve.files import CHECKOUT
 from attnserve.options import positive
@@ -38,7 +37,7 @@ class Case:
     def arguments(self) -> list[str]:
         """Of `vllm serve`."""
         arguments = [f"--attention-backend={self.backend}"] if self.backend else []
-        if self.variant == Selective.name:  # with these budgets, whatever config.json says
+        if get_variant(self.variant).prunable:  # with these budgets, whatever config.json says
             variant: dict[str, Any] = {"name": self.variant}
             variant |= {"kv_budgets": self.kv_budgets} if self.kv_budgets else {}
             arguments += [f"--hf-overrides={json.dumps({'attention_variant': variant})}"]
@@ -74,7 +73,7 @@ class CaseServer(Server):
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """One case a checkpoint; of selective attention another within its budgets.
+    """One case a checkpoint; of a prunable variant another within its budgets.
 
     Raises:
         LaunchError: a folder is not what it should be, or two have the same name.
@@ -89,7 +88,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         weights = name_of(folder) if folder in options.packed else options.dtype
         name = variant.name if variant else "softmax"
         cases.append(Case(folder.resolve().name, folder, name, weights))
-        if isinstance(variant, Selective):
+        if variant is not None and variant.prunable:
             budgets = tuple(options.kv_budgets or variant.kv_budgets)
             layers = config["num_hidden_layers"]
             if budgets and len(budgets) != layers:

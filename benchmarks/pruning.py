@@ -29,7 +29,7 @@ from tqdm import tqdm
 from attn_kernels import VariantError, variant_from_config
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import slot_bytes
-from attn_kernels.variants.selective import LEAST_BUDGET, Selective
+from attn_kernels.variant import LEAST_BUDGET
 from attnserve import machine
 from attnserve.options import command_line, positive
 from benchmarks import RESULTS
@@ -61,7 +61,7 @@ class Peer(Server):
 
     def __init__(self, name: str, variant: dict[str, Any], options: argparse.Namespace) -> None:
         o = options
-        arguments = ["--attention-backend=selective", f"--dtype={o.dtype}", "--enforce-eager"]
+        arguments = [f"--attention-backend={o.variant}", f"--dtype={o.dtype}", "--enforce-eager"]
         arguments += [f"--max-model-len={o.max_model_len}", f"--max-num-seqs={o.max_num_seqs}"]
         arguments += [f"--kv-cache-memory-bytes={o.kv_cache_memory_bytes}"]
         # A length that the model was not trained for costs what any other does.
@@ -182,7 +182,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "vllm_args", nargs="*", metavar="-- VLLM_ARGS", help="further arguments of `vllm serve`"
     )
     options = parser.parse_args(arguments)
-    options.kv_budgets = check(options)
+    options.variant, options.kv_budgets = check(options)
     least = (options.max_model_len + BLOCK - 1) // BLOCK * BLOCK * token_bytes(options)
     if options.kv_cache_memory_bytes is None:
         options.kv_cache_memory_bytes = UNPRUNED * least
@@ -196,8 +196,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def check(options: argparse.Namespace) -> list[int]:
-    """The budgets; refuse now what would fail after a minute.
+def check(options: argparse.Namespace) -> tuple[str, list[int]]:
+    """The variant's name and the budgets; refuse now what would fail after a minute.
 
     Raises:
         LaunchError: with the reason in one line.
@@ -207,8 +207,8 @@ def check(options: argparse.Namespace) -> list[int]:
         variant = variant_from_config(config)
     except VariantError as error:
         raise LaunchError(f"{options.ckpt}: {error}", 2) from None
-    if not isinstance(variant, Selective):
-        raise LaunchError(f"--ckpt {options.ckpt} has no selective attention to prune", 2)
+    if variant is None or not variant.prunable:
+        raise LaunchError(f"--ckpt {options.ckpt} has no attention that can be pruned", 2)
     layers = config["num_hidden_layers"]
     budgets = options.kv_budgets or list(variant.kv_budgets)
     budgets = budgets or [max(LEAST_BUDGET, options.max_model_len // 16)] * layers
@@ -218,7 +218,7 @@ def check(options: argparse.Namespace) -> list[int]:
         )
     if options.prompt_len + options.new_tokens > options.max_model_len:
         raise LaunchError("prompt and answer are longer than --max-model-len", 2)
-    return budgets
+    return variant.name, budgets
 
 
 def described(options: argparse.Namespace) -> dict[str, Any]:
@@ -243,10 +243,10 @@ def main() -> None:
     """Command line: the table, and as last line one JSON object."""
     try:
         options = parse()
-        pruned = {"name": "selective", "kv_budgets": options.kv_budgets}
+        unpruned = {"name": options.variant}
         peers = [
-            Peer("unpruned", {"name": "selective"}, options),
-            Peer("pruned", pruned, options),
+            Peer("unpruned", unpruned, options),
+            Peer("pruned", unpruned | {"kv_budgets": options.kv_budgets}, options),
         ]
         rows = asyncio.run(run(peers, measure(peers, options), options.start_timeout))
     except LaunchError as error:

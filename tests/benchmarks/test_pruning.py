@@ -63,7 +63,7 @@ def test_defaults_hold_a_request_of_any_dtype(checkpoint: Path) -> None:
 
 def test_another_attention_is_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, "softmax")
-    with pytest.raises(LaunchError, match="has no selective attention to prune"):
+    with pytest.raises(LaunchError, match="has no attention that can be pruned"):
         parse([f"--ckpt={tmp_path}", "--kv-budgets", *BUDGETS])
 
 
