@@ -27,7 +27,7 @@ LOCK = (ROOT / "requirements/cpu.txt").read_text().splitlines()
 
 
 def distribution(folder: Path, name: str, version: str, entry_points: str = "") -> None:
-    """A distribution without files in `folder`, as far as Python's metadata go."""
+    """Make a distribution without files in `folder`, as far as Python's metadata go."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -35,7 +35,7 @@ def distribution(folder: Path, name: str, version: str, entry_points: str = "") 
 
 
 def problem(checks: list[Check], name: str) -> Check:
-    """The check of this name, which must be a problem with advice of one line."""
+    """Return the check of this name, which must be a problem with advice of one line."""
     (check,) = (check for check in checks if check.name == name)
     assert check.state == "problem"
     assert check.fix and "\n" not in check.found + check.fix
@@ -140,7 +140,7 @@ def test_compiler_before_an_install(
 
 
 def pythons() -> list[str]:
-    """This Python, and each other one from 3.8 on that is on PATH and starts."""
+    """Return this Python, and each other one from 3.8 on that is on PATH and starts."""
     others = (shutil.which(f"python3.{minor}") for minor in range(8, 20))
     starts = [
         path

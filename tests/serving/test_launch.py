@@ -28,14 +28,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator["Started"]:
-    """A way to start the launcher; ended with all it started, whatever the test found."""
+    """Yield a way to start the launcher; ended with all it started, whatever the test found."""
     launcher = Started(tmp_path)
     yield launcher
     launcher.clean_up()
 
 
 def group_of(process: psutil.Process) -> int:
-    """The process group of a process; 0 if it has ended meanwhile."""
+    """Return the process group of a process; 0 if it has ended meanwhile."""
     with contextlib.suppress(ProcessLookupError):
         return os.getpgid(process.pid)
     return 0
@@ -70,7 +70,7 @@ class Started:
         self.start([*command, f"--log-folder={folder}", "--", *vllm_args], **env)
 
     def output(self) -> str:
-        """What it has printed."""
+        """Return what it has printed."""
         return self.output_file.read_text()
 
     def wait_for(self, text: str, timeout: float = STARTUP_SECONDS) -> str:
@@ -90,7 +90,7 @@ class Started:
         return self.survivors()
 
     def survivors(self) -> list[psutil.Process]:
-        """The processes that run in the groups that were noted."""
+        """Return the processes that run in the groups that were noted."""
         return [
             p
             for p in psutil.process_iter(["status"])
@@ -279,7 +279,7 @@ def test_notes_are_the_plugins_own() -> None:
 
 
 def shown(*, terminal: bool) -> list[str]:
-    """What a start prints, with escape sequences."""
+    """Return what a start prints, with escape sequences."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=60, highlight=False, markup=False)
     progress = Progress(console)
