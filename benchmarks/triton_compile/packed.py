@@ -115,12 +115,13 @@ def launch(dtype: str, bits: int, rows: int) -> None:
     kind = getattr(torch, dtype)
     scales = torch.empty(OUTPUTS // 16, INPUTS // GROUP, 16, dtype=torch.bfloat16)
     words = torch.empty(OUTPUTS // 16, INPUTS * bits // 32, 16, dtype=torch.int32)
-    weight = Panels(words, scales, scales.to(torch.uint8))
+    shape = (bits, GROUP, OUTPUTS, INPUTS)
+    weight = Panels(words, scales, scales.to(torch.uint8), *shape)
     if rows == LOOKUP:
         ids = torch.zeros(3, dtype=torch.int64)
-        triton.gather(ids, weight, bits, GROUP, OUTPUTS, INPUTS, kind)
+        triton.gather(ids, weight, kind)
     else:
-        triton.multiply(torch.empty(rows, INPUTS, dtype=kind), weight, bits, GROUP, OUTPUTS)
+        triton.multiply(torch.empty(rows, INPUTS, dtype=kind), weight)
 
 
 if __name__ == "__main__":
