@@ -40,7 +40,6 @@ COMMANDS = (
     "benchmarks.gateway",
     "benchmarks.smollm2",
     "benchmarks.triton_compile",
-    "benchmarks.triton_compile.packed",
     "benchmarks.gpu",
 )
 CHECKPOINTS = CHECKOUT / "checkpoints"

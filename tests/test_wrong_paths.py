@@ -35,7 +35,7 @@ WRONG = {
 """A path that is no checkpoint, text or folder, where the command reads or writes one."""
 WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
-    *("benchmarks.triton_compile", "benchmarks.triton_compile.packed"),
+    "benchmarks.triton_compile",
     "benchmarks.gpu",
 }
 OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets")

@@ -1,72 +1,73 @@
-"""Compile the GPU kernels ahead of time; no GPU is needed.
-
-Every variant's kernels are compiled, by the calls that a server makes, for GPUs that are not here;
-beside softmax, softpick and ssmax, vLLM's own softmax kernel (`kernel_unified_attention`, launched
-by vLLM's `unified_attention`), with the same tile and with the tile that vLLM takes. Nothing runs:
-this shows that the kernels compile, and what they need. It says nothing about speed.
-
-A row is a kernel: registers of a thread, spills (bytes of a thread), shared memory (bytes of a
-program), and the instructions of the loop over keys: all, matrix products on tensor cores (mma),
-multiply-adds in float32 (fma), exponentials and other special functions (special). Limits: no
-spills in the loop and at most 24 bytes outside, shared memory that the chip has, and at most 1.1
-times vLLM's registers at the same tile. What exceeds one, or does not compile, is listed below the
-table, and the exit code is 1.
-
-Rows are added to the CSV one call at a time. A kernel that it has already, with the same sources,
-types, constants, options and Triton, is not compiled again.
-"""
+"""Compile the GPU kernels ahead of time: `python -m benchmarks.triton_compile`."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import os
-import sys
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from attn_kernels import variant_names
-from attnserve.options import command_line
-from benchmarks import RESULTS
-from benchmarks.triton_compile import ARCHS, DTYPES, HEAD_DIMS, PHASES
+from attnserve import machine
+from attnserve.command import AsJson, main
+from attnserve.errors import UserError
+from benchmarks import RESULTS, results
+from benchmarks.options import NoSave, folder, option
 
-CSV = RESULTS / "triton_compile.csv"
+if TYPE_CHECKING:
+    from benchmarks.triton_compile.calls import Case, Pair
+    from benchmarks.triton_compile.dry import Compiled, DryCompiler
 
+REGISTERS_TO_VLLM = 1.10
+"""Most registers, by vLLM's at the same tile."""
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser, add = command_line("benchmarks.triton_compile", __doc__)
-    variants = variant_names()
-    several: dict[str, Any] = {"nargs": "+", "metavar": "X"}
-    add("--archs", "GPUs, of " + ", ".join(ARCHS), choices=ARCHS, default=ARCHS, **several)
-    add("--variants", "of " + ", ".join(variants), choices=variants, default=variants, **several)
-    add("--head-dims", "of a head", type=int, choices=HEAD_DIMS, default=HEAD_DIMS, **several)
-    add(
-        "--dtypes",
-        f"of queries and cache, of {', '.join(DTYPES)} (float8_e4m3fn cache, bfloat16 queries; "
-        "sm_90 and sm_100 only)",
-        choices=DTYPES,
-        default=DTYPES,
-        **several,
-    )
-    add("--phases", f"of {', '.join(PHASES)}", choices=PHASES, default=PHASES, **several)
-    parser.add_argument(
-        "--quick", action="store_true", help="sm_90, bfloat16 and head dim 128 alone, no CSV"
-    )
-    parser.add_argument("--no-vllm", action="store_true", help="leave vLLM's kernel out")
-    add("--csv", "results are added to it; 'none': nowhere", default=str(CSV))
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.archs, options.dtypes, options.head_dims = ["sm_90"], ["bfloat16"], [128]
-    options.csv = None if options.quick or options.csv == "none" else Path(options.csv)
-    return options
+SPILLS = 24
+"""Most bytes of a thread: ptxas puts a few registers away once a program, for some kernels even
+where it has registers left (docs/LOG.md)."""
 
 
-def main() -> int:
-    """Command line: the table, what exceeds a limit, and as last line one JSON object."""
-    options = parse()
+QUICK = "sm_90 128 bfloat16"
+
+
+def triton_compile(
+    quick: Annotated[bool, option(f"Only {QUICK}, and no CSV.", "--quick")] = False,
+    packed: Annotated[
+        bool, option("Products and lookups with packed weights instead of attention.", "--packed")
+    ] = False,
+    match: Annotated[
+        str,
+        option(
+            "Only cases whose name has this regular expression: 'sm_90 64 .* softpick decode$', "
+            "or with --packed 'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup)."
+        ),
+    ] = "",
+    csv: Annotated[
+        Path | None, folder("Rows are added to it (default: a file in benchmarks/results).")
+    ] = None,
+    no_save: NoSave = False,
+    as_json: AsJson = False,
+) -> int:
+    """Compile the GPU kernels ahead of time; no GPU is needed.
+
+    Every kernel is compiled by the call that a server makes, for GPUs that are not here; beside
+    softmax, softpick and ssmax, vLLM's own softmax kernel (`kernel_unified_attention`), with the
+    same tile. Nothing runs: this shows that the kernels compile, and what they need. It says
+    nothing about speed.
+
+    A row is a kernel: registers of a thread, spills (bytes of a thread) and shared memory (bytes of
+    a program). Limits: 24 bytes of spills, the shared memory that the chip has, and 1.1 times
+    vLLM's registers at the same tile. A kernel that exceeds one, or does not compile, is marked,
+    and the exit code is 1.
+
+    Rows are added to the CSV one call at a time. What it has already of this commit and Triton is
+    not compiled again.
+    """
+    path = csv or RESULTS / f"triton_compile{'_packed' * packed}.csv"
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit()}
+    about |= {name: machine.package(name) for name in ("triton", "vllm")}
     with tempfile.TemporaryDirectory(prefix="attnserve-triton-") as cache:
         # Before Triton and vLLM are imported. A cache of its own: everything is compiled, and a
         # user's cache stays as it is. Fused multiply-adds for vLLM's kernel as for ours.
@@ -75,29 +76,98 @@ def main() -> int:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
         os.environ |= {"VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from benchmarks.triton_compile import matrix, report, run
+        from benchmarks.triton_compile import calls
         from benchmarks.triton_compile.dry import DryCompiler
-        from benchmarks.triton_compile.peer import Vllm
 
-        todo = [
-            case
-            for case in matrix.cases(
-                options.archs, options.head_dims, options.dtypes, options.variants
-            )
-            if case.phase in options.phases
-        ]
+        cases = calls.packed_cases() if packed else calls.attention_cases()
+        wanted = re.compile(match or (QUICK if quick else ""))
+        todo = [case for case in cases if wanted.search(" ".join(map(str, case.values())))]
+        if not todo:
+            raise UserError(f"--match {match!r} is in no case's name")
+        compile_one: Callable[[DryCompiler, Case], list[Pair]] = calls.compile_packed
+        if not packed:
+            compile_one = functools.partial(calls.compile_attention, peer=calls.Vllm())
+        save = None if quick or no_save else path
+        rows = compile_all(DryCompiler(Path(cache)), todo, compile_one, about, save)
+    wrong = [row for row in rows if row["error"] or row["violation"]]
+    counts = {"kernels": len(rows), "wrong": len(wrong)}
+    results.report({**about, **counts}, rows, results.table(rows), csv=None, as_json=as_json)
+    return 1 if wrong else 0
+
+
+def compile_all(
+    compiler: DryCompiler,
+    todo: Sequence[Case],
+    compile_one: Callable[[DryCompiler, Case], list[Pair]],
+    about: dict[str, str],
+    csv: Path | None,
+) -> list[results.Row]:
+    """Return the rows of all cases: those that the CSV has, and those that are added to it."""
+    from tqdm import tqdm
+
+    rows: list[results.Row] = []
+    kept = results.read_csv(csv) if csv is not None and csv.exists() else None
+    progress = tqdm(todo, unit="call", disable=None)
+    for case in progress:
+        progress.set_postfix_str(" ".join(map(str, case.values())))
+        if kept is not None and not about["commit"].endswith("-dirty"):
+            same = {k: str(v) for k, v in {**about, **case}.items() if k != "date"}
+            mine = kept[(kept[list(same)] == list(same.values())).all(axis=1)]
+            if len(mine):
+                rows += mine.drop(columns=list(about)).to_dict("records")
+                continue
         try:
-            known = run.known(run.read_csv(options.csv)) if options.csv is not None else {}
-            compiler = DryCompiler(Path(cache), known)
-            peer = None if options.no_vllm else Vllm()
-            rows = run.run(run.Matrix(compiler, peer), todo, options.csv)
-        except (OSError, ValueError) as error:
-            sys.exit(f"benchmarks.triton_compile: {error}")
-        print(report.table(rows))
-        print(report.complaints(rows, colour=sys.stdout.isatty()))
-        print(json.dumps({**run.about(), **report.summary(rows)}), flush=True)
-    return 1 if any(row["error"] or row["violation"] for row in rows) else 0
+            found = [row_of(case, *pair) for pair in compile_one(compiler, case)]
+        except Exception as error:  # a compiler raises all kinds; the other cases go on
+            found = [row_of(case) | {"error": reason(error)}]
+        if csv is not None:
+            results.append_csv(csv, about, found)
+        rows += found
+    return rows
+
+
+def row_of(
+    case: Case, kernel: Compiled | None = None, theirs: Compiled | None = None
+) -> results.Row:
+    """Return a kernel's row; `theirs` is vLLM's with the same tile."""
+    constants = {} if kernel is None else kernel.constants
+    row = {**case, "kernel": "" if kernel is None else kernel.name.removesuffix("_kernel")}
+    if "head_dim" in case:
+        row |= {"rows": constants.get("ROWS"), "keys": constants.get("KEYS")}
+    for name in ("num_warps", "num_stages", "registers", "spills", "shared"):
+        row[name] = getattr(kernel, name, None)
+    if "head_dim" in case:
+        for name in ("registers", "spills", "shared"):
+            row[f"vllm_{name}"] = getattr(theirs, name, None)
+        row["registers_to_vllm"] = None
+        if kernel is not None and theirs is not None:
+            row["registers_to_vllm"] = round(kernel.registers / theirs.registers, 3)
+    return row | {"violation": violations(row), "error": ""}
+
+
+def violations(row: results.Row) -> str:
+    """Return what a row exceeds, in words; empty: nothing."""
+    from attn_kernels.triton.tuning import SHARED_MEMORY
+
+    limit = SHARED_MEMORY[row["arch"]]
+    found = []
+    if (row["spills"] or 0) > SPILLS:
+        found.append(f"spills {row['spills']} B")
+    if (row["shared"] or 0) > limit:
+        found.append(f"shared memory {row['shared']} B of {limit}")
+    if (row.get("registers_to_vllm") or 0) > REGISTERS_TO_VLLM:
+        found.append(f"registers {row['registers_to_vllm']:.2f} of vLLM's")
+    return "; ".join(found)
+
+
+def reason(error: BaseException) -> str:
+    """Return the compiler's line: of the innermost error, which says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    # Triton's errors first quote the place in the source, which is many lines.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^\t")]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:300]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(triton_compile, "python -m benchmarks.triton_compile")

@@ -13,83 +13,67 @@ from typing import Any
 
 import pytest
 
-from benchmarks.triton_compile import ARCHS, HEAD_DIMS, listing
-from benchmarks.triton_compile.__main__ import parse
+from benchmarks.triton_compile.__main__ import violations
 
-SMALL = ["--variants", "softpick", "--head-dims", "64", "--dtypes", "bfloat16"]
-SMALL += ["--phases", "decode", "--no-vllm"]
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str | Path) -> str:
+    """Run Python and return its standard output."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which it must not heed
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
 
 
-def compile_kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return python("-m", "benchmarks.triton_compile", *arguments)
+def compiled(*arguments: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of the command, which finds nothing wrong."""
+    found = json.loads(python("-m", "benchmarks.triton_compile", "--json", *arguments))
+    assert found["kernels"] == len(found["rows"]) and found["wrong"] == 0
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CSV of a run that compiled one kernel for two GPUs."""
-    path = tmp_path_factory.mktemp("compile") / "results.csv"
-    done = compile_kernels(*SMALL, "--archs", "sm_90", "gfx942", "--csv", str(path))
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert (summary["kernels"], summary["failed"], summary["violations"]) == (2, 0, {})
-    assert "all 2 kernels compile and keep the limits" in done.stdout
-    return path
-
-
-def test_figures_of_a_compiled_kernel(kept: Path) -> None:
-    with kept.open(encoding="utf-8", newline="") as file:
-        hopper, cdna = list(csv.DictReader(file))
-    assert (hopper["arch"], cdna["arch"]) == ("sm_90", "gfx942")
-    for row, most in ((hopper, 255), (cdna, 512)):
-        figures = {
-            name: int(row[name]) for name in ("rows", "keys", *listing.Figures.__annotations__)
-        }
-        assert (figures["rows"], figures["keys"], figures["spills"]) == (16, 64, 0)
-        assert 32 < figures["registers"] <= most
+def test_registers_spills_and_shared_memory(tmp_path: Path) -> None:
+    """Of a decode kernel for two makers of GPUs, beside vLLM's with the same tile."""
+    path = tmp_path / "results.csv"
+    rows = compiled("--match", "(sm_90|gfx942) 64 bfloat16 softpick decode$", "--csv", path)
+    assert [row["arch"] for row in rows] == ["sm_90", "gfx942"]
+    for row, most in zip(rows, (255, 512), strict=True):
+        assert (row["kernel"], row["rows"], row["keys"], row["spills"]) == ("attend", 16, 64, 0)
+        assert 32 < row["registers"] <= most
         # At least a tile of keys and one of values, or their half if they share the space.
-        assert figures["shared"] >= 64 * 64 * 2
-        # A program's 16 x 64 weights, with four warps of 32 or 64 threads.
-        lanes = 128 if row is hopper else 256
-        assert figures["loop_special"] >= 16 * 64 / lanes
-        assert figures["loop"] > figures["loop_matrix"] + figures["loop_special"]
-        assert figures["loop_matrix"] > 0
-    # Two products of 16 x 64 x 64 by four warps, with HMMA.16816.
-    assert int(hopper["loop_matrix"]) == 2 * 16 * 64 * 64 // (16 * 8 * 16) // 4
+        assert row["shared"] >= 64 * 64 * 2
+        ratio = row["registers"] / row["vllm_registers"]
+        assert row["registers_to_vllm"] == pytest.approx(ratio, abs=1e-3)
+        assert ratio <= 1.1
+    with path.open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [int(row["registers"]) for row in written] == [row["registers"] for row in rows]
 
 
-def test_what_has_been_compiled_is_not_again(kept: Path) -> None:
-    before = kept.read_bytes()
-    done = compile_kernels(*SMALL, "--archs", "gfx942", "sm_90", "--csv", str(kept))
-    assert done.returncode == 0, done.stderr
-    assert kept.read_bytes() == before
-    assert json.loads(done.stdout.splitlines()[-1])["kernels"] == 2
+def test_packed_products() -> None:
+    product, lookup = compiled("--packed", "--no-save", "--match", "sm_80 float16 3 (4|0)$")
+    assert (product["rows"], lookup["rows"]) == (4, 0)
+    assert product["registers"] > 32 and product["violation"] == ""
 
 
 SCRIPT = '''
-import dataclasses, json, os, sys
+import json, os, sys
 from pathlib import Path
 
 folder = Path(sys.argv[1])
 os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
 import torch, triton
 import triton.language as tl
-from attn_kernels.triton.variants import softmax
-from attn_kernels.variant import register
-from attn_kernels.variants.softmax import Softmax
-from benchmarks.triton_compile import run
+from benchmarks.triton_compile.__main__ import compile_all
 from benchmarks.triton_compile.dry import DryCompiler
-from benchmarks.triton_compile.matrix import Case
 
 
 @triton.jit
-def sums(x, n, SIZE: tl.constexpr):
+def sums_kernel(x, n, SIZE: tl.constexpr):
     """Keeps SIZE float32 sums a program."""
     at = x + tl.arange(0, SIZE)
     total = tl.zeros([SIZE], tl.float32)
@@ -98,48 +82,39 @@ def sums(x, n, SIZE: tl.constexpr):
     tl.store(at, total)
 
 
+@triton.jit
+def broken_kernel(x):
+    tl.store(x, missing_name)
+
+
 compiler = DryCompiler(folder / "cache")
-out = {}
 # A thread of 2048 / 32 sums, with at most 32 registers; of 8192 / 64, with 8 waves to share 512.
 few = {"sm_80": {"maxnreg": 32}, "gfx942": {"waves_per_eu": 8}}
-for arch, size in (("sm_80", 2048), ("gfx942", 8192)):
-    for name, options in (("all", {}), ("few", few[arch])):
-        with compiler.target(arch) as found:
-            sums[(1,)](torch.empty(size), 5, SIZE=size, num_warps=1, **options)
-        out[f"{arch} {name}"] = dataclasses.asdict(found[0].figures)
+launched = []
 
 
-@register
-@dataclasses.dataclass(frozen=True)
-class Broken(Softmax):
-    name = "broken"
-    triton_module = "broken_triton"
+def launch(compiler, case):
+    launched.append(case)
+    with compiler.target(case["arch"]) as found:
+        if case["label"] == "broken":
+            broken_kernel[(1,)](torch.empty(1))
+        options = few[case["arch"]] if case["label"] == "few" else {}
+        sums_kernel[(1,)](torch.empty(case["size"]), 5, SIZE=case["size"], num_warps=1, **options)
+    return [(kernel, None) for kernel in found]
 
-sys.path.insert(0, str(folder))
-rows = run.Matrix(compiler, None).rows(Case("sm_90", 64, "bfloat16", "broken", "decode"))
-out["broken"] = [rows[0]["error"], rows[0]["registers"]]
 
-row = {"spills": 24, "loop_spills": 0, "shared": 65536, "arch": "gfx942", "registers_to_vllm": 1.1}
-spills = {"spills": 32}, {"spills": 8, "loop_spills": 2}
-worse = ({}, *spills, {"shared": 65540}, {"registers_to_vllm": 1.11})
-out["violations"] = [run.violations(row | other) for other in worse]
-
-(folder / "other.csv").write_text("a,b\\n1,2\\n")
-try:
-    run.read_csv(folder / "other.csv")
-except ValueError as error:
-    out["other"] = str(error)
-print(json.dumps(out))
+sizes = (("sm_80", 2048), ("gfx942", 8192))
+todo = [{"arch": arch, "size": size, "label": k} for arch, size in sizes for k in ("all", "few")]
+todo.append({"arch": "sm_80", "size": 64, "label": "broken"})
+about = {"commit": "abc", "triton": triton.__version__}
+rows = compile_all(compiler, todo, launch, about, folder / "rows.csv")
+first = len(launched)
+compile_all(compiler, todo, launch, about, folder / "rows.csv")
+other = about | {"commit": "abc-dirty"}
+again = len(launched)
+compile_all(compiler, todo[:1], launch, other, folder / "rows.csv")
+print(json.dumps({"rows": rows, "launched": [first, again, len(launched)]}))
 '''
-
-BROKEN = """
-import triton
-from attn_kernels.triton.variants.softmax import FIRST_MAX, UNIT_KEYS, epilogue, merge, query_factor
-
-@triton.jit
-def update(s, seen, running_max, denominator, mean, per_spread, params):
-    return s, missing_name, running_max, denominator
-"""
 
 
 @pytest.fixture(scope="module")
@@ -147,91 +122,56 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What SCRIPT prints."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
-    (folder / "broken_triton.py").write_text(BROKEN, encoding="utf-8")
-    done = python(str(folder / "script.py"), str(folder))
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(python(folder / "script.py", folder).splitlines()[-1])
     return result
 
 
 @pytest.mark.parametrize(("arch", "sums"), [("sm_80", 64), ("gfx942", 128)])
 def test_spills_are_seen(found: dict[str, Any], arch: str, sums: int) -> None:
     """Of a loop whose sums fit the registers, and of the same with too few registers."""
-    enough, few = found[f"{arch} all"], found[f"{arch} few"]
-    assert enough["spills"] == 0
+    enough, few = (row for row in found["rows"] if row["arch"] == arch and row["size"] > 64)
+    assert enough["spills"] == 0 and enough["violation"] == ""
     assert enough["registers"] >= sums
     assert few["registers"] <= 64 < few["spills"]
-    assert enough["loop_spills"] == 0 < few["loop_spills"]
+    assert few["violation"] == f"spills {few['spills']} B"
 
 
 def test_a_kernel_that_does_not_compile_is_one_row(found: dict[str, Any]) -> None:
-    error, registers = found["broken"]
-    assert "missing_name" in error
-    assert registers is None
+    row = found["rows"][-1]
+    assert "missing_name" in row["error"]
+    assert row["registers"] is None
 
 
-def test_limits(found: dict[str, Any]) -> None:
-    assert found["violations"] == [
-        "",
-        "spills 32 B, 0 loads and stores in the loop",
-        "spills 8 B, 2 loads and stores in the loop",
-        "shared memory 65540 B of 65536",
-        "registers 1.11 of vLLM's",
-    ]
+def test_what_the_csv_has_is_not_compiled_again(found: dict[str, Any]) -> None:
+    """A commit with other changes says nothing about what is compiled."""
+    assert found["launched"] == [5, 5, 6]
 
 
-def test_loops_of_sass() -> None:
-    """A loop is what can reach itself: also a block behind the end that jumps back into it, and not
-    what a branch jumps over."""
-    text = """
-        /*0000*/                   S2R R0, SR_CTAID.X ;           /* 0x0 */
-        /*0010*/                   MUFU.EX2 R1, R2 ;              /* 0x0 */
-        /*0020*/              @!P0 BRA 0x60 ;                     /* 0x0 */
-        /*0030*/                   FFMA R1, R2, R3, R1 ;          /* 0x0 */
-        /*0040*/               @P1 BRA 0x10 ;                     /* 0x0 */
-        /*0050*/                   EXIT ;                         /* 0x0 */
-        /*0060*/                   FADD R1, R2, R3 ;              /* 0x0 */
-        /*0070*/                   BRA 0x30 ;                     /* 0x0 */
-        /*0080*/                   BRA 0x80;                      /* 0x0 */
-    """
-    (loop,) = [loop for loop in listing.loops(listing.sass(text)) if len(loop) > 1]
-    assert [i.name for i in loop] == ["MUFU.EX2", "BRA", "FFMA", "BRA", "FADD", "BRA"]
+@pytest.mark.parametrize(
+    ("worse", "said"),
+    [
+        ({}, ""),
+        ({"spills": 32}, "spills 32 B"),
+        ({"shared": 65540}, "shared memory 65540 B of 65536"),
+        ({"registers_to_vllm": 1.11}, "registers 1.11 of vLLM's"),
+    ],
+)
+def test_limits(worse: dict[str, Any], said: str) -> None:
+    row = {"spills": 24, "shared": 65536, "arch": "gfx942", "registers_to_vllm": 1.1}
+    assert violations(row | worse) == said
 
 
-def test_loops_of_amdgcn() -> None:
-    text = """
-kernel:
-	s_load_dword s0, s[4:5], 0x0
-.LBB0_1:                                ; a loop
-	v_exp_f32_e32 v0, v0
-	s_cbranch_execz .LBB0_3
-	v_fma_f32 v0, v1, v2, v3
-.LBB0_3:
-	s_cbranch_scc1 .LBB0_1
-	s_endpgm
-.Lfunc_end0:
-	v_never
-"""
-    (loop,) = listing.loops(listing.amdgcn(text))
-    names = ["v_exp_f32_e32", "s_cbranch_execz", "v_fma_f32", "s_cbranch_scc1"]
-    assert [i.name for i in loop] == names
-
-
-def test_a_csv_with_other_columns_is_left_alone(found: dict[str, Any]) -> None:
-    assert "other.csv has other columns; move it away" in found["other"]
-
-
-def test_unknown_gpus_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--archs", "sm_70"])
-    assert "invalid choice: 'sm_70'" in capsys.readouterr().err
+def test_no_case_is_one_line() -> None:
+    command = [sys.executable, "-m", "benchmarks.triton_compile", "--match", "sm_70"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "'sm_70' is in no case's name" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_whole_matrix(arch: str, head_dim: int) -> None:
     """Every kernel compiles and keeps the limits."""
-    done = compile_kernels("--archs", arch, "--head-dims", str(head_dim), "--csv", "none")
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert len(compiled("--no-save", "--match", f"{arch} {head_dim} ")) > 50

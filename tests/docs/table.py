@@ -313,15 +313,14 @@ RULES: dict[str, Rule] = {
         slow=True,
     ),
     "make compile-kernels": Run(
-        "make compile-kernels ARGS='--quick --variants softpick --phases decode --no-vllm'",
+        "make compile-kernels ARGS='--no-save --match \"sm_90 64 bfloat16 softpick decode$$\"'",
         prints="softpick",
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.triton_compile.packed": Run(
-        "python -m benchmarks.triton_compile.packed --archs sm_90 --bits 4 --dtypes bfloat16 "
-        "--rows 1 --csv none",
-        prints=r'"kernels": [1-9]\d*, "wrong": 0',
+    "python -m benchmarks.triton_compile --packed": Run(
+        "python -m benchmarks.triton_compile --packed --match 'sm_90 bfloat16 4 1$' --no-save --json",
+        prints=r'"kernels": 1, "wrong": 0',
         slow=True,
         long=True,
     ),

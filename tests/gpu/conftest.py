@@ -1,6 +1,6 @@
 """GPU tests run twice: tiny cases in Triton's interpreter on the CPU, all cases on a GPU.
 
-`TRITON_INTERPRET=0 pytest -m gpu` chooses the second. With `-n 15` (xdist) as many processes
+`TRITON_INTERPRET=0 pytest -m gpu` chooses the second. With `-n 15` (xdist) that many processes
 compile side by side, and one that loses its device is replaced.
 """
 

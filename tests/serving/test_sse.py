@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.openai.sse import Events, usage_of
+from serving.openai.sse import EventParser
 
 TOKENS = [
     f'data: {{"choices":[{{"text":"{t}"}}]}}\n\n'.encode() for t in ("a", "b é", '\\"usage\\"')
@@ -21,18 +21,18 @@ STREAM = b"".join([*TOKENS, USAGE, b": comment\n\n", DONE])
 def test_any_cut_gives_the_same(cuts: set[int], hide: bool, crlf: bool) -> None:
     stream = STREAM.replace(b"\n", b"\r\n") if crlf else STREAM
     usage = USAGE.replace(b"\n", b"\r\n") if crlf else USAGE
-    events = Events(hide_usage=hide)
+    events = EventParser(hide_usage=hide)
     edges = [0, *sorted(cuts), len(stream)]
     pieces = [events.feed(stream[a:b])[0] for a, b in pairwise(edges)]
     for piece in pieces:
         assert not piece or piece.endswith((b"\n\n", b"\r\n\r\n"))
     assert b"".join(pieces) == (stream.replace(usage, b"") if hide else stream)
-    assert events.left() == b""
+    assert events.rest == b""
     assert (events.count, events.usage) == (3, (5, 3))
 
 
 def test_whole_events_do_not_wait() -> None:
-    events = Events(hide_usage=True)
+    events = EventParser(hide_usage=True)
     assert events.feed(TOKENS[0] + b"data: {") == (TOKENS[0], True)
     assert events.feed(TOKENS[1][7:]) == (TOKENS[1], True)
     assert events.feed(USAGE + DONE) == (DONE, False)
@@ -40,7 +40,7 @@ def test_whole_events_do_not_wait() -> None:
 
 def test_errors_get_openais_shape() -> None:
     error = {"message": "no", "type": "BadRequestError", "param": None, "code": 400}
-    events = Events(False)
+    events = EventParser(False)
     out, tokens = events.feed(f"data: {json.dumps({'error': error})}\n\n".encode())
     assert json.loads(out.removeprefix(b"data: "))["error"]["code"] is None
     assert (tokens, events.error_status) == (False, 400)
@@ -48,7 +48,7 @@ def test_errors_get_openais_shape() -> None:
 
 @pytest.mark.parametrize("error", ['"no"', '{"code": "x"}', '{"code": 200}', '{"code": true}'])
 def test_error_without_a_status_is_a_500(error: str) -> None:
-    events = Events(False)
+    events = EventParser(False)
     events.feed(f'data: {{"error": {error}}}\n\n'.encode())
     assert events.error is not None and events.error_status == 500
 
@@ -57,20 +57,6 @@ def test_usage_beside_choices_stays() -> None:
     event = (
         b'data: {"choices":[{"text":"a"}],"usage":{"prompt_tokens":5,"completion_tokens":1}}\n\n'
     )
-    events = Events(hide_usage=True)
+    events = EventParser(hide_usage=True)
     assert events.feed(event) == (event, True)
     assert events.usage == (5, 1)
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        (b'{"usage": {"completion_tokens": 2, "prompt_tokens": 1}}', (1, 2)),
-        (b'{"usage":{"prompt_tokens":8,"total_tokens":8}}', (8, 0)),
-        (b'{"usage":null}', None),
-        (b'{"text":"\\"usage\\":{\\"prompt_tokens\\":9}"}', None),
-        (b"", None),
-    ],
-)
-def test_usage(body: bytes, expected: tuple[int, int] | None) -> None:
-    assert usage_of(body) == expected

@@ -7,8 +7,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from serving.config import describe
-from serving.settings import Settings
+from serving.config import Settings, Timeouts, one_line
 
 
 @pytest.mark.parametrize(
@@ -23,7 +22,7 @@ from serving.settings import Settings
         ("UPSTREAM_URL", "http://127.0.0.1:8000?x=1"),
         ("UPSTREAM_URL", "http://127.0.0.1:port"),
         ("UPSTREAM_URL", "http://127.0.0.1:8000/v1/completions"),
-        ("UPSTREAM_SILENCE_SECONDS", "-1"),
+        ("UPSTREAM_READ_SECONDS", "-1"),
         ("GATEWAY_MAX_BODY_BYTES", "nan"),
     ],
 )
@@ -33,7 +32,7 @@ def test_nonsense_is_refused_in_one_line(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValidationError) as caught:
         Settings()
-    line = describe(caught.value)
+    line = one_line(caught.value)
     assert line.startswith(f"{variable}={value!r}: ")
     assert "\n" not in line
 
@@ -42,6 +41,12 @@ def test_nonsense_is_refused_in_one_line(
 def test_upstream_url_loses_its_v1(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setenv("UPSTREAM_URL", f"http://localhost:9{end}")
     assert Settings().upstream_url == "http://localhost:9"
+
+
+def test_former_names_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPSTREAM_SILENCE_SECONDS", "7")
+    assert Settings().config().timeouts.read == 7.0
+    assert Timeouts.model_validate({"silence": 8}).read == 8.0
 
 
 def run_gateway(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

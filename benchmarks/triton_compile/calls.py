@@ -1,0 +1,239 @@
+"""What is compiled: our layer, packed products and vLLM's kernel, called as a server calls them.
+
+Import it after the environment of Triton and vLLM is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends import backends
+
+from attn_kernels import get_variant, variant_names
+from attn_kernels.batch import Batch
+from attn_kernels.paged import STATE_BYTES
+from attn_kernels.triton import TritonLayer
+from benchmarks.triton_compile.dry import Compiled, DryCompiler
+from quant_kernels import Panels
+from quant_kernels import triton as packed
+
+PACKED_ROWS = (1, 4, 16, 64, 0)
+"""Rows of x, a kernel for each; 0: a lookup."""
+
+OUTPUTS, INPUTS, GROUP_SIZE = 4096, 2048, 64
+NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE, CONTEXT, REQUESTS = 32, 8, 16, 4096, 3
+CACHE_BYTES = 2**31 + 2**24
+"""A served cache has more than 2 GiB, and AMD's code for smaller ones is another. Never touched."""
+
+SEGMENTS = 16
+"""Parts of a context in "decode-split", vLLM's number and ours here."""
+
+PEER_VARIANTS, PEER_DTYPES = ("softmax", "softpick", "ssmax"), ("bfloat16", "float16")
+"""What is compared with vLLM's softmax. In float32 vLLM multiplies in TF32; float8 it scales
+elsewhere."""
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""A100, H100 and H200, B200, MI300."""
+
+HEAD_DIMS = (64, 128, 256)
+DTYPES = ("float32", "bfloat16", "float16", "float8")
+"""Of queries and of the cache; float8: bfloat16 queries and a float8_e4m3fn cache."""
+
+FLOAT8_ARCHS = ("sm_90", "sm_100")
+"""Which convert it; Triton refuses it for sm_80, and CDNA3's format is another."""
+
+DECODE, SPLIT, PREFILL, WRITE = PHASES = ("decode", "decode-split", "prefill", "write")
+"""One query a request; the same with contexts in parts; many queries; writing the cache."""
+
+Case = dict[str, Any]
+"""Its values, in order and separated by spaces, are its name."""
+
+Pair = tuple[Compiled, Compiled | None]
+"""A kernel of ours, and vLLM's with the same tile where they can be compared."""
+
+
+def packed_cases() -> Iterator[Case]:
+    """Yield products and lookups; nothing but a cache is stored in float8."""
+    for arch, dtype, bits, rows in product(ARCHS, DTYPES[:3], range(2, 9), PACKED_ROWS):
+        yield {"arch": arch, "dtype": dtype, "bits": bits, "rows": rows}
+
+
+def compile_packed(compiler: DryCompiler, case: Case) -> list[Pair]:
+    """Compile what a server launches for so many rows of x, with a zero point in each group."""
+    kind, bits = getattr(torch, case["dtype"]), case["bits"]
+    scales = torch.empty(OUTPUTS // 16, INPUTS // GROUP_SIZE, 16, dtype=torch.bfloat16)
+    words = torch.empty(OUTPUTS // 16, INPUTS * bits // 32, 16, dtype=torch.int32)
+    shape = (bits, GROUP_SIZE, OUTPUTS, INPUTS)
+    weight = Panels(words, scales, scales.to(torch.uint8), *shape)
+    with compiler.target(case["arch"]) as found:
+        if case["rows"]:
+            x = torch.empty(case["rows"], INPUTS, dtype=kind)
+            packed.multiply(x, weight)
+        else:
+            ids = torch.zeros(3, dtype=torch.int64)
+            packed.gather(ids, weight, kind)
+    return [(kernel, None) for kernel in found]
+
+
+def attention_cases() -> Iterator[Case]:
+    """Yield the matrix. Writing differs between variants only by whether they have accumulators."""
+    names = variant_names()
+    writers = {get_variant(name).stateful: name for name in names}.values()
+    for arch, head_dim, dtype in product(ARCHS, HEAD_DIMS, DTYPES):
+        if dtype == "float8" and arch not in FLOAT8_ARCHS:
+            continue
+        for variant, phase in product(names, PHASES):
+            if phase != WRITE or variant in writers:
+                case = {"arch": arch, "head_dim": head_dim, "dtype": dtype}
+                yield case | {"variant": variant, "phase": phase}
+
+
+def batch_of(phase: str) -> Any:
+    """Return REQUESTS requests of CONTEXT tokens: the last of each, or the last 100, are new."""
+    queries = 100 if phase == PREFILL else 1
+    return Batch(
+        torch.zeros(REQUESTS, CONTEXT // BLOCK_SIZE, dtype=torch.int32),
+        torch.arange(REQUESTS + 1) * queries,
+        torch.full((REQUESTS,), CONTEXT),
+        max_query_len=queries,
+        max_seq_len=CONTEXT,
+    )
+
+
+def empty_cache(head_dim: int, dtype: Any, extra_bytes: int = 0) -> Any:
+    """Return `[num_blocks, num_kv_heads, block_size, content]`, as vLLM's and ours."""
+    shape = (NUM_KV_HEADS, BLOCK_SIZE, 2 * head_dim + extra_bytes // dtype.itemsize)
+    block = torch.Size(shape).numel() * dtype.itemsize
+    return torch.empty(CACHE_BYTES // block, *shape, dtype=dtype)
+
+
+def types_of(case: Case) -> tuple[Any, Any]:
+    """Return the types of queries and of the cache."""
+    if case["dtype"] == "float8":
+        return torch.bfloat16, torch.float8_e4m3fn
+    return getattr(torch, case["dtype"]), getattr(torch, case["dtype"])
+
+
+def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pair]:
+    """Compile what our layer launches, and vLLM's kernel where the two can be compared."""
+    variant, (query_dtype, cache_dtype) = get_variant(case["variant"]), types_of(case)
+    layer = TritonLayer(
+        variant,
+        empty_cache(case["head_dim"], cache_dtype, STATE_BYTES if variant.stateful else 0),
+        num_heads=NUM_HEADS,
+        scale=case["head_dim"] ** -0.5,
+        learned={name: torch.ones(NUM_HEADS) for name in variant.learned},
+        key_scale=torch.ones(1),
+        value_scale=torch.ones(1),
+        arch=case["arch"],
+    )
+    with compiler.target(case["arch"]) as found:
+        if case["phase"] == WRITE:
+            new = torch.empty(REQUESTS, NUM_KV_HEADS, case["head_dim"], dtype=query_dtype)
+            layer.write_cache(new, new, torch.arange(REQUESTS))
+        else:
+            # 132 with 3 requests of 8 KV heads takes 16 parts, 1 none.
+            layer.num_processors = 132 if case["phase"] == SPLIT else 1
+            batch = batch_of(case["phase"])
+            tokens = int(batch.query_start_loc[-1])
+            query = torch.empty(tokens, NUM_HEADS, case["head_dim"], dtype=query_dtype)
+            layer.attend(query, batch, torch.empty_like(query))
+    compared = case["variant"] in PEER_VARIANTS and case["dtype"] in PEER_DTYPES
+    return [
+        (kernel, peer.compile(compiler, case, kernel))
+        if compared and kernel.name == "attend_kernel"
+        else (kernel, None)
+        for kernel in list(found)
+    ]
+
+
+class Vllm:
+    """vLLM's Triton kernel, launched by vLLM's own code although it sees no GPU."""
+
+    def __init__(self) -> None:
+        # vLLM's CPU build hides Triton unless it has a backend of this name; only that is asked.
+        hidden = "cpu" not in backends
+        if hidden:
+            backends["cpu"] = SimpleNamespace(driver=None)
+        try:
+            from vllm.v1.attention.ops import triton_unified_attention as module
+        finally:
+            if hidden:
+                del backends["cpu"]
+        self.module: Any = module
+        self.kernel: Any = module.kernel_unified_attention
+
+    def compile(self, compiler: DryCompiler, case: Case, ours: Compiled) -> Compiled:
+        """Compile what vLLM launches for the case's batch, softmax whatever the variant.
+
+        Args:
+            compiler: of the process.
+            case: not one that writes the cache.
+            ours: whose tile, warps and stages vLLM's kernel gets.
+        """
+        dtype, _ = types_of(case)
+        batch, dim = batch_of(case["phase"]), case["head_dim"]
+        tokens = int(batch.query_start_loc[-1])
+        query = torch.empty(tokens, NUM_HEADS, dim, dtype=dtype)
+        # As vLLM's backend TRITON_ATTN takes its cache apart.
+        keys, values = empty_cache(dim, dtype).transpose(1, 2).split(dim, dim=-1)
+        descale = torch.ones(1).expand(batch.seq_lens.shape[0], keys.shape[2])
+        parts: dict[str, Any] = {}
+        if case["phase"] == SPLIT:
+            rows = (tokens, NUM_HEADS, SEGMENTS)
+            parts = {"seq_threshold_3D": tokens, "num_par_softmax_segments": SEGMENTS}
+            parts |= {"softmax_segm_output": torch.empty(*rows, dim)}
+            parts |= {"softmax_segm_max": torch.empty(rows)}
+            parts |= {"softmax_segm_expsum": torch.empty(rows)}
+        group_rows = ours.constants["ROWS"]
+        tile = {"BLOCK_M": group_rows, "BLOCK_Q": group_rows // ours.constants["GROUP"]}
+        tile |= {"TILE_SIZE": ours.constants["KEYS"]}
+        tile |= {"num_warps": ours.num_warps, "num_stages": ours.num_stages}
+        self.module.kernel_unified_attention = Retiled(self.kernel, tile)
+        platform = self.module.current_platform
+        family = case["arch"].removeprefix("sm_")
+        # What vLLM asks of the GPU when it chooses its tile.
+        self.module.current_platform = SimpleNamespace(
+            fp8_dtype=platform.fp8_dtype,
+            is_device_capability_family=lambda wanted: family == str(wanted),
+        )
+        try:
+            with compiler.target(case["arch"]) as found:
+                self.module.unified_attention(
+                    q=query,
+                    k=keys,
+                    v=values,
+                    out=torch.empty_like(query),
+                    cu_seqlens_q=batch.query_start_loc,
+                    max_seqlen_q=batch.max_query_len,
+                    seqused_k=batch.seq_lens,
+                    max_seqlen_k=batch.max_seq_len,
+                    softmax_scale=dim**-0.5,
+                    causal=True,
+                    window_size=(-1, -1),
+                    block_table=batch.block_table,
+                    softcap=0.0,
+                    q_descale=None,
+                    k_descale=descale,
+                    v_descale=descale,
+                    **parts,
+                )
+        finally:
+            self.module.current_platform = platform
+            self.module.kernel_unified_attention = self.kernel
+        (kernel,) = [each for each in found if each.name == self.kernel.__name__]
+        return kernel
+
+
+class Retiled:
+    """vLLM's kernel launched with another tile."""
+
+    def __init__(self, kernel: Any, tile: dict[str, int]) -> None:
+        self.kernel, self.tile = kernel, tile
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda **arguments: self.kernel[grid](**{**arguments, **self.tile})
