@@ -16,9 +16,9 @@ from benchmarks.memory.measure import requests_of
 from benchmarks.memory.predict import QUANTITIES, predict
 from benchmarks.quantized import weight_bytes
 from benchmarks.servers import append_csv
-from quant import quantize
 from serving.launch.process import LaunchError
 from tests.benchmarks.test_rates import ours
+from tests.quantized import quantize
 
 LAYERS, KV_HEADS, HEAD = 3, 2, 32
 
@@ -98,7 +98,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four servers, one after another; bytes of the cache are exact. Of bundled checkpoints: a
     smaller model answers faster than the API server can count what runs."""
     monkeypatch.chdir(tmp_path)
-    quantize.main(PACK[1:])
+    quantize(PACK[1:])
     csv = tmp_path / "memory.csv"
     command = [sys.executable, "-m", *STANDARD["memory"], f"--csv={csv}", "--ckpts"]
     command += [str(CHECKPOINTS / name) for name in ("softmax", "selective")]

@@ -16,8 +16,8 @@ import torch
 from benchmarks import packed_products
 from benchmarks.quantized import name_of, parse, rows_of, table, weight_bytes
 from benchmarks.rates import Case, Round
-from quant.quantize import main as quantize
 from serving.launch.process import LaunchError
+from tests.quantized import quantize
 from tests.tiny import tiny_checkpoint
 
 

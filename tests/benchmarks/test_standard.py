@@ -16,7 +16,7 @@ from benchmarks.gateway import __main__ as gateway
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.memory import __main__ as memory
 from benchmarks.serve import __main__ as serve
-from quant import quantize
+from tests.quantized import quantize
 
 
 def test_every_command_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_every_command_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "benchmarks.gateway": gateway.parse,
     }
     assert PACK[0] == quantize.__name__
-    quantize.main(PACK[1:])
+    quantize(PACK[1:])
     assert {command[0] for command in STANDARD.values()} == set(parsers)
     for module, *arguments in STANDARD.values():
         parsers[module]([*arguments, "--no-save"])
