@@ -13,7 +13,7 @@ from training.analyze.store import Stored
 from training.report import tables
 from training.report.claims import PAPERS
 from training.report.evidence import Evidence
-from training.report.rules import SEED_NOISE
+from training.report.figures import SEED_NOISE
 
 
 def document(
