@@ -29,7 +29,6 @@ def document(
     """
     stored = evidence.results.values()
     analyzed = {one.checkpoint for one in stored}
-    heads = {name: evidence.find(name, "attention") for name in evidence.names}
     text = (
         templates(Path(__file__).parent)
         .get_template("results.md.j2")
@@ -48,8 +47,7 @@ def document(
             unmeasured=[name for name in evidence.curves if name not in analyzed],
             dead=[
                 f"{name} {found.result.units['dead_heads']} of {found.result.units['heads']}"
-                for name, found in heads.items()
-                if found
+                for name, found in evidence.of("attention").items()
             ],
             sizes=sizes(list(stored)),
             machines=sorted({one.machine for one in stored}),

@@ -86,17 +86,16 @@ def learning_rates(rates: pd.DataFrame) -> str:
 
 def figures(evidence: Evidence, measure: str) -> str:
     """Return the figures of a measure, a row a checkpoint."""
-    results = {name: evidence.find(name, measure) for name in evidence.names}
     rows = [
-        [name, *cells(found.result.summary, measure)] for name, found in results.items() if found
+        [name, *cells(found.result.summary, measure)]
+        for name, found in evidence.of(measure).items()
     ]
     return table(["", *headings(measure)], rows) if rows else f"No results of `{measure}`."
 
 
 def blimp(evidence: Evidence) -> str:
     """Return the shares of each set of BLiMP, a column a checkpoint; empty without results."""
-    found = {name: evidence.find(name, "blimp") for name in evidence.names}
-    columns = {name: stored.result.summary for name, stored in found.items() if stored}
+    columns = {name: found.result.summary for name, found in evidence.of("blimp").items()}
     if not columns:
         return ""
     rows = [
@@ -113,8 +112,9 @@ def by_length(evidence: Evidence, measure: str) -> str:
     """Return the figures of a measure, a row a checkpoint, factor of theta and length."""
     rows = []
     for name in evidence.names:
-        for factor in sorted({key[2] for key in evidence.results if key[:2] == (name, measure)}):
-            found = evidence.get(name, measure, factor)
+        for factor in evidence.factors(measure):
+            if (found := evidence.of(measure, factor).get(name)) is None:
+                continue
             for m in multiples(found.key["settings"]["multiple"]):
                 own = cells(found.result.summary, measure, m)
                 if any(own):
