@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,8 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import hf_attn  # noqa: F401  registers the model classes
 from attn_kernels.cpu.build import BuildError, cache_folder
+from attnserve.evaluation.checkpoint import read_config
+from attnserve.files import replacing
 
 Use = Literal["calibration", "validation", "evaluation"]
 """What a text is for. Texts of different uses are never the same, whatever their seeds."""
@@ -64,8 +63,7 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
     Raises:
         ValueError: there is no checkpoint, or its tokenizer has no token to begin with.
     """
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    read_config(folder)
     begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
     settings = [FORMAT, checkpoint_hash(folder), begin, use, sequences, length, seed]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
@@ -124,9 +122,8 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
 
 
 def _alphabet(folder: Path) -> str:
-    """What tells whether two tokenizers give a token id the same meaning."""
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    """Return what tells whether two tokenizers give a token id the same meaning."""
+    read_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     entries = [begin_token(folder, tokenizer), sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
@@ -183,7 +180,7 @@ def _threads_for(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
-    """A cache entry; None if there is none or it is broken (zip files carry checksums)."""
+    """Return a cache entry; None if there is none or it is broken (zip files carry checksums)."""
     try:
         with np.load(file) as entry:
             tokens = entry["tokens"]
@@ -196,11 +193,8 @@ def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
 def _keep(file: Path, text: Tensor) -> None:
     """Put a text into the cache, whole or not at all."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-            new = Path(temporary) / file.name
-            np.savez(new, tokens=text.numpy())
-            os.replace(new, file)
+        with replacing(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, tokens=text.numpy())
     except OSError as error:
         print(
             f"the sampled text is not kept, the cache cannot be written ({error}): "
