@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from attnserve.errors import UserError
 from attnserve.evaluation.scorers import load
 from quant.model import HEAD, empty_model, linears, quantize
+from quant.reader import Passages
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
-from quant.texts import Passages
 from quant_kernels.pack import pack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 

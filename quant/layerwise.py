@@ -22,10 +22,10 @@ from attnserve.files import write_text
 from quant.measure import NUMERICS
 from quant.mixed import LayerBits, Price, Prices, spread, total, within
 from quant.model import empty_model, linears, put
-from quant.samples import Reader
+from quant.reader import Passages, Reader
 from quant.schemes.hessian import watched
 from quant.schemes.registry import get_scheme
-from quant.texts import Passages, Sources, calibration_text, fingerprint, held_out_texts
+from quant.texts import Sources, calibration_text, fingerprint, held_out_texts
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 CHOICES = 9

@@ -67,7 +67,7 @@ def quantize(
     written is compressed-tensors' format; docs/QUANT.md says who can read it.
     """
     from quant import checkpoint as checkpoints
-    from quant.samples import Reader
+    from quant.reader import Reader
     from quant.texts import Sources
     from quant.texts import calibration_text as read_calibration_text
 

@@ -138,8 +138,7 @@ def sweep(
     from quant.lm_eval_tasks import Harness
     from quant.report.frame import Rows
     from quant.report.write import write
-    from quant.samples import Samples
-    from quant.texts import Sources, bundled_checkpoints, explained
+    from quant.texts import Samples, Sources, bundled_checkpoints, explained
 
     folders = [expanded(folder) for folder in checkpoints or bundled_checkpoints()]
     if not folders:

@@ -22,11 +22,11 @@ from quant.config import QuantConfig, SearchSpace
 from quant.measure import SweepTask, changes, measure
 from quant.model import linears, put, quantize, stored_bytes
 from quant.outliers import figures
-from quant.samples import Reader, Samples
+from quant.reader import Reader
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
 from quant.store import SweepResult
-from quant.texts import Sources, sweep_texts
+from quant.texts import Samples, Sources, sweep_texts
 from quant_kernels.weight import QuantSpec
 from tests.tiny import tiny_checkpoint
 

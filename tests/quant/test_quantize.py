@@ -19,7 +19,7 @@ from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import load
 from quant.model import quantize
 from quant.quantize import quantize as command
-from quant.samples import Reader
+from quant.reader import Reader
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.texts import Sources, calibration_text
 from quant_kernels.pack import unpack

@@ -10,7 +10,7 @@ import pytest
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
 from attnserve.evaluation.measures import Data
-from quant.samples import Reader
+from quant.reader import Reader
 from quant.texts import (
     Sources,
     calibration_text,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from attnserve.evaluation.measures import Data
 from quant.checkpoint import Recipe, quantize_checkpoint
-from quant.samples import Reader
+from quant.reader import Reader
 from quant.texts import Sources, calibration_text
 from tests.servers import failed_start, vllm_server
 from tests.tiny import tiny_checkpoint
