@@ -46,11 +46,13 @@ def dense(shape: tuple[int, int], dtype: torch.dtype) -> Product:
 
 def packed(shape: tuple[int, int], bits: int) -> Product:
     """Ours, asymmetric."""
-    (outputs, inputs), groups = shape, (shape[0], shape[1] // GROUP)
-    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    groups = (shape[0], shape[1] // GROUP)
+    values = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
     zeros = torch.randint(0, 2**bits, groups, dtype=torch.uint8)
-    weight = panels(pack(codes, bits), torch.rand(groups).bfloat16(), zeros, bits, inputs)
-    return lambda x: multiply(x, weight, bits, GROUP, outputs)
+    scales = torch.rand(groups).bfloat16()
+    shape_of = {"bits": bits, "group_size": GROUP, "inputs": shape[1]}
+    weight = panels(pack(values, bits), scales, zeros, **shape_of)
+    return lambda x: multiply(x, weight)
 
 
 def step(

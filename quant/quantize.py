@@ -58,7 +58,7 @@ def quantize(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint with packed weights, so that `vllm serve` serves it.
+    """Write a checkpoint with packed weights, to be served.
 
       python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq
 

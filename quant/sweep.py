@@ -119,7 +119,7 @@ def sweep(
     force: options.Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what few bits cost: checkpoints x targets x schemes x bits x group sizes.
+    """Measure what few bits cost, for checkpoints.
 
       python -m quant.sweep --bits 2 3 4 8
       python -m quant.sweep my-checkpoint --bits 3 4 --text mine.txt --calibration-text other.txt
