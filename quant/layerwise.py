@@ -116,28 +116,6 @@ class Sensitivity:
         write_text(folder / f"{self.name}.json", json.dumps(fields, indent=1) + "\n")
         return folder / f"{self.name}.json"
 
-    @classmethod
-    def read(cls, path: Path) -> Sensitivity:
-        """Read what `write` wrote.
-
-        Raises:
-            UserError: the file is none.
-        """
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            del fields["machine"]
-            fields["prices"] = {
-                layer: {int(bits): Price(**price) for bits, price in own.items()}
-                for layer, own in fields["prices"].items()
-            }
-            fields["choices"] = [
-                Choice(**choice | {"divergence": Estimate.from_json(choice["divergence"])})
-                for choice in fields["choices"]
-            ]
-            return cls(**fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a result of quant.sensitivity: {error!r}") from error
-
 
 def analyze(
     folder: Path, settings: Settings, sources: Sources, budget: int | None, out: Path, force: bool

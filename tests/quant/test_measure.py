@@ -210,8 +210,6 @@ def test_configs() -> None:
         assert config.bits in (2, 3, 4, 8)
         assert sorted(config.target.split("+")) == sorted(set(config.target.split("+")))
     for change, message in (
-        ({"bits": [9]}, "9 bits: use 2 to 8"),
-        ({"kv_bits": 1}, "1 bits"),
         ({"schemes": ["awq"]}, "unknown scheme 'awq'"),
         ({"targets": ["weights+cache"]}, "unknown target 'weights\\+cache'"),
         ({"targets": ["kv+kv"]}, "unknown target"),
