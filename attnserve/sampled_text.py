@@ -124,7 +124,7 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
 
 
 def _alphabet(folder: Path) -> str:
-    """What tells whether two tokenizers give a token id the same meaning."""
+    """Return what tells whether two tokenizers give a token id the same meaning."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -183,7 +183,7 @@ def _threads_for(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
-    """A cache entry; None if there is none or it is broken (zip files carry checksums)."""
+    """Return a cache entry; None if there is none or it is broken (zip files carry checksums)."""
     try:
         with np.load(file) as entry:
             tokens = entry["tokens"]

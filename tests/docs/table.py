@@ -376,7 +376,6 @@ RULES: dict[str, Rule] = {
         "python -m training.long_context --dtype bfloat16", prints="smollm2-softmax", slow=True
     ),
     "python -m training.report": Run(prints=r"paper +claim +verdict", slow=True),
-    "python -m quant.sensitivity CHECKPOINT": Elsewhere("tests/quant/test_sensitivity.py"),
     "python -m training.analyze checkpoints/*": Run(prints=BOOKS, code=2, slow=True),
     # docs/CLIENTS.md
     "curl http://127.0.0.1:8080/v1/models": Asked(),

@@ -33,7 +33,7 @@ LAYERS = 14
 
 
 def read_back(tensors: dict[str, Tensor], layer: str, args: dict[str, Any]) -> Tensor:
-    """A weight from its tensors, float32 `[rows, columns]`."""
+    """Return a weight from its tensors, float32 `[rows, columns]`."""
     rows, columns = tensors[f"{layer}.weight_shape"].tolist()
     spec = QuantSpec(args["num_bits"], args["group_size"], args["symmetric"])
     quantized = unpack(tensors[f"{layer}.weight_packed"], spec.bits, columns)

@@ -26,7 +26,7 @@ BEFORE = np.array([3.0, 4.0, 5.0])
 def result(
     variant: str, config: QuantConfig, rise: Sequence[float], outliers: float = 3.0
 ) -> SweepResult:
-    """A result whose losses rose by `rise`, and whose divergence is its mean."""
+    """Return a result whose losses rose by `rise`, and whose divergence is its mean."""
     losses = BEFORE + rise
     summary = {
         "perplexity: test per token": mean_interval(losses).exp(),

@@ -31,7 +31,7 @@ def reader(softpick: Path) -> Reader:
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A user's only text."""
+    """Return a user's only text."""
     return Path(shutil.copy(LICENSE, tmp_path / "mine.txt"))
 
 

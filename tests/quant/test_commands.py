@@ -30,7 +30,7 @@ FEW = [*SMALL, "--what", "weights", "--schemes", "gptq", "--bits"]
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with nothing in it, in which the command runs."""
+    """Return a folder with nothing in it, in which the command runs."""
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
