@@ -19,7 +19,7 @@ HEADERS = {"content-type": "application/json"}
 
 
 def httpx_app(upstream: str) -> FastAPI:
-    """With httpx."""
+    """Return the proxy with httpx."""
     client = httpx.AsyncClient(base_url=upstream, timeout=None, limits=httpx.Limits())
     app = FastAPI()
 
@@ -42,7 +42,7 @@ def httpx_app(upstream: str) -> FastAPI:
 
 
 def aiohttp_app(upstream: str) -> FastAPI:
-    """With aiohttp."""
+    """Return the proxy with aiohttp."""
     sessions: list[aiohttp.ClientSession] = []
 
     @asynccontextmanager
