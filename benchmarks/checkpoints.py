@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,6 @@ class ServerCase:
         ckpt: the checkpoint's folder.
         variant: its attention.
         weights: for example `float32`, or `w4-g64-e8` (`packed_name`).
-        prunable: its variant takes budgets.
         kv_budgets: tokens that each layer keeps; none: all.
         backend: vLLM's --attention-backend; none: as config.json says.
     """
@@ -158,14 +157,15 @@ class ServerCase:
     ckpt: Path
     variant: str
     weights: str
-    prunable: bool = False
     kv_budgets: tuple[int, ...] = ()
     backend: str = ""
 
     def arguments(self) -> list[str]:
         """Return those of `vllm serve`."""
+        from attn_kernels import get_variant
+
         arguments = [f"--attention-backend={self.backend}"] if self.backend else []
-        if self.prunable:  # with these budgets, whatever config.json says
+        if get_variant(self.variant).prunable:  # with these budgets, whatever config.json says
             variant: dict[str, Any] = {"name": self.variant}
             variant |= {"kv_budgets": self.kv_budgets} if self.kv_budgets else {}
             arguments += [f"--hf-overrides={json.dumps({'attention_variant': variant})}"]
@@ -201,18 +201,16 @@ def cases_of(
     for folder in [*ckpts, *packed]:
         variant, config = variant_of(folder), config_of(folder)
         weights = packed_name(folder) if folder in packed else dtype
-        own = getattr(variant, "kv_budgets", None)
         name = variant.name if variant else "softmax"
-        case = ServerCase(folder.resolve().name, folder, name, weights, own is not None)
+        case = ServerCase(folder.resolve().name, folder, name, weights)
         cases.append(case)
-        budgets = tuple(own or ()) if any(each == 0 for each in kv_budgets) else tuple(kv_budgets)
-        if own is not None and budgets:
-            if len(budgets) != config["num_hidden_layers"]:
-                layers = config["num_hidden_layers"]
+        if variant is not None and variant.prunable:
+            layers = config["num_hidden_layers"]
+            budgets = tuple(variant.kv_budgets if 0 in kv_budgets else kv_budgets)
+            if budgets and len(budgets) != layers:
                 raise UserError(f"{len(budgets)} budgets; {folder} has {layers} layers")
-            cases.append(
-                ServerCase(f"{case.name} pruned", folder, name, weights, True, kv_budgets=budgets)
-            )
+            if budgets:
+                cases.append(replace(case, name=f"{case.name} pruned", kv_budgets=budgets))
     names = [case.name for case in cases]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two checkpoints' folders are called {twice.pop()}: rename one")

@@ -49,6 +49,7 @@ class Plan:
     """What is sent to both servers, and the memory that they have for it."""
 
     ckpt: Path
+    variant: str
     kv_budgets: Sequence[int]
     prompt_len: int
     new_tokens: int
@@ -84,12 +85,14 @@ def plan_of(
     """
     import torch
 
+    from attn_kernels.variant import LEAST_BUDGET
+
     variant, config = variant_of(ckpt), config_of(ckpt)
-    own = getattr(variant, "kv_budgets", None)
-    if variant is None or own is None:
-        raise UserError(f"--ckpt {ckpt} has no selective attention to prune")
+    if variant is None or not variant.prunable:
+        raise UserError(f"--ckpt {ckpt} has no attention that can be pruned")
     layers = config["num_hidden_layers"]
-    budgets = list(kv_budgets or own) or [max(2, max_model_len // 16)] * layers
+    budgets = list(kv_budgets or variant.kv_budgets)
+    budgets = budgets or [max(LEAST_BUDGET, max_model_len // 16)] * layers
     if len(budgets) != layers:
         raise UserError(f"--kv-budgets has {len(budgets)} entries and the model {layers} layers")
     if counts["prompt_len"] + counts["new_tokens"] > max_model_len:
@@ -102,7 +105,7 @@ def plan_of(
             f"--kv-cache-memory-bytes {memory} holds no unpruned request of {max_model_len} tokens "
             f"in {dtype}: give at least {least}, or a shorter --max-model-len"
         )
-    return Plan(ckpt, budgets, max_model_len=max_model_len, dtype=dtype,
+    return Plan(ckpt, variant.name, budgets, max_model_len=max_model_len, dtype=dtype,
                 kv_cache_memory_bytes=memory, **counts)  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def pruning(
 ) -> None:
     """Measure what budgets save: requests in flight and tokens per second at a fixed KV memory.
 
-    Selective attention within its budgets is compared with the same checkpoint unpruned. Both
+    Attention within budgets is compared with the same checkpoint unpruned. Both
     servers are up at once and take turns; each round sends all requests together, more than either
     holds, and is timed from the first byte sent to the last token. Meanwhile the server's own
     metrics say how many requests run and how full the cache is. Ratios are made inside a round. At
@@ -151,11 +154,11 @@ def pruning(
     servers = []
     for name, budgets in (("unpruned", {}), ("pruned", {"kv_budgets": plan.kv_budgets})):
         # A length that the model was not trained for costs what any other does.
-        overrides = {"attention_variant": {"name": "selective", **budgets}}
+        overrides = {"attention_variant": {"name": plan.variant, **budgets}}
         given = json.dumps({**overrides, "max_position_embeddings": max_model_len})
         lengths = f"--max-model-len={max_model_len}", f"--max-num-seqs={max_num_seqs}"
         servers.append(
-            Server(name, ckpt, options, "--attention-backend=selective", *lengths,
+            Server(name, ckpt, options, f"--attention-backend={plan.variant}", *lengths,
                    f"--hf-overrides={given}")
         )  # fmt: skip
     rows = run(with_all(servers, measure(servers, plan)), "benchmarks.pruning")

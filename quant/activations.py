@@ -1,6 +1,6 @@
 """What is quantized besides weights: inputs of linear layers, and the cache's keys and values.
 
-Both are fake: values are put on a grid and stay float32. Nothing here knows an attention variant.
+Both are fake: values are put on a spec and stay float32. Nothing here knows an attention variant.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from quant_kernels.pack import words
-from quant_kernels.weight import Grid
+from quant_kernels.weight import QuantSpec
 
 
 def on_grid(values: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Values `[..., size]` on a grid of their own for each row of `size`, as `rtn` puts weights."""
-    grid = Grid(bits, None, symmetric)
+    """Values `[..., size]` on a spec of their own for each row of `size`, as `rtn` puts weights."""
+    spec = QuantSpec(bits, None, symmetric)
     rows = values.reshape(-1, values.shape[-1])
-    scales, zeros = grid.fit(rows)
-    return snapped(rows, grid, scales, zeros).view_as(values)
+    scales, zeros = spec.qparams(rows)
+    return snapped(rows, spec, scales, zeros).view_as(values)
 
 
-def snapped(values: Tensor, grid: Grid, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """Values at the nearest point of a grid whose parameters broadcast with them."""
-    scale, zero = scales.float(), grid.middle if zeros is None else zeros.float()
-    return (grid.nearest(values / scale + zero) - zero) * scale
+def snapped(values: Tensor, spec: QuantSpec, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Values at the nearest point of a spec whose parameters broadcast with them."""
+    scale, zero = scales.float(), spec.midpoint if zeros is None else zeros.float()
+    return (spec.rounded(values / scale + zero) - zero) * scale
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Activations:
             layer.register_forward_pre_hook(self._hook(reach))
 
     def _hook(self, reach: float | None) -> Any:
-        grid = Grid(self.bits, None, symmetric=True)
+        spec = QuantSpec(self.bits, None, symmetric=True)
 
         def dynamic(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             return (on_grid(args[0], self.bits, symmetric=True),)
 
         if reach is None:
             return dynamic
-        scale, _ = grid.fit(torch.tensor([[reach]]))
+        scale, _ = spec.qparams(torch.tensor([[reach]]))
 
         def static(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (snapped(args[0], grid, scale, None),)
+            return (snapped(args[0], spec, scale, None),)
 
         return static
 
@@ -81,7 +81,7 @@ def cache_bytes(config: PreTrainedConfig, bits: int | None, symmetric: bool, ite
 
 
 class QuantizedCache(DynamicCache):
-    """A cache whose keys (after RoPE) and values lie on a grid for each token and head.
+    """A cache whose keys (after RoPE) and values lie on a spec for each token and head.
 
     A query meets its own token's key and value quantized too, as it does where they are written to
     a paged cache first.

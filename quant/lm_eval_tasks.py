@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a cell's model, where their data is local.
+"""lm-eval's tasks on a config's model, where their data is local.
 
 lm-eval is not in the lock (`pip install -e '.[lm-eval]'`): it is imported where it is asked for.
 """

@@ -1,4 +1,4 @@
-"""One cell measured: the model quantized, and everything that is asked of it."""
+"""One config measured: the model quantized, and everything that is asked of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attnserve.evaluation.scorers import Scorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant import lm_eval_tasks
 from quant.activations import Activations, QuantizedCache, cache_bytes
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
 from quant.samples import Samples, Subject
@@ -47,11 +47,11 @@ NUMERICS = 1
 
 @dataclass(frozen=True)
 class Task:
-    """A cell of a checkpoint, with all that is needed to measure it in another process.
+    """A config of a checkpoint, with all that is needed to measure it in another process.
 
     Args:
         folder: the checkpoint.
-        cell: what to quantize.
+        config: what to quantize.
         samples: how much to measure.
         texts: what to measure and calibrate on.
         records: folder for the log-probabilities of unquantized models.
@@ -61,7 +61,7 @@ class Task:
     """
 
     folder: Path
-    cell: Cell
+    config: QuantConfig
     samples: Samples
     texts: Texts
     records: Path
@@ -72,7 +72,7 @@ class Task:
     @property
     def name(self) -> str:
         """For people: `softpick weights-gptq-w3-g64`."""
-        return f"{self.folder.resolve().name} {self.cell.name}"
+        return f"{self.folder.resolve().name} {self.config.name}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def subject(folder: Path, length: int, digest: str) -> Subject:
 
 def key_of(
     checkpoint: Checkpoint,
-    cell: Cell,
+    config: QuantConfig,
     samples: Samples,
     texts: Texts,
     harness: lm_eval_tasks.Harness | None = None,
@@ -136,7 +136,7 @@ def key_of(
     asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
     return {
         "checkpoint": checkpoint.digest,
-        "cell": dataclasses.asdict(cell),
+        "config": dataclasses.asdict(config),
         "samples": dataclasses.asdict(samples),
         "texts": texts.key,
         "numerics": NUMERICS,
@@ -146,13 +146,13 @@ def key_of(
 
 def record_folder(records: Path, name: str, key: dict[str, Any]) -> Path:
     """Where the unquantized model's log-probabilities are, for a result's key."""
-    common = {part: value for part, value in key.items() if part != "cell"}
+    common = {part: value for part, value in key.items() if part != "config"}
     text = json.dumps(common, sort_keys=True)
     return records / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Measure a cell.
+    """Measure a config.
 
     Returns:
         The result as it is stored (`quant.store`).
@@ -166,12 +166,12 @@ def measure(task: Task) -> dict[str, Any]:
     record = record_folder(task.records, checkpoint.name, task.key)
     summary: dict[str, Estimate] = {}
     details: dict[str, Any] = {}
-    if not record.exists() and task.cell != Cell():
-        measure(dataclasses.replace(task, cell=Cell(), baseline=None))
+    if not record.exists() and task.config != QuantConfig():
+        measure(dataclasses.replace(task, config=QuantConfig(), baseline=None))
     model, size, cache = quantized_model(checkpoint, task)
     size["checkpoint_bytes"] = sum(f.stat().st_size for f in task.folder.glob("*.safetensors"))
     watcher: Watcher
-    if task.cell == Cell():
+    if task.config == QuantConfig():
         watcher = recorder = Recorder(record)
     else:
         watcher = comparison = Comparison(record)
@@ -190,7 +190,7 @@ def measure(task: Task) -> dict[str, Any]:
     if task.harness is not None:
         figures, units[lm_eval_tasks.NAME] = lm_eval_tasks.run(task.harness, checkpoint, scorer)
         summary |= figures
-    if task.cell == Cell():
+    if task.config == QuantConfig():
         recorder.close()
         found, details = outliers(checkpoint, model, task)
         summary |= found
@@ -218,26 +218,26 @@ def quantized_model(
     checkpoint: Checkpoint, task: Task
 ) -> tuple[PreTrainedModel, dict[str, int], Callable[[], Cache] | None]:
     """The model, its sizes, and what makes its caches if those are quantized."""
-    cell = task.cell
+    config = task.config
     model = load(checkpoint.folder)
     texts = task.texts.calibration.rows(checkpoint.bos)
     stored = {}
-    if cell.scheme is not None:
-        scheme = get_scheme(cell.scheme)
-        stored = quantize(model, scheme, cell.grid, texts, cell.lm_head, cell.act_order)
-    if cell.activations is not None:
-        layers = linears(model, cell.lm_head)
-        largest = largest_inputs(model, layers, texts) if cell.static else {}
-        Activations(cell.activations, cell.static).attach(layers, largest)
-    cache, symmetric = None, cell.symmetric and cell.weights is None
-    if cell.kv is not None:
-        cache = functools.partial(QuantizedCache, model.config, cell.kv, symmetric)
+    if config.scheme is not None:
+        scheme = get_scheme(config.scheme)
+        stored = quantize(model, scheme, config.spec, texts, config.lm_head, config.act_order)
+    if config.activations is not None:
+        layers = linears(model, config.lm_head)
+        largest = largest_inputs(model, layers, texts) if config.static else {}
+        Activations(config.activations, config.static).attach(layers, largest)
+    cache, symmetric = None, config.symmetric and config.weights is None
+    if config.kv is not None:
+        cache = functools.partial(QuantizedCache, model.config, config.kv, symmetric)
     item = (checkpoint.config.dtype or torch.float32).itemsize
     size = {
         "bytes": stored_bytes(model, stored, item),
         "quantized_bytes": sum(weight.packed_bytes for weight in stored.values()),
-        "quantized_numbers": sum(weight.codes.numel() for weight in stored.values()),
-        "cache_bytes_per_token": cache_bytes(model.config, cell.kv, symmetric, item),
+        "quantized_numbers": sum(weight.values.numel() for weight in stored.values()),
+        "cache_bytes_per_token": cache_bytes(model.config, config.kv, symmetric, item),
     }
     return model, size, cache
 

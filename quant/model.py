@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hf_attn  # noqa: F401  registers the model classes
 from quant.schemes.hessian import layer_by_layer
 from quant.schemes.registry import Scheme
-from quant_kernels.weight import Grid, QuantizedWeight
+from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 HEAD = "lm_head"
 Observer = Callable[[str, Tensor], None]
@@ -39,7 +39,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
 def quantize(
     model: PreTrainedModel,
     scheme: Scheme,
-    grid: Grid,
+    spec: QuantSpec,
     texts: Tensor,
     lm_head: bool = False,
     act_order: bool = False,
@@ -49,7 +49,7 @@ def quantize(
     Args:
         model: in float32.
         scheme: of all layers.
-        grid: of all layers.
+        spec: of all layers.
         texts: token ids `[sequences, tokens]` that a calibrated scheme calibrates on.
         lm_head: the head too; one that is tied to the embeddings gets a matrix of its own.
         act_order: see `gptq`.
@@ -58,7 +58,7 @@ def quantize(
     quantized: dict[str, QuantizedWeight] = {}
 
     def replace(name: str, hessian: Tensor | None) -> None:
-        quantized[name] = scheme(chosen[name].weight.data, grid, hessian, act_order)
+        quantized[name] = scheme(chosen[name].weight.data, spec, hessian, act_order)
         put(chosen[name], quantized[name])
 
     if scheme.calibrated:

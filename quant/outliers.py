@@ -1,6 +1,6 @@
 """Outliers of weights and of the inputs of linear layers: what may explain the cost of few bits.
 
-A grid must reach to the largest value, so a few far ones make its steps coarse for all others.
+A spec must reach to the largest value, so a few far ones make its steps coarse for all others.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.schemes.rtn import rtn
 from quant.texts import calibration_text
-from quant_kernels.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 
 SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
-"""Schemes whose grids are codes, scales and zero points of the written format."""
+"""Schemes whose specs are codes, scales and zero points of the written format."""
 CHUNK = 32
 """Groups are multiples of it, so that one starts with a 32-bit word at every width."""
 
@@ -48,16 +48,16 @@ class Plan:
     """What is to be done, checked.
 
     Args:
-        scheme, grid: of the linear layers.
-        embeddings: grid of the token embeddings and the head; None: they stay as they are.
+        scheme, spec: of the linear layers.
+        embeddings: spec of the token embeddings and the head; None: they stay as they are.
         layers: the linear layers' names.
         tables: the names of embeddings and head, if they are quantized; tied ones are one.
         activations: those of linear layers are rounded to 8 bits when served.
     """
 
     scheme: Scheme
-    grid: Grid
-    embeddings: Grid | None
+    spec: QuantSpec
+    embeddings: QuantSpec | None
     layers: list[str]
     tables: list[str]
     activations: bool
@@ -71,7 +71,7 @@ def plan(options: argparse.Namespace) -> Plan:
     """
     for bits in (options.bits, options.embeddings):
         if bits is not None and bits not in BITS:
-            raise UserError(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
+            raise UserError(f"{bits} bits: use {BITS[0]} to {BITS[-1]}")
     scheme = get_scheme(options.scheme)
     if scheme.name not in SERVED:
         raise UserError(f"scheme {scheme.name} cannot be served: use one of {', '.join(SERVED)}")
@@ -97,11 +97,11 @@ def plan(options: argparse.Namespace) -> Plan:
         raise UserError(f"{folder} has no *.safetensors: save the checkpoint in that format first")
     model = empty_model(folder)
     layers = linears(model)
-    grid = Grid(options.bits, options.group, options.symmetric)
-    scheme.check(grid, {layer.in_features for layer in layers.values()})
+    spec = QuantSpec(options.bits, options.group, options.symmetric)
+    scheme.check(spec, {layer.in_features for layer in layers.values()})
     tables, embeddings = [], None
     if options.embeddings is not None:
-        embeddings = Grid(options.embeddings, options.group, options.symmetric)
+        embeddings = QuantSpec(options.embeddings, options.group, options.symmetric)
         tables = ["model.embed_tokens"]
         tables += [] if model.config.tie_word_embeddings else [HEAD]
     for name in (*layers, *tables):
@@ -110,7 +110,7 @@ def plan(options: argparse.Namespace) -> Plan:
                 f"{folder} has no tensor {name}.weight: checkpoints with other names than "
                 "transformers' Llama cannot be quantized yet"
             )
-    return Plan(scheme, grid, embeddings, list(layers), tables, options.activations)
+    return Plan(scheme, spec, embeddings, list(layers), tables, options.activations)
 
 
 def check_out(folder: Path, out: Path, overwrite: bool) -> None:
@@ -154,7 +154,7 @@ def quantize_model(
             return result
 
         counted = dataclasses.replace(chosen.scheme, run=run)
-        return found | quantize(model, counted, chosen.grid, texts, act_order=act_order)
+        return found | quantize(model, counted, chosen.spec, texts, act_order=act_order)
 
 
 def calibration(options: argparse.Namespace) -> tuple[str, torch.Tensor]:

@@ -137,11 +137,11 @@ def bytes_of(tensor: Tensor) -> int:
 
 def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     """A layer's tensors in the format `pack-quantized`."""
-    bits = weight.grid.bits
+    bits = weight.spec.bits
     tensors = {
-        "weight_packed": pack(weight.codes, bits),
+        "weight_packed": pack(weight.values, bits),
         "weight_scale": weight.scales,
-        "weight_shape": torch.tensor(weight.codes.shape),
+        "weight_shape": torch.tensor(weight.values.shape),
     }
     if weight.zeros is not None:
         zeros = weight.zeros
@@ -153,7 +153,7 @@ def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def int8_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     """A layer's tensors in the format `int-quantized`: 8 bits, symmetric, a scale for each row."""
-    signed = (weight.codes.short() - weight.grid.middle).to(torch.int8)
+    signed = (weight.values.short() - weight.spec.midpoint).to(torch.int8)
     return {"weight": signed, "weight_scale": weight.scales}
 
 
@@ -178,13 +178,13 @@ def quantization_config(
 
 def config_group(targets: list[str], weight: QuantizedWeight, form: Format) -> dict[str, Any]:
     """What some layers have in common."""
-    grid = weight.grid
+    spec = weight.spec
     weights: dict[str, Any] = {
-        "num_bits": grid.bits,
+        "num_bits": spec.bits,
         "type": "int",
-        "symmetric": grid.symmetric,
-        "strategy": "channel" if grid.group_size is None else "group",
-        "group_size": grid.group_size,
+        "symmetric": spec.symmetric,
+        "strategy": "channel" if spec.group_size is None else "group",
+        "group_size": spec.group_size,
         "dynamic": False,
     }
     if weight.zeros is not None and weight.zeros.dtype != torch.uint8:

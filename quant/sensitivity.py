@@ -45,7 +45,7 @@ from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.store import OUT
 from quant.store import put as put_file
 from quant.texts import calibration_text, explained, fingerprint, held_out_texts
-from quant_kernels.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 
 POINTS = 9
 """Of the frontier, at even distances in bytes, both ends included."""
@@ -57,7 +57,7 @@ def quantize_all(
     model: PreTrainedModel,
     layers: Mapping[str, nn.Linear],
     scheme: Scheme,
-    grids: Sequence[Grid],
+    specs: Sequence[QuantSpec],
     texts: Tensor,
 ) -> Quantized:
     """Every layer at every width."""
@@ -67,7 +67,7 @@ def quantize_all(
             for text in texts:
                 model(input_ids=text[None], use_cache=False)
     return {
-        name: {grid.bits: scheme(layer.weight.data, grid, hessians.get(name)) for grid in grids}
+        name: {spec.bits: scheme(layer.weight.data, spec, hessians.get(name)) for spec in specs}
         for name, layer in tqdm(layers.items(), desc="quantize", unit="layer")
     }
 
@@ -214,13 +214,15 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """
     for bits in options.bits:
         if bits not in BITS:
-            raise UserError(f"{bits} bits: use a width from {BITS[0]} to {BITS[-1]}")
+            raise UserError(f"{bits} bits: use {BITS[0]} to {BITS[-1]}")
     scheme = get_scheme(options.scheme)
-    grids = [Grid(bits, options.group, options.symmetric) for bits in sorted(set(options.bits))]
+    specs = [
+        QuantSpec(bits, options.group, options.symmetric) for bits in sorted(set(options.bits))
+    ]
     checkpoint = Subject(options.checkpoint, options.length)
     planned = linears(empty_model(options.checkpoint), options.lm_head)
-    for grid in grids:
-        scheme.check(grid, {layer.in_features for layer in planned.values()})
+    for spec in specs:
+        scheme.check(spec, {layer.in_features for layer in planned.values()})
     sources = sources_of(options, [options.checkpoint])[options.checkpoint]
     held_out = held_out_texts(sources, checkpoint, options.sequences)
     calibration = calibration_text(sources, checkpoint, options.calibration, options.seed)
@@ -238,10 +240,10 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     key |= {name: getattr(options, name) for name in (*settings, "seed")}
     name = f"{checkpoint.name}-{scheme.name}-g{options.group or 'channel'}"
     journal = Journal(options.out / f"{name}.jsonl", key, options.force)
-    quantized = quantize_all(model, layers, scheme, grids, calibration.rows(checkpoint.bos))
+    quantized = quantize_all(model, layers, scheme, specs, calibration.rows(checkpoint.bos))
     mixtures = Mixtures(model, layers, quantized)
     choose = Divergence(model, chosen_on)
-    single = {f"{layer} {grid.bits}": {layer: grid.bits} for layer in layers for grid in grids}
+    single = {f"{layer} {spec.bits}": {layer: spec.bits} for layer in layers for spec in specs}
     measured = mixtures.measure(journal, choose, "layers", single)
     prices: Prices = {
         layer: {
@@ -250,7 +252,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
         }
         for layer, own in quantized.items()
     }
-    wanted = {f"uniform {grid.bits}": dict.fromkeys(layers, grid.bits) for grid in grids}
+    wanted = {f"uniform {spec.bits}": dict.fromkeys(layers, spec.bits) for spec in specs}
     # Beside each uniform width, what mixing gives in no more bytes.
     same = [within(prices, total(prices, widths)) for widths in wanted.values()]
     chosen = sorted((*frontier(prices), *same), key=lambda widths: -total(prices, widths))

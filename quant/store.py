@@ -1,4 +1,4 @@
-"""Results as files: one JSON a cell, `FOLDER/cells/CHECKPOINT/CELL.json`, whole or not there."""
+"""Results as files: a JSON file for each config, `FOLDER/configs/CHECKPOINT/CONFIG.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from attnserve.evaluation.intervals import Estimate
 from attnserve.files import CHECKOUT
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.texts import BOOK
 
 OUT = Path("runs") / "quant"
@@ -24,7 +24,7 @@ FIELDS = ("checkpoint", "variant", "context", "key", "machine", "seconds", "size
 
 @dataclass(frozen=True)
 class Stored:
-    """A cell's result.
+    """A config's result.
 
     Args:
         checkpoint, variant, context: what was measured; context in tokens.
@@ -52,9 +52,9 @@ class Stored:
     units: dict[str, Any]
 
     @property
-    def cell(self) -> Cell:
+    def config(self) -> QuantConfig:
         """What was quantized."""
-        return Cell.from_json(self.key["cell"])
+        return QuantConfig(**self.key["config"])
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -63,14 +63,14 @@ class Stored:
         return 8 * self.size["quantized_bytes"] / numbers if numbers else None
 
 
-def path_of(folder: Path, checkpoint: str, cell: Cell) -> Path:
-    """`folder/cells/softpick/weights-gptq-w3-g64.json`."""
-    return folder / "cells" / checkpoint / f"{cell.name}.json"
+def path_of(folder: Path, checkpoint: str, config: QuantConfig) -> Path:
+    """`folder/configs/softpick/weights-gptq-w3-g64.json`."""
+    return folder / "configs" / checkpoint / f"{config.name}.json"
 
 
 def write(folder: Path, result: dict[str, Any]) -> Path:
     """Write what `quant.measure.measure` gave; returns its path."""
-    path = path_of(folder, result["checkpoint"], Cell.from_json(result["key"]["cell"]))
+    path = path_of(folder, result["checkpoint"], QuantConfig(**result["key"]["config"]))
     # One line a field diffs well and does not fill pages.
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
     put(path, "{\n" + ",\n".join(lines) + "\n}\n")
@@ -98,7 +98,7 @@ def read(path: Path) -> Stored:
         texts = fields.get("texts", OLDER)
         found = Stored(**common, texts=texts, summary=summary, units=fields["units"])
         assert set(texts) == set(OLDER)
-        assert found.cell.name
+        assert found.config.name
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{path} is not a result of quant.sweep: {error!r}") from error
     return found
@@ -110,7 +110,7 @@ def read_all(folder: Path) -> list[Stored]:
     Raises:
         ValueError: a file is none, or there is no result.
     """
-    found = [read(path) for path in sorted(folder.glob("cells/*/*.json"))]
+    found = [read(path) for path in sorted(folder.glob("configs/*/*.json"))]
     if not found:
         raise ValueError(f"{folder} holds no results: run python -m quant.sweep")
     return sorted(found, key=order)
@@ -118,6 +118,6 @@ def read_all(folder: Path) -> list[Stored]:
 
 def order(stored: Stored) -> tuple[Any, ...]:
     """Sorts results for tables."""
-    cell = stored.cell
-    first = (stored.variant != "softmax", stored.checkpoint, cell != Cell(), cell.what)
-    return (*first, cell.scheme or "", cell.bits or 0, cell.group or 0, cell.name)
+    config = stored.config
+    first = (stored.variant != "softmax", stored.checkpoint, config != QuantConfig(), config.target)
+    return (*first, config.scheme or "", config.bits or 0, config.group_size or 0, config.name)

@@ -5,9 +5,9 @@
 
 Where no text is named, the unquantized checkpoint writes it, the same for all checkpoints of one
 tokenizer. Rows are printed as cells are done; the report comes at the end.
-Each cell is a file, cells/CHECKPOINT/CELL.json under --out, written when it is done: a sweep that
-was killed goes on where it was when the command is given again, and what is there is not measured
-again. The unquantized model is measured first; every cell is compared with it, text by text.
+Each config is a file, configs/CHECKPOINT/CONFIG.json under --out, written when it is done: a sweep
+that was killed goes on where it was when the command is given again. The unquantized model is
+measured first; every config is compared with it, text by text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from attn_kernels import VariantError
 from attnserve.errors import UserError
 from quant import pool, store
-from quant.cell import Cell, cells
+from quant.config import QuantConfig, SearchSpace
 from quant.lm_eval_tasks import Harness
 from quant.measure import Task, key_of, measure, texts_of
 from quant.model import empty_model, linears
@@ -46,7 +46,7 @@ WORKER_BYTES = 700 * 2**20
 BATCH_TOKENS = 2048
 
 
-def check_cells(folder: Path, chosen: Sequence[Cell], lm_head: bool) -> None:
+def check_cells(folder: Path, chosen: Sequence[QuantConfig], lm_head: bool) -> None:
     """Every scheme can do its cells of a checkpoint.
 
     Raises:
@@ -56,13 +56,13 @@ def check_cells(folder: Path, chosen: Sequence[Cell], lm_head: bool) -> None:
         raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
     layers = linears(empty_model(folder), lm_head)
     columns = {layer.in_features for layer in layers.values()}
-    for cell in chosen:
-        if cell.scheme is not None:
-            get_scheme(cell.scheme).check(cell.grid, columns)
+    for config in chosen:
+        if config.scheme is not None:
+            get_scheme(config.scheme).check(config.spec, columns)
 
 
 def tasks_of(
-    folder: Path, sources: Sources, chosen: Sequence[Cell], options: argparse.Namespace
+    folder: Path, sources: Sources, chosen: Sequence[QuantConfig], options: argparse.Namespace
 ) -> list[Task]:
     """A checkpoint's cells, the unquantized one first.
 
@@ -75,14 +75,14 @@ def tasks_of(
     return [
         Task(
             folder,
-            cell,
+            config,
             samples,
             texts,
             options.out / "records",
-            key_of(subject, cell, samples, texts, harness),
+            key_of(subject, config, samples, texts, harness),
             harness=harness,
         )
-        for cell in (Cell(), *chosen)
+        for config in (QuantConfig(), *chosen)
     ]
 
 
@@ -113,7 +113,7 @@ def is_there(task: Task, options: argparse.Namespace) -> bool:
     Raises:
         UserError: the file holds a result of other weights, texts or samples.
     """
-    path = store.path_of(options.out, task.folder.resolve().name, task.cell)
+    path = store.path_of(options.out, task.folder.resolve().name, task.config)
     if options.force or not path.exists():
         return False
     stored = store.read(path)
@@ -163,16 +163,16 @@ def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict
     there, missing = list[Task](), list[Task]()
     for task in tasks:
         (there if is_there(task, options) else missing).append(task)
-    print(f"{len(missing)} cells to measure, {len(there)} there already", flush=True)
+    print(f"{len(missing)} configs to measure, {len(there)} there already", flush=True)
     names = [task.folder.resolve().name for task in tasks]
-    rows = Rows(names, [task.cell for task in tasks], options.eval is not None)
+    rows = Rows(names, [task.config for task in tasks], options.eval is not None)
     print(rows.head)
     for stored in stored_of(there, options.out):
         print(rows.row(stored), flush=True)
     failures: dict[str, str] = {}
-    with tqdm(total=len(missing), unit="cell", smoothing=0.1) as bar:
-        first = [task for task in missing if task.cell == Cell()]
-        others = [task for task in missing if task.cell != Cell()]
+    with tqdm(total=len(missing), unit="config", smoothing=0.1) as bar:
+        first = [task for task in missing if task.config == QuantConfig()]
+        others = [task for task in missing if task.config != QuantConfig()]
         for stage in (first, others):
             if stage is others:
                 stage = [t for task in stage if (t := with_baseline(task, options, failures))]
@@ -191,15 +191,15 @@ def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict
 
 def stored_of(tasks: Sequence[Task], out: Path) -> list[store.Stored]:
     """The results that there are, in the order of tables."""
-    paths = [store.path_of(out, task.folder.resolve().name, task.cell) for task in tasks]
+    paths = [store.path_of(out, task.folder.resolve().name, task.config) for task in tasks]
     return sorted((store.read(path) for path in paths if path.exists()), key=store.order)
 
 
 def with_baseline(task: Task, options: argparse.Namespace, failures: dict[str, str]) -> Task | None:
     """A task with the unquantized model's units; None, and a failure, if they are not there."""
     name = task.folder.resolve().name
-    path = store.path_of(options.out, name, Cell())
-    if f"{name} {Cell().name}" in failures or not path.exists():
+    path = store.path_of(options.out, name, QuantConfig())
+    if f"{name} {QuantConfig().name}" in failures or not path.exists():
         failures[task.name] = "the unquantized model could not be measured"
         return None
     return dataclasses.replace(task, baseline=store.read(path).units)
@@ -213,18 +213,8 @@ def plan(options: argparse.Namespace) -> list[Task]:
     """
     if options.ray and not installed("ray"):
         raise UserError("--ray needs the library ray, which is not installed: leave it out")
-    chosen = cells(
-        options.what,
-        options.schemes,
-        options.bits,
-        options.groups,
-        options.symmetric,
-        options.act_order,
-        options.lm_head,
-        options.static,
-        options.activation_bits,
-        options.kv_bits,
-    )
+    fields = [field.name for field in dataclasses.fields(SearchSpace)]
+    chosen = SearchSpace(**{name: getattr(options, name) for name in fields}).configs()
     options.checkpoints = options.checkpoints or bundled_checkpoints()
     names = [folder.resolve().name for folder in options.checkpoints]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -273,9 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if written:
         print(f"Report: {written['html']}")
     divergences = {
-        f"{stored.checkpoint} {stored.cell.name}": stored.summary["test KL"].json()
+        f"{stored.checkpoint} {stored.config.name}": stored.summary["test KL"].json()
         for stored in results
-        if stored.cell != Cell()
+        if stored.config != QuantConfig()
     }
     line = {"out": str(options.out), "written": written, "test KL": divergences, "failed": failures}
     print(json.dumps(line))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnserve.options import positive
 from quant import store
-from quant.cell import PARTS
+from quant.config import TENSORS as PARTS
 from quant.options import add_text_options, columns_of_group
 from quant.samples import Samples
 from quant.schemes.registry import SCHEMES
@@ -46,6 +46,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help=f"of weights. {titles} (default: rtn hqq gptq)",
     )
     add(
+        "--targets",
         "--what",
         nargs="+",
         default=["weights", "weights+activations", "kv"],
@@ -53,6 +54,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "inputs of linear layers, kv the cache (default: weights weights+activations kv)",
     )
     add(
+        "--group-sizes",
         "--groups",
         nargs="+",
         type=columns_of_group,

@@ -26,11 +26,10 @@ from pydantic import ValidationError
 
 from serving.app import App
 from serving.auth import digest, new_key
-from serving.config import Config, ConfigError, KeyEntry, describe, load
+from serving.client import Protocol
+from serving.config import Config, ConfigError, KeyEntry, Settings, load, one_line
 from serving.observability.logging import configure
-from serving.protocol import Protocol
-from serving.settings import Settings
-from serving.state import Gateway
+from serving.state import GatewayState
 
 KEEP_ALIVE_SECONDS = 75
 """How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load
@@ -78,7 +77,7 @@ def print_new_key(name: str, as_json: bool) -> None:
     try:
         KeyEntry(name=name, sha256=hashed)
     except ValidationError as error:
-        sys.exit(f"attnserve-gateway: {describe(error)}")
+        sys.exit(f"attnserve-gateway: {one_line(error)}")
     if as_json:
         print(json.dumps({"name": name, "key": key, "sha256": hashed}))
         return
@@ -105,7 +104,7 @@ def read(path: Path | None) -> Config:
     try:
         return Settings().config()
     except ValidationError as error:
-        raise ConfigError(describe(error)) from None
+        raise ConfigError(one_line(error)) from None
 
 
 def serve(config: Config, path: Path | None) -> None:
@@ -113,7 +112,7 @@ def serve(config: Config, path: Path | None) -> None:
     configure(config.logging.level)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
-    app = App(Gateway(config, path))
+    app = App(GatewayState(config, path))
     # What is there by now stays: a full collection that looked through it would hold up every
     # stream for some 70 ms.
     gc.collect()

@@ -10,19 +10,19 @@ import secrets
 from collections.abc import Iterable
 
 from serving.config import KeyEntry
-from serving.openai.errors import no_key, wrong_key
+from serving.openai.errors import ApiError
 from serving.rate_limit import Account
 
 PREFIX = "attnserve-"
 
 
 def new_key() -> str:
-    """A new random key."""
+    """Return a new random key."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
 def digest(key: str) -> str:
-    """What the configuration has of a key."""
+    """Return what the configuration has of a key: its SHA-256 in hexadecimal digits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -30,7 +30,7 @@ class Keys:
     """The keys of a configuration, each with its account."""
 
     def __init__(self, entries: Iterable[KeyEntry], old: "Keys | None" = None) -> None:
-        """Accounts of keys that `old` has, too, go on with what they have used."""
+        """Take the keys of a configuration; those that `old` has keep what they have used."""
         self._accounts: dict[bytes, tuple[bytes, Account]] = {}
         for entry in entries:
             hashed = bytes.fromhex(entry.sha256)
@@ -40,11 +40,11 @@ class Keys:
             self._accounts[hashed] = (hashed, account)
 
     def __bool__(self) -> bool:
-        """Whether a key is needed."""
+        """Return whether a key is needed."""
         return bool(self._accounts)
 
-    def account(self, authorization: bytes) -> Account | None:
-        """The account of an Authorization header; None if no key is needed.
+    def account(self, authorization: bytes) -> Account:
+        """Return the account of an Authorization header.
 
         No time depends on how much of a key is right: what is looked up is its SHA-256, which
         nobody can steer towards that of another, and the comparison is hmac's.
@@ -52,13 +52,16 @@ class Keys:
         Raises:
             ApiError: 401; there is no key, or one that is none of ours.
         """
-        if not self._accounts:
-            return None
         if not authorization:
-            raise no_key()
+            message = (
+                "You didn't provide an API key. You need to provide your API key in an "
+                "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+            )
+            raise ApiError(401, message)
         scheme, _, key = authorization.partition(b" ")
         hashed = hashlib.sha256(key.strip()).digest()
         known, account = self._accounts.get(hashed, (bytes(32), None))
         if account is None or not hmac.compare_digest(known, hashed) or scheme.lower() != b"bearer":
-            raise wrong_key()
+            # The message does not repeat the key.
+            raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
         return account

@@ -1,4 +1,4 @@
-"""The gateway's configuration: what a YAML file may say, and the file itself."""
+"""The gateway's configuration: from a YAML file, or from environment variables."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,6 +17,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class ConfigError(Exception):
@@ -93,19 +95,19 @@ class KeyEntry(Part):
     """A client's key, and what it may use. `attnserve-gateway keys new NAME` writes one."""
 
     name: str = Field(pattern=r"^[\w.@-]{1,64}$")
-    """For metrics and logs, which never have the key."""
+    """Whose it is, for metrics and logs, which never have the key."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """The key's SHA-256 in hexadecimal digits."""
 
     requests_per_minute: int | None = Field(None, gt=0)
-    """None: as many as come."""
+    """Requests in a minute. None: no limit."""
 
     tokens_per_minute: int | None = Field(None, gt=0)
-    """Prompt and answer together. None: no limit."""
+    """Tokens of prompts and answers in a minute. None: no limit."""
 
     tokens_per_day: int | None = Field(None, gt=0)
-    """The same in a day: a budget. Counted anew after a restart. None: no limit."""
+    """The same in a day. Counted anew after a restart. None: no limit."""
 
     max_concurrent: int | None = Field(None, gt=0)
     """Requests at a time. None: no limit."""
@@ -136,7 +138,7 @@ class Limits(Part):
     """A server whose KV cache is fuller (vllm:kv_cache_usage_perc) gets no further request."""
 
     max_waiting: int = Field(32, ge=0)
-    """Nor does one with more requests in its own queue (vllm:num_requests_waiting)."""
+    """A server with more requests in its own queue (vllm:num_requests_waiting) gets none either."""
 
     queue_size: int = Field(256, ge=0)
     """Requests of one model that wait here for a server with room; others get 503."""
@@ -146,15 +148,15 @@ class Limits(Part):
 
 
 class Timeouts(Part):
-    """All in seconds."""
+    """Times in seconds."""
 
     body: float = Field(30.0, gt=0)
-    """For the client to send its request's body; then 408."""
+    """Longest time for the client to send its request's body; then 408."""
 
     connect: float = Field(5.0, gt=0)
     """Longest wait for a connection to a server."""
 
-    silence: float = Field(600.0, gt=0)
+    read: float = Field(600.0, gt=0, validation_alias=AliasChoices("read", "silence"))
     """Longest wait for the next byte of an answer; without streaming, that is the whole of it."""
 
     total: float = Field(3600.0, gt=0)
@@ -169,16 +171,16 @@ class Timeouts(Part):
 
 
 class Health(Part):
-    """How the servers are watched: /health and /metrics, asked for again and again."""
+    """Health checks: /health and /metrics of every server, asked for again and again."""
 
     every: float = Field(1.0, gt=0)
-    """Seconds between two looks."""
+    """Seconds between two health checks."""
 
     timeout: float = Field(2.0, gt=0)
     """Longest wait for an answer, in seconds."""
 
     failures: int = Field(3, gt=0)
-    """Looks without success after which a server gets no requests while others can take them."""
+    """Failed health checks after which a server gets no requests while others can take them."""
 
 
 class Breaker(Part):
@@ -209,7 +211,7 @@ class Routing(Part):
 
 
 class ShadowScoring(Part):
-    """Some answers of one model to clients are read by other models: how far are these from it?"""
+    """Shadow scoring: other models read a sample of the answers of one model to clients."""
 
     reference: str = Field(min_length=1)
     """The model whose answers are read."""
@@ -241,7 +243,7 @@ class Logging(Part):
 
 
 class Config(Part):
-    """The whole file."""
+    """Everything that a configuration can say."""
 
     host: str = Field("127.0.0.1", min_length=1)
     """The address to listen on; needs a restart."""
@@ -288,7 +290,7 @@ class Config(Part):
 
 
 def load(path: Path) -> Config:
-    """The configuration in a file.
+    """Return the configuration in a file.
 
     Raises:
         ConfigError: with the file and what is wrong in it, in one line.
@@ -308,14 +310,14 @@ def load(path: Path) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error)}") from None
+        raise ConfigError(f"{path}: {one_line(error)}") from None
 
 
 class StrictLoader(yaml.SafeLoader):
     """YAML in which a name that stands twice in one place is an error, not the last one's."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """One mapping."""
+        """Return one mapping."""
         names = []
         for key, _ in node.value:
             if key.value in names:
@@ -325,8 +327,8 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def describe(error: ValidationError) -> str:
-    """A validation error in one line: each name, what it was, what is wrong with it."""
+def one_line(error: ValidationError) -> str:
+    """Return a validation error in one line: each name, what it was, what is wrong with it."""
     lines = []
     errors = error.errors()
     places = [e["loc"] for e in errors]
@@ -340,3 +342,56 @@ def describe(error: ValidationError) -> str:
         message = e["msg"].removeprefix("Value error, ")
         lines.append(f"{name}={value}: {message}" if value else f"{name}: {message}".lstrip(": "))
     return re.sub(r"\s+", " ", "; ".join(lines))
+
+
+class Settings(BaseSettings):
+    """The simple case: one vLLM server, all set through environment variables, named here in
+    capitals."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+    host: str = Field("127.0.0.1", alias="GATEWAY_HOST", min_length=1)
+    """The address to listen on."""
+
+    port: int = Field(8080, alias="GATEWAY_PORT", ge=1, le=65535)
+    """The port to listen on."""
+
+    upstream_url: Url = Field("http://127.0.0.1:8000", alias="UPSTREAM_URL")
+    """The vLLM server; a /v1 at the end is taken off."""
+
+    connect_seconds: float = Field(5.0, alias="UPSTREAM_CONNECT_SECONDS", gt=0)
+    """Longest wait for a connection to the upstream."""
+
+    read_seconds: float = Field(
+        600.0,
+        alias="UPSTREAM_READ_SECONDS",
+        validation_alias=AliasChoices("UPSTREAM_READ_SECONDS", "UPSTREAM_SILENCE_SECONDS"),
+        gt=0,
+    )
+    """Longest wait for the next byte of an answer; without streaming, that is the whole of it."""
+
+    health_seconds: float = Field(2.0, alias="UPSTREAM_HEALTH_SECONDS", gt=0)
+    """Longest wait for the upstream's own /health."""
+
+    max_body_bytes: int = Field(16 * 1024 * 1024, alias="GATEWAY_MAX_BODY_BYTES", gt=0)
+    """Largest request body accepted; larger ones get 413."""
+
+    drain_seconds: int = Field(10, alias="GATEWAY_DRAIN_SECONDS", ge=0)
+    """How long running requests may go on after SIGTERM."""
+
+    def config(self) -> Config:
+        """Return the same as a configuration: one server, for every model."""
+        return Config(
+            host=self.host,
+            port=self.port,
+            models=(ModelEntry(name=EVERY, replicas=(self.upstream_url,)),),
+            limits=Limits(max_body_bytes=self.max_body_bytes),
+            timeouts=Timeouts(
+                connect=self.connect_seconds,
+                read=self.read_seconds,
+                drain=self.drain_seconds,
+            ),
+            health=Health(timeout=self.health_seconds),
+        )

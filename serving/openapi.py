@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serving.compare.request import MOST_MODELS
+from serving.compare.request import MAX_MODELS
 
 MODEL = {"type": "string", "minLength": 1, "description": "one of /v1/models"}
 STREAM = {"type": "boolean", "description": "answer with server-sent events"}
@@ -33,7 +33,7 @@ COMPARISON = {
             "type": "array",
             "items": MODEL,
             "minItems": 1,
-            "maxItems": MOST_MODELS,
+            "maxItems": MAX_MODELS,
             "uniqueItems": True,
             "description": "read it; by default every other one of the configuration",
         },

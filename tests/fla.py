@@ -1,4 +1,4 @@
-"""Checkpoints in flash-linear-attention's `transformer` format, and the law of such a model.
+"""Checkpoints in flash-linear-attention's `transformer` format, and the reference of such a model.
 
 Both are written from the format's fields and tensor names, and independent of `hf_attn.fla`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attn_kernels import get_variant
 from attn_kernels.reference import attention
-from tests.law_model import Greedy, LawModel
+from tests.reference_model import Greedy, ReferenceModel
 from tests.tiny import tiny_checkpoint
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def fla_checkpoint(folder: Path, **fields: Any) -> Path:
     return fla
 
 
-class FlaLaw(LawModel):
+class FlaReferenceModel(ReferenceModel):
     """A checkpoint of the format in float64 that reads one token at a time."""
 
     def __init__(self, folder: Path) -> None:
@@ -194,15 +194,15 @@ class FlaLaw(LawModel):
 
 @torch.no_grad()
 def fla_logits(folder: Path, tokens: list[int]) -> Tensor:
-    """Logits `[len(tokens), vocab_size]` of the law after each token."""
-    model = FlaLaw(folder)
+    """Logits `[len(tokens), vocab_size]` of the reference after each token."""
+    model = FlaReferenceModel(folder)
     return torch.stack([model.read(token) for token in tokens])
 
 
 @torch.no_grad()
 def fla_greedy(folder: Path, prompt: list[int], num_tokens: int) -> Greedy:
-    """The law's most likely tokens after a prompt, as `tests.law_model.law_greedy`."""
-    model = FlaLaw(folder)
+    """The most likely tokens after a prompt, as `tests.reference_model.reference_greedy`."""
+    model = FlaReferenceModel(folder)
     for token in prompt[:-1]:
         model.read(token)
     token, tokens, margins = prompt[-1], [], []
@@ -215,11 +215,11 @@ def fla_greedy(folder: Path, prompt: list[int], num_tokens: int) -> Greedy:
 
 
 def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
-    """A random prompt, and the law's greedy tokens after it, none of them a near tie."""
+    """A random prompt, and the reference's greedy tokens after it, none of them a near tie."""
     for seed in range(100):
         generator = torch.Generator().manual_seed(1000 * length + seed)
         prompt = torch.randint(2, 256, (length,), generator=generator).tolist()
-        law = fla_greedy(folder, prompt, num_tokens)
-        if min(law.margins) > 1e-3:
-            return prompt, law.tokens
+        expected = fla_greedy(folder, prompt, num_tokens)
+        if min(expected.margins) > 1e-3:
+            return prompt, expected.tokens
     raise AssertionError(f"100 prompts of {length} tokens have near ties")

@@ -13,8 +13,8 @@ from tests.attn_kernels.test_example import example
 ROOT = Path(__file__).parent.parent
 
 PLUGIN = """
-from tests.attn_kernels import textbook
-exec(open({file!r}).read(), vars(textbook))
+from tests.attn_kernels import paper_formulas
+exec(open({file!r}).read(), vars(paper_formulas))
 """
 """A pytest plugin: the formula once more, for the tests."""
 
@@ -31,11 +31,11 @@ def test_example_is_covered_by_the_tests_as_they_are(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sigmoid-attention\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[attnserve.variants]\nsigmoid = sigmoid\n")
     formula = tmp_path / "formula.txt"
-    formula.write_text(example("python", "TEXTBOOK["))
-    (tmp_path / "sigmoid_textbook.py").write_text(PLUGIN.format(file=str(formula)))
+    formula.write_text(example("python", "FORMULAS["))
+    (tmp_path / "sigmoid_formula.py").write_text(PLUGIN.format(file=str(formula)))
 
     command = [sys.executable, "-m", "pytest", "-q", "-k", "sigmoid", "-m", "not slow and not gpu"]
-    command += ["-p", "sigmoid_textbook", "-p", "no:cacheprovider", "--timeout=1800"]
+    command += ["-p", "sigmoid_formula", "-p", "no:cacheprovider", "--timeout=1800"]
     # These register the example themselves.
     command += [f"--ignore=tests/attn_kernels/test_{name}.py" for name in ("example", "registry")]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}

@@ -24,7 +24,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attn_kernels.variants.selective import LEAST_BUDGET
+from attn_kernels import get_variant
+from attn_kernels.variant import LEAST_BUDGET
 from attnserve import machine
 from attnserve.budgets.forward import Forward
 from attnserve.budgets.measured import Budgets, Measured
@@ -106,19 +107,16 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_checkpoint(folder: Path, variant: str) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Return a checkpoint.
 
     Raises:
-        UserError: there is none, or its attention is another.
+        UserError: there is none.
     """
     try:
-        checkpoint = Checkpoint(folder)
+        return Checkpoint(folder)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    if checkpoint.variant != variant:
-        raise UserError(f"{folder} has {checkpoint.variant} attention, not {variant}")
-    return checkpoint
 
 
 def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
@@ -130,7 +128,9 @@ def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
     """
     if named is None and not (BUNDLED / "config.json").is_file():
         return None
-    reference = open_checkpoint(named or BUNDLED, "softmax")
+    reference = open_checkpoint(named or BUNDLED)
+    if reference.variant != "softmax":
+        raise UserError(f"{reference.folder} has {reference.variant} attention, not softmax")
     if own.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         if named is None:
             return None
@@ -144,7 +144,9 @@ def check(o: argparse.Namespace) -> tuple[Checkpoint, Checkpoint | None]:
     Raises:
         UserError: what the command line asks for cannot be done.
     """
-    own = open_checkpoint(o.checkpoint, "selective")
+    own = open_checkpoint(o.checkpoint)
+    if not get_variant(own.variant).prunable:
+        raise UserError(f"{own.folder} has {own.variant} attention, which cannot be pruned")
     reference = reference_of(own, o.reference)
     if min(o.uniform) < LEAST_BUDGET:
         raise UserError(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(o.uniform)}")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attn_kernels import Variant
 from attn_kernels.pruning import LARGEST, fixed_point
 
 SINKS = 4
@@ -41,13 +42,15 @@ class Cache:
     budget: int
 
 
-def accumulate(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Selective attention's F as each query finds it, in the fixed point of `attn_kernels.pruning`:
-    `[batch, n, n]` int64."""
+def accumulate(variant: Variant, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return the accumulators of a prunable variant as each query finds them, in the fixed point of
+    `attn_kernels.pruning`: `[batch, n, n]` int64."""
     n = q.shape[-2]
     selectable = torch.ones(n, n, dtype=torch.bool).tril(-1)
     selectable[:, 0] = False
-    added = fixed_point(q[:, 0] * scale @ k[:, 0].mT).masked_fill_(~selectable, 0)
+    added = fixed_point(variant.selection(q[:, 0] * scale @ k[:, 0].mT)).masked_fill_(
+        ~selectable, 0
+    )
     after = added.cumsum(1).clamp_(max=LARGEST)
     return torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
 
@@ -84,7 +87,8 @@ def survivors(deaths: Tensor) -> Tensor:
 
 
 def most_masked(cache: Cache) -> Tensor:
-    """Selective attention's own: the largest F goes, the oldest of equal ones, never the first."""
+    """A prunable variant's own: the largest accumulator goes, the oldest of equal ones, never the
+    first."""
     assert cache.accumulated is not None
     n = cache.q.shape[-2]
     return survivors(scan((cache.accumulated << 31) - torch.arange(n), 1, cache.budget))

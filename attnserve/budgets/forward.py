@@ -9,15 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
+from attn_kernels import attend, get_variant, variant_from_config
 from attn_kernels.pruning import FRACTION_BITS
+from attn_kernels.variants.softmax import Softmax
 from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
 from attnserve.budgets.texts import Texts
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from hf_attn import VariantLlamaForCausalLM
-
-VARIANTS = ("selective", "softmax")
-"""Whose weights are a softmax, so that torch's fused attention can compute them."""
 
 BATCH = 8
 """Sequences that a layer takes at once: a few matrices of `BATCH * length ** 2` numbers."""
@@ -27,7 +26,7 @@ class Forward:
     """A model in float32.
 
     Args:
-        checkpoint: of selective or softmax attention.
+        checkpoint: of a prunable variant, or of softmax.
         seed: of random eviction.
 
     Raises:
@@ -35,17 +34,20 @@ class Forward:
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
-        if checkpoint.config.model_type != "variant_llama" or checkpoint.variant not in VARIANTS:
+        config = checkpoint.config
+        variant = variant_from_config(config) or get_variant("softmax")
+        if config.model_type != "variant_llama" or not (
+            variant.prunable or variant.name == "softmax"
+        ):
             raise UserError(
-                f"{checkpoint.folder} is a {checkpoint.config.model_type} with "
-                f"{checkpoint.variant} attention: budgets are measured for a variant_llama with "
-                f"{' or '.join(VARIANTS)} attention"
+                f"{checkpoint.folder} is a {config.model_type} with {variant.name} attention: "
+                "budgets are measured for a variant_llama with a prunable variant or softmax"
             )
         self.checkpoint = checkpoint
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
         self.model: VariantLlamaForCausalLM = model.eval()
         self.seed = seed
-        self.selective = checkpoint.variant == "selective"
+        self.variant = variant
         self.layers = len(model.model.layers)
 
     @torch.no_grad()
@@ -101,19 +103,26 @@ class Forward:
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = attention.rotate(q, k, self.model.model.rotary_emb(x, positions), positions)
-        accumulated = accumulate(q, k, attention.scaling) if self.selective else None
+        accumulated = (
+            accumulate(self.variant, q, k, attention.scaling) if self.variant.prunable else None
+        )
         if budget < hidden.shape[1]:
             seeds = [[self.seed, index, start + i] for i in range(len(hidden))]
             mask = RULES[rule](Cache(q, k, attention.scaling, accumulated, seeds, budget))
         else:
             mask = survivors(torch.full((1, hidden.shape[1]), hidden.shape[1]))
-        bias = torch.zeros(mask.shape)
+        penalty = q.new_zeros(1, 1, 1)
         if accumulated is not None:
-            bias = -accumulated[:, None].to(q.dtype) / 2**FRACTION_BITS
-        bias = bias.masked_fill(~mask, -torch.inf)
-        output = scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True
-        )
+            penalty = accumulated.to(q.dtype) / 2**FRACTION_BITS
+        if isinstance(self.variant, Softmax):  # several times faster
+            bias = (-penalty[:, None]).expand(mask.shape).masked_fill(~mask, -torch.inf)
+            output = scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True
+            )
+        else:
+            output, _ = attend(
+                self.variant, q, k, v, mask, scale=attention.scaling, penalty=penalty
+            )
         hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
         through: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return through

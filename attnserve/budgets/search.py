@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from attn_kernels.variants.selective import LEAST_BUDGET
+from attn_kernels.variant import LEAST_BUDGET
 from attnserve.budgets.evaluations import Losses
 from attnserve.budgets.measured import Budgets, Measured
 

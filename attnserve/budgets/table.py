@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from attn_kernels import get_variant
 from attn_kernels.pruning import slot_bytes
 from attnserve.budgets.measured import Budgets, Measured
 from attnserve.evaluation.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ def slots(checkpoint: Checkpoint, rule: str) -> int:
     """Bytes of one token in one layer of a bfloat16 cache, with what the rule remembers of it."""
     config = checkpoint.config
     size = (config.num_key_value_heads, config.head_dim, torch.bfloat16)
-    if checkpoint.variant == "selective":
+    if get_variant(checkpoint.variant).prunable:
         return slot_bytes(*size)
     numbers = ACCUMULATOR_BYTES * config.num_key_value_heads if rule == "heavy hitters" else 0
     return 2 * math.prod(size[:2]) * torch.bfloat16.itemsize + numbers

@@ -131,7 +131,12 @@ class DryCompiler:
         kernel = fn.jit_function.device_caches[self.driver.device][0].pop(key)
         usage = of_cubin if "cubin" in kernel.asm else of_amdgcn
         names = fn.jit_function.arg_names
-        constants = {names[p[0]]: v for p, v in compile["constants"].items() if len(p) == 1}
+        constants: dict[str, Any] = {}
+        for path, value in compile["constants"].items():
+            if hasattr(value, "_asdict"):  # a group of them
+                constants |= {field.upper(): part for field, part in value._asdict().items()}
+            elif len(path) == 1:
+                constants[names[path[0]]] = value
         launch = compile["num_warps"], compile["num_stages"]
         self.found.append(
             Compiled(fn.jit_function.__name__, constants, *launch, *usage(kernel.asm),

@@ -1,8 +1,8 @@
-"""Attention functions that are not softmax: their formulas, their law and their kernels.
+"""Attention functions that are not softmax: their formulas, the reference and their kernels.
 
 `get_variant("softpick")` gives a variant, `variant_from_config` builds one from a checkpoint's
 `config.json`, `attend` computes it with torch operations, and `attn_kernels.reference` is the
-float64 law that every kernel is compared with.
+float64 reference that every kernel is compared with.
 """
 
 from attn_kernels.dense import attend, causal_mask, selectable_mask

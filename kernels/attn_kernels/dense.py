@@ -1,6 +1,6 @@
 """Dense attention for any variant, in torch operations and in the dtype of its inputs.
 
-One function serves the float64 law, training (it is differentiable) and the serving fallback
+One function serves the float64 reference, training (it is differentiable) and the serving fallback
 where no kernel is built. It materialises the scores: `num_queries x num_keys` per head.
 """
 
@@ -35,8 +35,8 @@ def selectable_mask(
 ) -> Tensor:
     """Bool `[..., num_queries, num_keys]`: the query may mask the key for later queries.
 
-    That is a visible key other than the query's own and other than position 0, which selective
-    attention never masks.
+    That is a visible key other than the query's own and other than position 0, which is
+    never masked.
     """
     visible = causal_mask(query_positions, key_positions, window)
     own = query_positions[..., :, None] == key_positions[..., None, :]
@@ -154,7 +154,7 @@ def _misfit(what: str, **tensors: Tensor) -> ValueError:
 def _penalty_of_all(variant: Variant, q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """What a stateful variant's queries subtract, `[..., num_queries, num_keys]`, where query i is
     key i's own and none came before."""
-    if getattr(variant, "kv_budgets", ()):
+    if variant.kv_budgets:
         raise ValueError(
             f"attend keeps all tokens: leave out {variant.name}'s kv_budgets, or evict with "
             "attn_kernels.pruning"

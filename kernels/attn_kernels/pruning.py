@@ -1,11 +1,11 @@
-"""Selective attention with a budget: context pruning (arXiv 2410.02703, section 4).
+"""Attention with a fixed-size KV cache: context pruning (arXiv 2410.02703, section 4).
 
 A layer keeps at most `budget` tokens of a request. The rule, token by token:
 
     Before token i is inserted: if `budget` tokens are stored, evict the one, other than the first,
     with the largest accumulator F_j, the oldest of equal ones. Insert i, attend, then F += S_i.
 
-`S_i` is what head 0's raw scores add (`Selective.select`); it does not depend on what has been
+`S_i` is what head 0's raw scores add (`Variant.selection`); it does not depend on what has been
 evicted, so that a chunk's accumulators are prefix sums, the evictions are one greedy scan over
 them, and a mask of births and deaths gives every query the tokens that it would have seen alone.
 For F to be the same in any order of additions it is a fixed-point integer.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attn_kernels.batch import Batch
 from attn_kernels.dense import attend
-from attn_kernels.variants.selective import LEAST_BUDGET, Selective
+from attn_kernels.variant import LEAST_BUDGET, Variant
 
 FRACTION_BITS = 16
 """Of an accumulator: an int32 in units of 2^-16, which stays at LARGEST rather than overflow."""
@@ -97,7 +97,7 @@ def slot_bytes(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
 
 
 def fixed_point(x: Tensor) -> Tensor:
-    """`relu(x)` in units of 2^-FRACTION_BITS, int64, at most LARGEST."""
+    """Return `max(x, 0)` in units of 2^-FRACTION_BITS, int64, at most LARGEST."""
     return (x.double().relu() * 2**FRACTION_BITS).round().clamp(max=LARGEST).long()
 
 
@@ -139,13 +139,14 @@ def evict(
 
 
 def attend_pruned(
-    q: Tensor, k: Tensor, v: Tensor, page: Page, num_tokens: int, scale: float
+    variant: Variant, q: Tensor, k: Tensor, v: Tensor, page: Page, num_tokens: int, scale: float
 ) -> Tensor:
     """A chunk of a request's tokens against what its page keeps, and into the page with them.
 
     The result is that of one token at a time, however a text is cut into chunks.
 
     Args:
+        variant: a prunable variant.
         q: `[num_heads, num_queries, head_size]`, float32 or float64.
         k, v: `[num_kv_heads, num_queries, head_size]` of the same tokens.
         page: changed in place.
@@ -164,7 +165,7 @@ def attend_pruned(
     births = torch.cat([torch.full((stored,), -1), query])
 
     selectable = (births < query[:, None]) & (positions != 0)
-    added = fixed_point(q[0] * scale @ keys[0].T).masked_fill(~selectable, 0)
+    added = fixed_point(variant.selection(q[0] * scale @ keys[0].T)).masked_fill(~selectable, 0)
     earlier = torch.cat([page.accumulators[:stored].long(), torch.zeros_like(query)])
     after = (earlier + added.cumsum(0)).clamp(max=LARGEST)
     before = torch.cat([earlier[None], after[:-1]])
@@ -172,7 +173,7 @@ def attend_pruned(
 
     mask = (births <= query[:, None]) & (query[:, None] < deaths)
     penalty = before.to(q.dtype) / 2**FRACTION_BITS
-    output, _ = attend(Selective(), q, keys, values, mask[None], scale=scale, penalty=penalty)
+    output, _ = attend(variant, q, keys, values, mask[None], scale=scale, penalty=penalty)
 
     kept = deaths == num_queries
     place = slots[kept]
@@ -187,12 +188,14 @@ class TorchPrunedLayer:
     """`attend_pruned` bound to one layer's pages, in torch operations: correct and slow.
 
     Args:
+        variant: a prunable variant.
         pages: `[num_pages, shape.num_bytes]` uint8.
         shape: of each page.
         scale: factor of the raw scores.
     """
 
-    def __init__(self, pages: Tensor, shape: PageShape, *, scale: float) -> None:
+    def __init__(self, variant: Variant, pages: Tensor, shape: PageShape, *, scale: float) -> None:
+        self.variant = variant
         self.pages = pages
         self.shape = shape
         self.scale = scale
@@ -217,5 +220,5 @@ class TorchPrunedLayer:
                 for x in (query, key.to(self.shape.dtype), value.to(self.shape.dtype))
             )
             num_before = lens[request] - (stop - start)
-            output = attend_pruned(q, k, v, page, num_before, self.scale)
+            output = attend_pruned(self.variant, q, k, v, page, num_before, self.scale)
             out[start:stop] = output.transpose(0, 1).to(out.dtype)

@@ -1,4 +1,4 @@
-"""The law: attention of any variant in float64, dense and token by token.
+"""The reference: attention of any variant in float64, dense and token by token.
 
 Every kernel is compared with this. Positions are 0-based; key `j` lies at position `j` and query
 `i` of a chunk at `query_start + i`, so a chunk of queries against a longer context, a prefix of

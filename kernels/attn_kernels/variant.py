@@ -37,7 +37,8 @@ class Variant(ABC):
         name: lower-case name, used in `config.json` and by `--attention-backend`.
         paper: where the formula comes from.
         uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
-        stateful: keeps a float32 accumulator for each cached token and overrides `select`.
+        stateful: keeps a float32 accumulator for each cached token and defines `selection`.
+        prunable: is a `PrunableVariant`, whose layers can keep a fixed number of tokens.
         cpu_header: the C++ form of a variant of another package (what is in it:
             `attn_kernels/cpu/variant.hpp`); None: `attn_kernels/cpu/variants/<name>.hpp`, if any.
         triton_module: the module with its Triton form (what is in it:
@@ -48,6 +49,7 @@ class Variant(ABC):
     paper: ClassVar[str]
     uses_scale: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
+    prunable: ClassVar[bool] = False
     cpu_header: ClassVar[Path | None] = None
     triton_module: ClassVar[str | None] = None
 
@@ -55,6 +57,11 @@ class Variant(ABC):
     def learned(self) -> tuple[str, ...]:
         """Names of the per-head tensors, each `[num_heads]`, that a checkpoint must carry in every
         layer (`model.layers.N.self_attn.<name>`)."""
+        return ()
+
+    @property
+    def kv_budgets(self) -> tuple[int, ...]:
+        """Tokens of a request that each layer keeps, in the layers' order; empty: all."""
         return ()
 
     def numbers(self) -> list[float]:
@@ -97,10 +104,21 @@ class Variant(ABC):
             Weights of the shape and dtype of `scores`, 0 where masked. A row that sees no key is 0.
         """
 
+    def selection(self, scores: Tensor) -> Tensor:
+        """Return what a query adds to the accumulators of the keys it sees (stateful variants).
+
+        Args:
+            scores: head 0's raw scores, before any penalty is subtracted.
+
+        Returns:
+            Numbers of the same shape, at least 0.
+        """
+        raise NotImplementedError(f"{self.name} is not stateful")
+
     def select(
         self, q: Tensor, k: Tensor, selectable: Tensor, scale: float, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Stateful variants only: what each query subtracts from its scores, and the new state.
+        """Return what each query subtracts from its scores, and the new state (stateful variants).
 
         Args:
             q, k: as in `transform`; the selecting head must be head 0 of both.
@@ -112,7 +130,36 @@ class Variant(ABC):
         Returns:
             `(penalty [..., num_queries, num_keys], state [..., num_keys])`.
         """
-        raise NotImplementedError(f"{self.name} is not stateful")
+        scores = (q[..., 0, :, :] * scale) @ k[..., 0, :, :].mT
+        added = self.selection(scores).masked_fill(~selectable, 0.0)
+        after = state.unsqueeze(-2) + added.cumsum(-2)
+        return after - added, after[..., -1, :]
+
+
+LEAST_BUDGET = 2
+"""Tokens that a layer keeps at least: the first, which is never evicted, and the newest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunableVariant(Variant):
+    """A stateful variant whose layers can each keep a fixed number of tokens of a request: the
+    token with the largest accumulator is evicted (`attn_kernels.pruning`).
+
+    Args:
+        kv_budgets: how many tokens of a request each layer keeps, in the layers' order; none: all.
+    """
+
+    stateful: ClassVar[bool] = True
+    prunable: ClassVar[bool] = True
+
+    kv_budgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kv_budgets and min(self.kv_budgets) < LEAST_BUDGET:
+            raise VariantError(
+                f"{self.name}'s kv_budgets must be at least {LEAST_BUDGET} tokens a layer, the "
+                f"first and the newest, not {min(self.kv_budgets)}"
+            )
 
 
 _REGISTRY: dict[str, type[Variant]] = {}

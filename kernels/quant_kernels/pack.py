@@ -1,6 +1,6 @@
-"""Codes of 2 to 8 bits packed densely into 32-bit words, lowest bits first.
+"""Quantized values of 2 to 8 bits, packed densely into 32-bit words, lowest bits first.
 
-A code may lie across two words, so that 3-bit codes take 3 bits (compressed-tensors 0.17 puts ten
+A value may lie across two words, so that 3-bit values take 3 bits (compressed-tensors 0.17 puts ten
 into a word; vLLM 0.32 expects them dense, as here).
 """
 
@@ -14,23 +14,24 @@ from torch import Tensor
 
 
 def words(columns: int, bits: int) -> int:
-    """32-bit words of a row."""
+    """Return the 32-bit words of a packed row."""
     return math.ceil(columns * bits / 32)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 `[rows, columns]` as int32 `[rows, words]`; the last word's unused bits are 0."""
-    rows, columns = codes.shape
-    planes = np.unpackbits(codes.numpy()[:, :, None], axis=2, bitorder="little", count=bits)
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack quantized values uint8 `[rows, columns]` into int32 `[rows, words]`; the bits that the
+    last word of a row does not need are 0."""
+    rows, columns = values.shape
+    planes = np.unpackbits(values.numpy()[:, :, None], axis=2, bitorder="little", count=bits)
     room = np.zeros((rows, words(columns, bits) * 32), dtype=np.uint8)
     room[:, : columns * bits] = planes.reshape(rows, -1)
     return torch.from_numpy(np.packbits(room, axis=1, bitorder="little").view(np.int32))
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """What `pack` was given: uint8 `[rows, columns]`."""
+    """Return the quantized values uint8 `[rows, columns]` that `pack` packed."""
     rows = packed.shape[0]
     planes = np.unpackbits(packed.numpy().view(np.uint8), axis=1, bitorder="little")
     planes = planes[:, : columns * bits].reshape(rows, columns, bits)
-    codes = np.packbits(planes, axis=2, bitorder="little")[:, :, 0]
-    return torch.from_numpy(np.ascontiguousarray(codes))
+    values = np.packbits(planes, axis=2, bitorder="little")[:, :, 0]
+    return torch.from_numpy(np.ascontiguousarray(values))

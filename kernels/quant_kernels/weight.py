@@ -1,6 +1,6 @@
-"""A quantized weight matrix as what is stored of it: codes, scales and zero points.
+"""A quantized weight matrix as what is stored of it: quantized values, scales and zero points.
 
-`weight = (code - zero) * scale`, with one scale and zero point for each row and group of
+`weight = (quantized - zero_point) * scale`, with one scale and zero point for each row and group of
 consecutive columns. If the group size does not divide the columns, a row's last group is shorter.
 """
 
@@ -19,16 +19,17 @@ BITS = range(2, 9)
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The values that a weight may take.
+class QuantSpec:
+    """How a matrix is quantized.
 
     Args:
-        bits: of a code, 2 to 8.
+        bits: of a quantized value, 2 to 8.
         group_size: columns that share a scale; None: all columns of a row (per channel).
-        symmetric: the zero point is the middle code, not stored; else each group has its own.
+        symmetric: the zero point is the midpoint of the quantized values and is not stored; else
+            each group has its own.
 
     Raises:
-        ValueError: a width or size that there is not.
+        ValueError: the bits or the group size are out of range.
     """
 
     bits: int
@@ -37,147 +38,145 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ValueError(f"{self.bits} bits: a width from {BITS[0]} to {BITS[-1]} is possible")
+            raise ValueError(f"{self.bits} bits: {BITS[0]} to {BITS[-1]} are possible")
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"a group of {self.group_size} columns is none")
+            raise ValueError(f"a group size of {self.group_size}: at least 1 is possible")
 
     @property
-    def highest(self) -> int:
-        """The largest code; the smallest is 0."""
+    def qmax(self) -> int:
+        """The largest quantized value; the smallest is 0."""
         return 2**self.bits - 1
 
     @property
-    def middle(self) -> int:
-        """The symmetric grid's zero point."""
+    def midpoint(self) -> int:
+        """The zero point of symmetric quantization."""
         return 2 ** (self.bits - 1)
 
     def size(self, columns: int) -> int:
-        """Columns of a group, in a matrix of some width."""
+        """Return the columns of a group in a matrix with so many columns."""
         return columns if self.group_size is None else min(self.group_size, columns)
 
     def groups(self, columns: int) -> int:
-        """Groups of a row."""
+        """Return the groups of a row."""
         return math.ceil(columns / self.size(columns))
 
     def grouped(self, matrix: Tensor) -> Tensor:
-        """`[rows, columns]` as `[rows, groups, size]`; a short last group is filled with zeros."""
+        """Return `[rows, columns]` as `[rows, groups, size]`; a short last group ends in zeros."""
         rows, columns = matrix.shape
         size, groups = self.size(columns), self.groups(columns)
         return pad(matrix, (0, size * groups - columns)).view(rows, groups, size)
 
-    def spread(self, of_groups: Tensor, columns: int) -> Tensor:
-        """`[rows, groups]` as `[rows, columns]`: each column has its group's value."""
+    def expand(self, of_groups: Tensor, columns: int) -> Tensor:
+        """Return `[rows, groups]` as `[rows, columns]`: each column has the value of its group."""
         return of_groups.repeat_interleave(self.size(columns), dim=1)[:, :columns]
 
-    def fit(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and zero points that reach from each group's smallest to its largest value.
+    def qparams(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the scales and zero points that reach from the smallest to the largest value of
+        each group.
 
-        0 is always on the grid, and no value is further than half a step from its code: the
+        0 is always exact, and no value is further than half a step from a quantized one: the
         symmetric step is `max |w| / ((2**bits - 1) / 2)`, as in GPTQ and compressed-tensors.
 
         Args:
             matrix: float32 `[rows, columns]`.
 
         Returns:
-            `(scales bfloat16, zeros uint8 or None if symmetric)`, each `[rows, groups]`.
+            Scales bfloat16 and zero points uint8 (None if symmetric), each `[rows, groups]`.
         """
         values = self.grouped(matrix)
         low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
         if self.symmetric:
-            return bfloat16_above(torch.maximum(-low, high) / (self.highest / 2)), None
-        scales = bfloat16_above((high - low) / self.highest)
-        return scales, (-low / scales.float()).round().clamp(0, self.highest).to(torch.uint8)
+            return bfloat16_above(torch.maximum(-low, high) / (self.qmax / 2)), None
+        scales = bfloat16_above((high - low) / self.qmax)
+        return scales, (-low / scales.float()).round().clamp(0, self.qmax).to(torch.uint8)
 
-    def encode(self, matrix: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        """The nearest codes, uint8, of values `[rows, columns]`; the parameters have a column for
-        each column or one for all."""
-        zero = self.middle if zeros is None else zeros.float()
-        return self.nearest(matrix / scales.float() + zero).to(torch.uint8)
+    def quantize(self, matrix: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """Return the nearest quantized values, uint8, of `[rows, columns]`; scales and zero points
+        have a column for each column or one for all."""
+        zero = self.midpoint if zeros is None else zeros.float()
+        return self.rounded(matrix / scales.float() + zero).to(torch.uint8)
 
-    def nearest(self, places: Tensor) -> Tensor:
-        """The nearest codes of places on the grid, in the same dtype."""
-        return places.round().clamp(0, self.highest)
+    def rounded(self, steps: Tensor) -> Tensor:
+        """Return numbers of steps, rounded to possible quantized values, in the same dtype."""
+        return steps.round().clamp(0, self.qmax)
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix on a grid: all that is stored of it.
+    """A quantized matrix: all that is stored of it.
 
     Args:
-        codes: uint8 `[rows, columns]`, 0 to `2**bits - 1`, one code a byte (`pack` packs).
+        values: quantized values uint8 `[rows, columns]`, 0 to `2**bits - 1` (`pack` packs them).
         scales: `[rows, groups]`, in the dtype that is stored.
-        zeros: `[rows, groups]`: uint8 codes, or floating point where the scheme lets zero lie
-            between codes; None if the grid is symmetric.
-        grid: bits and groups.
+        zeros: zero points `[rows, groups]`: uint8 quantized values, or floating point where the
+            scheme allows zero to lie between two of them; None if symmetric.
+        spec: bits, group size and symmetry.
     """
 
-    codes: Tensor
+    values: Tensor
     scales: Tensor
     zeros: Tensor | None
-    grid: Grid
+    spec: QuantSpec
 
     def dequantize(self) -> Tensor:
-        """Float32 `[rows, columns]`."""
-        columns = self.codes.shape[1]
-        zero: Tensor | int = self.grid.middle
+        """Return the matrix float32 `[rows, columns]`."""
+        columns = self.values.shape[1]
+        zero: Tensor | int = self.spec.midpoint
         if self.zeros is not None:
-            zero = self.grid.spread(self.zeros.float(), columns)
-        return (self.codes.float() - zero) * self.grid.spread(self.scales.float(), columns)
+            zero = self.spec.expand(self.zeros.float(), columns)
+        return (self.values.float() - zero) * self.spec.expand(self.scales.float(), columns)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes when packed: codes along each row, and zero points that are codes along each
-        column of groups, in 32-bit words, as compressed-tensors lays them out."""
-        (rows, columns), groups = self.codes.shape, self.scales.shape[1]
-        total = 4 * rows * words(columns, self.grid.bits)
-        total += self.scales.numel() * self.scales.element_size()
+        """Bytes when packed: values along each row, and zero points that are quantized values along
+        each column of groups, in 32-bit words, as compressed-tensors lays them out."""
+        (rows, columns), groups = self.values.shape, self.scales.shape[1]
+        total = 4 * rows * words(columns, self.spec.bits) + self.scales.nbytes
         if self.zeros is None:
             return total
         if self.zeros.dtype == torch.uint8:
-            return total + 4 * groups * words(rows, self.grid.bits)
-        return total + self.zeros.numel() * self.zeros.element_size()
+            return total + 4 * groups * words(rows, self.spec.bits)
+        return total + self.zeros.nbytes
 
 
 @dataclass(frozen=True)
 class BlockWeight(QuantizedWeight):
-    """A matrix as some libraries store it: scales belong to blocks of consecutive numbers of the
-    flattened matrix, which may begin in one row and end in the next.
+    """A quantized matrix as some libraries store it: scales belong to blocks of consecutive numbers
+    of the flattened matrix, which may begin in one row and end in the next.
 
     Args:
-        scales, zeros: `[blocks]`; zeros floating point, or None.
-        table: float32 `[2**bits]`: what each code stands for in units of the scale, if that is not
-            `code - zero`.
+        scales, zeros: `[blocks]`; zero points are floating point, or None.
+        table: float32 `[2**bits]`: what each quantized value stands for, in units of the scale, if
+            that is not `value - zero`.
     """
 
     table: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """Float32 `[rows, columns]`."""
-        size, count = self.grid.group_size or self.codes.shape[1], self.codes.numel()
+        """Return the matrix float32 `[rows, columns]`."""
+        size, count = self.spec.group_size or self.values.shape[1], self.values.numel()
 
-        def spread(of_blocks: Tensor) -> Tensor:
+        def expand(of_blocks: Tensor) -> Tensor:
             return of_blocks.float().repeat_interleave(size)[:count]
 
         if self.table is not None:
-            values = self.table[self.codes.flatten().long()]
+            steps = self.table[self.values.flatten().long()]
         else:
-            zero = self.grid.middle if self.zeros is None else spread(self.zeros)
-            values = self.codes.flatten().float() - zero
-        return (values * spread(self.scales)).view(self.codes.shape)
+            zero = self.spec.midpoint if self.zeros is None else expand(self.zeros)
+            steps = self.values.flatten().float() - zero
+        return (steps * expand(self.scales)).view(self.values.shape)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes with densely packed codes, whatever the library's own layout is."""
-        total = 4 * words(self.codes.numel(), self.grid.bits)
-        for parameters in (self.scales, self.zeros):
-            if parameters is not None:
-                total += parameters.numel() * parameters.element_size()
-        return total
+        """Bytes with densely packed values, whatever the library's own layout is."""
+        stored = [tensor.nbytes for tensor in (self.scales, self.zeros) if tensor is not None]
+        return 4 * words(self.values.numel(), self.spec.bits) + sum(stored)
 
 
 def bfloat16_above(values: Tensor) -> Tensor:
-    """The smallest bfloat16 that is not below each value (at least 0); 1 for 0, which only a group
-    of zeros has. Rounding a scale down would put the largest value outside the grid."""
+    """Return the smallest bfloat16 that is not below each value (at least 0), and 1 for 0, which
+    only a group of zeros has. A scale that is rounded down would leave the largest value out of
+    reach."""
     rounded = values.bfloat16()
     next_up = (rounded.view(torch.int16) + 1).view(torch.bfloat16)
     above = torch.where(rounded.float() < values, next_up, rounded)

@@ -26,7 +26,6 @@ from attn_kernels import (
     variant_from_config,
     variant_names,
 )
-from attn_kernels.variants.selective import Selective
 from hf_attn.configuration import VariantLlamaConfig
 
 
@@ -109,7 +108,7 @@ def attention_forward(
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
         if variant.stateful and penalty is None:
-            if isinstance(variant, Selective) and variant.kv_budgets:
+            if variant.kv_budgets:
                 raise ValueError(
                     f"{type(module).__name__} cannot prune to kv_budgets: use a checkpoint of "
                     "VariantLlamaForCausalLM"
@@ -181,7 +180,13 @@ def selection_penalty(
 
 
 def pruned_penalty(
-    query: Tensor, key: Tensor, mask: Tensor, rows: Tensor, scaling: float, budget: int
+    variant: Variant,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    rows: Tensor,
+    scaling: float,
+    budget: int,
 ) -> tuple[Tensor, Tensor]:
     """What `selection_penalty` gives, and who still sees what, where a layer keeps `budget` tokens
     (`attn_kernels.pruning`).
@@ -190,6 +195,7 @@ def pruned_penalty(
     nothing. It is carried out again for the whole sequence at every call, token by token.
 
     Args:
+        variant: a prunable variant.
         query, key, rows, scaling: as for `selection_penalty`.
         mask: bool `[batch, 1, len(rows), num_keys]`.
         budget: tokens that the layer keeps.
@@ -201,7 +207,8 @@ def pruned_penalty(
     mask = mask.clone()
     for b in range(len(mask)):
         tokens = mask[b, 0].any(0).nonzero()[:, 0]  # the others are padding
-        added = pruning.fixed_point(query[b, 0, tokens] * scaling @ key[b, 0, tokens].mT).tril(-1)
+        scores = query[b, 0, tokens] * scaling @ key[b, 0, tokens].mT
+        added = pruning.fixed_point(variant.selection(scores)).tril(-1)
         before = (added.cumsum(0) - added).clamp(max=pruning.LARGEST)
         order = torch.arange(len(tokens))
         deaths, _ = pruning.evict(before.cpu(), order, 0, budget)

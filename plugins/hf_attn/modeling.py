@@ -15,7 +15,6 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from attn_kernels import VariantError
-from attn_kernels.variants.selective import Selective
 from hf_attn.attention import (
     attention_forward,
     pruned_penalty,
@@ -36,7 +35,7 @@ class VariantLlamaAttention(LlamaAttention):
     def __init__(self, config: VariantLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.variant = config.variant
-        budgets = self.variant.kv_budgets if isinstance(self.variant, Selective) else ()
+        budgets = self.variant.kv_budgets
         if budgets and len(budgets) != config.num_hidden_layers:
             raise VariantError(
                 f"kv_budgets has {len(budgets)} entries and the model {config.num_hidden_layers} "
@@ -110,7 +109,7 @@ class VariantLlamaAttention(LlamaAttention):
                     penalty = selection_penalty(self.variant, q0, k0, own_key, self.scaling)
                 else:
                     penalty, attention_mask = pruned_penalty(
-                        q0, k0, attention_mask, own_key, self.scaling, self.budget
+                        self.variant, q0, k0, attention_mask, own_key, self.scaling, self.budget
                     )
             if penalties is not None:
                 penalties.append(penalty)

@@ -33,7 +33,7 @@ from attn_kernels.pruning import PageShape
 from vllm_attn import names, pruned
 from vllm_attn.budgets import KV_CACHE_DTYPES
 from vllm_attn.preflight import FP8_DTYPES
-from vllm_attn.pruned import SelectiveStateSpec
+from vllm_attn.pruned import PageSpec
 from vllm_attn.report import StartupError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class VariantBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if not get_variant(cls.variant_name).stateful or isinstance(spec, SelectiveStateSpec):
+        if not get_variant(cls.variant_name).stateful or isinstance(spec, PageSpec):
             return spec
         return replace(spec, state_content_bytes=spec.state_content_size_bytes + STATE_BYTES)
 
@@ -107,7 +107,7 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if isinstance(kv_cache_spec, SelectiveStateSpec):
+        if isinstance(kv_cache_spec, PageSpec):
             pruned.announce(vllm_config, kv_cache_spec)
 
     def build(

@@ -6,7 +6,6 @@ from typing import Any
 
 from attn_kernels import Variant
 from attn_kernels.pruning import LARGEST_GPU_BUDGET
-from attn_kernels.variants.selective import Selective
 from vllm_attn.report import StartupError
 
 KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -16,18 +15,13 @@ MODEL_CLASS = "VariantLlamaForCausalLM"
 """The only one whose layers can have budgets."""
 
 
-def budgets_of(variant: Variant) -> tuple[int, ...]:
-    """Of every layer; empty if nothing is pruned."""
-    return variant.kv_budgets if isinstance(variant, Selective) else ()
-
-
 def check_budgets(vllm_config: Any, variant: Variant) -> None:
     """Refuse what budgets do not go with.
 
     Raises:
         StartupError: with one line that says what and what to do.
     """
-    budgets = budgets_of(variant)
+    budgets = variant.kv_budgets
     if not budgets:
         return
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -23,7 +23,6 @@ from vllm.model_executor.utils import set_weight_attrs
 from attn_kernels import get_variant, variant_from_config
 from vllm_attn import pruned
 from vllm_attn.backend import VariantImpl
-from vllm_attn.budgets import budgets_of
 from vllm_attn.preflight import missing_tensor
 from vllm_attn.report import StartupError
 
@@ -39,7 +38,7 @@ class VariantLlamaAttention(LlamaAttention):
             for name in variant.learned:
                 impl.learned[name] = per_head_parameter(self.num_heads)
                 self.register_parameter(name, impl.learned[name])
-            if budgets := budgets_of(variant):
+            if budgets := variant.kv_budgets:
                 pruned.give_budget(self.attn, budgets[extract_layer_index(prefix)])
         elif variant.name != "softmax":
             raise StartupError(

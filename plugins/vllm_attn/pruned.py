@@ -22,7 +22,6 @@ from attn_kernels import Variant, cpu, variant_from_config
 from attn_kernels.cpu.pruned import PrunedCPULayer
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import PageShape, TorchPrunedLayer, slot_bytes
-from vllm_attn.budgets import budgets_of
 
 if TYPE_CHECKING:
     from attn_kernels.triton.pruned_layer import TritonPrunedLayer
@@ -33,7 +32,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectiveStateSpec(CircularBufferSpec):
+class PageSpec(CircularBufferSpec):
     """A page of `slots` tokens a request.
 
     `block_size`, in tokens, is only what positions are divided by to index the block table, which
@@ -49,10 +48,10 @@ class SelectiveStateSpec(CircularBufferSpec):
 class PrunedAttention(Attention):
     """vLLM's attention layer with a page instead of paged blocks."""
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SelectiveStateSpec:
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> PageSpec:
         dtype = self.kv_cache_torch_dtype
         max_model_len = vllm_config.model_config.max_model_len
-        return SelectiveStateSpec(
+        return PageSpec(
             block_size=-(-max_model_len // 16) * 16,  # kernel blocks are multiples of 16
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
@@ -72,16 +71,16 @@ def give_budget(attention: Attention, budget: int) -> None:
     attention.__class__ = PrunedAttention
 
 
-def announce(vllm_config: VllmConfig, spec: SelectiveStateSpec) -> None:
+def announce(vllm_config: VllmConfig, spec: PageSpec) -> None:
     """One line: what a request costs and how many fit, against unpruned."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
     variant = variant_from_config(model_config.hf_config)
     assert variant is not None
     length = model_config.max_model_len
-    slots = sum(min(budget, length) for budget in budgets_of(variant))
+    slots = sum(min(budget, length) for budget in variant.kv_budgets)
     pruned = slots * spec.state_content_size_bytes
     token = spec.num_kv_heads * (2 * spec.head_size * spec.dtype.itemsize + STATE_BYTES)
-    whole = len(budgets_of(variant)) * length * token
+    whole = len(variant.kv_budgets) * length * token
     num_pages = cache_config.num_gpu_blocks or 0
     logger.info_once(
         "Pruned to kv_budgets: %s bytes of KV cache a request, %.1f times less than the %s of an "
@@ -120,4 +119,4 @@ def bind(
     kernel = cpu.load(variant)
     if kernel is not None and kernel.unsupported(shape.head_size, 16, shape.dtype) is None:
         return PrunedCPULayer(kernel, pages, shape, num_heads=num_heads, scale=scale)
-    return TorchPrunedLayer(pages, shape, scale=scale)
+    return TorchPrunedLayer(variant, pages, shape, scale=scale)

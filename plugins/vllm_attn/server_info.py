@@ -20,7 +20,6 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from attn_kernels import variant_from_config
 from vllm_attn import names
-from vllm_attn.budgets import budgets_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -71,7 +70,7 @@ def server_info(vllm_config: VllmConfig) -> dict[str, str]:
     return {
         "model_name": str(model_config.served_model_name),
         "variant": variant or ("none" if model_config.is_attention_free else "softmax"),
-        "kv_budgets": joined(budgets_of(declared)) if declared else "",
+        "kv_budgets": joined(declared.kv_budgets) if declared else "",
         "weight_bits": weights,
         "embedding_bits": embeddings,
         "weight_method": "none" if quantization is None else str(quantization.get_name()),

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     written = write(options.results)
     print(table(results))
-    print(json.dumps({"cells": len(results), "written": written}))
+    print(json.dumps({"configs": len(results), "written": written}))
 
 
 if __name__ == "__main__":

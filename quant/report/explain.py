@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.outliers import FIGURES
 from quant.store import Stored
 
@@ -27,7 +27,7 @@ class Explanation:
     """How the cost of quantizing something goes with a statistic of outliers, over checkpoints.
 
     Args:
-        what: is quantized.
+        target: is quantized.
         statistic: mean of the linear layers.
         correlation: Spearman's, of the statistic and the checkpoints' mean rank of divergence over
             all settings and widths.
@@ -35,7 +35,7 @@ class Explanation:
         checkpoints: number of them.
     """
 
-    what: str
+    target: str
     statistic: str
     correlation: float
     chance: float
@@ -87,19 +87,19 @@ def statistics(unquantized: Sequence[Stored]) -> dict[str, Values]:
 def explanations(results: Sequence[Stored]) -> list[Explanation]:
     """For everything that was quantized, and each statistic. Only cells that all checkpoints have
     count."""
-    unquantized = [stored for stored in results if stored.cell == Cell()]
+    unquantized = [stored for stored in results if stored.config == QuantConfig()]
     names = [stored.checkpoint for stored in unquantized]
-    costs: dict[Cell, dict[str, float]] = defaultdict(dict)
+    costs: dict[QuantConfig, dict[str, float]] = defaultdict(dict)
     for stored in results:
         if "test KL" in stored.summary:
-            costs[stored.cell][stored.checkpoint] = stored.summary["test KL"].value
+            costs[stored.config][stored.checkpoint] = stored.summary["test KL"].value
     places: dict[str, list[Values]] = defaultdict(list)
-    for cell, cost in costs.items():
+    for config, cost in costs.items():
         if names and set(names) <= set(cost):
-            places[cell.what].append(ranks(np.array([cost[name] for name in names])))
+            places[config.target].append(ranks(np.array([cost[name] for name in names])))
     return [
-        Explanation(what, statistic, *spearman(values, np.mean(found, axis=0)), len(names))
-        for what, found in places.items()
+        Explanation(target, statistic, *spearman(values, np.mean(found, axis=0)), len(names))
+        for target, found in places.items()
         for statistic, values in statistics(unquantized).items()
     ]
 
@@ -107,11 +107,11 @@ def explanations(results: Sequence[Stored]) -> list[Explanation]:
 def in_short(found: Sequence[Explanation]) -> str:
     """One sentence for each thing that is quantized."""
     sentences = []
-    for what in dict.fromkeys(e.what for e in found):
-        own = [e for e in found if e.what == what]
+    for target in dict.fromkeys(e.target for e in found):
+        own = [e for e in found if e.target == target]
         if own[0].checkpoints < FEWEST:
             return f"This {own[0].verdict}."
         good = [e.statistic for e in own if e.verdict == "explains it"]
         which = f"goes with {' and '.join(good)}" if good else "goes with none of the outliers"
-        sentences.append(f"Which variant loses most with quantized {what} {which}.")
+        sentences.append(f"Which variant loses most with quantized {target} {which}.")
     return " ".join(sentences)

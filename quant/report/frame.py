@@ -1,4 +1,4 @@
-"""Results as a table: one row a cell."""
+"""Results as a table: one row a config."""
 
 from __future__ import annotations
 
@@ -9,42 +9,52 @@ from typing import Any
 import pandas as pd
 
 from attnserve.evaluation.intervals import Estimate
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.store import Stored
 
 ENDS = ("", " low", " high")
-INTEGERS = ("bits", "cell weights", "cell activations", "cell kv", "cell group", "resident bytes")
+INTEGERS = (
+    "bits",
+    "config weights",
+    "config activations",
+    "config kv",
+    "config group_size",
+    "resident bytes",
+)
 
 
-def setting(cell: Cell) -> str:
-    """Everything about a cell but the width that the sweep varies."""
+def setting(config: QuantConfig) -> str:
+    """Everything about a config but the width that the sweep varies."""
     parts = []
-    if cell.weights:
-        parts += [str(cell.scheme), f"groups of {cell.group}" if cell.group else "a row a group"]
-        if cell.activations:
-            parts.append(f"{cell.activations}-bit activations")
-    if cell.kv and cell.kv != cell.bits:
-        parts.append(f"{cell.kv}-bit cache")
+    if config.weights:
+        parts += [
+            str(config.scheme),
+            f"groups of {config.group_size}" if config.group_size else "a row a group",
+        ]
+        if config.activations:
+            parts.append(f"{config.activations}-bit activations")
+    if config.kv and config.kv != config.bits:
+        parts.append(f"{config.kv}-bit cache")
     flags = {
-        "symmetric": cell.symmetric,
-        "act-order": cell.act_order,
-        "static": cell.static,
-        "with head": cell.lm_head,
+        "symmetric": config.symmetric,
+        "act-order": config.act_order,
+        "static": config.static,
+        "with head": config.lm_head,
     }
     found = ", ".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
-    return found or ("" if cell == Cell() else "one scale a token")
+    return found or ("" if config == QuantConfig() else "one scale a token")
 
 
 def row(stored: Stored) -> dict[str, Any]:
-    """A cell as flat values. What only a served model can tell is empty until it is measured."""
-    cell, served = stored.cell, stored.details.get("served", {})
+    """A config as flat values. What only a served model can tell is empty until it is measured."""
+    config, served = stored.config, stored.details.get("served", {})
     values: dict[str, Any] = {
         "checkpoint": stored.checkpoint,
         "variant": stored.variant,
-        "what": cell.what,
-        "bits": cell.bits,
-        "setting": setting(cell),
-        **{f"cell {name}": value for name, value in dataclasses.asdict(cell).items()},
+        "target": config.target,
+        "bits": config.bits,
+        "setting": setting(config),
+        **{f"config {name}": value for name, value in dataclasses.asdict(config).items()},
         "bytes": stored.size["bytes"],
         "bits per weight": stored.bits_per_weight,
         "cache bytes per token": stored.size["cache_bytes_per_token"],
@@ -85,7 +95,7 @@ COLUMNS: dict[str, tuple[str, int | None, float]] = {
 KL are the main text's."""
 OF_SETS = ("wikitext2 KL", "blimp change", "lambada loss change")
 """Columns that are there only where the evaluation sets were measured."""
-HEAD = ("checkpoint", "what", "bits", "how", "MB", "bits/weight")
+HEAD = ("checkpoint", "target", "bits", "how", "MB", "bits/weight")
 WIDTH = 24
 """Characters of an estimate with its interval, as a rule."""
 
@@ -101,9 +111,9 @@ def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 
 
 
 def line(stored: Stored, columns: Sequence[str]) -> list[str]:
-    """A cell's main figures as text, those of some of `COLUMNS`."""
-    cell, per_weight = stored.cell, stored.bits_per_weight
-    cells = [stored.checkpoint, cell.what, str(cell.bits or ""), setting(cell)]
+    """A config's main figures as text, those of some of `COLUMNS`."""
+    config, per_weight = stored.config, stored.bits_per_weight
+    cells = [stored.checkpoint, config.target, str(config.bits or ""), setting(config)]
     cells.append(f"{stored.size['bytes'] / 1e6:.2f}")
     cells.append("" if per_weight is None else f"{per_weight:.2f}")
     for name in columns:
@@ -113,7 +123,7 @@ def line(stored: Stored, columns: Sequence[str]) -> list[str]:
 
 
 def lines(results: Sequence[Stored]) -> list[list[str]]:
-    """The main figures as text: a heading, and a line a cell; figures that no cell has are left
+    """The main figures as text: a heading, and a line a config; figures that no config has are left
     out."""
     measured = {name for stored in results for name in stored.summary}
     columns = [name for name in COLUMNS if name in measured]
@@ -131,7 +141,7 @@ def table(results: Sequence[Stored]) -> str:
 def joined(row: Sequence[str], widths: Sequence[int]) -> str:
     """A row of a table in columns."""
     pairs = zip(row, widths, strict=True)
-    return "  ".join(cell.ljust(width) for cell, width in pairs).rstrip()
+    return "  ".join(config.ljust(width) for config, width in pairs).rstrip()
 
 
 class Rows:
@@ -143,9 +153,16 @@ class Rows:
         sets: the evaluation sets are measured.
     """
 
-    def __init__(self, checkpoints: Sequence[str], cells: Sequence[Cell], sets: bool) -> None:
+    def __init__(
+        self, checkpoints: Sequence[str], cells: Sequence[QuantConfig], sets: bool
+    ) -> None:
         self.columns = [name for name in COLUMNS if sets or name not in OF_SETS]
-        fixed = [checkpoints, [cell.what for cell in cells], [], [setting(cell) for cell in cells]]
+        fixed = [
+            checkpoints,
+            [config.target for config in cells],
+            [],
+            [setting(config) for config in cells],
+        ]
         texts = [*fixed, ["0000.00"], []]
         head = [*HEAD, *(COLUMNS[name][0] for name in self.columns)]
         self.widths = [max(map(len, [title, *own])) for title, own in zip(HEAD, texts, strict=True)]
@@ -153,5 +170,5 @@ class Rows:
         self.head = joined(head, self.widths)
 
     def row(self, stored: Stored) -> str:
-        """Return a cell's line."""
+        """Return a config's line."""
         return joined(line(stored, self.columns), self.widths)

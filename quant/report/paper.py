@@ -10,7 +10,7 @@ import numpy as np
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.reports import Range
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.store import Stored
 
 
@@ -51,22 +51,23 @@ def advantage(row: Row) -> float:
 
 
 def find(results: Sequence[Stored], variant: str, row: Row) -> Stored | None:
-    """Our cell for a row: weights alone, with zero points, by groups, of the smallest groups; int8
+    """Our config for a row: weights alone, with zero points, by the smallest groups; int8
     has neither."""
     rows = row.scheme == "bnb-int8"
     fitting = [
         stored
         for stored in results
-        if stored.variant == variant and stored.cell.scheme == row.scheme
-        if stored.cell == Cell() or stored.cell.what == "weights"
-        if stored.cell == Cell() or (stored.cell.group is None) == stored.cell.symmetric == rows
-        if stored.cell.bits == row.bits and not stored.cell.act_order
+        if stored.variant == variant and stored.config.scheme == row.scheme
+        if stored.config == QuantConfig() or stored.config.target == "weights"
+        if stored.config == QuantConfig()
+        or (stored.config.group_size is None) == stored.config.symmetric == rows
+        if stored.config.bits == row.bits and not stored.config.act_order
     ]
-    return min(fitting, key=lambda stored: stored.cell.group or 0, default=None)
+    return min(fitting, key=lambda stored: stored.config.group_size or 0, default=None)
 
 
 def our_advantage(results: Sequence[Stored], row: Row, text: str) -> Estimate | None:
-    """Ours: the same in nats per token, sequence by sequence of the same text; None if a cell is
+    """Ours: the same in nats per token, sequence by sequence of the same text; None if a config is
     missing or the texts differ."""
     rises = []
     for variant in ("softmax", "softpick"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from attnserve.evaluation.intervals import Estimate
 from attnserve.reports import table
 from quant import store
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.report import explain, frontier, paper
 from quant.report.frame import setting, shown, text_of
 from quant.report.plots import draw
@@ -21,7 +21,8 @@ METRICS = {
     "test top-1": "Tokens with the same likeliest token as the unquantized model, %",
 }
 SPREAD = ("weights", "gptq", 64)
-"""What, scheme and group of the cells whose spread over tokens is shown; all are in `cells.csv`."""
+"""Target, scheme and group size of the configs whose spread over tokens is shown; all are
+in `configs.csv`."""
 
 
 def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
@@ -35,7 +36,7 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
     Raises:
         ValueError: a file of results is none.
     """
-    if not any(folder.glob("cells/*/*.json")):
+    if not any(folder.glob("configs/*/*.json")):
         return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."
     results, mixed = store.read_all(folder), frontier.read_all(folder)
     plots = draw(results, figures, mixed, prefix="quantization-")
@@ -59,7 +60,7 @@ def section(
     images = [f"![{name}]({plot_folder}/{name}.png)" for name in plots]
     parts = [
         "## Quantization",
-        "Weights, inputs of linear layers and the cache on grids of few bits, computed in float32 "
+        "Weights, inputs of linear layers and the cache on specs of few bits, computed in float32 "
         "(`python -m quant.sweep`; docs/QUANT.md). Embeddings and the tied head stay as they are. "
         "95 % intervals are over texts; changes are against the unquantized model on the same "
         "texts. Each variant was trained once.",
@@ -116,7 +117,7 @@ def arrow(pair: Sequence[float], digits: int) -> str:
 
 
 def by_variant(results: Sequence[Stored], metric: str) -> str:
-    """A row a cell, a column a checkpoint."""
+    """A row a config, a column a checkpoint."""
 
     def text(estimate: Estimate | None) -> str:
         if estimate is None or metric == "test KL":
@@ -128,27 +129,31 @@ def by_variant(results: Sequence[Stored], metric: str) -> str:
         return ratio.shown(4 if ratio.value < 2 else 1)
 
     names = list(dict.fromkeys(stored.checkpoint for stored in results))
-    found = {(s.cell, s.checkpoint): s.summary[metric] for s in results if metric in s.summary}
-    chosen = dict.fromkeys(stored.cell for stored in results if stored.cell != Cell())
+    found = {(s.config, s.checkpoint): s.summary[metric] for s in results if metric in s.summary}
+    chosen = dict.fromkeys(stored.config for stored in results if stored.config != QuantConfig())
     rows = []
-    for cell in sorted(chosen, key=lambda c: (c.what, setting(c), c.bits or 0)):
-        cells = [found.get((cell, name)) for name in names]
-        rows.append([cell.what, setting(cell), str(cell.bits), *map(text, cells)])
-    return table(["what", "how", "bits", *names], rows, left=3)
+    for config in sorted(chosen, key=lambda c: (c.target, setting(c), c.bits or 0)):
+        cells = [found.get((config, name)) for name in names]
+        rows.append([config.target, setting(config), str(config.bits), *map(text, cells)])
+    return table(["target", "how", "bits", *names], rows, left=3)
 
 
 def spread(results: Sequence[Stored]) -> str:
     """How far single tokens are off, as llama.cpp's perplexity tool shows it."""
     rows = []
     for stored in results:
-        cell, details = stored.cell, stored.details
-        if (cell.what, cell.scheme, cell.group) != SPREAD or "p change over tokens" not in details:
+        config, details = stored.config, stored.details
+        if (
+            config.target,
+            config.scheme,
+            config.group_size,
+        ) != SPREAD or "p change over tokens" not in details:
             continue
         divergence, change = (details[f"{of} over tokens"]["test"] for of in ("KL", "p change"))
         rows.append(
             [
                 stored.checkpoint,
-                str(cell.bits),
+                str(config.bits),
                 *(f"{divergence[name]:.2g}" for name in DIVERGENCES),
                 *(f"{100 * change[name]:+.2f}" for name in CHANGES),
                 stored.summary["test p change, RMS"].shown(2, 100.0),
@@ -166,14 +171,14 @@ def spread(results: Sequence[Stored]) -> str:
 
 def outliers(results: Sequence[Stored]) -> str:
     """Statistics of outliers, and whether they go with the cost."""
-    own = [stored for stored in results if stored.cell == Cell()]
+    own = [stored for stored in results if stored.config == QuantConfig()]
     values, found = explain.statistics(own), explain.explanations(results)
     rows = [
         [stored.checkpoint, *(f"{column[place]:.2f}" for column in values.values())]
         for place, stored in enumerate(own)
     ]
     tests = [
-        [e.what, e.statistic, f"{e.correlation:+.2f}", f"{e.chance:.3f}", f"**{e.verdict}**"]
+        [e.target, e.statistic, f"{e.correlation:+.2f}", f"{e.chance:.3f}", f"**{e.verdict}**"]
         for e in found
     ]
     return (
@@ -192,7 +197,7 @@ def outliers(results: Sequence[Stored]) -> str:
 def explanations(results: Sequence[Stored]) -> list[str]:
     """The same as sentences."""
     return [
-        f"{e.what}: {e.statistic} (mean of the layers) has rank correlation {e.correlation:+.2f} "
+        f"{e.target}: {e.statistic} (mean of the layers) has rank correlation {e.correlation:+.2f} "
         f"with the cost over {e.checkpoints} checkpoints, chance {e.chance:.3f}: {e.verdict}."
         for e in explain.explanations(results)
     ]

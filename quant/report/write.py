@@ -13,8 +13,8 @@ from quant.schemes.registry import installed
 
 
 def write(folder: Path) -> dict[str, str]:
-    """Write `cells.csv`, `cells.json`, `cells.parquet`, `plots/*.png` and `report.html` into the
-    results' folder; returns their paths by kind.
+    """Write `configs.csv`, `configs.json`, `configs.parquet`, `plots/*.png` and `report.html` into
+    the folder of results; returns their paths by kind.
 
     Raises:
         ValueError: there are no results, or a file is none.
@@ -27,11 +27,11 @@ def write(folder: Path) -> dict[str, str]:
         store.put(folder / name, content)
         written[kind] = str(folder / name)
 
-    put("csv", "cells.csv", rows.to_csv(index=False))
-    put("json", "cells.json", rows.to_json(orient="records", indent=1) + "\n")
+    put("csv", "configs.csv", rows.to_csv(index=False))
+    put("json", "configs.json", rows.to_json(orient="records", indent=1) + "\n")
     if installed("pyarrow"):
-        rows.to_parquet(folder / "cells.parquet")
-        written["parquet"] = str(folder / "cells.parquet")
+        rows.to_parquet(folder / "configs.parquet")
+        written["parquet"] = str(folder / "configs.parquet")
     plots = draw(results, folder / "plots", frontier.read_all(folder))
     written |= {f"plot {name}": str(path) for name, path in plots.items()}
     put("html", "report.html", page(results, plots))

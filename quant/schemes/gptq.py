@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_kernels.weight import Grid, QuantizedWeight
+from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 DAMPING = 0.01
 """Of the Hessian's mean diagonal, added to the diagonal, as in the paper."""
@@ -18,22 +18,24 @@ BLOCK = 128
 """Columns whose corrections of the later ones are made at once; the result is the same."""
 
 
-def gptq(weight: Tensor, grid: Grid, hessian: Tensor, act_order: bool = False) -> QuantizedWeight:
+def gptq(
+    weight: Tensor, spec: QuantSpec, hessian: Tensor, act_order: bool = False
+) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`.
 
     Args:
         weight: the matrix.
-        grid: bits and groups.
+        spec: bits and groups.
         hessian: float32 `[columns, columns]`, `X X^T` of the layer's inputs in any unit.
         act_order: take the columns by falling diagonal of the Hessian. Scales and zero points are
             then those of the original weights, so that groups stay consecutive columns; otherwise
             a group's are fitted when its turn comes, to weights that make up for earlier errors.
     """
     rows, columns = weight.shape
-    size, left = grid.size(columns), weight.clone()
+    size, left = spec.size(columns), weight.clone()
     dead = hessian.diagonal() == 0
     left[:, dead] = 0  # what multiplies nothing but zeros
-    scales, zeros = grid.fit(left)
+    scales, zeros = spec.qparams(left)
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
     upper = inverse_factor(hessian[order][:, order])
     left = left[:, order]
@@ -50,19 +52,21 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor, act_order: bool = False) -
                 now[:, end - column :] -= (
                     errors[:, : place - start] @ upper[start:place, end : column + size]
                 )
-                fitted = Grid(grid.bits, None, grid.symmetric).fit(now)
+                fitted = QuantSpec(spec.bits, None, spec.symmetric).qparams(now)
                 scales[:, group : group + 1] = fitted[0]
                 if zeros is not None and fitted[1] is not None:
                     zeros[:, group : group + 1] = fitted[1]
             zero = None if zeros is None else zeros[:, group]
             scale = scales[:, group]
             value = left[:, place]
-            codes[:, column] = code = grid.encode(value, scale, zero)
-            back = (code.float() - (grid.middle if zero is None else zero.float())) * scale.float()
+            codes[:, column] = code = spec.quantize(value, scale, zero)
+            back = (
+                code.float() - (spec.midpoint if zero is None else zero.float())
+            ) * scale.float()
             errors[:, place - start] = error = (value - back) / upper[place, place]
             left[:, place:end] -= torch.outer(error, upper[place, place:end])
         left[:, end:] -= errors @ upper[start:end, end:]
-    return QuantizedWeight(codes, scales, zeros, grid)
+    return QuantizedWeight(codes, scales, zeros, spec)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from quant.schemes.rtn import rtn
-from quant_kernels.weight import Grid, QuantizedWeight
+from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
 
 
-def hqq(weight: Tensor, grid: Grid) -> QuantizedWeight:
+def hqq(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`.
 
     Each group keeps the best zero point that it has met, that of round-to-nearest included, so it
@@ -28,18 +28,18 @@ def hqq(weight: Tensor, grid: Grid) -> QuantizedWeight:
 
     Args:
         weight: the matrix.
-        grid: not symmetric: the zero points are what is optimised.
+        spec: not symmetric: the zero points are what is optimised.
     """
-    start = rtn(weight, grid)
+    start = rtn(weight, spec)
     assert start.zeros is not None
-    values = grid.grouped(weight) / start.scales.float()[..., None]
-    inside = grid.grouped(torch.ones_like(weight))
+    values = spec.grouped(weight) / start.scales.float()[..., None]
+    inside = spec.grouped(torch.ones_like(weight))
     count = inside.sum(-1)
     zeros = start.zeros.float()
     best, lowest = zeros, torch.full_like(zeros, torch.inf)
     beta = BETA
     for _ in range(ITERATIONS + 1):
-        codes = grid.nearest(values + zeros[..., None])
+        codes = spec.rounded(values + zeros[..., None])
         error = (values - codes + zeros[..., None]) * inside
         cost = error.abs().pow(P).sum(-1)
         best, lowest = torch.where(cost < lowest, zeros, best), torch.minimum(cost, lowest)
@@ -49,11 +49,11 @@ def hqq(weight: Tensor, grid: Grid) -> QuantizedWeight:
         zeros = zeros.half().float()  # as they are stored
         beta *= KAPPA
     columns = weight.shape[1]
-    codes = grid.encode(weight, grid.spread(start.scales, columns), grid.spread(best, columns))
-    return QuantizedWeight(codes, start.scales, best.half(), grid)
+    codes = spec.quantize(weight, spec.expand(start.scales, columns), spec.expand(best, columns))
+    return QuantizedWeight(codes, start.scales, best.half(), spec)
 
 
 def objective(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
     """What `hqq` minimises, for each row and group, in steps: `[rows, groups]`."""
-    error = quantized.grid.grouped(weight - quantized.dequantize())
+    error = quantized.spec.grouped(weight - quantized.dequantize())
     return (error / quantized.scales.float()[..., None]).abs().pow(P).sum(-1)

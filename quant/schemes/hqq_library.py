@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_kernels.weight import BlockWeight, Grid
+from quant_kernels.weight import BlockWeight, QuantSpec
 
 BITS = (2, 3, 4, 5, 6, 8)
 
 
-def hqq_library(weight: Tensor, grid: Grid) -> BlockWeight:
+def hqq_library(weight: Tensor, spec: QuantSpec) -> BlockWeight:
     """Quantize float32 `[rows, columns]`; scales and zero points are float16, as in `HQQLinear`.
 
     Args:
         weight: the matrix.
-        grid: not symmetric; its groups must divide the numbers of the matrix.
+        spec: not symmetric; its groups must divide the numbers of the matrix.
     """
     # The module, which transformers may have imported already.
     from hqq.core.quantize import Quantizer
@@ -25,7 +25,7 @@ def hqq_library(weight: Tensor, grid: Grid) -> BlockWeight:
     codes: Tensor
     meta: dict[str, Any]
     codes, meta = Quantizer.quantize(
-        weight, grid.bits, group_size=grid.group_size, axis=1, bitpack=False, device="cpu"
+        weight, spec.bits, group_size=spec.group_size, axis=1, bitpack=False, device="cpu"
     )
     scales, zeros = (meta[name].half().flatten() for name in ("scale", "zero"))
-    return BlockWeight(codes.to(torch.uint8).view(weight.shape), scales, zeros, grid)
+    return BlockWeight(codes.to(torch.uint8).view(weight.shape), scales, zeros, spec)

@@ -5,41 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_kernels.weight import Grid, QuantizedWeight
+from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 BITS = (2, 4, 8)
 
 
-def quanto(weight: Tensor, grid: Grid) -> QuantizedWeight:
+def quanto(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`; scales and zero points are float32, the weight's dtype.
 
     Scales and shifts are those of the optimizers that `optimum.quanto.quantize` takes by default.
 
     Args:
         weight: the matrix.
-        grid: what `wants` accepts; its groups must divide the columns.
+        spec: what `wants` accepts; its groups must divide the columns.
     """
     from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint2, qint4, qint8
 
     rows, columns = weight.shape
-    if grid.bits == 8:
+    if spec.bits == 8:
         scale = AbsmaxOptimizer()(weight, qint8, axis=0)
         signed = torch.ops.quanto.quantize_symmetric(weight, torch.int8, 0, scale)
-        return QuantizedWeight((signed.int() + grid.middle).to(torch.uint8), scale, None, grid)
-    size, kind = grid.size(columns), {2: qint2, 4: qint4}[grid.bits]
+        return QuantizedWeight((signed.int() + spec.midpoint).to(torch.uint8), scale, None, spec)
+    size, kind = spec.size(columns), {2: qint2, 4: qint4}[spec.bits]
     scale, shift = MaxOptimizer()(weight, kind, axis=0, group_size=size)
-    codes = torch.ops.quanto.quantize_affine(weight, grid.bits, 0, size, scale, shift)
+    codes = torch.ops.quanto.quantize_affine(weight, spec.bits, 0, size, scale, shift)
     # A group of equal numbers has a scale of 0, which the library divides by.
     zeros = torch.where(scale == 0, 0, shift / scale)
     return QuantizedWeight(
-        codes.view(rows, columns), scale.view(rows, -1), zeros.view(rows, -1), grid
+        codes.view(rows, columns), scale.view(rows, -1), zeros.view(rows, -1), spec
     )
 
 
-def wants(grid: Grid) -> str | None:
-    """Why it cannot do a grid of its widths, and what to do."""
-    if grid.bits == 8 and not (grid.symmetric and grid.group_size is None):
+def wants(spec: QuantSpec) -> str | None:
+    """Why it cannot do a spec of its widths, and what to do."""
+    if spec.bits == 8 and not (spec.symmetric and spec.group_size is None):
         return "has 8 bits with a scale a row and no zero points: use --groups channel --symmetric"
-    if grid.bits < 8 and grid.symmetric:
+    if spec.bits < 8 and spec.symmetric:
         return "has 2 and 4 bits with zero points only: leave out --symmetric"
     return None

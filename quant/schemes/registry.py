@@ -14,7 +14,7 @@ from quant.schemes.compressed_tensors import compressed_tensors
 from quant.schemes.gptq import gptq
 from quant.schemes.hqq import hqq
 from quant.schemes.rtn import rtn
-from quant_kernels.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Scheme:
     Args:
         name: on the command line and in results.
         title: one line for people.
-        run: `(weight, grid)`, or `(weight, grid, hessian, act_order)` if calibrated.
+        run: `(weight, spec)`, or `(weight, spec, hessian, act_order)` if calibrated.
         calibrated: it wants the Hessian of the layer's inputs.
         symmetric: it has a symmetric form.
         short_groups: it takes groups that do not divide the columns.
         bits: widths it can do.
-        wants: what else it asks of a grid: why it cannot do one and what to do, or None.
+        wants: what else it asks of a spec: why it cannot do one and what to do, or None.
         library: the import package that it needs.
         requirement: what pip calls it, with the version that it was tried with.
     """
@@ -41,46 +41,50 @@ class Scheme:
     symmetric: bool = True
     short_groups: bool = True
     bits: Sequence[int] = BITS
-    wants: Callable[[Grid], str | None] | None = None
+    wants: Callable[[QuantSpec], str | None] | None = None
     library: str | None = None
     requirement: str | None = None
 
-    def check(self, grid: Grid, columns: set[int]) -> None:
+    def check(self, spec: QuantSpec, columns: set[int]) -> None:
         """Say before any work that something will not do.
 
         Args:
-            grid: what is asked for.
+            spec: what is asked for.
             columns: the widths of all matrices.
 
         Raises:
             UserError: the scheme cannot do this, or its library is missing.
         """
-        if grid.bits not in self.bits:
+        if spec.bits not in self.bits:
             widths = ", ".join(map(str, self.bits))
-            raise UserError(f"scheme {self.name} cannot do {grid.bits} bits: it has {widths}")
-        if grid.symmetric and not self.symmetric:
+            raise UserError(f"scheme {self.name} cannot do {spec.bits} bits: it has {widths}")
+        if spec.symmetric and not self.symmetric:
             raise UserError(f"scheme {self.name} has no symmetric form: leave out --symmetric")
-        if self.wants is not None and (why := self.wants(grid)) is not None:
+        if self.wants is not None and (why := self.wants(spec)) is not None:
             raise UserError(f"scheme {self.name} {why}")
         if self.library is not None and not installed(self.library):
             raise UserError(
                 f"scheme {self.name} needs the library {self.library}, which is not installed: "
                 f"pip install {self.requirement or self.library}, or leave the scheme out"
             )
-        short = sorted(c for c in columns if c % grid.size(c))
+        short = sorted(c for c in columns if c % spec.size(c))
         if short and not self.short_groups:
             raise UserError(
                 f"scheme {self.name} cannot cut {short[0]} columns into groups of "
-                f"{grid.group_size}: use --groups channel or a divisor"
+                f"{spec.group_size}: use --groups channel or a divisor"
             )
 
     def __call__(
-        self, weight: Tensor, grid: Grid, hessian: Tensor | None = None, act_order: bool = False
+        self,
+        weight: Tensor,
+        spec: QuantSpec,
+        hessian: Tensor | None = None,
+        act_order: bool = False,
     ) -> QuantizedWeight:
         """Quantize float32 `[rows, columns]`; the Hessian only if `calibrated`."""
         if self.calibrated:
-            return self.run(weight, grid, hessian, act_order)
-        return self.run(weight, grid)
+            return self.run(weight, spec, hessian, act_order)
+        return self.run(weight, spec)
 
 
 BITSANDBYTES = "bitsandbytes==0.50.2"

@@ -1,19 +1,19 @@
-"""Round to nearest: each weight takes the closest code of a grid between its group's extremes."""
+"""Round to nearest: each weight takes the closest code of a spec between its group's extremes."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from quant_kernels.weight import Grid, QuantizedWeight
+from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 
-def rtn(weight: Tensor, grid: Grid) -> QuantizedWeight:
+def rtn(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`."""
-    scales, zeros = grid.fit(weight)
+    scales, zeros = spec.qparams(weight)
     columns = weight.shape[1]
-    codes = grid.encode(
+    codes = spec.quantize(
         weight,
-        grid.spread(scales, columns),
-        None if zeros is None else grid.spread(zeros, columns),
+        spec.expand(scales, columns),
+        None if zeros is None else spec.expand(zeros, columns),
     )
-    return QuantizedWeight(codes, scales, zeros, grid)
+    return QuantizedWeight(codes, scales, zeros, spec)

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 from serving.config import EVERY, Config
-from serving.openai.errors import ApiError
-from serving.openai.request import Request, json_type, only_text, parse
+from serving.openai.errors import ApiError, wrong_type
+from serving.openai.request import model_name, only_text, parse, read_request
 
-MOST_MODELS = 32
+MAX_MODELS = 32
 
 OWN = frozenset({"reference", "models", "top_k", "generate", "prompt", "messages", "max_tokens"})
 
@@ -17,14 +17,14 @@ FOR_MESSAGES = (
 )  # fmt: skip
 """Fields that go to the reference's chat template."""
 
-NOT_ALLOWED = (
+REFUSED = (
     "model", "stream", "stream_options", "n", "best_of", "echo", "suffix", "logprobs",
     "prompt_logprobs", "use_beam_search", "return_token_ids",
 )  # fmt: skip
 """They would change what is compared, or how it is asked for."""
 
 
-class Comparison:
+class ComparisonRequest:
     """A parsed body of /v1/compare.
 
     `prompt` is a list of token ids, or None: `to_tokenize` is what the reference has to be asked
@@ -39,12 +39,12 @@ class Comparison:
             ApiError: 400; no JSON, or a field that is missing, wrong or not allowed.
         """
         fields = parse(raw)
-        for name in NOT_ALLOWED:
+        for name in REFUSED:
             if fields.get(name) is not None:
                 raise refused(f"'{name}' is not for /v1/compare.", name)
         self.limits = config.limits
-        self.reference = reference_of(fields)
-        self.models = models(fields, self.reference, config)
+        self.reference = model_name(fields, "reference")
+        self.models = readers(fields, self.reference, config)
         self.top_k = whole_number(fields, "top_k", 10)
         self.max_tokens = whole_number(fields, "max_tokens", 16)
         generate = fields.get("generate", True)
@@ -56,12 +56,12 @@ class Comparison:
         self.sampling |= {"max_tokens": self.max_tokens, "add_special_tokens": False}
         self.prompt, self.to_tokenize = prompt(fields)
         asked = json.dumps({**self.to_tokenize, "model": self.reference}).encode()
-        prompt_tokens = Request(asked, config.limits, config.routing.prefix_chars).prompt_tokens
-        written = prompt_tokens + self.max_tokens
+        request = read_request(asked, config.limits, config.routing.prefix_chars)
+        written = request.prompt_tokens + self.max_tokens
         # How many tokens a text has is not known yet.
         self.check_length(self.max_tokens if self.prompt is None else written)
-        readers = 1 + len(self.models)
-        self.tokens = written * (readers if generate else 1) + (written + 1) * readers
+        count = 1 + len(self.models)
+        self.tokens = written * (count if generate else 1) + (written + 1) * count
 
     def check_length(self, tokens: int) -> None:
         """Refuse a comparison over so many tokens of prompt and answer if they are too many.
@@ -69,28 +69,18 @@ class Comparison:
         Raises:
             ApiError: 400.
         """
-        readers = 1 + len(self.models)
+        count = 1 + len(self.models)
         for field, what, most, could in (
             ("max_tokens", "Prompt and answer", self.limits.max_compare_tokens, tokens),
-            ("models", f"All {readers} models", self.limits.max_compare_total, tokens * readers),
+            ("models", f"All {count} models", self.limits.max_compare_total, tokens * count),
         ):
             if could > most:
                 message = f"{what} may have {most} tokens together, but could have {could}."
                 raise ApiError(400, message, code="compare_too_long", param=field)
 
 
-def reference_of(fields: dict[str, Any]) -> str:
-    """The model that writes."""
-    name = fields.get("reference")
-    if name is None or name == "":
-        raise refused("you must provide a reference parameter", "reference")
-    if not isinstance(name, str):
-        raise wrong_type("reference", "a string", name)
-    return name
-
-
-def models(fields: dict[str, Any], reference: str, config: Config) -> list[str]:
-    """The models that read."""
+def readers(fields: dict[str, Any], reference: str, config: Config) -> list[str]:
+    """Return the models that read."""
     found = fields.get("models")
     if found is None:
         found = [m.name for m in config.models if m.name not in (EVERY, reference)]
@@ -100,13 +90,13 @@ def models(fields: dict[str, Any], reference: str, config: Config) -> list[str]:
         raise refused("There is no model to compare with the reference.", "models")
     if len(set(found)) < len(found):
         raise refused("'models' has a model twice.", "models")
-    if len(found) > MOST_MODELS:
-        raise refused(f"'models' has more than {MOST_MODELS} models.", "models")
+    if len(found) > MAX_MODELS:
+        raise refused(f"'models' has more than {MAX_MODELS} models.", "models")
     return found
 
 
 def prompt(fields: dict[str, Any]) -> tuple[list[int] | None, dict[str, Any]]:
-    """Token ids if that is what there is, and the fields that say them or what they are made of."""
+    """Return token ids, or None; and the fields that say them or what they are made of."""
     given = [name for name in ("prompt", "messages") if fields.get(name) is not None]
     if len(given) != 1:
         raise refused("you must provide either prompt or messages", "prompt")
@@ -125,7 +115,7 @@ def prompt(fields: dict[str, Any]) -> tuple[list[int] | None, dict[str, Any]]:
 
 
 def whole_number(fields: dict[str, Any], name: str, default: int) -> int:
-    """A field with a whole number above 0."""
+    """Return a field that must be a whole number above 0."""
     value = fields.get(name)
     if value is None:
         return default
@@ -136,12 +126,6 @@ def whole_number(fields: dict[str, Any], name: str, default: int) -> int:
     return value
 
 
-def wrong_type(name: str, expected: str, value: Any) -> ApiError:
-    """OpenAI's message for a value of another type."""
-    message = f"Invalid type for '{name}': expected {expected}, but got {json_type(value)}."
-    return ApiError(400, message, code="invalid_type", param=name)
-
-
 def refused(message: str, name: str) -> ApiError:
-    """A 400 for a field."""
+    """Return the 400 for a field."""
     return ApiError(400, message, param=name)

@@ -11,20 +11,19 @@ from typing import Any
 
 from starlette.types import Message
 
-from serving.call import Call
 from serving.compare.kl import Position, other_text, positions
 from serving.config import Limits
-from serving.openai.errors import ApiError, kind_of
-from serving.openai.request import Request
-from serving.openai.sse import END, parsed
-from serving.upstream.http import UpstreamError
-from serving.upstream.proxy import Forward, UnavailableError
+from serving.exchange import Exchange
+from serving.openai.errors import ApiError, error_type
+from serving.openai.request import read_request
+from serving.openai.sse import END, event_data
+from serving.upstream.proxy import Proxy
 
 MISMATCH = "vocabulary_mismatch"
 """The error code of a model whose token ids stand for other tokens than the reference's."""
 
 
-class Kept:
+class KeptAnswer:
     """An answer in one piece."""
 
     def __init__(self) -> None:
@@ -33,7 +32,7 @@ class Kept:
         self.began = self.ended = 0.0  # sent to a server, and all there; time.perf_counter's
 
     async def send(self, message: Message) -> None:
-        """Takes what would go to a client."""
+        """Take what would go to a client."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         elif self.status >= 400:
@@ -42,11 +41,16 @@ class Kept:
             self.feed(message["body"])
 
     def feed(self, body: bytes) -> None:
-        """Some of a good answer."""
+        """Take a piece of a good answer."""
         self.body += body
 
+    @property
+    def seconds(self) -> float:
+        """The time that it took, without waiting for a replica with room."""
+        return self.ended - self.began
 
-class Written(Kept):
+
+class GeneratedAnswer(KeptAnswer):
     """A streamed answer: its tokens, and when they came."""
 
     def __init__(self) -> None:
@@ -59,12 +63,10 @@ class Written(Kept):
         self._first = 0  # tokens of the first piece
 
     def feed(self, body: bytes) -> None:
-        """Whole events."""
+        """Take whole events."""
         before = len(self.ids)
         for event in END.split(body):
-            data = parsed(event)
-            if data is None:
-                continue
+            data = event_data(event) or {}
             self.error = data.get("error", self.error)
             for choice in data.get("choices") or ():
                 self.text += choice.get("text") or ""
@@ -74,9 +76,9 @@ class Written(Kept):
             self._first = self._first or len(self.ids)
             self.times.append(time.perf_counter())
 
-    def figures(self, reference: list[int]) -> dict[str, Any]:
-        """The answer and its times in milliseconds, for an answer in JSON; `reference`: the token
-        ids to compare it with."""
+    def as_json(self, reference: list[int]) -> dict[str, Any]:
+        """Return the answer and its times in milliseconds; `reference`: the token ids to compare
+        it with."""
         times = self.times
         later = len(self.ids) - self._first
         gaps = [b - a for a, b in pairwise(times)]
@@ -84,96 +86,86 @@ class Written(Kept):
             "text": self.text,
             "token_ids": self.ids,
             "finish_reason": self.finish_reason,
-            "ttft_ms": milliseconds(times[0] - self.began) if times else None,
-            "itl_ms": milliseconds((times[-1] - times[0]) / later) if later else None,
-            "itl_max_ms": milliseconds(max(gaps)) if gaps else None,
-            "duration_ms": milliseconds(self.ended - self.began),
+            "ttft_ms": rounded_ms(times[0] - self.began) if times else None,
+            "itl_ms": rounded_ms((times[-1] - times[0]) / later) if later else None,
+            "itl_max_ms": rounded_ms(max(gaps)) if gaps else None,
+            "duration_ms": rounded_ms(self.seconds),
             "first_difference": first_difference(self.ids, reference),
         }
 
 
-def milliseconds(seconds: float) -> float:
-    """To the microsecond."""
+def rounded_ms(seconds: float) -> float:
+    """Return seconds as milliseconds, to the microsecond."""
     return round(seconds * 1000, 3)
 
 
 def first_difference(ids: list[int], others: list[int]) -> int | None:
-    """The index of the first token that the two do not share; None: they are equal."""
+    """Return the index of the first token that the two do not share; None if they are equal."""
     if ids == others:
         return None
     pairs = enumerate(zip(ids, others, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
 
 
-async def ask(forward: Forward, call: Call, name: str, fields: dict[str, Any], to: Kept) -> None:
-    """POST `fields` to a model; the whole of its answer is in `to` then, and is no error.
+async def ask(
+    proxy: Proxy, part: Exchange, name: str, fields: dict[str, Any], answer: KeptAnswer
+) -> None:
+    """POST `fields` to a model; the whole of its answer is in `answer` then, and is no error.
 
     Raises:
         ApiError: with the model's name in its message.
     """
-    gateway = forward.gateway
+    state = proxy.state
     body = json.dumps({**fields, "model": name}).encode()
-    # What a client may send has been looked at already: this is longer by the answer.
-    request = Request(body, Limits(), gateway.config.routing.prefix_chars)
-    call.model = gateway.model(name)
-    call.counts = gateway.counts(call.model, name)
-    call.model_name = name
-    call.arrival = time.perf_counter()
+    # The limits were applied to what the client sent: this is longer by the answer.
+    request = read_request(body, Limits(), state.config.routing.prefix_chars)
+    part.use_model(state.router, name)
+    part.send = answer.send
+    part.arrival = time.perf_counter()
     try:
-        await forward(call, request, b"", to.send)
-    except UnavailableError as error:
-        raise failed(name, error.status, error.body) from None
-    except UpstreamError as error:
-        code = f"upstream_{error.reason}"
-        message = f"{name}: {error}"
-        raise ApiError(error.status, message, code=code, retry_after=1.0) from None
+        await proxy.forward(part, request)
     except ApiError as error:
-        raise failed(name, error.status, json.dumps(error.body).encode()) from None
+        raise error.of_model(name) from None
     except asyncio.CancelledError:
-        call.aborted = True
+        part.aborted = True
         raise
-    to.ended = time.perf_counter()
-    to.began = call.arrival + (call.queued or 0.0)
-    if to.status >= 400:
-        raise failed(name, to.status, to.body)
+    answer.ended = time.perf_counter()
+    answer.began = part.arrival + (part.queued or 0.0)
+    if answer.status >= 400:
+        raise ApiError.of_upstream(answer.status, answer.body).of_model(name)
 
 
-def failed(name: str, status: int, body: bytes) -> ApiError:
-    """A model's own error, with its name."""
-    error = json.loads(body)["error"]
-    message = f"{name}: {error['message']}"
-    return ApiError(status, message, error["type"], error["code"], error["param"], 1.0)
-
-
-async def write(forward: Forward, call: Call, name: str, fields: dict[str, Any]) -> Written:
-    """Have a model write an answer, streamed; `call.route` must be /v1/completions.
+async def generate(
+    proxy: Proxy, part: Exchange, name: str, fields: dict[str, Any]
+) -> GeneratedAnswer:
+    """Have a model write an answer, streamed; `part.route` must be /v1/completions.
 
     Raises:
         ApiError: it did not, or not to the end.
     """
     options = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-    answer = Written()
-    await ask(forward, call, name, {**fields, **options}, answer)
-    if answer.error is not None:
-        error = answer.error
-        raise ApiError(502, f"{name}: {error['message']}", kind_of(502), error["code"])
+    answer = GeneratedAnswer()
+    await ask(proxy, part, name, {**fields, **options}, answer)
+    if (error := answer.error) is not None:
+        raise ApiError(502, f"{name}: {error['message']}", error_type(502), error["code"])
     if not answer.ids:
-        message = f"{name}: The model server does not say which tokens it wrote."
-        raise ApiError(502, message, code="upstream_unusable")
+        raise unusable(name, "The model server does not say which tokens it wrote.")
     return answer
 
 
-async def read(
-    forward: Forward, call: Call, name: str, ids: list[int], start: int, top_k: int
+async def score(
+    proxy: Proxy, part: Exchange, name: str, ids: list[int], start: int, top_k: int
 ) -> tuple[list[Position], float]:
-    """Have a model read token ids, and say of those from `start` on how likely each was, and which
-    `top_k` would have been the likeliest; `call.route` must be /v1/completions. The second result
-    is the time that it took in seconds.
+    """Have a model read token ids; `part.route` must be /v1/completions.
+
+    Returns:
+        For each id from `start` on how likely it was, and which `top_k` would have been the
+        likeliest; and the time that it took in seconds.
 
     Raises:
         ApiError: it cannot.
     """
-    answer = Kept()
+    answer = KeptAnswer()
     fields = {
         "prompt": ids,
         "add_special_tokens": False,
@@ -182,19 +174,23 @@ async def read(
         "prompt_logprobs": top_k,
     }
     with same_vocabulary():
-        await ask(forward, call, name, fields, answer)
+        await ask(proxy, part, name, fields, answer)
     try:
         # In a thread: streams go on meanwhile.
         found = await asyncio.to_thread(positions, answer.body, ids, start)
     except ValueError as error:
-        message = f"{name}: The model server's answer has {error}."
-        raise ApiError(502, message, code="upstream_unusable") from None
-    return found, answer.ended - answer.began
+        raise unusable(name, f"The model server's answer has {error}.") from None
+    return found, answer.seconds
+
+
+def unusable(name: str, why: str) -> ApiError:
+    """Return the error where a model's answer lacks what was asked for."""
+    return ApiError(502, f"{name}: {why}", code="upstream_unusable")
 
 
 @contextmanager
 def same_vocabulary() -> Iterator[None]:
-    """Around requests with token ids of the reference: a model without one of them has another
+    """Wrap requests with token ids of the reference: a model without one of them has another
     vocabulary.
 
     Raises:

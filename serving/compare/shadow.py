@@ -1,6 +1,8 @@
-"""Shadow scoring: some of the reference's answers to clients are read by other models as well, and
-how far these are from it goes into histograms. Nobody waits for it; docs/GATEWAY.md says how it is
-configured."""
+"""Shadow scoring: other models read a sample of the reference's answers to clients.
+
+How far they are from the reference goes into histograms. Nobody waits for it; docs/GATEWAY.md says
+how it is configured.
+"""
 
 import asyncio
 import json
@@ -12,17 +14,16 @@ from typing import Any
 
 from starlette.types import Message, Send
 
-from serving.call import Call
-from serving.compare.kl import drift
-from serving.compare.scoring import MISMATCH, check_vocabulary, read
+from serving.compare.kl import Drift, drift
+from serving.compare.scoring import MISMATCH, check_vocabulary, score
 from serving.config import ShadowScoring
+from serving.exchange import Exchange
+from serving.observability.metrics import Labels, Metrics
 from serving.openai.errors import ApiError
 from serving.openai.request import only_text, parse
-from serving.upstream.proxy import Forward
+from serving.upstream.proxy import Proxy
 
 log = logging.getLogger("attnserve")
-
-Labels = tuple[str, str, str]
 
 # In JSON a quote inside a string is escaped, so these are only ever found outside of strings.
 PROMPT_IDS = re.compile(rb'("prompt_token_ids"\s*:\s*)\[([\d,\s]*)\]')
@@ -36,41 +37,37 @@ CHANGED = ("echo", "suffix", "use_beam_search", "prompt_embeds", "return_token_i
 class Shadow:
     """Takes samples and has them read."""
 
-    def __init__(self, forward: Forward) -> None:
-        self.gateway = forward.gateway
-        self.forward = forward
+    def __init__(self, proxy: Proxy) -> None:
+        self.state = proxy.state
+        self.proxy = proxy
         self._running: set[asyncio.Task[None]] = set()
 
-    def takes(self, model: str, raw: bytes) -> bool:
-        """Whether a request for `model` is to be a sample; `raw` is its body."""
-        config = self.gateway.config.shadow
+    def samples(self, config: ShadowScoring, model: str, raw: bytes) -> bool:
+        """Return whether a request for `model` becomes a sample; `raw` is its body."""
         return (
-            config is not None
-            and model == config.reference
-            and random.random() < config.sample
-            and suitable(parse(raw))
+            model == config.reference and random.random() < config.sample and suitable(parse(raw))
         )
 
-    def offer(self, call: Call, tap: "Tap") -> None:
+    def offer(self, exchange: Exchange, tap: "Tap") -> None:
         """Have a sample read that has just been answered, unless there is no time for it now."""
-        config = self.gateway.config.shadow
-        good = tap.complete and call.code is None and tap.prompt and tap.answer
+        config = self.state.config.shadow
+        good = tap.complete and exchange.code is None and tap.prompt and tap.answer
         if config is None or not good:
             return
-        labels = {n: (n, *self.gateway.model(n).labels) for n in config.models}
+        labels = {n: (n, *self.state.router.model(n).labels) for n in config.models}
         if len(tap.prompt) + len(tap.answer) > config.max_tokens:
             self._count(labels.values(), "too_long")
         elif len(self._running) >= config.max_concurrent:
             self._count(labels.values(), "busy")
         else:
-            task = asyncio.create_task(self._read(config, labels, call, tap))
+            task = asyncio.create_task(self._read(config, labels, exchange, tap))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
     async def _read(
-        self, config: ShadowScoring, labels: dict[str, Labels], call: Call, tap: "Tap"
+        self, config: ShadowScoring, labels: dict[str, Labels], exchange: Exchange, tap: "Tap"
     ) -> None:
-        """One model after the other, the reference first."""
+        """Have one model after the other read a sample, the reference first."""
         left = dict(labels)
         ids, start = tap.prompt + tap.answer, len(tap.prompt)
         try:
@@ -79,14 +76,13 @@ class Shadow:
                 if not self._has_room(name):
                     self._count(left.values(), "busy")
                     return
-                part = call.part("/v1/completions", f"-shadow-{i}")
-                found, _ = await read(self.forward, part, name, ids, start, config.top_k)
+                part = exchange.part("/v1/completions", f"-shadow-{i}")
+                found, _ = await score(self.proxy, part, name, ids, start, config.top_k)
                 if expected is None:
                     expected = found
                     continue
                 check_vocabulary(name, found, config.reference, expected)
-                drifts = map(drift, expected, found)
-                self.gateway.metrics.shadow(labels[name], drifts)
+                observe(self.state.metrics, labels[name], map(drift, expected, found))
                 self._count([left.pop(name)], "read")
         except ApiError as error:
             self._count(left.values(), MISMATCH if error.code == MISMATCH else "failed")
@@ -98,18 +94,30 @@ class Shadow:
             log.exception("shadow scoring failed")
 
     def _has_room(self, name: str) -> bool:
-        """Whether a model has a server that could take a request at once: clients go first."""
-        model = self.gateway.model(name)
-        waiting = self.gateway.queue.length(model.entry.name)
+        """Return whether a model could take a request at once: clients go first."""
+        model = self.state.router.model(name)
+        waiting = self.state.router.queue_length(model)
         return waiting == 0 and any(r.has_room for r in model.usable())
 
     def _count(self, models: Iterable[Labels], result: str) -> None:
         for labels in models:
-            self.gateway.metrics.shadow_answers.labels(*labels, result).inc()
+            self.state.metrics.shadow_answers.labels(*labels, result).inc()
+
+
+def observe(metrics: Metrics, labels: Labels, drifts: Iterable[Drift]) -> None:
+    """Count what a model makes of the tokens of one answer."""
+    kl, delta = metrics.shadow_kl.labels(*labels), metrics.shadow_delta.labels(*labels)
+    tokens = metrics.shadow_tokens.labels(*labels)
+    disagreements = metrics.shadow_disagreements.labels(*labels)
+    for found in drifts:
+        kl.observe(found.kl)
+        delta.observe(found.delta)
+        tokens.inc()
+        disagreements.inc(not found.agrees)
 
 
 def suitable(fields: dict[str, Any]) -> bool:
-    """Whether an answer to this will be one list of ids after one list of ids."""
+    """Return whether an answer to this will be one list of ids after one list of ids."""
     if any(fields.get(name) not in (None, 1) for name in ONE_ANSWER):
         return False
     if any(fields.get(name) for name in CHANGED):
@@ -122,8 +130,8 @@ def suitable(fields: dict[str, Any]) -> bool:
     )
 
 
-def with_ids(raw: bytes) -> bytes:
-    """A suitable body that asks for token ids; everything else is as the client wrote it."""
+def with_token_ids(raw: bytes) -> bytes:
+    """Return a suitable body that asks for token ids; all else is as the client wrote it."""
     fields = parse(raw)
     if "return_token_ids" in fields:  # with a value that is no: see `suitable`
         return json.dumps({**fields, "return_token_ids": True}).encode()
@@ -143,7 +151,7 @@ class Tap:
         self.answer: list[int] = []
 
     async def send(self, message: Message) -> None:
-        """ASGI's."""
+        """Take a message for the client, and pass it on."""
         if message["type"] == "http.response.start":
             self._good = message["status"] == 200
             if any(name == b"content-length" for name, _ in message["headers"]):

@@ -1,22 +1,10 @@
 """What the gateway counts. docs/GATEWAY.md has the list; the dashboard asks for nothing else."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    ProcessCollector,
-    disable_created_metrics,
-)
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics
 
-from serving.compare.kl import Drift
 from serving.observability.histogram import Histogram
-
-if TYPE_CHECKING:
-    from serving.state import Gateway
 
 CLIENT_LEFT = 499
 """The status counted for a request whose client left before an answer began (nginx's number)."""
@@ -24,13 +12,13 @@ CLIENT_LEFT = 499
 SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
-
-MODEL = ("model", "variant", "bits")
-MORE = ("embedding_bits", "weight_method", "kv_cache_dtype", "kv_budgets", "unconfirmed")
-"""What else is known of a replica; the last: labels that only the configuration says."""
-
 NATS = (1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DELTAS = (-3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+Labels = tuple[str, str, str]
+"""A model's name, variant and bits."""
+
+MODEL = ("model", "variant", "bits")
 
 disable_created_metrics()  # they are half of the page, and nobody reads them
 
@@ -41,71 +29,84 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.requests = self._counter(
+        self.models: dict[Labels, ModelMetrics] = {}
+
+        counter, histogram = self._counter, self._histogram
+        self.requests = counter(
             "requests",
-            "Requests answered; status 499: the client left before the answer began",
+            "Requests that have ended. Status 499: the client left before the answer began.",
             "route",
             *MODEL,
             "status",
         )
-        self.ttft = self._histogram(
+        self.ttft = histogram(
             "time_to_first_token_seconds",
-            "From a streamed request's arrival to the first event of its answer",
+            "Time from the arrival of a streamed request to the first event of its answer.",
         )
-        self.itl = self._histogram(
-            "inter_token_latency_seconds", "Between two pieces of a stream that have tokens"
+        self.itl = histogram(
+            "inter_token_latency_seconds",
+            "Time between two pieces of a stream that have tokens.",
         )
-        self.duration = self._histogram(
-            "request_duration_seconds", "From a request's arrival to its end, aborted ones included"
+        self.duration = histogram(
+            "request_duration_seconds",
+            "Time from the arrival of a request to its end; aborted requests are included.",
         )
-        self.queue = self._histogram(
-            "queue_seconds", "From a request's parsed body to a replica with room for it"
+        self.queue = histogram(
+            "queue_seconds", "Time that a request waited for a replica with room."
         )
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", *MODEL)
-        self.completion_tokens = self._counter("completion_tokens", "Tokens of answers", *MODEL)
-        self.aborts = self._counter(
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of all prompts.", *MODEL)
+        self.completion_tokens = counter("completion_tokens", "Tokens of all answers.", *MODEL)
+        self.aborts = counter(
             "aborts",
-            "Requests whose client left: body, queue, before_first_token, mid_stream, whole",
+            "Requests whose client left, by what they waited for: body, queue, "
+            "before_first_token, mid_stream (the next token) or whole (an answer in one piece).",
             *MODEL,
             "stage",
         )
-        self.retries = self._counter(
-            "retries", "Requests sent to a further replica, by what failed at the one before",
-            *MODEL, "reason",
-        )  # fmt: skip
-        self.upstream_errors = self._counter(
-            "upstream_errors", "Attempts that a replica failed, by reason", *MODEL, "reason"
+        self.retries = counter(
+            "retries",
+            "Requests that were sent to another replica, by why the replica before failed.",
+            *MODEL,
+            "reason",
         )
-        self.errors = self._counter(
-            "errors", "Answers that are errors of the gateway's own, by their code", *MODEL, "code"
+        self.upstream_errors = counter(
+            "upstream_errors", "Requests that a replica failed, by reason.", *MODEL, "reason"
         )
-        self.key_requests = self._counter("key_requests", "Requests of a key", "key")
-        self.key_tokens = self._counter("key_tokens", "Tokens of a key's requests", "key")
-        self.shadow_answers = self._counter(
+        self.errors = counter(
+            "errors", "Errors that the gateway itself answered with, by code.", *MODEL, "code"
+        )
+        self.key_requests = counter("key_requests", "Requests with an API key.", "key")
+        self.key_tokens = counter("key_tokens", "Tokens of the requests with an API key.", "key")
+        self.shadow_answers = counter(
             "shadow_answers",
-            "Answers for a model to read: read, busy, too_long, failed, vocabulary_mismatch",
+            "Sampled answers that a model should read, by result: read, busy, too_long, failed or "
+            "vocabulary_mismatch.",
             *MODEL,
             "result",
         )
-        self.shadow_kl = self._histogram(
+        self.shadow_kl = histogram(
             "shadow_kl",
-            "KL from the reference to a model at a token of a sampled answer, nats",
+            "KL divergence, in nats, from the reference model to a model that reads a sampled "
+            "answer, at each of its tokens.",
             NATS,
         )
-        self.shadow_delta = self._histogram(
+        self.shadow_delta = histogram(
             "shadow_logprob_delta",
-            "Logprob of a token of a sampled answer, the model's less the reference's",
+            "Log-probability of each token of a sampled answer, the model's less the reference's.",
             DELTAS,
         )
-        self.shadow_tokens = self._counter(
-            "shadow_tokens", "Tokens of sampled answers that a model has read", *MODEL
+        self.shadow_tokens = counter(
+            "shadow_tokens", "Tokens of sampled answers that a model has read.", *MODEL
         )
-        self.shadow_disagreements = self._counter(
-            "shadow_disagreements", "Those whose most likely token is not the reference's", *MODEL
+        self.shadow_disagreements = counter(
+            "shadow_disagreements",
+            "Tokens of sampled answers at which the model's most likely token is not the "
+            "reference's.",
+            *MODEL,
         )
-        self.reloads = self._counter(
+        self.reloads = counter(
             "config_reloads",
-            "Changed configurations, by what came of them: used, refused",
+            "Changes of the configuration file, by result: used or refused.",
             "result",
         )
 
@@ -115,27 +116,17 @@ class Metrics:
     def _histogram(self, name: str, text: str, bounds: Sequence[float] = SECONDS) -> Histogram:
         return Histogram(f"attnserve_{name}", text, MODEL, bounds, self.registry)
 
-    def of(self, model: str, variant: str, bits: str) -> "ModelMetrics":
-        """What is counted in each request, for one model."""
-        return ModelMetrics(self, (model, variant, bits))
-
-    def shadow(self, labels: tuple[str, str, str], drifts: Iterable[Drift]) -> None:
-        """Count what a model makes of the tokens of one answer."""
-        kl, delta = self.shadow_kl.labels(*labels), self.shadow_delta.labels(*labels)
-        tokens = disagreements = 0
-        for one in drifts:
-            kl.observe(one.kl)
-            delta.observe(one.delta)
-            tokens += 1
-            disagreements += not one.agrees
-        self.shadow_tokens.labels(*labels).inc(tokens)
-        self.shadow_disagreements.labels(*labels).inc(disagreements)
+    def of_model(self, labels: Labels) -> "ModelMetrics":
+        """Return what is counted in each request, for one model."""
+        if labels not in self.models:
+            self.models[labels] = ModelMetrics(self, labels)
+        return self.models[labels]
 
 
 class ModelMetrics:
     """The children of one model: finding them by their labels costs more than counting."""
 
-    def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
+    def __init__(self, metrics: Metrics, labels: Labels) -> None:
         self.labels = labels
         self.ttft = metrics.ttft.labels(*labels)
         self.itl = metrics.itl.labels(*labels)
@@ -143,68 +134,3 @@ class ModelMetrics:
         self.queue = metrics.queue.labels(*labels)
         self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self.completion_tokens = metrics.completion_tokens.labels(*labels)
-
-
-class LiveState(Collector):
-    """Gauges that are read off the gateway when somebody asks, so that none goes stale."""
-
-    def __init__(self, gateway: "Gateway") -> None:
-        self.gateway = gateway
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing before it is asked."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """The gauges as of now."""
-        gateway = self.gateway
-        flying = GaugeMetricFamily(
-            "attnserve_requests_in_flight", "Requests that are not yet answered in full"
-        )
-        flying.add_metric([], gateway.in_flight)
-        yield flying
-        queue = self._family("queue_length", "Requests that wait for a replica with room", *MODEL)
-        replicas = [
-            ("in_flight", "Requests of this gateway at a replica", lambda r: r.in_flight),
-            ("healthy", "1: a replica answers its health check", lambda r: r.healthy is True),
-            (
-                "circuit_open",
-                "1: a replica's circuit is not closed",
-                lambda r: r.circuit != "closed",
-            ),
-            ("kv_cache_usage_ratio", "Part of a replica's KV cache in use", lambda r: r.kv_usage),
-            ("kv_cache_used_bytes", "The same in bytes, if it says", lambda r: r.kv_used_bytes),
-            ("kv_cache_size_bytes", "A replica's whole KV cache", lambda r: r.kv_bytes),
-            ("waiting", "Requests in a replica's own queue", lambda r: r.waiting),
-        ]
-        families = [
-            (self._family(f"replica_{name}", text, "replica", *MODEL), value)
-            for name, text, value in replicas
-        ]
-        runs = self._family("replica_info", "What a replica runs", "replica", *MODEL, *MORE)
-        wrong = self._family(
-            "replica_label_mismatch",
-            "1: the configuration's labels say something else than the replica",
-            "replica",
-            *MODEL,
-        )
-        for model in gateway.all_models():
-            waiting = gateway.queue.length(model.entry.name)
-            queue.add_metric([model.name, *model.labels], waiting)
-            for replica, known in zip(model.replicas, model.servers, strict=True):
-                labels = [replica.url, model.name, known.variant, known.bits]
-                more = [getattr(known.info, name) for name in MORE[:-1]]
-                runs.add_metric([*labels, *more, ",".join(known.unconfirmed)], 1)
-                wrong.add_metric(labels, bool(known.errors))
-                for family, value in families:
-                    if (found := value(replica)) is not None:
-                        family.add_metric(labels, found)
-        yield queue
-        yield runs
-        yield wrong
-        for family, _ in families:
-            yield family
-
-    @staticmethod
-    def _family(name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        return GaugeMetricFamily(f"attnserve_{name}", text, labels=labels)

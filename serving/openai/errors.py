@@ -3,13 +3,13 @@
 import json
 import math
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 
 class ApiError(Exception):
-    """An answer that is an error of the gateway's own.
+    """An answer that is an error.
 
-    A 429 or 503 says when to try again: after `retry_after` seconds, or, if that is None, never.
+    A 429 or 503 says when to try again: after `retry_after` seconds, or never if that is None.
     """
 
     def __init__(
@@ -24,11 +24,26 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.code = code
-        self.body = error_body(message, kind or kind_of(status), code, param)
+        self.body = error_body(message, kind or error_type(status), code, param)
         self.retry_after = retry_after
 
+    @classmethod
+    def of_upstream(cls, status: int, body: bytes) -> Self:
+        """Return the error that a model server has answered with; it may be tried again."""
+        error = cls(status, "", retry_after=1.0)
+        error.body = normalise(body, status)
+        return error
+
+    def of_model(self, name: str) -> "ApiError":
+        """Return the same error with the name of the model that it comes from."""
+        error = self.body["error"]
+        message = f"{name}: {error['message']}"
+        return ApiError(
+            self.status, message, error["type"], error["code"], error["param"], retry_after=1.0
+        )
+
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """The headers that go with it."""
+        """Return the headers that go with it."""
         if self.status == 401:
             return [(b"www-authenticate", b"Bearer")]
         if self.status == 405:
@@ -39,7 +54,7 @@ class ApiError(Exception):
 
 
 def retry_headers(seconds: float | None) -> list[tuple[bytes, bytes]]:
-    """When to try again, in whole seconds and in milliseconds; None: it is no use."""
+    """Return when to try again, in whole seconds and in milliseconds; None: it is no use."""
     if seconds is None:
         return [(b"x-should-retry", b"false")]
     return [
@@ -51,37 +66,36 @@ def retry_headers(seconds: float | None) -> list[tuple[bytes, bytes]]:
 def error_body(
     message: str, kind: str, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """The body of an error; `kind` is its `type`."""
+    """Return the body of an error; `kind` is its `type`."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def kind_of(status: int) -> str:
-    """OpenAI's name for the errors of an HTTP status."""
+def error_type(status: int) -> str:
+    """Return OpenAI's name for the errors of an HTTP status."""
     return "server_error" if status >= 500 else "invalid_request_error"
 
 
-def no_key() -> ApiError:
-    """A request without any key."""
-    message = (
-        "You didn't provide an API key. You need to provide your API key in an Authorization "
-        "header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
-    )
-    return ApiError(401, message)
+def wrong_type(name: str, expected: str, value: Any) -> ApiError:
+    """Return OpenAI's 400 for a field whose value has another type."""
+    message = f"Invalid type for '{name}': expected {expected}, but got {json_type(value)}."
+    return ApiError(400, message, code="invalid_type", param=name)
 
 
-def wrong_key() -> ApiError:
-    """A key that is none of ours; the message does not repeat it."""
-    return ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+def json_type(value: Any) -> str:
+    """Return what OpenAI calls the type of a JSON value in its messages."""
+    names = {bool: "a boolean", int: "an integer", float: "a decimal", str: "a string"}
+    names |= {list: "an array", dict: "an object"}
+    return names.get(type(value), "null")
 
 
 def no_such_model(name: str) -> ApiError:
-    """A model that is not served."""
+    """Return OpenAI's 404 for a model that is not served."""
     message = f"The model `{name}` does not exist or you do not have access to it."
     return ApiError(404, message, code="model_not_found")
 
 
-def normalise(body: bytes, status: int) -> bytes:
-    """An upstream's error body in OpenAI's shape.
+def normalise(body: bytes, status: int) -> dict[str, Any]:
+    """Return an upstream's error body in OpenAI's shape.
 
     vLLM's own bodies have it but for `code`, where it puts the HTTP status: that becomes null, or
     for a model it does not serve "model_not_found", with OpenAI's null for `param`. Anything else
@@ -92,25 +106,22 @@ def normalise(body: bytes, status: int) -> bytes:
     except (ValueError, RecursionError):
         parsed = None
     error = parsed.get("error") if isinstance(parsed, dict) else None
-    if isinstance(error, dict) and isinstance(error.get("message"), str):
-        code, param = error.get("code"), error.get("param")
-        if not isinstance(code, str):
-            code = None
-            if (status, param) == (404, "model"):
-                code, param = "model_not_found", None
-        kind = error.get("type")
-        # vLLM says where in the request's parts a field is: "body.temperature".
-        param = param.removeprefix("body.") if isinstance(param, str) else None
-        kind = kind if isinstance(kind, str) else kind_of(status)
-        whole = error_body(error["message"], kind, code, param)
-    else:
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         text = body.decode(errors="replace").strip()
-        whole = error_body(text or phrase(status), kind_of(status))
-    return json.dumps(whole).encode()
+        return error_body(text or status_phrase(status), error_type(status))
+    code, param, kind = error.get("code"), error.get("param"), error.get("type")
+    if not isinstance(code, str):
+        code = None
+        if (status, param) == (404, "model"):
+            code, param = "model_not_found", None
+    # vLLM says where in the request's parts a field is: "body.temperature".
+    param = param.removeprefix("body.") if isinstance(param, str) else None
+    kind = kind if isinstance(kind, str) else error_type(status)
+    return error_body(error["message"], kind, code, param)
 
 
-def phrase(status: int) -> str:
-    """HTTP's own words for a status."""
+def status_phrase(status: int) -> str:
+    """Return HTTP's own words for a status."""
     try:
         return HTTPStatus(status).phrase
     except ValueError:

@@ -1,76 +1,115 @@
 """What the gateway has to know of a request's body; the body itself goes on as it came."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from serving.config import Limits
-from serving.openai.errors import ApiError
+from serving.openai.errors import ApiError, json_type, wrong_type
 
-MOST_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**31 - 1
 """A number of tokens above this is taken for it: no server writes as many, and a float has room."""
 
 BYTES_PER_TOKEN = 4
 """The guess for text whose tokenizer the gateway does not have; settled by the answer's usage."""
 
 
-class Request:
-    """A parsed body of /v1/completions, /v1/chat/completions or /v1/embeddings."""
+@dataclass(slots=True)
+class ModelRequest:
+    """A body of /v1/completions, /v1/chat/completions or /v1/embeddings."""
 
-    __slots__ = ("body", "hide_usage", "model", "prefix", "prompt_tokens", "stream", "tokens")
+    model: str
+    stream: bool
+    prefix: bytes
+    """The beginning of the prompt, by which a replica is chosen."""
+    prompt_tokens: int
+    """A guess, unless the prompt is token ids."""
+    tokens: int
+    """The most tokens that prompt and answer can take."""
+    body: bytes
+    """What is sent to a model server."""
+    hide_usage: bool
+    """Whether the stream's usage, which the gateway needs, is not for the client."""
 
-    def __init__(self, raw: bytes, limits: Limits, prefix_chars: int) -> None:
-        """Read a body.
 
-        Raises:
-            ApiError: 400, as OpenAI's: no JSON, no model, or a prompt above the limit.
-        """
-        fields = parse(raw)
-        model = fields.get("model")
-        if model is None or model == "":
-            raise ApiError(400, "you must provide a model parameter")
-        if not isinstance(model, str):
-            message = f"Invalid type for 'model': expected a string, but got {json_type(model)}."
-            raise ApiError(400, message, code="invalid_type", param="model")
-        self.model = model
-        self.stream = fields.get("stream") is True
-        where = next((n for n in ("messages", "prompt", "input") if n in fields), "prompt")
-        text, ids = prompt_of(fields.get(where))
-        length = len(text) + len(ids)
-        if limits.max_prompt_chars is not None and length > limits.max_prompt_chars:
-            message = (
-                f"Invalid '{where}': string too long. Expected a string with maximum length "
-                f"{limits.max_prompt_chars}, but got a string with length {length} instead."
-            )
-            raise ApiError(400, message, code="string_above_max_length", param=where)
-        start = text[:prefix_chars] if text else json.dumps(ids[:prefix_chars])
-        self.prefix = start.encode(errors="replace")
-        self.prompt_tokens = len(ids) + -(-len(text.encode(errors="replace")) // BYTES_PER_TOKEN)
-        self.tokens = self.prompt_tokens
-        if where != "input":
-            answer = count(fields.get("max_completion_tokens")) or count(fields.get("max_tokens"))
-            default = 16 if where == "prompt" else limits.default_max_tokens
-            answers = prompts_in(fields["prompt"]) if "prompt" in fields else 1
-            self.tokens += (answer or default) * (count(fields.get("n")) or 1) * answers
-        self.body, self.hide_usage = raw, False
-        if self.stream and where != "input":
-            self._ask_for_usage(fields)
+def read_request(raw: bytes, limits: Limits, prefix_chars: int) -> ModelRequest:
+    """Return what a body says.
 
-    def _ask_for_usage(self, fields: dict[str, Any]) -> None:
-        """Have the stream end with its usage, to settle by; hidden from who did not ask for it."""
-        options = fields.get("stream_options")
-        if options is None and "stream_options" not in fields:
-            # Spliced in, so that everything else stays as the client wrote it.
-            end = self.body.rindex(b"}")
-            self.body = self.body[:end] + b',"stream_options":{"include_usage":true}}'
-            self.hide_usage = True
-        elif options is None or (isinstance(options, dict) and not options.get("include_usage")):
-            asked = {**(options or {}), "include_usage": True}
-            self.body = json.dumps({**fields, "stream_options": asked}).encode()
-            self.hide_usage = True
+    Raises:
+        ApiError: 400, as OpenAI's: no JSON, no model, or a prompt above the limit.
+    """
+    fields = parse(raw)
+    model = model_name(fields, "model")
+    field = next((name for name in ("messages", "prompt", "input") if name in fields), "prompt")
+    text, ids = prompt_of(fields.get(field))
+    check_prompt_length(field, len(text) + len(ids), limits.max_prompt_chars)
+    start = text[:prefix_chars] if text else json.dumps(ids[:prefix_chars])
+    prompt_tokens = len(ids) + -(-len(text.encode(errors="replace")) // BYTES_PER_TOKEN)
+    stream = fields.get("stream") is True
+    tokens, body = prompt_tokens, raw
+    if field != "input":
+        tokens += answer_tokens(fields, limits)
+        if stream:
+            body = with_usage(fields, raw)
+    return ModelRequest(
+        model,
+        stream,
+        start.encode(errors="replace"),
+        prompt_tokens,
+        tokens,
+        body,
+        hide_usage=body is not raw,
+    )
+
+
+def model_name(fields: dict[str, Any], field: str) -> str:
+    """Return the name in a field that must have one."""
+    name = fields.get(field)
+    if name is None or name == "":
+        param = None if field == "model" else field
+        raise ApiError(400, f"you must provide a {field} parameter", param=param)
+    if not isinstance(name, str):
+        raise wrong_type(field, "a string", name)
+    return name
+
+
+def check_prompt_length(field: str, length: int, limit: int | None) -> None:
+    """Refuse a prompt of more characters, or token ids, than the configuration allows."""
+    if limit is not None and length > limit:
+        message = (
+            f"Invalid '{field}': string too long. Expected a string with maximum length {limit}, "
+            f"but got a string with length {length} instead."
+        )
+        raise ApiError(400, message, code="string_above_max_length", param=field)
+
+
+def answer_tokens(fields: dict[str, Any], limits: Limits) -> int:
+    """Return the most tokens that all answers to a request can have."""
+    each = count(fields.get("max_completion_tokens")) or count(fields.get("max_tokens"))
+    if not each:
+        each = limits.default_max_tokens if "messages" in fields else 16  # vLLM's for completions
+    prompts = prompts_in(fields["prompt"]) if "prompt" in fields else 1
+    return each * (count(fields.get("n")) or 1) * prompts
+
+
+def with_usage(fields: dict[str, Any], raw: bytes) -> bytes:
+    """Return the body of a stream that ends with its usage, to settle by; `raw` if it does so."""
+    options = fields.get("stream_options")
+    if "stream_options" not in fields:
+        # Spliced in, so that everything else stays as the client wrote it.
+        return raw[: raw.rindex(b"}")] + b',"stream_options":{"include_usage":true}}'
+    if options is None or (isinstance(options, dict) and not options.get("include_usage")):
+        asked = {**(options or {}), "include_usage": True}
+        return json.dumps({**fields, "stream_options": asked}).encode()
+    return raw
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """The body's JSON object."""
+    """Return a body's JSON object.
+
+    Raises:
+        ApiError: 400; it is none.
+    """
     try:
         fields = json.loads(raw.decode())
     except (ValueError, RecursionError):
@@ -87,7 +126,7 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 
 def prompt_of(value: Any) -> tuple[str, list[int]]:
-    """All text and all token ids of a prompt, messages or input, whatever else is in it."""
+    """Return all text and all token ids of a prompt, messages or input, whatever else is in it."""
     if isinstance(value, str):
         return value, []
     texts: list[str] = []
@@ -108,13 +147,13 @@ def prompt_of(value: Any) -> tuple[str, list[int]]:
 
 
 def prompts_in(value: Any) -> int:
-    """How many prompts a completion has: a list of texts, or of lists of ids, has several."""
+    """Return how many prompts a completion has: several are a list of texts, or of lists of ids."""
     several = isinstance(value, list) and len(value) > 1 and type(value[0]) is not int
     return len(value) if several else 1
 
 
 def only_text(messages: Any) -> bool:
-    """Whether messages have neither images nor sound, for which ids alone do not stand."""
+    """Return whether messages have neither images nor sound, for which ids alone do not stand."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return False
     parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
@@ -124,12 +163,5 @@ def only_text(messages: Any) -> bool:
 
 
 def count(value: Any) -> int:
-    """A field that should be a number above 0; 0 if it is not (the upstream says so then)."""
-    return min(value, MOST_TOKENS) if type(value) is int and value > 0 else 0
-
-
-def json_type(value: Any) -> str:
-    """What OpenAI calls a JSON value in its messages."""
-    names = {bool: "a boolean", int: "an integer", float: "a decimal", str: "a string"}
-    names |= {list: "an array", dict: "an object"}
-    return names.get(type(value), "null")
+    """Return a field that should be a number above 0, else 0: the model server refuses it then."""
+    return min(value, MAX_TOKENS) if type(value) is int and value > 0 else 0

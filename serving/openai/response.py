@@ -1,28 +1,33 @@
-"""Answers to clients, sent as ASGI's messages."""
+"""Whole answers: their usage, and the shape that OpenAI's own have."""
 
-import json
+import re
 
-from starlette.types import Send
+PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})')
+ANSWER = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
 
-from serving.call import Call
-from serving.openai.errors import ApiError
-from serving.upstream.http import Headers
-
-JSON = (b"content-type", b"application/json")
-
-
-async def whole(call: Call, status: int, headers: Headers, content: bytes, send: Send) -> None:
-    """Send an answer in one piece."""
-    call.status = status
-    extra = [call.id_header, (b"content-length", b"%d" % len(content))]
-    if call.account is not None:
-        extra += call.account.headers()
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *extra]})
-    await send({"type": "http.response.body", "body": content, "more_body": False})
+# vLLM writes null where OpenAI's schema has no null: the field is left out there, or is empty. In
+# JSON text, quotes inside a string are escaped, so none of these can be part of an answer's text.
+NULLS = (
+    (b'"annotations":null', b'"annotations":[]'),
+    (b',"function_call":null', b""),
+    (b',"tool_calls":null', b""),
+    (b',"service_tier":null', b""),
+    (b',"prompt_tokens_details":null', b""),
+    (b',"completion_tokens_details":null', b""),
+)
 
 
-async def end_with_error(call: Call, error: ApiError, send: Send) -> None:
-    """End a stream that has begun with an event that says why, and without [DONE]."""
-    call.code = error.code
-    last = b"data: %b\n\n" % json.dumps(error.body).encode()
-    await send({"type": "http.response.body", "body": last, "more_body": False})
+def without_nulls(body: bytes) -> bytes:
+    """Return an answer of vLLM without the nulls that OpenAI's schema does not know."""
+    for null, instead in NULLS:
+        body = body.replace(null, instead)
+    return body
+
+
+def usage_of(body: bytes) -> tuple[int, int] | None:
+    """Return the tokens of prompt and answer by an answer's last `usage`; None if it has none."""
+    at = body.rfind(b'"usage"')
+    if at < 0 or not (prompt := PROMPT.search(body, at)):
+        return None
+    answer = ANSWER.search(body, at)
+    return int(prompt[1]), int(answer[1]) if answer else 0

@@ -1,71 +1,61 @@
-"""Server-sent events: cut a stream where events end, and read its usage on the way."""
+"""Server-sent events: cut a stream where events end, read its usage, and pass it on."""
 
 import json
 import re
+import time
 from typing import Any
 
+from serving.client import direct_writer
+from serving.exchange import Exchange
+from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import normalise
+from serving.upstream.http import Connection
 
 END = re.compile(rb"\r?\n\r?\n")
-LONGEST = 4 * 1024 * 1024
-"""Bytes; an unfinished event above this goes on as it is."""
-
-PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})')
-ANSWER = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
+MAX_EVENT_BYTES = 4 * 1024 * 1024
+"""An unfinished event above this goes on as it is."""
 
 
-def usage_of(body: bytes) -> tuple[int, int] | None:
-    """Tokens of prompt and answer by an answer's last `usage`; None if it has none."""
-    at = body.rfind(b'"usage"')
-    if at < 0 or not (prompt := PROMPT.search(body, at)):
-        return None
-    answer = ANSWER.search(body, at)
-    return int(prompt[1]), int(answer[1]) if answer else 0
-
-
-class Events:
-    """A stream of events on its way through: whole events go on at once, nothing else is kept."""
+class EventParser:
+    """Cuts a stream into whole events, which can go on at once; nothing else is kept."""
 
     def __init__(self, hide_usage: bool) -> None:
         self.hide_usage = hide_usage
         self.count = 0
         """Events with tokens so far; the tokens of a stream that ends before its usage comes."""
         self.usage: tuple[int, int] | None = None
-        self.error: bytes | None = None
+        self.error: dict[str, Any] | None = None
         """The last event that was an error, in OpenAI's shape."""
         self.error_status = 500
         """Its HTTP status, by vLLM's `code`."""
-        self._rest = b""
+        self.rest = b""
+        """The unfinished event."""
 
     def feed(self, piece: bytes) -> tuple[bytes, bool]:
-        """What can go on of all that has come, and whether there are tokens in it."""
-        if self._rest:
-            piece = self._rest + piece
-            self._rest = b""
+        """Return what can go on of all that has come, and whether there are tokens in it."""
+        if self.rest:
+            piece = self.rest + piece
+            self.rest = b""
         if not piece.endswith(b"\n\n"):
             piece = self._cut(piece)
         # The beginnings of the two events that are not tokens; one search each, for every piece.
         if b'"usage"' in piece or b'data: {"error"' in piece:
-            return self._look(piece)
+            return self._read_events(piece)
         events = piece.count(b"data: {")
         self.count += events
         return piece, events > 0
-
-    def left(self) -> bytes:
-        """The unfinished event at a stream's end."""
-        return self._rest
 
     def _cut(self, piece: bytes) -> bytes:
         """Keep what comes after the last whole event."""
         lf, crlf = piece.rfind(b"\n\n"), piece.rfind(b"\r\n\r\n")
         end = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
-        if len(piece) - end > LONGEST:
+        if len(piece) - end > MAX_EVENT_BYTES:
             end = len(piece)
-        self._rest = piece[end:]
+        self.rest = piece[end:]
         return piece[:end]
 
-    def _look(self, piece: bytes) -> tuple[bytes, bool]:
-        """Events one by one: note usage, hide it if it was not asked for, bring errors in shape."""
+    def _read_events(self, piece: bytes) -> tuple[bytes, bool]:
+        """Take events one by one: note usage, hide it if it was not asked for, reshape errors."""
         kept = []
         tokens = 0
         at = 0
@@ -73,21 +63,23 @@ class Events:
             end = found.end() if (found := END.search(piece, at)) else len(piece)
             event = piece[at:end]
             at = end
-            data = parsed(event)
+            data = event_data(event)
             if data is None:
                 kept.append(event)
                 continue
             usage = data.get("usage")
             if isinstance(usage, dict):
-                self.usage = usage_of(event) or self.usage
+                prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+                if type(prompt) is int:
+                    self.usage = prompt, answer if type(answer) is int else 0
                 if data.get("choices") == []:
                     if not self.hide_usage:
                         kept.append(event)
                     continue
             if "error" in data:
-                self.error_status = status_of(data["error"])
+                self.error_status = error_status(data["error"])
                 self.error = normalise(event.strip()[5:], self.error_status)
-                event = b"data: %b\n\n" % self.error
+                event = b"data: %b\n\n" % json.dumps(self.error).encode()
             else:
                 tokens += 1
             kept.append(event)
@@ -95,14 +87,67 @@ class Events:
         return b"".join(kept), tokens > 0
 
 
-def status_of(error: Any) -> int:
-    """The HTTP status that an event's error would have had as an answer; 500 if it does not say."""
+class EventStream(EventParser):
+    """The events of one answer on their way from a model server to the client."""
+
+    def __init__(
+        self, exchange: Exchange, metrics: ModelMetrics, connection: Connection, hide_usage: bool
+    ) -> None:
+        super().__init__(hide_usage)
+        self.exchange = exchange
+        self.metrics = metrics
+        self.connection = connection
+        self._last_token = 0.0
+
+    async def begin(self) -> bytes:
+        """Return the first whole events; b"" if the stream ends before there are any."""
+        while piece := await self.connection.piece():
+            if events := self._timed(piece):
+                return events
+        return b""
+
+    async def pass_on(self, events: bytes) -> None:
+        """Send the first events to the client, and all that follow, each as soon as it is whole."""
+        send = self.exchange.send
+        write = None
+
+        def write_piece(piece: bytes) -> bool:
+            events = self._timed(piece)
+            return write(events) if write and events else True
+
+        piece = events
+        while piece:
+            if events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+                if self._last_token and (write := direct_writer(send)):
+                    await self.connection.pour(write_piece)
+            piece = await self.connection.piece()
+            events = self._timed(piece)
+        await send({"type": "http.response.body", "body": self.rest, "more_body": False})
+
+    def _timed(self, piece: bytes) -> bytes:
+        """Return what can go on, and note when its tokens came."""
+        events, has_tokens = self.feed(piece)
+        if has_tokens:
+            now = time.perf_counter()
+            if self._last_token:
+                self.metrics.itl.observe(now - self._last_token)
+            else:
+                self.exchange.first_token = now - self.exchange.arrival
+                self.metrics.ttft.observe(self.exchange.first_token)
+                self.exchange.stage = "mid_stream"
+            self._last_token = now
+        return events
+
+
+def error_status(error: Any) -> int:
+    """Return the HTTP status that an event's error would have had as an answer, else 500."""
     code = error.get("code") if isinstance(error, dict) else None
     return code if type(code) is int and 400 <= code < 600 else 500
 
 
-def parsed(event: bytes) -> dict[str, Any] | None:
-    """The JSON object in an event; None if that is not what is in it."""
+def event_data(event: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in an event; None if that is not what is in it."""
     data = event.strip().removeprefix(b"data:").strip()
     if not data.startswith(b"{"):
         return None

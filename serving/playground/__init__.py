@@ -1,14 +1,12 @@
 """The gateway's web page, /playground: three files that use its API and nothing from elsewhere."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
-if TYPE_CHECKING:
-    from serving.state import Gateway
+from serving.state import GatewayState
 
 FOLDER = Path(__file__).parent
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -28,29 +26,29 @@ HEADERS = {
 }
 
 
-def add_playground(app: FastAPI, gateway: "Gateway") -> None:
+def add_playground(app: FastAPI, state: GatewayState) -> None:
     """Serve the page while the configuration says `playground: true`, and send / there."""
     files = {f.name: f.read_bytes() for f in FOLDER.iterdir() if f.suffix in TYPES}
 
     def file(name: str) -> Response:
-        if not gateway.config.playground or name not in files:
+        if not state.config.playground or name not in files:
             raise HTTPException(404)
         kind = TYPES[Path(name).suffix]
         return Response(files[name], headers=HEADERS, media_type=kind)
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
-        """Elsewhere: the gateway has nothing of its own here."""
-        if not gateway.config.playground:
+        """Redirect to the page: the gateway has nothing else here."""
+        if not state.config.playground:
             raise HTTPException(404)
         return RedirectResponse("playground")  # relative: a proxy may serve this under a path
 
     @app.get("/playground", include_in_schema=False)
     async def page() -> Response:
-        """The page."""
+        """Return the page."""
         return file("index.html")
 
     @app.get("/playground/{name}", include_in_schema=False)
     async def part(name: str) -> Response:
-        """What belongs to it."""
+        """Return a script or the style sheet."""
         return file(name)

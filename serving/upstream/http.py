@@ -1,4 +1,4 @@
-"""Connections to one HTTP/1.1 server: a pool, and one exchange of request and answer at a time.
+"""Connections to one HTTP/1.1 server: a pool, and one request and answer at a time on each.
 
 A general client does more for each streamed token than a gateway needs (`benchmarks.gateway` has
 two proxies that use one, beside ours), and does not say what retrying has to know: whether a
@@ -19,13 +19,12 @@ Headers = list[tuple[bytes, bytes]]
 BUFFER_BYTES = 256 * 1024
 """An answer that is not fetched is read ahead this far, then the server has to wait."""
 
-
 Sink = Callable[[bytes], bool]
-"""Takes some of a body; False: no more for now."""
+"""Takes a piece of a body; returns whether it takes more now."""
 
 
 class UpstreamError(Exception):
-    """An upstream failed a request: the status for the client, and the reason to count."""
+    """A model server failed a request: the status for the client, and the reason to count."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -38,17 +37,17 @@ class StaleError(UpstreamError):
 
 
 def unreachable() -> UpstreamError:
-    """No connection could be made, so the request was not sent."""
+    """Return the error where no connection could be made, so that the request was not sent."""
     return UpstreamError(503, "unreachable", "The model server cannot be reached.")
 
 
 def broken() -> UpstreamError:
-    """The connection ended before the answer did, or what came is not HTTP."""
+    """Return the error where the connection ended before the answer, or what came is not HTTP."""
     return UpstreamError(502, "broken", "The model server broke off its answer.")
 
 
 def timed_out() -> UpstreamError:
-    """Nothing came for too long, or the whole took too long."""
+    """Return the error where nothing came for too long, or the whole took too long."""
     return UpstreamError(504, "timeout", "The model server did not answer in time.")
 
 
@@ -79,14 +78,14 @@ class Connection(asyncio.Protocol):
         self._size = 0
         self._paused = False
 
-    async def request(self, data: bytes, silence: float, total: float) -> None:
+    async def request(self, data: bytes, read_timeout: float, total_timeout: float) -> None:
         """Send a request and return when `status` and `headers` are here, and with them the first
         piece of the body if there is one.
 
         Args:
             data: the whole request, head and body.
-            silence: longest wait for the next byte, in seconds.
-            total: longest time for the whole exchange, in seconds.
+            read_timeout: longest wait for the next byte, in seconds.
+            total_timeout: longest time for request and answer, in seconds.
 
         Raises:
             StaleError: the connection had been kept, and was no longer good.
@@ -97,14 +96,15 @@ class Connection(asyncio.Protocol):
         if self.lost:
             raise self._lost_error()
         now = self.loop.time()
-        self._silence, self._heard, self._deadline = silence, now, now + total
-        self._timer = self.loop.call_at(now + min(silence, total), self._check_time)
+        self._read_timeout, self._last_read = read_timeout, now
+        self._deadline = now + total_timeout
+        self._timer = self.loop.call_at(now + min(read_timeout, total_timeout), self._check_time)
         self.transport.write(data)
         while not (self._pieces or self._complete):
             await self._wait()
 
     async def piece(self) -> bytes:
-        """What has come of the body since the last call, at least one byte; b"" at its end."""
+        """Return what has come of the body since the last call, or comes next; b"" at its end."""
         while not self._pieces:
             if self._complete:
                 return b""
@@ -119,8 +119,10 @@ class Connection(asyncio.Protocol):
         return piece
 
     async def pour(self, sink: Sink) -> None:
-        """Have `sink` take what comes of the body as it comes, which no task has to wake up for;
-        return at the body's end, or when it takes no more. `piece` goes on from there."""
+        """Hand what comes of the body to `sink` as it comes, without waking a task for it.
+
+        Returns at the body's end, or when `sink` takes no more; `piece` goes on from there.
+        """
         self._sink = sink
         try:
             while self._sink is not None and not self._complete and not self._pieces:
@@ -129,7 +131,7 @@ class Connection(asyncio.Protocol):
             self._sink = None
 
     async def rest(self) -> bytes:
-        """All that is left of the body."""
+        """Return all that is left of the body."""
         pieces = []
         while piece := await self.piece():
             pieces.append(piece)
@@ -137,21 +139,23 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection at once; the server sees that its client has left."""
-        self._stop_timer()
+        self.stop_timer()
         if not self.lost:
             self.transport.abort()
 
     @property
     def reusable(self) -> bool:
-        """Whether the exchange is over and the connection good for another."""
+        """Whether the answer is complete and the connection good for another request."""
         return self._complete and self.keep and not self.lost and not self._pieces
 
-    def finish(self) -> None:
-        """The exchange is over."""
-        self._stop_timer()
+    def stop_timer(self) -> None:
+        """Stop watching the time, at the end of an answer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _wait(self) -> asyncio.Future[None]:
-        """Done when something has happened.
+        """Return a future that is done when something has happened.
 
         Raises:
             UpstreamError: it has, and it was a failure.
@@ -176,18 +180,13 @@ class Connection(asyncio.Protocol):
         return broken()
 
     def _check_time(self) -> None:
-        """One timer an exchange, set again where bytes have come meanwhile."""
-        due = min(self._heard + self._silence, self._deadline)
+        """Set the one timer of a request again where bytes have come meanwhile, else fail."""
+        due = min(self._last_read + self._read_timeout, self._deadline)
         if self.loop.time() < due:
             self._timer = self.loop.call_at(due, self._check_time)
         else:
             self._timer = None
             self._fail(timed_out())
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     # asyncio.Protocol
 
@@ -201,7 +200,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             return
         self._began = True
-        self._heard = self.loop.time()
+        self._last_read = self.loop.time()
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -221,7 +220,7 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, _: Exception | None) -> None:
-        """The end of the connection, which may be that of the answer."""
+        """End the answer, if that is how it ends, or fail it."""
         self.lost = True
         if self.status and not self._framed and not self._complete:
             self._complete = True
@@ -231,14 +230,14 @@ class Connection(asyncio.Protocol):
     # httptools.HttpResponseParser
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header of the answer; names are kept in lower case."""
+        """Keep one header of the answer, its name in lower case."""
         name = name.lower()
         if name == b"content-length" or name == b"transfer-encoding":
             self._framed = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """The head is complete; a 1xx is no answer yet."""
+        """Note the status; a 1xx is no answer yet."""
         status = self.parser.get_status_code()
         if status < 200:
             self.headers = []
@@ -246,12 +245,12 @@ class Connection(asyncio.Protocol):
             self.status = status
 
     def on_body(self, body: bytes) -> None:
-        """Some of the body."""
+        """Keep a piece of the body."""
         self._pieces.append(body)
         self._size += len(body)
 
     def on_message_complete(self) -> None:
-        """The end of the answer."""
+        """Note the end of the answer."""
         if self.status:
             self._complete = True
             self.keep = self.parser.should_keep_alive()
@@ -272,8 +271,8 @@ class Pool:
         self._idle: deque[Connection] = deque()  # the longest idle first
         self._sweeper: asyncio.TimerHandle | None = None
 
-    async def get(self, connect_seconds: float, fresh: bool = False) -> Connection:
-        """A connection, a kept one if there is one and not `fresh`.
+    async def get(self, connect_timeout: float, fresh: bool = False) -> Connection:
+        """Return a connection, a kept one if there is one and not `fresh`.
 
         Raises:
             UpstreamError: none could be made.
@@ -286,7 +285,7 @@ class Pool:
                 return connection
             connection.close()
         try:
-            async with asyncio.timeout(connect_seconds):
+            async with asyncio.timeout(connect_timeout):
                 _, made = await loop.create_connection(
                     lambda: Connection(loop), self.host, self.port, ssl=self.tls
                 )
@@ -294,12 +293,35 @@ class Pool:
             raise unreachable() from None
         return made
 
+    async def send(
+        self, data: bytes, connect_timeout: float, read_timeout: float, total_timeout: float
+    ) -> Connection:
+        """Send a request and return the connection once the answer's first bytes are here.
+
+        A kept connection that the server was just closing costs nothing but a second, fresh one.
+        All times are in seconds; `put` or `close` has to follow.
+
+        Raises:
+            UpstreamError: the server failed the request; nothing of an answer had come.
+        """
+        for fresh in (False, True):
+            connection = await self.get(connect_timeout, fresh)
+            try:
+                await connection.request(data, read_timeout, total_timeout)
+                return connection
+            except StaleError:
+                connection.close()
+            except BaseException:
+                connection.close()
+                raise
+        raise AssertionError("a fresh connection is never stale")
+
     def put(self, connection: Connection) -> None:
-        """Give a connection back after its exchange; one that is not at its end is closed."""
+        """Give a connection back after an answer; one that is not at its end is closed."""
         if not connection.reusable:
             connection.close()
             return
-        connection.finish()
+        connection.stop_timer()
         loop = connection.loop
         connection.idle_since = loop.time()
         self._idle.append(connection)

@@ -4,271 +4,212 @@ Nothing is sent to the client before the first bytes of an answer's body are her
 another replica can take the request over.
 """
 
+import json
 import time
 
-from starlette.types import Send
-
-from serving.call import Call
+from serving.exchange import JSON, Exchange
 from serving.observability.metrics import ModelMetrics
 from serving.observability.tracing import Tracer
 from serving.openai.errors import ApiError, normalise, retry_headers
-from serving.openai.request import Request
-from serving.openai.response import JSON, end_with_error, whole
-from serving.openai.sse import Events, usage_of
-from serving.protocol import direct
-from serving.shape import without_nulls
-from serving.state import Gateway
+from serving.openai.request import ModelRequest
+from serving.openai.response import usage_of, without_nulls
+from serving.openai.sse import EventStream
+from serving.state import GatewayState
 from serving.upstream.http import Connection, Headers, UpstreamError
-from serving.upstream.replica import Replica, Turn, send_request
+from serving.upstream.replica import Attempt, Replica
 
 # Headers that belong to one connection (RFC 9110, 7.6.1), or that each side writes for itself.
 CONNECTION_HEADERS = frozenset(
-    {
-        b"connection",
-        b"content-length",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
+    b"connection content-length keep-alive proxy-authenticate proxy-authorization proxy-connection "
+    b"te trailer transfer-encoding upgrade".split()
 )
-NOT_SENT_UP = CONNECTION_HEADERS | {
-    b"host", b"expect", b"accept-encoding", b"content-type", b"cookie", b"x-request-id",
-}  # fmt: skip
-NOT_SENT_DOWN = CONNECTION_HEADERS | {b"date", b"server", b"set-cookie", b"x-request-id"}
+NOT_SENT_UP = CONNECTION_HEADERS.union(
+    b"host expect accept-encoding content-type cookie x-request-id".split()
+)
+NOT_SENT_DOWN = CONNECTION_HEADERS.union(b"date server set-cookie x-request-id".split())
 
 NO_BUFFERING = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class UnavailableError(UpstreamError):
-    """A 502 or 503 of the upstream's own, or the 500 of one that is dying; `body` is in OpenAI's
-    shape."""
+    """A 502 or 503 of the upstream's own, or the 500 of one that is dying."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(status, "unavailable", "The model server is not available.")
         self.body = body
 
 
-class Forward:
+class Proxy:
     """Passes requests on to the model servers."""
 
-    def __init__(self, gateway: Gateway, tracer: Tracer | None) -> None:
-        self.gateway = gateway
+    def __init__(self, state: GatewayState, tracer: Tracer | None) -> None:
+        self.state = state
         self.tracer = tracer
 
-    async def __call__(self, call: Call, request: Request, query: bytes, send: Send) -> None:
-        """Send the request to a replica, and to another while nothing of an answer has come.
+    async def forward(self, exchange: Exchange, request: ModelRequest, query: bytes = b"") -> None:
+        """Send a request to a replica, and its answer to the client.
+
+        Another replica is asked where one fails, while nothing has been sent to the client.
 
         Args:
-            call: has its model and counts; what becomes known is added.
-            request: what is sent, to `call.route` of the replica.
+            exchange: has its model; its route and headers are sent; what becomes known is added.
+            request: what is sent.
             query: what comes behind the route's "?", if anything.
-            send: gets the answer.
 
         Raises:
-            ApiError: there is no room for it.
-            UpstreamError: all replicas that were tried have failed; nothing has been sent.
+            ApiError: there is no room for it, or the replicas that were tried have failed.
         """
-        gateway = self.gateway
-        assert call.model is not None and call.counts is not None
+        router, metrics = self.state.router, self.state.metrics
+        assert exchange.model is not None and exchange.metrics is not None
         began = time.perf_counter()
-        turn = await gateway.queue.turn(gateway.model, request.model, request.prefix)
-        call.queued = time.perf_counter() - began
-        call.prompt_tokens = request.prompt_tokens
-        call.stage = "before_first_token" if request.stream else "whole"
-        tried = {turn.replica}
+        attempt = await router.attempt(exchange.model, request.model, request.prefix)
+        exchange.queued = time.perf_counter() - began
+        exchange.prompt_tokens = request.prompt_tokens
+        exchange.stage = "before_first_token" if request.stream else "whole"
+        tried = {attempt.replica}
         while True:
-            call.replica = turn.replica.url
+            exchange.replica = attempt.replica.url
             try:
-                connection = await self._attempt(call, request, turn, query, send)
-                turn.replica.pool.put(connection)
+                await self._send(exchange, request, attempt, query)
                 return
             except UpstreamError as error:
-                turn.failed()
-                labels = call.counts.labels
-                gateway.metrics.upstream_errors.labels(*labels, error.reason).inc()
-                following = self._another(call, error, tried)
+                attempt.failed()
+                labels = exchange.metrics.labels
+                metrics.upstream_errors.labels(*labels, error.reason).inc()
+                following = self._another(exchange, error, tried)
                 if following is None:
-                    raise
-                gateway.metrics.retries.labels(*labels, error.reason).inc()
-                call.retries += 1
+                    raise api_error(error) from None
+                metrics.retries.labels(*labels, error.reason).inc()
+                exchange.retries += 1
             finally:
-                turn.end()
-                gateway.queue.wake()
-            turn = following.begin()
+                attempt.end()
+                router.wake()
+            attempt = Attempt(following)
             tried.add(following)
 
-    def _another(self, call: Call, error: UpstreamError, tried: set[Replica]) -> Replica | None:
-        """Where to try again; None if it is too late or of no use."""
-        if call.status or error.reason == "timeout" or call.retries >= self._retries():
+    def _another(
+        self, exchange: Exchange, error: UpstreamError, tried: set[Replica]
+    ) -> Replica | None:
+        """Return where to try again; None if it is too late or of no use."""
+        if exchange.status or error.reason == "timeout":
             return None
-        model = self.gateway.model(call.model_name)
+        if exchange.retries >= self.state.config.routing.retries:
+            return None
+        model = self.state.router.model(exchange.model_name)
         usable = model.usable(tried)
         return model.choose(usable, b"") if usable else None
 
-    def _retries(self) -> int:
-        return self.gateway.config.routing.retries
-
-    async def _attempt(
-        self, call: Call, request: Request, turn: Turn, query: bytes, send: Send
-    ) -> Connection:
+    async def _send(
+        self, exchange: Exchange, request: ModelRequest, attempt: Attempt, query: bytes
+    ) -> None:
         """Send the request to one replica, and its answer to the client.
 
         Raises:
-            UpstreamError: the replica failed; if `call.status` is 0, nothing has been sent.
+            UpstreamError: the replica failed; if `exchange.status` is 0, nothing has been sent.
         """
-        replica = turn.replica
-        head = self._head(call, replica, query, len(request.body))
-        left = replica.config.timeouts.total - (time.perf_counter() - call.arrival)
-        connection = await send_request(replica, head, request.body, max(left, 0.001))
+        replica = attempt.replica
+        timeouts = replica.config.timeouts
+        connection = await replica.pool.send(
+            self._head(exchange, replica, query, len(request.body)) + request.body,
+            timeouts.connect,
+            timeouts.read,
+            max(timeouts.total - (time.perf_counter() - exchange.arrival), 0.001),
+        )
         try:
             if connection.status < 500 and is_event_stream(connection.headers):
-                await self._stream(call, request, connection, turn, send)
+                await self._stream(exchange, request, connection, attempt)
             else:
                 content = await connection.rest()
-                await self._whole(call, connection, connection.status, content, turn, send)
+                await self._whole(exchange, connection, connection.status, content, attempt)
         except BaseException:
             connection.close()
             raise
-        return connection
+        replica.pool.put(connection)
 
-    def _head(self, call: Call, replica: Replica, query: bytes, length: int) -> bytes:
-        """The head of the request to the upstream."""
-        own_key = bool(self.gateway.keys) or replica.api_key is not None
-        headers = [
-            (name, value)
-            for name, value in call.headers
-            if name not in NOT_SENT_UP and not (own_key and name == b"authorization")
-        ]
-        if call.span is not None and self.tracer is not None:
-            told = self.tracer.headers(call.span)
-            headers = [(n, v) for n, v in headers if n not in told] + list(told.items())
-        target = call.route
+    def _head(self, exchange: Exchange, replica: Replica, query: bytes, length: int) -> bytes:
+        """Return the head of the request to the upstream."""
+        headers = [header for header in exchange.headers if header[0] not in NOT_SENT_UP]
+        if exchange.span is not None and self.tracer is not None:
+            own = self.tracer.headers(exchange.span)
+            headers = [(n, v) for n, v in headers if n not in own] + list(own.items())
+        target = exchange.route
         if query:
             target += "?" + query.decode("latin-1")
-        headers += [call.id_header, JSON, (b"content-length", b"%d" % length)]
+        headers += [exchange.id_header, JSON, (b"content-length", b"%d" % length)]
         return replica.head("POST", target, headers)
 
     async def _whole(
         self,
-        call: Call,
+        exchange: Exchange,
         connection: Connection,
         status: int,
         content: bytes,
-        turn: Turn,
-        send: Send,
+        attempt: Attempt,
     ) -> None:
-        """An answer in one piece; errors are brought into OpenAI's shape.
+        """Send an answer in one piece; errors are brought into OpenAI's shape.
 
         Raises:
             UnavailableError: it is one that another replica may not give.
         """
-        if status in (502, 503) or (status == 500 and not await turn.replica.is_well()):
-            raise UnavailableError(status, normalise(content, status))
-        turn.succeeded()
-        headers = downward(connection.headers)
+        if status in (502, 503) or (status == 500 and not await attempt.replica.is_healthy()):
+            raise UnavailableError(status, content)
+        attempt.succeeded()
+        headers = headers_down(connection.headers)
         if status >= 400:
-            content = normalise(content, status)
+            content = json.dumps(normalise(content, status)).encode()
             headers = [(n, v) for n, v in headers if n != b"content-type"] + [JSON]
             if status == 429 and not any(n == b"retry-after" for n, _ in headers):
                 headers += retry_headers(1.0)
         else:
-            self._known(call)
+            metrics_of_answer(exchange)
             content = without_nulls(content)
-            if usage := usage_of(content):
-                call.prompt_tokens, call.completion_tokens = usage
-                call.usage_known = True
-        await whole(call, status, headers, content, send)
+            exchange.note_usage(usage_of(content))
+        await exchange.answer(status, headers, content)
 
     async def _stream(
-        self, call: Call, request: Request, connection: Connection, turn: Turn, send: Send
+        self, exchange: Exchange, request: ModelRequest, connection: Connection, attempt: Attempt
     ) -> None:
-        """Server-sent events, each as soon as it is whole."""
-        counts = self._known(call)
-        events = Events(request.hide_usage)
-        observe = counts.itl.observe
-        clock = time.perf_counter
-        last = 0.0
-        write = None
-
-        def pass_on(piece: bytes) -> bool:
-            """An event after the first."""
-            nonlocal last
-            out, has_tokens = events.feed(piece)
-            if has_tokens:
-                now = clock()
-                observe(now - last)
-                last = now
-            assert write is not None
-            return write(out) if out else True
-
+        """Send server-sent events, each as soon as it is whole."""
+        stream = EventStream(exchange, metrics_of_answer(exchange), connection, request.hide_usage)
         try:
-            while piece := await connection.piece():
-                out, has_tokens = events.feed(piece)
-                if has_tokens:
-                    now = clock()
-                    if last:
-                        observe(now - last)
-                    else:
-                        turn.succeeded()
-                        call.first_token = now - call.arrival
-                        counts.ttft.observe(call.first_token)
-                        call.stage = "mid_stream"
-                    last = now
-                if out:
-                    if not call.status:
-                        if events.error and not events.count:
-                            # vLLM's head says 200 before it looks at all of the request.
-                            status, content = events.error_status, events.error
-                            await connection.rest()
-                            await self._whole(call, connection, status, content, turn, send)
-                            return
-                        await self._start_stream(call, connection, send)
-                    await send({"type": "http.response.body", "body": out, "more_body": True})
-                    if last and (write := direct(send)):
-                        await connection.pour(pass_on)
-            rest = events.left()
-            if not call.status:
-                await self._start_stream(call, connection, send)
-            await send({"type": "http.response.body", "body": rest, "more_body": False})
-        except UpstreamError as error:
-            if not call.status:
-                raise
-            turn.failed()
-            code = f"upstream_{error.reason}"
-            self.gateway.metrics.upstream_errors.labels(*counts.labels, error.reason).inc()
-            await end_with_error(call, ApiError(error.status, str(error), code=code), send)
+            events = await stream.begin()
+            if stream.error and not stream.count:
+                # vLLM's head says 200 before it looks at all of the request.
+                content = json.dumps(stream.error).encode()
+                await connection.rest()
+                await self._whole(exchange, connection, stream.error_status, content, attempt)
+                return
+            attempt.succeeded()
+            headers = headers_down(connection.headers)
+            headers = [header for header in headers if header[0] not in dict(NO_BUFFERING)]
+            await exchange.start(connection.status, headers + NO_BUFFERING)
+            await stream.pass_on(events)
         finally:
-            call.completion_tokens = events.count
-            if events.usage is not None:
-                call.prompt_tokens, call.completion_tokens = events.usage
-                call.usage_known = True
-
-    async def _start_stream(self, call: Call, connection: Connection, send: Send) -> None:
-        call.status = connection.status
-        headers = downward(connection.headers)
-        headers = [(n, v) for n, v in headers if n not in (b"cache-control", b"x-accel-buffering")]
-        headers += [call.id_header, *NO_BUFFERING]
-        if call.account is not None:
-            headers += call.account.headers()
-        await send({"type": "http.response.start", "status": call.status, "headers": headers})
-
-    def _known(self, call: Call) -> ModelMetrics:
-        """The metrics of a model that a server has answered for."""
-        assert call.model is not None
-        call.counts = self.gateway.known(call.model, call.model_name)
-        return call.counts
+            exchange.completion_tokens = stream.count
+            exchange.note_usage(stream.usage)
 
 
-def downward(headers: Headers) -> Headers:
-    """The upstream's headers that the client gets."""
-    return [(name, value) for name, value in headers if name not in NOT_SENT_DOWN]
+def metrics_of_answer(exchange: Exchange) -> ModelMetrics:
+    """Return the metrics of a model for which a server has answered, by which it is counted."""
+    assert exchange.model is not None and exchange.metrics is not None
+    if exchange.metrics.labels[0] != exchange.model_name:
+        exchange.metrics = exchange.model.metrics(exchange.model_name, answered=True)
+    return exchange.metrics
+
+
+def api_error(error: UpstreamError) -> ApiError:
+    """Return what the client is told of a server's failure."""
+    if isinstance(error, UnavailableError):
+        return ApiError.of_upstream(error.status, error.body)
+    code = f"upstream_{error.reason}"
+    return ApiError(error.status, str(error), code=code, retry_after=1.0)
+
+
+def headers_down(headers: Headers) -> Headers:
+    """Return the upstream's headers that the client gets."""
+    return [header for header in headers if header[0] not in NOT_SENT_DOWN]
 
 
 def is_event_stream(headers: Headers) -> bool:
-    """Whether an answer is streamed."""
+    """Return whether an answer is streamed."""
     return any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)

@@ -1,22 +1,22 @@
 """One vLLM server: its connections, its health, its load and its circuit breaker."""
 
+import contextlib
 import logging
-import re
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
-from serving.config import Breaker, Config
-from serving.upstream.http import Connection, Pool, StaleError, UpstreamError
-from serving.upstream.kv import figures
-from serving.upstream.vllm_metrics import NOTHING, ServerInfo, parse_info
+from serving.config import Config
+from serving.upstream.http import Headers, Pool, UpstreamError
+from serving.upstream.vllm_metrics import (
+    UNKNOWN,
+    ServerInfo,
+    kv_cache_sizes,
+    load_gauges,
+    parse_info,
+)
 
 log = logging.getLogger("attnserve")
-
-GAUGES = re.compile(
-    rb"^vllm:(kv_cache_usage_perc|num_requests_waiting|num_requests_running)(?:\{[^}\n]*\})? (\S+)",
-    re.MULTILINE,
-)
 
 
 class Replica:
@@ -29,35 +29,31 @@ class Replica:
         self.config = config
         self.in_flight = 0  # requests that this gateway has open here
         self.draining = False
-        self.healthy: bool | None = None  # None: not looked at yet
-        self.info: ServerInfo = NOTHING  # what it said at the last look that it could answer
+        self.healthy: bool | None = None  # None: not checked yet
+        self.info: ServerInfo = UNKNOWN  # what it said at the last check that it could answer
         self.kv_usage: float | None = None  # a fraction; None: not known
         self.kv_bytes: int | None = None  # of the whole cache
         self.waiting: float | None = None
-        self.running: float | None = None
-        self._others = 0.0  # requests of other clients here, when last looked at
-        self._missed = 0  # looks without success in a row
+        self._others = 0.0  # requests of other clients here, at the last check
+        self._failed_checks = 0  # in a row
         self._failures = 0  # requests that failed in a row
         self._opened = 0  # times that the circuit has opened since it was closed
         self._open_until = 0.0
-        self._trying = False
+        self._tested = False  # a request tests whether the half-open circuit may close
 
     # Health
 
-    async def look(self) -> None:
-        """Ask for /health and /metrics once, and take note."""
+    async def check_health(self) -> None:
+        """Ask for /health and /metrics once, and take over what they say."""
         try:
-            status, _ = await self.get("/health")
-            healthy = status == 200
+            healthy = (await self.get("/health"))[0] == 200
             if healthy:
                 status, page = await self.get("/metrics")
-                self._note_gauges(page if status == 200 else b"")
-                if status == 200:
-                    self._note_info(parse_info(page))
+                self._note_metrics(page if status == 200 else None)
         except UpstreamError:
             healthy = False
-        self._missed = 0 if healthy else self._missed + 1
-        if healthy or self.healthy is None or self._missed >= self.config.health.failures:
+        self._failed_checks = 0 if healthy else self._failed_checks + 1
+        if healthy or self.healthy is None or self._failed_checks >= self.config.health.failures:
             if healthy != self.healthy:
                 log.log(
                     logging.INFO if healthy else logging.WARNING,
@@ -66,66 +62,62 @@ class Replica:
                     extra={"replica": self.url},
                 )
             if healthy and not self.healthy:
-                self._open_until = 0.0  # one may try at once
+                self._open_until = 0.0  # one request may test it at once
             self.healthy = healthy
 
-    async def is_well(self) -> bool:
-        """Whether it answers /health now. A server whose engine has died says 500 to what it was
-        doing, as it does to a request that it cannot serve; this tells them apart."""
+    async def is_healthy(self) -> bool:
+        """Return whether it answers /health now.
+
+        A server whose engine has died says 500 to what it was doing, as it does to a request that
+        it cannot serve; this tells them apart.
+        """
         try:
             status, _ = await self.get("/health")
         except UpstreamError:
             return False
         return status == 200
 
-    def _note_gauges(self, page: bytes) -> None:
-        """vLLM's own gauges, added up over its engines (of the KV caches the fullest)."""
-        found: dict[bytes, list[float]] = {}
-        for name, value in GAUGES.findall(page):
-            found.setdefault(name, []).append(float(value))
-        usages = found.get(b"kv_cache_usage_perc")
-        waiting = found.get(b"num_requests_waiting")
-        running = found.get(b"num_requests_running")
-        self.kv_usage = max(usages) if usages else None
-        self.kv_bytes = figures(page)["cache_bytes"]
-        self.waiting = sum(waiting) if waiting else None
-        self.running = sum(running) if running else None
-        self._others = max(0.0, (self.waiting or 0) + (self.running or 0) - self.in_flight)
-
-    def _note_info(self, info: ServerInfo) -> None:
-        """What it runs: logged when that is new."""
-        if info != self.info:
+    def _note_metrics(self, page: bytes | None) -> None:
+        """Take over what its /metrics page says; None: it has none."""
+        gauges = load_gauges(page or b"")
+        self.kv_usage, self.waiting = gauges.kv_usage, gauges.waiting
+        self.kv_bytes = kv_cache_sizes(page or b"")["cache_bytes"]
+        self._others = max(0.0, (gauges.waiting or 0) + (gauges.running or 0) - self.in_flight)
+        if page is not None and (info := parse_info(page)) != self.info:
             self.info = info
             log.info("replica says what it runs", extra={"replica": self.url, **asdict(info)})
 
-    async def get(
-        self, path: str, headers: Iterable[tuple[bytes, bytes]] = ()
-    ) -> tuple[int, bytes]:
-        """Status and body of a GET, within the health check's time.
+    async def kv_cache(self) -> dict[str, Any]:
+        """Return the sizes of its KV cache as it says them now; see `kv_cache_sizes`."""
+        page = b""
+        with contextlib.suppress(UpstreamError):  # a comparison is good without it
+            _, page = await self.get("/metrics")
+        return kv_cache_sizes(page)
+
+    async def get(self, path: str, headers: Headers | None = None) -> tuple[int, bytes]:
+        """Return status and body of a GET, within the health check's time.
 
         Raises:
             UpstreamError: there was no answer.
         """
-        longest = self.config.health.timeout
-        for fresh in (False, True):
-            connection = await self.pool.get(longest, fresh)
-            try:
-                await connection.request(self.head("GET", path, headers), longest, longest)
-                return connection.status, await connection.rest()
-            except StaleError:
-                pass
-            finally:
-                self.pool.put(connection)
-        raise AssertionError("a fresh connection is never stale")
+        timeout = self.config.health.timeout
+        head = self.head("GET", path, headers or [])
+        connection = await self.pool.send(head, timeout, timeout, timeout)
+        try:
+            return connection.status, await connection.rest()
+        finally:
+            self.pool.put(connection)
 
-    def head(self, method: str, target: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """The head of a request, with the server's own key if it has one."""
-        start = f"{method} {target} HTTP/1.1\r\nhost: ".encode("ascii")
-        lines = [b"%b%b\r\n" % (start, self.pool.netloc)]
+    def head(self, method: str, target: str, headers: Headers) -> bytes:
+        """Return the head of a request, with the server's own key if it has one."""
+        lines = [
+            b"%b %b HTTP/1.1\r\nhost: %b\r\n"
+            % (method.encode("ascii"), target.encode("ascii"), self.pool.netloc)
+        ]
         if self.api_key is not None:
             lines.append(b"authorization: Bearer %b\r\n" % self.api_key.encode("latin-1"))
-        for name, value in headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
+            headers = [(name, value) for name, value in headers if name != b"authorization"]
+        lines += [b"%b: %b\r\n" % header for header in headers]
         lines.append(b"\r\n")
         return b"".join(lines)
 
@@ -140,7 +132,7 @@ class Replica:
 
     @property
     def load(self) -> float:
-        """Requests here: ours as of now, others' as of the last look."""
+        """Requests here: ours as of now, others' as of the last health check."""
         return self.in_flight + self._others
 
     @property
@@ -158,30 +150,21 @@ class Replica:
 
     @property
     def circuit(self) -> str:
-        """closed: in use; open: left alone; half_open: one request may try it."""
-        if self._failures < self.breaker.failures:
+        """closed: in use; open: left alone; half_open: one request may test it."""
+        if self._failures < self.config.breaker.failures:
             return "closed"
         return "open" if time.monotonic() < self._open_until else "half_open"
-
-    @property
-    def breaker(self) -> Breaker:
-        """Its settings."""
-        return self.config.breaker
 
     @property
     def accepts(self) -> bool:
         """Whether the circuit lets a request through."""
         circuit = self.circuit
-        return circuit == "closed" or (circuit == "half_open" and not self._trying)
+        return circuit == "closed" or (circuit == "half_open" and not self._tested)
 
     @property
-    def closed_for(self) -> float:
+    def seconds_open(self) -> float:
         """Seconds until the circuit lets a request through."""
         return max(0.0, self._open_until - time.monotonic()) if self.circuit != "closed" else 0.0
-
-    def begin(self) -> "Turn":
-        """Count a request that is sent here now; the turn's `end` must follow."""
-        return Turn(self)
 
     def configure(self, config: Config, api_key: str | None) -> None:
         """Take over another configuration."""
@@ -191,74 +174,46 @@ class Replica:
         self.draining = False
 
     def drain(self) -> None:
-        """It gets no further request; those that run end as they would."""
+        """Stop taking requests; those that run end as they would."""
         self.draining = True
         if self.in_flight == 0:
-            self._drained()
+            self._close()
 
-    def _drained(self) -> None:
+    def _close(self) -> None:
         self.pool.close()
         log.info("replica has drained", extra={"replica": self.url})
 
 
-class Turn:
-    """One request at one replica, from being chosen until its answer's end."""
+class Attempt:
+    """One request at one replica, from the choice of the replica until its answer's end."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
-        self._trial = replica.circuit == "half_open"
-        replica._trying = replica._trying or self._trial
+        self._tests = replica.circuit == "half_open"
+        replica._tested = replica._tested or self._tests
         replica.in_flight += 1
-        self._ended = False
 
     def succeeded(self) -> None:
-        """The replica has answered: its circuit closes."""
+        """Close the circuit: the replica has answered."""
         self.replica._failures = 0
         self.replica._opened = 0
 
     def failed(self) -> None:
-        """The replica has failed the request: its circuit may open."""
+        """Count a failure of the replica, whose circuit may open."""
         replica = self.replica
+        breaker = replica.config.breaker
         replica._failures += 1
-        if replica._failures >= replica.breaker.failures and replica.circuit == "half_open":
-            wait = replica.breaker.open_seconds * min(2**replica._opened, 8)
+        if replica._failures >= breaker.failures and replica.circuit == "half_open":
+            wait = breaker.open_seconds * min(2**replica._opened, 8)
             replica._opened += 1
             replica._open_until = time.monotonic() + wait
             log.warning("circuit opens for %.3g s", wait, extra={"replica": replica.url})
 
     def end(self) -> None:
-        """The request is over, however; safe to call again."""
-        if self._ended:
-            return
-        self._ended = True
+        """Give the replica's place back, whatever the answer was."""
         replica = self.replica
         replica.in_flight -= 1
-        if self._trial:
-            replica._trying = False
+        if self._tests:
+            replica._tested = False
         if replica.draining and replica.in_flight == 0:
-            replica._drained()
-
-
-async def send_request(replica: Replica, head: bytes, body: bytes, total: float) -> Connection:
-    """Send a request and return the connection once the answer's head and first bytes are here.
-
-    A kept connection that the server was just closing costs nothing but a second, fresh one.
-
-    Raises:
-        UpstreamError: the replica failed it; nothing of an answer had come.
-    """
-    timeouts = replica.config.timeouts
-    for fresh in (False, True):
-        connection = await replica.pool.get(timeouts.connect, fresh)
-        try:
-            await connection.request(head + body, timeouts.silence, total)
-            return connection
-        except StaleError:
-            connection.close()
-            log.debug(
-                "a kept connection was closed; trying a fresh one", extra={"replica": replica.url}
-            )
-        except BaseException:
-            connection.close()
-            raise
-    raise AssertionError("a fresh connection is never stale")
+            replica._close()

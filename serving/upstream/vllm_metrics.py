@@ -1,21 +1,66 @@
-"""What a model server says that it runs, beside what the configuration's labels say of it.
+"""What a vLLM server says in its /metrics: what it runs, how busy it is, how large its KV cache is.
 
-attnserve's vLLM plugin publishes one line for it (`plugins/vllm_attn/server_info.py`); a vLLM
-without the plugin says nothing. What the server says is believed, a label that says something else
-is an error, and a label of which the server says nothing is unconfirmed.
+attnserve's vLLM plugin publishes one line for what runs (`plugins/vllm_attn/server_info.py`); a
+vLLM without the plugin says nothing. What the server says is believed, a label of the configuration
+that says something else is an error, and a label of which the server says nothing is unconfirmed.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving.config import ModelEntry
 
-LINE = re.compile(rb"^attnserve:server_info\{(.*)\} ", re.MULTILINE)
+SERVER_INFO = re.compile(rb"^attnserve:server_info\{(.*)\} ", re.MULTILINE)
 VLLM_NAME = re.compile(rb'^vllm:\w+\{[^\n]*?\bmodel_name="((?:[^"\\\n]|\\.)*)"', re.MULTILINE)
+GAUGES = re.compile(
+    rb"^vllm:(kv_cache_usage_perc|num_requests_waiting|num_requests_running)(?:\{[^}\n]*\})? (\S+)",
+    re.MULTILINE,
+)
+CACHE_CONFIG = re.compile(rb"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
+CACHE_NUMBER = re.compile(rb'(\w+)="(\d+(?:\.\d+)?)"')
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 NUMBERS = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)*")
+
+
+class LoadGauges(NamedTuple):
+    """How busy a server is, over all its engines; None is what it does not say."""
+
+    kv_usage: float | None
+    """Part of the KV cache in use, of the engine whose is fullest."""
+    waiting: float | None
+    running: float | None
+
+
+def load_gauges(page: bytes) -> LoadGauges:
+    """Return vLLM's own gauges."""
+    found: dict[bytes, list[float]] = {}
+    for name, value in GAUGES.findall(page):
+        found.setdefault(name, []).append(float(value))
+    waiting, running = found.get(b"num_requests_waiting"), found.get(b"num_requests_running")
+    return LoadGauges(
+        max(found.get(b"kv_cache_usage_perc", ()), default=None),
+        sum(waiting) if waiting else None,
+        sum(running) if running else None,
+    )
+
+
+def kv_cache_sizes(page: bytes) -> dict[str, Any]:
+    """Return the size of the KV cache in bytes and in tokens, and the bytes that a token and the
+    longest request take; None is what the server (a worker of it, where several share a model) does
+    not say."""
+    found = CACHE_CONFIG.search(page)
+    said = {k: float(v) for k, v in CACHE_NUMBER.findall(found[1])} if found else {}
+    size = said.get(b"kv_cache_memory_bytes")
+    tokens = said.get(b"kv_cache_size_tokens")
+    requests = said.get(b"kv_cache_max_concurrency")
+    return {
+        "bytes_per_token": size / tokens if size and tokens else None,
+        "bytes_per_request": size / requests if size and requests else None,
+        "cache_bytes": None if size is None else int(size),
+        "cache_tokens": None if tokens is None else int(tokens),
+    }
 
 
 @dataclass(frozen=True)
@@ -31,20 +76,20 @@ class ServerInfo:
     kv_budgets: str = ""
 
 
-NOTHING = ServerInfo()
+UNKNOWN = ServerInfo()
 FIELDS = tuple(field.name for field in fields(ServerInfo))
 NUMERIC = ("weight_bits", "embedding_bits", "kv_budgets")
 
 
 def parse_info(page: bytes) -> ServerInfo:
-    """Return what a server's /metrics page says; `NOTHING` if it does not, or not clearly.
+    """Return what a server's /metrics page says; `UNKNOWN` if it does not, or not clearly.
 
     The name is also known of a vLLM without the plugin.
     """
-    lines = set(LINE.findall(page))
+    lines = set(SERVER_INFO.findall(page))
     if len(lines) != 1:
         named = VLLM_NAME.search(page)
-        return ServerInfo(unescaped(named[1].decode(errors="replace"))) if named else NOTHING
+        return ServerInfo(unescaped(named[1].decode(errors="replace"))) if named else UNKNOWN
     said = {k: unescaped(v) for k, v in LABEL.findall(lines.pop().decode(errors="replace"))}
     for name in NUMERIC:
         if not NUMBERS.fullmatch(said.get(name, "")):
@@ -75,7 +120,7 @@ class Description:
     unconfirmed: tuple[str, ...]
     errors: tuple[str, ...]
 
-    def json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return the fields for an answer of the gateway's; None is what is not known."""
         return {
             "variant": self.variant,
@@ -89,7 +134,7 @@ class Description:
         }
 
 
-def describe(entry: ModelEntry, info: ServerInfo) -> Description:
+def describe_server(entry: ModelEntry, info: ServerInfo) -> Description:
     """Return what is known of one server of a model of the configuration."""
     label = "" if entry.bits is None else f"{entry.bits:g}"
     pairs = {"variant": (entry.variant, info.variant), "bits": (label, info.weight_bits)}
@@ -113,7 +158,7 @@ def agrees(label: str, said: str) -> bool:
     return bool(numbers(label)) and min(numbers(said)) <= numbers(label)[0] <= max(numbers(said))
 
 
-def together(parts: Sequence[Description]) -> Description:
+def describe_model(parts: Sequence[Description]) -> Description:
     """Return what is known of a model by its servers; that they differ is an error."""
     said = {name: distinct(getattr(p.info, name) for p in parts) for name in FIELDS}
     differ = tuple(

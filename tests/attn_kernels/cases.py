@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import Variant, get_variant, selectable_mask, variant_names
-from tests.attn_kernels import textbook
+from tests.attn_kernels import paper_formulas
 
 # Parameters to try beside the defaults.
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
@@ -104,7 +104,7 @@ def make_learned(variant: Variant, heads: int, g: torch.Generator) -> dict[str, 
     }
 
 
-def in_textbook(
+def by_paper_formula(
     variant: Variant,
     q: Tensor,
     k: Tensor,
@@ -115,8 +115,8 @@ def in_textbook(
     window: int | None = None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(weights, outputs)` of the textbook for whole sequences of queries, keys and values."""
-    weights, outputs = textbook.attention(
+    """`(weights, outputs)` of the paper formula for whole sequences of queries, keys and values."""
+    weights, outputs = paper_formulas.attention(
         variant.name,
         dataclasses.asdict(variant),
         q.tolist(),

@@ -82,7 +82,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
 def check_bound(
     expected: type[cpu.CPULayer | TorchLayer], head_size: int = 32, block_size: int = 16
 ) -> None:
-    """A softpick layer is bound to an object of this class, and it computes the law."""
+    """A softpick layer is bound to an object of this class, and it computes the reference."""
     torch.manual_seed(0)
     variant = get_variant("softpick")
     cache = Cache.make(variant, [40], 2, head_size, block_size, torch.float32)
@@ -92,10 +92,10 @@ def check_bound(
     layer.write_cache(k, v, cache.slots(0, 0, 40))
     out = torch.empty_like(q)
     layer.attend(q, Batch(cache.block_table, torch.tensor([0, 40]), torch.tensor([40])), out)
-    law, _ = reference.attention(
+    right, _ = reference.attention(
         variant, *(x.double().transpose(0, 1) for x in (q, k, v)), scale=0.2
     )
-    assert relative_error(out.transpose(0, 1), law) <= TORCH_TOLERANCE
+    assert relative_error(out.transpose(0, 1), right) <= TORCH_TOLERANCE
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:

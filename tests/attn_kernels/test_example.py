@@ -14,7 +14,7 @@ import torch
 
 from attn_kernels import Variant, cpu, get_variant, reference, variant_names
 from attn_kernels import variant as registry
-from tests.attn_kernels import cases, test_paged, textbook
+from tests.attn_kernels import cases, paper_formulas, test_paged
 
 DOCS = (Path(__file__).parents[2] / "docs/VARIANT.md").read_text()
 
@@ -42,14 +42,14 @@ def sigmoid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant
 
 
 @pytest.mark.parametrize("shape", [cases.SHAPES[3], cases.SHAPES[7], cases.SHAPES[11]], ids=str)
-def test_law_equals_textbook(
+def test_reference_equals_formula(
     sigmoid: Variant, shape: cases.Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(textbook, "TEXTBOOK", dict(textbook.TEXTBOOK))
-    exec(example("python", "TEXTBOOK["), dict(vars(textbook)))
+    monkeypatch.setattr(paper_formulas, "FORMULAS", dict(paper_formulas.FORMULAS))
+    exec(example("python", "FORMULAS["), dict(vars(paper_formulas)))
     inputs = cases.make_inputs(sigmoid, shape, seed=1)
     rows = range(shape.start, shape.stop)
-    _, want = cases.in_textbook(sigmoid, *inputs.qkv, rows=rows, window=shape.window)
+    _, want = cases.by_paper_formula(sigmoid, *inputs.qkv, rows=rows, window=shape.window)
     q, k, v = inputs.qkv
     got, _ = reference.attention(
         sigmoid, q[:, rows.start : rows.stop], k, v, query_start=rows.start, window=shape.window
@@ -59,14 +59,16 @@ def test_law_equals_textbook(
 
 @pytest.mark.usefixtures("sigmoid")
 @pytest.mark.parametrize("path", cpu.usable_isas())
-def test_kernels_equal_law(path: str) -> None:
+def test_kernels_equal_reference(path: str) -> None:
     for shape in test_paged.SHAPES:
         for window in (None, 19):
             for dtype in (torch.float32, torch.bfloat16):
-                error = test_paged.error_against_law(path, "sigmoid", shape, window, dtype, 1)
+                error = test_paged.error_against_reference(path, "sigmoid", shape, window, dtype, 1)
                 assert error <= test_paged.tolerance(path, dtype), (shape, window, dtype)
     split = test_paged.Shape(4, 2, 32, 16, 1800, 1797)
-    error = test_paged.error_against_law(path, "sigmoid", split, None, torch.float32, threads=2)
+    error = test_paged.error_against_reference(
+        path, "sigmoid", split, None, torch.float32, threads=2
+    )
     assert error <= test_paged.TOLERANCE
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import Variant, attend, get_variant
-from attn_kernels import reference as law
+from attn_kernels import Variant, attend, get_variant, reference
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
     VARIANTS,
     Shape,
+    by_paper_formula,
     causal,
-    in_textbook,
     make_inputs,
     make_learned,
     penalties,
@@ -49,13 +48,13 @@ def with_scores(
 
 @pytest.mark.parametrize("x", ROWS.values(), ids=ROWS)
 @every_variant
-def test_law_at_extreme_scores(variant: Variant, x: list[float]) -> None:
+def test_reference_at_extreme_scores(variant: Variant, x: list[float]) -> None:
     """No nan, no inf, and the limit that the unshifted formula has in unbounded arithmetic."""
     q, k, v = with_scores(x)
     learned = make_learned(variant, 2, seeded(31))
-    got, _ = law.attention(variant, q, k, v, scale=1.0, learned=learned)
-    stepwise, _ = law.decode(variant, q, k, v, scale=1.0, learned=learned)
-    _, want = in_textbook(variant, q, k, v, scale=1.0, learned=learned)
+    got, _ = reference.attention(variant, q, k, v, scale=1.0, learned=learned)
+    stepwise, _ = reference.decode(variant, q, k, v, scale=1.0, learned=learned)
+    _, want = by_paper_formula(variant, q, k, v, scale=1.0, learned=learned)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(stepwise, want, rtol=1e-11, atol=1e-12)
 
@@ -75,7 +74,7 @@ def test_float32_attend_at_extreme_scores(variant: Variant, x: list[float]) -> N
         learned={name: value.float() for name, value in learned.items()},
         penalty=penalties(variant, q, k, 1.0),
     )
-    want_weights, want = in_textbook(
+    want_weights, want = by_paper_formula(
         variant, *(t.double() for t in (q, k, v)), scale=1.0, learned=learned
     )
     torch.testing.assert_close(weights.double(), want_weights, rtol=0, atol=2e-4)
@@ -91,8 +90,8 @@ def test_softpick_is_zero_where_no_score_is_positive(low: float, dtype: torch.dt
     variant = get_variant("softpick")
     out, weights = attend(variant, q, k, v, causal(4), scale=1.0)
     assert (weights == 0).all() and (out == 0).all()
-    law_out, _ = law.attention(variant, q, k, v, scale=1.0)
-    assert (law_out == 0).all()
+    output, _ = reference.attention(variant, q, k, v, scale=1.0)
+    assert (output == 0).all()
 
 
 def test_softpick_masked_keys_stay_out_of_the_denominator() -> None:

@@ -1,4 +1,4 @@
-"""The papers' own vectors, and the float64 law against the papers' formulas row by row."""
+"""The papers' own vectors, and the float64 reference against the papers' formulas row by row."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from attn_kernels import (
     attend,
     causal_mask,
     get_variant,
+    reference,
     variant_names,
 )
-from attn_kernels import reference as law
-from tests.attn_kernels import textbook
+from tests.attn_kernels import paper_formulas
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
     SHAPES,
     VARIANTS,
     Shape,
+    by_paper_formula,
     causal,
-    in_textbook,
     make_inputs,
     penalties,
     seeded,
@@ -53,13 +53,13 @@ def assert_weights(
 
 
 @pytest.mark.parametrize("name", variant_names())
-def test_every_variant_has_a_textbook_formula(name: str) -> None:
-    assert callable(textbook.entry(name).weights)
+def test_every_variant_has_a_paper_formula(name: str) -> None:
+    assert callable(paper_formulas.entry(name).weights)
 
 
-def test_missing_textbook_formula_says_what_to_do() -> None:
-    with pytest.raises(AssertionError, match=r"'novel' has no textbook formula: .*TEXTBOOK"):
-        textbook.entry("novel")
+def test_missing_paper_formula_says_what_to_do() -> None:
+    with pytest.raises(AssertionError, match=r"'novel' has no paper formula: .*FORMULAS"):
+        paper_formulas.entry("novel")
 
 
 def test_softmax_vector() -> None:
@@ -169,7 +169,7 @@ def test_selective_penalties_equal_the_triple_loop(window: int | None) -> None:
     q, k, _ = make_inputs(get_variant("selective"), Shape(2, 1, 0, 15, 15, 4, 4), seed=4).qkv
     penalty = penalties(get_variant("selective"), q, k, 0.5, window)
     assert penalty is not None
-    want = textbook.penalties(q.tolist(), k.tolist(), scale=0.5, window=window)
+    want = paper_formulas.penalties(q.tolist(), k.tolist(), scale=0.5, window=window)
     seen = causal(15)
     torch.testing.assert_close(
         penalty[seen], torch.tensor(want, dtype=torch.float64)[seen], rtol=1e-12, atol=1e-13
@@ -183,15 +183,15 @@ def test_selective_uses_head_0_and_its_raw_scores() -> None:
     """Other heads' queries leave the penalties alone; head 0's change those of every head."""
     variant = get_variant("selective")
     q, k, v = make_inputs(variant, Shape(3, 3, 0, 9, 9, 4, 4), seed=5).qkv
-    _, state = law.attention(variant, q, k, v)
+    _, state = reference.attention(variant, q, k, v)
     other = q.clone()
     other[1:] += 1.0
-    assert torch.equal(state_of(law.attention(variant, other, k, v)), state_of((q, state)))
+    assert torch.equal(state_of(reference.attention(variant, other, k, v)), state_of((q, state)))
     selecting = q.clone()
     selecting[0] *= 2.0
-    out, doubled = law.attention(variant, selecting, k, v)
+    out, doubled = reference.attention(variant, selecting, k, v)
     torch.testing.assert_close(doubled, 2 * state_of((q, state)), rtol=1e-13, atol=0)
-    assert not torch.allclose(out[2], law.attention(variant, q, k, v)[0][2])
+    assert not torch.allclose(out[2], reference.attention(variant, q, k, v)[0][2])
 
 
 def state_of(result: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -202,14 +202,16 @@ def state_of(result: tuple[Tensor, Tensor | None]) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=CONFIGURATION_IDS)
-def test_law_equals_textbook(variant: Variant, shape: Shape) -> None:
+def test_reference_equals_formula(variant: Variant, shape: Shape) -> None:
     inputs = make_inputs(variant, shape, seed=1)
     q, k, v = inputs.qkv
     rows = range(shape.start, shape.stop)
-    _, want = in_textbook(variant, q, k, v, rows=rows, window=shape.window, learned=inputs.learned)
+    _, want = by_paper_formula(
+        variant, q, k, v, rows=rows, window=shape.window, learned=inputs.learned
+    )
     state = None
     if variant.stateful and shape.start:
-        _, state = law.attention(
+        _, state = reference.attention(
             variant,
             q[:, : shape.start],
             k[:, : shape.start],
@@ -217,7 +219,7 @@ def test_law_equals_textbook(variant: Variant, shape: Shape) -> None:
             window=shape.window,
             learned=inputs.learned,
         )
-    got, _ = law.attention(
+    got, _ = reference.attention(
         variant,
         q[:, shape.start : shape.stop],
         k,
@@ -232,7 +234,7 @@ def test_law_equals_textbook(variant: Variant, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[6]], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=CONFIGURATION_IDS)
-def test_weights_equal_textbook(variant: Variant, shape: Shape) -> None:
+def test_weights_equal_formula(variant: Variant, shape: Shape) -> None:
     """Weights, not only outputs, with a scale that is not 1/sqrt(d)."""
     inputs = make_inputs(variant, shape, seed=2, spread=3.0)
     positions = torch.arange(shape.length)
@@ -244,7 +246,7 @@ def test_weights_equal_textbook(variant: Variant, shape: Shape) -> None:
         learned=inputs.learned,
         penalty=penalties(variant, inputs.q, inputs.k, 0.7, shape.window),
     )
-    want, _ = in_textbook(
+    want, _ = by_paper_formula(
         variant, *inputs.qkv, scale=0.7, window=shape.window, learned=inputs.learned
     )
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)

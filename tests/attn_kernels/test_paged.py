@@ -1,4 +1,4 @@
-"""Paged attention against the float64 law: odd shapes, random paging, NaN in every unused slot.
+"""Paged attention against the float64 reference: odd shapes, random paging, NaN in unused slots.
 
 Every way to compute it that this machine has: torch operations and each instruction set's kernels.
 """
@@ -36,8 +36,8 @@ def paths_of_format(name: str, dtype: torch.dtype, window: int | None) -> tuple[
 
 
 TOLERANCE = 2e-6
-"""Relative to the largest output, in every cache dtype: the law sees the same rounded inputs, and
-scores and sums are float32."""
+"""Relative to the largest output, in every cache dtype: the reference sees the same rounded inputs,
+and scores and sums are float32."""
 
 AMX_TOLERANCE = 1e-2
 """Of bfloat16 on AMX, whose tiles take the weights rounded to bfloat16 (seen: 4e-3)."""
@@ -45,9 +45,9 @@ AMX_TOLERANCE = 1e-2
 SCORE_ROUNDING = 2**-22
 """Error of a float32 score in units of |q||k|: four roundings of half a unit in the last place.
 
-Where the law itself moves by more than TOLERANCE if its scores do by so much (lssar's 15th power
-of nearly equal scores; softpick of a single score near 0), no float32 kernel can do better, and
-that is the limit."""
+Where the reference itself moves by more than TOLERANCE if its scores do by so much (lssar's 15th
+power of nearly equal scores; softpick of a single score near 0), no float32 kernel can do better,
+and that is the limit."""
 
 TORCH_TOLERANCE = 1e-5
 """Of the torch operations, whose scores carry the rounding of one long sum: 3e-6 was seen where
@@ -144,7 +144,7 @@ class Cache:
 
 @dataclass
 class Case:
-    """Requests of odd lengths, and what the law makes of each."""
+    """Requests of odd lengths, and what the reference makes of each."""
 
     variant: Variant
     seq_lens: list[int]
@@ -152,7 +152,7 @@ class Case:
     q: list[Tensor]
     k: list[Tensor]
     v: list[Tensor]
-    laws: list[Tensor]
+    references: list[Tensor]
 
 
 @functools.lru_cache(maxsize=2)  # the paths take turns at one case
@@ -168,18 +168,18 @@ def make_case(name: str, shape: Shape, window: int | None, dtype: torch.dtype) -
     )
     case = Case(variant, seq_lens, learned, q, k, v, [])
     for request in zip(q, k, v, strict=True):
-        law, _ = reference.attention(
+        expected, _ = reference.attention(
             variant,
             *(x.double().transpose(0, 1) for x in request),
             window=window,
             scale=shape.head_size**-0.5,
             learned=learned,
         )
-        case.laws.append(law)
+        case.references.append(expected)
     return case
 
 
-def error_against_law(
+def error_against_reference(
     path: str, name: str, shape: Shape, window: int | None, dtype: torch.dtype, threads: int
 ) -> float:
     """Requests of odd lengths, prefilled in chunks and decoded in one mixed batch; the largest
@@ -234,27 +234,27 @@ def error_against_law(
     assert step > 1, "nothing was decoded against the cache"
 
     worst = 0.0
-    for output, law, *request in zip(outputs, case.laws, q, k, v, strict=True):
-        error = relative_error(output.transpose(0, 1), law)
+    for output, expected, *request in zip(outputs, case.references, q, k, v, strict=True):
+        error = relative_error(output.transpose(0, 1), expected)
         if error > TOLERANCE and not variant.stateful:
-            rounded = law_of_rounded_scores(case, request, window, scale)
-            moved = max(relative_error(next(rounded), law) for _ in range(4))
+            rounded = reference_of_rounded_scores(case, request, window, scale)
+            moved = max(relative_error(next(rounded), expected) for _ in range(4))
             error *= TOLERANCE / max(TOLERANCE, moved)
         if error > worst or math.isnan(error):  # of which nothing is larger afterwards
             worst = error
     return worst
 
 
-def relative_error(output: Tensor, law: Tensor) -> float:
-    """Where the law is 0 (softpick of a single negative score), only 0 is right."""
-    error, size = float((output - law).abs().max()), float(law.abs().max())
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """Where the reference is 0 (softpick of a single negative score), only 0 is right."""
+    error, size = float((output - expected).abs().max()), float(expected.abs().max())
     return error / size if size else error and math.inf
 
 
-def law_of_rounded_scores(
+def reference_of_rounded_scores(
     case: Case, request: list[Tensor], window: int | None, scale: float
 ) -> Iterator[Tensor]:
-    """The law's outputs if each score is off by SCORE_ROUNDING, up or down at random."""
+    """The reference's outputs if each score is off by SCORE_ROUNDING, up or down at random."""
     variant = case.variant
     q, k, v = (x.double().transpose(0, 1) for x in request)
     positions = torch.arange(q.shape[1])
@@ -279,7 +279,7 @@ FORMATS = (
 
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "window", "path"),
-    # The paths take turns at one case, so that its law is computed once.
+    # The paths take turns at one case, so that its reference is computed once.
     [
         (name, shape, *format, path)
         for name in variant_names()
@@ -289,28 +289,28 @@ FORMATS = (
     ],
     ids=str,
 )
-def test_equals_law(
+def test_equals_reference(
     name: str, shape: Shape, dtype: torch.dtype, window: int | None, path: str
 ) -> None:
-    error = error_against_law(path, name, shape, window, dtype, threads=1)
+    error = error_against_reference(path, name, shape, window, dtype, threads=1)
     assert error <= tolerance(path, dtype)
 
 
 @pytest.mark.parametrize("name", variant_names())
-def test_split_contexts_equal_law(name: str) -> None:
+def test_split_contexts_equal_reference(name: str) -> None:
     """Long contexts are cut into parts for the threads, and the parts' results merged."""
     shape = Shape(4, 2, 32, 32, 1100, 1097)
     for dtype, window in ((torch.float32, None), (torch.float32, 700), (torch.bfloat16, None)):
         for path in paths(name)[1:]:
             for threads in (2, 5):
-                error = error_against_law(path, name, shape, window, dtype, threads)
+                error = error_against_reference(path, name, shape, window, dtype, threads)
                 assert error <= tolerance(path, dtype), (path, threads, dtype, window)
 
 
 @pytest.mark.parametrize("name", variant_names())
 def test_single_visible_key(name: str) -> None:
     for path in paths(name)[1:]:
-        error = error_against_law(path, name, SHAPES[0], 1, torch.float32, threads=1)
+        error = error_against_reference(path, name, SHAPES[0], 1, torch.float32, threads=1)
         assert error <= TOLERANCE, path
 
 

@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_kernels import Variant, attend, causal_mask, get_variant, selectable_mask
-from attn_kernels import reference as law
-from tests.attn_kernels import textbook
+from attn_kernels import Variant, attend, causal_mask, get_variant, reference, selectable_mask
+from tests.attn_kernels import paper_formulas
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
     VARIANTS,
@@ -50,7 +49,9 @@ spreads = st.sampled_from([0.0, 0.01, 1.0, 30.0])
 
 
 def run(variant: Variant, inputs: Inputs, window: int | None, **options: Any) -> Tensor:
-    return law.attention(variant, *inputs.qkv, window=window, learned=inputs.learned, **options)[0]
+    return reference.attention(
+        variant, *inputs.qkv, window=window, learned=inputs.learned, **options
+    )[0]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
@@ -71,7 +72,7 @@ def test_rows_of_weights(variant: Variant, shape: Shape, seed: int, spread: floa
     assert (weights >= 0).all()
     assert (weights[:, ~mask] == 0).all()
     total = weights.sum(-1)
-    row_sum = textbook.entry(variant.name).row_sum
+    row_sum = paper_formulas.entry(variant.name).row_sum
     if row_sum == "one":
         close(total, torch.ones_like(total), 1e-12)
     elif row_sum == "at most one":
@@ -94,7 +95,7 @@ def test_causality(variant: Variant, shape: Shape, seed: int, data: st.DataObjec
     before = run(variant, inputs, shape.window)
     after = run(variant, changed, shape.window)
     close(after[:, :j], before[:, :j], 1e-12)
-    if textbook.entry(variant.name).row_sum == "one":  # other rows may be 0 before and after
+    if paper_formulas.entry(variant.name).row_sum == "one":  # other rows may be 0 before and after
         assert not torch.equal(after[:, j:], before[:, j:]), "the change must be seen from j on"
 
 
@@ -160,16 +161,18 @@ def test_keys_outside_the_window_change_nothing(
     state = torch.rand(start, generator=seeded(seed), dtype=torch.float64)
     options: dict[str, Any] = {"window": window, "learned": inputs.learned}
     q = inputs.q[:, start:]
-    want, _ = law.attention(
+    want, _ = reference.attention(
         variant, q, inputs.k, inputs.v, state=state if variant.stateful else None, **options
     )
     k = torch.cat((other.k[:, :past], inputs.k[:, past:]), 1)
     v = torch.cat((other.v[:, :past], inputs.v[:, past:]), 1)
-    got, _ = law.attention(variant, q, k, v, state=state if variant.stateful else None, **options)
+    got, _ = reference.attention(
+        variant, q, k, v, state=state if variant.stateful else None, **options
+    )
     close(got, want, 1e-12)
     if not variant.stateful:
         # A stateful variant may treat position 0 apart, and without its past another key is there.
-        dropped, _ = law.attention(variant, q, k[:, past:], v[:, past:], **options)
+        dropped, _ = reference.attention(variant, q, k[:, past:], v[:, past:], **options)
         close(dropped, want, 1e-12)
 
 

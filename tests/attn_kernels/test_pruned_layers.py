@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import cpu, get_variant, pruning
+from attn_kernels import Variant, cpu, get_variant, pruning, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.cpu.pruned import PrunedCPULayer
 from tests.attn_kernels.cases import seeded
 
-SELECTIVE = get_variant("selective")
+PRUNABLE = [name for name in variant_names() if get_variant(name).prunable]
 NUM_PAGES = 9
 
 
@@ -24,6 +24,7 @@ NUM_PAGES = 9
 class Shape:
     """A layer, and how many tokens its requests have."""
 
+    name: str
     heads: int
     kv_heads: int
     head_size: int
@@ -34,26 +35,33 @@ class Shape:
         return pruning.PageShape(self.budget, self.kv_heads, self.head_size, dtype)
 
     @property
+    def variant(self) -> Variant:
+        return get_variant(self.name)
+
+    @property
     def scale(self) -> float:
         return self.head_size**-0.5
 
     def __str__(self) -> str:
-        return f"h{self.heads}kv{self.kv_heads}_d{self.head_size}_b{self.budget}"
+        return f"{self.name}_h{self.heads}kv{self.kv_heads}_d{self.head_size}_b{self.budget}"
 
 
-SHAPES = (
-    Shape(4, 2, 32, 24, (70, 1, 24, 25, 90)),
-    Shape(3, 3, 48, 2, (1, 2, 3, 40)),
-    Shape(6, 1, 64, 17, (50, 18)),
-    Shape(2, 1, 256, 33, (64,)),
-    Shape(9, 3, 80, 200, (60, 130)),  # ample: nothing is evicted
+SIZES = (
+    (4, 2, 32, 24, (70, 1, 24, 25, 90)),
+    (3, 3, 48, 2, (1, 2, 3, 40)),
+    (6, 1, 64, 17, (50, 18)),
+    (2, 1, 256, 33, (64,)),
+    (9, 3, 80, 200, (60, 130)),  # ample: nothing is evicted
 )
+SHAPES = [Shape(name, *sizes) for name in PRUNABLE for sizes in SIZES]
+FIRST = SHAPES[:: len(SIZES)]
+"""The first of each variant."""
 
 
 def is_clear(q: Tensor, k: Tensor, shape: Shape) -> bool:
     """No eviction is so close that float32's rounding of the scores could decide it otherwise."""
     n = q.shape[1]
-    added = pruning.fixed_point(q[0] * shape.scale @ k[0].T).tril(-1)
+    added = pruning.fixed_point(shape.variant.selection(q[0] * shape.scale @ k[0].T)).tril(-1)
     added[:, 0] = 0
     before = added.cumsum(0) - added
     deaths, _ = pruning.evict(before, torch.arange(n), 0, shape.budget)
@@ -121,15 +129,15 @@ def expected(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
     for q, k, v in requests(shape, dtype):
         wide = shape.page(torch.float64)
         page = pruning.Page.view(torch.zeros(wide.num_bytes, dtype=torch.uint8), wide)
-        outputs.append(pruning.attend_pruned(q, k, v, page, 0, shape.scale))
+        outputs.append(pruning.attend_pruned(shape.variant, q, k, v, page, 0, shape.scale))
     return outputs
 
 
 def make_layer(kind: str, shape: Shape, dtype: torch.dtype) -> Any:
     pages, page = pages_of(shape, dtype), shape.page(dtype)
     if kind == "torch":
-        return pruning.TorchPrunedLayer(pages, page, scale=shape.scale)
-    kernel = cpu.load(SELECTIVE, kind)
+        return pruning.TorchPrunedLayer(shape.variant, pages, page, scale=shape.scale)
+    kernel = cpu.load(shape.variant, kind)
     assert kernel is not None
     return PrunedCPULayer(kernel, pages, page, num_heads=shape.heads, scale=shape.scale)
 
@@ -141,18 +149,18 @@ KINDS = ("torch", "portable", cpu.usable_isas()[0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32(kind: str, shape: Shape) -> None:
-    law = expected(shape, torch.float32)
+    rights = expected(shape, torch.float32)
     for chunk in (1, 7, 64):
         outputs = in_chunks(make_layer(kind, shape, torch.float32), shape, torch.float32, chunk)
-        for output, right in zip(outputs, law, strict=True):
+        for output, right in zip(outputs, rights, strict=True):
             # Penalties are whole units of 2^-16, a few of which rounding may move.
             torch.testing.assert_close(output.double(), right, rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision(kind: str, dtype: torch.dtype) -> None:
-    shape = SHAPES[0]
+@pytest.mark.parametrize("shape", FIRST, ids=str)
+def test_half_precision(shape: Shape, kind: str, dtype: torch.dtype) -> None:
     layer = make_layer(kind, shape, dtype)
     for output, right in zip(
         in_chunks(layer, shape, dtype, 13), expected(shape, dtype), strict=True
@@ -162,9 +170,9 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_no_chunking_changes_a_bit(kind: str) -> None:
+@pytest.mark.parametrize("shape", FIRST, ids=str)
+def test_no_chunking_changes_a_bit(shape: Shape, kind: str) -> None:
     """Not even where evictions are close, nor with other requests in the batch or more threads."""
-    shape = SHAPES[0]
     whole = in_chunks(make_layer(kind, shape, torch.float32), shape, torch.float32, 90)
     threads = torch.get_num_threads()
     try:
@@ -177,9 +185,9 @@ def test_no_chunking_changes_a_bit(kind: str) -> None:
         torch.set_num_threads(threads)
 
 
-def test_accumulators_are_the_references() -> None:
+@pytest.mark.parametrize("shape", FIRST, ids=str)
+def test_accumulators_are_the_references(shape: Shape) -> None:
     """Within the rounding of each addition; positions exactly."""
-    shape = SHAPES[0]
     found = {}
     for kind in KINDS:
         layer = make_layer(kind, shape, torch.float32)
@@ -198,4 +206,4 @@ def test_accumulators_are_the_references() -> None:
 
 def test_refuses_a_head_size() -> None:
     with pytest.raises(ValueError, match="do not support head size 24"):
-        make_layer(KINDS[1], Shape(1, 1, 24, 4, (1,)), torch.float32)
+        make_layer(KINDS[1], Shape("selective", 1, 1, 24, 4, (1,)), torch.float32)

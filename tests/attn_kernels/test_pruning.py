@@ -12,6 +12,8 @@ from torch import Tensor
 from attn_kernels import get_variant, pruning, reference
 from tests.attn_kernels.cases import seeded
 
+SELECTIVE = get_variant("selective")
+
 
 class Kept(NamedTuple):
     """A stored token: its position, its accumulator in units of 2^-16, its key and value."""
@@ -86,7 +88,7 @@ def in_chunks(
     for start in range(0, n, chunk):
         end = start + chunk
         part = q[:, start:end], k[:, start:end], v[:, start:end]
-        outputs.append(pruning.attend_pruned(*part, page, start, scale))
+        outputs.append(pruning.attend_pruned(SELECTIVE, *part, page, start, scale))
     return torch.cat(outputs, 1), page
 
 
@@ -107,8 +109,8 @@ def test_ample_budget_is_selective_attention(chunk: int) -> None:
     """But for the accumulators' rounding to 2^-16."""
     q, k, v = inputs(40)
     outputs, _ = in_chunks(q, k, v, 40, chunk, 0.5)
-    law, _ = reference.attention(get_variant("selective"), q, k, v, scale=0.5)
-    torch.testing.assert_close(outputs, law, rtol=0, atol=1e-3)
+    expected, _ = reference.attention(SELECTIVE, q, k, v, scale=0.5)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-3)
 
 
 def test_ties_evict_the_oldest() -> None:

@@ -1,4 +1,4 @@
-"""The law agrees with itself however a sequence is cut, and float32 `attend` agrees with it."""
+"""The reference agrees with itself however a sequence is cut, and float32 `attend` with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import Variant, attend, causal_mask
-from attn_kernels import reference as law
+from attn_kernels import Variant, attend, causal_mask, reference
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
     SHAPES,
@@ -27,14 +26,14 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=CONFIGURATION_I
 def chunked(
     variant: Variant, inputs: Inputs, sizes: list[int], window: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The law on consecutive chunks of queries, each against the keys up to its end."""
+    """The reference on consecutive chunks of queries, each against the keys up to its end."""
     starts = [0]
     while starts[-1] < inputs.q.shape[-2]:
         size = sizes[(len(starts) - 1) % len(sizes)]
         starts.append(min(starts[-1] + size, inputs.q.shape[-2]))
     outputs, state = [], None
     for start, stop in pairwise(starts):
-        output, state = law.attention(
+        output, state = reference.attention(
             variant,
             inputs.q[..., start:stop, :],
             inputs.k[..., :stop, :],
@@ -55,7 +54,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def whole(
     variant: Variant, inputs: Inputs, window: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    return law.attention(variant, *inputs.qkv, window=window, learned=inputs.learned)
+    return reference.attention(variant, *inputs.qkv, window=window, learned=inputs.learned)
 
 
 def assert_same(
@@ -71,7 +70,7 @@ def assert_same(
 @every_variant
 def test_token_by_token_equals_dense(variant: Variant, shape: Shape) -> None:
     inputs = make_inputs(variant, shape, seed=10)
-    decoded = law.decode(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
+    decoded = reference.decode(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
     assert_same(decoded, whole(variant, inputs, shape.window), variant.stateful)
 
 
@@ -93,11 +92,11 @@ def test_leading_batch_dimensions(variant: Variant) -> None:
     batch = [
         torch.stack(x).unflatten(0, (2, 3)) for x in zip(*(part.qkv for part in parts), strict=True)
     ]
-    out, state = law.attention(variant, *batch, window=5, learned=learned)
-    decoded, _ = law.decode(variant, *batch, window=5, learned=learned)
+    out, state = reference.attention(variant, *batch, window=5, learned=learned)
+    decoded, _ = reference.decode(variant, *batch, window=5, learned=learned)
     torch.testing.assert_close(decoded, out, rtol=1e-11, atol=1e-12)
     for i, part in enumerate(parts):
-        alone = law.attention(variant, *part.qkv, window=5, learned=learned)
+        alone = reference.attention(variant, *part.qkv, window=5, learned=learned)
         at = divmod(i, 3)
         there = out[at], None if state is None else state[at]
         assert_same(there, alone, variant.stateful)
@@ -107,15 +106,17 @@ def test_leading_batch_dimensions(variant: Variant) -> None:
 def test_default_query_start_is_the_end_of_the_keys(variant: Variant) -> None:
     inputs = make_inputs(variant, Shape(2, 1, 0, 8, 8, 4, 4), seed=12)
     q = inputs.q[:, 5:]
-    implied, _ = law.attention(variant, q, inputs.k, inputs.v, learned=inputs.learned)
-    stated, _ = law.attention(variant, q, inputs.k, inputs.v, query_start=5, learned=inputs.learned)
+    implied, _ = reference.attention(variant, q, inputs.k, inputs.v, learned=inputs.learned)
+    stated, _ = reference.attention(
+        variant, q, inputs.k, inputs.v, query_start=5, learned=inputs.learned
+    )
     assert torch.equal(implied, stated)
 
 
 def test_more_queries_than_keys_is_an_error() -> None:
     inputs = make_inputs(VARIANTS[0], Shape(1, 1, 0, 4, 4, 2, 2))
     with pytest.raises(ValueError, match="4 queries do not fit before key 3"):
-        law.attention(VARIANTS[0], inputs.q, inputs.k[:, :3], inputs.v[:, :3])
+        reference.attention(VARIANTS[0], inputs.q, inputs.k[:, :3], inputs.v[:, :3])
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e300], ids=str)
@@ -125,7 +126,7 @@ def test_keys_after_the_last_query_do_not_leak(variant: Variant, junk: float) ->
     inputs = make_inputs(variant, Shape(4, 2, 0, 16, 16, 8, 8), seed=13)
     stop = 9
     state = torch.rand(stop, dtype=torch.float64) if variant.stateful else None
-    want, state_want = law.attention(
+    want, state_want = reference.attention(
         variant,
         inputs.q[:, 6:stop],
         inputs.k[:, :stop],
@@ -136,7 +137,7 @@ def test_keys_after_the_last_query_do_not_leak(variant: Variant, junk: float) ->
     k, v = inputs.k.clone(), inputs.v.clone()
     k[:, stop:] = junk
     v[:, stop:] = junk
-    got, state_got = law.attention(
+    got, state_got = reference.attention(
         variant, inputs.q[:, 6:stop], k, v, query_start=6, learned=inputs.learned, state=state
     )
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
@@ -156,7 +157,7 @@ def test_keys_before_the_window_do_not_leak(variant: Variant, junk: float) -> No
     k[:, : start - window + 1] = junk
     v[:, : start - window + 1] = junk
     results = [
-        law.attention(
+        reference.attention(
             variant, inputs.q[:, start:], *kv, window=window, learned=inputs.learned, state=state
         )
         for kv in ((inputs.k, inputs.v), (k, v))
@@ -165,7 +166,7 @@ def test_keys_before_the_window_do_not_leak(variant: Variant, junk: float) -> No
     assert results[1][0].isfinite().all()
 
 
-# The largest absolute error of float32 against the law, for values of size about 1 at 96 keys:
+# The largest error of float32 against the reference, for values of size about 1 at 96 keys:
 # about four times the largest seen over ten seeds.
 FLOAT32_TOLERANCE = {
     # A weight's relative error is its score's error: a few units, rounded at 2^-24.
@@ -179,7 +180,7 @@ FLOAT32_TOLERANCE = {
 
 @pytest.mark.parametrize("window", [None, 33], ids=["full", "window33"])
 @every_variant
-def test_float32_attend_is_close_to_the_law(variant: Variant, window: int | None) -> None:
+def test_float32_attend_is_close_to_the_reference(variant: Variant, window: int | None) -> None:
     inputs = make_inputs(variant, Shape(4, 2, 0, 96, 96, 32, 32), seed=15)
     want, _ = whole(variant, inputs, window)
     q, k, v = (x.float() for x in inputs.qkv)
@@ -199,7 +200,7 @@ def test_float32_attend_is_close_to_the_law(variant: Variant, window: int | None
 
 
 @every_variant
-def test_law_takes_any_dtype_and_answers_in_float64(variant: Variant) -> None:
+def test_reference_takes_any_dtype_and_answers_in_float64(variant: Variant) -> None:
     inputs = make_inputs(variant, Shape(2, 2, 0, 6, 6, 4, 4), seed=16)
     half = cast(inputs, torch.bfloat16)
     exact = cast(half, torch.float64)

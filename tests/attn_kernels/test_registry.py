@@ -17,11 +17,11 @@ from attn_kernels import (
     VariantError,
     attend,
     get_variant,
+    reference,
     register,
     variant_from_config,
     variant_names,
 )
-from attn_kernels import reference as law
 from attn_kernels import variant as registry
 from tests.attn_kernels.cases import Shape, causal, make_inputs
 
@@ -203,14 +203,14 @@ def test_new_variant_works_everywhere_by_being_registered() -> None:
     want = (weights * causal(11)) @ values
 
     out, _ = attend(variant, q, k, v, causal(11))
-    dense, state = law.attention(variant, q, k, v)
-    stepwise, _ = law.decode(variant, q, k, v)
-    chunk, _ = law.attention(variant, q[:, 4:9], k, v, query_start=4)
+    dense, state = reference.attention(variant, q, k, v)
+    stepwise, _ = reference.decode(variant, q, k, v)
+    chunk, _ = reference.attention(variant, q[:, 4:9], k, v, query_start=4)
     assert state is None
     for got, expected in ((out, want), (dense, want), (stepwise, want), (chunk, want[:, 4:9])):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
-    windowed, _ = law.attention(variant, q, k, v, window=3)
-    decoded, _ = law.decode(variant, q, k, v, window=3)
+    windowed, _ = reference.attention(variant, q, k, v, window=3)
+    decoded, _ = reference.decode(variant, q, k, v, window=3)
     torch.testing.assert_close(windowed, decoded, rtol=1e-12, atol=1e-13)
 
 

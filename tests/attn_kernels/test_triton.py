@@ -1,5 +1,5 @@
-"""The GPU kernels against the float64 law, in Triton's interpreter: odd shapes, random paging, NaN
-in every unused slot, by the same test as the CPU's.
+"""The GPU kernels against the float64 reference, in Triton's interpreter: odd shapes, random
+paging, NaN in every unused slot, by the same test as the CPU's.
 
 The interpreter multiplies bit patterns where matrices are bfloat16; here they are widened before.
 """
@@ -94,13 +94,13 @@ def make_layer(
 # Few processors leave a context whole, many cut it into parts.
 @pytest.mark.parametrize(("window", "processors"), [(None, "132"), (24, "1")])
 @pytest.mark.parametrize("name", variant_names())
-def test_equals_the_law(
+def test_equals_the_reference(
     name: str, window: int | None, processors: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill in chunks and decoding, mixed; one request alone decodes against a split context."""
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
     shape = SHAPES[window is not None]
-    error = paged.error_against_law(processors, name, shape, window, torch.float32, 1)
+    error = paged.error_against_reference(processors, name, shape, window, torch.float32, 1)
     assert error <= TOLERANCE
 
 
@@ -108,7 +108,7 @@ def test_equals_the_law(
 @pytest.mark.parametrize("name", ["softpick", "lssar", "selective"])
 def test_groups_of_any_size(name: str, shape: paged.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
-    assert paged.error_against_law("16", name, shape, None, torch.float32, 1) <= TOLERANCE
+    assert paged.error_against_reference("16", name, shape, None, torch.float32, 1) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_groups_of_any_size(name: str, shape: paged.Shape, monkeypatch: pytest.M
 )
 def test_16_bits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
-    error = paged.error_against_law("132", name, SHAPES[0], None, dtype, 1)
+    error = paged.error_against_reference("132", name, SHAPES[0], None, dtype, 1)
     assert error <= NARROW_TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("sigmoid")
 def test_the_example_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
-    error = paged.error_against_law("132", "sigmoid", SHAPES[0], None, torch.float32, 1)
+    error = paged.error_against_reference("132", "sigmoid", SHAPES[0], None, torch.float32, 1)
     assert error <= TOLERANCE
 
 
@@ -168,12 +168,12 @@ def single(name: str, dtype: torch.dtype, **options: Any) -> Single:
 
 @pytest.mark.parametrize("name", ["softmax", "lssa"])
 def test_quantized_cache(name: str) -> None:
-    """Keys and values divided by their scales and rounded: the law of what the cache holds."""
+    """Keys and values divided by their scales and rounded, against what the cache holds."""
     scales = {"key_scale": torch.tensor([0.03]), "value_scale": torch.tensor([0.04])}
     found = single(name, torch.int8, **scales)
     assert (found.k / 0.03).abs().max() > 100
-    law, _ = reference.attention(get_variant(name), found.q, found.k, found.v, scale=0.2)
-    assert paged.relative_error(found.output, law) <= TOLERANCE
+    expected, _ = reference.attention(get_variant(name), found.q, found.k, found.v, scale=0.2)
+    assert paged.relative_error(found.output, expected) <= TOLERANCE
 
 
 def test_soft_cap() -> None:
@@ -188,7 +188,7 @@ def test_soft_cap() -> None:
 
 
 def test_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles are timed once, one that does not fit is passed over, the answer stays the law's."""
+    """Tiles are timed once, one that does not fit is passed over, the answer stays the same."""
     from triton.runtime.errors import OutOfResources
 
     from attn_kernels.triton import tuning
@@ -209,8 +209,10 @@ def test_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "seconds", seconds)
     for _ in range(2):
         found = single("softpick", torch.float32)
-        law, _ = reference.attention(get_variant("softpick"), found.q, found.k, found.v, scale=0.2)
-        assert paged.relative_error(found.output, law) <= TOLERANCE
+        expected, _ = reference.attention(
+            get_variant("softpick"), found.q, found.k, found.v, scale=0.2
+        )
+        assert paged.relative_error(found.output, expected) <= TOLERANCE
     assert ran == tiles
     (chosen,) = tuning._fastest.values()
     assert chosen in tiles[:2]
@@ -273,7 +275,11 @@ def test_refusals(name: str, dtype: torch.dtype, options: dict[str, Any], messag
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [pruned.Shape(4, 2, 32, 7, (20, 1, 7, 8)), pruned.Shape(3, 3, 48, 2, (1, 9))],
+    [
+        pruned.Shape(name, *sizes)
+        for name in pruned.PRUNABLE
+        for sizes in ((4, 2, 32, 7, (20, 1, 7, 8)), (3, 3, 48, 2, (1, 9)))
+    ],
     ids=str,
 )
 def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
@@ -282,7 +288,7 @@ def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
 
     for chunk in (3, 20):
         layer = TritonPrunedLayer(
-            pruned.SELECTIVE,
+            shape.variant,
             pruned.pages_of(shape, dtype),
             shape.page(dtype),
             num_heads=shape.heads,

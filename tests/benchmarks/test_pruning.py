@@ -66,7 +66,7 @@ def test_defaults_hold_a_request_of_any_dtype(checkpoint: Path) -> None:
 
 def test_another_attention_is_refused(tmp_path: Path, commands: Commands) -> None:
     tiny_checkpoint(tmp_path, "softmax")
-    assert "has no selective attention to prune" in commands.refused(pruning, f"--ckpt={tmp_path}")
+    assert "has no attention that can be pruned" in commands.refused(pruning, f"--ckpt={tmp_path}")
 
 
 @pytest.mark.slow

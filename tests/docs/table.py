@@ -336,7 +336,7 @@ RULES: dict[str, Rule] = {
         for extra in ("quant-libraries", "lm-eval")
     },
     "python -m quant.report": Run(
-        "python -m quant.report --results quant/results", prints=r'"cells": [1-9]'
+        "python -m quant.report --results quant/results", prints=r'"configs": [1-9]'
     ),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
         "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 2 4 "

@@ -13,7 +13,7 @@ import torch
 
 from quant_kernels import Panels, panels
 from quant_kernels.pack import pack
-from quant_kernels.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 from tests.gpu.paged import DTYPES
 
 TOLERANCES = {"fp32": 2e-6, "bf16": 2**-8, "fp16": 2**-11}
@@ -42,8 +42,8 @@ FULL = Shape("cuda", 150, 1100, (1, 2, 3, 4, 5, 16, 17, 70), GROUPS)
 
 def matrix(shape: Shape, bits: int, group: int | None, zeros: str) -> QuantizedWeight:
     """Return a random quantized matrix."""
-    grid = Grid(bits, group, zeros == "none")
-    of_groups = shape.outputs, grid.groups(shape.columns)
+    spec = QuantSpec(bits, group, zeros == "none")
+    of_groups = shape.outputs, spec.groups(shape.columns)
     codes = torch.randint(0, 2**bits, (shape.outputs, shape.columns), dtype=torch.uint8)
     scales = (torch.rand(of_groups) + 0.1).bfloat16()
     points = None
@@ -51,12 +51,12 @@ def matrix(shape: Shape, bits: int, group: int | None, zeros: str) -> QuantizedW
         points = torch.randint(0, 2**bits, of_groups, dtype=torch.uint8)
     elif zeros == "half":
         points = (torch.rand(of_groups) * 2**bits).half()
-    return QuantizedWeight(codes, scales, points, grid)
+    return QuantizedWeight(codes, scales, points, spec)
 
 
 def on_device(weight: QuantizedWeight, shape: Shape, bits: int) -> Panels:
     """Return the matrix as the kernels take it."""
-    found = panels(pack(weight.codes, bits), weight.scales, weight.zeros, bits, shape.columns)
+    found = panels(pack(weight.values, bits), weight.scales, weight.zeros, bits, shape.columns)
     device = torch.device(shape.device)
     zeros = None if found.zeros is None else found.zeros.to(device)
     return Panels(found.words.to(device), found.scales.to(device), zeros)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from attnserve import machine
 from attnserve.files import CHECKOUT
 from quant_kernels.pack import unpack
-from quant_kernels.weight import Grid, QuantizedWeight
-from tests.law_model import law_greedy
+from quant_kernels.weight import QuantizedWeight, QuantSpec
+from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.vllm_attn.client import Client
 
@@ -48,7 +48,7 @@ def dequantize(packed: Path, plain: Path) -> None:
     """Write a packed checkpoint's weights and config.json as those of an unquantized one."""
     config = json.loads((packed / "config.json").read_text())
     weights = config.pop("quantization_config")["config_groups"]["group_0"]["weights"]
-    grid = Grid(weights["num_bits"], weights["group_size"], weights["symmetric"])
+    spec = QuantSpec(weights["num_bits"], weights["group_size"], weights["symmetric"])
     stored: dict[str, torch.Tensor] = {}
     for file in packed.glob("*.safetensors"):
         stored |= load_file(file)
@@ -60,9 +60,9 @@ def dequantize(packed: Path, plain: Path) -> None:
             zeros = stored.get(f"{layer}.weight_zero_point")
             if zeros is not None:
                 # Packed along the rows: a column of zero points is consecutive.
-                zeros = unpack(zeros.T.contiguous(), grid.bits, rows).T.contiguous()
-            codes = unpack(words, grid.bits, columns)
-            weight = QuantizedWeight(codes, stored[f"{layer}.weight_scale"], zeros, grid)
+                zeros = unpack(zeros.T.contiguous(), spec.bits, rows).T.contiguous()
+            codes = unpack(words, spec.bits, columns)
+            weight = QuantizedWeight(codes, stored[f"{layer}.weight_scale"], zeros, spec)
             tensors[f"{layer}.weight"] = weight.dequantize()
     plain.mkdir()
     save_file(tensors, plain / "model.safetensors")
@@ -161,7 +161,7 @@ def test_same_tokens_as_the_reference(case: Case, tmp_path: Path) -> None:
         log = server.log()
     agreed = 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        greedy = law_greedy(plain, prompt, NEW_TOKENS, case.variant)
+        greedy = reference_greedy(plain, prompt, NEW_TOKENS, case.variant)
         tie = NEAR_TIE[case.dtype]
         agreed += compare(answer, greedy.tokens, greedy.margins, tie)
     assert agreed > 0.5 * NEW_TOKENS * len(prompts), "too many near ties to compare"

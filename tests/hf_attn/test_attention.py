@@ -19,7 +19,7 @@ from transformers import (
 from attn_kernels import get_variant, variant_names
 from attn_kernels.reference import attention
 from hf_attn.attention import attention_forward
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 
 TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -59,12 +59,12 @@ def generate(model: PreTrainedModel, **options: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_stock_llama_generates_the_laws_tokens(name: str, tmp_path: Path) -> None:
+def test_stock_llama_generates_the_references_tokens(name: str, tmp_path: Path) -> None:
     model = stock(LlamaConfig(**TINY), name)
     model.save_pretrained(tmp_path)
-    law = law_greedy(tmp_path, IDS[0].tolist(), 16, {"name": name})
-    assert min(law.margins) > 1e-3
-    assert generate(model, use_cache=get_variant(name).stateful is False) == law.tokens
+    expected = reference_greedy(tmp_path, IDS[0].tolist(), 16, {"name": name})
+    assert min(expected.margins) > 1e-3
+    assert generate(model, use_cache=get_variant(name).stateful is False) == expected.tokens
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,12 @@ def test_what_is_not_defined_is_refused(changed: dict[str, Any], message: str) -
 def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     """The only rounding is that of the inputs and of the output, also under autocast."""
     q, k, v, mask = tensors(dtype)
-    law, _ = attention(get_variant(name), q, k, v)
+    expected, _ = attention(get_variant(name), q, k, v)
     with torch.autocast("cpu", torch.bfloat16):
         output, weights = attention_forward(name, Module(), q, k, v, mask)
     assert output.dtype == weights.dtype == dtype
     assert output.shape == (1, 6, 4, 8)
-    torch.testing.assert_close(output.transpose(1, 2), law.to(dtype), atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(output.transpose(1, 2), expected.to(dtype), atol=1e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -174,8 +174,10 @@ def test_rows_that_see_nothing_are_zero(name: str) -> None:
     output, weights = attention_forward(name, Module(), q, k, v, mask)
     assert (output[:, :2] == 0).all()
     assert (weights[:, :, :2] == 0).all()
-    law, _ = attention(get_variant(name), q[:, :, 2:], k[:, :, 2:], v[:, :, 2:])
-    torch.testing.assert_close(output[:, 2:].transpose(1, 2).double(), law, atol=1e-5, rtol=1e-4)
+    expected, _ = attention(get_variant(name), q[:, :, 2:], k[:, :, 2:], v[:, :, 2:])
+    torch.testing.assert_close(
+        output[:, 2:].transpose(1, 2).double(), expected, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_names_are_free() -> None:

@@ -76,20 +76,20 @@ def test_same_logits_as_our_own_format(
 
 
 @pytest.mark.parametrize("attn_impl", VARIANTS)
-def test_same_logits_as_the_law(attn_impl: str, tmp_path: Path) -> None:
+def test_same_logits_as_the_reference(attn_impl: str, tmp_path: Path) -> None:
     """With all that our own format lacks: QK-norm, and the learned scale of the scaled ones."""
     folder = fla_checkpoint(tmp_path, **EVERYTHING, attn_impl=attn_impl)
-    law = fla_logits(folder, TOKENS[0].tolist())
-    assert law.std() > 1
-    torch.testing.assert_close(logits(folder)[0].double(), law, atol=1e-4, rtol=1e-4)
+    expected = fla_logits(folder, TOKENS[0].tolist())
+    assert expected.std() > 1
+    torch.testing.assert_close(logits(folder)[0].double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_scale_in_a_window(tmp_path: Path) -> None:
     """The scale is that of the position, not of the number of visible keys."""
     fields = EVERYTHING | {"attn_impl": "parallel_scaled_softpick_attn", "window_size": 8}
     folder = fla_checkpoint(tmp_path, **fields)
-    law = fla_logits(folder, TOKENS[0].tolist())
-    torch.testing.assert_close(logits(folder)[0].double(), law, atol=1e-4, rtol=1e-4)
+    expected = fla_logits(folder, TOKENS[0].tolist())
+    torch.testing.assert_close(logits(folder)[0].double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_generate_a_padded_batch(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_generate_a_padded_batch(tmp_path: Path) -> None:
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert answer[:, width:].tolist() == [law for _, law in pairs]
+    assert answer[:, width:].tolist() == [expected for _, expected in pairs]
 
 
 def test_every_tensor_is_read_and_written_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Generation: every way of running the same tokens gives what the float64 law gives."""
+"""Generation: every way of running the same tokens gives what the float64 reference gives."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attn_kernels import variant_names
-from tests.law_model import LawModel, clear_greedy
+from tests.reference_model import ReferenceModel, clear_greedy
 from tests.tiny import tiny_checkpoint
 
 PROMPT_LENGTHS = (10, 3, 1, 5)
@@ -17,15 +17,15 @@ WINDOW = 6
 
 
 class Case:
-    """A checkpoint in float32, and the law's greedy tokens after each prompt."""
+    """A checkpoint in float32, and the reference's greedy tokens after each prompt."""
 
     def __init__(self, folder: Path, name: str, window: int | None) -> None:
         self.folder = tiny_checkpoint(folder, name, sliding_window=window, num_hidden_layers=2)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         asked = [clear_greedy(self.folder, length, NEW) for length in PROMPT_LENGTHS]
         self.prompts = [prompt for prompt, _ in asked]
-        self.tokens = [law.tokens for _, law in asked]
-        """The law's tokens after each prompt."""
+        self.tokens = [expected.tokens for _, expected in asked]
+        """The reference's tokens after each prompt."""
 
     def generate(
         self, ids: Tensor, mask: Tensor | None = None, **options: object
@@ -60,7 +60,7 @@ def padded(prompts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
 
 
 def test_tokens_vary(case: Case) -> None:
-    """The comparison means something: the law's tokens are not one token again and again."""
+    """The comparison means something: the reference's tokens are not one token again and again."""
     assert len(set().union(*case.tokens)) > NEW
     assert all(len(set(tokens)) > NEW // 4 for tokens in case.tokens)
 
@@ -85,15 +85,15 @@ def test_static_cache(case: Case) -> None:
 
 @pytest.mark.parametrize("left", [True, False])
 def test_logits_of_a_padded_batch(case: Case, left: bool) -> None:
-    """All logits of all prompts in one forward pass are the law's."""
+    """All logits of all prompts in one forward pass are the reference's."""
     ids, mask = padded(case.prompts, left)
     with torch.no_grad():
         position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
         logits = case.model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits
-    law = LawModel(case.folder)
+    model = ReferenceModel(case.folder)
     for row, prompt in enumerate(case.prompts):
-        law.reset()
-        expected = torch.stack([law.read(token) for token in prompt])
+        model.reset()
+        expected = torch.stack([model.read(token) for token in prompt])
         torch.testing.assert_close(
             logits[row, mask[row].bool()].double(), expected, atol=2e-3, rtol=1e-4
         )

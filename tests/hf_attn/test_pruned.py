@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from attn_kernels import VariantError
+from attn_kernels import VariantError, get_variant, variant_names
 from hf_attn import VariantLlamaForCausalLM
-from tests.law_model import Greedy, clear_greedy, law_greedy
+from tests.reference_model import Greedy, clear_greedy, reference_greedy
 from tests.tiny import tiny_checkpoint
 
 NUM_TOKENS = 8
 LENGTHS = (9, 30, 41)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module", params=[name for name in variant_names() if get_variant(name).prunable]
+)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
-    return tiny_checkpoint(folder, {"name": "selective", "kv_budgets": [8, 4, 12]})
+    return tiny_checkpoint(folder, {"name": request.param, "kv_budgets": [8, 4, 12]})
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +44,19 @@ def generate(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 def test_generate(checkpoint: Path, answers: list[tuple[list[int], Greedy]]) -> None:
     model = VariantLlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for prompt, law in answers:
-        assert generate(model, [prompt]) == [law.tokens]
+    for prompt, expected in answers:
+        assert generate(model, [prompt]) == [expected.tokens]
     batch = generate(model, [prompt for prompt, _ in answers])
-    assert batch == [law.tokens for _, law in answers]
+    assert batch == [expected.tokens for _, expected in answers]
 
 
 def test_pruning_matters(checkpoint: Path, answers: list[tuple[list[int], Greedy]]) -> None:
     """The comparison above means something."""
-    prompt, law = answers[-1]
-    assert law_greedy(checkpoint, prompt, NUM_TOKENS, {"name": "selective"}).tokens != law.tokens
+    prompt, expected = answers[-1]
+    name = json.loads((checkpoint / "config.json").read_text())["attention_variant"]["name"]
+    assert (
+        reference_greedy(checkpoint, prompt, NUM_TOKENS, {"name": name}).tokens != expected.tokens
+    )
 
 
 def test_a_budget_for_each_layer(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from attnserve.evaluation.scorers import load
 from quant.activations import Activations, QuantizedCache, on_grid
 from quant.model import largest_inputs, linears
 from quant.schemes.rtn import rtn
-from quant_kernels.weight import Grid
+from quant_kernels.weight import QuantSpec
 from tests.tiny import tiny_checkpoint, write_tiny_llama
 
 NAMES = [*variant_names(), "llama"]
@@ -37,7 +37,7 @@ def test_each_row_has_its_grid(symmetric: bool) -> None:
         torch.randn(2, 3, 16, generator=torch.manual_seed(0)) * torch.tensor([1, 10, 100])[:, None]
     )
     found = on_grid(values, 4, symmetric)
-    plain = rtn(values.reshape(6, 16), Grid(4, None, symmetric)).dequantize()
+    plain = rtn(values.reshape(6, 16), QuantSpec(4, None, symmetric)).dequantize()
     torch.testing.assert_close(found, plain.view_as(values))
 
 
@@ -73,7 +73,7 @@ def test_largest_inputs(softpick: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_cache_widths(name: str, tmp_path: Path) -> None:
-    """The fewer bits, the further from the exact cache; keys and values are on their grids."""
+    """The fewer bits, the further from the exact cache; keys and values are on their specs."""
     model = model_of(name, tmp_path)
     texts = ids(model)
     exact_cache = DynamicCache()

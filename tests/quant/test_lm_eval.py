@@ -13,7 +13,7 @@ from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import Item, TransformersScorer
 from quant import lm_eval_tasks, sweep
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.schemes.registry import installed
 from quant.store import path_of, read
 from tests.quant.test_sweep import SMALL
@@ -86,12 +86,12 @@ def test_tasks_in_cells(
     totals = [scored.total for scored in scorer.score(items, "")]
     hits = [float(good > bad) for good, bad in zip(totals[::2], totals[1::2], strict=True)]
     words = sum(len(good.split()) for good, _ in PAIRS)
-    plain = read(path_of(tmp_path, "softpick", Cell()))
+    plain = read(path_of(tmp_path, "softpick", QuantConfig()))
     assert plain.units["lm-eval"]["pairs"]["acc"] == hits
     assert plain.summary["lm-eval: pairs acc"].value == pytest.approx(sum(hits) / 3)
     perplexity = plain.summary["lm-eval: texts word_perplexity"]
     assert perplexity.value == pytest.approx(math.exp(-sum(totals[::2]) / words), rel=1e-4)
-    quantized = read(path_of(tmp_path, "softpick", Cell(kv=8)))
+    quantized = read(path_of(tmp_path, "softpick", QuantConfig(kv=8)))
     assert -1 <= quantized.summary["lm-eval: pairs acc change"].value <= 1
     assert quantized.summary["lm-eval: texts word_perplexity"].value != perplexity.value
 
@@ -163,4 +163,4 @@ def refused(argv: list[str], message: str, out: Path, capsys: Capture) -> None:
         sweep.main(argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not (out / "cells").exists()
+    assert not (out / "configs").exists()

@@ -1,4 +1,4 @@
-"""One cell measured, for every variant: what is measured is what training.analyze measures."""
+"""One config measured, for every variant: what is measured is what training.analyze measures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnserve.evaluation.perplexity import Perplexity
 from attnserve.evaluation.scorers import TransformersScorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant.activations import cache_bytes
-from quant.cell import Cell, cells
+from quant.config import QuantConfig, SearchSpace
 from quant.measure import Task, changes, key_of, measure, texts_of
 from quant.model import linears, put, quantize, stored_bytes
 from quant.outliers import figures
@@ -27,7 +27,7 @@ from quant.samples import Samples, Subject
 from quant.schemes.registry import get_scheme
 from quant.scorer import Comparison, Recorder, WatchedScorer
 from quant.texts import Sources
-from quant_kernels.weight import Grid
+from quant_kernels.weight import QuantSpec
 from tests.tiny import tiny_checkpoint
 
 SAMPLES = Samples(sequences=2, length=48, pairs=2, passages=3, calibration=2)
@@ -36,11 +36,13 @@ SAMPLES = Samples(sequences=2, length=48, pairs=2, passages=3, calibration=2)
 MEASURES = [Perplexity(SAMPLES.sequences), Blimp(SAMPLES.pairs), Lambada(SAMPLES.passages)]
 
 
-def task(folder: Path, cell: Cell, data: Data, records: Path, baseline: Any = None) -> Task:
+def task(
+    folder: Path, config: QuantConfig, data: Data, records: Path, baseline: Any = None
+) -> Task:
     sources = Sources(books=data.books, sets=data.evaluation)
     texts = texts_of(sources, Subject(folder, SAMPLES.length), SAMPLES)
-    key = key_of(Checkpoint(folder), cell, SAMPLES, texts)
-    return Task(folder, cell, SAMPLES, texts, records, key, baseline)
+    key = key_of(Checkpoint(folder), config, SAMPLES, texts)
+    return Task(folder, config, SAMPLES, texts, records, key, baseline)
 
 
 @pytest.mark.parametrize("variant", variant_names())
@@ -48,7 +50,7 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
     folder = tiny_checkpoint(
         tmp_path / variant, variant, max_position_embeddings=64, num_hidden_layers=2
     )
-    exact = measure(task(folder, Cell(), data, tmp_path))
+    exact = measure(task(folder, QuantConfig(), data, tmp_path))
     assert exact["variant"] == variant and exact["size"]["quantized_bytes"] == 0
     # The same measures through training.analyze's own scorer.
     checkpoint = Subject(folder, SAMPLES.length)
@@ -58,17 +60,17 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
             found = exact["summary"][f"{one.name}: {name}"]
             assert found[0] == pytest.approx(estimate.value, rel=1e-4)
     divergences = {}
-    for cell in (
-        Cell(weights=8, scheme="rtn", group=32),
-        Cell(weights=2, scheme="rtn", group=32),
-        Cell(weights=8, scheme="gptq", activations=8),
-        Cell(activations=4, static=True),
-        Cell(kv=8),
-        Cell(kv=2),
+    for config in (
+        QuantConfig(weights=8, scheme="rtn", group_size=32),
+        QuantConfig(weights=2, scheme="rtn", group_size=32),
+        QuantConfig(weights=8, scheme="gptq", activations=8),
+        QuantConfig(activations=4, static=True),
+        QuantConfig(kv=8),
+        QuantConfig(kv=2),
     ):
-        found = measure(task(folder, cell, data, tmp_path, exact["units"]))
+        found = measure(task(folder, config, data, tmp_path, exact["units"]))
         value = found["summary"]["test KL"][0]
-        divergences[cell.name] = value
+        divergences[config.name] = value
         assert value > 0 and 0 <= found["summary"]["test top-1"][0] <= 1
         spread = found["details"]["KL over tokens"]["test"]
         assert 0 <= spread["median"] <= spread["99 %"] <= spread["99.9 %"] <= spread["largest"]
@@ -95,7 +97,7 @@ def test_divergence_is_that_of_the_definition(softpick: Path, data: Data, tmp_pa
         assert itself.summary()[f"{text} p change, RMS"].value < 1e-4
 
     other = load(softpick)
-    quantize(other, get_scheme("rtn"), Grid(2), torch.empty(0))
+    quantize(other, get_scheme("rtn"), QuantSpec(2), torch.empty(0))
     found = Comparison(tmp_path / "record")
     perplexity.run(checkpoint, data, WatchedScorer(other, watcher=found))
     tokens = checkpoint.encode(split(data.books).test.read_text())[:96]
@@ -144,9 +146,9 @@ def test_sizes(softpick: Path) -> None:
     model = load(softpick)
     total = sum(p.numel() for p in model.parameters())
     assert stored_bytes(model, {}, 2) == 2 * total
-    found = quantize(model, get_scheme("rtn"), Grid(4, None, True), torch.empty(0))
-    numbers = sum(weight.codes.numel() for weight in found.values())
-    scales = sum(len(weight.codes) for weight in found.values())
+    found = quantize(model, get_scheme("rtn"), QuantSpec(4, None, True), torch.empty(0))
+    numbers = sum(weight.values.numel() for weight in found.values())
+    scales = sum(len(weight.values) for weight in found.values())
     assert stored_bytes(model, found, 2) == 2 * (total - numbers) + numbers // 2 + 2 * scales
     assert {weight.packed_bytes for weight in found.values()} >= {128 * 128 // 2 + 2 * 128}
 
@@ -164,7 +166,7 @@ def test_a_tied_head_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
     embeddings = model.model.embed_tokens.weight.clone()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     total = sum(p.numel() for p in model.parameters())
-    head = get_scheme("rtn")(model.lm_head.weight.data, Grid(4))
+    head = get_scheme("rtn")(model.lm_head.weight.data, QuantSpec(4))
     put(linears(model, lm_head=True)["lm_head"], head)
     assert torch.equal(model.model.embed_tokens.weight, embeddings)
     assert torch.equal(model.lm_head.weight, head.dequantize())
@@ -179,32 +181,21 @@ def test_outlier_figures() -> None:
     assert figures(torch.tensor([1.0, -2.0, 10.0, 1.0]))[1] == pytest.approx(10)
 
 
-def test_cells() -> None:
-    def made(**changes: Any) -> list[Cell]:
-        options: dict[str, Any] = {
-            "whats": ["weights"],
-            "schemes": ["rtn"],
-            "bits": [4],
-            "groups": [64],
-            "symmetric": False,
-            "act_order": False,
-            "lm_head": False,
-            "static": False,
-            "activation_bits": 8,
-            "kv_bits": 6,
-        }
-        return cells(**options | changes)
+def test_configs() -> None:
+    def made(**changes: Any) -> list[QuantConfig]:
+        options: dict[str, Any] = {"targets": ["weights"], "schemes": ["rtn"], "bits": [4]}
+        return SearchSpace(**options | {"kv_bits": 6} | changes).configs()
 
-    assert made() == [Cell(weights=4, scheme="rtn", group=64)]
+    assert made() == [QuantConfig(weights=4, scheme="rtn", group_size=64)]
     everything = made(
-        whats=["weights", "weights+activations", "kv", "activations", "weights+kv"],
+        targets=["weights", "weights+activations", "kv", "activations", "weights+kv"],
         schemes=["rtn", "hqq", "gptq"],
         bits=[2, 3, 4, 8],
-        groups=[64, None],
+        group_sizes=[64, None],
         act_order=True,
     )
     assert len(everything) == 3 * 4 * 3 * 2 + 4 + 4
-    names = [cell.name for cell in everything]
+    names = [config.name for config in everything]
     assert len(set(names)) == len(names)
     for name in (
         "weights-gptq-w3-gchannel-actorder",
@@ -214,15 +205,15 @@ def test_cells() -> None:
         "activations-a2",
     ):
         assert name in names
-    for cell in everything:
-        assert cell.bits in (2, 3, 4, 8)
-        assert sorted(cell.what.split("+")) == sorted(set(cell.what.split("+")))
+    for config in everything:
+        assert config.bits in (2, 3, 4, 8)
+        assert sorted(config.target.split("+")) == sorted(set(config.target.split("+")))
     for change, message in (
-        ({"bits": [9]}, "9 bits: use a width from 2 to 8"),
+        ({"bits": [9]}, "9 bits: use 2 to 8"),
         ({"kv_bits": 1}, "1 bits"),
         ({"schemes": ["awq"]}, "unknown scheme 'awq'"),
-        ({"whats": ["weights+cache"]}, "unknown --what 'weights\\+cache'"),
-        ({"whats": ["kv+kv"]}, "unknown --what"),
+        ({"targets": ["weights+cache"]}, "unknown target 'weights\\+cache'"),
+        ({"targets": ["kv+kv"]}, "unknown target"),
     ):
         with pytest.raises(UserError, match=message):
             made(**change)

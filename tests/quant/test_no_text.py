@@ -13,7 +13,7 @@ import pytest
 
 from attnserve.evaluation.checkpoint import digest
 from quant import options, quantize, sweep
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.report import __main__ as report
 from quant.store import Stored, read_all
 from quant.sweep_options import parser
@@ -35,7 +35,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def results(folder: Path) -> dict[str, Stored]:
-    return {f"{s.checkpoint} {s.cell.name}": s for s in read_all(folder)}
+    return {f"{s.checkpoint} {s.config.name}": s for s in read_all(folder)}
 
 
 def test_the_sweep_needs_nothing(
@@ -50,7 +50,7 @@ def test_the_sweep_needs_nothing(
     lines = output.out.splitlines()
     assert lines[0].startswith("Measured on: text sampled from soft. Calibrated on: text sampled")
     assert "Perplexity on it is the entropy of soft's own sampling" in lines[0]
-    assert lines[1] == "4 cells to measure, 0 there already"
+    assert lines[1] == "4 configs to measure, 0 there already"
     head, *rows = lines[2:7]
     assert head.split("  ")[0] == "checkpoint" and head.endswith("same top-1, %")
     assert {row.split()[0] for row in rows[:2]} == {"softpick", "soft"}  # the unquantized ones
@@ -62,9 +62,9 @@ def test_the_sweep_needs_nothing(
     assert "Measured on: text sampled from soft." in page and "BLiMP" not in page
     found = results(Path("runs/quant"))
     assert set(found) == {
-        f"{name} {cell}"
+        f"{name} {config}"
         for name in ("softpick", "soft")
-        for cell in ("unquantized", "weights-gptq-w4-g64")
+        for config in ("unquantized", "weights-gptq-w4-g64")
     }
     keys = {stored.key["texts"] for stored in found.values()}
     assert len(keys) == 1  # a hash of the tokens
@@ -74,7 +74,7 @@ def test_the_sweep_needs_nothing(
     # What is there is shown again, and the report is found where the sweep left it.
     sweep.main([str(softpick), str(softmax), *FEW, "4"])
     again = capsys.readouterr().out.splitlines()
-    assert again[1] == "0 cells to measure, 4 there already"
+    assert again[1] == "0 configs to measure, 4 there already"
     assert sorted(again[3:7]) == sorted(rows)
     report.main([])
     assert "Report" not in capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_quantize_gives_the_sweeps_weights(softpick: Path, empty: Path) -> None:
     _, texts = quantize.calibration(parsed)
     line = [str(softpick), "--what", "weights", "--schemes", "gptq"]
     task = sweep.plan(parser("").parse_args(line))[-1]
-    assert task.cell == Cell(weights=8, scheme="gptq", group=64)
+    assert task.config == QuantConfig(weights=8, scheme="gptq", group_size=64)
     assert texts.tolist() == task.texts.calibration.rows(0).tolist()
 
 

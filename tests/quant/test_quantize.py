@@ -23,7 +23,7 @@ from quant.samples import Samples, Subject
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.texts import Sources, calibration_text
 from quant_kernels.pack import unpack
-from quant_kernels.weight import Grid, QuantizedWeight
+from quant_kernels.weight import QuantizedWeight, QuantSpec
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 14
@@ -33,16 +33,16 @@ LAYERS = 14
 def read_back(tensors: dict[str, Tensor], layer: str, args: dict[str, Any]) -> Tensor:
     """A weight from its tensors, float32 `[rows, columns]`."""
     rows, columns = tensors[f"{layer}.weight_shape"].tolist()
-    grid = Grid(args["num_bits"], args["group_size"], args["symmetric"])
-    codes = unpack(tensors[f"{layer}.weight_packed"], grid.bits, columns)
-    if 32 % grid.bits == 0:  # the library packs other widths with gaps
+    spec = QuantSpec(args["num_bits"], args["group_size"], args["symmetric"])
+    codes = unpack(tensors[f"{layer}.weight_packed"], spec.bits, columns)
+    if 32 % spec.bits == 0:  # the library packs other widths with gaps
         packed = tensors[f"{layer}.weight_packed"]
-        signed = unpack_from_int32(packed, grid.bits, torch.Size((rows, columns)))
-        assert torch.equal(signed.int() + grid.middle, codes.int())
+        signed = unpack_from_int32(packed, spec.bits, torch.Size((rows, columns)))
+        assert torch.equal(signed.int() + spec.midpoint, codes.int())
     zeros = tensors.get(f"{layer}.weight_zero_point")
     if zeros is not None and zeros.dtype == torch.int32:
-        zeros = unpack(zeros.T.contiguous(), grid.bits, rows).T
-    return QuantizedWeight(codes, tensors[f"{layer}.weight_scale"], zeros, grid).dequantize()
+        zeros = unpack(zeros.T.contiguous(), spec.bits, rows).T
+    return QuantizedWeight(codes, tensors[f"{layer}.weight_scale"], zeros, spec).dequantize()
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_files_hold_the_sweeps_weights(
         subject, sources = Subject(softpick, 512), Sources(books=data.books)
         text = calibration_text(sources, subject, Samples().calibration, 0)
         texts = text.rows(subject.bos)
-    grid = Grid(bits, args["group_size"], args["symmetric"])
-    found = quantize(model, scheme, grid, texts, act_order="--act-order" in arguments)
+    spec = QuantSpec(bits, args["group_size"], args["symmetric"])
+    found = quantize(model, scheme, spec, texts, act_order="--act-order" in arguments)
     tensors = load_file(out / "model.safetensors")
     assert len(found) == LAYERS
     for layer in found:
@@ -140,7 +140,7 @@ def test_int8_activations(softpick: Path, tmp_path: Path) -> None:
     assert config["format"] == "int-quantized"
     assert (group.input_activations.strategy, group.input_activations.dynamic) == ("token", True)
     tensors, model = load_file(out / "model.safetensors"), load(softpick)
-    found = quantize(model, get_scheme("rtn"), Grid(8, None, True), torch.empty(0))
+    found = quantize(model, get_scheme("rtn"), QuantSpec(8, None, True), torch.empty(0))
     for layer in found:
         weight, scale = tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"]
         assert weight.dtype == torch.int8
@@ -160,8 +160,8 @@ def test_several_files(softpick: Path, tmp_path: Path) -> None:
 
 
 REFUSALS = [
-    (["--bits=9", "--scheme=rtn"], "9 bits: use a width from 2 to 8"),
-    (["--bits=4", "--scheme=rtn", "--embeddings=1"], "1 bits: use a width from 2 to 8"),
+    (["--bits=9", "--scheme=rtn"], "9 bits: use 2 to 8"),
+    (["--bits=4", "--scheme=rtn", "--embeddings=1"], "1 bits: use 2 to 8"),
     (["--bits=4", "--scheme=best"], "unknown scheme 'best': use one of rtn, hqq, gptq"),
     (
         ["--bits=4", "--scheme=bnb-nf4"],

@@ -13,7 +13,7 @@ import pytest
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant import store
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.report import frontier, paper
 from quant.report.explain import explanations, in_short, ranks, spearman
 from quant.report.frame import frame, setting, table
@@ -24,7 +24,9 @@ from quant.store import Stored
 BEFORE = np.array([3.0, 4.0, 5.0])
 
 
-def result(variant: str, cell: Cell, rise: Sequence[float], outliers: float = 3.0) -> Stored:
+def result(
+    variant: str, config: QuantConfig, rise: Sequence[float], outliers: float = 3.0
+) -> Stored:
     """A result whose losses rose by `rise`, and whose divergence is its mean."""
     losses = BEFORE + rise
     summary = {
@@ -32,7 +34,7 @@ def result(variant: str, cell: Cell, rise: Sequence[float], outliers: float = 3.
         "perplexity: wikitext2 per word": mean_interval(losses).exp(),
     }
     details: dict[str, Any] = {}
-    if cell == Cell():
+    if config == QuantConfig():
         layers = {"a": [outliers, 10.0], "b": [outliers + 1, 20.0]}
         details = {"weight outliers": layers, "input outliers": layers}
     else:
@@ -46,7 +48,7 @@ def result(variant: str, cell: Cell, rise: Sequence[float], outliers: float = 3.
         checkpoint=variant,
         variant=variant,
         context=64,
-        key={"checkpoint": "0", "cell": vars(cell), "samples": {}, "texts": "1"},
+        key={"checkpoint": "0", "config": vars(config), "samples": {}, "texts": "1"},
         texts=store.OLDER,
         machine="here",
         seconds=60.0,
@@ -62,15 +64,15 @@ def result(variant: str, cell: Cell, rise: Sequence[float], outliers: float = 3.
     )
 
 
-GPTQ3 = Cell(weights=3, scheme="gptq", group=64)
+GPTQ3 = QuantConfig(weights=3, scheme="gptq", group_size=64)
 
 
 def pair(soft: Sequence[float], pick: Sequence[float]) -> list[Stored]:
     nothing = [0.0, 0.0, 0.0]
     return [
-        result("softmax", Cell(), nothing),
+        result("softmax", QuantConfig(), nothing),
         result("softmax", GPTQ3, soft),
-        result("softpick", Cell(), nothing),
+        result("softpick", QuantConfig(), nothing),
         result("softpick", GPTQ3, pick),
     ]
 
@@ -127,7 +129,7 @@ def test_rank_correlation() -> None:
 def test_whether_outliers_explain(sign: int, verdict: str) -> None:
     results = []
     for place, variant in enumerate(("softmax", "softpick", "ssmax", "lssa")):
-        results.append(result(variant, Cell(), [0.0] * 3, 10.0 + sign * place))
+        results.append(result(variant, QuantConfig(), [0.0] * 3, 10.0 + sign * place))
         results.append(result(variant, GPTQ3, [0.1 + place] * 3))
     found = {e.statistic: e for e in explanations(results)}
     assert found["inputs: kurtosis"].verdict == verdict
@@ -148,25 +150,25 @@ def test_tables() -> None:
     rows = frame(results)
     assert rows["bits"].tolist()[1::2] == [3, 3] and rows["bits"].isna().tolist()[::2] == [True] * 2
     assert rows["bits per weight"].iloc[1] == 4.0
-    channel = Cell(weights=4, scheme="rtn", activations=8, static=True, symmetric=True)
+    channel = QuantConfig(weights=4, scheme="rtn", activations=8, static=True, symmetric=True)
     assert setting(channel) == "rtn, a row a group, 8-bit activations, symmetric, static"
     assert (
-        setting(Cell(kv=4)) == "one scale a token"
-        and setting(Cell(kv=4, activations=8)) == "4-bit cache"
+        setting(QuantConfig(kv=4)) == "one scale a token"
+        and setting(QuantConfig(kv=4, activations=8)) == "4-bit cache"
     )
 
 
 def test_library_rows_of_the_paper() -> None:
     """NF4 has blocks, int8 has rows; other schemes count with groups and zero points only."""
     nothing = [0.0] * 3
-    results = [result(v, Cell(), nothing) for v in ("softmax", "softpick")]
-    nf4 = Cell(weights=4, scheme="bnb-nf4", group=64)
-    int8 = Cell(weights=8, scheme="bnb-int8", symmetric=True)
-    rows = Cell(weights=4, scheme="gptq", symmetric=True)
-    results += [result("softmax", cell, nothing) for cell in (nf4, int8, rows)]
+    results = [result(v, QuantConfig(), nothing) for v in ("softmax", "softpick")]
+    nf4 = QuantConfig(weights=4, scheme="bnb-nf4", group_size=64)
+    int8 = QuantConfig(weights=8, scheme="bnb-int8", symmetric=True)
+    rows = QuantConfig(weights=4, scheme="gptq", symmetric=True)
+    results += [result("softmax", config, nothing) for config in (nf4, int8, rows)]
     found = {row.name: paper.find(results, "softmax", row) for row in paper.ROWS}
-    cells = {name: stored.cell for name, stored in found.items() if stored is not None}
-    assert cells == {"unquantized": Cell(), "BNB-4": nf4, "BNB-8": int8}
+    cells = {name: stored.config for name, stored in found.items() if stored is not None}
+    assert cells == {"unquantized": QuantConfig(), "BNB-4": nf4, "BNB-8": int8}
 
 
 def test_metrics_as_people_read_them() -> None:
@@ -219,7 +221,7 @@ def test_the_section_of_a_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "figures").exists()
     for stored in pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]):
         fields = vars(stored) | {"summary": {k: e.json() for k, e in stored.summary.items()}}
-        path = tmp_path / "cells" / stored.checkpoint / f"{stored.cell.name}.json"
+        path = tmp_path / "configs" / stored.checkpoint / f"{stored.config.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields))
     write_sensitivity(tmp_path / "sensitivity" / "softpick-gptq-g64.json")

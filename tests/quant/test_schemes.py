@@ -22,7 +22,7 @@ from quant.schemes.hessian import layer_by_layer
 from quant.schemes.hqq import hqq, objective
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.schemes.rtn import rtn
-from quant_kernels.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 from tests.tiny import tiny_checkpoint
 
 
@@ -45,32 +45,32 @@ def test_gptq_beats_rounding(bits: int, size: int | None, act_order: bool) -> No
     weight = torch.randn(24, 160, generator=torch.manual_seed(1))
     inputs = correlated(400, 160)
     for symmetric in (False, True):
-        grid = Grid(bits, size, symmetric)
-        found = gptq(weight, grid, inputs.T @ inputs, act_order)
-        assert cost(weight, found, inputs) < 0.8 * cost(weight, rtn(weight, grid), inputs)
+        spec = QuantSpec(bits, size, symmetric)
+        found = gptq(weight, spec, inputs.T @ inputs, act_order)
+        assert cost(weight, found, inputs) < 0.8 * cost(weight, rtn(weight, spec), inputs)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_rounds_where_inputs_are_independent(act_order: bool) -> None:
     weight = torch.randn(8, 150, generator=torch.manual_seed(1))
-    for grid in (Grid(3, 64), Grid(2, None, True)):
-        found, plain = gptq(weight, grid, 7.0 * torch.eye(150), act_order), rtn(weight, grid)
-        assert torch.equal(found.codes, plain.codes) and torch.equal(found.scales, plain.scales)
+    for spec in (QuantSpec(3, 64), QuantSpec(2, None, True)):
+        found, plain = gptq(weight, spec, 7.0 * torch.eye(150), act_order), rtn(weight, spec)
+        assert torch.equal(found.values, plain.values) and torch.equal(found.scales, plain.scales)
 
 
 def test_gptq_is_the_papers_one_column_at_a_time() -> None:
     """Optimal brain quantization's own step, in float64 with an inverse for every column, on a
-    grid of one group and a matrix of more than a block."""
+    spec of one group and a matrix of more than a block."""
     weight = torch.randn(5, 150, generator=torch.manual_seed(1))
     inputs = correlated(600, 150)
-    hessian, grid = inputs.T @ inputs, Grid(4, None)
-    found = gptq(weight, grid, hessian)
-    scales, zeros = grid.fit(weight)
+    hessian, spec = inputs.T @ inputs, QuantSpec(4, None)
+    found = gptq(weight, spec, hessian)
+    scales, zeros = spec.qparams(weight)
     left = weight.double()
     damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(150)
     for column in range(150):
         inverse = damped[column:, column:].inverse()
-        code = grid.encode(left[:, column : column + 1].float(), scales, zeros)
+        code = spec.quantize(left[:, column : column + 1].float(), scales, zeros)
         assert zeros is not None
         back = (code.double() - zeros) * scales.double()
         error = (left[:, column : column + 1] - back) / inverse[0, 0]
@@ -84,9 +84,9 @@ def test_gptq_without_inputs_of_a_column() -> None:
     inputs = correlated(300, 64)
     inputs[:, 5] = 0
     weight = torch.randn(4, 64, generator=torch.manual_seed(1))
-    found = gptq(weight, Grid(4, 32), inputs.T @ inputs)
+    found = gptq(weight, QuantSpec(4, 32), inputs.T @ inputs)
     assert (found.dequantize()[:, 5] == 0).all()
-    assert cost(weight, found, inputs) < cost(weight, rtn(weight, Grid(4, 32)), inputs)
+    assert cost(weight, found, inputs) < cost(weight, rtn(weight, QuantSpec(4, 32)), inputs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,17 +96,17 @@ def test_gptq_without_inputs_of_a_column() -> None:
     st.sampled_from([None, 8, 32]),
 )
 def test_hqq_is_never_worse_in_its_objective(matrix: Any, bits: int, size: int | None) -> None:
-    weight, grid = torch.from_numpy(matrix), Grid(bits, size)
-    found, plain = objective(weight, hqq(weight, grid)), objective(weight, rtn(weight, grid))
+    weight, spec = torch.from_numpy(matrix), QuantSpec(bits, size)
+    found, plain = objective(weight, hqq(weight, spec)), objective(weight, rtn(weight, spec))
     assert (found <= plain * (1 + 1e-3) + 1e-2).all()
 
 
 def test_hqq_is_better_on_weights() -> None:
     weight = torch.randn(64, 688, generator=torch.manual_seed(1))
     for bits in BITS:
-        found = hqq(weight, Grid(bits, 64))
+        found = hqq(weight, QuantSpec(bits, 64))
         assert found.zeros is not None and found.zeros.dtype == torch.float16
-        plain = objective(weight, rtn(weight, found.grid)).sum()
+        plain = objective(weight, rtn(weight, found.spec)).sum()
         assert objective(weight, found).sum() < (0.96 if bits <= 4 else 1) * plain
 
 
@@ -148,7 +148,7 @@ OWN = [name for name, s in SCHEMES.items() if s.library is None]
 def test_quantize_replaces_weights_and_nothing_else(scheme: str, softpick: Any) -> None:
     model, before = load(softpick), load(softpick)
     texts = torch.randint(0, model.config.vocab_size, (2, 20), generator=torch.manual_seed(0))
-    found = quantize(model, get_scheme(scheme), Grid(4, 48), texts)
+    found = quantize(model, get_scheme(scheme), QuantSpec(4, 48), texts)
     assert list(found) == list(linears(before))
     old = dict(before.named_parameters())
     for name, parameter in model.named_parameters():
@@ -158,20 +158,20 @@ def test_quantize_replaces_weights_and_nothing_else(scheme: str, softpick: Any) 
 
 
 @pytest.mark.parametrize(
-    ("scheme", "grid", "columns", "message"),
+    ("scheme", "spec", "columns", "message"),
     [
-        ("hqq", Grid(4, 64, True), {64}, "hqq has no symmetric form: leave out --symmetric"),
+        ("hqq", QuantSpec(4, 64, True), {64}, "hqq has no symmetric form: leave out --symmetric"),
         (
             "compressed-tensors",
-            Grid(4, 64),
+            QuantSpec(4, 64),
             {128, 688},
             "cannot cut 688 columns into groups of 64: use --groups channel or a divisor",
         ),
     ],
 )
-def test_refusals(scheme: str, grid: Grid, columns: set[int], message: str) -> None:
+def test_refusals(scheme: str, spec: QuantSpec, columns: set[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        get_scheme(scheme).check(grid, columns)
+        get_scheme(scheme).check(spec, columns)
 
 
 def test_unknown_scheme() -> None:

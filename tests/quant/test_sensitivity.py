@@ -126,7 +126,7 @@ def test_without_text_the_checkpoint_writes_it(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--bits 1", "1 bits: use a width from 2 to 8"),
+        ("--bits 1", "1 bits: use 2 to 8"),
         ("--scheme awq", "unknown scheme 'awq'"),
         ("--scheme hqq --symmetric", "hqq has no symmetric form"),
         ("--scheme quanto --bits 3", "scheme quanto cannot do 3 bits: it has 2, 4, 8"),

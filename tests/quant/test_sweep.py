@@ -18,7 +18,7 @@ import pytest
 
 from attnserve.evaluation.measures import Data
 from quant import sweep
-from quant.cell import Cell
+from quant.config import QuantConfig
 from quant.measure import Task, measure
 from quant.report import __main__ as report
 from quant.schemes.registry import SCHEMES, installed
@@ -44,7 +44,7 @@ def last_line(capsys: Capture) -> dict[str, Any]:
 
 def times(out: Path) -> dict[str, int]:
     """When each result was written."""
-    return {path.stem: path.stat().st_mtime_ns for path in out.glob("cells/*/*.json")}
+    return {path.stem: path.stat().st_mtime_ns for path in out.glob("configs/*/*.json")}
 
 
 def test_results_reports_and_what_is_there_already(
@@ -54,7 +54,7 @@ def test_results_reports_and_what_is_there_already(
     argv += ["--what", "weights", "kv"]
     sweep.main([*argv, "--schemes", "rtn"])
     output = capsys.readouterr()
-    assert "5 cells to measure, 0 there already" in output.out
+    assert "5 configs to measure, 0 there already" in output.out
     assert "100%" in output.err and "5/5" in output.err
     line = json.loads(output.out.splitlines()[-1])
     names = {"unquantized", "weights-rtn-w2-g32", "weights-rtn-w8-g32", "kv-kv2", "kv-kv8"}
@@ -62,19 +62,19 @@ def test_results_reports_and_what_is_there_already(
     assert set(line["test KL"]) == expected and not line["failed"]
     assert set(times(tmp_path)) == names
 
-    # More schemes: only those are measured. Every output holds every cell.
+    # More schemes: only those are measured. Every output holds every config.
     before = times(tmp_path)
     sweep.main([*argv, "--schemes", "rtn", "hqq", "gptq"])
-    assert "4 cells to measure, 5 there already" in capsys.readouterr().out
+    assert "4 configs to measure, 5 there already" in capsys.readouterr().out
     after = times(tmp_path)
     assert len(after) == 9 and before.items() <= after.items()
     results = read_all(tmp_path)
-    assert results[0].cell == Cell() and len(results) == 9
-    rows = pd.read_csv(tmp_path / "cells.csv")
-    assert len(rows) == len(json.loads((tmp_path / "cells.json").read_text())) == 9
+    assert results[0].config == QuantConfig() and len(results) == 9
+    rows = pd.read_csv(tmp_path / "configs.csv")
+    assert len(rows) == len(json.loads((tmp_path / "configs.json").read_text())) == 9
     for stored, (_, row) in zip(results, rows.iterrows(), strict=True):
-        assert row["what"] == stored.cell.what and row["bytes"] == stored.size["bytes"]
-        if stored.cell != Cell():
+        assert row["target"] == stored.config.target and row["bytes"] == stored.size["bytes"]
+        if stored.config != QuantConfig():
             ends = [row[f"test KL{end}"] for end in ("", " low", " high")]
             assert ends == pytest.approx(list(stored.summary["test KL"]))
     assert {"resident bytes", "tokens per second"} <= set(rows)
@@ -84,12 +84,12 @@ def test_results_reports_and_what_is_there_already(
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
 
     # The report is the same when it is made again from the results alone.
-    for path in (*tmp_path.glob("cells.*"), tmp_path / "report.html"):
+    for path in (*tmp_path.glob("configs.*"), tmp_path / "report.html"):
         path.unlink()
     report.main([f"--results={tmp_path}"])
-    assert last_line(capsys)["cells"] == 9
+    assert last_line(capsys)["configs"] == 9
     assert (tmp_path / "report.html").read_text() == page
-    assert len(pd.read_csv(tmp_path / "cells.csv")) == 9
+    assert len(pd.read_csv(tmp_path / "configs.csv")) == 9
 
 
 def test_a_kill_loses_one_cell(softpick: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_kill_loses_one_cell(softpick: Path, tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     before = times(tmp_path)
     assert 3 <= len(before) < 8
-    for path in tmp_path.glob("cells/*/*.json"):
+    for path in tmp_path.glob("configs/*/*.json"):
         assert read(path).checkpoint == "softpick"
     measured: list[Task] = []
 
@@ -131,7 +131,7 @@ def test_a_failed_cell_does_not_stop_the_others(
 ) -> None:
 
     def unlucky(task: Task) -> dict[str, Any]:
-        if task.cell.kv == 4:
+        if task.config.kv == 4:
             raise RuntimeError("out of\nluck")
         return measure(task)
 
@@ -183,7 +183,7 @@ def test_a_result_of_something_else_is_not_replaced(
     assert before.keys() == times(tmp_path).keys() and before.items().isdisjoint(
         times(tmp_path).items()
     )
-    (tmp_path / "cells" / "softpick" / "kv-kv8.json").write_text("{}")
+    (tmp_path / "configs" / "softpick" / "kv-kv8.json").write_text("{}")
     assert "is not a result of quant.sweep" in refusal(capsys, *argv, "--pairs", "3")
 
 
@@ -194,20 +194,20 @@ def refusal(capsys: Capture, *argv: str) -> str:
         sweep.main(list(argv))
     assert stopped.value.code == 2
     output = capsys.readouterr()
-    assert "cells to measure" not in output.out
+    assert "configs to measure" not in output.out
     return output.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--bits 1", "1 bits: use a width from 2 to 8"),
-        ("--bits 4 16", "16 bits: use a width from 2 to 8"),
+        ("--bits 1", "1 bits: use 2 to 8"),
+        ("--bits 4 16", "16 bits: use 2 to 8"),
         ("--bits four", "invalid int value: 'four'"),
         ("--schemes awq", "unknown scheme 'awq': use one of rtn, hqq, gptq, compressed-tensors"),
         ("--schemes hqq --symmetric", "scheme hqq has no symmetric form: leave out --symmetric"),
         ("--schemes compressed-tensors --groups 48", "cannot cut 128 columns into groups of 48"),
-        ("--what cache", "unknown --what 'cache': use one or several of weights, activations, kv"),
+        ("--what cache", "unknown target 'cache': use one or several of weights, activations, kv"),
         ("--groups 0", "'0' is not a whole number above 0"),
         ("--ray", "--ray needs the library ray, which is not installed: leave it out"),
         ("--books nowhere", "emma.txt is not there"),
@@ -276,7 +276,7 @@ def test_two_jobs(softpick: Path, texts: list[str], tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     sweep.main([*argv, f"--out={tmp_path}/one"])
     one, two = (read_all(tmp_path / name) for name in ("one", "two"))
-    assert [stored.cell for stored in one] == [stored.cell for stored in two]
+    assert [stored.config for stored in one] == [stored.config for stored in two]
     for a, b in zip(one, two, strict=True):
         assert a.summary.keys() == b.summary.keys()
         for name, estimate in a.summary.items():
@@ -298,7 +298,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
             # A shell's background jobs, of which these tests may be one, ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    while "cells to measure" not in log.read_text():
+    while "configs to measure" not in log.read_text():
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     time.sleep(2)  # the workers import

@@ -18,10 +18,10 @@ from torch import Tensor
 from quant.schemes.compressed_tensors import compressed_tensors
 from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack, unpack, words
-from quant_kernels.weight import BITS, Grid, bfloat16_above
+from quant_kernels.weight import BITS, QuantSpec, bfloat16_above
 
-grids = st.builds(
-    Grid, st.sampled_from(BITS), st.sampled_from([None, 1, 3, 8, 64]), symmetric=st.booleans()
+specs = st.builds(
+    QuantSpec, st.sampled_from(BITS), st.sampled_from([None, 1, 3, 8, 64]), symmetric=st.booleans()
 )
 matrices = st.tuples(st.integers(1, 5), st.integers(1, 40)).flatmap(
     lambda shape: arrays(
@@ -31,36 +31,36 @@ matrices = st.tuples(st.integers(1, 5), st.integers(1, 40)).flatmap(
 
 
 @settings(max_examples=200, deadline=None)
-@given(matrices, grids)
-def test_no_value_is_further_than_half_a_step(matrix: Any, grid: Grid) -> None:
+@given(matrices, specs)
+def test_no_value_is_further_than_half_a_step(matrix: Any, spec: QuantSpec) -> None:
     weight = torch.from_numpy(matrix)
-    quantized = rtn(weight, grid)
-    assert int(quantized.codes.max()) <= grid.highest
-    steps = grid.spread(quantized.scales.float(), weight.shape[1])
+    quantized = rtn(weight, spec)
+    assert int(quantized.values.max()) <= spec.qmax
+    steps = spec.expand(quantized.scales.float(), weight.shape[1])
     error = (weight - quantized.dequantize()).abs()
     assert (error <= 0.5 * steps * (1 + 1e-5) + 1e-30).all()
     # A step is no coarser than the values ask for, but for bfloat16's last bit.
-    values = grid.grouped(weight)
+    values = spec.grouped(weight)
     low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-    reach = 2 * torch.maximum(-low, high) if grid.symmetric else high - low
+    reach = 2 * torch.maximum(-low, high) if spec.symmetric else high - low
     wide = reach > 1e-30  # below, bfloat16 has fewer bits
     scales = quantized.scales.float()[wide]
-    assert (scales <= (reach[wide] / grid.highest) * (1 + 2**-7)).all()
+    assert (scales <= (reach[wide] / spec.qmax) * (1 + 2**-7)).all()
 
 
 @settings(max_examples=100, deadline=None)
-@given(matrices, grids)
-def test_zero_stays_zero(matrix: Any, grid: Grid) -> None:
+@given(matrices, specs)
+def test_zero_stays_zero(matrix: Any, spec: QuantSpec) -> None:
     weight = torch.from_numpy(matrix)
     weight[:, ::2] = 0
-    assert (rtn(weight, grid).dequantize()[:, ::2] == 0).all()
+    assert (rtn(weight, spec).dequantize()[:, ::2] == 0).all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_groups_of_one_sign_or_value(symmetric: bool) -> None:
-    grid = Grid(4, 4, symmetric)
+    spec = QuantSpec(4, 4, symmetric)
     rows = torch.tensor([[0.0] * 4, [3.0] * 4, [-3.0] * 4, [1.0, 2.0, 3.0, 4.0]])
-    found = rtn(rows, grid)
+    found = rtn(rows, spec)
     error = (found.dequantize() - rows).abs()
     assert (error[0] == 0).all() and (error <= found.scales.float() / 2).all()
     if symmetric:
@@ -68,21 +68,21 @@ def test_groups_of_one_sign_or_value(symmetric: bool) -> None:
     else:
         assert found.zeros is not None and found.zeros.dtype == torch.uint8
         assert found.zeros[1:].flatten().tolist() == [0, 15, 0]
-        assert error[1:3].max() <= 3 * 2**-7  # an end of the grid, but for the scale's rounding
+        assert error[1:3].max() <= 3 * 2**-7  # an end of the spec, but for the scale's rounding
 
 
 @pytest.mark.parametrize("columns", [64, 70, 688])
 @pytest.mark.parametrize("size", [32, 64, 128, None])
 def test_groups_of_any_width(columns: int, size: int | None) -> None:
     weight = torch.randn(6, columns, generator=torch.manual_seed(0))
-    grid = Grid(5, size)
-    found = rtn(weight, grid)
+    spec = QuantSpec(5, size)
+    found = rtn(weight, spec)
     step = columns if size is None else size
     for group, start in enumerate(range(0, columns, step)):
-        alone = rtn(weight[:, start : start + step].contiguous(), Grid(5, None))
-        assert torch.equal(alone.codes, found.codes[:, start : start + step])
+        alone = rtn(weight[:, start : start + step].contiguous(), QuantSpec(5, None))
+        assert torch.equal(alone.values, found.values[:, start : start + step])
         assert torch.equal(alone.scales[:, 0], found.scales[:, group])
-    assert found.scales.shape[1] == grid.groups(columns) == group + 1
+    assert found.scales.shape[1] == spec.groups(columns) == group + 1
 
 
 @given(st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=20))
@@ -126,12 +126,12 @@ def test_packed_bytes() -> None:
     weight = torch.randn(64, 96)
     for bits in BITS:
         codes, groups = 64 * 96 * bits // 8, 3
-        symmetric, channel = Grid(bits, 32, True), Grid(bits, None, True)
+        symmetric, channel = QuantSpec(bits, 32, True), QuantSpec(bits, None, True)
         assert rtn(weight, symmetric).packed_bytes == codes + 2 * 64 * groups
         assert rtn(weight, channel).packed_bytes == codes + 2 * 64
         zeros = 4 * groups * words(64, bits)
-        assert rtn(weight, Grid(bits, 32)).packed_bytes == codes + 2 * 64 * groups + zeros
-        packed = pack(rtn(weight, symmetric).codes, bits)
+        assert rtn(weight, QuantSpec(bits, 32)).packed_bytes == codes + 2 * 64 * groups + zeros
+        packed = pack(rtn(weight, symmetric).values, bits)
         assert packed.numel() * 4 == codes
 
 
@@ -142,8 +142,8 @@ def test_round_to_nearest_is_that_of_compressed_tensors(
     bits: int, symmetric: bool, size: int | None
 ) -> None:
     weight = torch.randn(16, 96, generator=torch.manual_seed(1))
-    grid = Grid(bits, size, symmetric)
-    ours, theirs = rtn(weight, grid), compressed_tensors(weight, grid)
+    spec = QuantSpec(bits, size, symmetric)
+    ours, theirs = rtn(weight, spec), compressed_tensors(weight, spec)
     # Their scales are float32, ours the next bfloat16.
     assert torch.equal(bfloat16_above(theirs.scales), ours.scales)
     assert (ours.zeros is None) == (theirs.zeros is None)
@@ -153,9 +153,11 @@ def test_round_to_nearest_is_that_of_compressed_tensors(
         strategy="group" if size else "channel",
         group_size=size,
     )
-    zeros = torch.zeros_like(ours.scales) if ours.zeros is None else ours.zeros.int() - grid.middle
+    zeros = (
+        torch.zeros_like(ours.scales) if ours.zeros is None else ours.zeros.int() - spec.midpoint
+    )
     codes = quantize(weight, ours.scales.float(), zeros, args, dtype=torch.int8)
-    assert torch.equal((codes.int() + grid.middle).to(torch.uint8), ours.codes)
+    assert torch.equal((codes.int() + spec.midpoint).to(torch.uint8), ours.values)
     back = dequantize(codes, ours.scales.float(), zeros, args)
     torch.testing.assert_close(back, ours.dequantize())
     # And with everything their own, the same error but for the scales' rounding.
@@ -165,5 +167,5 @@ def test_round_to_nearest_is_that_of_compressed_tensors(
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_widths_there_are_not(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"{bits} bits: a width from 2 to 8"):
-        Grid(bits)
+    with pytest.raises(ValueError, match=f"{bits} bits: 2 to 8 are possible"):
+        QuantSpec(bits)

@@ -10,7 +10,7 @@ from attn_kernels.cpu.build import usable_isas
 from quant_kernels import Panels, gather, library, multiply, panels
 from quant_kernels.pack import pack
 from quant_kernels.panels import dequantize
-from quant_kernels.weight import BITS, Grid, QuantizedWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of an output, relative to the sum of the absolute products; a 16-bit output is rounded once."""
@@ -24,8 +24,8 @@ are no lookup."""
 def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) -> QuantizedWeight:
     """A random one; zero points are codes, halves between them, or none."""
     generator = torch.Generator().manual_seed(bits)
-    grid = Grid(bits, group, zeros == "none")
-    shape = outputs, grid.groups(inputs)
+    spec = QuantSpec(bits, group, zeros == "none")
+    shape = outputs, spec.groups(inputs)
     codes = torch.randint(0, 2**bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(shape, generator=generator) + 0.1).bfloat16()
     points: Tensor | None = None
@@ -33,23 +33,23 @@ def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) 
         points = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
     elif zeros == "half":
         points = (torch.rand(shape, generator=generator) * 2**bits).half()
-    return QuantizedWeight(codes, scales, points, grid)
+    return QuantizedWeight(codes, scales, points, spec)
 
 
-def law(quantized: QuantizedWeight) -> Tensor:
+def reference(quantized: QuantizedWeight) -> Tensor:
     """Float64 `[outputs, inputs]`."""
-    grid, columns = quantized.grid, quantized.codes.shape[1]
-    zero: Tensor | int = grid.middle
+    spec, columns = quantized.spec, quantized.values.shape[1]
+    zero: Tensor | int = spec.midpoint
     if quantized.zeros is not None:
-        zero = grid.spread(quantized.zeros.double(), columns)
-    return (quantized.codes.double() - zero) * grid.spread(quantized.scales.double(), columns)
+        zero = spec.expand(quantized.zeros.double(), columns)
+    return (quantized.values.double() - zero) * spec.expand(quantized.scales.double(), columns)
 
 
 def in_panels(quantized: QuantizedWeight) -> Panels:
     """What a checkpoint holds, in the kernels' order. Unused bits of the last words are set: they
     are nobody's."""
-    bits, columns = quantized.grid.bits, quantized.codes.shape[1]
-    packed = pack(quantized.codes, bits)
+    bits, columns = quantized.spec.bits, quantized.values.shape[1]
+    packed = pack(quantized.values, bits)
     if used := columns * bits % 32:
         packed[:, -1] |= -1 << used
     return panels(packed, quantized.scales, quantized.zeros, bits, columns)
@@ -57,7 +57,7 @@ def in_panels(quantized: QuantizedWeight) -> Panels:
 
 def group_of(quantized: QuantizedWeight) -> int:
     """As `multiply` takes it: one group of a row is of any size that holds it."""
-    return quantized.grid.group_size or 4096
+    return quantized.spec.group_size or 4096
 
 
 def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -69,10 +69,10 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def check(quantized: QuantizedWeight, x: Tensor) -> None:
-    """Hold a product against the law."""
-    bits, outputs = quantized.grid.bits, quantized.codes.shape[0]
+    """Hold a product against the reference."""
+    bits, outputs = quantized.spec.bits, quantized.values.shape[0]
     product = multiply(x, in_panels(quantized), bits, group_of(quantized), outputs)
-    matrix = law(quantized)
+    matrix = reference(quantized)
     exact, size = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
     assert product.dtype == x.dtype
     assert product.shape == exact.shape
@@ -136,7 +136,7 @@ def test_lookups_are_exact(bits: int, zeros: str) -> None:
     rows = gather(ids, in_panels(quantized), bits, 32, 53, 77, torch.float32)
     assert torch.equal(rows, quantized.dequantize()[ids])
     if zeros != "half":  # then float32 has no more to round
-        assert torch.equal(rows.double(), law(quantized)[ids])
+        assert torch.equal(rows.double(), reference(quantized)[ids])
 
 
 @pytest.mark.parametrize("row", [20, 31, 32, 200_000, 2**40, -1])
@@ -161,7 +161,7 @@ def test_without_a_compiler(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch operations give the same."""
     quantized = weight(bits, 20, 77, 32, "codes")
     matrix = dequantize(in_panels(quantized), 20, 77, bits, 32)
-    assert torch.equal(matrix.double(), law(quantized))
+    assert torch.equal(matrix.double(), reference(quantized))
     monkeypatch.setattr(library, "_load", lambda bits, isa: None)
     check(quantized, poisoned(3, 77, torch.float32))
 
@@ -195,6 +195,6 @@ def test_memory_is_what_the_bits_say() -> None:
         assert stored.scales.dtype == torch.bfloat16
     precise = torch.full((16, 2), 1.0000001)
     assert (
-        panels(pack(quantized.codes[:16], bits), precise, None, bits, 128).scales.dtype
+        panels(pack(quantized.values[:16], bits), precise, None, bits, 128).scales.dtype
         == torch.float32
     )

@@ -58,7 +58,7 @@ def gather(
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`test_packed` holds these against its law."""
+    """`test_packed` holds these against its reference."""
     monkeypatch.setattr(packed, "multiply", multiply)
     monkeypatch.setattr(packed, "gather", gather)
 

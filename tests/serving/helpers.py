@@ -16,9 +16,9 @@ import uvicorn
 import yaml
 
 from serving.app import App
+from serving.client import Protocol
 from serving.config import Config
-from serving.protocol import Protocol
-from serving.state import Gateway
+from serving.state import GatewayState
 from tests.servers import Server, end_group, free_port, spawn, wait_until_healthy
 from tests.serving.standin import wait_for
 
@@ -46,14 +46,14 @@ FAST = {"every": 0.05, "timeout": 10.0, "failures": 2}
 
 
 class Running:
-    """A gateway in a thread of this process, behind a real uvicorn; `gateway` is its state."""
+    """A gateway in a thread of this process, behind a real uvicorn; `state` is its state."""
 
     def __init__(self, **config: Any) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self.gateway = Gateway(Config.model_validate({"health": FAST, **config, "port": port}))
+        self.state = GatewayState(Config.model_validate({"health": FAST, **config, "port": port}))
         settings = uvicorn.Config(
-            App(self.gateway),
+            App(self.state),
             port=port,
             http=Protocol,
             log_config=None,
@@ -65,17 +65,17 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started or any(
-            r.healthy is None for r in self.gateway.replicas.values()
+            r.healthy is None for r in self.state.replicas.values()
         ):
             assert self.thread.is_alive(), "the gateway did not start"
             time.sleep(0.005)
 
     def apply(self, **config: Any) -> None:
         """Use another configuration, as a changed file would."""
-        new = Config.model_validate({"health": FAST, **config, "port": self.gateway.config.port})
+        new = Config.model_validate({"health": FAST, **config, "port": self.state.config.port})
         loop = self.server.servers[0].get_loop()
-        loop.call_soon_threadsafe(self.gateway.apply, new)
-        wait_for(lambda: self.gateway.config is new, "the configuration is used")
+        loop.call_soon_threadsafe(self.state.apply, new)
+        wait_for(lambda: self.state.config is new, "the configuration is used")
 
     def metric(self, start: str) -> float:
         """The sum of the lines of /metrics that start like this."""

@@ -13,7 +13,7 @@ import pytest
 
 from serving.auth import digest, new_key
 from serving.compare.kl import Position, drift, positions
-from serving.upstream.kv import figures
+from serving.upstream.vllm_metrics import kv_cache_sizes
 from tests.servers import free_port
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for
@@ -106,15 +106,15 @@ def test_answers_without_the_tokens_logprob_are_errors(entry: str) -> None:
 def test_kv_cache_as_vllm_says_it() -> None:
     line = 'vllm:cache_config_info{block_size="128",kv_cache_max_concurrency="%s",%s} 1.0\n'
     size = 'kv_cache_memory_bytes="%s",kv_cache_size_tokens="16384",num_cpu_blocks="None"'
-    assert figures((line % ("32.0", size % 67108864)).encode()) == {
+    assert kv_cache_sizes((line % ("32.0", size % 67108864)).encode()) == {
         "bytes_per_token": 4096.0,
         "bytes_per_request": 2097152.0,
         "cache_bytes": 67108864,
         "cache_tokens": 16384,
     }
-    unknown = figures((line % ("None", size % "None")).encode())
+    unknown = kv_cache_sizes((line % ("None", size % "None")).encode())
     assert unknown == {**dict.fromkeys(unknown), "cache_tokens": 16384}
-    assert set(figures(b"").values()) == {None}
+    assert set(kv_cache_sizes(b"").values()) == {None}
 
 
 def test_what_the_servers_are_asked() -> None:
@@ -261,7 +261,7 @@ def test_keys_and_tokens() -> None:
             assert gateway.metric(f"attnserve_completion_tokens_total{labels}") == 4
         route = 'attnserve_requests_total{bits="",model="a",route="/v1/compare",status="200"'
         assert gateway.metric(route) == 1
-        account = gateway.gateway.keys.account(bearer["authorization"].encode())
+        account = gateway.state.keys.account(bearer["authorization"].encode())
         assert account is not None and account.in_flight == 0
         assert 1000 - used <= account.tokens.level <= 1000 - used + 50  # it refills meanwhile
 

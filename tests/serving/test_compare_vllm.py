@@ -1,4 +1,4 @@
-"""/v1/compare and shadow scoring on two real vLLM servers, against the law of both models: the
+"""/v1/compare and shadow scoring on two real vLLM servers, against references of both models: the
 float64 formulas, read token by token."""
 
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.law_model import LawModel
+from tests.reference_model import ReferenceModel
 from tests.servers import Server, vllm_server
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import standin, wait_for
@@ -58,9 +58,9 @@ def compare(gateway: Running, **fields: Any) -> Answer:
     return ask(gateway.url, "POST", "/v1/compare", body)
 
 
-def law(name: str, ids: list[int], start: int) -> Tensor:
+def expected(name: str, ids: list[int], start: int) -> Tensor:
     """Logprobs `[tokens, vocab_size]` of every token at the places of `ids[start:]`, float64."""
-    model = LawModel(ROOT / "checkpoints" / name)
+    model = ReferenceModel(ROOT / "checkpoints" / name)
     logits = torch.stack([model.read(id) for id in ids[:-1]])
     return logits[start - 1 :].log_softmax(-1)
 
@@ -72,13 +72,13 @@ def merged(logprobs: Tensor, named: list[int]) -> Tensor:
     return torch.cat([p[named], rest[None]])
 
 
-def test_figures_are_those_of_the_law(gateway: Running) -> None:
+def test_figures_are_those_of_the_reference(gateway: Running) -> None:
     answer = compare(gateway, max_tokens=16).json()
     prompt, reference, (model,) = (answer[k] for k in ("prompt_token_ids", "reference", "models"))
     written = [t["id"] for t in reference["tokens"]]
     assert len(written) == 16 and written == reference["generation"]["token_ids"]
     assert "".join(t["token"] for t in reference["tokens"]) == reference["generation"]["text"]
-    p, q = (law(name, prompt + written, len(prompt)) for name in NAMES)
+    p, q = (expected(name, prompt + written, len(prompt)) for name in NAMES)
 
     both = zip(reference["tokens"], model["tokens"], strict=True)
     for i, (token, other) in enumerate(both):

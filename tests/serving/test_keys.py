@@ -167,7 +167,7 @@ def test_absurd_numbers_are_no_error_of_the_gateway() -> None:
     with standin() as upstream, running(upstream.url, keys=[entry(ALICE, "a")]) as gateway:
         upstream.status = 400
         assert complete(gateway, max_tokens=10**400).status == 400
-        account = gateway.gateway.keys.account(f"Bearer {ALICE}".encode())
+        account = gateway.state.keys.account(f"Bearer {ALICE}".encode())
         assert account is not None and account.in_flight == 0
 
 

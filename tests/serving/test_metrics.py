@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.auth import digest, new_key
 from serving.compare.kl import Drift
+from serving.compare.shadow import observe
 from serving.observability.histogram import Histogram
 from serving.observability.logging import JsonLines
 from serving.observability.metrics import SECONDS
@@ -49,10 +50,10 @@ def used() -> Iterator[Running]:
             wait_for(lambda: good.running + bad.running == 1, "it runs")
             leave(held)
             wait_for(lambda: gateway.metric("attnserve_aborts_total{") == 1, "it has left")
-            metrics = gateway.gateway.metrics
+            metrics = gateway.state.metrics
             metrics.reloads.labels("used")  # nothing is reloaded here, nor read by other models
             metrics.shadow_answers.labels("m", "v", "8", "busy")
-            metrics.shadow(("m", "v", "8"), [Drift(0.0, 0.0, 1.0, agrees=True)])
+            observe(metrics, ("m", "v", "8"), [Drift(0.0, 0.0, 1.0, agrees=True)])
             yield gateway
 
 

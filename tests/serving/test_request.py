@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from serving.config import Limits
 from serving.openai.errors import ApiError
-from serving.openai.request import MOST_TOKENS, Request
+from serving.openai.request import MAX_TOKENS, ModelRequest, read_request
 
 
-def request(**fields: Any) -> Request:
-    return Request(json.dumps({"model": "m", **fields}).encode(), Limits(), 8)
+def request(**fields: Any) -> ModelRequest:
+    return read_request(json.dumps({"model": "m", **fields}).encode(), Limits(), 8)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def request(**fields: Any) -> Request:
         ({"prompt": [1, 2, 3], "max_tokens": 5}, 3, 8),
         ({"prompt": ["abcd", "efg"], "max_tokens": 5, "n": 3}, 2, 2 + 2 * 15),
         ({"prompt": [[1, 2], [3]], "max_tokens": 5}, 3, 3 + 10),
-        ({"prompt": "x", "max_tokens": 10**400}, 1, 1 + MOST_TOKENS),
+        ({"prompt": "x", "max_tokens": 10**400}, 1, 1 + MAX_TOKENS),
         ({"prompt": "é" * 4, "max_tokens": 1}, 2, 3),
         ({"messages": [{"role": "u", "content": "abcdef"}], "max_tokens": 9}, 2, 11),
         ({"messages": [{"role": "u", "content": [{"text": "abcd"}]}]}, 2, 2 + 512),
@@ -44,7 +44,7 @@ def test_prefix() -> None:
 
 def test_all_but_the_options_stays_byte_by_byte() -> None:
     raw = b' {"model":"m", "temperature":1.50, "stream":true, "big":12345678901234567890} \n'
-    sent = Request(raw, Limits(), 8).body
+    sent = read_request(raw, Limits(), 8).body
     assert sent == raw.rstrip()[:-1] + b',"stream_options":{"include_usage":true}}'
 
 
@@ -61,7 +61,7 @@ def test_any_json_is_read_or_refused(fields: dict[str, Any]) -> None:
     """Nothing but an ApiError, and a body that goes on says the same but for stream_options."""
     raw = json.dumps(fields).encode()
     try:
-        request = Request(raw, Limits(max_prompt_chars=50), 10)
+        request = read_request(raw, Limits(max_prompt_chars=50), 10)
     except ApiError as error:
         assert error.status == 400
         return

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving.config import Config
-from serving.state import Gateway
+from serving.state import GatewayState
 from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 
@@ -35,8 +35,8 @@ def complete(gateway: Running, prompt: str = "x", **fields: Any) -> Answer:
 def choose(names: list[str], prompts: list[str], **routing: Any) -> list[str]:
     """The replicas that an idle gateway gives these prompts to."""
     entry = {"name": "m", "replicas": [f"http://{name}" for name in names]}
-    gateway = Gateway(Config.model_validate({"models": [entry], "routing": routing}))
-    model = gateway.model("m")
+    gateway = GatewayState(Config.model_validate({"models": [entry], "routing": routing}))
+    model = gateway.router.model("m")
     return [model.choose(model.usable(), p.encode()).url.removeprefix("http://") for p in prompts]
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from serving.config import ModelEntry
 from serving.upstream.vllm_metrics import (
-    NOTHING,
+    UNKNOWN,
     ServerInfo,
-    describe,
+    describe_model,
+    describe_server,
     numbers,
     parse_info,
-    together,
 )
 from tests.serving.helpers import Running, ask, running
 from tests.serving.standin import StandIn, standin, wait_for
@@ -50,10 +50,11 @@ def mismatches(gateway: Running) -> float:
 def says(upstream: StandIn, gateway: Running, **changes: str) -> None:
     """Have a server say something else, as another that was started at its address would."""
     upstream.runs = {**SOFTPICK, **changes}
-    (replica,) = gateway.gateway.replicas.values()
+    (replica,) = gateway.state.replicas.values()
     expected = ServerInfo(**upstream.runs)
     wait_for(lambda: replica.info == expected, "it is noticed")
-    wait_for(lambda: gateway.gateway.all_models()[0].description.info == expected, "by the model")
+    (model,) = gateway.state.router.models.values()
+    wait_for(lambda: model.description.info == expected, "by the model")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def says(upstream: StandIn, gateway: Running, **changes: str) -> None:
 def test_server_is_believed(
     labels: dict[str, Any], expected: tuple[str, str], errors: list[str]
 ) -> None:
-    found = describe(ModelEntry(**entry(**labels)), ServerInfo(**SOFTPICK))
+    found = describe_server(ModelEntry(**entry(**labels)), ServerInfo(**SOFTPICK))
     assert (found.variant, found.bits) == expected
     assert found.unconfirmed == ()
     assert [e.removeprefix("the label says ") for e in found.errors] == errors
@@ -79,31 +80,33 @@ def test_server_is_believed(
     ("bits", "good"), [(2, True), (3.1, True), (8, True), (16, False), (1.5, False)]
 )
 def test_mixed_widths_may_be_labelled_with_their_mean(bits: float, good: bool) -> None:
-    found = describe(ModelEntry(**entry(bits=bits)), ServerInfo(weight_bits="2,3,8"))
-    assert found.bits == "2,3,8" and found.json()["bits"] == [2, 3, 8]
+    found = describe_server(ModelEntry(**entry(bits=bits)), ServerInfo(weight_bits="2,3,8"))
+    assert found.bits == "2,3,8" and found.as_json()["bits"] == [2, 3, 8]
     assert (found.errors == ()) == good
 
 
 def test_label_that_nobody_confirms() -> None:
     labelled = ModelEntry(**entry(variant="softpick", bits=4))
-    silent = describe(labelled, NOTHING)
+    silent = describe_server(labelled, UNKNOWN)
     assert (silent.variant, silent.bits, silent.errors) == ("softpick", "4", ())
     assert silent.unconfirmed == ("variant", "bits")
     # A method of quantization whose bits the plugin does not know.
-    half = describe(labelled, ServerInfo(variant="softpick", weight_method="quark"))
+    half = describe_server(labelled, ServerInfo(variant="softpick", weight_method="quark"))
     assert (half.bits, half.unconfirmed, half.errors) == ("4", ("bits",), ())
-    assert describe(ModelEntry(**entry()), NOTHING).unconfirmed == ()
+    assert describe_server(ModelEntry(**entry()), UNKNOWN).unconfirmed == ()
 
 
 def test_servers_of_one_model_that_differ() -> None:
     labelled = ModelEntry(**entry())
-    parts = [describe(labelled, ServerInfo(variant=v, kv_cache_dtype="fp8")) for v in ("a", "b")]
-    both = together(parts)
+    parts = [
+        describe_server(labelled, ServerInfo(variant=v, kv_cache_dtype="fp8")) for v in ("a", "b")
+    ]
+    both = describe_model(parts)
     assert both.variant == "a,b" and both.info.kv_cache_dtype == "fp8"
     assert both.errors == ("the servers differ in variant: a and b",)
-    assert together(parts[:1]) == parts[0]
-    aliases = [describe(labelled, ServerInfo(model_name=name)) for name in ("m", "alias")]
-    assert together(aliases).errors == () and together(aliases).info.model_name == ""
+    assert describe_model(parts[:1]) == parts[0]
+    aliases = [describe_server(labelled, ServerInfo(model_name=name)) for name in ("m", "alias")]
+    assert describe_model(aliases).errors == () and describe_model(aliases).info.model_name == ""
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_servers_of_one_model_that_differ() -> None:
     ],
 )
 def test_pages_that_say_nothing_clear(page: bytes) -> None:
-    assert parse_info(page) == NOTHING
+    assert parse_info(page) == UNKNOWN
 
 
 def test_vllm_says_its_name_without_the_plugin() -> None:
@@ -163,7 +166,7 @@ def test_wrong_label_is_shown_and_logged_once(caplog: pytest.LogCaptureFixture) 
             assert vars(record)["variant"] == "softpick"  # the server's, not the label's
             assert gateway.metric("attnserve_completion_tokens_total") == 3
 
-            # A look later nothing has changed; then the label does, then the server.
+            # A health check later nothing has changed; then the label does, then the server.
             says(upstream, gateway, kv_cache_dtype="float32")
             assert logged("model m: ") == [f"model m: {error}"]
             gateway.apply(models=[entry(upstream.url, variant="softpick", bits=4)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from attn_kernels import get_variant
 from attn_kernels.pruning import attend_pruned
 from attnserve.budgets import __main__ as command_module
 from attnserve.budgets import forward as forward_module
@@ -65,7 +66,7 @@ def test_unpruned_is_the_model(
     assert own.losses("none", FULL) == pytest.approx(of_transformers(folders[name], own), abs=1e-4)
 
 
-def test_pruned_is_the_law(
+def test_pruned_is_the_reference(
     folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole model with `attend_pruned` in place of attention under a mask, to the bits of
@@ -76,12 +77,17 @@ def test_pruned_is_the_law(
     unpruned = own.losses("none", FULL)
     left = iter(budgets)
 
-    def law(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
+    def expected(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
         budget = next(left)
         pairs = zip(q, k, v, strict=True)
-        return torch.stack([attend_pruned(*qkv, page(budget, qkv[1]), 0, scale) for qkv in pairs])
+        return torch.stack(
+            [
+                attend_pruned(get_variant("selective"), *qkv, page(budget, qkv[1]), 0, scale)
+                for qkv in pairs
+            ]
+        )
 
-    monkeypatch.setattr(forward_module, "scaled_dot_product_attention", law)
+    monkeypatch.setattr(forward_module, "scaled_dot_product_attention", expected)
     assert own.forward(own.text, FULL, "selective") == pytest.approx(found, rel=1e-5)
     assert next(left, None) is None
     assert found != pytest.approx(unpruned, rel=1e-3)
@@ -280,7 +286,7 @@ def test_goes_on_after_a_kill(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: "softpick"}, "has softpick attention, not selective"),
+        ({0: "softpick"}, "has softpick attention, which cannot be pruned"),
         ({0: "nothing"}, "nothing has no config.json"),
         ({2: "selective"}, "has selective attention, not softmax"),
         ({2: "nothing"}, "nothing has no config.json"),

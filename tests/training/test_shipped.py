@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn  # noqa: F401  registers the model class
 from attnserve.evaluation.checkpoint import Checkpoint
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 from training.checkpoints import EXTRA
 from training.tokenizer import PARAGRAPHS
 
@@ -24,16 +24,16 @@ def test_softmax_and_softpick_are_there() -> None:
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_generates_the_laws_tokens(folder: Path) -> None:
+def test_generates_the_references_tokens(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.config.variant.name == EXTRA.get(folder.name, [folder.name])[0]
     ids = AutoTokenizer.from_pretrained(folder)("The old man looked at", return_tensors="pt")
-    law = law_greedy(folder, ids.input_ids[0].tolist(), 24)
-    assert min(law.margins) > 1e-3
+    expected = reference_greedy(folder, ids.input_ids[0].tolist(), 24)
+    assert min(expected.margins) > 1e-3
     output = model.generate(
         **ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert output[0, ids.input_ids.shape[1] :].tolist() == law.tokens
+    assert output[0, ids.input_ids.shape[1] :].tolist() == expected.tokens
 
 
 def test_committed_results_are_of_these_checkpoints() -> None:

@@ -1,4 +1,4 @@
-"""The trained checkpoints in the repository, served: the law's greedy tokens for real prompts."""
+"""The trained checkpoints in the repository, served: the reference's tokens for real prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.vllm_attn.client import Client
 
@@ -39,15 +39,15 @@ QUICK = ("softmax", "softpick")
         for config in CHECKPOINTS
     ],
 )
-def test_same_tokens_as_the_law(config: Path) -> None:
+def test_same_tokens_as_the_reference(config: Path) -> None:
     ckpt = config.parent
     tokenizer = AutoTokenizer.from_pretrained(ckpt)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    law = [law_greedy(ckpt, prompt, NUM_TOKENS) for prompt in prompts]
+    expected = [reference_greedy(ckpt, prompt, NUM_TOKENS) for prompt in prompts]
     # A served token may differ only where float32 cannot tell the two best apart.
     decided = [
         next((i for i, margin in enumerate(answer.margins) if margin < 1e-3), NUM_TOKENS)
-        for answer in law
+        for answer in expected
     ]
     assert sum(decided) > 0.8 * NUM_TOKENS * len(prompts), "too many near ties to compare"
     backend = json.loads(config.read_text())["attention_variant"]["name"]
@@ -56,5 +56,5 @@ def test_same_tokens_as_the_law(config: Path) -> None:
         answers = [client.greedy(prompt, NUM_TOKENS) for prompt in prompts]
         together = client.greedy_together(prompts, NUM_TOKENS)
     for served in (answers, together):
-        for tokens, answer, n in zip(served, law, decided, strict=True):
+        for tokens, answer, n in zip(served, expected, decided, strict=True):
             assert tokens[:n] == answer.tokens[:n]

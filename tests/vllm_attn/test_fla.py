@@ -51,19 +51,21 @@ SCALED_SOFTMAX = {"attn_impl": "naive_scaled_attn", "intermediate_size": 96}
         ),
     ],
 )
-def test_same_answers_as_the_law(fields: dict[str, Any], args: list[str], tmp_path: Path) -> None:
+def test_same_answers_as_the_reference(
+    fields: dict[str, Any], args: list[str], tmp_path: Path
+) -> None:
     """Greedy tokens, alone and together, and log-probabilities of a prompt; no flags needed."""
     folder = fla_checkpoint(tmp_path, **fields)
-    prompts, law = zip(
+    prompts, expected = zip(
         *(clear_prompt(folder, length, NUM_TOKENS) for length in PROMPT_LENGTHS), strict=True
     )
-    assert len({token for tokens in law for token in tokens}) > 20
+    assert len({token for tokens in expected for token in tokens}) > 20
     longest = prompts[-1]
     logprobs = fla_logits(folder, longest[:-1]).log_softmax(-1)[range(149), longest[1:]]
     with vllm_server(folder, *SERVE_ARGS, *args) as server:
         client = Client(server)
-        assert [client.greedy(prompt, NUM_TOKENS) for prompt in prompts] == list(law)
-        assert client.greedy_together(list(prompts), NUM_TOKENS) == list(law)
+        assert [client.greedy(prompt, NUM_TOKENS) for prompt in prompts] == list(expected)
+        assert client.greedy_together(list(prompts), NUM_TOKENS) == list(expected)
         served = torch.tensor(client.prompt_logprobs(longest), dtype=torch.float64)
         torch.testing.assert_close(served, logprobs, atol=1e-3, rtol=1e-3)
         variant = VARIANTS[fields.get("attn_impl", "parallel_softpick_attn")]["name"]

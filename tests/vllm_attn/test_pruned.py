@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.law_model import clear_greedy, law_greedy
+from tests.reference_model import clear_greedy, reference_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.vllm_attn.client import Client
@@ -62,7 +62,7 @@ class Served:
     ckpt: Path
     client: Client
     prompts: list[list[int]]
-    law: list[list[int]]
+    expected: list[list[int]]
 
     def sample(self, work: Future[Any], *metrics: str) -> list[tuple[float, ...]]:
         """The metrics' values while `work` goes on."""
@@ -79,9 +79,11 @@ def served(
 ) -> Iterator[Served]:
     ckpt = tmp_path_factory.mktemp("pruned")
     tiny_checkpoint(ckpt, {"name": "selective", "kv_budgets": BUDGETS})
-    prompts, law = zip(*(clear_greedy(ckpt, n, NUM_TOKENS) for n in PROMPT_LENGTHS), strict=True)
+    prompts, expected = zip(
+        *(clear_greedy(ckpt, n, NUM_TOKENS) for n in PROMPT_LENGTHS), strict=True
+    )
     with vllm_server(ckpt, *SERVE_ARGS, *request.param, env=ENV) as server:
-        yield Served(ckpt, Client(server), list(prompts), [answer.tokens for answer in law])
+        yield Served(ckpt, Client(server), list(prompts), [answer.tokens for answer in expected])
 
 
 def test_says_what_it_runs(served: Served) -> None:
@@ -94,21 +96,21 @@ def test_pruning_matters(served: Served) -> None:
     unpruned = {"name": "selective"}
     long = [i for i, length in enumerate(PROMPT_LENGTHS) if length > 60]
     answers = [
-        law_greedy(served.ckpt, served.prompts[i], NUM_TOKENS, unpruned).tokens for i in long
+        reference_greedy(served.ckpt, served.prompts[i], NUM_TOKENS, unpruned).tokens for i in long
     ]
-    differ = sum(answer != served.law[i] for answer, i in zip(answers, long, strict=True))
+    differ = sum(answer != served.expected[i] for answer, i in zip(answers, long, strict=True))
     assert differ > len(long) // 2
 
 
 def test_alone(served: Served) -> None:
-    for prompt, law in zip(served.prompts, served.law, strict=True):
-        assert served.client.greedy(prompt, NUM_TOKENS) == law
+    for prompt, expected in zip(served.prompts, served.expected, strict=True):
+        assert served.client.greedy(prompt, NUM_TOKENS) == expected
 
 
 def test_twelve_at_once(served: Served) -> None:
     """Decoding of some beside chunks of others; pages that earlier requests have used."""
-    assert served.client.greedy_together(served.prompts, NUM_TOKENS) == served.law
-    assert served.client.greedy_batch(served.prompts, NUM_TOKENS) == served.law
+    assert served.client.greedy_together(served.prompts, NUM_TOKENS) == served.expected
+    assert served.client.greedy_batch(served.prompts, NUM_TOKENS) == served.expected
 
 
 def test_preempted(served: Served) -> None:
@@ -123,7 +125,7 @@ def test_preempted(served: Served) -> None:
                 urllib.request.urlopen(urllib.request.Request(url, method="POST")).close()
                 if served.client.metric(preemptions) > before:
                     break
-            assert work.result() == served.law * 8
+            assert work.result() == served.expected * 8
         if served.client.metric(preemptions) > before:
             return
     raise AssertionError("nothing was preempted")
@@ -160,9 +162,9 @@ def test_blocks_do_not_grow(served: Served) -> None:
 
 
 def test_prefix_caching_finds_nothing(served: Served) -> None:
-    prompt, law = served.prompts[-1], served.law[-1]
+    prompt, expected = served.prompts[-1], served.expected[-1]
     for _ in range(2):
-        assert served.client.greedy(prompt, NUM_TOKENS) == law
+        assert served.client.greedy(prompt, NUM_TOKENS) == expected
     assert served.client.metric("vllm:prefix_cache_hits_total") == 0
 
 
@@ -179,5 +181,5 @@ def test_ample_budgets_given_at_start_up(tmp_path: Path) -> None:
         client = Client(server)
         assert "1 requests fit (unpruned: 2)" in server.log()
         for length in PROMPT_LENGTHS[::4]:
-            prompt, law = clear_greedy(tmp_path, length, NUM_TOKENS)
-            assert client.greedy(prompt, NUM_TOKENS) == law.tokens
+            prompt, expected = clear_greedy(tmp_path, length, NUM_TOKENS)
+            assert client.greedy(prompt, NUM_TOKENS) == expected.tokens

@@ -1,4 +1,4 @@
-"""Every variant from a real `vllm serve`: its greedy tokens are those of the float64 law."""
+"""Every variant from a real `vllm serve`: its greedy tokens are those of the float64 reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from attn_kernels import get_variant, variant_names
 from serving.upstream.vllm_metrics import ServerInfo
-from tests.law_model import clear_greedy
+from tests.reference_model import clear_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.vllm_attn.client import Client
@@ -35,13 +35,13 @@ SERVE_ARGS = (
 
 @dataclass
 class Served:
-    """A served checkpoint, prompts, and what the law answers to each."""
+    """A served checkpoint, prompts, and what the reference answers to each."""
 
     variant_name: str
     window: int | None
     client: Client
     prompts: list[list[int]]
-    law: list[list[int]]
+    expected: list[list[int]]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-window_{case[1]}")
@@ -51,15 +51,19 @@ def served(
     name, window = request.param
     ckpt = tmp_path_factory.mktemp(name)
     tiny_checkpoint(ckpt, name, sliding_window=window)
-    prompts, law = zip(*(clear_greedy(ckpt, n, NUM_TOKENS) for n in PROMPT_LENGTHS), strict=True)
+    prompts, expected = zip(
+        *(clear_greedy(ckpt, n, NUM_TOKENS) for n in PROMPT_LENGTHS), strict=True
+    )
     with vllm_server(ckpt, f"--attention-backend={name}", *SERVE_ARGS) as server:
-        yield Served(name, window, Client(server), list(prompts), [answer.tokens for answer in law])
+        yield Served(
+            name, window, Client(server), list(prompts), [answer.tokens for answer in expected]
+        )
 
 
 def test_answers_differ(served: Served) -> None:
     """The comparison below means something: answers are no constant."""
-    assert len({tuple(tokens) for tokens in served.law}) > len(served.law) // 2
-    assert len({token for tokens in served.law for token in tokens}) > 20
+    assert len({tuple(tokens) for tokens in served.expected}) > len(served.expected) // 2
+    assert len({token for tokens in served.expected for token in tokens}) > 20
 
 
 def test_says_what_it_runs(served: Served) -> None:
@@ -74,33 +78,33 @@ def test_says_what_it_runs(served: Served) -> None:
 
 
 def test_alone(served: Served) -> None:
-    for prompt, law in zip(served.prompts, served.law, strict=True):
-        assert served.client.greedy(prompt, NUM_TOKENS) == law
+    for prompt, expected in zip(served.prompts, served.expected, strict=True):
+        assert served.client.greedy(prompt, NUM_TOKENS) == expected
 
 
 def test_streamed(served: Served) -> None:
-    for prompt, law in zip(served.prompts[::2], served.law[::2], strict=True):
-        assert served.client.greedy_streamed(prompt, NUM_TOKENS) == law
+    for prompt, expected in zip(served.prompts[::2], served.expected[::2], strict=True):
+        assert served.client.greedy_streamed(prompt, NUM_TOKENS) == expected
 
 
 def test_twelve_at_once(served: Served) -> None:
-    assert served.client.greedy_together(served.prompts, NUM_TOKENS) == served.law
+    assert served.client.greedy_together(served.prompts, NUM_TOKENS) == served.expected
 
 
 def test_preempted(served: Served) -> None:
     """A request that loses its blocks to another is computed again from its first token."""
-    assert served.client.greedy_batch(served.prompts, NUM_TOKENS) == served.law
+    assert served.client.greedy_batch(served.prompts, NUM_TOKENS) == served.expected
     if served.window is None:  # a window keeps few blocks: there is room for all
         assert served.client.metric("vllm:num_preemptions_total") > 0, "no request was preempted"
 
 
 def test_prefix_cache(served: Served) -> None:
     """A repeated prompt, and one that goes on where an answer ended, reuse cached blocks."""
-    prompt, law = served.prompts[-1], served.law[-1]
+    prompt, expected = served.prompts[-1], served.expected[-1]
     before = served.client.metric("vllm:prefix_cache_hits_total")
-    assert served.client.greedy(prompt, NUM_TOKENS) == law
-    assert served.client.greedy(prompt, NUM_TOKENS) == law
-    assert served.client.greedy(prompt + law[:20], 4) == law[20:]
+    assert served.client.greedy(prompt, NUM_TOKENS) == expected
+    assert served.client.greedy(prompt, NUM_TOKENS) == expected
+    assert served.client.greedy(prompt + expected[:20], 4) == expected[20:]
     hits = served.client.metric("vllm:prefix_cache_hits_total") - before
     if get_variant(served.variant_name).stateful:
         assert hits == 0, "a stateful variant's accumulators cannot be shared"

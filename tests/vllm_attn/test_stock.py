@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from benchmarks.smollm2 import write_smollm2
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.vllm_attn.client import Client
@@ -79,13 +79,13 @@ def plain_llama(tiny_softmax: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_any_variant_on_a_plain_llama(plain_llama: Path) -> None:
     """The experiment people make first is allowed, named as such, and computed right."""
     prompt = list(range(40, 120))
-    law = law_greedy(plain_llama, prompt, NUM_TOKENS, {"name": "lssa"})
-    assert min(law.margins) > 1e-3
-    assert law.tokens != law_greedy(plain_llama, prompt, NUM_TOKENS).tokens
+    expected = reference_greedy(plain_llama, prompt, NUM_TOKENS, {"name": "lssa"})
+    assert min(expected.margins) > 1e-3
+    assert expected.tokens != reference_greedy(plain_llama, prompt, NUM_TOKENS).tokens
     args = ("--dtype=float32", "--max-model-len=256", "--attention-backend=lssa")
     with vllm_server(plain_llama, *args) as server:
         assert Client(server).server_info().variant == "lssa"
-        assert Client(server).greedy(prompt, NUM_TOKENS) == law.tokens
+        assert Client(server).greedy(prompt, NUM_TOKENS) == expected.tokens
         assert "was trained with softmax attention; serving it with lssa is an" in server.log()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.law_model import law_greedy
+from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.vllm_attn.client import Client
@@ -17,7 +17,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     """Two worker processes, two cores' worth of start-up: behind `-m slow`."""
     ckpt = tiny_checkpoint(tmp_path, "ssmax")
     prompt = list(range(40, 120))
-    law = law_greedy(ckpt, prompt, 24)
-    assert min(law.margins) > 1e-3
+    expected = reference_greedy(ckpt, prompt, 24)
+    assert min(expected.margins) > 1e-3
     with vllm_server(ckpt, "--dtype=float32", "--tensor-parallel-size=2") as server:
-        assert Client(server).greedy(prompt, 24) == law.tokens
+        assert Client(server).greedy(prompt, 24) == expected.tokens

@@ -1,35 +1,98 @@
 """Paged attention, written once for all variants: a tile of query rows against a request's keys.
 
-A tile has the queries `[first, first + QUERIES)` of one request and all `GROUP` query heads of one
-KV head: `ROWS` rows of a matrix product (the last few may be empty). Its program walks the keys
-that the tile sees, `KEYS` at a time; a long context is cut into `SPLITS` parts with a program each,
+A tile has `queries` consecutive queries of one request and all `group` query heads of one KV head:
+`rows` rows of a matrix product (the last few may be empty). Its program goes along the keys that
+the tile sees, `keys` at a time; a long context is cut into `splits` parts with a program each,
 whose results `merge_kernel` adds up. The grid depends on the numbers of tokens and requests only,
 so that a CUDA graph can hold it.
 
-Inside its block each KV head has `BLOCK_SIZE` keys, then as many values, then (stateful variants)
+Inside its block each KV head has `block_size` keys, then as many values, then (stateful variants)
 as many float32 accumulators, of which KV head 0's are used: rows of keys and values are aligned.
+
+What is fixed when a kernel is compiled comes as named tuples: VARIANT (`Constants`), SHAPE
+(`Shape`) and TILE (`Tiling`). A variant's functions and parameters come one by one: Triton cannot
+write down a tuple of functions where a hook watches compilations, as vLLM's does, and before 3.7 it
+cannot pass on a tuple inside a tuple.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-BOTH, OBSERVE, WEIGH = (tl.constexpr(i) for i in range(3))
-"""What a launch does of a variant that sees all scores before it weighs: both passes, or, where a
-context is cut into parts, one of them. All others: BOTH."""
+WHOLE, STATISTICS, OUTPUT = (tl.constexpr(i) for i in range(3))
+"""What a launch computes for a variant that needs statistics of all scores first: all of it, or,
+where a context is cut into parts, the statistics or the output. For all others: WHOLE."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+class Constants(NamedTuple):
+    """What is constant of a variant (`variants/__init__.py`), as compile-time arguments."""
+
+    unit_keys: bool
+    first_max: float
+    num_learned: int
+
+
+class Shape(NamedTuple):
+    """A layer and its cache, as compile-time arguments."""
+
+    num_kv_heads: int
+    group: int
+    """Query heads of a KV head."""
+    head_size: int
+    dims: int
+    """`head_size` rounded up to a power of two."""
+    block_size: int
+    window: int
+    """0: none."""
+    soft_cap: float
+    """0: none."""
+    quantized: bool
+
+
+class Tiling(NamedTuple):
+    """How a call is cut up, as compile-time arguments."""
+
+    rows: int
+    queries: int
+    keys: int
+    splits: int
+
+
+class Blocks(NamedTuple):
+    """A request's blocks of the cache: pointers and strides, in elements."""
+
+    cache: Any
+    table: Any
+    block_stride: Any
+    head_stride: Any
+
+
+class Rows(NamedTuple):
+    """The query rows of a tile: `q` `[rows, dims]`, all others `[rows]`."""
+
+    q: Any
+    selecting: Any
+    """Head 0's queries, of a stateful variant."""
+    factor: Any
+    """What q.k is multiplied with, see `query_factor`."""
+    position: Any
+    first_of_group: Any
+    valid: Any
+
+
 @triton.jit
 def first_tile(start_loc, request, QUERIES: tl.constexpr):
-    """The number of a request's first tile. Its last one may be short: this leaves room for that,
-    so that no request reaches the next one's."""
+    """Return the number of a request's first tile. Its last one may be short: this leaves room for
+    that, so that no request reaches the next one's."""
     return start_loc // QUERIES + request if QUERIES > 1 else start_loc
 
 
 @triton.jit
 def find_request(query_start_loc, tile, num_reqs, QUERIES: tl.constexpr):
-    """The request of a tile: the last whose first tile is not behind it."""
+    """Return the request of a tile: the last whose first tile is not behind it."""
     low = 0
     high = num_reqs
     while low < high:
@@ -42,44 +105,118 @@ def find_request(query_start_loc, tile, num_reqs, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(block_table, request, table_stride, key, inside, BLOCK_SIZE: tl.constexpr):
-    """Index in the cache of each key's block."""
-    entry = block_table + request.to(tl.int64) * table_stride + key // BLOCK_SIZE
-    return tl.load(entry, mask=inside, other=0).to(tl.int64)
+def load_blocks(blocks, key, inside, SHAPE: tl.constexpr):
+    """Return the index in the cache of each key's block."""
+    return tl.load(blocks.table + key // SHAPE.block_size, mask=inside, other=0).to(tl.int64)
 
 
 @triton.jit
-def load_keys(
-    cache, block, kv_head, key, inside, block_stride, head_stride, dtype,
-    BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr,
-):  # fmt: skip
-    """Keys `[DIMS, KEYS]`; 0 where there are none."""
-    dim = tl.arange(0, DIMS)
-    base = block * block_stride + kv_head * head_stride + (key % BLOCK_SIZE) * HEAD_SIZE
-    mask = inside[None, :] & (dim < HEAD_SIZE)[:, None]
-    return tl.load(cache + base[None, :] + dim[:, None], mask=mask, other=0.0).to(dtype)
+def load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
+    """Return keys `[dims, keys]`; 0 where there are none."""
+    dim = tl.arange(0, SHAPE.dims)
+    base = block * blocks.block_stride + kv_head * blocks.head_stride
+    base += (key % SHAPE.block_size) * SHAPE.head_size
+    mask = inside[None, :] & (dim < SHAPE.head_size)[:, None]
+    return tl.load(blocks.cache + base[None, :] + dim[:, None], mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def load_values(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
+    """Return values `[keys, dims]`; 0 where there are none."""
+    dim = tl.arange(0, SHAPE.dims)
+    base = block * blocks.block_stride + kv_head * blocks.head_stride
+    base += (SHAPE.block_size + key % SHAPE.block_size) * SHAPE.head_size
+    mask = inside[:, None] & (dim < SHAPE.head_size)[None, :]
+    return tl.load(blocks.cache + base[:, None] + dim[None, :], mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
 def multiply(a, b, acc):
-    """`acc + a @ b` in float32: no TF32, which keeps ten bits."""
+    """Return `acc + a @ b` in float32: no TF32, which keeps ten bits."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def visible(position, key, WINDOW: tl.constexpr):
-    """Which keys each row sees, `[ROWS, KEYS]`."""
+    """Return which keys each row sees, `[rows, keys]`."""
     distance = position[:, None] - key[None, :]
     seen = distance >= 0
     return seen & (distance < WINDOW) if WINDOW else seen
 
 
 @triton.jit
-def selections(x, seen, position, key):
-    """What queries of head 0 with raw scores `x` add to the accumulators: nothing to their own
-    token's and nothing to the first's."""
+def selections(x, seen, position, key, SELECTION: tl.constexpr):
+    """Return what queries of head 0 with raw scores `x` add to the accumulators: nothing to their
+    own token's and nothing to the first's."""
     chosen = seen & (key[None, :] != position[:, None]) & (key != 0)[None, :]
-    return tl.where(chosen, tl.maximum(x, 0.0), 0.0)
+    return tl.where(chosen, SELECTION(x), 0.0)
+
+
+@triton.jit
+def unit(k):
+    """Return 1 / |k| of keys `[dims, keys]`."""
+    k = k.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), 1e-12)
+
+
+@triton.jit
+def tanh(x):
+    """Return the hyperbolic tangent."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -t, t)
+
+
+@triton.jit
+def attend_keys(
+    rows, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator, mean, per_spread,
+    UPDATE: tl.constexpr, UPDATE_STATISTICS: tl.constexpr, SELECTION: tl.constexpr,
+    PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
+    STATISTICS_ONLY: tl.constexpr,
+):  # fmt: skip
+    """Go along the keys [begin, end) of a tile: gather statistics of the scores, or turn them into
+    weights and add up the values. `scale` is that of q.k before a soft cap.
+
+    Returns:
+        `(running_max [rows], denominator [rows], output [rows, dims])`.
+    """
+    dtype = rows.q.dtype
+    zeros = tl.full([TILE.rows, TILE.keys], 0.0, tl.float32)
+    output = tl.full([TILE.rows, SHAPE.dims], 0.0, tl.float32)
+    for start in range(begin, end, TILE.keys):
+        key = start + tl.arange(0, TILE.keys)
+        inside = key < end
+        block = load_blocks(blocks, key, inside, SHAPE)
+        k = load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE)
+        s = multiply(rows.q, k, zeros)
+        if SHAPE.soft_cap > 0.0:
+            s = SHAPE.soft_cap * tanh(s * (scale / SHAPE.soft_cap))
+        s *= rows.factor[:, None]
+        if VARIANT.unit_keys:
+            s *= unit(k)[None, :]
+        seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
+        if STATISTICS_ONLY:
+            running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator)
+        else:
+            if SELECTION is not None:
+                penalty = tl.load(snapshots + key, mask=inside, other=0.0)[None, :]
+                if TILE.queries > 1:
+                    # And what the tile's own queries before each row's have added.
+                    selector_keys = k
+                    if SHAPE.num_kv_heads > 1:
+                        selector_keys = load_keys(blocks, block, 0, key, inside, dtype, SHAPE)
+                    x = multiply(rows.selecting, selector_keys, zeros) * scale
+                    chosen = seen & rows.valid[:, None]
+                    added = selections(x, chosen, rows.position, key, SELECTION)
+                    once = tl.where(rows.first_of_group[:, None], added, 0.0)
+                    penalty = penalty + tl.cumsum(once, 0) - added
+                s -= penalty * LOG2E
+            weights, rescale, running_max, denominator = UPDATE(
+                s, seen, running_max, denominator, mean, per_spread, PARAMS
+            )
+            v = load_values(blocks, block, kv_head, key, inside, dtype, SHAPE)
+            output = multiply(weights.to(dtype), v, output * rescale[:, None])
+    return running_max, denominator, output
 
 
 @triton.jit
@@ -87,188 +224,131 @@ def attend_kernel(
     out, query, cache, block_table, query_start_loc, seq_lens,
     first_learned, second_learned,  # [num_heads] float32
     snapshots,  # [tiles, keys] float32: accumulators ahead of each tile (select.py)
-    observed,  # [num_tokens, num_heads, SPLITS, 2] float32: the first pass's top and total
-    part_rows,  # the same, of the parts' results
-    part_outputs,  # [num_tokens, num_heads, SPLITS, HEAD_SIZE] float32
+    statistics,  # [num_tokens, num_heads, splits, 2] float32, of the pass for statistics
+    part_rows,  # the same: each part's running maximum and denominator
+    part_outputs,  # [num_tokens, num_heads, splits, head_size] float32
     key_scale, value_scale,  # [1] float32, of a quantized cache
     scale, num_reqs,
     query_stride, out_stride, block_stride, head_stride, table_stride, snapshot_stride,
-    QUERY_FACTOR: tl.constexpr, START: tl.constexpr, WEIGH_TILE: tl.constexpr,
-    FINISH: tl.constexpr, OBSERVE_TILE: tl.constexpr, SETTLE: tl.constexpr,
-    UNIT_KEYS: tl.constexpr, STATEFUL: tl.constexpr, PARAMS: tl.constexpr,
-    NUM_LEARNED: tl.constexpr, PASS: tl.constexpr, QUANTIZED: tl.constexpr,
-    SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, DIMS: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    QUERY_FACTOR: tl.constexpr, UPDATE: tl.constexpr, EPILOGUE: tl.constexpr,
+    UPDATE_STATISTICS: tl.constexpr, FINISH_STATISTICS: tl.constexpr, SELECTION: tl.constexpr,
+    PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
+    PASS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles, num_kv_heads, SPLITS)."""
+    """Attend with one tile's queries. Grid: (tiles, num_kv_heads, splits)."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request = find_request(query_start_loc, tile, num_reqs, QUERIES)
+    request = find_request(query_start_loc, tile, num_reqs, TILE.queries)
     start_loc = tl.load(query_start_loc + request)
     num_queries = tl.load(query_start_loc + request + 1) - start_loc
-    first = (tile - first_tile(start_loc, request, QUERIES)) * QUERIES
+    first = (tile - first_tile(start_loc, request, TILE.queries)) * TILE.queries
     if first >= num_queries:
         return
     first_position = tl.load(seq_lens + request) - num_queries  # of the request's queries here
 
-    row, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
-    index = first + row // GROUP
-    valid = (row < QUERIES * GROUP) & (index < num_queries)
+    row, dim = tl.arange(0, TILE.rows), tl.arange(0, SHAPE.dims)
+    index = first + row // SHAPE.group
+    valid = (row < TILE.queries * SHAPE.group) & (index < num_queries)
     position = first_position + index
-    head = kv_head * GROUP + row % GROUP
+    head = kv_head * SHAPE.group + row % SHAPE.group
     token = (start_loc + index).to(tl.int64)
-    row_mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
+    row_mask = valid[:, None] & (dim < SHAPE.head_size)[None, :]
     q_start = query + token[:, None] * query_stride + dim[None, :]
-    q = tl.load(q_start + head[:, None] * HEAD_SIZE, mask=row_mask, other=0.0)
+    q = tl.load(q_start + head[:, None] * SHAPE.head_size, mask=row_mask, other=0.0)
+    selecting = q
+    if SELECTION is not None and TILE.queries > 1:
+        selecting = tl.load(q_start, mask=row_mask, other=0.0)
 
     n = position + 1
-    if WINDOW:
-        n = tl.minimum(n, WINDOW)
+    if SHAPE.window:
+        n = tl.minimum(n, SHAPE.window)
     n = tl.maximum(n, 1).to(tl.float32)  # empty rows, too, need finite factors
-    norm = tl.zeros([ROWS], tl.float32)
-    if UNIT_KEYS:
+    zeros = tl.full([TILE.rows], 0.0, tl.float32)
+    norm = zeros
+    if VARIANT.unit_keys:
         norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
-    one = tl.zeros([ROWS], tl.float32) + 1.0
-    one_learned, two_learned = one, one
-    if NUM_LEARNED > 0:
+    one_learned, two_learned = zeros + 1.0, zeros + 1.0
+    if VARIANT.num_learned > 0:
         one_learned = tl.load(first_learned + head, mask=valid, other=0.0)
-    if NUM_LEARNED > 1:
+    if VARIANT.num_learned > 1:
         two_learned = tl.load(second_learned + head, mask=valid, other=0.0)
-    raw = scale  # of q.k, before a soft cap
-    if QUANTIZED and not UNIT_KEYS:
-        raw *= tl.load(key_scale)
-    rest = 1.0 if SOFT_CAP > 0.0 else raw
-    factor = QUERY_FACTOR(n, norm, one_learned, two_learned, rest, HEAD_SIZE, PARAMS)
-    selecting = q
-    if STATEFUL and QUERIES > 1:
-        selecting = tl.load(q_start, mask=row_mask, other=0.0)  # head 0's
+    if SHAPE.quantized and not VARIANT.unit_keys:
+        scale *= tl.load(key_scale)
+    rest = 1.0 if SHAPE.soft_cap > 0.0 else scale  # what a soft cap leaves to do
+    factor = QUERY_FACTOR(n, norm, one_learned, two_learned, rest, SHAPE.head_size, PARAMS)
+    rows = Rows(q, selecting, factor, position, row % SHAPE.group == 0, valid)
 
     begin = 0
-    if WINDOW:
-        begin = tl.maximum(first_position + first - WINDOW + 1, 0) // KEYS * KEYS
-    end = first_position + tl.minimum(first + QUERIES, num_queries)
-    if SPLITS > 1:
-        keys_each = tl.cdiv(tl.cdiv(end - begin, KEYS), SPLITS) * KEYS
+    if SHAPE.window:
+        begin = tl.maximum(first_position + first - SHAPE.window + 1, 0) // TILE.keys * TILE.keys
+    end = first_position + tl.minimum(first + TILE.queries, num_queries)
+    if TILE.splits > 1:
+        keys_each = tl.cdiv(tl.cdiv(end - begin, TILE.keys), TILE.splits) * TILE.keys
         begin += split * keys_each
         end = tl.minimum(end, begin + keys_each)
-    result = (token * (NUM_KV_HEADS * GROUP) + head) * SPLITS + split  # of a row's part
+    num_heads: tl.constexpr = SHAPE.num_kv_heads * SHAPE.group
+    part = (token * num_heads + head) * TILE.splits + split  # of a row
+    table = block_table + request.to(tl.int64) * table_stride
+    blocks = Blocks(cache, table, block_stride, head_stride)
+    if SELECTION is not None:
+        snapshots += tile.to(tl.int64) * snapshot_stride
 
-    zeros = tl.zeros([ROWS], tl.float32)
     mean, per_spread = zeros, zeros
-    if SETTLE is not None:
-        if PASS == WEIGH:
-            part = tl.arange(0, SPLITS)
-            pair = observed + 2 * (result - split)[:, None] + 2 * part[None, :]
-            tops = tl.load(pair, mask=valid[:, None], other=0.0)
-            totals = tl.load(pair + 1, mask=valid[:, None], other=0.0)
+    running_max, denominator = zeros + VARIANT.first_max, zeros
+    if UPDATE_STATISTICS is not None:
+        if PASS == OUTPUT:
+            parts = tl.arange(0, TILE.splits)
+            pairs = statistics + 2 * (part - split)[:, None] + 2 * parts[None, :]
+            maxima = tl.load(pairs, mask=valid[:, None], other=0.0)
+            sums = tl.load(pairs + 1, mask=valid[:, None], other=0.0)
         else:
-            top, total = START(zeros)
-            for start in range(begin, end, KEYS):
-                key = start + tl.arange(0, KEYS)
-                inside = key < end
-                block = load_blocks(block_table, request, table_stride, key, inside, BLOCK_SIZE)
-                k = load_keys(
-                    cache, block, kv_head, key, inside, block_stride, head_stride, q.dtype,
-                    BLOCK_SIZE, HEAD_SIZE, DIMS,
-                )  # fmt: skip
-                s = multiply(q, k, tl.zeros([ROWS, KEYS], tl.float32)) * factor[:, None]
-                if UNIT_KEYS:
-                    s *= unit(k)[None, :]
-                seen = visible(position, key, WINDOW) & inside[None, :]
-                top, total = OBSERVE_TILE(s, seen, top, total)
-            if PASS == OBSERVE:
-                tl.store(observed + 2 * result, top, mask=valid)
-                tl.store(observed + 2 * result + 1, total, mask=valid)
+            row_max, row_sum, _ = attend_keys(
+                rows, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
+                mean, per_spread, UPDATE, UPDATE_STATISTICS, SELECTION, PARAMS,
+                VARIANT, SHAPE, TILE, True,
+            )  # fmt: skip
+            if PASS == STATISTICS:
+                tl.store(statistics + 2 * part, row_max, mask=valid)
+                tl.store(statistics + 2 * part + 1, row_sum, mask=valid)
                 return
-            tops, totals = top[:, None], total[:, None]
-        mean, per_spread = SETTLE(tops, totals, n)
+            maxima, sums = row_max[:, None], row_sum[:, None]
+        mean, per_spread = FINISH_STATISTICS(maxima, sums, n)
 
-    top, total = START(zeros)
-    o = tl.zeros([ROWS, DIMS], tl.float32)
-    for start in range(begin, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        inside = key < end
-        block = load_blocks(block_table, request, table_stride, key, inside, BLOCK_SIZE)
-        k = load_keys(
-            cache, block, kv_head, key, inside, block_stride, head_stride, q.dtype,
-            BLOCK_SIZE, HEAD_SIZE, DIMS,
-        )  # fmt: skip
-        s = multiply(q, k, tl.zeros([ROWS, KEYS], tl.float32))
-        if SOFT_CAP > 0.0:
-            s = SOFT_CAP * tanh(s * (raw / SOFT_CAP))
-        s *= factor[:, None]
-        if UNIT_KEYS:
-            s *= unit(k)[None, :]
-        seen = visible(position, key, WINDOW) & inside[None, :]
-        if STATEFUL:
-            penalty = tl.load(
-                snapshots + tile.to(tl.int64) * snapshot_stride + key, mask=inside, other=0.0
-            )[None, :]
-            if QUERIES > 1:
-                # And what the tile's own queries before each row's have added.
-                selector_keys = k
-                if NUM_KV_HEADS > 1:
-                    selector_keys = load_keys(
-                        cache, block, 0, key, inside, block_stride, head_stride, q.dtype,
-                        BLOCK_SIZE, HEAD_SIZE, DIMS,
-                    )  # fmt: skip
-                x = multiply(selecting, selector_keys, tl.zeros([ROWS, KEYS], tl.float32)) * raw
-                added = selections(x, seen & valid[:, None], position, key)
-                once = tl.where((row % GROUP == 0)[:, None], added, 0.0)
-                penalty = penalty + tl.cumsum(once, 0) - added
-            s -= penalty * LOG2E
-        weights, rescale, top, total = WEIGH_TILE(s, seen, top, total, mean, per_spread, PARAMS)
-        base = block * block_stride + kv_head * head_stride
-        base += (BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_SIZE
-        value_mask = inside[:, None] & (dim < HEAD_SIZE)[None, :]
-        v = tl.load(cache + base[:, None] + dim[None, :], mask=value_mask, other=0.0).to(q.dtype)
-        o = multiply(weights.to(q.dtype), v, o * rescale[:, None])
-
-    if QUANTIZED:
-        o *= tl.load(value_scale)
-    if SPLITS > 1:
-        tl.store(part_rows + 2 * result, top, mask=valid)
-        tl.store(part_rows + 2 * result + 1, total, mask=valid)
-        tl.store(part_outputs + result[:, None] * HEAD_SIZE + dim[None, :], o, mask=row_mask)
+    running_max, denominator, output = attend_keys(
+        rows, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
+        mean, per_spread, UPDATE, UPDATE_STATISTICS, SELECTION, PARAMS,
+        VARIANT, SHAPE, TILE, False,
+    )  # fmt: skip
+    if SHAPE.quantized:
+        output *= tl.load(value_scale)
+    if TILE.splits > 1:
+        tl.store(part_rows + 2 * part, running_max, mask=valid)
+        tl.store(part_rows + 2 * part + 1, denominator, mask=valid)
+        place = part_outputs + part[:, None] * SHAPE.head_size + dim[None, :]
+        tl.store(place, output, mask=row_mask)
     else:
-        o *= FINISH(top, total, PARAMS)[:, None]
-        place = out + token[:, None] * out_stride + head[:, None] * HEAD_SIZE + dim[None, :]
-        tl.store(place, o.to(out.dtype.element_ty), mask=row_mask)
-
-
-@triton.jit
-def unit(k):
-    """1 / |k| of keys `[DIMS, KEYS]`."""
-    k = k.to(tl.float32)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), 1e-12)
-
-
-@triton.jit
-def tanh(x):
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0.0, -t, t)
+        output *= EPILOGUE(running_max, denominator, PARAMS)[:, None]
+        place = out + token[:, None] * out_stride + head[:, None] * SHAPE.head_size + dim[None, :]
+        tl.store(place, output.to(out.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit
 def merge_kernel(
     out, part_rows, part_outputs, query_start_loc, num_reqs, out_stride,
-    MERGE: tl.constexpr, FINISH: tl.constexpr, PARAMS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
+    MERGE: tl.constexpr, EPILOGUE: tl.constexpr, PARAMS: tl.constexpr,
+    SHAPE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the parts of each row. Grid: (num_tokens, num_heads)."""
+    """Add up the parts of each row. Grid: (num_tokens, num_heads)."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if token >= tl.load(query_start_loc + num_reqs):
         return  # padding
-    part, dim = tl.arange(0, SPLITS), tl.arange(0, DIMS)
-    result = (token * tl.num_programs(1) + head) * SPLITS + part
-    factors, top, total = MERGE(
-        tl.load(part_rows + 2 * result), tl.load(part_rows + 2 * result + 1)
+    part, dim = tl.arange(0, SPLITS), tl.arange(0, SHAPE.dims)
+    part = (token * tl.num_programs(1) + head) * SPLITS + part
+    factors, running_max, denominator = MERGE(
+        tl.load(part_rows + 2 * part), tl.load(part_rows + 2 * part + 1)
     )
-    mask = (dim < HEAD_SIZE)[None, :]
-    place = part_outputs + result[:, None] * HEAD_SIZE + dim[None, :]
+    mask = (dim < SHAPE.head_size)[None, :]
+    place = part_outputs + part[:, None] * SHAPE.head_size + dim[None, :]
     o = tl.sum(tl.load(place, mask=mask, other=0.0) * factors[:, None], 0)
-    o *= FINISH(top, total, PARAMS)
-    place = out + token * out_stride + head * HEAD_SIZE + dim
-    tl.store(place, o.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
+    o *= EPILOGUE(running_max, denominator, PARAMS)
+    place = out + token * out_stride + head * SHAPE.head_size + dim
+    tl.store(place, o.to(out.dtype.element_ty), mask=dim < SHAPE.head_size)

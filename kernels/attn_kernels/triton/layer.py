@@ -7,7 +7,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,13 @@ from torch import Tensor
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.triton import attention, tuning
-from attn_kernels.triton.attention import attend_kernel, merge_kernel
+from attn_kernels.triton.attention import (
+    Constants,
+    Shape,
+    Tiling,
+    attend_kernel,
+    merge_kernel,
+)
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.select import select_kernel
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
@@ -26,9 +32,25 @@ QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 """Cache dtypes that need scales."""
 
 
+class Functions(NamedTuple):
+    """A variant's functions and constants (`variants/__init__.py`)."""
+
+    query_factor: Any
+    update: Any
+    merge: Any
+    epilogue: Any
+    update_statistics: Any
+    """None: the variant needs no pass for statistics."""
+    finish_statistics: Any
+    selection: Any
+    """None: the variant is not stateful."""
+    params: tuple[float, ...]
+    constants: Constants
+
+
 @functools.cache
-def functions(variant: Variant) -> dict[str, Any]:
-    """The variant's Triton form (`variants/__init__.py`) as compile-time arguments.
+def functions(variant: Variant) -> Functions:
+    """Return what the variant gives to the kernels.
 
     Raises:
         ValueError: it has none.
@@ -39,24 +61,24 @@ def functions(variant: Variant) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ValueError(f"{variant.name} has no Triton form ({name})") from None
-    return {
-        "QUERY_FACTOR": module.query_factor,
-        "START": module.start,
-        "WEIGH_TILE": module.weigh,
-        "FINISH": module.finish,
-        "MERGE": module.merge,
-        "OBSERVE_TILE": getattr(module, "observe", None),
-        "SETTLE": getattr(module, "settle", None),
-        "UNIT_KEYS": module.UNIT_KEYS,
-        "PARAMS": tuple(variant.numbers()),
-    }
+        raise ValueError(f"{variant.name} has no Triton kernel ({name})") from None
+    return Functions(
+        module.query_factor,
+        module.update,
+        module.merge,
+        module.epilogue,
+        getattr(module, "update_statistics", None),
+        getattr(module, "finish_statistics", None),
+        module.selection if variant.stateful else None,
+        tuple(variant.numbers()),
+        Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
+    )
 
 
 def takes_soft_cap(variant: Variant) -> bool:
-    """Whether raw scores can be capped: where the variant's are the model's, seen in one pass."""
-    two_pass = functions(variant)["SETTLE"] is not None
-    return variant.uses_scale and not variant.stateful and not two_pass
+    """Return whether raw scores can be capped: where the variant's are the model's, in one pass."""
+    one_pass = functions(variant).update_statistics is None
+    return variant.uses_scale and not variant.stateful and one_pass
 
 
 class Scratch:
@@ -144,7 +166,7 @@ class TritonLayer:
         state = STATE_BYTES // kv_cache.dtype.itemsize if variant.stateful else 0
         self.num_kv_heads, self.head_size = num_kv_heads, (content - state) // 2
         self.group = num_heads // num_kv_heads
-        self.scale, self.window = scale, window or 0
+        self.scale = scale
         self.scratch = scratch_of(kv_cache.device)
         self.arch, self.num_processors = device_figures(kv_cache.device)
         self.arch = arch or self.arch
@@ -152,22 +174,16 @@ class TritonLayer:
         self.learned = (*tensors, None, None)[:2]
         self.scales = (key_scale, value_scale) if self.quantized else (None, None)
         self.functions = functions(variant)
-        self.shape = {
-            "HEAD_SIZE": self.head_size,
-            "BLOCK_SIZE": block_size,
-            "DIMS": triton.next_power_of_2(self.head_size),
-        }
-        self.attend_constants = {
-            **{name: f for name, f in self.functions.items() if name != "MERGE"},
-            "STATEFUL": variant.stateful,
-            "NUM_LEARNED": len(tensors),
-            "QUANTIZED": self.quantized,
-            "SOFT_CAP": soft_cap or 0.0,
-            "WINDOW": self.window,
-            "NUM_KV_HEADS": num_kv_heads,
-            "GROUP": self.group,
-            **self.shape,
-        }
+        self.shape = Shape(
+            num_kv_heads,
+            self.group,
+            self.head_size,
+            triton.next_power_of_2(self.head_size),
+            block_size,
+            window or 0,
+            soft_cap or 0.0,
+            self.quantized,
+        )
 
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store keys and values of new tokens, in place; their accumulators start at 0.
@@ -189,10 +205,9 @@ class TritonLayer:
             key.stride(0),
             value.stride(0),
             *self.kv_cache.stride()[:2],
-            QUANTIZED=self.quantized,
+            SHAPE=self.shape,
             STATEFUL=self.variant.stateful,
             LARGEST=largest,
-            **self.shape,
             enable_fp_fusion=True,
             num_warps=1,
         )
@@ -213,7 +228,7 @@ class TritonLayer:
         tile = tile_for(phase, self.arch, self.head_size, query.element_size(), self.group)
         # A second run would advance accumulators twice.
         if tuning.AUTOTUNE and not self.variant.stateful and not capturing(query.device):
-            kind = (phase, self.arch, query.dtype, self.variant, *self.attend_constants.items())
+            kind = (phase, self.arch, query.dtype, self.variant, self.shape)
             tile = tuning.fastest(kind, tile, run)
         run(tile)
 
@@ -224,14 +239,14 @@ class TritonLayer:
         queries = 1 if decode else tile.queries(self.group)
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
         parts = parts_for(tiles * self.num_kv_heads, self.num_processors) if decode else 1
-        rows = parts_outputs = observed = snapshots = None
+        rows = parts_outputs = statistics = snapshots = None
         if parts > 1:
             rows = self.scratch.take("part_rows", num_tokens, self.num_heads, parts, 2)
             parts_outputs = self.scratch.take(
                 "part_outputs", num_tokens, self.num_heads, parts, self.head_size
             )
-            if self.functions["SETTLE"] is not None:
-                observed = self.scratch.take("observed", num_tokens, self.num_heads, parts, 2)
+            if self.functions.update_statistics is not None:
+                statistics = self.scratch.take("statistics", num_tokens, self.num_heads, parts, 2)
         if self.variant.stateful:
             snapshots = self._select(query, batch, tile, queries, tiles)
         launch = functools.partial(
@@ -244,7 +259,7 @@ class TritonLayer:
             batch.seq_lens,
             *self.learned,
             snapshots,
-            observed,
+            statistics,
             rows,
             parts_outputs,
             *self.scales,
@@ -255,20 +270,25 @@ class TritonLayer:
             *self.kv_cache.stride()[:2],
             batch.block_table.stride(0),
             0 if snapshots is None else snapshots.stride(0),
-            ROWS=tile.rows,
-            QUERIES=queries,
-            KEYS=tile.keys,
-            SPLITS=parts,
+            QUERY_FACTOR=self.functions.query_factor,
+            UPDATE=self.functions.update,
+            EPILOGUE=self.functions.epilogue,
+            UPDATE_STATISTICS=self.functions.update_statistics,
+            FINISH_STATISTICS=self.functions.finish_statistics,
+            SELECTION=self.functions.selection,
+            PARAMS=self.functions.params,
+            VARIANT=self.functions.constants,
+            SHAPE=self.shape,
+            TILE=Tiling(tile.rows, queries, tile.keys, parts),
             enable_fp_fusion=True,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            **self.attend_constants,
         )
-        if observed is None:
-            launch(PASS=attention.BOTH)
+        if statistics is None:
+            launch(PASS=attention.WHOLE)
         else:
-            launch(PASS=attention.OBSERVE)
-            launch(PASS=attention.WEIGH)
+            launch(PASS=attention.STATISTICS)
+            launch(PASS=attention.OUTPUT)
         if parts > 1:
             merge_kernel[(num_tokens, self.num_heads)](
                 out,
@@ -277,11 +297,10 @@ class TritonLayer:
                 batch.query_start_loc,
                 num_reqs,
                 out.stride(0),
-                MERGE=self.functions["MERGE"],
-                FINISH=self.functions["FINISH"],
-                PARAMS=self.functions["PARAMS"],
-                HEAD_SIZE=self.head_size,
-                DIMS=self.shape["DIMS"],
+                MERGE=self.functions.merge,
+                EPILOGUE=self.functions.epilogue,
+                PARAMS=self.functions.params,
+                SHAPE=self.shape,
                 SPLITS=parts,
                 enable_fp_fusion=True,
                 num_warps=4,
@@ -304,12 +323,11 @@ class TritonLayer:
             *self.kv_cache.stride()[:2],
             batch.block_table.stride(0),
             keys,
-            QUANTIZED=self.quantized,
-            WINDOW=self.window,
+            SELECTION=self.functions.selection,
+            SHAPE=self.shape,
             ROWS=max(16, triton.next_power_of_2(queries)),
             QUERIES=queries,
             KEYS=tile.keys,
-            **self.shape,
             enable_fp_fusion=True,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

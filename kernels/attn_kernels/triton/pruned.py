@@ -7,6 +7,8 @@ positions `[budget]` each. Three kernels a step: `scan_kernel` finds out what ev
 earlier queries may still have seen what was there.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,20 @@ NOBODY = tl.constexpr(-2)  # sources: an empty slot
 STORED = tl.constexpr(-1)  # a token of an earlier step; others are indices of the step's own
 LARGEST = tl.constexpr(2**31 - 1)
 NEVER = tl.constexpr(-(2**62))
+
+
+class PagedSlots(NamedTuple):
+    """A layer and its pages, as compile-time arguments."""
+
+    num_kv_heads: int
+    group: int
+    """Query heads of a KV head."""
+    head_size: int
+    dims: int
+    """`head_size` rounded up to a power of two."""
+    budget: int
+    slots: int
+    """`budget` rounded up to a power of two."""
 
 
 @triton.jit
@@ -39,13 +55,12 @@ def load_source(
 @triton.jit
 def scan_kernel(
     query, key, pages, block_table, query_start_loc, seq_lens,
-    sources,  # [num_tokens, SLOTS] int32: which token each query sees in a slot
-    penalties,  # [num_tokens, SLOTS] float32
+    sources,  # [num_tokens, slots] int32: which token each query sees in a slot
+    penalties,  # [num_tokens, slots] float32
     scale, query_stride, key_stride, page_stride, table_stride,
-    NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BUDGET: tl.constexpr,
-    SLOTS: tl.constexpr, DIMS: tl.constexpr,
+    SELECTION: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """A request's tokens one by one: evicts, inserts, and adds head 0's selections. Grid:
+    """Go through a request's tokens: evict, insert, and add head 0's selections. Grid:
     (num_reqs,)."""
     request = tl.program_id(0)
     start_loc = tl.load(query_start_loc + request)
@@ -54,31 +69,33 @@ def scan_kernel(
         return
     num_before = tl.load(seq_lens + request) - num_queries
     page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
-    numbers = (pages + page + 2 * NUM_KV_HEADS * BUDGET * HEAD_SIZE).to(tl.pointer_type(tl.int32))
-    slot, dim = tl.arange(0, SLOTS), tl.arange(0, DIMS)
-    taken = slot < tl.minimum(num_before, BUDGET)
+    numbers = (pages + page + 2 * PAGE.num_kv_heads * PAGE.budget * PAGE.head_size).to(
+        tl.pointer_type(tl.int32)
+    )
+    slot, dim = tl.arange(0, PAGE.slots), tl.arange(0, PAGE.dims)
+    taken = slot < tl.minimum(num_before, PAGE.budget)
     state = tl.load(numbers + slot, mask=taken, other=0)
-    positions = tl.load(numbers + BUDGET + slot, mask=taken, other=0)
+    positions = tl.load(numbers + PAGE.budget + slot, mask=taken, other=0)
     source = tl.where(taken, STORED, NOBODY)
     for i in range(0, num_queries):
         position = num_before + i
         # The largest accumulator's slot, the oldest of equal ones, never the first token's.
         rank = (state.to(tl.int64) << 31) - positions
         rank = tl.where((source != NOBODY) & (positions != 0), rank, NEVER)
-        full = position >= BUDGET
+        full = position >= PAGE.budget
         new = tl.where(full, rank == tl.max(rank, 0), slot == position)
         state = tl.where(new, 0, state)
         positions = tl.where(new, position, positions)
         source = tl.where(new, i, source)
         token = (start_loc + i).to(tl.int64)
-        tl.store(sources + token * SLOTS + slot, source)
-        tl.store(penalties + token * SLOTS + slot, state.to(tl.float32) / 65536.0)
+        tl.store(sources + token * PAGE.slots + slot, source)
+        tl.store(penalties + token * PAGE.slots + slot, state.to(tl.float32) / 65536.0)
 
-        mask = dim < HEAD_SIZE
+        mask = dim < PAGE.head_size
         q = tl.load(query + token * query_stride + dim, mask=mask, other=0.0).to(tl.float32)
-        k = load_source(key, pages, source, slot, start_loc, key_stride, page, dim, HEAD_SIZE)
+        k = load_source(key, pages, source, slot, start_loc, key_stride, page, dim, PAGE.head_size)
         x = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
-        units = tl.maximum(x, 0.0) * 65536.0
+        units = SELECTION(x) * 65536.0
         whole = tl.where(units < 4194304.0, tl.floor(units + 0.5), units)  # beyond, it is whole
         whole = tl.minimum(whole, 2147483520.0).to(tl.int64)
         total = tl.minimum(state.to(tl.int64) + whole, LARGEST).to(tl.int32)
@@ -86,7 +103,7 @@ def scan_kernel(
         state = tl.where(chosen, total, state)
     kept = source != NOBODY
     tl.store(numbers + slot, state, mask=kept)
-    tl.store(numbers + BUDGET + slot, positions, mask=kept)
+    tl.store(numbers + PAGE.budget + slot, positions, mask=kept)
 
 
 @triton.jit
@@ -94,13 +111,11 @@ def attend_kernel(
     out, query, key, value, pages, block_table, query_start_loc, sources, penalties,
     scale, num_reqs,
     query_stride, key_stride, value_stride, out_stride, page_stride, table_stride,
-    QUERY_FACTOR: tl.constexpr, START: tl.constexpr, WEIGH_TILE: tl.constexpr,
-    FINISH: tl.constexpr, PARAMS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    BUDGET: tl.constexpr, SLOTS: tl.constexpr, DIMS: tl.constexpr,
+    QUERY_FACTOR: tl.constexpr, UPDATE: tl.constexpr, EPILOGUE: tl.constexpr,
+    PARAMS: tl.constexpr, VARIANT: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A query of all heads of a KV head against what the scan says it sees. Grid: (num_tokens,
+    """Attend with all query heads of a KV head to what the scan says they see. Grid: (num_tokens,
     num_kv_heads)."""
     token, kv_head = tl.program_id(0), tl.program_id(1)
     request = find_request(query_start_loc, token, num_reqs, 1)
@@ -108,39 +123,41 @@ def attend_kernel(
     if token >= tl.load(query_start_loc + request + 1):  # padding
         return
     page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
-    row, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
-    head = kv_head * GROUP + row
+    row, dim = tl.arange(0, ROWS), tl.arange(0, PAGE.dims)
+    head = kv_head * PAGE.group + row
     place = token.to(tl.int64)
-    row_mask = (row < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
+    row_mask = (row < PAGE.group)[:, None] & (dim < PAGE.head_size)[None, :]
     q = tl.load(
-        query + place * query_stride + head[:, None] * HEAD_SIZE + dim[None, :],
+        query + place * query_stride + head[:, None] * PAGE.head_size + dim[None, :],
         mask=row_mask, other=0.0,
     )  # fmt: skip
     one = tl.zeros([ROWS], tl.float32) + 1.0
-    factor = QUERY_FACTOR(one, one, one, one, scale, HEAD_SIZE, PARAMS)
-    top, total = START(one * 0.0)
-    o = tl.zeros([ROWS, DIMS], tl.float32)
-    for start in range(0, SLOTS, KEYS):
+    factor = QUERY_FACTOR(one, one, one, one, scale, PAGE.head_size, PARAMS)
+    running_max, denominator = one * 0.0 + VARIANT.first_max, one * 0.0
+    o = tl.full([ROWS, PAGE.dims], 0.0, tl.float32)
+    for start in range(0, PAGE.slots, KEYS):
         slot = start + tl.arange(0, KEYS)
-        source = tl.load(sources + place * SLOTS + slot)
-        penalty = tl.load(penalties + place * SLOTS + slot)
-        keys = page + kv_head * BUDGET * HEAD_SIZE
+        source = tl.load(sources + place * PAGE.slots + slot)
+        penalty = tl.load(penalties + place * PAGE.slots + slot)
+        keys = page + kv_head * PAGE.budget * PAGE.head_size
         k = load_source(
-            key + kv_head * HEAD_SIZE, pages, source, slot, start_loc, key_stride, keys, dim,
-            HEAD_SIZE,
+            key + kv_head * PAGE.head_size, pages, source, slot, start_loc, key_stride, keys, dim,
+            PAGE.head_size,
         )  # fmt: skip
-        values = page + (NUM_KV_HEADS + kv_head) * BUDGET * HEAD_SIZE
+        values = page + (PAGE.num_kv_heads + kv_head) * PAGE.budget * PAGE.head_size
         v = load_source(
-            value + kv_head * HEAD_SIZE, pages, source, slot, start_loc, value_stride, values, dim,
-            HEAD_SIZE,
+            value + kv_head * PAGE.head_size, pages, source, slot, start_loc, value_stride, values,
+            dim, PAGE.head_size,
         )  # fmt: skip
         s = multiply(q, tl.trans(k.to(q.dtype)), tl.zeros([ROWS, KEYS], tl.float32))
         s = s * factor[:, None] - (penalty * LOG2E)[None, :]
         seen = ((source != NOBODY)[None, :]) & (row >= 0)[:, None]
-        weights, rescale, top, total = WEIGH_TILE(s, seen, top, total, one, one, PARAMS)
+        weights, rescale, running_max, denominator = UPDATE(
+            s, seen, running_max, denominator, one, one, PARAMS
+        )
         o = multiply(weights.to(q.dtype), v.to(q.dtype), o * rescale[:, None])
-    o *= FINISH(top, total, PARAMS)[:, None]
-    result = out + place * out_stride + head[:, None] * HEAD_SIZE + dim[None, :]
+    o *= EPILOGUE(running_max, denominator, PARAMS)[:, None]
+    result = out + place * out_stride + head[:, None] * PAGE.head_size + dim[None, :]
     tl.store(result, o.to(out.dtype.element_ty), mask=row_mask)
 
 
@@ -148,10 +165,9 @@ def attend_kernel(
 def store_kernel(
     key, value, pages, block_table, query_start_loc, sources, num_reqs,
     key_stride, value_stride, page_stride, table_stride,
-    NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BUDGET: tl.constexpr,
-    SLOTS: tl.constexpr, DIMS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
-    """A token into the slot in which the request's last query sees it, if it does. Grid:
+    """Store a token in the slot in which the request's last query sees it, if it does. Grid:
     (num_tokens, num_kv_heads)."""
     token, kv_head = tl.program_id(0), tl.program_id(1)
     request = find_request(query_start_loc, token, num_reqs, 1)
@@ -159,16 +175,16 @@ def store_kernel(
     end = tl.load(query_start_loc + request + 1)
     if token >= end:  # padding
         return
-    slot, dim = tl.arange(0, SLOTS), tl.arange(0, DIMS)
-    source = tl.load(sources + (end - 1).to(tl.int64) * SLOTS + slot)
+    slot, dim = tl.arange(0, PAGE.slots), tl.arange(0, PAGE.dims)
+    source = tl.load(sources + (end - 1).to(tl.int64) * PAGE.slots + slot)
     place = tl.max(tl.where(source == token - start_loc, slot, -1), 0)
     if place < 0:  # evicted by its own step
         return
     page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
-    mask = dim < HEAD_SIZE
-    head = kv_head * HEAD_SIZE + dim
+    mask = dim < PAGE.head_size
+    head = kv_head * PAGE.head_size + dim
     k = tl.load(key + token.to(tl.int64) * key_stride + head, mask=mask)
     v = tl.load(value + token.to(tl.int64) * value_stride + head, mask=mask)
-    target = pages + page + (kv_head * BUDGET + place) * HEAD_SIZE + dim
+    target = pages + page + (kv_head * PAGE.budget + place) * PAGE.head_size + dim
     tl.store(target, k, mask=mask)
-    tl.store(target + NUM_KV_HEADS * BUDGET * HEAD_SIZE, v, mask=mask)
+    tl.store(target + PAGE.num_kv_heads * PAGE.budget * PAGE.head_size, v, mask=mask)

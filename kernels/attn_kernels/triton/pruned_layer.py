@@ -9,7 +9,7 @@ from torch import Tensor
 from attn_kernels.batch import Batch
 from attn_kernels.pruning import LARGEST_GPU_BUDGET, PageShape
 from attn_kernels.triton.layer import device_figures, functions, scratch_of
-from attn_kernels.triton.pruned import attend_kernel, scan_kernel, store_kernel
+from attn_kernels.triton.pruned import PagedSlots, attend_kernel, scan_kernel, store_kernel
 from attn_kernels.triton.tuning import DECODE, tile_for
 from attn_kernels.variant import Variant
 
@@ -44,21 +44,18 @@ class TritonPrunedLayer:
             )
         self.pages = pages.view(shape.dtype)
         self.dtype, self.scale = shape.dtype, scale
-        self.num_kv_heads = shape.num_kv_heads
-        self.group = num_heads // shape.num_kv_heads
-        self.head_size = shape.head_size
         self.scratch = scratch_of(pages.device)
         arch, _ = device_figures(pages.device)
-        self.tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, self.group)
-        self.shape = {
-            "NUM_KV_HEADS": shape.num_kv_heads,
-            "HEAD_SIZE": shape.head_size,
-            "BUDGET": shape.budget,
-            "SLOTS": max(16, triton.next_power_of_2(shape.budget)),
-            "DIMS": triton.next_power_of_2(shape.head_size),
-        }
-        names = ("QUERY_FACTOR", "START", "WEIGH_TILE", "FINISH", "PARAMS")
-        self.functions = {name: functions(variant)[name] for name in names}
+        self.page = PagedSlots(
+            shape.num_kv_heads,
+            num_heads // shape.num_kv_heads,
+            shape.head_size,
+            triton.next_power_of_2(shape.head_size),
+            shape.budget,
+            max(16, triton.next_power_of_2(shape.budget)),
+        )
+        self.tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, self.page.group)
+        self.functions = functions(variant)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
         """Store a step's tokens and attend; see `attn_kernels.pruning.TorchPrunedLayer`."""
@@ -66,14 +63,13 @@ class TritonPrunedLayer:
         if num_tokens == 0:
             return
         query, key, value = (
-            x if x.stride()[1:] == (self.head_size, 1) else x.contiguous()
+            x if x.stride()[1:] == (self.page.head_size, 1) else x.contiguous()
             for x in (query, key.to(self.dtype), value.to(self.dtype))
         )
-        slots = self.shape["SLOTS"]
+        slots = self.page.slots
         sources = self.scratch.take("sources", num_tokens, slots).view(torch.int32)
         penalties = self.scratch.take("penalties", num_tokens, slots)
         page_stride, table_stride = self.pages.stride(0), batch.block_table.stride(0)
-        common = {**self.shape, "enable_fp_fusion": True}
         scan_kernel[(num_reqs,)](
             query,
             key,
@@ -88,10 +84,12 @@ class TritonPrunedLayer:
             key.stride(0),
             page_stride,
             table_stride,
+            SELECTION=self.functions.selection,
+            PAGE=self.page,
+            enable_fp_fusion=True,
             num_warps=8,
-            **common,
         )
-        attend_kernel[(num_tokens, self.num_kv_heads)](
+        attend_kernel[(num_tokens, self.page.num_kv_heads)](
             out,
             query,
             key,
@@ -109,15 +107,19 @@ class TritonPrunedLayer:
             out.stride(0),
             page_stride,
             table_stride,
-            GROUP=self.group,
+            QUERY_FACTOR=self.functions.query_factor,
+            UPDATE=self.functions.update,
+            EPILOGUE=self.functions.epilogue,
+            PARAMS=self.functions.params,
+            VARIANT=self.functions.constants,
+            PAGE=self.page,
             ROWS=self.tile.rows,
             KEYS=min(slots, self.tile.keys),
+            enable_fp_fusion=True,
             num_warps=self.tile.num_warps,
             num_stages=self.tile.num_stages,
-            **self.functions,
-            **common,
         )
-        store_kernel[(num_tokens, self.num_kv_heads)](
+        store_kernel[(num_tokens, self.page.num_kv_heads)](
             key,
             value,
             self.pages,
@@ -129,6 +131,7 @@ class TritonPrunedLayer:
             value.stride(0),
             page_stride,
             table_stride,
+            PAGE=self.page,
+            enable_fp_fusion=True,
             num_warps=1,
-            **common,
         )

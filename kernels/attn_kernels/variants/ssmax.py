@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attn_kernels.variant import Variant, register
-from attn_kernels.variants.softmax import softmax
+from attn_kernels.variant import register
+from attn_kernels.variants.softmax import Softmax
 
 
 @register
 @dataclass(frozen=True)
-class SSMax(Variant):
+class SSMax(Softmax):
     """`w_i = softmax((s * ln(n_i) + b) * x_i)`, which is softmax of a scaled query.
 
     Args:
@@ -44,6 +44,3 @@ class SSMax(Variant):
         if self.bias:
             factor = factor + learned["ssmax_bias"][:, None, None]
         return (q * factor).to(q.dtype), k
-
-    def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
-        return softmax(scores, mask)

@@ -1,4 +1,4 @@
-"""The Triton form of each variant, one file each, named as the variant.
+"""The Triton functions of each variant, one file each, named as the variant.
 
 A file has these `triton.jit` functions. `[R]` are the query rows of a program, `[R, N]` their
 scores against a tile of keys, `[S]` the parts of a split context; all float32. `params` are the
@@ -9,20 +9,25 @@ variant's parameters as compile-time constants, in the order of its dataclass, N
         `n` [R]: keys that the row sees; `norm` [R]: |q| (0 unless UNIT_KEYS); `first`, `second`
         [R]: its head's learned tensors, in the order of `Variant.learned`; `scale`: the model's,
         and 1 where a soft cap has had it already.
-    start(zeros) -> top, total
-        What a row carries along its keys, before the first.
-    weigh(s, seen, top, total, mean, per_spread, params) -> weights [R, N], factor [R], top, total
-        Weights, 0 where not `seen`; the factor of what was summed up so far.
-    merge(tops, totals) -> factors [S], top, total
-        Of the parts of a split context.
-    finish(top, total, params) -> factor of the output after the last key.
+    update(s, seen, running_max, denominator, mean, per_spread, params)
+            -> weights [R, N], rescale [R], running_max, denominator
+        The weights, 0 where not `seen`, and the factor of what was summed up so far.
+    merge(maxima, denominators) -> factors [S], running_max, denominator
+        The parts of a split context as one.
+    epilogue(running_max, denominator, params) -> factor of the output after the last key.
 
-UNIT_KEYS = True: the scores are also divided by |k|.
+UNIT_KEYS = True: the scores are also divided by |k|. FIRST_MAX: the running maximum
+before the first key; the denominator is 0 there.
 
-A variant that must see all scores before it can weigh the first has two more:
+A variant that needs statistics of all scores before the first weight has two more:
 
-    observe(s, seen, top, total) -> top, total
-        The first pass.
-    settle(tops [R, S], totals [R, S], n) -> mean, per_spread
-        What the second pass is given, from all parts of the first.
+    update_statistics(s, seen, row_max, row_sum) -> row_max, row_sum
+        In a first pass over the keys.
+    finish_statistics(maxima [R, S], sums [R, S], n) -> mean, per_spread
+        What `update` is given, from all parts of the first pass.
+
+A stateful variant has one more:
+
+    selection(x) -> of the same shape, at least 0
+        What head 0's raw scores (in units of 1) add to the accumulators.
 """

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 UNIT_KEYS = True
+FIRST_MAX = 0.0
 
 
 @triton.jit
@@ -14,28 +15,23 @@ def query_factor(n, norm, first, second, scale, head_size: tl.constexpr, params:
 
 
 @triton.jit
-def start(zeros):
-    return zeros, zeros
-
-
-@triton.jit
 def softplus(s, seen):
     """In units of ln 2, which cancel."""
     return tl.where(seen, tl.maximum(s, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(s))), 0.0)
 
 
 @triton.jit
-def weigh(s, seen, top, total, mean, per_spread, params: tl.constexpr):
+def update(s, seen, running_max, denominator, mean, per_spread, params: tl.constexpr):
     # Scores are bounded by ln(d) ln(n): there is no running maximum.
     weights = softplus(s, seen)
-    return weights, tl.zeros_like(total) + 1.0, top, total + tl.sum(weights, 1)
+    return weights, tl.zeros_like(denominator) + 1.0, running_max, denominator + tl.sum(weights, 1)
 
 
 @triton.jit
-def merge(tops, totals):
-    return tl.zeros_like(tops) + 1.0, tl.max(tops, 0), tl.sum(totals, 0)
+def merge(maxima, denominators):
+    return tl.zeros_like(maxima) + 1.0, tl.max(maxima, 0), tl.sum(denominators, 0)
 
 
 @triton.jit
-def finish(top, total, params: tl.constexpr):
-    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+def epilogue(running_max, denominator, params: tl.constexpr):
+    return tl.where(denominator == 0.0, 0.0, 1.0 / tl.where(denominator == 0.0, 1.0, denominator))

@@ -1,13 +1,20 @@
-"""Selective attention (arXiv 2410.02703): softmax of scores less what earlier queries masked. The
-penalties are in ../select.py."""
+"""Selective attention (arXiv 2410.02703): softmax of scores less what earlier queries masked."""
+
+import triton
+import triton.language as tl
 
 from attn_kernels.triton.variants.softmax import (
+    FIRST_MAX,
     UNIT_KEYS,
-    finish,
+    epilogue,
     merge,
     query_factor,
-    start,
-    weigh,
+    update,
 )
 
-__all__ = ["UNIT_KEYS", "finish", "merge", "query_factor", "start", "weigh"]
+__all__ = ["FIRST_MAX", "UNIT_KEYS", "epilogue", "merge", "query_factor", "selection", "update"]
+
+
+@triton.jit
+def selection(x):
+    return tl.maximum(x, 0.0)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 UNIT_KEYS = False
+FIRST_MAX = float("-inf")
 
 
 @triton.jit
@@ -12,27 +13,22 @@ def query_factor(n, norm, first, second, scale, head_size: tl.constexpr, params:
 
 
 @triton.jit
-def start(zeros):
-    return zeros - float("inf"), zeros
-
-
-@triton.jit
-def weigh(s, seen, top, total, mean, per_spread, params: tl.constexpr):
+def update(s, seen, running_max, denominator, mean, per_spread, params: tl.constexpr):
     s = tl.where(seen, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet
+    new_max = tl.maximum(running_max, tl.max(s, 1))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key seen yet
     weights = tl.exp2(s - shift[:, None])
-    factor = tl.exp2(top - shift)
-    return weights, factor, new_top, total * factor + tl.sum(weights, 1)
+    factor = tl.exp2(running_max - shift)
+    return weights, factor, new_max, denominator * factor + tl.sum(weights, 1)
 
 
 @triton.jit
-def merge(tops, totals):
-    top = tl.max(tops, 0)
-    factors = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top))
-    return factors, top, tl.sum(totals * factors, 0)
+def merge(maxima, denominators):
+    running_max = tl.max(maxima, 0)
+    factors = tl.exp2(maxima - tl.where(running_max == float("-inf"), 0.0, running_max))
+    return factors, running_max, tl.sum(denominators * factors, 0)
 
 
 @triton.jit
-def finish(top, total, params: tl.constexpr):
-    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+def epilogue(running_max, denominator, params: tl.constexpr):
+    return tl.where(denominator == 0.0, 0.0, 1.0 / tl.where(denominator == 0.0, 1.0, denominator))

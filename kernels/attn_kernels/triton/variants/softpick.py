@@ -5,32 +5,36 @@ import triton.language as tl
 
 from attn_kernels.triton.variants.softmax import query_factor
 
-__all__ = ["UNIT_KEYS", "finish", "merge", "query_factor", "start", "weigh"]
+__all__ = ["FIRST_MAX", "UNIT_KEYS", "epilogue", "merge", "query_factor", "update"]
 
 UNIT_KEYS = False
+FIRST_MAX = 0.0  # never below 0: a row without a positive score is 0 anyway
 
 
 @triton.jit
 def start(zeros):
-    return zeros, zeros  # the top is never below 0: a row without a positive score is 0 anyway
+    return (
+        zeros,
+        zeros,
+    )  # the running_max is never below 0: a row without a positive score is 0 anyway
 
 
 @triton.jit
-def weigh(s, seen, top, total, mean, per_spread, params: tl.constexpr):
+def update(s, seen, running_max, denominator, mean, per_spread, params: tl.constexpr):
     s = tl.where(seen, s, 0.0)  # e^0 - 1 adds nothing to either sum
-    new_top = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - new_top[:, None]) - tl.exp2(-new_top)[:, None]
-    factor = tl.exp2(top - new_top)
-    return tl.maximum(p, 0.0), factor, new_top, total * factor + tl.sum(tl.abs(p), 1)
+    new_max = tl.maximum(running_max, tl.max(s, 1))
+    p = tl.exp2(s - new_max[:, None]) - tl.exp2(-new_max)[:, None]
+    factor = tl.exp2(running_max - new_max)
+    return tl.maximum(p, 0.0), factor, new_max, denominator * factor + tl.sum(tl.abs(p), 1)
 
 
 @triton.jit
-def merge(tops, totals):
-    top = tl.max(tops, 0)
-    factors = tl.exp2(tops - top)
-    return factors, top, tl.sum(totals * factors, 0)
+def merge(maxima, denominators):
+    running_max = tl.max(maxima, 0)
+    factors = tl.exp2(maxima - running_max)
+    return factors, running_max, tl.sum(denominators * factors, 0)
 
 
 @triton.jit
-def finish(top, total, params: tl.constexpr):
-    return 1.0 / (total + params[0])
+def epilogue(running_max, denominator, params: tl.constexpr):
+    return 1.0 / (denominator + params[0])

@@ -3,11 +3,9 @@
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import finish, merge, start, weigh
+from attn_kernels.triton.variants.softmax import FIRST_MAX, UNIT_KEYS, epilogue, merge, update
 
-__all__ = ["UNIT_KEYS", "finish", "merge", "query_factor", "start", "weigh"]
-
-UNIT_KEYS = False
+__all__ = ["FIRST_MAX", "UNIT_KEYS", "epilogue", "merge", "query_factor", "update"]
 
 
 @triton.jit

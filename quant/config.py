@@ -1,0 +1,154 @@
+"""What of a checkpoint is quantized, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from attnserve.errors import UserError
+from quant.schemes.registry import get_scheme
+from quant_kernels.weight import BITS, QuantSpec
+
+TENSORS = ("weights", "activations", "kv")
+"""What can be quantized: weights, inputs of linear layers, keys and values in the cache."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How one model is quantized. All defaults together are the unquantized model.
+
+    Args:
+        weights, activations, kv: bits of each; None: it is not quantized.
+        scheme: how weights are quantized; None without weights.
+        group_size: columns that share a scale; None: all columns of a row, or no weights.
+        symmetric: no zero points in the weights, else in the cache; activations never have any.
+        act_order: `gptq` takes the columns by their Hessian.
+        lm_head: the weights of the head are quantized too.
+        static: activations have calibrated scales instead of one for each token.
+    """
+
+    weights: int | None = None
+    activations: int | None = None
+    kv: int | None = None
+    scheme: str | None = None
+    group_size: int | None = None
+    symmetric: bool = False
+    act_order: bool = False
+    lm_head: bool = False
+    static: bool = False
+
+    @property
+    def target(self) -> str:
+        """What is quantized, for example `weights+kv`."""
+        return "+".join(name for name in TENSORS if getattr(self, name)) or "unquantized"
+
+    @property
+    def bits(self) -> int | None:
+        """The bits that the sweep varies: those of the first tensor of the target."""
+        return self.weights or self.activations or self.kv
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        parts = [self.target]
+        if self.weights:
+            parts += [f"{self.scheme}", f"w{self.weights}", f"g{self.group_size or 'channel'}"]
+        if self.activations:
+            parts.append(f"a{self.activations}" + "static" * self.static)
+        if self.kv:
+            parts.append(f"kv{self.kv}")
+        flags = {"sym": self.symmetric, "actorder": self.act_order, "head": self.lm_head}
+        return "-".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How the weights are quantized, for a scheme."""
+        assert self.weights is not None
+        return QuantSpec(self.weights, self.group_size, self.symmetric)
+
+
+UNQUANTIZED = QuantConfig()
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The configs of a sweep: every combination of targets, bits, schemes and group sizes.
+
+    Args:
+        targets: names of `TENSORS`, each or several joined by `+`.
+        bits: of the first tensor of each target.
+        schemes: of weights.
+        group_sizes: of weights; None: all columns of a row.
+        activation_bits, kv_bits: where activations or the cache are not the first tensor.
+        symmetric, act_order, lm_head, static: as in `QuantConfig`, where they mean something.
+
+    Raises:
+        UserError: there is no such tensor or scheme, or the bits are out of range.
+    """
+
+    targets: Sequence[str] = ("weights", "weights+activations", "kv")
+    bits: Sequence[int] = (2, 3, 4, 8)
+    schemes: Sequence[str] = ("rtn", "hqq", "gptq")
+    group_sizes: Sequence[int | None] = (64,)
+    activation_bits: int = 8
+    kv_bits: int = 8
+    symmetric: bool = False
+    act_order: bool = False
+    lm_head: bool = False
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits(*self.bits, self.activation_bits, self.kv_bits)
+        for scheme in self.schemes:
+            get_scheme(scheme)
+        for target in self.targets:
+            tensors = target.split("+")
+            if not set(tensors) <= set(TENSORS) or len(set(tensors)) < len(tensors):
+                raise UserError(
+                    f"unknown target {target!r}: use one or several of {', '.join(TENSORS)}, "
+                    "joined by +"
+                )
+
+    def configs(self) -> list[QuantConfig]:
+        """Return the configs, each once, without the unquantized one."""
+        return list(dict.fromkeys(self._configs()))
+
+    def _configs(self) -> Iterator[QuantConfig]:
+        for target in self.targets:
+            tensors = target.split("+")
+            others = QuantConfig(
+                activations=self.activation_bits if "activations" in tensors else None,
+                kv=self.kv_bits if "kv" in tensors else None,
+                static=self.static and "activations" in tensors,
+                symmetric=self.symmetric and tensors != ["activations"],
+            )
+            for bits in self.bits:
+                if "weights" in tensors:
+                    yield from self._with_weights(others, bits)
+                elif "activations" in tensors:
+                    yield replace(others, activations=bits)
+                else:
+                    yield replace(others, kv=bits)
+
+    def _with_weights(self, others: QuantConfig, bits: int) -> Iterator[QuantConfig]:
+        for scheme in self.schemes:
+            for group_size in self.group_sizes:
+                yield replace(
+                    others,
+                    weights=bits,
+                    scheme=scheme,
+                    group_size=group_size,
+                    lm_head=self.lm_head,
+                    act_order=self.act_order and scheme == "gptq",
+                )
+
+
+def check_bits(*bits: int) -> None:
+    """Check that values can be quantized to so many bits.
+
+    Raises:
+        UserError: they cannot.
+    """
+    for each in bits:
+        if each not in BITS:
+            raise UserError(f"{each} bits: use {BITS[0]} to {BITS[-1]}")
