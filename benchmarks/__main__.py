@@ -14,7 +14,7 @@ from typing import Annotated, TextIO
 
 from attnserve.command import INTERRUPTED, AsJson, main
 from attnserve.files import CHECKOUT
-from benchmarks.options import NoSave, option
+from benchmarks import options as opt
 
 COMMANDS = (
     "benchmarks.kernels",
@@ -65,8 +65,8 @@ STANDARD = {
 
 
 def benchmarks(
-    only: Annotated[list[Part] | None, option("Which of them (default: all).")] = None,
-    no_save: NoSave = False,
+    only: Annotated[list[Part] | None, opt.option("Which of them (default: all).")] = None,
+    no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> int:
     """Run the standard set, one benchmark after another (`make bench`).

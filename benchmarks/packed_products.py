@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from attnserve import machine
 from attnserve.command import AsJson, main
 from benchmarks import RESULTS, results
-from benchmarks.options import CORES, Csv, NoSave, Threads, count, option
+from benchmarks import options as opt
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +27,13 @@ HEAD_BITS, GROUP_SIZE = 8, 64
 
 def packed_products(
     bits: Annotated[
-        list[int] | None, option("Bits of a weight (default: 2 3 4 8).", min=2, max=8)
+        list[int] | None, opt.option("Bits of a weight (default: 2 3 4 8).", min=2, max=8)
     ] = None,
-    rows: Annotated[int, count("Requests that decode together.")] = 1,
-    rounds: Annotated[int, count("Rounds, in each of which all take a turn.")] = 15,
-    threads: Threads = CORES,
-    csv: Csv = CSV,
-    no_save: NoSave = False,
+    rows: Annotated[int, opt.count("Requests that decode together.")] = 1,
+    rounds: Annotated[int, opt.count("Rounds, in each of which all take a turn.")] = 15,
+    threads: opt.Threads = opt.CORES,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> None:
     """Time the linear products of one decode step: packed weights beside torch's.

@@ -15,23 +15,8 @@ import typer
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
+from benchmarks import options as opt
 from benchmarks.checkpoints import config_of, pruned_bytes, token_bytes, variant_of
-from benchmarks.options import (
-    CORES,
-    CacheBytes,
-    Ckpt,
-    Csv,
-    Dtype,
-    LogFolder,
-    ModelDtype,
-    NewTokens,
-    NoSave,
-    PromptLen,
-    Seed,
-    StartTimeout,
-    Threads,
-    count,
-)
 
 if TYPE_CHECKING:
     from benchmarks.servers import Server
@@ -111,25 +96,27 @@ def plan_of(
 
 def pruning(
     context: typer.Context,
-    ckpt: Ckpt,
+    ckpt: opt.Ckpt,
     kv_budgets: Annotated[
         list[int] | None,
-        count("One a layer (default: those of config.json, else a sixteenth of --max-model-len)."),
+        opt.count(
+            "One a layer (default: those of config.json, else a sixteenth of --max-model-len)."
+        ),
     ] = None,
-    prompt_len: PromptLen = 448,
-    new_tokens: NewTokens = 64,
-    requests: Annotated[int, count("Sent together in a round.")] = 128,
-    rounds: Annotated[int, count("Of each server.")] = 5,
-    kv_cache_memory_bytes: CacheBytes | None = None,
-    max_num_seqs: Annotated[int, count("Of each server.")] = 256,
-    max_model_len: Annotated[int, count("Of each server, and the long answer's.")] = 512,
-    dtype: ModelDtype = Dtype.FLOAT32,
-    threads: Threads = CORES,
-    seed: Seed = 0,
-    start_timeout: StartTimeout = 600,
-    csv: Csv = CSV,
-    no_save: NoSave = False,
-    log_folder: LogFolder = Path(".run"),
+    prompt_len: opt.PromptLen = 448,
+    new_tokens: opt.NewTokens = 64,
+    requests: Annotated[int, opt.count("Sent together in a round.")] = 128,
+    rounds: Annotated[int, opt.count("Of each server.")] = 5,
+    kv_cache_memory_bytes: opt.CacheBytes | None = None,
+    max_num_seqs: Annotated[int, opt.count("Of each server.")] = 256,
+    max_model_len: Annotated[int, opt.count("Of each server, and the long answer's.")] = 512,
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    threads: opt.Threads = opt.CORES,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 600,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
 ) -> None:
     """Measure what budgets save: requests in flight and tokens per second at a fixed KV memory.

@@ -11,24 +11,8 @@ import typer
 
 from attnserve.command import AsJson, main
 from benchmarks import RESULTS, results
+from benchmarks import options as opt
 from benchmarks.checkpoints import packed_name, weight_bytes
-from benchmarks.options import (
-    CORES,
-    CacheBytes,
-    Ckpt,
-    Csv,
-    Dtype,
-    EnforceEager,
-    LogFolder,
-    NewTokens,
-    NoSave,
-    Seed,
-    StartTimeout,
-    Threads,
-    count,
-    folder,
-    option,
-)
 from benchmarks.rates import Load, Plan, PrefillRounds, Rounds, measure
 from benchmarks.rates import rows_of as rows_of_rates
 
@@ -49,30 +33,32 @@ class Weights:
 
 def quantized(
     context: typer.Context,
-    ckpt: Ckpt,
-    packed: Annotated[list[Path], folder("Folders that quant.quantize has written from it.")],
+    ckpt: opt.Ckpt,
+    packed: Annotated[list[Path], opt.folder("Folders that quant.quantize has written from it.")],
     packed_dtypes: Annotated[
-        list[Dtype] | None, option("Activations of packed checkpoints (default: float32).")
+        list[opt.Dtype] | None, opt.option("Activations of packed checkpoints (default: float32).")
     ] = None,
     peer_backend: Annotated[
         str,
-        option(
+        opt.option(
             "Attention backend of all servers (default: stock vLLM's own for the unquantized ones)."
         ),
     ] = "",
-    prompt_lens: Annotated[list[int] | None, count("Tokens of a prompt (default: 128).")] = None,
-    batches: Annotated[list[int] | None, count("Requests at once (default: 1).")] = None,
-    new_tokens: NewTokens = 64,
+    prompt_lens: Annotated[
+        list[int] | None, opt.count("Of a prompt, in tokens (default: 128).")
+    ] = None,
+    batches: Annotated[list[int] | None, opt.count("Requests at once (default: 1).")] = None,
+    new_tokens: opt.NewTokens = 64,
     rounds: Rounds = 7,
     prefill_rounds: PrefillRounds = 3,
-    threads: Threads = CORES,
-    kv_cache_memory_bytes: CacheBytes = 256 << 20,
-    enforce_eager: EnforceEager = False,
-    seed: Seed = 0,
-    start_timeout: StartTimeout = 1800,
-    csv: Csv = CSV,
-    no_save: NoSave = False,
-    log_folder: LogFolder = Path(".run"),
+    threads: opt.Threads = opt.CORES,
+    kv_cache_memory_bytes: opt.CacheBytes = 256 << 20,
+    enforce_eager: opt.EnforceEager = False,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 1800,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
 ) -> None:
     """Measure what packed weights save: tokens per second and memory of `vllm serve`.
@@ -97,7 +83,7 @@ def quantized(
     common = [f"--max-model-len={plan.length}", "--enable-prompt-tokens-details"]
     common += [f"--attention-backend={peer_backend}"] * bool(peer_backend)
     each = [(ckpt, dtype, dtype) for dtype in ("float32", "bfloat16")]
-    for dtype in packed_dtypes or [Dtype.FLOAT32]:
+    for dtype in packed_dtypes or [opt.Dtype.FLOAT32]:
         each += [(path, packed_name(path), dtype.value) for path in packed]
     weights, servers = [], []
     for path, name, kind in each:

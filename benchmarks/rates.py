@@ -13,24 +13,8 @@ import typer
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
+from benchmarks import options as opt
 from benchmarks.checkpoints import check_room, config_of, variant_of
-from benchmarks.options import (
-    CORES,
-    CacheBytes,
-    Ckpt,
-    Csv,
-    Dtype,
-    EnforceEager,
-    LogFolder,
-    ModelDtype,
-    NewTokens,
-    NoSave,
-    Seed,
-    StartTimeout,
-    Threads,
-    count,
-    option,
-)
 
 if TYPE_CHECKING:
     from benchmarks.servers import Answer, Server
@@ -39,9 +23,9 @@ CSV = RESULTS / "rates_cpu.csv"
 BACKENDS = ("cpu_attn", "softmax", "softpick")
 LENGTHS = (1024, 4096)
 
-Batches = Annotated[list[int] | None, count("Requests at once (default: 1 8).")]
-Rounds = Annotated[int, count("Decode rounds of each load.")]
-PrefillRounds = Annotated[int, count("Uncached rounds of each load.")]
+Batches = Annotated[list[int] | None, opt.count("Requests at once (default: 1 8).")]
+Rounds = Annotated[int, opt.count("Decode rounds of each load.")]
+PrefillRounds = Annotated[int, opt.count("Uncached rounds of each load.")]
 
 
 @dataclass(frozen=True)
@@ -103,31 +87,31 @@ class Load:
 
 def rates(
     context: typer.Context,
-    ckpt: Ckpt,
+    ckpt: opt.Ckpt,
     backends: Annotated[
         list[str] | None,
-        option(
+        opt.option(
             "Names; the others are compared with the first (default: the checkpoint's own, for "
             "softmax beside vLLM's; cpu_attn softmax softpick if its config.json names none)."
         ),
     ] = None,
     prompt_lens: Annotated[
         list[int] | None,
-        count("Tokens of a prompt (default: 1024 and 4096, as far as the model has room)."),
+        opt.count("Tokens of a prompt (default: 1024 and 4096, as far as the model has room)."),
     ] = None,
     batches: Batches = None,
-    new_tokens: NewTokens = 64,
+    new_tokens: opt.NewTokens = 64,
     rounds: Rounds = 5,
     prefill_rounds: PrefillRounds = 2,
-    dtype: ModelDtype = Dtype.FLOAT32,
-    threads: Threads = CORES,
-    kv_cache_memory_bytes: CacheBytes = 2 << 30,
-    enforce_eager: EnforceEager = False,
-    seed: Seed = 0,
-    start_timeout: StartTimeout = 1800,
-    csv: Csv = CSV,
-    no_save: NoSave = False,
-    log_folder: LogFolder = Path(".run"),
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    threads: opt.Threads = opt.CORES,
+    kv_cache_memory_bytes: opt.CacheBytes = 2 << 30,
+    enforce_eager: opt.EnforceEager = False,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 1800,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second and time to first token of `vllm serve`, by attention backend.

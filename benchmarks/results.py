@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from attnserve.errors import UserError
@@ -43,6 +44,33 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as an aligned table without an index."""
     frame = pd.DataFrame(list(rows))
     return frame.to_string(index=False, na_rep="") if len(frame) else "nothing was measured"
+
+
+def draw(
+    path: Path, title: str, panels: Mapping[str, pd.DataFrame], *, across: int = 0, **settings: Any
+) -> None:
+    """Write a PNG with a panel for each frame: a line or bars a column, along the frame's index.
+
+    Args:
+        path: the file.
+        title: of the figure.
+        panels: frames by their panel's title.
+        across: panels side by side; 0: all.
+        settings: of `DataFrame.plot`.
+    """
+    columns = min(across or len(panels), len(panels))
+    rows = -(-len(panels) // max(1, columns))
+    figure = Figure(figsize=(5.5 * columns, 4.2 * rows))
+    figure.suptitle(title, fontsize=9)
+    for index, (name, frame) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        line = {"marker": "o", "linestyle": ":"} if settings.get("kind", "line") == "line" else {}
+        frame = frame.astype(float)
+        frame.plot(ax=axes, title=name, legend=index == 0, xlabel="", **line, **settings)
+        axes.set_xticks(range(len(frame)), frame.index, rotation=60, ha="right", fontsize=7)
+    figure.tight_layout()
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def read_csv(path: Path) -> pd.DataFrame:

@@ -11,14 +11,14 @@ import typer
 
 from attnserve.command import AsJson, expanded, main
 from attnserve.errors import UserError
-from benchmarks.options import Dtype, ModelDtype
+from benchmarks import options as opt
 
 
 def smollm2(
     folder: Annotated[
         Path, typer.Argument(help="Where to write.", parser=expanded, metavar="FOLDER")
     ],
-    dtype: ModelDtype = Dtype.FLOAT32,
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
     as_json: AsJson = False,
 ) -> None:
     """Write SmolLM2-135M-Instruct as a Hugging Face folder, without a download.

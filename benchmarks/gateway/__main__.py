@@ -19,7 +19,7 @@ from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from attnserve.files import CHECKOUT
 from benchmarks import RESULTS, results
-from benchmarks.options import Csv, LogFolder, NoSave, count, folder, option
+from benchmarks import options as opt
 
 if TYPE_CHECKING:
     import aiohttp
@@ -98,24 +98,24 @@ class Gateway:
 
 def gateway(
     gateways: Annotated[
-        list[Name] | None, option("Which, besides the model server itself (default: all).")
+        list[Name] | None, opt.option("Which, besides the model server itself (default: all).")
     ] = None,
-    requests: Annotated[int, count("In each round.")] = 200,
-    rounds: Annotated[int, count("Of each load, after one that is not counted.")] = 5,
-    concurrency: Annotated[int, count("Requests at a time.")] = 16,
-    tokens: Annotated[int, count("Events of a streamed answer.")] = 64,
-    pause_ms: Annotated[float, option("Between two events, in ms.", min=0)] = 5.0,
-    port: Annotated[int, count("The first of a row of free ports.")] = 18100,
+    requests: Annotated[int, opt.count("In each round.")] = 200,
+    rounds: Annotated[int, opt.count("Of each load, after one that is not counted.")] = 5,
+    concurrency: Annotated[int, opt.count("Requests at a time.")] = 16,
+    tokens: Annotated[int, opt.count("Events of a streamed answer.")] = 64,
+    pause_ms: Annotated[float, opt.option("Between two events, in ms.", min=0)] = 5.0,
+    port: Annotated[int, opt.count("The first of a row of free ports.")] = 18100,
     vllm_router: Annotated[
         Path | None,
-        folder(
+        opt.folder(
             "The command vllm-router (default: beside this Python, in the conformance tests' "
             "environment, or on PATH; where there is none it is not measured)."
         ),
     ] = None,
-    csv: Csv = CSV,
-    no_save: NoSave = False,
-    log_folder: LogFolder = Path(".run"),
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
 ) -> None:
     """Measure the CPU time of one request in a gateway, ours beside others.

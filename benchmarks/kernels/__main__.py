@@ -13,18 +13,7 @@ from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS
-from benchmarks.options import (
-    CORES,
-    Csv,
-    NoSave,
-    Phase,
-    Seed,
-    ShortDtype,
-    Threads,
-    count,
-    folder,
-    option,
-)
+from benchmarks import options as opt
 
 if TYPE_CHECKING:
     from benchmarks.kernels.case import Case
@@ -43,51 +32,53 @@ Counts = list[int] | None
 
 
 def kernels(
-    quick: Annotated[bool, option("A few cases, in under a minute.", "--quick")] = False,
-    threads: Threads = CORES,
+    quick: Annotated[bool, opt.option("A few cases, in under a minute.", "--quick")] = False,
+    threads: opt.Threads = opt.CORES,
     variants: Annotated[
-        list[str] | None, option("Which (default: all that have a C++ kernel).")
+        list[str] | None, opt.option("Which (default: all that have a C++ kernel).")
     ] = None,
     isa: Annotated[
-        str | None, option("Instruction set of our kernels (default: the best here).")
+        str | None, opt.option("Instruction set of our kernels (default: the best here).")
     ] = None,
     peer_isa: Annotated[
         Literal["vec", "amx", "vec16"],
-        option("vLLM's kernel. amx is for bf16 only; other dtypes then use vec."),
+        opt.option("vLLM's kernel. amx is for bf16 only; other dtypes then use vec."),
     ] = "vec",
     seconds: Annotated[
         float | None,
-        option(f"For the rounds of a case, in s (default: {SECONDS}; {QUICK_SECONDS} if --quick)."),
+        opt.option(
+            f"For the rounds of a case, in s (default: {SECONDS}; {QUICK_SECONDS} if --quick)."
+        ),
     ] = None,
-    seed: Seed = 0,
-    num_heads: Annotated[int, count("Query heads.")] = 8,
-    num_kv_heads: Annotated[int, count("KV heads.")] = 2,
-    block_size: Annotated[int, count("Tokens in a block of both caches.")] = 128,
-    phases: Annotated[list[Phase] | None, option("Which (default: both).")] = None,
+    seed: opt.Seed = 0,
+    num_heads: Annotated[int, opt.count("Query heads.")] = 8,
+    num_kv_heads: Annotated[int, opt.count("KV heads.")] = 2,
+    block_size: Annotated[int, opt.count("Tokens in a block of both caches.")] = 128,
+    phases: Annotated[list[opt.Phase] | None, opt.option("Which (default: both).")] = None,
     dtypes: Annotated[
-        list[ShortDtype] | None,
-        option("Of queries, keys and values (default: fp32 bf16)."),
+        list[opt.ShortDtype] | None,
+        opt.option("Of queries, keys and values (default: fp32 bf16)."),
     ] = None,
     head_dims: Annotated[
-        Counts, count("Elements of a head (default: 64 128; 64 if --quick).")
+        Counts, opt.count("Elements of a head (default: 64 128; 64 if --quick).")
     ] = None,
     ctx: Annotated[
         Counts,
-        count(
+        opt.count(
             "Decode: tokens of each request in the cache (default: 512 4096 16384; 512 4096 if "
             "--quick)."
         ),
     ] = None,
-    batch: Annotated[Counts, count("Decode: requests (default: 1 8 32; 8 if --quick).")] = None,
+    batch: Annotated[Counts, opt.count("Decode: requests (default: 1 8 32; 8 if --quick).")] = None,
     new_tokens: Annotated[
-        Counts, count("Prefill: tokens of the chunk (default: 512 2048; 512 if --quick).")
+        Counts, opt.count("Prefill: tokens of the chunk (default: 512 2048; 512 if --quick).")
     ] = None,
     context: Annotated[
-        Counts, option("Prefill: tokens before the chunk (default: 0 4096).", min=0)
+        Counts, opt.option("Prefill: tokens before the chunk (default: 0 4096).", min=0)
     ] = None,
-    csv: Csv = CSV,
-    plot: Annotated[Path | None, folder("The plot, a PNG (default: beside --csv).")] = None,
-    no_save: NoSave = False,
+    csv: opt.Csv = CSV,
+    plot: Annotated[Path | None, opt.folder("The plot, a PNG (default: beside --csv).")] = None,
+    no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> int:
     """Time the CPU attention kernels.
@@ -116,9 +107,15 @@ def kernels(
     grid = replace(QUICK if quick else FULL, **{k: tuple(v) for k, v in given.items() if v})
     cases = list(grid.cases(num_heads, num_kv_heads, block_size))
     about, rows = measure_all(
-        cases, variants, isa, peer_isa, threads, seed, duration, 3 if quick else 5,
-        None if no_save else csv,
-    )  # fmt: skip
+        cases,
+        load_kernels(variants, isa),
+        peer_isa=peer_isa,
+        threads=threads,
+        seed=seed,
+        seconds=duration,
+        min_rounds=3 if quick else 5,
+        csv=None if no_save else csv,
+    )
     if not no_save:
         title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
         draw(plot or csv.with_name(csv.stem + "-quick" * quick + ".png"), title, rows)
@@ -195,8 +192,8 @@ def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int)
 
 def measure_all(
     cases: Sequence[Case],
-    variants: Sequence[str] | None,
-    isa: str | None,
+    loaded: Mapping[str, Any],
+    *,
     peer_isa: str,
     threads: int,
     seed: int,
@@ -223,7 +220,6 @@ def measure_all(
     torch.set_num_threads(threads)
     if csv is not None:
         check_csv(csv)
-    loaded = load_kernels(variants, isa)
     library = load_vllm(peer_isa)
     cache = machine.last_level_cache()
     cold_bytes = max(COLD_BYTES, 2 * cache)
@@ -231,7 +227,7 @@ def measure_all(
     about: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": machine.cpu_model(),
-        "cores": CORES,
+        "cores": opt.CORES,
         "threads": threads,
         "isa": ", ".join(sorted({kernel.isa for kernel in loaded.values()})),
         "vllm_library": library,
@@ -306,32 +302,18 @@ def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG: each variant's time by vLLM's softmax kernel, a panel for each phase and dtype.
-
-    Args:
-        path: the file.
-        title: of the figure.
-        rows: of the run.
-    """
+    """Write a PNG: each variant's time by vLLM's softmax, a panel for each phase and dtype."""
     import pandas as pd
-    from matplotlib.figure import Figure
+
+    from benchmarks import results
 
     frame = pd.DataFrame([{**row, "case": label(row)} for row in rows])
-    panels = list(frame.groupby(["phase", "dtype"], sort=False))
-    across, down = min(2, len(panels)), -(-len(panels) // 2)
-    figure = Figure(figsize=(7 * across, 4.2 * down))
-    figure.suptitle(title, fontsize=9)
-    for index, ((phase, dtype), inside) in enumerate(panels):
-        axes = figure.add_subplot(down, across, index + 1)
+    panels = {}
+    for (phase, dtype), inside in frame.groupby(["phase", "dtype"], sort=False):
         ratios = inside.pivot(index="case", columns="variant", values="ratio_vllm")
-        ratios = ratios.loc[inside["case"].unique(), inside["variant"].unique()].astype(float)
-        ratios.plot(ax=axes, marker="o", linestyle=":", legend=index == 0)
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set(title=f"{phase} {dtype}", xlabel="", ylabel="time / vLLM's softmax")
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(range(len(ratios)), ratios.index, rotation=60, ha="right", fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        ratios = ratios.loc[inside["case"].unique(), inside["variant"].unique()]
+        panels[f"{phase} {dtype}: time by that of vLLM's softmax"] = ratios
+    results.draw(path, title, panels, across=2, ylim=(0, None))
 
 
 if __name__ == "__main__":

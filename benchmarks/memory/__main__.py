@@ -12,25 +12,8 @@ import typer
 from attnserve.command import INTERRUPTED, AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
+from benchmarks import options as opt
 from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
-from benchmarks.options import (
-    CORES,
-    Budgets,
-    CacheBytes,
-    Ckpts,
-    Csv,
-    Dtype,
-    EnforceEager,
-    LogFolder,
-    ModelDtype,
-    NewTokens,
-    NoSave,
-    Packed,
-    PromptLen,
-    Seed,
-    StartTimeout,
-    Threads,
-)
 
 if TYPE_CHECKING:
     from benchmarks.memory.measure import Requests
@@ -41,20 +24,20 @@ CSV = RESULTS / "memory_cpu.csv"
 
 def memory(
     context: typer.Context,
-    ckpts: Ckpts = None,
-    packed: Packed = None,
-    kv_budgets: Budgets = None,
-    prompt_len: PromptLen = 400,
-    new_tokens: NewTokens = 112,
-    dtype: ModelDtype = Dtype.FLOAT32,
-    threads: Threads = CORES,
-    kv_cache_memory_bytes: CacheBytes = 16 << 20,
-    enforce_eager: EnforceEager = False,
-    seed: Seed = 0,
-    start_timeout: StartTimeout = 1800,
-    csv: Csv = CSV,
-    no_save: NoSave = False,
-    log_folder: LogFolder = Path(".run"),
+    ckpts: opt.Ckpts = None,
+    packed: opt.Packed = None,
+    kv_budgets: opt.Budgets = None,
+    prompt_len: opt.PromptLen = 400,
+    new_tokens: opt.NewTokens = 112,
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    threads: opt.Threads = opt.CORES,
+    kv_cache_memory_bytes: opt.CacheBytes = 16 << 20,
+    enforce_eager: opt.EnforceEager = False,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 1800,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
 ) -> int:
     """Measure the memory of `vllm serve`: what config.json says it must be, and what it is.
@@ -168,32 +151,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG: a panel a quantity, predicted beside measured for each case, logarithmic.
-
-    Args:
-        path: the file.
-        title: of the figure.
-        rows: of the run.
-    """
+    """Write a PNG: a panel a quantity, predicted beside measured for each case, logarithmic."""
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from benchmarks.memory.measure import QUANTITIES
 
     frame = pd.DataFrame([row for row in rows if not row["error"]])
     if frame.empty:
         return
-    figure = Figure(figsize=(3.4 * len(QUANTITIES), 4))
-    figure.suptitle(title, fontsize=9)
-    for index, (name, label) in enumerate(QUANTITIES.items(), 1):
-        axes = figure.add_subplot(1, len(QUANTITIES), index)
-        both = {kind: frame[f"{name}_{kind}"].astype(float) for kind in ("predicted", "measured")}
-        pd.DataFrame(both).set_axis(frame["case"]).plot.bar(
-            ax=axes, logy=True, width=0.8, legend=index == 1, title=label, xlabel=""
+    panels = {
+        label: pd.DataFrame(
+            {kind: list(frame[f"{name}_{kind}"]) for kind in ("predicted", "measured")},
+            index=list(frame["case"]),
         )
-        axes.tick_params(axis="x", rotation=60, labelsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        for name, label in QUANTITIES.items()
+    }
+    results.draw(path, title, panels, kind="bar", logy=True)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,8 @@ import typer
 from attnserve.command import INTERRUPTED, AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
+from benchmarks import options as opt
 from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
-from benchmarks.options import (
-    CORES,
-    Budgets,
-    CacheBytes,
-    Ckpts,
-    Csv,
-    Dtype,
-    EnforceEager,
-    LogFolder,
-    ModelDtype,
-    NewTokens,
-    NoSave,
-    Packed,
-    PromptLen,
-    Seed,
-    StartTimeout,
-    Threads,
-    count,
-    option,
-)
 
 if TYPE_CHECKING:
     from benchmarks.serve.load import Client, Runs, Subject
@@ -48,38 +29,40 @@ SLACK = 32
 
 def serve(
     context: typer.Context,
-    ckpts: Ckpts = None,
-    packed: Packed = None,
-    kv_budgets: Budgets = None,
+    ckpts: opt.Ckpts = None,
+    packed: opt.Packed = None,
+    kv_budgets: opt.Budgets = None,
     gateway: Annotated[
         Literal["none", "one", "all"],
-        option("Which servers are also measured through the gateway. one: the first that is ours."),
+        opt.option(
+            "Which servers are also measured through the gateway. one: the first that is ours."
+        ),
     ] = "one",
-    no_stock: Annotated[bool, option("No peer of stock vLLM.", "--no-stock")] = False,
+    no_stock: Annotated[bool, opt.option("No peer of stock vLLM.", "--no-stock")] = False,
     request_rates: Annotated[
         list[float] | None,
-        option("Offered, in requests/s (default: 4 16 inf; inf: all at once).", min=1e-9),
+        opt.option("Offered, in requests/s (default: 4 16 inf; inf: all at once).", min=1e-9),
     ] = None,
-    requests: Annotated[int, count("Of each load.")] = 48,
-    rounds: Annotated[int, count("Loads of each case and rate.")] = 3,
-    prompt_len: PromptLen = 128,
-    new_tokens: NewTokens = 32,
+    requests: Annotated[int, opt.count("Of each load.")] = 48,
+    rounds: Annotated[int, opt.count("Loads of each case and rate.")] = 3,
+    prompt_len: opt.PromptLen = 128,
+    new_tokens: opt.NewTokens = 32,
     level: Annotated[
         list[str] | None,
-        option(
+        opt.option(
             "Limits of a level of service, as NAME=ttft_ms:tpot_ms (default: "
             "interactive=500:30 server=2000:100)."
         ),
     ] = None,
-    dtype: ModelDtype = Dtype.FLOAT32,
-    threads: Threads = CORES,
-    kv_cache_memory_bytes: CacheBytes = 256 << 20,
-    enforce_eager: EnforceEager = False,
-    seed: Seed = 0,
-    start_timeout: StartTimeout = 1800,
-    csv: Csv = CSV,
-    no_save: NoSave = False,
-    log_folder: LogFolder = Path(".run"),
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    threads: opt.Threads = opt.CORES,
+    kv_cache_memory_bytes: opt.CacheBytes = 256 << 20,
+    enforce_eager: opt.EnforceEager = False,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 1800,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
 ) -> int:
     """Measure throughput and latency of `vllm serve` under load.

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from benchmarks import results
 from benchmarks.serve.load import Level, Requests, Runs, Subject, together
@@ -121,32 +120,18 @@ def capacity(rows: Sequence[dict[str, Any]], level: Level) -> dict[str, float]:
 
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> None:
-    """Write a PNG: tokens/s, then the goodput of each level, by the rate of requests.
-
-    Args:
-        path: the file.
-        title: of the figure.
-        rows: of the run.
-        levels: a panel each.
-    """
+    """Write a PNG: tokens/s, then the goodput of each level, by the requests/s offered."""
     frame = pd.DataFrame([row for row in rows if not row["error"]])
     if frame.empty:
         return
+    frame["rate"] = [f"{float(rate):g}" for rate in frame["request_rate"]]
     panels = {"tokens_per_s": "tokens/s"}
-    for level in levels:
-        limits = f"TTFT {level.ttft_ms:g} ms, TPOT {level.tpot_ms:g} ms"
-        panels[f"{level.name}_goodput"] = f"{level.name}: requests/s within\n{limits}"
-    figure = Figure(figsize=(5 * len(panels), 4.2))
-    figure.suptitle(title, fontsize=9)
-    names = frame["case"].unique()
-    for index, (column, text) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), index)
-        values = frame.pivot(index="request_rate", columns="case", values=column)
-        values = values.loc[frame["request_rate"].unique(), names].astype(float)
-        values.index = [f"{float(rate):g}" for rate in values.index]
-        values.plot(ax=axes, marker="o", linestyle=":", legend=index == 1)
-        axes.set(ylabel=text, xlabel="requests/s offered")
-        axes.set_xticks(range(len(values)), values.index)
-        axes.set_ylim(bottom=0)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    for each in levels:
+        panels[f"{each.name}_goodput"] = f"requests/s within {each}"
+    values = {
+        text: frame.pivot(index="rate", columns="case", values=column).loc[
+            frame["rate"].unique(), frame["case"].unique()
+        ]
+        for column, text in panels.items()
+    }
+    results.draw(path, title, values)
