@@ -68,11 +68,14 @@ def packed(shape: tuple[int, int], bits: int) -> Product:
     from quant_kernels import multiply, panels
     from quant_kernels.pack import pack
 
-    (outputs, inputs), groups = shape, (shape[0], shape[1] // GROUP_SIZE)
+    groups = (shape[0], shape[1] // GROUP_SIZE)
     values = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
     zeros = torch.randint(0, 2**bits, groups, dtype=torch.uint8)
-    weight = panels(pack(values, bits), torch.rand(groups).bfloat16(), zeros, bits, inputs)
-    return lambda x: multiply(x, weight, bits, GROUP_SIZE, outputs)
+    scales = torch.rand(groups).bfloat16()
+    weight = panels(
+        pack(values, bits), scales, zeros, bits=bits, group_size=GROUP_SIZE, inputs=shape[1]
+    )
+    return lambda x: multiply(x, weight)
 
 
 def step(

@@ -21,16 +21,16 @@ class Samples:
         seed: of the calibration text.
     """
 
-    sequences: int = 16
-    length: int = 512
-    pairs: int = 50
-    passages: int = 100
-    calibration: int = 16
+    sequences: int
+    length: int
+    pairs: int
+    passages: int
+    calibration: int
     seed: int = 0
 
 
-class Subject(Checkpoint):
-    """A checkpoint whose texts are turned into tokens once, however many cells it has.
+class Reader(Checkpoint):
+    """A checkpoint that reads sequences of limited length, and tokenizes each text only once.
 
     Args:
         folder: a Hugging Face folder.
@@ -44,7 +44,7 @@ class Subject(Checkpoint):
         self._encoded: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
+        """Return token ids without special tokens."""
         if text not in self._encoded:
             self._encoded[text] = super().encode(text)
         return self._encoded[text]

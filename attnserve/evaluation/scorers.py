@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from attnserve.evaluation.tiled import attend_in_tiles
+from attnserve.evaluation.tiled import attend_in_tiles, is_pruned
 from hf_attn import VariantLlamaForCausalLM
 
 BATCH_TOKENS = 2048
@@ -93,15 +93,17 @@ class TransformersScorer:
     """One model, in this process.
 
     Args:
-        folder: a Hugging Face folder.
-        rope_theta_factor: what RoPE's theta is multiplied with.
+        model: a Hugging Face folder, or a model in float32, which is changed to attend in tiles.
+        rope_theta_factor: what a folder's RoPE's theta is multiplied with.
         quiet: no progress bars.
     """
 
-    def __init__(self, folder: Path, rope_theta_factor: float = 1.0, quiet: bool = False) -> None:
-        self.model = load(folder, rope_theta_factor)
+    def __init__(
+        self, model: Path | PreTrainedModel, rope_theta_factor: float = 1.0, quiet: bool = False
+    ) -> None:
+        self.model = load(model, rope_theta_factor) if isinstance(model, Path) else model
         self.quiet = quiet
-        if isinstance(self.model, VariantLlamaForCausalLM):
+        if isinstance(self.model, VariantLlamaForCausalLM) and not is_pruned(self.model):
             attend_in_tiles(self.model)
 
     @torch.inference_mode()

@@ -67,14 +67,15 @@ def compile_packed(compiler: DryCompiler, case: Case) -> list[Pair]:
     kind, bits = getattr(torch, case["dtype"]), case["bits"]
     scales = torch.empty(OUTPUTS // 16, INPUTS // GROUP_SIZE, 16, dtype=torch.bfloat16)
     words = torch.empty(OUTPUTS // 16, INPUTS * bits // 32, 16, dtype=torch.int32)
-    weight = Panels(words, scales, scales.to(torch.uint8))
+    shape = (bits, GROUP_SIZE, OUTPUTS, INPUTS)
+    weight = Panels(words, scales, scales.to(torch.uint8), *shape)
     with compiler.target(case["arch"]) as found:
         if case["rows"]:
             x = torch.empty(case["rows"], INPUTS, dtype=kind)
-            packed.multiply(x, weight, bits, GROUP_SIZE, OUTPUTS)
+            packed.multiply(x, weight)
         else:
             ids = torch.zeros(3, dtype=torch.int64)
-            packed.gather(ids, weight, bits, GROUP_SIZE, OUTPUTS, INPUTS, kind)
+            packed.gather(ids, weight, kind)
     return [(kernel, None) for kernel in found]
 
 

@@ -2,8 +2,8 @@
 
 `panels` brings a matrix as checkpoints store it (`pack`) into the order that the kernels
 read, `multiply` is `x @ weight.T`, `gather` takes rows as an embedding does. On a CPU `packed.cpp`
-says how; where nothing can be compiled, torch operations do the same, slowly. On a GPU it is
-`triton`, which has not run on one yet.
+computes them; where nothing can be compiled, torch operations do the same, slowly. On a GPU it is
+`triton`.
 """
 
 from quant_kernels.ops import gather, multiply

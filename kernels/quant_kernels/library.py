@@ -1,4 +1,4 @@
-"""The C++ kernels, one library a width, called through ctypes."""
+"""The C++ kernels, one library for each number of bits, called through ctypes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Call(ctypes.Structure):
         ("out", c_void_p),
         ("outputs", c_int64),
         ("inputs", c_int64),
-        ("group", c_int64),
+        ("group_size", c_int64),
         ("x_stride", c_int64),
         ("rows", c_int64),
         ("scale_format", c_int32),
@@ -42,7 +42,7 @@ class Call(ctypes.Structure):
 
 
 def build(bits: int, isa: str) -> Path:
-    """The library of one width, built if need be (some seconds, once per machine).
+    """Return the library for one number of bits, built if need be (some seconds, once a machine).
 
     Raises:
         BuildError: it cannot be built.
@@ -60,8 +60,8 @@ def build(bits: int, isa: str) -> Path:
 
 
 def load(bits: int) -> ctypes.CDLL | None:
-    """The kernels of one width for `$ATTNSERVE_CPU_ISA`, else for the best instruction set; None,
-    after one warning that says why, if nothing can be built."""
+    """Return the kernels for one number of bits and `$ATTNSERVE_CPU_ISA`, else the best instruction
+    set; None, after one warning that says why, if nothing can be built."""
     return _load(bits, os.environ.get("ATTNSERVE_CPU_ISA"))
 
 
@@ -85,7 +85,7 @@ def _load(bits: int, chosen: str | None) -> ctypes.CDLL | None:
 
 
 def _opened(path: Path) -> ctypes.CDLL:
-    """The library, if it fits `Call`."""
+    """Return the library, if it fits `Call`."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

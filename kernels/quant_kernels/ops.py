@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,25 +12,20 @@ from torch.nn.functional import embedding, linear
 from quant_kernels.library import FORMATS, Call, load
 from quant_kernels.panels import Panels, dequantize
 
-# Compiled graphs hold these as operators; otherwise the functions are called directly, which is
-# some microseconds less.
+# Compiled graphs hold these as operators, whose arguments are tensors and numbers; otherwise the
+# functions are called directly, which is some microseconds less.
 LIBRARY = torch.library.Library("attnserve", "FRAGMENT")
-WEIGHT = "Tensor words, Tensor scales, Tensor? zeros, int bits, int group"
-LIBRARY.define(f"packed_multiply(Tensor x, {WEIGHT}, int outputs) -> Tensor")
-LIBRARY.define(
-    f"packed_gather(Tensor ids, {WEIGHT}, int outputs, int inputs, ScalarType dtype) -> Tensor"
+WEIGHT = (
+    "Tensor words, Tensor scales, Tensor? zeros, int bits, int group_size, int outputs, int inputs"
 )
 
 
-def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
-    """`x @ weight.T`, summed in float32.
+def multiply(x: Tensor, weight: Panels) -> Tensor:
+    """Return `x @ weight.T`, summed in float32.
 
     Args:
         x: `[..., inputs]`, float32, bfloat16 or float16, on a CPU or a GPU.
         weight: the matrix, there too.
-        bits: of a code.
-        group: inputs that share a scale: a multiple of 32, or at least all of them.
-        outputs: rows of the matrix.
 
     Returns:
         `[..., outputs]` in x's dtype.
@@ -38,165 +34,110 @@ def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> 
         MemoryError: no memory for scratch space.
     """
     if torch.compiler.is_compiling():
-        product: Tensor = torch.ops.attnserve.packed_multiply(x, *weight, bits, group, outputs)
+        product: Tensor = torch.ops.attnserve.packed_multiply(x, *weight)
         return product
-    return _multiply(x, *weight, bits, group, outputs)
+    return _multiply(x, weight)
 
 
-def gather(
-    ids: Tensor,
-    weight: Panels,
-    bits: int,
-    group: int,
-    outputs: int,
-    inputs: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Rows of a matrix.
+def gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
+    """Return rows of a matrix.
 
     Args:
         ids: int64 `[...]`.
-        weight, bits, group, outputs: as `multiply` takes them.
-        inputs: columns of the matrix.
-        dtype: float32, bfloat16 or float16.
+        weight: the matrix, on the same device.
+        dtype: of the rows: float32, bfloat16 or float16.
 
     Returns:
         `[..., inputs]` in `dtype`. A row that is not there is 0, and nothing is read for it: an
         error would end a server, and a GPU can raise none without being waited for.
     """
-    shape = (outputs, inputs)
     if torch.compiler.is_compiling():
-        rows: Tensor = torch.ops.attnserve.packed_gather(ids, *weight, bits, group, *shape, dtype)
+        rows: Tensor = torch.ops.attnserve.packed_gather(ids, dtype, *weight)
         return rows
-    return _gather(ids, *weight, bits, group, *shape, dtype)
+    return _gather(ids, weight, dtype)
 
 
-def call_of(
-    weight: Panels,
-    given: Tensor,
-    out: Tensor,
-    shape: tuple[int, int],
-    group: int,
-    stride: int,
-    count: int,
-) -> Call:
-    """What the C++ kernels take.
+def _multiply(x: Tensor, weight: Panels) -> Tensor:
+    if x.is_cuda:
+        from quant_kernels import triton
 
-    Args:
-        weight: the matrix.
-        given: `count` rows, `stride` elements apart, or `count` row numbers.
-        out: where the result goes.
-        shape: `(outputs, inputs)` of the matrix.
-        group: inputs that share a scale.
-        stride, count: of `given`.
-    """
-    words, scales, zeros = weight
+        return triton.multiply(x, weight)
+    library = load(weight.bits)
+    if library is None:
+        return linear(x, dequantize(weight).to(x.dtype))
+    rows = x.reshape(-1, weight.inputs)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = x.new_empty(*x.shape[:-1], weight.outputs)
+    call = _call(weight, rows, out, rows.stride(0), len(rows))
+    if library.attnserve_packed_multiply(byref(call)):
+        raise MemoryError("no memory for the scratch space of a product with packed weights")
+    return out
+
+
+def _gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
+    if ids.is_cuda:
+        from quant_kernels import triton
+
+        return triton.gather(ids, weight, dtype)
+    library = load(weight.bits)
+    if library is None:
+        inside = (ids >= 0) & (ids < weight.outputs)
+        matrix = dequantize(weight).to(dtype)
+        return embedding(ids.where(inside, 0), matrix) * inside.unsqueeze(-1)
+    ids = ids.contiguous()
+    out = torch.empty(*ids.shape, weight.inputs, dtype=dtype)
+    if library.attnserve_packed_gather(byref(_call(weight, ids, out, 0, ids.numel()))):
+        # An id is out of range, and nothing was read.
+        inside = (ids >= 0) & (ids < weight.outputs)
+        rows = _gather(ids.where(inside, 0), weight, dtype)
+        return rows.masked_fill_(~inside.unsqueeze(-1), 0)
+    return out
+
+
+def _call(weight: Panels, given: Tensor, out: Tensor, stride: int, count: int) -> Call:
+    """Return what the C++ kernels take: `given` are `count` rows, `stride` elements apart, or
+    `count` row numbers."""
+    zeros = weight.zeros
     return Call(
-        words.data_ptr(),
-        scales.data_ptr(),
+        weight.words.data_ptr(),
+        weight.scales.data_ptr(),
         None if zeros is None else zeros.data_ptr(),
         given.data_ptr(),
         out.data_ptr(),
-        *shape,
-        group,
+        weight.outputs,
+        weight.inputs,
+        weight.group_size,
         stride,
         count,
-        FORMATS[scales.dtype],
+        FORMATS[weight.scales.dtype],
         FORMATS[None if zeros is None else zeros.dtype],
         FORMATS[out.dtype],
         torch.get_num_threads(),
     )
 
 
-def _multiply(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-) -> Tensor:
-    if x.is_cuda:
-        from quant_kernels import triton
-
-        return triton.multiply(x, Panels(words, scales, zeros), bits, group, outputs)
-    inputs = x.shape[-1]
-    library = load(bits)
-    if library is None:
-        matrix = dequantize(Panels(words, scales, zeros), outputs, inputs, bits, group)
-        return linear(x, matrix.to(x.dtype))
-    rows = x.reshape(-1, inputs)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    out = x.new_empty(*x.shape[:-1], outputs)
-    weight = Panels(words, scales, zeros)
-    call = call_of(weight, rows, out, (outputs, inputs), group, rows.stride(0), len(rows))
-    if library.attnserve_packed_multiply(byref(call)):
-        raise MemoryError("no memory for the scratch space of a product with packed weights")
-    return out
+def _multiply_op(x: Tensor, *weight: Any) -> Tensor:
+    return _multiply(x, Panels(*weight))
 
 
-def _gather(
-    ids: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-    inputs: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if ids.is_cuda:
-        from quant_kernels import triton
-
-        return triton.gather(ids, Panels(words, scales, zeros), bits, group, outputs, inputs, dtype)
-    library = load(bits)
-    weight = Panels(words, scales, zeros)
-    if library is None:
-        inside = (ids >= 0) & (ids < outputs)
-        matrix = dequantize(weight, outputs, inputs, bits, group)
-        return embedding(ids.where(inside, 0), matrix.to(dtype)) * inside.unsqueeze(-1)
-    ids = ids.contiguous()
-    out = torch.empty(*ids.shape, inputs, dtype=dtype)
-    call = call_of(weight, ids, out, (outputs, inputs), group, 0, ids.numel())
-    if library.attnserve_packed_gather(byref(call)):  # it has read nothing: an id is out of range
-        inside = (ids >= 0) & (ids < outputs)
-        safe = ids.where(inside, 0)
-        found = _gather(safe, words, scales, zeros, bits, group, outputs, inputs, dtype)
-        return found.masked_fill_(~inside.unsqueeze(-1), 0)
-    return out
+def _gather_op(ids: Tensor, dtype: torch.dtype, *weight: Any) -> Tensor:
+    return _gather(ids, Panels(*weight), dtype)
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("packed_multiply", _multiply, _device)
-    LIBRARY.impl("packed_gather", _gather, _device)
+def _multiply_shape(x: Tensor, *weight: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Panels(*weight).outputs)
 
 
-@torch.library.register_fake("attnserve::packed_multiply", lib=LIBRARY)
-def _multiply_shape(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], outputs)
+def _gather_shape(ids: Tensor, dtype: torch.dtype, *weight: Any) -> Tensor:
+    return ids.new_empty(*ids.shape, Panels(*weight).inputs, dtype=dtype)
 
 
-@torch.library.register_fake("attnserve::packed_gather", lib=LIBRARY)
-def _gather_shape(
-    ids: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group: int,
-    outputs: int,
-    inputs: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return ids.new_empty(*ids.shape, inputs, dtype=dtype)
+for _name, _arguments, _run, _shape in (
+    ("packed_multiply", "Tensor x", _multiply_op, _multiply_shape),
+    ("packed_gather", "Tensor ids, ScalarType dtype", _gather_op, _gather_shape),
+):
+    LIBRARY.define(f"{_name}({_arguments}, {WEIGHT}) -> Tensor")
+    for _device in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _run, _device)
+    torch.library.register_fake(f"attnserve::{_name}", _shape, lib=LIBRARY)

@@ -2,11 +2,11 @@
 // Plain C arguments; no exception leaves.
 //
 // A weight [outputs, inputs] is kept in panels of sixteen outputs, `words[panel][word][16]`: lane n of
-// a panel is row `16 * panel + n` of the checkpoint, whose codes lie densely one after another, lowest
-// bits first. 32 codes take exactly BITS words, so that a chunk of 32 inputs is BITS vectors, read
-// once and in order, and each code of a chunk is one shift away from all sixteen lanes.
+// a panel is row `16 * panel + n` of the checkpoint, whose quantized values lie densely one after another, lowest
+// bits first. 32 values take exactly BITS words, so that a chunk of 32 inputs is BITS vectors, read
+// once and in order, and each value of a chunk is one shift away from all sixteen lanes.
 //
-// weight = (code - zero) * scale, with one scale and zero for each output and group of inputs:
+// weight = (value - zero point) * scale, with one scale and zero point for each output and group of inputs:
 // `scales[panel][group][16]`, likewise zeros. A group is whole chunks; the last one may be shorter.
 #include <omp.h>
 
@@ -21,9 +21,9 @@ namespace {
 
 constexpr int BITS = WEIGHT_BITS;
 static_assert(BITS >= 2 && BITS <= 8);
-constexpr int MIDDLE = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
+constexpr int MIDPOINT = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
 
-constexpr int CHUNK = 32;  // codes that take BITS words
+constexpr int CHUNK = 32;  // values that take BITS words
 constexpr int PARTS = PANEL / WIDTH;  // vectors of a panel
 
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE };
@@ -33,13 +33,13 @@ struct Call {
   const void *scales, *zeros;
   const void* x;  // [rows, inputs], rows x_stride elements apart
   void* out;      // [rows, outputs]
-  int64_t outputs, inputs, group, x_stride, rows;
+  int64_t outputs, inputs, group_size, x_stride, rows;
   int32_t scale_format, zero_format, format, threads;
 
   int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
   int64_t chunks() const { return (inputs + CHUNK - 1) / CHUNK; }
   int64_t padded() const { return chunks() * CHUNK; }
-  int64_t groups() const { return (inputs + group - 1) / group; }
+  int64_t groups() const { return (inputs + group_size - 1) / group_size; }
 };
 
 inline Vec load_as(const void* p, int64_t at, int32_t format) {
@@ -73,17 +73,16 @@ inline void store_as(void* p, int64_t at, float value, int32_t format) {
   }
 }
 
-// Codes as floats, less the middle code: sums of such products are smaller, and symmetric weights
+// Quantized values as floats, less the midpoint: sums of such products are smaller, and symmetric weights
 // need no zero point.
-struct Codes {
-
+struct QuantizedValues {
   Vec table[2];
 
-  Codes() {
-    for (int i = 0; i < 2 * WIDTH; i++) table[i / WIDTH][i % WIDTH] = (i & MASK) - MIDDLE;
+  QuantizedValues() {
+    for (int i = 0; i < 2 * WIDTH; i++) table[i / WIDTH][i % WIDTH] = (i & MASK) - MIDPOINT;
   }
 
-  // Code i of a chunk, of WIDTH lanes; `p` is the chunk's first word of the first lane.
+  // Value i of a chunk, of WIDTH lanes; `p` is the chunk's first word of the first lane.
   Vec at(const uint32_t* p, int i) const {
     const int word = i * BITS / 32, offset = i * BITS % 32;
     UintVec bits = words(p, word) >> offset;
@@ -96,7 +95,7 @@ struct Codes {
     if constexpr (BITS <= 3) return _mm256_permutevar8x32_ps(table[0], (__m256i)bits);
 #endif
     // As the low bits of 2^23: an exact difference, without a conversion.
-    return (Vec)((bits & MASK) | 0x4b000000u) - (float)(0x800000 + MIDDLE);
+    return (Vec)((bits & MASK) | 0x4b000000u) - (float)(0x800000 + MIDPOINT);
   }
 
  private:
@@ -107,9 +106,9 @@ struct Codes {
   }
 };
 
-// Zero points of WIDTH lanes, less the middle code.
+// Zero points of WIDTH lanes, less the midpoint.
 inline Vec zero_at(const Call& c, int64_t at) {
-  return c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDDLE;
+  return c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDPOINT;
 }
 
 // Memory that grows and is kept.
@@ -140,7 +139,7 @@ void widen(const Call& c, int64_t row, float* to) {
   std::fill(to + k, to + c.padded(), 0.f);
 }
 
-// ---- Few rows: codes go from memory into registers and meet every row there.
+// ---- Few rows: values go from memory into registers and meet every row there.
 
 constexpr int FEW = 4;
 
@@ -157,9 +156,9 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
   constexpr int N = P * PARTS;
   // A product waits for the one before it: so many sums run side by side.
   constexpr int CHAINS = R * N >= 4 ? 1 : R * N >= 2 ? 2 : 4;
-  const Codes codes;
-  const int64_t chunks = c.chunks(), groups = c.groups(), padded = c.padded();
-  const int64_t chunks_per_group = c.group / CHUNK, length = chunks * BITS * PANEL;
+  const QuantizedValues quantized;
+  const int64_t chunks = c.chunks(), groups = c.group_sizes(), padded = c.padded();
+  const int64_t chunks_per_group = c.group_size / CHUNK, length = chunks * BITS * PANEL;
   const int64_t ahead = P * length <= NEXT_PANELS ? P * length : AHEAD;
   int64_t panels[P];
   const uint32_t* words[P];
@@ -183,9 +182,9 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
       for (int i = 0; i < CHUNK; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < N; j++) {
-          const Vec code = codes.at(words[j / PARTS] + here + j % PARTS * WIDTH, i);
+          const Vec value = quantized.at(words[j / PARTS] + here + j % PARTS * WIDTH, i);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; r++) sum[i % CHAINS][r][j] += xs[r * padded + i] * code;
+          for (int r = 0; r < R; r++) sum[i % CHAINS][r][j] += xs[r * padded + i] * value;
         }
     }
 #pragma GCC unroll 8
@@ -210,16 +209,16 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
 template <int R>
 void few_rows(const Call& c) {
   static thread_local Buffer memory;
-  const int64_t groups = c.groups(), padded = c.padded();
+  const int64_t groups = c.group_sizes(), padded = c.padded();
   float* const x = memory.reserve(R * (padded + groups));
   float* const sums = x + R * padded;
   std::fill_n(x, R * (padded + groups), 0.f);
   for (int64_t r = 0; r < c.rows; r++) {
     widen(c, r, x + r * padded);
     for (int64_t g = 0; g < groups; g++) {
-      const int64_t end = std::min((g + 1) * c.group, padded);
+      const int64_t end = std::min((g + 1) * c.group_size, padded);
       Vec sum = {};
-      for (int64_t k = g * c.group; k < end; k += WIDTH) sum += load(x + r * padded + k);
+      for (int64_t k = g * c.group_size; k < end; k += WIDTH) sum += load(x + r * padded + k);
       sums[r * groups + g] = horizontal_sum(sum);
     }
   }
@@ -251,17 +250,17 @@ static_assert(BLOCK % STRIP_ROWS == 0 && DEPTH % CHUNK == 0);
 
 // Inputs `begin` to `end` of a panel as floats [inputs][STRIP_WIDTH].
 void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float* to) {
-  const Codes codes;
-  const int64_t chunks = c.chunks(), groups = c.groups();
+  const QuantizedValues quantized;
+  const int64_t chunks = c.chunks(), groups = c.group_sizes();
   for (int64_t k = begin; k < end; k += CHUNK) {
     const uint32_t* words = c.words + (panel * chunks + k / CHUNK) * BITS * PANEL;
     for (int j = 0; j < PARTS; j++) {
-      const int64_t at = (panel * groups + k / c.group) * PANEL + j * WIDTH;
+      const int64_t at = (panel * groups + k / c.group_size) * PANEL + j * WIDTH;
       const Vec scale = load_as(c.scales, at, c.scale_format), zero = zero_at(c, at);
       float* here = to + (k - begin) * STRIP_WIDTH + j * WIDTH;
 #pragma GCC unroll 32
       for (int i = 0; i < CHUNK; i++)
-        store(here + i * STRIP_WIDTH, (codes.at(words + j * WIDTH, i) - zero) * scale);
+        store(here + i * STRIP_WIDTH, (quantized.at(words + j * WIDTH, i) - zero) * scale);
     }
   }
 }
@@ -348,19 +347,19 @@ void many_rows(const Call& c) {
   }
 }
 
-// ---- Many rows of bfloat16 on AMX tiles. Codes less the middle one are exact in bfloat16, so the tiles
+// ---- Many rows of bfloat16 on AMX tiles. Values less the midpoint are exact in bfloat16, so the tiles
 // multiply those, a group at a time, and scales and zero points come afterwards in float32.
 
-// A group's codes of one panel, woven: [inputs / 2][16][2].
+// A group's values of one panel, woven: [inputs / 2][16][2].
 void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* to) {
-  const Codes codes;
+  const QuantizedValues quantized;
   const uint32_t* words = c.words + panel * c.chunks() * BITS * PANEL;
   for (int64_t k = begin; k < end; k += CHUNK)
 #pragma GCC unroll 16
     for (int i = 0; i < CHUNK; i += 2)
       for (int j = 0; j < PANEL; j += WIDTH) {
         const uint32_t* chunk = words + k / CHUNK * BITS * PANEL + j;
-        const UintVec first = (UintVec)codes.at(chunk, i), second = (UintVec)codes.at(chunk, i + 1);
+        const UintVec first = (UintVec)quantized.at(chunk, i), second = (UintVec)quantized.at(chunk, i + 1);
         const UintVec both = first >> 16 | (second & 0xffff0000u);
         std::memcpy(to + (k - begin + i) * PANEL + 2 * j, &both, sizeof both);
       }
@@ -369,7 +368,7 @@ void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* t
 void many_rows_amx(const Call& c) {
   constexpr int WIDE = 2 * PANEL;
   static thread_local Buffer memory;
-  const int64_t padded = c.padded(), groups = c.groups(), depth = std::min(c.group, padded);
+  const int64_t padded = c.padded(), groups = c.group_sizes(), depth = std::min(c.group_size, padded);
   const int64_t block = std::min<int64_t>(BLOCK, c.rows);
   const int64_t lines = (block + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
   // Of each thread: a group of two panels, a product of tiles, results.
@@ -392,7 +391,7 @@ void many_rows_amx(const Call& c) {
         std::memset((void*)(line + there), 0, (padded - there) * 2);
         for (int64_t g = 0; g < groups; g++) {
           Vec sum = {};
-          for (int64_t k = g * c.group; k < std::min((g + 1) * c.group, padded); k += WIDTH)
+          for (int64_t k = g * c.group_size; k < std::min((g + 1) * c.group_size, padded); k += WIDTH)
             sum += load(line + k);
           sums[r * groups + g] = horizontal_sum(sum);
         }
@@ -402,7 +401,7 @@ void many_rows_amx(const Call& c) {
         const int64_t other = std::min(panel + 1, c.panels() - 1);
         std::fill_n(out, lines * WIDE, 0.f);
         for (int64_t g = 0; g < groups; g++) {
-          const int64_t k = g * c.group, end = std::min(k + c.group, padded);
+          const int64_t k = g * c.group_size, end = std::min(k + c.group_size, padded);
           weave(c, panel, k, end, woven);
           weave(c, other, k, end, woven + depth * PANEL);
           Vec scale[WIDE / WIDTH], zero[WIDE / WIDTH];
@@ -444,7 +443,7 @@ void multiply(const Call& c) {
 
 // Rows of the weight, by number; false, and nothing read, if one of them is not there.
 bool gather(const Call& c, const int64_t* ids) {
-  const int64_t groups = c.groups(), length = c.chunks() * BITS;
+  const int64_t groups = c.group_sizes(), length = c.chunks() * BITS;
   for (int64_t r = 0; r < c.rows; r++)
     if (ids[r] < 0 || ids[r] >= c.outputs) return false;
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (c.rows > 16)
@@ -455,10 +454,10 @@ bool gather(const Call& c, const int64_t* ids) {
       const int64_t bit = k * BITS, word = bit / 32, offset = bit % 32;
       uint64_t bits = words[word * PANEL];
       if (offset + BITS > 32) bits |= (uint64_t)words[(word + 1) * PANEL] << 32;
-      const int64_t at = (panel * groups + k / c.group) * PANEL + lane;
-      const float zero = c.zero_format == NONE ? MIDDLE : value_at(c.zeros, at, c.zero_format);
-      const float code = (float)((bits >> offset) & MASK);
-      store_as(c.out, r * c.inputs + k, (code - zero) * value_at(c.scales, at, c.scale_format),
+      const int64_t at = (panel * groups + k / c.group_size) * PANEL + lane;
+      const float zero = c.zero_format == NONE ? MIDPOINT : value_at(c.zeros, at, c.zero_format);
+      const float value = (float)((bits >> offset) & MASK);
+      store_as(c.out, r * c.inputs + k, (value - zero) * value_at(c.scales, at, c.scale_format),
                c.format);
     }
   }

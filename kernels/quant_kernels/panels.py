@@ -12,61 +12,83 @@ from torch.nn.functional import pad
 PANEL = 16
 """Outputs of a panel."""
 CHUNK = 32
-"""Inputs whose codes take a whole number of words, whatever the width."""
+"""Inputs whose quantized values take a whole number of words, whatever their bits."""
 
 
 class Panels(NamedTuple):
-    """A matrix `[outputs, inputs]` as `weight = (code - zero) * scale`, see `packed.cpp`.
+    """A matrix `[outputs, inputs]` as `weight = (value - zero_point) * scale`, see `packed.cpp`.
 
-    Args:
-        words: int32 `[panels, words of a row, 16]`: 32-bit words of densely packed codes.
+    Attributes:
+        words: int32 `[panels, words of a row, 16]`: 32-bit words of densely packed values.
         scales: `[panels, groups, 16]`, float32, bfloat16 or float16.
-        zeros: the same shape, uint8 or float16; None: the middle code.
+        zeros: zero points of the same shape, uint8 or float16; None: the midpoint `2**(bits - 1)`.
+        bits: of a quantized value, 2 to 8.
+        group_size: inputs that share a scale, a multiple of 32.
+        outputs, inputs: the shape of the matrix.
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
+    bits: int
+    group_size: int
+    outputs: int
+    inputs: int
 
 
-def panels(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, inputs: int) -> Panels:
+def panels(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    group_size: int | None,
+    inputs: int,
+) -> Panels:
     """Bring a matrix into the kernels' order; as many bytes, but for whole panels and chunks.
 
     Args:
         packed: int32 `[outputs, words]`, as `quant_kernels.pack.pack` packs.
         scales: `[outputs, groups]`; kept in 16 bits where these hold them exactly.
-        zeros: `[outputs, groups]`, uint8 or float16; None if the grid is symmetric.
-        bits: of a code, 2 to 8.
+        zeros: zero points `[outputs, groups]`, uint8 or float16; None if quantization is symmetric.
+        bits: of a quantized value, 2 to 8.
+        group_size: inputs that share a scale, a multiple of 32; None: all of a row.
         inputs: columns of the matrix.
     """
-    length = math.ceil(inputs / CHUNK) * bits
-    words = _in_panels(pad(packed, (0, length - packed.shape[1])))
-    return Panels(words, _in_panels(_narrow(scales)), None if zeros is None else _in_panels(zeros))
+    chunks = math.ceil(inputs / CHUNK)
+    words = _in_panels(pad(packed, (0, chunks * bits - packed.shape[1])))
+    zeros = None if zeros is None else _in_panels(zeros)
+    size = group_size or chunks * CHUNK
+    return Panels(words, _in_panels(_narrow(scales)), zeros, bits, size, len(packed), inputs)
 
 
 def _in_panels(rows: Tensor) -> Tensor:
-    """`[outputs, n]` as `[panels, n, 16]`; missing rows of the last panel are 0."""
+    """Return `[outputs, n]` as `[panels, n, 16]`; missing rows of the last panel are 0."""
     rows = pad(rows, (0, 0, 0, -len(rows) % PANEL))
     return rows.view(-1, PANEL, rows.shape[1]).transpose(1, 2).contiguous()
 
 
 def _narrow(scales: Tensor) -> Tensor:
-    """The same values in 16 bits, if there is such a format."""
+    """Return the same values in 16 bits, if there is such a format."""
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(scales.to(dtype).to(scales.dtype), scales):
             return scales.to(dtype)
     return scales.float()
 
 
-def dequantize(weight: Panels, outputs: int, inputs: int, bits: int, group: int) -> Tensor:
-    """Float32 `[outputs, inputs]`, in torch operations."""
-    words, scales = (part.transpose(1, 2).flatten(0, 1)[:outputs] for part in weight[:2])
-    first = torch.arange(inputs) * bits
-    wide = pad(words, (0, 1)).long() & 0xFFFFFFFF
+def dequantize(weight: Panels) -> Tensor:
+    """Return the matrix, float32 `[outputs, inputs]`, by torch operations."""
+
+    def rows(part: Tensor) -> Tensor:
+        return part.transpose(1, 2).flatten(0, 1)[: weight.outputs]
+
+    columns = torch.arange(weight.inputs)
+    first = columns * weight.bits
+    wide = pad(rows(weight.words), (0, 1)).long() & 0xFFFFFFFF
     both = wide[:, first // 32] | wide[:, first // 32 + 1] << 32
-    codes = (both >> first % 32 & (2**bits - 1)).float()
-    groups = torch.arange(inputs) // group
-    zeros: Tensor | float = float(2 ** (bits - 1))
+    values = (both >> first % 32 & (2**weight.bits - 1)).float()
+    groups = columns // weight.group_size
+    zeros: Tensor | float = float(2 ** (weight.bits - 1))
     if weight.zeros is not None:
-        zeros = weight.zeros.transpose(1, 2).flatten(0, 1)[:outputs].float()[:, groups]
-    return (codes - zeros) * scales.float()[:, groups]
+        zeros = rows(weight.zeros).float()[:, groups]
+    return (values - zeros) * rows(weight.scales).float()[:, groups]

@@ -33,7 +33,7 @@ class PackedConfig(CompressedTensorsConfig):
     kernel for them; all else is vLLM's."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of one layer.
+        """Return the method of one layer.
 
         Raises:
             StartupError: packed weights that the kernels do not take.
@@ -45,33 +45,33 @@ class PackedConfig(CompressedTensorsConfig):
         if not scheme or not is_packed(scheme):
             return super().get_quant_method(layer, prefix)
         weights: Any = scheme["weights"]
-        form = Format(
+        format = Format(
             weights.num_bits, weights.group_size, weights.symmetric, weights.zp_dtype or torch.int8
         )
         on_gpu = device.on_gpu()
-        if on_gpu and device.stays_vllms(layer, form):
+        if on_gpu and device.stays_vllms(layer, format):
             return super().get_quant_method(layer, prefix)
         kernels = "GPU kernels" if on_gpu else "CPU kernels"
-        if form.group is not None and form.group % CHUNK:
+        if format.group_size is not None and format.group_size % CHUNK:
             raise StartupError(
-                f"{prefix or 'the embedding'} has groups of {form.group} columns: the {kernels} "
-                f"take multiples of {CHUNK}, or whole rows"
+                f"{prefix or 'the embedding'} has groups of {format.group_size} columns: the "
+                f"{kernels} take multiples of {CHUNK}, or whole rows"
             )
         if on_gpu:
             device.require_kernels()
         else:
-            load(form.bits)  # built, or a warning given, before anything else is loaded
-        logger.info_once("Packed weights of %d bits run in attnserve's %s.", form.bits, kernels)
+            load(format.bits)  # built, or a warning given, before anything else is loaded
+        logger.info_once("Packed weights of %d bits run in attnserve's %s.", format.bits, kernels)
         if isinstance(layer, VocabParallelEmbedding):
-            return PackedEmbeddingMethod(form)
+            return PackedEmbeddingMethod(format)
         # The class that vLLM's linear layers know how to load.
-        layer.scheme = PackedScheme(form)
+        layer.scheme = PackedScheme(format)
         return CompressedTensorsLinearMethod(self)
 
 
 def is_packed(scheme: dict[str, Any]) -> bool:
-    """Whether a layer's scheme is one that `quant_kernels` computes: packed integers of 2 to 8
-    bits with scales of rows or groups, activations as they are."""
+    """Return whether a layer's scheme is one that `quant_kernels` computes: packed integers of 2 to
+    8 bits with scales of rows or groups, activations as they are."""
     weights = scheme["weights"]
     return (
         scheme["format"] == "pack-quantized"

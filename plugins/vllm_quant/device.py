@@ -22,7 +22,7 @@ CAPABILITY = 80
 
 
 def on_gpu() -> bool:
-    """Whether layers are on a GPU."""
+    """Return whether layers are on a GPU."""
     return current_platform.is_cuda_alike()
 
 
@@ -44,29 +44,29 @@ def require_kernels() -> None:
         )
 
 
-def stays_vllms(layer: nn.Module, form: Format) -> bool:
-    """Whether one of vLLM's own kernels takes a layer: they are known, ours are not timed.
+def stays_vllms(layer: nn.Module, format: Format) -> bool:
+    """Return whether one of vLLM's own kernels takes a layer: they are known, ours are not timed.
 
     Embeddings never (vLLM has no zero points and no tied head there), nor float32, nor what is
     beyond compressed-tensors' format: a short last group, zero points between codes.
     """
     if not isinstance(layer, LinearBase):
         return False
-    short = form.group is not None and layer.input_size % form.group
-    between = not form.symmetric and form.zero_dtype == torch.float16
+    short = format.group_size is not None and layer.input_size % format.group_size
+    between = not format.symmetric and format.zero_dtype == torch.float16
     if short or between or layer.params_dtype == torch.float32:
         return False
     types: Any = stock.WNA16_SUPPORTED_TYPES_MAP
-    if not form.symmetric:
+    if not format.symmetric:
         types = stock.WNA16_ZP_SUPPORTED_TYPES_MAP
     shape = (layer.input_size, layer.output_size)
     config = MPLinearLayerConfig(
         full_weight_shape=shape,
         partition_weight_shape=shape,
-        weight_type=types[form.bits],
+        weight_type=types[format.bits],
         act_type=layer.params_dtype,
-        group_size=form.group or -1,
-        zero_points=not form.symmetric,
+        group_size=format.group_size or -1,
+        zero_points=not format.symmetric,
     )
     try:
         choose_mp_linear_kernel(config)

@@ -10,20 +10,19 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from quant_kernels import gather, multiply
-from quant_kernels.panels import CHUNK
 from vllm_attn.report import StartupError
 from vllm_quant.layer import Format, weight_of
 
 
 class PackedEmbeddingMethod(QuantizeMethodBase):
-    """Of one `VocabParallelEmbedding` or `ParallelLMHead`.
+    """The method of one `VocabParallelEmbedding` or `ParallelLMHead`.
 
     Args:
-        form: of the layer's weight.
+        format: of the layer's weight.
     """
 
-    def __init__(self, form: Format) -> None:
-        self.form = form
+    def __init__(self, format: Format) -> None:
+        self.format = format
         self.owner: list[nn.Module] = []
         """The embedding that a head is tied to; in a list, so that it is no part of the head."""
 
@@ -39,10 +38,9 @@ class PackedEmbeddingMethod(QuantizeMethodBase):
         **kwargs: Any,
     ) -> None:
         """Register the layer's parameters."""
-        self.inputs, self.outputs = input_size_per_partition, sum(output_partition_sizes)
-        self.group = self.form.group or -(-self.inputs // CHUNK) * CHUNK
-        self.dtype = params_dtype
-        self.form.create(layer, self.outputs, self.inputs, layer.org_vocab_size, weight_loader)
+        self.inputs, self.dtype = input_size_per_partition, params_dtype
+        outputs = sum(output_partition_sizes)
+        self.format.create(layer, outputs, self.inputs, layer.org_vocab_size, weight_loader)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """Let a head compute with the embedding's weight, and have none itself.
@@ -64,15 +62,13 @@ class PackedEmbeddingMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring them into the kernels' order."""
         if not self.owner:
-            self.form.arrange(layer, self.inputs)
+            self.format.arrange(layer, self.inputs)
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
-        """Rows by token id, `[..., columns]` in the model's dtype."""
-        shape = (self.outputs, self.inputs)
-        return gather(input_, weight_of(layer), self.form.bits, self.group, *shape, self.dtype)
+        """Return rows by token id, `[..., columns]` in the model's dtype."""
+        return gather(input_, weight_of(layer), self.dtype)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits `[..., vocabulary]`."""
-        weight = weight_of(self.owner[0] if self.owner else layer)
-        logits = multiply(x, weight, self.form.bits, self.group, self.outputs)
+        """Return logits `[..., vocabulary]`."""
+        logits = multiply(x, weight_of(self.owner[0] if self.owner else layer))
         return logits if bias is None else logits + bias

@@ -28,20 +28,20 @@ class Format:
     """How a weight is stored.
 
     Args:
-        bits: of a code, 2 to 8.
-        group: columns that share a scale; None: a whole row.
+        bits: of a quantized value, 2 to 8.
+        group_size: columns that share a scale; None: a whole row.
         symmetric: no zero points.
-        zero_dtype: of zero points: float16 as it is, else codes, packed like the weight's.
+        zero_dtype: of zero points: float16 as it is, else integers, packed like the weight's.
     """
 
     bits: int
-    group: int | None
+    group_size: int | None
     symmetric: bool
     zero_dtype: torch.dtype
 
     def groups(self, columns: int) -> int:
-        """Groups of a row; the last one may be shorter."""
-        return 1 if self.group is None else math.ceil(columns / self.group)
+        """Return the groups of a row; the last one may be shorter."""
+        return 1 if self.group_size is None else math.ceil(columns / self.group_size)
 
     def create(
         self,
@@ -66,7 +66,7 @@ class Format:
         """
         scale: Any = ChannelQuantScaleParameter
         place = {"output_dim": 0}
-        if self.group is not None:
+        if self.group_size is not None:
             scale, place = GroupQuantScaleParameter, {"output_dim": 0, "input_dim": 1}
         words = torch.empty(rows, math.ceil(columns * self.bits / 32), dtype=torch.int32)
         scales = torch.empty(rows, self.groups(columns), dtype=torch.float32)
@@ -87,12 +87,12 @@ class Format:
             )
 
     def unpacking(self, loader: Callable[..., None], rows: int) -> Callable[..., None]:
-        """A loader of zero points that are packed along a column, as uint8 `[rows, groups]`."""
+        """Return a loader of zero points, packed along a column, as uint8 `[rows, groups]`."""
 
         def load(parameter: nn.Parameter, packed: Tensor, *args: Any, **kwargs: Any) -> None:
             stored = min(rows, packed.shape[0] * 32 // self.bits)
-            codes = unpack(packed.T.contiguous(), self.bits, stored)
-            loader(parameter, codes.T, *args, **kwargs)
+            values = unpack(packed.T.contiguous(), self.bits, stored)
+            loader(parameter, values.T, *args, **kwargs)
 
         return load
 
@@ -101,17 +101,27 @@ class Format:
         zeros = None if self.symmetric else layer.weight_zero_point.data
         if zeros is not None and zeros.dtype == torch.int16:
             zeros = zeros.to(torch.uint8)
-        found = panels(layer.weight_packed.data, layer.weight_scale.data, zeros, self.bits, columns)
+        found = panels(
+            layer.weight_packed.data,
+            layer.weight_scale.data,
+            zeros,
+            bits=self.bits,
+            group_size=self.group_size,
+            inputs=columns,
+        )
         del layer.weight_shape
-        for name, tensor in zip(
-            ("weight_packed", "weight_scale", "weight_zero_point"), found, strict=True
+        for name, tensor in (
+            ("weight_packed", found.words),
+            ("weight_scale", found.scales),
+            ("weight_zero_point", found.zeros),
         ):
             delattr(layer, name)
             setattr(layer, name, None if tensor is None else nn.Parameter(tensor, False))
+        layer.panels_shape = found[3:]
 
 
 def fitting(layer: Any, loader: Callable[..., None]) -> Callable[..., None]:
-    """A layer's loader of packed values, which says in one line that a tensor does not fit."""
+    """Wrap a layer's loader of packed values: it says in one line that a tensor does not fit."""
 
     def load(parameter: nn.Parameter, packed: Tensor, *args: Any, **kwargs: Any) -> None:
         try:
@@ -128,8 +138,8 @@ def fitting(layer: Any, loader: Callable[..., None]) -> Callable[..., None]:
 
 
 def comparing(layer: Any) -> Callable[..., None]:
-    """A loader of `weight_shape [parts, 2]`, which must be that of the layer, or of the part of it
-    that is one tensor in the checkpoint."""
+    """Return a loader of `weight_shape [parts, 2]`, which must be that of the layer, or of the part
+    of it that is one tensor in the checkpoint."""
 
     def load(parameter: nn.Parameter, stored: Tensor, shard: Any = None, **kwargs: Any) -> None:
         shard = kwargs.get("loaded_shard_id", shard)
@@ -150,7 +160,7 @@ def comparing(layer: Any) -> Callable[..., None]:
 
 
 def full_shape(layer: Any, shard: str | int | tuple[int, ...] | None) -> tuple[int, int]:
-    """`(rows, columns)` of what is one tensor in the checkpoint, on all ranks together.
+    """Return `(rows, columns)` of what is one tensor in the checkpoint, on all ranks together.
 
     Args:
         layer: an embedding or a linear layer of vLLM.
@@ -172,5 +182,6 @@ def full_shape(layer: Any, shard: str | int | tuple[int, ...] | None) -> tuple[i
 
 
 def weight_of(layer: Any) -> Panels:
-    """What `Format.arrange` left."""
-    return Panels(layer.weight_packed, layer.weight_scale, layer.weight_zero_point)
+    """Return the weight that `Format.arrange` left."""
+    tensors = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
+    return Panels(*tensors, *layer.panels_shape)

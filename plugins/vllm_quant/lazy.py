@@ -16,7 +16,7 @@ class LazyConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """The checkpoint's configuration, from the `quantization_config` of its `config.json`."""
+        """Return the configuration that `quantization_config` in `config.json` is."""
         from vllm_quant.config import PackedConfig
 
         made: QuantizationConfig = PackedConfig.from_config(config)
@@ -24,22 +24,22 @@ class LazyConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Files beside `config.json`: none."""
+        """Return the files beside `config.json`: none."""
         return []
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of GPUs; asked of instances only, which are `PackedConfig`."""
+        """Return anything: asked of instances only, which are `PackedConfig`."""
         return -1
 
     def get_name(self) -> str:
-        """Of the format."""
+        """Return the name of the format."""
         return "compressed-tensors"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Abstract in vLLM; asked of instances only, which are `PackedConfig`."""
+        """Raise: abstract in vLLM; asked of instances only, which are `PackedConfig`."""
         raise NotImplementedError  # never an instance
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Abstract in vLLM; asked of instances only, which are `PackedConfig`."""
+        """Raise: abstract in vLLM; asked of instances only, which are `PackedConfig`."""
         raise NotImplementedError  # never an instance

@@ -18,18 +18,18 @@ from vllm_quant.layer import Format, weight_of
 
 
 class PackedScheme(CompressedTensorsScheme):
-    """What `CompressedTensorsLinearMethod` asks.
+    """The scheme of one linear layer, as `CompressedTensorsLinearMethod` asks for it.
 
     Args:
-        form: of the layer's weight.
+        format: of the layer's weight.
     """
 
-    def __init__(self, form: Format) -> None:
-        self.form = form
+    def __init__(self, format: Format) -> None:
+        self.format = format
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of GPUs."""
+        """Return the compute capability that GPUs need."""
         return CAPABILITY
 
     def create_weights(
@@ -47,23 +47,24 @@ class PackedScheme(CompressedTensorsScheme):
         Raises:
             StartupError: tensor parallelism would cut through a group.
         """
-        group = self.form.group
-        if input_size_per_partition != input_size and input_size_per_partition % (group or CHUNK):
+        group_size = self.format.group_size
+        if input_size_per_partition != input_size and input_size_per_partition % (
+            group_size or CHUNK
+        ):
             raise StartupError(
                 f"tensor parallelism gives each rank {input_size_per_partition} columns of packed "
-                f"weights, which is no multiple of {group or CHUNK}: use a smaller "
+                f"weights, which is no multiple of {group_size or CHUNK}: use a smaller "
                 "--tensor-parallel-size"
             )
-        self.inputs, self.outputs = input_size_per_partition, sum(output_partition_sizes)
-        parts = len(output_partition_sizes)
-        self.form.create(layer, self.outputs, self.inputs, output_size, weight_loader, parts)
+        self.inputs = input_size_per_partition
+        outputs, parts = sum(output_partition_sizes), len(output_partition_sizes)
+        self.format.create(layer, outputs, self.inputs, output_size, weight_loader, parts)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring them into the kernels' order."""
-        self.form.arrange(layer, self.inputs)
+        self.format.arrange(layer, self.inputs)
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias`."""
-        group = self.form.group or -(-self.inputs // CHUNK) * CHUNK
-        product = multiply(x, weight_of(layer), self.form.bits, group, self.outputs)
+        """Return `x @ weight.T + bias`."""
+        product = multiply(x, weight_of(layer))
         return product if bias is None else product + bias

@@ -19,7 +19,7 @@ Replace = Callable[[str, Tensor], None]
 
 
 class Stopped(Exception):
-    """The first layer's inputs are known."""
+    """Raised when the first layer's inputs are known."""
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ def layer_by_layer(
 
 
 def first_inputs(model: PreTrainedModel, texts: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The first decoder layer's inputs for each text, and what all decoder layers get besides."""
+    """Return the first decoder layer's inputs for each text, and what all layers get besides."""
     states: list[Tensor] = []
     arguments: dict[str, Any] = {}
 
@@ -96,5 +96,5 @@ def watched(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
 
 
 def is_inside(layer: nn.Module, parent: nn.Module) -> bool:
-    """Whether a module is a part of another."""
+    """Return whether a module is a part of another."""
     return any(part is layer for part in parent.modules())

@@ -16,9 +16,9 @@ from benchmarks.memory.__main__ import memory, plot, row_of, table
 from benchmarks.memory.measure import QUANTITIES, Requests, predict, requests_of
 from benchmarks.results import append_csv
 from benchmarks.servers import ServerOptions
-from quant import quantize
 from tests.benchmarks.test_rates import ours
 from tests.conftest import Commands
+from tests.quantized import quantize
 
 LAYERS, KV_HEADS, HEAD = 3, 2, 32
 
@@ -105,7 +105,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four servers, one after another; bytes of the cache are exact. Of bundled checkpoints: a
     smaller model answers faster than the API server can count what runs."""
     monkeypatch.chdir(tmp_path)
-    quantize.main(PACK[1:])
+    quantize(PACK[1:])
     csv = tmp_path / "memory.csv"
     command = [sys.executable, "-m", *STANDARD[Part.MEMORY], f"--csv={csv}", "--json", "--ckpts"]
     command += [str(CHECKPOINTS / name) for name in ("softmax", "selective")]

@@ -15,8 +15,8 @@ from benchmarks import packed_products
 from benchmarks.checkpoints import packed_name, weight_bytes
 from benchmarks.quantized import Weights, quantized, rows_of, table
 from benchmarks.rates import Load, Round
-from quant.quantize import main as quantize
 from tests.conftest import Commands
+from tests.quantized import quantize
 from tests.tiny import tiny_checkpoint
 
 

@@ -35,8 +35,8 @@ class Shape:
     groups: tuple[tuple[int | None, str], ...]
 
 
-GROUPS = ((96, "half"), (128, "codes"), (None, "none"))
-TINY = Shape("cpu", 20, 70, (1, 5), ((32, "codes"),))
+GROUPS = ((96, "half"), (128, "integers"), (None, "none"))
+TINY = Shape("cpu", 20, 70, (1, 5), ((32, "integers"),))
 FULL = Shape("cuda", 150, 1100, (1, 2, 3, 4, 5, 16, 17, 70), GROUPS)
 
 
@@ -44,22 +44,29 @@ def matrix(shape: Shape, bits: int, group: int | None, zeros: str) -> QuantizedW
     """Return a random quantized matrix."""
     spec = QuantSpec(bits, group, zeros == "none")
     of_groups = shape.outputs, spec.groups(shape.columns)
-    codes = torch.randint(0, 2**bits, (shape.outputs, shape.columns), dtype=torch.uint8)
+    values = torch.randint(0, 2**bits, (shape.outputs, shape.columns), dtype=torch.uint8)
     scales = (torch.rand(of_groups) + 0.1).bfloat16()
     points = None
-    if zeros == "codes":
+    if zeros == "integers":
         points = torch.randint(0, 2**bits, of_groups, dtype=torch.uint8)
     elif zeros == "half":
         points = (torch.rand(of_groups) * 2**bits).half()
-    return QuantizedWeight(codes, scales, points, spec)
+    return QuantizedWeight(values, scales, points, spec)
 
 
-def on_device(weight: QuantizedWeight, shape: Shape, bits: int) -> Panels:
+def on_device(weight: QuantizedWeight, shape: Shape) -> Panels:
     """Return the matrix as the kernels take it."""
-    found = panels(pack(weight.values, bits), weight.scales, weight.zeros, bits, shape.columns)
+    found = panels(
+        pack(weight.values, weight.spec.bits),
+        weight.scales,
+        weight.zeros,
+        bits=weight.spec.bits,
+        group_size=weight.spec.group_size,
+        inputs=shape.columns,
+    )
     device = torch.device(shape.device)
     zeros = None if found.zeros is None else found.zeros.to(device)
-    return Panels(found.words.to(device), found.scales.to(device), zeros)
+    return found._replace(words=found.words.to(device), scales=found.scales.to(device), zeros=zeros)
 
 
 def check(shape: Shape, bits: int, dtype: str) -> None:
@@ -74,16 +81,16 @@ def check(shape: Shape, bits: int, dtype: str) -> None:
     kind = DTYPES[dtype]
     for group, zeros in shape.groups:
         weight = matrix(shape, bits, group, zeros)
-        stored, size, exact = on_device(weight, shape, bits), group or 4096, weight.dequantize()
+        stored, exact = on_device(weight, shape), weight.dequantize()
         for rows in shape.rows:
             x = torch.randn(rows, shape.columns).to(kind)
-            y = triton.multiply(x.to(shape.device), stored, bits, size, shape.outputs)
+            y = triton.multiply(x.to(shape.device), stored)
             expected = x.double() @ exact.double().T
             sums = x.double().abs() @ exact.double().abs().T
             error = float(((y.cpu().double() - expected).abs() / sums).max())
             assert error <= TOLERANCES[dtype], f"{rows} rows, group {group}, zero points {zeros}"
         ids = torch.randint(0, shape.outputs, (33,))
-        given = ids.to(shape.device), stored, bits, size, shape.outputs, shape.columns, kind
+        given = ids.to(shape.device), stored, kind
         assert torch.equal(triton.gather(*given).cpu(), exact[ids].to(kind)), "lookups differ"
 
 

@@ -17,23 +17,23 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 WIDTHS = [pytest.param(bits, marks=[] if bits in (3, 4, 8) else pytest.mark.slow) for bits in BITS]
-"""A library takes seconds to build: the default are codes across words, whole ones, and those that
+"""A library takes seconds to build: the default are values across words, whole ones, and those that
 are no lookup."""
 
 
 def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) -> QuantizedWeight:
-    """A random one; zero points are codes, halves between them, or none."""
+    """A random one; zero points are integers, halves between them, or none."""
     generator = torch.Generator().manual_seed(bits)
     spec = QuantSpec(bits, group, zeros == "none")
     shape = outputs, spec.groups(inputs)
-    codes = torch.randint(0, 2**bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    values = torch.randint(0, 2**bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(shape, generator=generator) + 0.1).bfloat16()
     points: Tensor | None = None
-    if zeros == "codes":
+    if zeros == "integers":
         points = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
     elif zeros == "half":
         points = (torch.rand(shape, generator=generator) * 2**bits).half()
-    return QuantizedWeight(codes, scales, points, spec)
+    return QuantizedWeight(values, scales, points, spec)
 
 
 def reference(quantized: QuantizedWeight) -> Tensor:
@@ -52,12 +52,9 @@ def in_panels(quantized: QuantizedWeight) -> Panels:
     packed = pack(quantized.values, bits)
     if used := columns * bits % 32:
         packed[:, -1] |= -1 << used
-    return panels(packed, quantized.scales, quantized.zeros, bits, columns)
-
-
-def group_of(quantized: QuantizedWeight) -> int:
-    """As `multiply` takes it: one group of a row is of any size that holds it."""
-    return quantized.spec.group_size or 4096
+    group_size = quantized.spec.group_size
+    qparams = quantized.scales, quantized.zeros
+    return panels(packed, *qparams, bits=bits, group_size=group_size, inputs=columns)
 
 
 def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -70,8 +67,7 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 def check(quantized: QuantizedWeight, x: Tensor) -> None:
     """Hold a product against the reference."""
-    bits, outputs = quantized.spec.bits, quantized.values.shape[0]
-    product = multiply(x, in_panels(quantized), bits, group_of(quantized), outputs)
+    product = multiply(x, in_panels(quantized))
     matrix = reference(quantized)
     exact, size = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
     assert product.dtype == x.dtype
@@ -97,7 +93,7 @@ def test_products(bits: int) -> None:
     are no whole panel."""
     for rows in (1, 2, 3, 5, 8, 9, 13, 33):
         for outputs, inputs, group, zeros in (
-            (17, 96, 32, "codes"),
+            (17, 96, 32, "integers"),
             (75, 300, 64, "half"),
             (33, 77, None, "none"),
         ):
@@ -109,14 +105,14 @@ def test_products(bits: int) -> None:
 def test_instruction_sets(isa: str, bits: int) -> None:
     """Each of them that this machine has."""
     for rows in (1, 4, 7, 14):
-        for zeros in ("codes", "half", "none"):
+        for zeros in ("integers", "half", "none"):
             for dtype in TOLERANCE:
                 check(weight(bits, 45, 330, 64, zeros), poisoned(rows, 330, dtype))
 
 
 def test_many_rows_and_threads() -> None:
     """More rows than a block, more inputs than a piece, by several threads."""
-    quantized = weight(4, 130, 700, 128, "codes")
+    quantized = weight(4, 130, 700, 128, "integers")
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
@@ -129,11 +125,11 @@ def test_many_rows_and_threads() -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("zeros", ["codes", "half", "none"])
+@pytest.mark.parametrize("zeros", ["integers", "half", "none"])
 def test_lookups_are_exact(bits: int, zeros: str) -> None:
     quantized = weight(bits, 53, 77, 32, zeros)
     ids = torch.tensor([[0, 52, 17], [16, 15, 0]])
-    rows = gather(ids, in_panels(quantized), bits, 32, 53, 77, torch.float32)
+    rows = gather(ids, in_panels(quantized), torch.float32)
     assert torch.equal(rows, quantized.dequantize()[ids])
     if zeros != "half":  # then float32 has no more to round
         assert torch.equal(rows.double(), reference(quantized)[ids])
@@ -147,10 +143,10 @@ def test_no_lookup_reads_past_the_matrix(
     """Not into the rest of the last panel either: such a row is 0, and the others are right."""
     if not compiled:
         monkeypatch.setattr(library, "_load", lambda bits, isa: None)
-    stored = in_panels(weight(4, 20, 64, 32, "codes"))
+    stored = in_panels(weight(4, 20, 64, 32, "integers"))
     ids = torch.tensor([[3, 19], [row, 0]])
-    rows = gather(ids, stored, 4, 32, 20, 64, torch.float32)
-    known = gather(torch.tensor([3, 19, 0]), stored, 4, 32, 20, 64, torch.float32)
+    rows = gather(ids, stored, torch.float32)
+    known = gather(torch.tensor([3, 19, 0]), stored, torch.float32)
     assert torch.equal(
         rows, torch.stack((known[0], known[1], torch.zeros(64), known[2])).view(2, 2, 64)
     )
@@ -159,8 +155,8 @@ def test_no_lookup_reads_past_the_matrix(
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_without_a_compiler(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch operations give the same."""
-    quantized = weight(bits, 20, 77, 32, "codes")
-    matrix = dequantize(in_panels(quantized), 20, 77, bits, 32)
+    quantized = weight(bits, 20, 77, 32, "integers")
+    matrix = dequantize(in_panels(quantized))
     assert torch.equal(matrix.double(), reference(quantized))
     monkeypatch.setattr(library, "_load", lambda bits, isa: None)
     check(quantized, poisoned(3, 77, torch.float32))
@@ -168,20 +164,20 @@ def test_without_a_compiler(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compiled_graphs_hold_an_operator() -> None:
     """`torch.compile` does not look inside, and its shapes are right."""
-    quantized = weight(4, 20, 64, 32, "codes")
+    quantized = weight(4, 20, 64, 32, "integers")
     stored = in_panels(quantized)
 
     @torch.compile(fullgraph=True, backend="eager")
     def forward(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return multiply(x, stored, 4, 32, 20) * 2, gather(ids, stored, 4, 32, 20, 64, x.dtype)
+        return multiply(x, stored) * 2, gather(ids, stored, x.dtype)
 
     x, ids = torch.randn(5, 64), torch.tensor([3, 19])
     product, rows = forward(x, ids)
-    torch.testing.assert_close(product, 2 * multiply(x, stored, 4, 32, 20))
-    assert torch.equal(rows, gather(ids, stored, 4, 32, 20, 64, x.dtype))
+    torch.testing.assert_close(product, 2 * multiply(x, stored))
+    assert torch.equal(rows, gather(ids, stored, x.dtype))
     for operator, arguments in (
-        (torch.ops.attnserve.packed_multiply, (x, *stored, 4, 32, 20)),
-        (torch.ops.attnserve.packed_gather, (ids, *stored, 4, 32, 20, 64, torch.bfloat16)),
+        (torch.ops.attnserve.packed_multiply, (x, *stored)),
+        (torch.ops.attnserve.packed_gather, (ids, torch.bfloat16, *stored)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -189,12 +185,11 @@ def test_compiled_graphs_hold_an_operator() -> None:
 def test_memory_is_what_the_bits_say() -> None:
     """Nothing is added to whole panels and chunks; scales that 16 bits do not hold stay in 32."""
     for bits in BITS:
-        quantized = weight(bits, 64, 128, 64, "codes")
+        quantized = weight(bits, 64, 128, 64, "integers")
         stored = in_panels(quantized)
         assert stored.words.numel() * 4 == 64 * 128 * bits // 8
         assert stored.scales.dtype == torch.bfloat16
     precise = torch.full((16, 2), 1.0000001)
-    assert (
-        panels(pack(quantized.values[:16], bits), precise, None, bits, 128).scales.dtype
-        == torch.float32
-    )
+    packed = pack(quantized.values[:16], bits)
+    kept = panels(packed, precise, None, bits=bits, group_size=64, inputs=128)
+    assert kept.scales.dtype == torch.float32

@@ -14,10 +14,10 @@ from tests.quant_kernels import test_packed as packed
 __all__ = ["interpreter"]
 
 WIDTHS = [pytest.param(bits, marks=[] if bits in (3, 4) else pytest.mark.slow) for bits in BITS]
-"""The default: codes across words, and whole ones."""
+"""The default: values across words, and whole ones."""
 
 SHAPES = (
-    (1, 17, 96, 32, "codes"),
+    (1, 17, 96, 32, "integers"),
     (2, 17, 77, None, "half"),
     (9, 33, 77, None, "none"),
     (20, 75, 300, 64, "half"),
@@ -35,25 +35,17 @@ CASES = [
 ]
 
 
-def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
+def multiply(x: Tensor, weight: Panels) -> Tensor:
     """Imported when it is called: the interpreter must be on."""
     from quant_kernels import triton
 
-    return triton.multiply(x, weight, bits, group, outputs)
+    return triton.multiply(x, weight)
 
 
-def gather(
-    ids: Tensor,
-    weight: Panels,
-    bits: int,
-    group: int,
-    outputs: int,
-    inputs: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
     from quant_kernels import triton
 
-    return triton.gather(ids, weight, bits, group, outputs, inputs, dtype)
+    return triton.gather(ids, weight, dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -79,28 +71,28 @@ def test_every_tile(bits: int, dtype: torch.dtype) -> None:
     """More inputs than a program has at once, more outputs and rows than one has."""
     for rows in (1, 3, 4, 5, 16, 17, 70):
         outputs = 20 if rows < 5 else 150
-        for group, zeros in ((96, "half"), (128, "codes"), (None, "none")):
+        for group, zeros in ((96, "half"), (128, "integers"), (None, "none")):
             x = packed.poisoned(rows, 1100, dtype)
             packed.check(packed.weight(bits, outputs, 1100, group, zeros), x)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("zeros", ["codes", "half", "none"])
+@pytest.mark.parametrize("zeros", ["integers", "half", "none"])
 def test_lookups_are_exact(bits: int, zeros: str) -> None:
     packed.test_lookups_are_exact(bits, zeros)
     quantized = packed.weight(bits, 20, 600, 64, zeros)
     ids = torch.tensor([19, 0, 16])
-    rows = gather(ids, packed.in_panels(quantized), bits, 64, 20, 600, torch.float16)
+    rows = gather(ids, packed.in_panels(quantized), torch.float16)
     assert torch.equal(rows, quantized.dequantize()[ids].half())
 
 
-@pytest.mark.parametrize("zeros", ["codes", "none"])
+@pytest.mark.parametrize("zeros", ["integers", "none"])
 def test_rows_that_are_not_there_are_zero(zeros: str) -> None:
     """A GPU cannot raise an error, but it reads nothing that is not the matrix's: the last rows of
     the last panel are the neighbour's memory here, and rows far away nobody's."""
     quantized = packed.weight(4, 20, 96, 32, zeros)
     ids = torch.tensor([19, 20, 31, 32, 200_000, -1, 2**40, 0])
-    taken = gather(ids, packed.in_panels(quantized), 4, 32, 20, 96, torch.float32)
+    taken = gather(ids, packed.in_panels(quantized), torch.float32)
     matrix = quantized.dequantize()
     assert torch.equal(taken[[0, -1]], matrix[[19, 0]])
     assert (taken[1:-1] == 0).all()
@@ -108,7 +100,7 @@ def test_rows_that_are_not_there_are_zero(zeros: str) -> None:
 
 def test_nothing_to_do() -> None:
     """No rows, no launch."""
-    stored = packed.in_panels(packed.weight(4, 17, 96, 32, "codes"))
-    assert multiply(torch.empty(2, 0, 96), stored, 4, 32, 17).shape == (2, 0, 17)
+    stored = packed.in_panels(packed.weight(4, 17, 96, 32, "integers"))
+    assert multiply(torch.empty(2, 0, 96), stored).shape == (2, 0, 17)
     ids = torch.empty(0, dtype=torch.int64)
-    assert gather(ids, stored, 4, 32, 17, 96, torch.float16).shape == (0, 96)
+    assert gather(ids, stored, torch.float16).shape == (0, 96)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from attn_kernels import variant_names
 from attnserve.evaluation.intervals import Estimate
@@ -344,11 +343,3 @@ def sizes(stored: Sequence[Stored]) -> list[str]:
         settings = ", ".join(f"{name} {value}" for name, value in s.key["settings"].items())
         found.setdefault(s.measure, set()).add(settings)
     return [f"{measure}: {' or '.join(sorted(found[measure]))}" for measure in sorted(found)]
-
-
-def write(text: str, path: Path) -> None:
-    """Write the document, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

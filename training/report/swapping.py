@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from attnserve.reports import table
-from training.long_context import FIRST_BIN, against, octaves
+from training.positions import FIRST_BIN, against, octaves
 
 BASELINE = "smollm2-softmax"
 

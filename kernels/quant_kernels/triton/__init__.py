@@ -34,7 +34,7 @@ class Tile:
 
 
 def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> Tile:
-    """The tile of a product.
+    """Return the tile of a product.
 
     Args:
         rows: of x.
@@ -53,29 +53,28 @@ def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 128, chunks, num_warps=8)
 
 
-def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> Tensor:
-    """`quant_kernels.multiply` for a GPU's tensors."""
-    inputs = x.shape[-1]
-    rows = x.reshape(-1, inputs)
+def multiply(x: Tensor, weight: Panels) -> Tensor:
+    """Return `x @ weight.T`: `quant_kernels.multiply` for tensors on a GPU."""
+    rows = x.reshape(-1, weight.inputs)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    out = x.new_empty(*x.shape[:-1], outputs)
+    out = x.new_empty(*x.shape[:-1], weight.outputs)
     if not len(rows):
         return out
-    group_chunks = group // CHUNK
+    group_chunks = weight.group_size // CHUNK
     tile = tile_for(len(rows), group_chunks, x.dtype)
     kernel = few_kernel if len(rows) <= FEW else many_kernel
-    kernel[(triton.cdiv(outputs, tile.outputs), triton.cdiv(len(rows), tile.rows))](
+    kernel[(triton.cdiv(weight.outputs, tile.outputs), triton.cdiv(len(rows), tile.rows))](
         out,
         rows,
-        *weight,
+        *weight[:3],
         len(rows),
-        outputs,
-        inputs,
+        weight.outputs,
+        weight.inputs,
         weight.scales.shape[1],
         group_chunks,
         rows.stride(0),
-        BITS=bits,
+        BITS=weight.bits,
         ROWS=tile.rows,
         CHUNKS=tile.chunks,
         OUTPUTS=tile.outputs,
@@ -86,29 +85,21 @@ def multiply(x: Tensor, weight: Panels, bits: int, group: int, outputs: int) -> 
     return out
 
 
-def gather(
-    ids: Tensor,
-    weight: Panels,
-    bits: int,
-    group: int,
-    outputs: int,
-    inputs: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`quant_kernels.gather` for a GPU's tensors."""
-    out = torch.empty(*ids.shape, inputs, dtype=dtype, device=ids.device)
+def gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
+    """Return rows of a matrix: `quant_kernels.gather` for tensors on a GPU."""
+    out = torch.empty(*ids.shape, weight.inputs, dtype=dtype, device=ids.device)
     if not ids.numel():
         return out
     columns = 512
-    gather_kernel[(ids.numel(), triton.cdiv(inputs, columns))](
+    gather_kernel[(ids.numel(), triton.cdiv(weight.inputs, columns))](
         out,
         ids.contiguous(),
-        *weight,
-        outputs,
-        inputs,
+        *weight[:3],
+        weight.outputs,
+        weight.inputs,
         weight.scales.shape[1],
-        group // CHUNK,
-        BITS=bits,
+        weight.group_size // CHUNK,
+        BITS=weight.bits,
         COLUMNS=columns,
         enable_fp_fusion=True,
         num_warps=4,

@@ -1,9 +1,9 @@
 """Products and lookups with packed matrices on a GPU; the device code.
 
 A matrix is in panels of sixteen rows, as on a CPU (`quant_kernels.panels`): word w of all sixteen
-lies side by side, and 32 codes of a row take exactly BITS words. Codes become floats in registers,
-less the middle one of their width, which is exact in all dtypes. Scales, and how far zero points
-are from the middle, come after the sums in float32: weights are not rounded a second time.
+lies side by side, and 32 values of a row take exactly BITS words. Quantized values become floats in
+registers, less their midpoint, which is exact in all dtypes. Scales, and how far zero points are
+from the midpoint, come after the sums in float32: weights are not rounded a second time.
 """
 
 import triton
@@ -15,33 +15,35 @@ CHUNK = tl.constexpr(32)
 
 @triton.jit
 def first_word(words, output, num_chunks, BITS: tl.constexpr):
-    """Each row's first word; its next one is PANEL further."""
+    """Return each row's first word; its next one is PANEL further."""
     return words + (output // PANEL) * (num_chunks * BITS * PANEL) + output % PANEL
 
 
 @triton.jit
-def centred(code, BITS: tl.constexpr):
-    """A code (the low bits) less the middle one, in float32, by the bits of 2^23 + code: a
-    conversion takes more cycles (CUDA's programming guide, throughput of native instructions)."""
-    shifted = (code & (2**BITS - 1)) | 0x4B000000
+def less_midpoint(value, BITS: tl.constexpr):
+    """Return a quantized value (the low bits) less the midpoint, in float32, by the bits of 2^23 +
+    value: a conversion takes more cycles (CUDA's programming guide, throughput of native
+    instructions)."""
+    shifted = (value & (2**BITS - 1)) | 0x4B000000
     return shifted.to(tl.float32, bitcast=True) - (8388608.0 + 2 ** (BITS - 1))
 
 
 @triton.jit
-def load_code(first, column, inside, BITS: tl.constexpr):
-    """Codes of rows and columns that broadcast, as `centred` gives them; any where not `inside`."""
+def load_values(first, column, inside, BITS: tl.constexpr):
+    """Return quantized values of rows and columns that broadcast, less the midpoint; any where not
+    `inside`."""
     bit = column * BITS
     place, shift = first + bit // 32 * PANEL, bit % 32
-    code = tl.load(place, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
-    if 32 % BITS:  # some codes lie across two words
+    value = tl.load(place, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % BITS:  # some values lie across two words
         rest = tl.load(place + PANEL, mask=inside & (shift > 32 - BITS), other=0)
-        code |= rest.to(tl.uint32, bitcast=True) << ((32 - shift) % 32)
-    return centred(code, BITS)
+        value |= rest.to(tl.uint32, bitcast=True) << ((32 - shift) % 32)
+    return less_midpoint(value, BITS)
 
 
 @triton.jit
 def load_groups(of_groups, output, group, inside, num_groups):
-    """Scales or zero points, in float32; 0 where not `inside`."""
+    """Return scales or zero points, in float32; 0 where not `inside`."""
     place = ((output // PANEL) * num_groups + group) * PANEL + output % PANEL
     return tl.load(of_groups + place, mask=inside, other=0.0).to(tl.float32)
 
@@ -51,10 +53,10 @@ def few_kernel(
     out, x, words, scales, zeros, rows, outputs, inputs, num_groups, group_chunks, x_stride,
     BITS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """`x @ weight.T` of ROWS rows. Grid: (outputs / OUTPUTS,).
+    """Compute `x @ weight.T` of ROWS rows. Grid: (outputs / OUTPUTS,).
 
     A thread has some outputs of a chunk of 32 inputs: it reads each word once and multiplies each
-    code where it unpacked it. The chunks' sums are added up at the end."""
+    value where it unpacked it. The chunks' sums are added up at the end."""
     output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS))[None, :]
     num_chunks = tl.cdiv(inputs, CHUNK)
     first = first_word(words, output, num_chunks, BITS)
@@ -73,15 +75,15 @@ def few_kernel(
         for _ in tl.static_range(ROWS):
             sums += ((zero_sums, tl.zeros([CHUNKS], tl.float32)),)
         for j in tl.static_range(CHUNK):
-            code = loaded[j * BITS // 32] >> (j * BITS % 32)
+            value = loaded[j * BITS // 32] >> (j * BITS % 32)
             if j * BITS % 32 + BITS > 32:
-                code |= loaded[j * BITS // 32 + 1] << (32 - j * BITS % 32)
-            code = centred(code, BITS)
+                value |= loaded[j * BITS // 32 + 1] << (32 - j * BITS % 32)
+            value = less_midpoint(value, BITS)
             new = ()
             for r in tl.static_range(ROWS):
                 at = x + r * x_stride + chunk * CHUNK
                 given = tl.load(at + j, mask=chunk * CHUNK < inputs - j, other=0.0).to(tl.float32)
-                new += ((sums[r][0] + code * given[:, None], sums[r][1] + given),)
+                new += ((sums[r][0] + value * given[:, None], sums[r][1] + given),)
             sums = new
         group = (chunk // group_chunks)[:, None]
         scale = load_groups(scales, output, group, inside, num_groups)
@@ -105,8 +107,8 @@ def many_kernel(
     out, x, words, scales, zeros, rows, outputs, inputs, num_groups, group_chunks, x_stride,
     BITS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """`x @ weight.T` by matrix products of ROWS rows. Grid: (outputs / OUTPUTS, rows / ROWS).
-    CHUNKS divides a group."""
+    """Compute `x @ weight.T` by matrix products of ROWS rows. CHUNKS divides a group. Grid:
+    (outputs / OUTPUTS, rows / ROWS)."""
     output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS))[None, :]
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     num_chunks = tl.cdiv(inputs, CHUNK)
@@ -118,8 +120,8 @@ def many_kernel(
         mask = (row < rows) & (column < inputs)[None, :]
         given = tl.load(x + row * x_stride + column[None, :], mask=mask, other=0.0)
         inside = (column < num_chunks * CHUNK)[:, None] & known
-        codes = load_code(first, column[:, None], inside, BITS).to(given.dtype)
-        products = tl.dot(given, codes, input_precision="ieee")  # no TF32, which keeps ten bits
+        values = load_values(first, column[:, None], inside, BITS).to(given.dtype)
+        products = tl.dot(given, values, input_precision="ieee")  # no TF32, which keeps ten bits
         group = start // group_chunks
         if zeros is not None:
             zero = load_groups(zeros, output, group, known, num_groups)
@@ -134,19 +136,19 @@ def gather_kernel(
     out, ids, words, scales, zeros, outputs, inputs, num_groups, group_chunks,
     BITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the matrix, 0 for one that it does not have. Grid: (ids, inputs / COLUMNS)."""
+    """Copy rows of the matrix, 0 for one that it does not have. Grid: (ids, inputs / COLUMNS)."""
     row = tl.program_id(0).to(tl.int64)
     asked = tl.load(ids + row)
     output = tl.minimum(tl.maximum(asked, 0), outputs - 1)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < inputs
     first = first_word(words, output, tl.cdiv(inputs, CHUNK), BITS)
-    code = load_code(first, column, inside, BITS)
+    value = load_values(first, column, inside, BITS)
     group = column // CHUNK // group_chunks
-    # Codes and zero points are exact, and what they differ by is rounded once, as on a CPU.
+    # Values and zero points are exact, and what they differ by is rounded once, as on a CPU.
     if zeros is not None:
         zero = load_groups(zeros, output, group, inside, num_groups)
-        code = (code + 2 ** (BITS - 1)) - zero
-    weight = code * load_groups(scales, output, group, inside, num_groups)
+        value = (value + 2 ** (BITS - 1)) - zero
+    weight = value * load_groups(scales, output, group, inside, num_groups)
     weight = tl.where(asked == output, weight, 0.0)
     tl.store(out + row * inputs + column, weight.to(out.dtype.element_ty), mask=inside)
