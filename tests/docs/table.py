@@ -317,6 +317,12 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
+    "python -m benchmarks.triton_compile": Run(
+        "python -m benchmarks.triton_compile --no-save --match 'sm_90 64 bfloat16 softpick deco'",
+        prints="registers_to_vllm",
+        slow=True,
+        long=True,
+    ),
     "python -m benchmarks.triton_compile --packed": Run(
         "python -m benchmarks.triton_compile --packed --match 'sm_90 bfloat16 4 1$' --no-save",
         prints="registers",
