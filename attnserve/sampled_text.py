@@ -29,9 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import hf_attn  # noqa: F401  registers the model classes
 from attn_kernels.cpu.build import BuildError, cache_folder
 from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import read_config
 from attnserve.files import replacing
 
 Use = Literal["calibration", "validation", "evaluation"]
@@ -64,8 +64,7 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
     Raises:
         UserError: there is no checkpoint, or its tokenizer has no token to begin with.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
+    read_config(folder)
     begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
     settings = [FORMAT, checkpoint_hash(folder), begin, use, sequences, length, seed]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
@@ -125,8 +124,7 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
 
 def _alphabet(folder: Path) -> str:
     """Return what tells whether two tokenizers give a token id the same meaning."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
+    read_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     entries = [begin_token(folder, tokenizer), sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
