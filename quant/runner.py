@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import torch
-import transformers
 from tqdm import tqdm
 
 from attnserve.errors import UserError
@@ -97,7 +96,6 @@ def affordable(jobs: int, folders: Sequence[Path]) -> int:
 def prepare(jobs: int) -> None:
     """Give a worker its share of the cores."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
-    transformers.utils.logging.disable_progress_bar()
 
 
 def is_there(task: SweepTask) -> bool:
