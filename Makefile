@@ -136,7 +136,7 @@ doctor:
 	fi; \
 	for python in "$(PYTHON)" python3 python; do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then \
-	    exec "$$python" -m serving.launch.doctor --before-install "$(VENV)" --python "$(PYTHON)" $(ARGS); \
+	    exec "$$python" -m serving.launch.host_checks "$(VENV)" --python "$(PYTHON)" $(ARGS); \
 	  fi; \
 	done; \
 	echo "doctor: there is no Python 3: install Python 3.11 (Debian: apt install python3.11-venv)" >&2; \

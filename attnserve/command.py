@@ -174,7 +174,9 @@ def hint(error: TyperException, path: str, given: Sequence[str]) -> str:
     if context is not None and context.command.context_settings.get("allow_extra_args"):
         if getattr(error, "possibilities", None) == []:  # typer's NoSuchOption is private
             return f"other options follow `--`: {path} ... -- OPTIONS"
-    elif given and os.path.isfile(os.path.expanduser(given[0]) + "/config.json"):
+    elif path != "attnserve" or not given:
+        pass
+    elif os.path.isfile(os.path.expanduser(given[0]) + "/config.json"):
         return f"to serve it: attnserve serve {given[0]}"
     return f"{path} --help"
 
@@ -185,8 +187,10 @@ def fail(name: str, message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def main(function: Function, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+def main(
+    function: Function, name: str, arguments: Sequence[str] | None = None, others: bool = False
+) -> NoReturn:
     """Run one function as a program of its own: `python -m quant.sweep`."""
     app = application()
-    add(app, name, function)
+    add(app, name, function, others)
     run(app, name, arguments)

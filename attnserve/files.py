@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,3 +45,13 @@ def json_lines(values: dict[str, Any]) -> str:
     return (
         "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()) + "\n}"
     )
+
+
+def json_list(values: Iterable[Any]) -> str:
+    """Return a JSON array with one line an entry."""
+    return "[\n" + ",\n".join(f" {json.dumps(value)}" for value in values) + "\n]"
+
+
+def json_parts(parts: dict[str, str]) -> str:
+    """Return a JSON object of entries that are JSON already."""
+    return "{\n" + ",\n".join(f'"{name}": {part}' for name, part in parts.items()) + "\n}\n"

@@ -14,8 +14,8 @@ from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
+from benchmarks import options as opt
 from benchmarks.gpu_peers import PEERS, MissingError
-from benchmarks.options import Csv, NoSave, Seed, option
 
 if TYPE_CHECKING:
     from benchmarks.kernels.case import Case, Inputs, Paging
@@ -31,16 +31,16 @@ PACKAGES = ("torch", "triton", "vllm", "flash_attn")
 
 def gpu(
     minutes: Annotated[
-        float, option("No case begins after this time; those that are left are named.", min=0)
+        float, opt.option("No case begins after this time; those that are left are named.", min=0)
     ] = 3.0,
-    variants: Annotated[list[str] | None, option("Which (default: all).")] = None,
-    seed: Seed = 0,
+    variants: Annotated[list[str] | None, opt.option("Which (default: all).")] = None,
+    seed: opt.Seed = 0,
     device: Annotated[
         Literal["cuda", "cpu"],
-        option("cpu: one tiny case in Triton's interpreter, to try the command itself."),
+        opt.option("cpu: one tiny case in Triton's interpreter, to try the command itself."),
     ] = "cuda",
-    csv: Csv = CSV,
-    no_save: NoSave = False,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> int:
     """Time each variant's GPU kernels and the softmax kernels of others, in turn.

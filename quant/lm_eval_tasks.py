@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a config's model, where their data is local.
+"""lm-eval's tasks on a quantized model, where their data is local.
 
 lm-eval is not in the lock (`pip install -e '.[lm-eval]'`): it is imported where it is asked for.
 """
@@ -9,10 +9,10 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -43,10 +43,25 @@ class Harness:
     include: Path | None = None
     limit: int | None = None
 
+    @classmethod
+    def asked(cls, tasks: Sequence[str], include: Path | None, limit: int | None) -> Self | None:
+        """Return what the options ask for; None if it is nothing.
+
+        Raises:
+            UserError: settings without tasks.
+        """
+        if tasks:
+            return cls(tuple(tasks), include, limit)
+        if include or limit:
+            raise UserError(
+                "--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval"
+            )
+        return None
+
 
 @functools.cache
 def key(harness: Harness) -> dict[str, Any]:
-    """What results depend on: the tasks with their settings and documents.
+    """Return what results depend on: the tasks with their settings and documents.
 
     Raises:
         UserError: lm-eval or a task's data is not here, or a task cannot be done.
@@ -61,7 +76,7 @@ def key(harness: Harness) -> dict[str, Any]:
 
 @functools.cache
 def load(harness: Harness) -> Any:
-    """The tasks with their data, as lm-eval's `TaskManager` gives them.
+    """Return the tasks with their data, as lm-eval's `TaskManager` gives them.
 
     Raises:
         UserError: see `key`.
@@ -112,7 +127,7 @@ def load(harness: Harness) -> Any:
 def run(
     harness: Harness, checkpoint: Checkpoint, scorer: Scorer
 ) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """Every task's metrics.
+    """Run every task.
 
     Returns:
         Metrics with intervals over documents (infinite where a metric is no mean of them), and what
@@ -141,7 +156,7 @@ def run(
 
 
 def values(samples: Iterable[dict[str, Any]], metric: str, chosen: str) -> list[float]:
-    """A metric's value for each document, in their order; none if it has no numbers."""
+    """Return a metric's value for each document, in their order; none if it has no numbers."""
     mine = sorted((s for s in samples if s["filter"] == chosen), key=lambda s: s["doc_id"])
     found = [sample.get(metric) for sample in mine]
     if not all(isinstance(value, float | int | np.number) for value in found):
@@ -150,7 +165,7 @@ def values(samples: Iterable[dict[str, Any]], metric: str, chosen: str) -> list[
 
 
 def changes(units: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Estimate]:
-    """What quantization changed, document by document."""
+    """Return what quantization changed, document by document."""
     return {
         f"{NAME}: {task} {metric} change": mean_interval(np.subtract(each, baseline[task][metric]))
         for task, metrics in units.items()
@@ -159,8 +174,11 @@ def changes(units: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Estima
 
 
 def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
-    """What lm-eval calls a model. Texts begin with the begin-of-text token, as in training, and are
-    cut on the left to the length that the sweep measures with."""
+    """Return what lm-eval calls a model.
+
+    Texts begin with the begin-of-text token, as in training, and are cut on the left to the length
+    that the sweep measures with.
+    """
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -175,7 +193,7 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
         ) -> list[int]:
-            """Token ids; with the first one only where lm-eval leaves that to the model."""
+            """Return token ids, with the first one only where lm-eval leaves that to the model."""
             first = [checkpoint.bos] if add_special_tokens is None else []
             return first + checkpoint.encode(string)
 
@@ -197,7 +215,7 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[float]:
-            """Of whole texts, in windows that do not overlap."""
+            """Score whole texts, in windows that do not overlap."""
             found = []
             for request in requests:
                 tokens = checkpoint.encode(request.args[0])
@@ -209,7 +227,7 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
             return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """Refused by `load`."""
-            raise NotImplementedError  # no such task gets here
+            """Refuse, as `load` does before: no such task gets here."""
+            raise NotImplementedError
 
     return Model()

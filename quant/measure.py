@@ -1,4 +1,4 @@
-"""One config measured: the model quantized, and everything that is asked of it."""
+"""Measure one config: quantize the model and compare it with the unquantized one."""
 
 from __future__ import annotations
 
@@ -7,177 +7,174 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from attnserve import machine
-from attnserve.evaluation.books import split
-from attnserve.evaluation.checkpoint import Checkpoint, digest
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate, Z, mean_interval
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.perplexity import score_text
-from attnserve.evaluation.scorers import Scorer, load
+from attnserve.evaluation.scorers import load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant import lm_eval_tasks
-from quant.activations import Activations, QuantizedCache, cache_bytes
-from quant.config import QuantConfig
+from quant.activations import cache_bytes, quantize_cache, quantize_inputs
+from quant.config import UNQUANTIZED, QuantConfig
 from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
-from quant.samples import Samples, Subject
+from quant.reader import Reader
 from quant.schemes.registry import get_scheme
-from quant.scorer import Comparison, Recorder, WatchedScorer, Watcher
-from quant.texts import (
-    Sources,
-    Text,
-    calibration_text,
-    fingerprint,
-    measured_texts,
-    set_files,
-)
+from quant.scorer import KLComparison, Recorder, WatchedScorer
+from quant.store import SweepResult
+from quant.texts import Samples, SweepTexts
 
 NUMERICS = 1
 """Goes up when a change of the code changes results, so that older ones are not taken for new."""
 
 
 @dataclass(frozen=True)
-class Task:
+class SweepTask:
     """A config of a checkpoint, with all that is needed to measure it in another process.
 
     Args:
         folder: the checkpoint.
-        config: what to quantize.
+        digest: a hash of it.
+        config: what to quantize, and how.
         samples: how much to measure.
         texts: what to measure and calibrate on.
         records: folder for the log-probabilities of unquantized models.
-        key: what the result depends on.
-        baseline: the unquantized model's `units`; None if this is it.
         harness: lm-eval's tasks; None: none.
+        baseline: the unquantized model's `units`; None if this is it.
     """
 
     folder: Path
+    digest: str
     config: QuantConfig
     samples: Samples
-    texts: Texts
+    texts: SweepTexts
     records: Path
-    key: dict[str, Any]
-    baseline: dict[str, Any] | None = None
     harness: lm_eval_tasks.Harness | None = None
+    baseline: dict[str, Any] | None = None
+
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint's name."""
+        return self.folder.resolve().name
 
     @property
     def name(self) -> str:
-        """For people: `softpick weights-gptq-w3-g64`."""
-        return f"{self.folder.resolve().name} {self.config.name}"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What a checkpoint is measured and calibrated on.
-
-    Args:
-        measured: by name; `test` is the main one.
-        calibration: for calibrated schemes, static scales and outliers.
-        sets: the folder of BLiMP and LAMBADA; None: they are not measured.
-        key: a hash of all of it.
-    """
-
-    measured: dict[str, Text]
-    calibration: Text
-    sets: Path | None
-    key: str
+        """The name for people: `softpick weights-gptq-w3-g64`."""
+        return f"{self.checkpoint} {self.config.name}"
 
     @property
-    def titles(self) -> dict[str, str]:
-        """As results keep them."""
-        return {"measured": self.measured["test"].title, "calibration": self.calibration.title}
+    def key(self) -> dict[str, Any]:
+        """What the result depends on.
 
+        Raises:
+            UserError: lm-eval cannot do what is asked of it.
+        """
+        harness = self.harness
+        asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
+        return {
+            "checkpoint": self.digest,
+            "config": dataclasses.asdict(self.config),
+            "samples": dataclasses.asdict(self.samples),
+            "texts": self.texts.key,
+            "numerics": NUMERICS,
+            **asked,
+        }
 
-def texts_of(sources: Sources, subject: Subject, samples: Samples) -> Texts:
-    """Return all texts for a checkpoint, sampled where none is given.
-
-    Raises:
-        UserError, FileNotFoundError, ValueError: one is missing or too short.
-    """
-    sets = [] if sources.sets is None else set_files(sources.sets)
-    measured = measured_texts(sources, subject, samples.sequences)
-    calibration = calibration_text(sources, subject, samples.calibration, samples.seed)
-    if sources.books is not None and sets:
-        # As the committed results have it.
-        books = split(sources.books)
-        key = digest(*books.train, *sorted({books.validation, books.test, *sets}))
-    else:
-        key = f"{fingerprint([*measured.values(), calibration])}{digest(*sets) if sets else ''}"
-    return Texts(measured, calibration, sources.sets, key)
+    @property
+    def record(self) -> Path:
+        """The folder of the unquantized model's log-probabilities."""
+        common = {name: value for name, value in self.key.items() if name != "config"}
+        text = json.dumps(common, sort_keys=True)
+        name = f"{self.checkpoint}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return self.records / name
 
 
 @functools.lru_cache(maxsize=1)
-def subject(folder: Path, length: int, digest: str) -> Subject:
-    """The checkpoint of the last call is kept; its digest tells when it has changed."""
-    return Subject(folder, length)
+def checkpoint_of(folder: Path, length: int, digest: str) -> Reader:
+    """Return a checkpoint; the last one is kept, and its digest tells when it has changed."""
+    return Reader(folder, length)
 
 
-def key_of(
-    checkpoint: Checkpoint,
-    config: QuantConfig,
-    samples: Samples,
-    texts: Texts,
-    harness: lm_eval_tasks.Harness | None = None,
-) -> dict[str, Any]:
-    """What a result depends on.
-
-    Raises:
-        UserError: lm-eval cannot do what is asked of it.
-    """
-    asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
-    return {
-        "checkpoint": checkpoint.digest,
-        "config": dataclasses.asdict(config),
-        "samples": dataclasses.asdict(samples),
-        "texts": texts.key,
-        "numerics": NUMERICS,
-        **asked,
-    }
-
-
-def record_folder(records: Path, name: str, key: dict[str, Any]) -> Path:
-    """Where the unquantized model's log-probabilities are, for a result's key."""
-    common = {part: value for part, value in key.items() if part != "config"}
-    text = json.dumps(common, sort_keys=True)
-    return records / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def measure(task: Task) -> dict[str, Any]:
+def measure(task: SweepTask) -> SweepResult:
     """Measure a config.
-
-    Returns:
-        The result as it is stored (`quant.store`).
 
     Raises:
         ValueError: the texts are too short.
     """
     start = time.monotonic()
     torch.manual_seed(task.samples.seed)
-    checkpoint = subject(task.folder, task.samples.length, task.key["checkpoint"])
-    record = record_folder(task.records, checkpoint.name, task.key)
+    checkpoint = checkpoint_of(task.folder, task.samples.length, task.digest)
+    unquantized = task.config == UNQUANTIZED
+    if not unquantized and not task.record.exists():
+        measure(dataclasses.replace(task, config=UNQUANTIZED, baseline=None))
+    model, size = quantized_model(checkpoint, task)
+    watcher = Recorder(task.record) if unquantized else KLComparison(task.record)
+    summary, units = score(task, checkpoint, WatchedScorer(model, watcher))
+    compared, details = watcher.finish()
+    if unquantized:
+        compared, details = outliers(model, task)
+    elif task.baseline is not None:
+        compared |= changes(units, task.baseline)
+    return SweepResult(
+        checkpoint=checkpoint.name,
+        variant=checkpoint.variant,
+        context=checkpoint.context,
+        key=task.key,
+        texts=task.texts.titles,
+        machine=machine.summary(),
+        seconds=round(time.monotonic() - start, 1),
+        size=size,
+        summary=summary | compared,
+        details=details,
+        units=units,
+    )
+
+
+def quantized_model(
+    checkpoint: Checkpoint, task: SweepTask
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """Return the quantized model and its sizes in bytes."""
+    config = task.config
+    model = load(checkpoint.folder)
+    texts = task.texts.calibration.rows
+    stored = {}
+    if config.scheme is not None:
+        scheme = get_scheme(config.scheme)
+        stored = quantize(model, scheme, config.spec, texts, config.lm_head, config.act_order)
+    if config.activations is not None:
+        layers = linears(model, config.lm_head)
+        largest = largest_inputs(model, layers, texts) if config.static else None
+        quantize_inputs(layers, config.activations, largest)
+    symmetric = config.symmetric and config.weights is None
+    if config.kv is not None:
+        quantize_cache(model, config.kv, symmetric)
+    item = (checkpoint.config.dtype or torch.float32).itemsize
+    size = {
+        "bytes": stored_bytes(model, stored, item),
+        "quantized_bytes": sum(weight.packed_bytes for weight in stored.values()),
+        "quantized_numbers": sum(weight.values.numel() for weight in stored.values()),
+        "checkpoint_bytes": sum(f.stat().st_size for f in task.folder.glob("*.safetensors")),
+        "cache_bytes_per_token": cache_bytes(model.config, config.kv, symmetric, item),
+    }
+    return model, size
+
+
+def score(
+    task: SweepTask, checkpoint: Checkpoint, scorer: WatchedScorer
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """Return the figures of the texts, the evaluation sets and lm-eval's tasks, and what was
+    measured on each of their texts."""
     summary: dict[str, Estimate] = {}
-    details: dict[str, Any] = {}
-    if not record.exists() and task.config != QuantConfig():
-        measure(dataclasses.replace(task, config=QuantConfig(), baseline=None))
-    model, size, cache = quantized_model(checkpoint, task)
-    size["checkpoint_bytes"] = sum(f.stat().st_size for f in task.folder.glob("*.safetensors"))
-    watcher: Watcher
-    if task.config == QuantConfig():
-        watcher = recorder = Recorder(record)
-    else:
-        watcher = comparison = Comparison(record)
-    units: dict[str, Any] = {}
-    scorer: Scorer = WatchedScorer(model, cache, watcher)
-    units["perplexity"] = {}
+    units: dict[str, Any] = {"perplexity": {}}
     for name, text in task.texts.measured.items():
         figures, units["perplexity"][name] = score_text(checkpoint, scorer, name, text.pieces)
         summary |= {f"perplexity: {figure}": value for figure, value in figures.items()}
@@ -190,71 +187,19 @@ def measure(task: Task) -> dict[str, Any]:
     if task.harness is not None:
         figures, units[lm_eval_tasks.NAME] = lm_eval_tasks.run(task.harness, checkpoint, scorer)
         summary |= figures
-    if task.config == QuantConfig():
-        recorder.close()
-        found, details = outliers(checkpoint, model, task)
-        summary |= found
-    else:
-        summary |= comparison.summary()
-        details |= comparison.details()
-        if task.baseline is not None:
-            summary |= changes(units, task.baseline)
-    return {
-        "checkpoint": checkpoint.name,
-        "variant": checkpoint.variant,
-        "context": checkpoint.context,
-        "key": task.key,
-        "texts": task.texts.titles,
-        "machine": machine.summary(),
-        "seconds": round(time.monotonic() - start, 1),
-        "size": size,
-        "summary": {name: estimate.json() for name, estimate in summary.items()},
-        "details": details,
-        "units": units,
-    }
+    return summary, units
 
 
-def quantized_model(
-    checkpoint: Checkpoint, task: Task
-) -> tuple[PreTrainedModel, dict[str, int], Callable[[], Cache] | None]:
-    """The model, its sizes, and what makes its caches if those are quantized."""
-    config = task.config
-    model = load(checkpoint.folder)
-    texts = task.texts.calibration.rows(checkpoint.bos)
-    stored = {}
-    if config.scheme is not None:
-        scheme = get_scheme(config.scheme)
-        stored = quantize(model, scheme, config.spec, texts, config.lm_head, config.act_order)
-    if config.activations is not None:
-        layers = linears(model, config.lm_head)
-        largest = largest_inputs(model, layers, texts) if config.static else {}
-        Activations(config.activations, config.static).attach(layers, largest)
-    cache, symmetric = None, config.symmetric and config.weights is None
-    if config.kv is not None:
-        cache = functools.partial(QuantizedCache, model.config, config.kv, symmetric)
-    item = (checkpoint.config.dtype or torch.float32).itemsize
-    size = {
-        "bytes": stored_bytes(model, stored, item),
-        "quantized_bytes": sum(weight.packed_bytes for weight in stored.values()),
-        "quantized_numbers": sum(weight.values.numel() for weight in stored.values()),
-        "cache_bytes_per_token": cache_bytes(model.config, config.kv, symmetric, item),
-    }
-    return model, size, cache
-
-
-def outliers(
-    checkpoint: Checkpoint, model: PreTrainedModel, task: Task
-) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """Outliers of an unquantized model's weights and linear inputs, on calibration texts."""
+def outliers(model: PreTrainedModel, task: SweepTask) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """Return the outliers of an unquantized model's weights and linear inputs, on calibration
+    texts."""
     layers = linears(model)
-    weights = weight_outliers(layers)
-    texts = task.texts.calibration.rows(checkpoint.bos)
-    summary, inputs = input_outliers(model, layers, texts)
-    return summary, {"weight outliers": weights, "input outliers": inputs}
+    summary, inputs = input_outliers(model, layers, task.texts.calibration.rows)
+    return summary, {"weight outliers": weight_outliers(layers), "input outliers": inputs}
 
 
 def changes(units: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Estimate]:
-    """What quantization changed, text by text: losses in nats, shares."""
+    """Return what quantization changed, text by text: losses in nats, shares."""
     found = {}
     for text, before in baseline["perplexity"].items():
         new, old = (u["sequence_losses"] for u in (units["perplexity"][text], before))

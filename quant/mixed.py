@@ -1,9 +1,9 @@
-"""A width for each layer: the least divergence for a number of bytes, greedily.
+"""Bits for each layer: the least divergence for a number of bytes, greedily.
 
-All layers start at the largest width. Again and again the step is taken that costs the least
-divergence for a byte saved: one layer to any smaller width. What a step costs is the divergence
-that was measured with only that layer quantized, as if divergences added up; what a choice of
-widths really costs is measured afterwards.
+All layers start at the most bits. Again and again the step is taken that costs the least divergence
+for a byte saved: one layer to fewer bits. What a step costs is the divergence that was measured
+with only that layer quantized, as if divergences added up; what a choice of bits really costs is
+measured afterwards.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attnserve.errors import UserError
+
 
 @dataclass(frozen=True)
 class Price:
-    """One layer at one width.
+    """One layer with some bits.
 
     Args:
         divergence: nats per token with only this layer quantized.
@@ -26,46 +28,53 @@ class Price:
 
 
 Prices = Mapping[str, Mapping[int, Price]]
-"""By layer and width."""
-Widths = dict[str, int]
+"""Prices by layer and bits."""
+LayerBits = dict[str, int]
 
 
-def total(prices: Prices, widths: Widths) -> int:
-    """Bytes of all layers."""
-    return sum(prices[layer][bits].size for layer, bits in widths.items())
+def total(prices: Prices, choice: LayerBits) -> int:
+    """Return the bytes of all layers."""
+    return sum(prices[layer][bits].size for layer, bits in choice.items())
 
 
-def path(prices: Prices) -> list[Widths]:
-    """The widths after each step, from the largest width everywhere to the smallest; each is
+def path(prices: Prices) -> list[LayerBits]:
+    """Return the choice after each step, from the most bits everywhere to the fewest; each is
     smaller in bytes than the one before."""
-    widths = {layer: max(own) for layer, own in prices.items()}
-    found = [dict(widths)]
-    while True:
-        best: tuple[float, str, int] | None = None
-        for layer, now in widths.items():
-            own = prices[layer]
-            for bits, price in own.items():
-                saved = own[now].size - price.size
-                if bits >= now or saved <= 0:
-                    continue
-                rate = (price.divergence - own[now].divergence) / saved
-                if best is None or (rate, layer, bits) < best:
-                    best = (rate, layer, bits)
-        if best is None:
-            return found
-        widths[best[1]] = best[2]
-        found.append(dict(widths))
+    choice = {layer: max(own) for layer, own in prices.items()}
+    found = [dict(choice)]
+    while steps := [
+        ((price.divergence - own[now].divergence) / (own[now].size - price.size), layer, bits)
+        for layer, now in choice.items()
+        for own in (prices[layer],)
+        for bits, price in own.items()
+        if bits < now and price.size < own[now].size
+    ]:
+        _, layer, bits = min(steps)
+        choice[layer] = bits
+        found.append(dict(choice))
+    return found
 
 
-def within(prices: Prices, budget: int) -> Widths:
-    """The first widths of the path that fit.
+def within(prices: Prices, budget: int) -> LayerBits:
+    """Return the first choice of the path that fits into a number of bytes.
 
     Raises:
-        ValueError: not even the smallest do.
+        UserError: not even the smallest does.
     """
     steps = path(prices)
-    for widths in steps:
-        if total(prices, widths) <= budget:
-            return widths
+    for choice in steps:
+        if total(prices, choice) <= budget:
+            return choice
     least = total(prices, steps[-1])
-    raise ValueError(f"a budget of {budget} bytes is too small: the least possible is {least}")
+    raise UserError(f"a budget of {budget} bytes is too small: the least possible is {least}")
+
+
+def spread(prices: Prices, count: int) -> list[LayerBits]:
+    """Return at most `count` choices of the path, at even distances in bytes, with both ends."""
+    steps = path(prices)
+    sizes = [total(prices, choice) for choice in steps]
+    chosen = set()
+    for place in range(count):
+        wanted = sizes[0] + (sizes[-1] - sizes[0]) * place / (count - 1)
+        chosen.add(min(range(len(steps)), key=lambda step: abs(sizes[step] - wanted)))
+    return [steps[step] for step in sorted(chosen)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_attn  # noqa: F401  registers the model classes
-from quant.schemes.hessian import layer_by_layer
+from quant.schemes.hessian import inputs_of, layer_by_layer
 from quant.schemes.registry import Scheme
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
@@ -19,7 +19,7 @@ Observer = Callable[[str, Tensor], None]
 
 
 def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
-    """The linear layers by name; embeddings are none, and the head only if asked for."""
+    """Return the linear layers by name, the head only if asked for; embeddings are none."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -28,7 +28,7 @@ def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
-    """A checkpoint's model without its weights, for shapes."""
+    """Return a checkpoint's model without its weights, for shapes."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder)
@@ -43,16 +43,17 @@ def quantize(
     texts: Tensor,
     lm_head: bool = False,
     act_order: bool = False,
+    on_layer: Callable[[], object] = lambda: None,
 ) -> dict[str, QuantizedWeight]:
     """Quantize a model's linear layers in place; it computes with the dequantized weights.
 
     Args:
         model: in float32.
-        scheme: of all layers.
-        spec: of all layers.
+        scheme, spec: of all layers.
         texts: token ids `[sequences, tokens]` that a calibrated scheme calibrates on.
         lm_head: the head too; one that is tied to the embeddings gets a matrix of its own.
         act_order: see `gptq`.
+        on_layer: called after each layer, for progress.
     """
     chosen = linears(model, lm_head)
     quantized: dict[str, QuantizedWeight] = {}
@@ -60,6 +61,7 @@ def quantize(
     def replace(name: str, hessian: Tensor | None) -> None:
         quantized[name] = scheme(chosen[name].weight.data, spec, hessian, act_order)
         put(chosen[name], quantized[name])
+        on_layer()
 
     if scheme.calibrated:
         layer_by_layer(model, chosen, texts, replace)
@@ -77,7 +79,7 @@ def put(layer: nn.Linear, quantized: QuantizedWeight) -> None:
 def stored_bytes(
     model: PreTrainedModel, quantized: Mapping[str, QuantizedWeight], item: int
 ) -> int:
-    """Bytes of all parameters: quantized ones packed, the others at `item` bytes a number.
+    """Return the bytes of all parameters: quantized ones packed, the others `item` bytes a number.
 
     Args:
         model: with the quantized weights in place.
@@ -94,24 +96,15 @@ def observe(
 ) -> None:
     """Run a model over texts `[sequences, tokens]`, one at a time, and show each layer's inputs
     `[tokens, columns]` to `see(name, inputs)`."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        return lambda module, args: see(name, args[0].flatten(0, -2))
-
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            for text in texts:
-                model(input_ids=text[None], use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.inference_mode(), inputs_of(layers, see):
+        for text in texts:
+            model(input_ids=text[None], use_cache=False)
 
 
 def largest_inputs(
     model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor
 ) -> dict[str, float]:
-    """The largest absolute input of each layer, over texts."""
+    """Return the largest absolute input of each layer, over texts."""
     found = dict.fromkeys(layers, 0.0)
 
     def see(name: str, inputs: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Outliers of weights and of the inputs of linear layers: what may explain the cost of few bits.
 
-A spec must reach to the largest value, so a few far ones make its steps coarse for all others.
+Quantized values must reach to the largest one, so a few outliers make the steps coarse for all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIGURES = ("kurtosis", "largest over median")
 
 
 def figures(values: Tensor) -> tuple[float, float]:
-    """Kurtosis (3 for a normal distribution) and `max |x| / median |x|`, of all values as one."""
+    """Return kurtosis (3 for a normal distribution) and `max |x| / median |x|` of all values."""
     x = values.double()
     centred = x - x.mean()
     variance = centred.pow(2).mean().clamp(min=1e-300)
@@ -28,14 +28,14 @@ def figures(values: Tensor) -> tuple[float, float]:
 
 
 def weight_outliers(layers: Mapping[str, nn.Linear]) -> dict[str, list[float]]:
-    """`figures` of each layer's weights."""
+    """Return `figures` of each layer's weights."""
     return {name: list(figures(layer.weight.data)) for name, layer in layers.items()}
 
 
 def input_outliers(
     model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor
 ) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
-    """Outliers of the inputs of linear layers.
+    """Measure the outliers of the inputs of linear layers.
 
     Returns:
         Means over layers with an interval over texts, and each layer's means over texts.

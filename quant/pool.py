@@ -1,4 +1,4 @@
-"""Tasks in this process, in several, or on a Ray cluster."""
+"""Run tasks in this process, in several, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,17 +25,17 @@ class Failure:
 
 
 KILLED = Failure("its process was killed, probably for want of memory: lower --jobs")
-Outcome = tuple[T, R | Failure]
+Outcomes = Iterator[tuple[T, R | Failure]]
 
 
-def serial(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[Outcome[T, R]]:
-    """Each task with its result or failure, one after another."""
+def serial(work: Callable[[T], R], tasks: Sequence[T]) -> Outcomes[T, R]:
+    """Yield each task with its result or failure, one after another."""
     for task in tasks:
         yield task, attempt(work, task)
 
 
 def attempt(work: Callable[[T], R], task: T) -> R | Failure:
-    """The result, or what was raised."""
+    """Return the result, or what was raised."""
     try:
         return work(task)
     except Exception as error:
@@ -44,48 +44,35 @@ def attempt(work: Callable[[T], R], task: T) -> R | Failure:
 
 def parallel(
     work: Callable[[T], R], tasks: Sequence[T], jobs: int, prepare: Callable[[int], None]
-) -> Iterator[Outcome[T, R]]:
-    """Each task with its result or failure, as they are done, from `jobs` processes, each of
+) -> Outcomes[T, R]:
+    """Yield each task with its result or failure, as they are done, from `jobs` processes, each of
     which calls `prepare(jobs)` first.
 
-    When one of them is killed, the pool is lost and with it what the others were at; those tasks
-    are tried again, one at a time, so that only the one that kills its process fails.
+    When a process is killed, the pool is lost, and with it what the other processes were at. The
+    rest is then done by one process, so that only the task that kills its process fails.
     """
-    suspects = yield from _window(work, list(tasks), jobs, prepare)
-    for task in suspects:
-        if (yield from _window(work, [task], 1, prepare)):
-            yield task, KILLED
-
-
-def _window(
-    work: Callable[[T], R], tasks: list[T], jobs: int, prepare: Callable[[int], None]
-) -> Generator[Outcome[T, R], None, list[T]]:
-    """Yields as `parallel`; returns the tasks that were under way as a process died."""
-    lost: list[T] = []
-    while tasks:
-        running: dict[Future[R | Failure], T] = {}
+    waiting = dict(enumerate(tasks))
+    while waiting:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, start, (prepare, jobs)) as pool:
+        with ProcessPoolExecutor(jobs, context, _start, (prepare, jobs)) as pool:
+            with _deaf_to_ctrl_c():  # the processes start here
+                futures = {pool.submit(attempt, work, task): i for i, task in waiting.items()}
             try:
-                while tasks or running:
-                    while tasks and len(running) < jobs:
-                        with deaf_to_ctrl_c():  # processes start here
-                            submitted = pool.submit(attempt, work, tasks[0])
-                        running[submitted] = tasks.pop(0)
-                    for done in wait(running, return_when=FIRST_COMPLETED).done:
-                        outcome = done.result()
-                        yield running.pop(done), outcome
+                for done in as_completed(futures):
+                    outcome = done.result()
+                    yield waiting.pop(futures[done]), outcome
             except BrokenProcessPool:
-                lost += running.values()
+                if jobs == 1:
+                    yield waiting.pop(min(waiting)), KILLED
+                jobs = 1
             except (KeyboardInterrupt, GeneratorExit):
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise
-    return lost
 
 
 @contextlib.contextmanager
-def deaf_to_ctrl_c() -> Iterator[None]:
+def _deaf_to_ctrl_c() -> Iterator[None]:
     """Let processes that start meanwhile be deaf to Ctrl-C, which a terminal sends to them too: the
     parent, which hears it afterwards, ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -95,7 +82,7 @@ def deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start(prepare: Callable[[int], None], jobs: int) -> None:
+def _start(prepare: Callable[[int], None], jobs: int) -> None:
     """Set a worker up, to end when the parent does, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -108,8 +95,8 @@ def start(prepare: Callable[[int], None], jobs: int) -> None:
     prepare(jobs)
 
 
-def on_ray(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[Outcome[T, R]]:
-    """As `parallel`, spread over the Ray cluster that `RAY_ADDRESS` names (else this machine)."""
+def on_ray(work: Callable[[T], R], tasks: Sequence[T]) -> Outcomes[T, R]:
+    """Do as `parallel` does, on the Ray cluster that `RAY_ADDRESS` names (else on this machine)."""
     import ray
 
     ray.init(ignore_reinit_error=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.perplexity import Perplexity
@@ -28,8 +28,10 @@ class Watcher(Protocol):
     """Sees the predictions for the texts whose perplexity is measured."""
 
     def see(self, text: str, index: int, logprobs: Tensor, tokens: Tensor) -> None:
-        """The log-probabilities `[tokens, vocab_size]` of a text's sequence, and its tokens."""
-        ...
+        """Take log-probabilities `[tokens, vocab_size]` of a text's sequence, and its tokens."""
+
+    def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        """Return figures with intervals, and details without."""
 
 
 class WatchedScorer(TransformersScorer):
@@ -37,36 +39,26 @@ class WatchedScorer(TransformersScorer):
 
     Args:
         model: in float32.
-        cache: makes a cache for each forward pass, if keys and values are to go through one.
         watcher: sees what `Perplexity` scores.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: Callable[[], Cache] | None = None,
-        watcher: Watcher | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, watcher: Watcher) -> None:
         # Not TransformersScorer's, which loads a model and makes it attend in tiles, without cache.
-        self.model, self.cache, self.watcher = model, cache, watcher
-        self.quiet = True
-        self._text: str | None = None
+        self.model, self.watcher, self.quiet = model, watcher, True
+        self._text = ""
         self._index: dict[int, int] = {}
 
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """See `Scorer`."""
+        """Score items, as `Scorer` says."""
         measure, _, text = label.partition(", ")
-        self._text = text if measure == Perplexity.name else None
+        self._text = text if measure == Perplexity.name else ""
         self._index = {id(item): index for index, item in enumerate(items)}
         return super().score(items, label)
 
     def _score(self, items: Sequence[Item]) -> list[Scored]:
         longest = max(len(item.tokens) for item in items)
         ids = torch.tensor([item.tokens + [0] * (longest - len(item.tokens)) for item in items])
-        kwargs: dict[str, Any] = {"use_cache": False}
-        if self.cache is not None:
-            kwargs = {"use_cache": True, "past_key_values": self.cache()}
-        logprobs = self.model(input_ids=ids[:, :-1], **kwargs).logits.float().log_softmax(-1)
+        logprobs = self.model(input_ids=ids[:, :-1]).logits.float().log_softmax(-1)
         own = logprobs.gather(-1, ids[:, 1:, None])
         greedy = (logprobs >= own).sum(-1) == 1
         found = []
@@ -74,14 +66,14 @@ class WatchedScorer(TransformersScorer):
             start = len(item.prompt) - 1
             place = slice(start, start + len(item.continuation))
             found.append(Scored(own[row, place, 0].double().numpy(), greedy[row, place].numpy()))
-            if self.watcher is not None and self._text is not None:
+            if self._text:
                 tokens = ids[row, 1:][place]
                 self.watcher.see(self._text, self._index[id(item)], logprobs[row, place], tokens)
         return found
 
 
 def file_of(folder: Path, text: str, index: int) -> Path:
-    """Where a sequence's log-probabilities lie."""
+    """Return where a sequence's log-probabilities lie."""
     return folder / f"{text}.{index}.npz"
 
 
@@ -89,7 +81,7 @@ class Recorder:
     """Writes a model's log-probabilities in float16, and its likeliest tokens, whole or not at all.
 
     Args:
-        folder: where they will be after `close`.
+        folder: where they will be after `finish`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,15 +97,16 @@ class Recorder:
         best = logprobs.argmax(-1).numpy()
         np.savez(file_of(self.staged, text, index), logprobs=logprobs.half().numpy(), best=best)
 
-    def close(self) -> None:
+    def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
         """Put the folder in its place; if another process was first, its own is as good."""
         try:
             self.staged.rename(self.folder)
         except OSError:
             shutil.rmtree(self.staged)
+        return {}, {}
 
 
-class Comparison:
+class KLComparison:
     """Kullback-Leibler divergence from the unquantized model, agreement on the likeliest token, and
     the change of the right token's probability: what llama.cpp's perplexity tool reports.
 
@@ -142,9 +135,21 @@ class Comparison:
         after, before = (p.gather(-1, tokens[:, None]).exp()[:, 0] for p in (logprobs, reference))
         self.change[text][index] = (after - before).double().numpy()
 
+    def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
+        """Return means over sequences, and the spread over tokens of each text's divergence and of
+        the right token's change of probability."""
+        return self.summary(), {
+            "KL over tokens": {
+                text: quantiles(each, DIVERGENCES) for text, each in self.divergence.items()
+            },
+            "p change over tokens": {
+                text: quantiles(each, CHANGES) for text, each in self.change.items()
+            },
+        }
+
     def summary(self) -> dict[str, Estimate]:
-        """Means over sequences: nats per token, shares, and changes of probability (RMS: root of
-        the mean square)."""
+        """Return means over sequences: nats per token, shares, and changes of probability (RMS:
+        root of the mean square)."""
         found = {}
         for text, each in self.divergence.items():
             found[f"{text} KL"] = mean_interval([values.mean() for values in each.values()])
@@ -156,18 +161,6 @@ class Comparison:
             found[f"{text} p change, RMS"] = Estimate(*(max(0.0, x) ** 0.5 for x in squares))
         return found
 
-    def details(self) -> dict[str, dict[str, dict[str, float]]]:
-        """The spread over tokens of each text's divergence, in nats, and of the right token's
-        change of probability."""
-        return {
-            "KL over tokens": {
-                text: quantiles(each, DIVERGENCES) for text, each in self.divergence.items()
-            },
-            "p change over tokens": {
-                text: quantiles(each, CHANGES) for text, each in self.change.items()
-            },
-        }
-
 
 DIVERGENCES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999, "largest": 1.0}
 CHANGES = {"1 %": 0.01, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99}
@@ -176,6 +169,6 @@ CHANGES = {"1 %": 0.01, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99}
 def quantiles(
     each: Mapping[int, NDArray[np.float64]], wanted: Mapping[str, float]
 ) -> dict[str, float]:
-    """Named quantiles over the tokens of all sequences."""
+    """Return named quantiles over the tokens of all sequences."""
     tokens = np.concatenate(list(each.values()))
     return {name: float(np.quantile(tokens, share)) for name, share in wanted.items()}

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnserve.errors import UserError
 from attnserve.evaluation.intervals import Estimate
-from attnserve.files import CHECKOUT
-from quant.config import QuantConfig
-from quant.texts import BOOK
+from attnserve.files import CHECKOUT, json_lines, write_text
+from quant.config import UNQUANTIZED, QuantConfig
 
-OUT = Path("runs") / "quant"
-"""Where the commands write and read results if no folder is named, in the current folder."""
 FOLDER = CHECKOUT / "quant" / "results"
 """The project's own results, which docs/RESULTS.md shows."""
-OLDER = {"measured": BOOK, "calibration": "training books"}
+TITLES = {"measured": "test book", "calibration": "training books"}
 """The texts of results that do not name theirs."""
-FIELDS = ("checkpoint", "variant", "context", "key", "machine", "seconds", "size", "details")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A config's result.
+class SweepResult:
+    """What was measured with one config of a checkpoint.
 
     Args:
         checkpoint, variant, context: what was measured; context in tokens.
-        key: what the result is good for.
+        key: what the result depends on.
         texts: titles of the main text that was measured on, and of what was calibrated on.
-        machine: and versions.
-        seconds: that it took.
+        machine: the machine and the versions.
+        seconds: how long it took.
         size: bytes of the checkpoint, of its quantized part and of a cached token, and how many
             numbers are quantized.
+        summary: figures with their intervals.
         details: figures without intervals.
-        summary: figures with theirs.
         units: what was measured on each text.
     """
 
@@ -47,13 +43,13 @@ class Stored:
     machine: str
     seconds: float
     size: dict[str, int]
-    details: dict[str, Any]
     summary: dict[str, Estimate]
+    details: dict[str, Any]
     units: dict[str, Any]
 
     @property
     def config(self) -> QuantConfig:
-        """What was quantized."""
+        """What was quantized, and how."""
         return QuantConfig(**self.key["config"])
 
     @property
@@ -62,62 +58,51 @@ class Stored:
         numbers = self.size["quantized_numbers"]
         return 8 * self.size["quantized_bytes"] / numbers if numbers else None
 
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What sorts results in tables: softmax first, the unquantized model before its configs."""
+        config = self.config
+        first = (self.variant != "softmax", self.checkpoint, config != UNQUANTIZED, config.target)
+        return (
+            *first, config.scheme or "", config.bits or 0, config.group_size or 0, config.name
+        )  # fmt: skip
+
 
 def path_of(folder: Path, checkpoint: str, config: QuantConfig) -> Path:
-    """`folder/configs/softpick/weights-gptq-w3-g64.json`."""
+    """Return `folder/configs/softpick/weights-gptq-w3-g64.json`."""
     return folder / "configs" / checkpoint / f"{config.name}.json"
 
 
-def write(folder: Path, result: dict[str, Any]) -> Path:
-    """Write what `quant.measure.measure` gave; returns its path."""
-    path = path_of(folder, result["checkpoint"], QuantConfig(**result["key"]["config"]))
-    # One line a field diffs well and does not fill pages.
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
-    put(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    return path
+def write(folder: Path, result: SweepResult) -> None:
+    """Write a result, whole or not at all."""
+    summary = {name: estimate.json() for name, estimate in result.summary.items()}
+    text = json_lines(vars(result) | {"summary": summary})
+    write_text(path_of(folder, result.checkpoint, result.config), text + "\n")
 
 
-def put(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read(path: Path) -> Stored:
-    """A result.
+def read(path: Path) -> SweepResult:
+    """Read a result.
 
     Raises:
-        ValueError: the file is none.
+        UserError: the file is none.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        summary = {name: Estimate.from_json(ends) for name, ends in fields["summary"].items()}
-        common = {name: fields[name] for name in FIELDS}
-        texts = fields.get("texts", OLDER)
-        found = Stored(**common, texts=texts, summary=summary, units=fields["units"])
-        assert set(texts) == set(OLDER)
-        assert found.config.name
+        fields = {"texts": TITLES} | json.loads(path.read_text(encoding="utf-8"))
+        fields["summary"] = {k: Estimate.from_json(v) for k, v in fields["summary"].items()}
+        found = SweepResult(**fields)
+        assert set(found.texts) == set(TITLES) and found.config.name
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{path} is not a result of quant.sweep: {error!r}") from error
+        raise UserError(f"{path} is not a result of quant.sweep: {error!r}") from error
     return found
 
 
-def read_all(folder: Path) -> list[Stored]:
-    """All results, softmax first, the unquantized model before its cells.
+def read_all(folder: Path) -> list[SweepResult]:
+    """Read all results, in the order of tables.
 
     Raises:
-        ValueError: a file is none, or there is no result.
+        UserError: a file is none, or there is no result.
     """
-    found = [read(path) for path in sorted(folder.glob("configs/*/*.json"))]
+    found = [read(path) for path in folder.glob("configs/*/*.json")]
     if not found:
-        raise ValueError(f"{folder} holds no results: run python -m quant.sweep")
-    return sorted(found, key=order)
-
-
-def order(stored: Stored) -> tuple[Any, ...]:
-    """Sorts results for tables."""
-    config = stored.config
-    first = (stored.variant != "softmax", stored.checkpoint, config != QuantConfig(), config.target)
-    return (*first, config.scheme or "", config.bits or 0, config.group_size or 0, config.name)
+        raise UserError(f"{folder} holds no results: run python -m quant.sweep")
+    return sorted(found, key=lambda result: result.order)

@@ -1,277 +1,217 @@
-"""Measure what few bits cost: checkpoints x what is quantized x schemes x bits x groups.
-
-    python -m quant.sweep --bits 2 3 4 8
-    python -m quant.sweep my-checkpoint --bits 3 4 --text mine.txt --calibration-text other.txt
-
-Where no text is named, the unquantized checkpoint writes it, the same for all checkpoints of one
-tokenizer. Rows are printed as cells are done; the report comes at the end.
-Each config is a file, configs/CHECKPOINT/CONFIG.json under --out, written when it is done: a sweep
-that was killed goes on where it was when the command is given again. The unquantized model is
-measured first; every config is compared with it, text by text.
-"""
+"""Measure what 2 to 8 bits cost, for checkpoints, schemes and targets."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import psutil
-import torch
-import transformers
-from tqdm import tqdm
+import typer
 
-from attn_kernels import VariantError
+from attnserve.command import AsJson, expanded, main, needs
 from attnserve.errors import UserError
-from quant import pool, store
-from quant.config import QuantConfig, SearchSpace
-from quant.lm_eval_tasks import Harness
-from quant.measure import Task, key_of, measure, texts_of
-from quant.model import empty_model, linears
-from quant.options import bundled_checkpoints, sources_of
-from quant.report.frame import Rows
-from quant.report.write import write
-from quant.samples import Samples, Subject
-from quant.schemes.registry import get_scheme, installed
-from quant.sweep_options import parser
-from quant.texts import Sources, explained
+from quant import options
+from quant.schemes.registry import SCHEMES, installed
 
-WORKER_BYTES = 700 * 2**20
-"""What a worker holds besides its model: mostly torch and transformers."""
-BATCH_TOKENS = 2048
+SCHEME_TITLES = "; ".join(f"{name}: {scheme.title}" for name, scheme in SCHEMES.items())
 
 
-def check_cells(folder: Path, chosen: Sequence[QuantConfig], lm_head: bool) -> None:
-    """Every scheme can do its cells of a checkpoint.
+@needs("quant")
+def sweep(
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Hugging Face folders. Default: every checkpoint that comes with the project."
+        ),
+    ] = None,
+    bits: Annotated[
+        list[int], typer.Option(min=2, max=8, help="Bits of the first tensor of each target.")
+    ] = options.BITS,
+    schemes: Annotated[
+        list[str],
+        typer.Option(metavar="SCHEME", help=f"How weights are quantized. {SCHEME_TITLES}."),
+    ] = options.SCHEMES,
+    targets: Annotated[
+        list[str],
+        typer.Option(
+            "--targets",
+            "--what",
+            metavar="TARGET",
+            help="What is quantized: weights, activations (the inputs of linear layers), kv (the "
+            "cache), or several joined by +.",
+        ),
+    ] = options.TARGETS,
+    group_sizes: Annotated[
+        list[int],
+        typer.Option(
+            "--group-sizes",
+            "--groups",
+            parser=options.columns,
+            metavar="N",
+            help="Columns of the weights that share a scale, or channel for a whole row.",
+        ),
+    ] = options.GROUP_SIZES,
+    symmetric: options.Symmetric = False,
+    act_order: options.ActOrder = False,
+    lm_head: options.LmHead = False,
+    static: Annotated[
+        bool,
+        typer.Option("--static", help="Calibrate scales of activations; else one for each token."),
+    ] = False,
+    activation_bits: Annotated[
+        int, typer.Option(min=2, max=8, help="Bits of activations beside weights.")
+    ] = 8,
+    kv_bits: Annotated[
+        int, typer.Option(min=2, max=8, help="Bits of the cache beside other tensors.")
+    ] = 8,
+    sequences: Annotated[
+        int,
+        typer.Option(min=1, help="Sequences of each text, for perplexity and KL divergence."),
+    ] = 16,
+    length: options.Length = 512,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of each BLiMP set, with --eval.")] = 50,
+    passages: Annotated[int, typer.Option(min=1, help="Passages of LAMBADA, with --eval.")] = 100,
+    calibration: options.Calibration = 16,
+    seed: options.Seed = 0,
+    text: options.Text = None,
+    calibration_text: options.CalibrationText = None,
+    books: options.Books = None,
+    text_from: options.TextFrom = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            metavar="DIR",
+            help="A folder with wikitext2_test_raw.txt, lambada_test.jsonl and blimp/*.jsonl, "
+            "which are measured too.",
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Tasks of lm-eval too, where their data is local: pip install -e '.[lm-eval]', "
+            "HF_HUB_OFFLINE=1.",
+        ),
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with tasks of your own (YAML).")
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Documents of a task. Default: all."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; fewer if memory is short. Default: one a core."),
+    ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Use the Ray cluster that RAY_ADDRESS names instead of --jobs; it must see the "
+            "same folders.",
+        ),
+    ] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of results.")] = options.OUT,
+    force: options.Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what few bits cost, for checkpoints.
 
-    Raises:
-        UserError, ValueError: one cannot, or there is no checkpoint.
+      python -m quant.sweep --bits 2 3 4 8
+      python -m quant.sweep my-checkpoint --bits 3 4 --text mine.txt --calibration-text other.txt
+
+    Where no text is named, the unquantized checkpoint writes it, the same for all checkpoints of
+    one tokenizer. Every config is compared with the unquantized model, text by text. A row is
+    printed when a config is done, and the report comes at the end.
+
+    Each config is a file, configs/CHECKPOINT/CONFIG.json under --out, which is written when the
+    config is done: a sweep that was killed goes on where it was when the command is given again.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
-    layers = linears(empty_model(folder), lm_head)
-    columns = {layer.in_features for layer in layers.values()}
-    for config in chosen:
-        if config.scheme is not None:
-            get_scheme(config.scheme).check(config.spec, columns)
-
-
-def tasks_of(
-    folder: Path, sources: Sources, chosen: Sequence[QuantConfig], options: argparse.Namespace
-) -> list[Task]:
-    """A checkpoint's cells, the unquantized one first.
-
-    Raises:
-        UserError, FileNotFoundError, ValueError: a text is missing or too short.
-    """
-    samples, harness = samples_of(options), harness_of(options)
-    subject = Subject(folder, samples.length)
-    texts = texts_of(sources, subject, samples)
-    return [
-        Task(
-            folder,
-            config,
-            samples,
-            texts,
-            options.out / "records",
-            key_of(subject, config, samples, texts, harness),
-            harness=harness,
-        )
-        for config in (QuantConfig(), *chosen)
-    ]
-
-
-def samples_of(options: argparse.Namespace) -> Samples:
-    """How much is measured."""
-    names = [field.name for field in dataclasses.fields(Samples)]
-    return Samples(**{name: getattr(options, name) for name in names})
-
-
-def harness_of(options: argparse.Namespace) -> Harness | None:
-    """lm-eval's tasks.
-
-    Raises:
-        UserError: settings without tasks.
-    """
-    if options.lm_eval:
-        return Harness(tuple(options.lm_eval), options.lm_eval_include, options.lm_eval_limit)
-    if options.lm_eval_include or options.lm_eval_limit:
-        raise UserError(
-            "--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval"
-        )
-    return None
-
-
-def is_there(task: Task, options: argparse.Namespace) -> bool:
-    """Whether a task's result is there already.
-
-    Raises:
-        UserError: the file holds a result of other weights, texts or samples.
-    """
-    path = store.path_of(options.out, task.folder.resolve().name, task.config)
-    if options.force or not path.exists():
-        return False
-    stored = store.read(path)
-    if stored.key != task.key:
-        names = {**task.key, **stored.key}
-        differing = [name for name in names if task.key.get(name) != stored.key.get(name)]
-        texts = [", ".join(found.values()) for found in (stored.texts, task.texts.titles)]
-        said = f" ({texts[0]}; now {texts[1]})" if texts[0] != texts[1] else ""
-        raise UserError(
-            f"{path} holds a result that differs in {', '.join(differing)}{said}: --force measures "
-            "again and replaces it, --out DIR writes elsewhere"
-        )
-    return True
-
-
-def affordable(jobs: int, folders: Sequence[Path]) -> int:
-    """As many of the jobs as fit into the memory that is free, one at least."""
-    largest = 0
-    for folder in folders:
-        model = empty_model(folder)
-        logits = 3 * BATCH_TOKENS * model.config.vocab_size
-        largest = max(largest, 4 * (2 * sum(p.numel() for p in model.parameters()) + logits))
-    fitting = int(psutil.virtual_memory().available // (WORKER_BYTES + largest))
-    return max(1, min(jobs, fitting))
-
-
-def run(
-    tasks: Sequence[Task], jobs: int, ray: bool
-) -> Iterator[pool.Outcome[Task, dict[str, Any]]]:
-    """Measure tasks wherever the options say."""
-    if ray:
-        return pool.on_ray(measure, tasks)
-    if jobs == 1:
-        return pool.serial(measure, tasks)
-    return pool.parallel(measure, tasks, jobs, prepare)
-
-
-def prepare(jobs: int) -> None:
-    """A worker's share of the cores."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
-    transformers.utils.logging.disable_progress_bar()
-
-
-def sweep(tasks: Sequence[Task], options: argparse.Namespace, jobs: int) -> dict[str, str]:
-    """Measure all tasks whose results are not there, and print each result as it is done; returns
-    the failed ones and why."""
-    there, missing = list[Task](), list[Task]()
-    for task in tasks:
-        (there if is_there(task, options) else missing).append(task)
-    print(f"{len(missing)} configs to measure, {len(there)} there already", flush=True)
-    names = [task.folder.resolve().name for task in tasks]
-    rows = Rows(names, [task.config for task in tasks], options.eval is not None)
-    print(rows.head)
-    for stored in stored_of(there, options.out):
-        print(rows.row(stored), flush=True)
-    failures: dict[str, str] = {}
-    with tqdm(total=len(missing), unit="config", smoothing=0.1) as bar:
-        first = [task for task in missing if task.config == QuantConfig()]
-        others = [task for task in missing if task.config != QuantConfig()]
-        for stage in (first, others):
-            if stage is others:
-                stage = [t for task in stage if (t := with_baseline(task, options, failures))]
-                bar.update(len(others) - len(stage))
-            for task, outcome in run(stage, jobs, options.ray):
-                if isinstance(outcome, pool.Failure):
-                    failures[task.name] = outcome.why
-                    bar.write(f"failed: {task.name}: {outcome.why}", file=sys.stderr)
-                else:
-                    bar.write(rows.row(store.read(store.write(options.out, outcome))))
-                    sys.stdout.flush()
-                bar.set_postfix_str(task.name)
-                bar.update()
-    return failures
-
-
-def stored_of(tasks: Sequence[Task], out: Path) -> list[store.Stored]:
-    """The results that there are, in the order of tables."""
-    paths = [store.path_of(out, task.folder.resolve().name, task.config) for task in tasks]
-    return sorted((store.read(path) for path in paths if path.exists()), key=store.order)
-
-
-def with_baseline(task: Task, options: argparse.Namespace, failures: dict[str, str]) -> Task | None:
-    """A task with the unquantized model's units; None, and a failure, if they are not there."""
-    name = task.folder.resolve().name
-    path = store.path_of(options.out, name, QuantConfig())
-    if f"{name} {QuantConfig().name}" in failures or not path.exists():
-        failures[task.name] = "the unquantized model could not be measured"
-        return None
-    return dataclasses.replace(task, baseline=store.read(path).units)
-
-
-def plan(options: argparse.Namespace) -> list[Task]:
-    """All tasks, checked; whatever text is not given is sampled.
-
-    Raises:
-        UserError, ValueError, OSError, VariantError: something will not do.
-    """
-    if options.ray and not installed("ray"):
+    if ray and not installed("ray"):
         raise UserError("--ray needs the library ray, which is not installed: leave it out")
-    fields = [field.name for field in dataclasses.fields(SearchSpace)]
-    chosen = SearchSpace(**{name: getattr(options, name) for name in fields}).configs()
-    options.checkpoints = options.checkpoints or bundled_checkpoints()
-    names = [folder.resolve().name for folder in options.checkpoints]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"two checkpoints are called {min(twice)}: their results would clash")
-    harness_of(options)
-    for folder in options.checkpoints:
-        check_cells(folder, chosen, options.lm_head)
-    tasks = [
-        task
-        for folder, sources in sources_of(options, options.checkpoints).items()
-        for task in tasks_of(folder, sources, chosen, options)
-    ]
-    for task in tasks:
-        is_there(task, options)
-    return tasks
+    from quant import runner, store
+    from quant.config import UNQUANTIZED, SearchSpace
+    from quant.lm_eval_tasks import Harness
+    from quant.report.frame import table
+    from quant.report.write import write
+    from quant.store import SweepResult
+    from quant.texts import Samples, Sources, bundled_checkpoints, explained
 
+    folders = [expanded(folder) for folder in checkpoints or bundled_checkpoints()]
+    if not folders:
+        raise UserError(
+            "name a checkpoint's folder: only a checkout of the project has checkpoints of its own"
+        )
+    space = SearchSpace(
+        targets,
+        bits,
+        schemes,
+        group_sizes,
+        activation_bits,
+        kv_bits,
+        symmetric=symmetric,
+        act_order=act_order,
+        lm_head=lm_head,
+        static=static,
+    )
+    tasks = runner.plan(
+        folders,
+        space.configs(),
+        Samples(sequences, length, pairs, passages, calibration, seed),
+        Sources(text or (), calibration_text or (), books, evaluation, text_from),
+        out,
+        Harness.asked(lm_eval or (), lm_eval_include, lm_eval_limit),
+    )
+    missing = [task for task in tasks if force or not runner.is_there(task, out)]
+    there = [store.path_of(out, t.checkpoint, t.config) for t in tasks if t not in missing]
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    command = parser(__doc__)
-    options = command.parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        tasks = plan(options)
-    except (UserError, ValueError, OSError, VariantError) as error:
-        print(f"{command.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    jobs = affordable(options.jobs, options.checkpoints)
-    if jobs < options.jobs:
-        print(f"memory is free for {jobs} of {options.jobs} jobs")
+    stream, sets = sys.stderr if as_json else sys.stdout, evaluation is not None
+    wanted = jobs or len(os.sched_getaffinity(0))
+    jobs = runner.affordable(wanted, folders)
+    if jobs < wanted:
+        print(f"memory is free for {jobs} of {wanted} jobs", file=stream)
     for said in dict.fromkeys(explained(**task.texts.titles) for task in tasks):
-        print(said)
+        print(said, file=stream)
+    print(f"{len(missing)} configs to measure, {len(there)} there already", file=stream)
+    known = sorted(map(store.read, there), key=lambda stored: stored.order)
+    print(table(known, sets), file=stream, flush=True)
+
+    def show(result: SweepResult) -> None:
+        print(table([result], sets).splitlines()[1], file=stream, flush=True)
+
     try:
-        failures = sweep(tasks, options, jobs)
+        failures = runner.run(missing, out, jobs, ray, show)
     except KeyboardInterrupt:
         print(
-            f"{command.prog}: stopped; what is done is in {options.out}, and the same command goes "
-            "on from there",
+            f"stopped; what is done is in {out}, and the same command goes on from there",
             file=sys.stderr,
         )
-        sys.exit(130)
-    results = stored_of(tasks, options.out)
-    written = write(options.out) if results else {}
+        raise typer.Exit(130) from None
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    if written:
+
+    paths = [store.path_of(out, task.checkpoint, task.config) for task in tasks]
+    results = [store.read(path) for path in paths if path.exists()]
+    written = write(out) if results else {}
+    if as_json:
+        divergences = {
+            f"{stored.checkpoint} {stored.config.name}": stored.summary["test KL"].json()
+            for stored in results
+            if stored.config != UNQUANTIZED
+        }
+        line = {
+            "out": str(out), "written": written, "test KL": divergences, "failed": failures
+        }  # fmt: skip
+        print(json.dumps(line))
+    elif written:
         print(f"Report: {written['html']}")
-    divergences = {
-        f"{stored.checkpoint} {stored.config.name}": stored.summary["test KL"].json()
-        for stored in results
-        if stored.config != QuantConfig()
-    }
-    line = {"out": str(options.out), "written": written, "test KL": divergences, "failed": failures}
-    print(json.dumps(line))
     if failures:
-        sys.exit(1)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    main(sweep, "python -m quant.sweep")

@@ -5,26 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import digest
 from attnserve.evaluation.measures import Data
-from attnserve.evaluation.tasks import Blimp, Lambada, spread
-from attnserve.sampled_text import Use, sampled_text
-from quant.samples import Subject
+from attnserve.evaluation.tasks import Blimp, Lambada
+from attnserve.files import CHECKOUT
+from attnserve.sampled_text import Use, sampled_text, writers
+from quant.reader import Passages, Reader
 
-CHARACTERS_A_TOKEN = 16
-"""More than any text needs, so that a piece is long enough."""
+CHECKPOINTS = CHECKOUT / "checkpoints"
 WIKITEXT = "wikitext2_test_raw.txt"
 SAMPLED = "text sampled from "
-BOOK = "test book"
-"""The title of *Great Expectations*, which is no training text of the reference checkpoints."""
+VALIDATION_BOOK, TEST_BOOK = "validation book", "test book"
+"""*Emma* and *Great Expectations*, which are no training texts of the reference checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,14 @@ class Sources:
         calibration_text: files to calibrate on.
         books: a folder for both, as `attnserve.evaluation.books.split` splits it.
         sets: a folder with WikiText-2, BLiMP and LAMBADA, which are measured only from there.
-        writer: the checkpoint that writes.
+        writer: the checkpoint that writes; None: the one that reads.
 
     Raises:
         UserError: they contradict each other.
     """
 
-    text: tuple[Path, ...] = ()
-    calibration_text: tuple[Path, ...] = ()
+    text: Sequence[Path] = ()
+    calibration_text: Sequence[Path] = ()
     books: Path | None = None
     sets: Path | None = None
     writer: Path | None = None
@@ -57,51 +54,111 @@ class Sources:
                 "to calibrate on, or leave out --calibration-text"
             )
 
-    @property
-    def sampled(self) -> bool:
-        """Whether a checkpoint writes anything."""
-        return self.books is None and not (self.text and self.calibration_text)
+    def for_checkpoints(self, folders: Sequence[Path]) -> dict[Path, Sources]:
+        """Return the sources of each checkpoint: who writes depends on all of them.
+
+        Where a bundled checkpoint is among them, all bundled ones count, so that it reads the same
+        text alone as beside the others.
+
+        Raises:
+            UserError, ValueError: nobody has to write, or the writer has another tokenizer.
+        """
+        if self.books is not None or (self.text and self.calibration_text):
+            if self.writer is not None:
+                raise UserError("--text-from: all text is given, none is written: leave it out")
+            return dict.fromkeys(folders, self)
+        named, bundled = {folder.resolve() for folder in folders}, bundled_checkpoints()
+        others = [folder for folder in bundled if folder not in named]
+        found = writers([*folders, *(others if named & set(bundled) else ())], self.writer)
+        return {folder: replace(self, writer=found[folder]) for folder in folders}
+
+
+def bundled_checkpoints() -> list[Path]:
+    """Return the checkpoints that come with a checkout of the project; none without one."""
+    return sorted(file.parent for file in CHECKPOINTS.glob("*/config.json"))
 
 
 @dataclass(frozen=True)
-class Text:
-    """Pieces of a text, each of which a model reads after the begin-of-text token.
+class Samples:
+    """How much is measured.
 
     Args:
-        title: for people.
-        pieces: token ids without that token.
+        sequences: of each text, for perplexity and divergence.
+        length: tokens of a sequence; at most the training length is used.
+        pairs: of each BLiMP set.
+        passages: of LAMBADA.
+        calibration: sequences of text for GPTQ and static scales.
+        seed: of the calibration text.
     """
 
-    title: str
-    pieces: list[list[int]]
+    sequences: int
+    length: int
+    pairs: int
+    passages: int
+    calibration: int
+    seed: int = 0
 
-    def rows(self, begin: int) -> Tensor:
-        """Return token ids int64 `[pieces, tokens]`, each piece after the begin-of-text token."""
-        return torch.tensor([[begin, *piece] for piece in self.pieces])
+
+@dataclass(frozen=True)
+class SweepTexts:
+    """What a checkpoint is measured and calibrated on.
+
+    Args:
+        measured: by name; `test` is the main one.
+        calibration: for calibrated schemes, static scales and outliers.
+        sets: the folder of BLiMP and LAMBADA; None: they are not measured.
+        key: a hash of all of it.
+    """
+
+    measured: dict[str, Passages]
+    calibration: Passages
+    sets: Path | None
+    key: str
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """The titles, as results keep them."""
+        return {"measured": self.measured["test"].title, "calibration": self.calibration.title}
 
 
-def measured_texts(sources: Sources, subject: Subject, sequences: int) -> dict[str, Text]:
+def sweep_texts(sources: Sources, reader: Reader, samples: Samples) -> SweepTexts:
+    """Return all texts for a checkpoint, sampled where none is given.
+
+    Raises:
+        UserError, FileNotFoundError, ValueError: one is missing or too short.
+    """
+    sets = [] if sources.sets is None else set_files(sources.sets)
+    measured = measured_texts(sources, reader, samples.sequences)
+    calibration = calibration_text(sources, reader, samples.calibration, samples.seed)
+    if sources.books is not None and sets:
+        # As the committed results have it.
+        books = split(sources.books)
+        key = digest(*books.train, *sorted({books.validation, books.test, *sets}))
+    else:
+        key = f"{fingerprint([*measured.values(), calibration])}{digest(*sets) if sets else ''}"
+    return SweepTexts(measured, calibration, sources.sets, key)
+
+
+def measured_texts(sources: Sources, reader: Reader, sequences: int) -> dict[str, Passages]:
     """Return the texts whose perplexity and divergence are measured; `test` is the main one.
 
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    length = subject.context
     if sources.books is not None:
         books = split(sources.books)
         found = {
-            "validation": Text("validation book", _first(books.validation, subject, sequences)),
-            "test": Text(BOOK, _first(books.test, subject, sequences)),
+            "validation": reader.beginning(VALIDATION_BOOK, books.validation, sequences),
+            "test": reader.beginning(TEST_BOOK, books.test, sequences),
         }
     else:
-        found = {"test": _measured(sources, subject, sequences, length)}
+        found = {"test": _measured(sources, reader, sequences, reader.context)}
     if sources.sets is not None:
-        file = sources.sets / WIKITEXT
-        found["wikitext2"] = Text("WikiText-2", _first(file, subject, sequences))
+        found["wikitext2"] = reader.beginning("WikiText-2", sources.sets / WIKITEXT, sequences)
     return found
 
 
-def held_out_texts(sources: Sources, subject: Subject, sequences: int) -> tuple[Text, Text]:
+def held_out_texts(sources: Sources, reader: Reader, sequences: int) -> tuple[Passages, Passages]:
     """Return a text to choose by, and one to measure the choice on, in pieces of one token less
     than the context.
 
@@ -110,36 +167,57 @@ def held_out_texts(sources: Sources, subject: Subject, sequences: int) -> tuple[
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    length = subject.context - 1
+    count = (sequences, reader.context - 1)
     if sources.books is not None:
         books = split(sources.books)
         return (
-            Text("validation book", _evenly([books.validation], subject, sequences, length)),
-            Text(BOOK, _evenly([books.test], subject, sequences, length)),
+            reader.evenly(VALIDATION_BOOK, [books.validation], *count),
+            reader.evenly(TEST_BOOK, [books.test], *count),
         )
-    if sources.calibration_text:
-        pieces = _evenly(sources.calibration_text, subject, sequences, length)
-        choose = Text(_names(sources.calibration_text), pieces)
+    if files := sources.calibration_text:
+        choose = reader.evenly(_title(files), files, *count)
     else:
-        choose = _sampled(sources, subject, "validation", sequences, length)
-    return choose, _measured(sources, subject, sequences, length)
+        choose = _sampled(sources, reader, "validation", *count)
+    return choose, _measured(sources, reader, *count)
 
 
-def calibration_text(sources: Sources, subject: Subject, sequences: int, seed: int) -> Text:
+def calibration_text(sources: Sources, reader: Reader, sequences: int, seed: int) -> Passages:
     """Return what calibrated schemes and static scales are calibrated on, in pieces of one token
     less than the context. Text that is measured on is never read.
 
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    length = subject.context - 1
+    count = (sequences, reader.context - 1, seed)
     if sources.books is not None:
-        files = split(sources.books).train
-        return Text("training books", _anywhere(files, subject, sequences, length, seed))
-    if sources.calibration_text:
-        files = list(sources.calibration_text)
-        return Text(_names(files), _anywhere(files, subject, sequences, length, seed))
-    return _sampled(sources, subject, "calibration", sequences, length, seed)
+        return reader.anywhere("training books", split(sources.books).train, *count)
+    if files := sources.calibration_text:
+        return reader.anywhere(_title(files), files, *count)
+    return _sampled(sources, reader, "calibration", *count)
+
+
+def _measured(sources: Sources, reader: Reader, sequences: int, length: int) -> Passages:
+    """Return the main text, where there are no books."""
+    if files := sources.text:
+        return reader.evenly(_title(files), files, sequences, length)
+    return _sampled(sources, reader, "evaluation", sequences, length)
+
+
+def _sampled(
+    sources: Sources, reader: Reader, use: Use, sequences: int, length: int, seed: int = 0
+) -> Passages:
+    """Return pieces that a checkpoint writes. Their beginnings are the same for every reader, also
+    for one whose context is shorter."""
+    writer = Reader(sources.writer or reader.folder, reader.length)
+    rows = sampled_text(writer.folder, use, sequences, writer.context + 1, seed)
+    return Passages(SAMPLED + writer.name, reader.bos, rows[:, 1 : length + 1].tolist())
+
+
+def _title(files: Sequence[Path]) -> str:
+    """Return the title of a user's text."""
+    if len(files) > 3:
+        return f"{files[0].name} and {len(files) - 1} more"
+    return ", ".join(file.name for file in files)
 
 
 def explained(measured: str, calibration: str) -> str:
@@ -153,7 +231,7 @@ def explained(measured: str, calibration: str) -> str:
     return found
 
 
-def fingerprint(texts: Sequence[Text]) -> str:
+def fingerprint(texts: Sequence[Passages]) -> str:
     """Return a hash of texts' tokens."""
     pieces = json.dumps([text.pieces for text in texts])
     return hashlib.sha256(pieces.encode()).hexdigest()[:16]
@@ -175,83 +253,3 @@ def set_files(sets: Path) -> list[Path]:
             f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out"
         )
     return files
-
-
-def _measured(sources: Sources, subject: Subject, sequences: int, length: int) -> Text:
-    """The main text, where there are no books."""
-    if sources.text:
-        return Text(_names(sources.text), _evenly(sources.text, subject, sequences, length))
-    return _sampled(sources, subject, "evaluation", sequences, length)
-
-
-def _sampled(
-    sources: Sources, subject: Subject, use: Use, sequences: int, length: int, seed: int = 0
-) -> Text:
-    """Pieces that a checkpoint writes. Their beginnings are the same for every reader, also for
-    one whose context is shorter."""
-    writer = Subject(sources.writer or subject.folder, subject.length)
-    rows = sampled_text(writer.folder, use, sequences, writer.context + 1, seed)
-    return Text(SAMPLED + writer.name, rows[:, 1 : length + 1].tolist())
-
-
-def _names(files: Sequence[Path]) -> str:
-    """The title of a user's text."""
-    if len(files) > 3:
-        return f"{files[0].name} and {len(files) - 1} more"
-    return ", ".join(file.name for file in files)
-
-
-def _read(file: Path) -> str:
-    if not file.is_file():
-        raise UserError(f"{file} is not there: name a text file")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no UTF-8 text: convert it, or name another") from None
-
-
-def _first(file: Path, subject: Subject, sequences: int) -> list[list[int]]:
-    """A book from its beginning, as training sees text; the last piece may be short."""
-    tokens = subject.encode(_read(file))[: sequences * subject.context]
-    return [tokens[i : i + subject.context] for i in range(0, len(tokens), subject.context)]
-
-
-def _evenly(
-    files: Sequence[Path], subject: Subject, sequences: int, length: int
-) -> list[list[int]]:
-    """Pieces at even distances, two at least, so that there is an interval."""
-    pieces = []
-    for file in files:
-        tokens = subject.encode(_read(file))
-        whole = range(0, len(tokens) - length + 1, length)
-        pieces += [tokens[start : start + length] for start in whole]
-    if len(pieces) < 2:
-        raise UserError(
-            f"{_names(files)} has fewer than two sequences of {length} tokens: give more text, or "
-            "lower --length"
-        )
-    return [pieces[index] for index in spread(sequences, len(pieces))]
-
-
-def _anywhere(
-    files: Sequence[Path], subject: Subject, sequences: int, length: int, seed: int
-) -> list[list[int]]:
-    """Pieces from anywhere in any of the files."""
-    generator = np.random.default_rng(seed)
-    texts = [_read(file) for file in files]
-    window = length * CHARACTERS_A_TOKEN
-    pieces = []
-    for _ in range(sequences):
-        chosen = int(generator.integers(len(texts)))
-        text = texts[chosen]
-        start = int(generator.integers(max(1, len(text) - window)))
-        tokens = subject.encode(text[start : start + window])
-        if len(tokens) < length:
-            raise UserError(
-                f"{files[chosen].name} has fewer than {length} tokens to calibrate on: give more "
-                "text, or lower --length"
-            )
-        # A text that is shorter than the window is all in it: elsewhere in that, then.
-        first = int(generator.integers(len(tokens) - length + 1)) if len(text) <= window else 0
-        pieces.append(tokens[first : first + length])
-    return pieces

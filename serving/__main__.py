@@ -1,114 +1,86 @@
-"""attnserve-gateway (or attnserve gateway, python -m serving): run the gateway.
+"""The commands of the gateway: `attnserve-gateway` (`attnserve gateway`, `python -m serving`) and
+`attnserve keys`."""
 
-  attnserve-gateway                       one server; the environment variables below set it up
-  attnserve-gateway --config FILE         any number of servers; FILE: see docs/GATEWAY.md
-  attnserve-gateway --config FILE --check-config      whether FILE is good; runs nothing
-  attnserve-gateway keys new NAME         make a client's key; FILE gets only its hash
+from __future__ import annotations
 
-With --json, the last two print one JSON object and nothing else.
-
-FILE is read again when it changes or on SIGHUP; a bad one is refused and the old one stays. With
---config, the variables are not read. They are:
-
-{settings}
-"""
-
-import argparse
 import gc
 import json
 import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import uvicorn
-from pydantic import ValidationError
+import typer
 
-from serving.app import App
-from serving.auth import digest, new_key
-from serving.client import Protocol
-from serving.config import Config, ConfigError, KeyEntry, Settings, load, one_line
-from serving.observability.logging import configure
-from serving.state import GatewayState
+from attnserve import command
+from attnserve.command import AsJson
+from attnserve.errors import UserError
+
+if TYPE_CHECKING:
+    from serving.config import Config
 
 KEEP_ALIVE_SECONDS = 75
 """How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load
 balancer 60 s), so that it is they who close it and none sends into one just being closed."""
 
-
-def help_text() -> str:
-    """The module's text with every variable, its default and its meaning."""
-    lines = []
-    for field in Settings.model_fields.values():
-        lines.append(f"  {field.alias}={field.default}\n      {field.description}")
-    assert __doc__ is not None
-    return __doc__.format(settings="\n".join(lines))
+keys = command.application("Make keys for clients of the gateway.")
 
 
-def parse(arguments: Sequence[str], prog: str) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML (default: none)")
-    parser.add_argument("--check-config", action="store_true", help="check the file and exit")
-    parser.add_argument("--json", action="store_true", help="--check-config prints one JSON object")
-    commands = parser.add_subparsers(dest="command", metavar="keys new NAME")
-    keys = commands.add_parser("keys", help="make a client's key")
-    new = keys.add_subparsers(required=True, metavar="new").add_parser("new", help="a new one")
-    new.add_argument("name", help="whose it is, for metrics and logs")
-    new.add_argument(  # without a default, which would win over a --json before `keys`
-        "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object"
-    )
-    options = parser.parse_args(arguments)
-    if options.check_config and options.config is None:
-        parser.error("--check-config needs --config FILE")
-    if options.json and not options.check_config and options.command is None:
-        parser.error("--json needs --check-config or keys new")
-    return options
+@keys.callback()
+def make_group() -> None:
+    """Have `new` be a command of a group, though it is the only one."""
 
 
-def print_new_key(name: str, as_json: bool) -> None:
-    """A new key, for once, and the entry for the configuration."""
-    key = new_key()
-    hashed = digest(key)
-    try:
-        KeyEntry(name=name, sha256=hashed)
-    except ValidationError as error:
-        sys.exit(f"attnserve-gateway: {one_line(error)}")
-    if as_json:
-        print(json.dumps({"name": name, "key": key, "sha256": hashed}))
-        return
-    print(f"The key, which is shown only now: {key}\n\nUnder `keys:` in the configuration:")
-    print(f"  - name: {name}\n    sha256: {hashed}")
+def gateway(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="YAML; docs/GATEWAY.md describes it.", show_default=False
+        ),
+    ] = None,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="Say whether FILE is good, and run nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the gateway alone, in front of servers that run.
+
+    With --config FILE there may be any number of servers. FILE is read again when it changes or on
+    SIGHUP; a bad one is refused and the old one stays. --json goes with --check-config.
+
+    Without, there is one server, and these environment variables set the gateway up:
+
+      GATEWAY_HOST=127.0.0.1              The address to listen on.
+      GATEWAY_PORT=8080                   The port to listen on.
+      UPSTREAM_URL=http://127.0.0.1:8000  The vLLM server; a /v1 at the end is taken off.
+      UPSTREAM_CONNECT_SECONDS=5.0        Longest wait for a connection to the server.
+      UPSTREAM_READ_SECONDS=600.0         Longest wait for the next byte of an answer.
+      UPSTREAM_HEALTH_SECONDS=2.0         Longest wait for the server's own /health.
+      GATEWAY_MAX_BODY_BYTES=16777216     Largest request body; larger ones get 413.
+      GATEWAY_DRAIN_SECONDS=10            How long running requests may go on after SIGTERM.
+    """
+    from serving.config import Settings, load
+
+    if check_config and config is None:
+        raise UserError("--check-config needs --config FILE")
+    if as_json and not check_config:
+        raise UserError("--json needs --check-config")
+    found = Settings.read() if config is None else load(config)
+    if check_config:
+        print_config(found, str(config), as_json)
+    else:
+        run(found, config)
 
 
-def print_config(config: Config, path: Path, as_json: bool) -> None:
-    """What a good configuration says, in short."""
-    if as_json:
-        counts = {"models": len(config.models), "keys": len(config.keys)}
-        print(json.dumps({"config": str(path), "ok": True, **counts}))
-        return
-    for model in config.models:
-        bits = "" if model.bits is None else f"{model.bits:g} bits"
-        print(f"{model.name:24} {model.variant:12} {bits:8} {' '.join(model.replicas)}")
-    print(f"{path} is good: models {len(config.models)}, keys {len(config.keys)}")
-
-
-def read(path: Path | None) -> Config:
-    """The configuration; raises ConfigError."""
-    if path is not None:
-        return load(path)
-    try:
-        return Settings().config()
-    except ValidationError as error:
-        raise ConfigError(one_line(error)) from None
-
-
-def serve(config: Config, path: Path | None) -> None:
+def run(config: Config, path: Path | None) -> None:
     """Run the gateway until SIGINT or SIGTERM, then let what runs finish."""
+    import uvicorn
+
+    from serving.app import App
+    from serving.client import Protocol
+    from serving.observability.logging import configure
+    from serving.state import GatewayState
+
     configure(config.logging.level)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
@@ -130,20 +102,48 @@ def serve(config: Config, path: Path | None) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "attnserve-gateway") -> None:
-    """Exit 1 with one line on a configuration that makes no sense."""
-    options = parse(sys.argv[1:] if arguments is None else arguments, prog)
-    if options.command == "keys":
-        print_new_key(options.name, options.json)
+def print_config(config: Config, path: str, as_json: bool) -> None:
+    """Print what a good configuration says, in short."""
+    if as_json:
+        counts = {"models": len(config.models), "keys": len(config.keys)}
+        print(json.dumps({"config": path, "ok": True, **counts}))
         return
+    for model in config.models:
+        bits = "" if model.bits is None else f"{model.bits:g} bits"
+        print(f"{model.name:24} {model.variant:12} {bits:8} {' '.join(model.replicas)}")
+    print(f"{path} is good: models {len(config.models)}, keys {len(config.keys)}")
+
+
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, for metrics and logs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a client's key. It is shown once; the configuration gets only its hash."""
+    from pydantic import ValidationError
+
+    from serving.auth import digest, new_key
+    from serving.config import KeyEntry, one_line
+
+    key = new_key()
     try:
-        config = read(options.config)
-    except ConfigError as error:
-        sys.exit(f"attnserve-gateway: {error}")
-    if options.check_config:
-        print_config(config, options.config, options.json)
+        entry = KeyEntry(name=name, sha256=digest(key))
+    except ValidationError as error:
+        raise UserError(one_line(error)) from None
+    if as_json:
+        print(json.dumps({"name": name, "key": key, "sha256": entry.sha256}))
         return
-    serve(config, options.config)
+    print(f"The key, which is shown only now: {key}\n\nUnder `keys:` in the configuration:")
+    print(f"  - name: {name}\n    sha256: {entry.sha256}")
+
+
+command.add(keys, "new", new)
+
+
+def main() -> None:
+    """Run `attnserve-gateway [keys new NAME]`."""
+    if sys.argv[1:2] == ["keys"]:
+        command.run(keys, "attnserve-gateway keys", sys.argv[2:])
+    command.main(gateway, "attnserve-gateway")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from attnserve.errors import UserError
 
-class ConfigError(Exception):
+
+class ConfigError(UserError):
     """Why a configuration cannot be used, in one line."""
 
 
@@ -92,7 +94,7 @@ class ModelEntry(Part):
 
 
 class KeyEntry(Part):
-    """A client's key, and what it may use. `attnserve-gateway keys new NAME` writes one."""
+    """A client's key, and what it may use. `attnserve keys new NAME` writes one."""
 
     name: str = Field(pattern=r"^[\w.@-]{1,64}$")
     """Whose it is, for metrics and logs, which never have the key."""
@@ -380,6 +382,18 @@ class Settings(BaseSettings):
 
     drain_seconds: int = Field(10, alias="GATEWAY_DRAIN_SECONDS", ge=0)
     """How long running requests may go on after SIGTERM."""
+
+    @classmethod
+    def read(cls) -> Config:
+        """Return the configuration that the environment describes.
+
+        Raises:
+            ConfigError: with the variable and what is wrong with it, in one line.
+        """
+        try:
+            return cls().config()
+        except ValidationError as error:
+            raise ConfigError(one_line(error)) from None
 
     def config(self) -> Config:
         """Return the same as a configuration: one server, for every model."""

@@ -84,7 +84,7 @@ def describe_proxied(app: FastAPI) -> None:
 
 
 def body_of(fields: dict[str, Any]) -> dict[str, Any]:
-    """The body of a proxied route."""
+    """Return the body of a proxied route."""
     needed = [name for name in fields if name != "stream"]
     return {
         "type": "object",
@@ -94,7 +94,7 @@ def body_of(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def operation(summary: str, body: dict[str, Any]) -> dict[str, Any]:
-    """One POST."""
+    """Return the description of one POST."""
     answer = {"description": "The model server's answer", "content": {"application/json": {}}}
     if "stream" in body["properties"]:
         answer["content"] = {"application/json": {}, "text/event-stream": {}}

@@ -1,4 +1,4 @@
-"""What one key may use: requests and tokens in a time, and requests at a time."""
+"""What one key may use: requests and tokens per time, and requests at a time."""
 
 import math
 import time
@@ -10,38 +10,38 @@ MINUTE, DAY = 60.0, 86400.0
 
 
 class Bucket:
-    """So much in a time of `seconds`, which refills all the time; None is no limit."""
+    """A token bucket: `limit` in a time of `seconds`, refilled all the time; None is no limit."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.most: int | None = None
+        self.limit: int | None = None
         self.level = 0.0
         self._filled_at = 0.0
 
-    def set(self, most: int | None, now: float) -> None:
-        """Another limit; what has been used stays used."""
+    def set(self, limit: int | None, now: float) -> None:
+        """Set another limit; what has been used stays used."""
         used = self.used(now)
-        self.most = most
-        self.level = (most or 0) - used
+        self.limit = limit
+        self.level = (limit or 0) - used
         self._filled_at = now
 
     def used(self, now: float) -> float:
-        """How much is not there."""
-        if self.most is None:
+        """Return how much is used at the moment."""
+        if self.limit is None:
             return 0.0
-        self.level += (now - self._filled_at) * self.most / self.seconds
-        self.level = min(self.level, self.most)
+        self.level += (now - self._filled_at) * self.limit / self.seconds
+        self.level = min(self.level, self.limit)
         self._filled_at = now
-        return self.most - self.level
+        return self.limit - self.level
 
     def wait(self, amount: float, now: float) -> float:
-        """Seconds until `amount` is there; 0 if it is, inf if it never will be."""
-        if self.most is None:
+        """Return the seconds until `amount` is there; 0 if it is, inf if it never will be."""
+        if self.limit is None:
             return 0.0
-        if amount > self.most:
+        if amount > self.limit:
             return math.inf
-        missing = amount + self.used(now) - self.most
-        return max(0.0, missing * self.seconds / self.most)
+        missing = amount + self.used(now) - self.limit
+        return max(0.0, missing * self.seconds / self.limit)
 
 
 class Account:
@@ -83,13 +83,13 @@ class Account:
             wait = bucket.wait(amount, now)
             if wait == math.inf:
                 message = (
-                    f"Request too large on {unit}: Limit {bucket.most}, Requested {amount}. "
+                    f"Request too large on {unit}: Limit {bucket.limit}, Requested {amount}. "
                     "The input or output tokens must be reduced in order to run successfully."
                 )
                 raise rate_limited(message, what, None)
             if wait > 0:
                 message = (
-                    f"Rate limit reached on {unit}: Limit {bucket.most}, "
+                    f"Rate limit reached on {unit}: Limit {bucket.limit}, "
                     f"Used {bucket.used(now):.0f}, Requested {amount}. "
                     f"Please try again in {wait:.3g}s."
                 )
@@ -106,21 +106,21 @@ class Account:
         self.days_tokens.level += reserved - used
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """OpenAI's x-ratelimit headers, of the limits that there are."""
+        """Return OpenAI's x-ratelimit headers, of the limits that there are."""
         now = time.monotonic()
         found = []
         for what, bucket in (("requests", self.requests), ("tokens", self.tokens)):
-            if bucket.most is not None:
+            if bucket.limit is not None:
                 used = max(0.0, bucket.used(now))
                 for name, value in (
-                    ("limit", str(bucket.most)),
-                    ("remaining", str(max(0, math.floor(bucket.most - used)))),
-                    ("reset", f"{used * bucket.seconds / bucket.most:.3f}s"),
+                    ("limit", str(bucket.limit)),
+                    ("remaining", str(max(0, math.floor(bucket.limit - used)))),
+                    ("reset", f"{used * bucket.seconds / bucket.limit:.3f}s"),
                 ):
                     found.append((f"x-ratelimit-{name}-{what}".encode(), value.encode()))
         return found
 
 
 def rate_limited(message: str, kind: str, wait: float | None) -> ApiError:
-    """OpenAI's 429; without `wait`, it is no use to try again."""
+    """Return OpenAI's 429; without `wait`, it is no use to try again."""
     return ApiError(429, message, kind, "rate_limit_exceeded", retry_after=wait)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from attnserve import __version__, cli, command
+from attnserve import __version__, command
 from attnserve.errors import UserError
+from serving.launch import serve
 
 ROOT = Path(__file__).parent.parent
 COMMAND = str(Path(sys.executable).with_name("attnserve"))
@@ -35,7 +36,8 @@ def test_help_lists_every_command_with_one_line() -> None:
     assert done.returncode == 0
     listed = done.stdout.partition("Commands:\n")[2].splitlines()
     names = [line.split()[0] for line in listed]
-    assert names == ["serve", *cli.HANDED_ON, "books"]
+    commands = "serve gateway doctor quantize sweep budgets evaluate books keys"
+    assert names == commands.split()
     assert all(line.rstrip().endswith(".") and len(line.split()) > 2 for line in listed)
 
 
@@ -57,6 +59,9 @@ def test_nothing_lists_the_commands_too() -> None:
         (["serve", "--vllm-port=0"], "'--vllm-port'"),
         (["serve", "--vllm-port=65536"], "'--vllm-port'"),
         (["serve", "--gateway-port=http"], "'--gateway-port'"),
+        (["doctor", "--vllm-port=0"], "'--vllm-port'"),
+        (["gateway", "--check-config"], "--check-config needs --config FILE"),
+        (["keys", "new", "two words"], "name='two words': "),
         (["~no1"], "No such command '~no1'"),
         (["serve", "~no1/x"], "there is no user no1: ~no1/x"),
         (["checkpoints/softpick"], "to serve it: attnserve serve checkpoints/softpick"),
@@ -69,18 +74,18 @@ def test_wrong_usage(arguments: list[str], part: str) -> None:
 def test_bundled_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a checkout, the present folder's or the package's own; elsewhere one must be named."""
     monkeypatch.chdir(ROOT)
-    assert cli.checkpoint_folder(None) == Path("checkpoints/softpick")
+    assert serve.checkpoint_folder(None) == Path("checkpoints/softpick")
     monkeypatch.chdir(tmp_path)
-    assert cli.checkpoint_folder(None) == ROOT / "checkpoints/softpick"
-    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    assert serve.checkpoint_folder(None) == ROOT / "checkpoints/softpick"
+    monkeypatch.setattr(serve, "CHECKOUT", tmp_path)
     with pytest.raises(UserError, match="name a checkpoint's folder"):
-        cli.checkpoint_folder(None)
+        serve.checkpoint_folder(None)
 
 
 def test_a_module_reads_its_own_arguments() -> None:
     done = attnserve("quantize", "--bits=nonsense")
     assert done.returncode == 2
-    assert "nonsense" in done.stderr and not done.stderr.startswith("attnserve: ")
+    assert "'--bits'" in done.stderr and not done.stderr.startswith("attnserve: ")
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,23 @@ import pytest
 
 from attn_kernels.cpu import build
 from serving.launch import doctor
-from serving.launch.host_checks import Check, before_install, check_environment, check_ports
+from serving.launch.host_checks import (
+    Check,
+    before_install,
+    check_environment,
+    check_ports,
+    print_checks,
+)
 from tests.servers import free_port
+
+pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parent.parent
 LOCK = (ROOT / "requirements/cpu.txt").read_text().splitlines()
 
 
 def distribution(folder: Path, name: str, version: str, entry_points: str = "") -> None:
-    """A distribution without files in `folder`, as far as Python's metadata go."""
+    """Make a distribution without files in `folder`, as far as Python's metadata go."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -29,7 +37,7 @@ def distribution(folder: Path, name: str, version: str, entry_points: str = "") 
 
 
 def problem(checks: list[Check], name: str) -> Check:
-    """The check of this name, which must be a problem with advice of one line."""
+    """Return the check of this name, which must be a problem with advice of one line."""
     (check,) = (check for check in checks if check.name == name)
     assert check.state == "problem"
     assert check.fix and "\n" not in check.found + check.fix
@@ -55,18 +63,17 @@ def test_this_environment_is_fit() -> None:
     assert "softpick" in by_name["extension points"]["found"]
 
 
-def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     """For people: a row a check, what to do below it, and the counts; no JSON."""
     rows = [Check("a", "ok", "fine"), Check("b", "problem", "broken", "mend it")]
-    monkeypatch.setattr(doctor, "checks", lambda ports: iter(rows))
-    assert doctor.main([]) == 1
+    assert print_checks(rows, as_json=False) == 1
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
         "ok a fine",
         "problem b broken",
         "-> mend it",
         "1 ok, 0 warning, 1 problem",
     ]
-    assert doctor.main(["--json"]) == 1
+    assert print_checks(rows, as_json=True) == 1
     assert json.loads(capsys.readouterr().out)["checks"][1]["fix"] == "mend it"
 
 
@@ -135,7 +142,7 @@ def test_compiler_before_an_install(
 
 
 def pythons() -> list[str]:
-    """This Python, and each other one from 3.8 on that is on PATH and starts."""
+    """Return this Python, and each other one from 3.8 on that is on PATH and starts."""
     others = (shutil.which(f"python3.{minor}") for minor in range(8, 20))
     starts = [
         path
@@ -149,7 +156,7 @@ def pythons() -> list[str]:
 def test_before_an_install_the_standard_library_is_enough(python: str) -> None:
     """In a Python without site-packages, and in the oldest that `make doctor` takes: 3.8."""
     program = (
-        "import sys, serving.launch.doctor; loaded = {n.split('.')[0] for n in sys.modules};"
+        "import sys, serving.launch.host_checks; loaded = {n.split('.')[0] for n in sys.modules};"
         "print(sorted(loaded - set(getattr(sys, 'stdlib_module_names', ()))))"  # since 3.10
     )
     command = [python, "-S", "-c", program]
@@ -337,10 +344,3 @@ def test_hub(value: str | None, state: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
     (check,) = doctor.check_offline()
     assert check.state == state
-
-
-def test_impossible_port(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        doctor.main(["--vllm-port=0"])
-    assert stopped.value.code == 2
-    assert "is not a port" in capsys.readouterr().err

@@ -18,7 +18,7 @@ WRONG = {
     "training.train": "--variant softpick --data {text} --tokenizer {bad} --out {out}",
     "training.tokenizer": "--data {bad} --out {out}",
     "training.convert": "{bad} {out} --variant ssmax",
-    "attnserve.budgets": "{bad}",
+    "attnserve.budgets.command": "{bad}",
     "training.long_context": "{bad} --texts {text}",
     "training.analyze": "{bad} --measures passkey",
     "training.report": "--results {file} --out {out}/r.md --figures {out}",
@@ -38,7 +38,7 @@ WITHOUT = {  # they read no path, and write only what they have measured
     "benchmarks.triton_compile",
     "benchmarks.gpu",
 }
-OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets")
+OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets.command")
 """Modules that `attnserve` runs."""
 CONFIGS = {"nothing": None, "no JSON": "{", "empty": "{}", "no mapping": "[]"}
 """What config.json holds in the folder that is named."""

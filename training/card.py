@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnserve import machine
-from attnserve.evaluation.evaluate import Score, table
-from training.train import Run
+from attnserve.evaluation.perplexity import Score, table
+from training.run import Run
 
 
 def memory(run: Run) -> str:
-    """The lines about the memory loss; empty for a run without it."""
+    """Return the lines about the memory loss; empty for a run without it."""
     if not run.memory:
         return ""
     last = run.memory[-100:]
@@ -26,12 +26,12 @@ that the layers must keep
 
 
 def card(name: str, run: Run, scores: Sequence[Score], train_files: Sequence[Path]) -> str:
-    """The text of `README.md`.
+    """Return the text of `README.md`.
 
     Args:
         name: the checkpoint's.
         run: a finished run.
-        scores: what `attnserve.evaluation.evaluate.evaluate` gives.
+        scores: what `attnserve.evaluation.perplexity.evaluate` gives.
         train_files: what it was trained on.
     """
     recipe, variant = run.recipe, run.model.config.variant

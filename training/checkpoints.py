@@ -1,30 +1,29 @@
-"""Build the reference checkpoints from the novels.
-
-Trains the tokenizer and each model, measures it, and writes a Hugging Face folder with a model
-card. What is interrupted goes on where it was when the command is given again.
-"""
+"""Build the reference checkpoints from the novels."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from attn_kernels import VariantError, get_variant, variant_names
-from attnserve.evaluation.books import Split, add_books_option, split
+from attn_kernels import variant_names
+from attnserve.command import AsJson, main, needs
+from attnserve.evaluation.arguments import Books
+from attnserve.evaluation.books import Split, split
 from attnserve.evaluation.checkpoint import Checkpoint
-from attnserve.evaluation.evaluate import Score, evaluate, held_out, table
+from attnserve.evaluation.perplexity import Score, evaluate, held_out, table
 from attnserve.evaluation.tokens import read_tokens
 from attnserve.files import CHECKOUT
+from training.arguments import RUNS, Runs, variant_name
 from training.card import card
 from training.recipe import Recipe
+from training.run import LOSSES, Run
 from training.tokenizer import train_tokenizer
-from training.train import LOSSES, Run
 
 RECIPE = Recipe(precision="bf16")
 VOCAB_SIZE = 2048
@@ -34,7 +33,8 @@ EXTRA = {"selective_prunable": ("selective", dataclasses.replace(RECIPE, memory_
 
 
 def shared_tokenizer(books: Split, runs: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of every reference checkpoint; trained at the first call, kept in `runs`."""
+    """Return the tokenizer of every reference checkpoint, which the first call trains and keeps in
+    `runs`."""
     if not (runs / "tokenizer").exists():
         made = train_tokenizer(books.train, VOCAB_SIZE, RECIPE.context)
         made.save_pretrained(runs / "tokenizer.tmp")
@@ -76,60 +76,47 @@ def build(
     return scores
 
 
-def variant_name(text: str) -> str:
-    """An argument that must be a registered variant."""
-    try:
-        return get_variant(text).name
-    except VariantError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def checkpoint_name(text: str) -> str:
-    """An argument that must be a registered variant or one of `EXTRA`."""
+    """Return the name of a checkpoint: a registered variant's or one of `EXTRA`.
+
+    Raises:
+        typer.BadParameter: it is neither.
+    """
     return text if text in EXTRA else variant_name(text)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="training.checkpoints",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        default=variant_names(),
-        type=checkpoint_name,
-        metavar="NAME",
-        help=f"any of {', '.join(variant_names())} (default: all of these) or {', '.join(EXTRA)}",
-    )
-    add_books_option(parser)
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=CHECKOUT / "runs",
-        help="training states (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=CHECKOUT / "checkpoints",
-        help="checkpoints (default: %(default)s)",
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        books = split(arguments.books)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    arguments.runs.mkdir(parents=True, exist_ok=True)
+@needs("train")
+def checkpoints(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            parser=checkpoint_name,
+            help=f"Any of {', '.join(variant_names())} (default: all of these) or "
+            f"{', '.join(EXTRA)}.",
+        ),
+    ] = None,
+    books: Books = None,
+    runs: Runs = RUNS,
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoints.")] = CHECKOUT
+    / "checkpoints",
+    as_json: AsJson = False,
+) -> None:
+    """Build the reference checkpoints from the novels, an hour each.
+
+    Trains the tokenizer and each model, measures it, and writes a Hugging Face folder with a model
+    card. What is interrupted goes on where it was when the command is given again.
+    """
+    novels = split(books)
+    runs.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name in arguments.names:
-        print(f"{name}:")
-        results[name] = build(name, books, arguments.runs, arguments.out)
-        print(table(results[name]))
-    print(json.dumps({name: [dataclasses.asdict(s) for s in r] for name, r in results.items()}))
+    for name in names or variant_names():
+        results[name] = build(name, novels, runs, out)
+        if not as_json:
+            print(f"{name}:\n{table(results[name])}", flush=True)
+    if as_json:
+        print(json.dumps({name: [s.json() for s in scores] for name, scores in results.items()}))
 
 
 if __name__ == "__main__":
-    main()
+    main(checkpoints, "python -m training.checkpoints")

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnserve.errors import UserError
 from attnserve.evaluation.tokens import Tokens, sequence
 
 
 def fingerprint(tokens: Tokens) -> str:
-    """A hash that tells whether two runs train on the same tokens."""
+    """Return a hash that tells whether two runs train on the same tokens."""
     return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
 
 
@@ -33,7 +34,7 @@ class Batches:
         seed: of the order.
 
     Raises:
-        ValueError: the text is shorter than two sequences.
+        UserError: the text is shorter than two sequences.
     """
 
     tokens: Tokens
@@ -44,17 +45,18 @@ class Batches:
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 2 * self.context:
-            raise ValueError(
-                f"{len(self.tokens)} tokens of text are too few for sequences of {self.context}"
+            raise UserError(
+                f"{len(self.tokens)} tokens of text are too few for sequences of {self.context}: "
+                "name more --data or shorter sequences"
             )
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Sequences that fit whatever the epoch's offset."""
+        """Sequences that fit, whatever the epoch's offset."""
         return len(self.tokens) // self.context - 1
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, both `[batch, context]` int64."""
+        """Return inputs and targets of a step, both `[batch, context]` int64."""
         numbers = range(step * self.batch, (step + 1) * self.batch)
         pairs = [
             sequence(self.tokens, start, self.context, self.bos) for start in self._starts(numbers)

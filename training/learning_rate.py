@@ -1,31 +1,28 @@
-"""Measure whether one learning rate is fair to every variant.
-
-Trains every variant for a short while at several peak rates, same text, order and seed, and
-measures each on the validation book. What is interrupted goes on where it was; a result that is in
-the table already is not measured again.
-"""
+"""Measure whether one learning rate is fair to every variant."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
-import torch
-from torch.nn.functional import cross_entropy
+import typer
 from transformers import PreTrainedTokenizerFast
 
 from attn_kernels import variant_names
-from attnserve.evaluation.books import add_books_option, split
-from attnserve.evaluation.tokens import Tokens, read_tokens, sequence
-from attnserve.files import CHECKOUT
-from hf_attn import VariantLlamaForCausalLM
-from training.checkpoints import COMPILED, RECIPE, shared_tokenizer, variant_name
-from training.train import Run
+from attnserve.command import AsJson, main, needs
+from attnserve.evaluation.arguments import Books
+from attnserve.evaluation.books import split
+from attnserve.evaluation.scorers import Item, TransformersScorer
+from attnserve.evaluation.tokens import Tokens, read_tokens
+from attnserve.files import CHECKOUT, write_text
+from training.arguments import RUNS, Runs, variant_name
+from training.checkpoints import COMPILED, RECIPE, shared_tokenizer
+from training.run import Run
 
 RATES = (1e-3, 2e-3, 4e-3)
 SHORT = dataclasses.replace(RECIPE, steps=120, warmup=20)
@@ -34,24 +31,10 @@ SEQUENCES = 96
 TABLE = CHECKOUT / "training" / "results" / "learning_rate.csv"
 
 
-@torch.no_grad()
-def validation_loss(
-    model: VariantLlamaForCausalLM, tokens: Tokens, context: int, bos: int
-) -> tuple[float, float]:
-    """Mean loss in nats per token over `SEQUENCES` sequences, and its standard error over them."""
-    means = []
-    for start in range(0, min(SEQUENCES, len(tokens) // context) * context, context):
-        inputs, targets = map(torch.from_numpy, sequence(tokens, start, context, bos))
-        logits = model(input_ids=inputs[None], use_cache=False).logits[0]
-        means.append(float(cross_entropy(logits.float(), targets)))
-    losses = pd.Series(means)
-    return float(losses.mean()), float(losses.sem())
-
-
 def measure(
     name: str, rate: float, folder: Path, train: Tokens, held: Tokens, tok: PreTrainedTokenizerFast
 ) -> dict[str, str | float | int]:
-    """One short run: a row of the table.
+    """Return a row of the table, measured by one short run.
 
     Args:
         name: the variant.
@@ -64,7 +47,12 @@ def measure(
     recipe = dataclasses.replace(SHORT, learning_rate=rate)
     run = Run(folder, recipe, {"name": name}, tok, train)
     run.train(save_every=20, compiled=COMPILED)
-    loss, error = validation_loss(run.model.eval(), held, recipe.context, tok.bos_token_id)
+    count = min(SEQUENCES, len(held) // recipe.context)
+    pieces = held[: count * recipe.context].reshape(count, recipe.context)
+    items = [Item([tok.bos_token_id], piece.tolist()) for piece in pieces]
+    scores = TransformersScorer(run.model.eval()).score(items, f"{name} at {rate:g}")
+    losses = pd.Series([-scored.logprobs.mean() for scored in scores])
+    loss, error = float(losses.mean()), float(losses.sem())
     return {
         "variant": name,
         "learning_rate": rate,
@@ -78,47 +66,43 @@ def measure(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="training.learning_rate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("variants", nargs="*", type=variant_name, default=variant_names())
-    parser.add_argument(
-        "--rates", nargs="+", type=float, default=RATES, help="peak rates (default: %(default)s)"
-    )
-    add_books_option(parser)
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=CHECKOUT / "runs",
-        help="training states (default: %(default)s)",
-    )
-    parser.add_argument("--csv", type=Path, default=TABLE, help="the table (default: %(default)s)")
-    options = parser.parse_args(argv)
-    try:
-        books = split(options.books)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    tokenizer = shared_tokenizer(books, options.runs)
-    train, held = read_tokens(books.train, tokenizer), read_tokens([books.validation], tokenizer)
-    rows = pd.read_csv(options.csv).to_dict("records") if options.csv.exists() else []
+@needs("train")
+def learning_rate(
+    variants: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="VARIANT", parser=variant_name, help="Default: all of them."),
+    ] = None,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option(help=f"Peak rates. Default: {' '.join(map(str, RATES))}."),
+    ] = None,
+    books: Books = None,
+    runs: Runs = RUNS,
+    csv: Annotated[Path, typer.Option(help="The table.")] = TABLE,
+    as_json: AsJson = False,
+) -> None:
+    """Measure whether one learning rate is fair to every variant.
+
+    Trains every variant for a short while at several peak rates, same text, order and seed, and
+    measures each on the validation book. What is interrupted goes on where it was; a result that is
+    in the table already is not measured again.
+    """
+    novels = split(books)
+    tokenizer = shared_tokenizer(novels, runs)
+    train, held = read_tokens(novels.train, tokenizer), read_tokens([novels.validation], tokenizer)
+    rows = pd.read_csv(csv).to_dict("records") if csv.exists() else []
     done = {(row["variant"], row["learning_rate"]) for row in rows}
-    for name in options.variants:
-        for rate in options.rates:
-            if (name, rate) in done:
-                continue
-            print(f"{name} at {rate:g}:")
-            folder = options.runs / "learning_rate" / f"{name}-{rate:g}"
+    for name, rate in itertools.product(variants or variant_names(), rates or RATES):
+        if (name, rate) not in done:
+            folder = runs / "learning_rate" / f"{name}-{rate:g}"
             rows.append(measure(name, rate, folder, train, held, tokenizer))
-            options.csv.parent.mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(rows).to_csv(options.csv, index=False, lineterminator="\n")
-    table = pd.DataFrame(rows)
-    print(table.pivot_table("validation_loss", "variant", "learning_rate").to_string())
-    print(json.dumps({"rows": rows}))
+            write_text(csv, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+    if as_json:
+        print(json.dumps({"rows": rows}))
+    else:
+        table = pd.DataFrame(rows)
+        print(table.pivot_table("validation_loss", "variant", "learning_rate").to_string())
 
 
 if __name__ == "__main__":
-    main()
+    main(learning_rate, "python -m training.learning_rate")

@@ -1,306 +1,83 @@
-"""Measure how loss grows with the position in a long text.
-
-Each checkpoint reads the same windows of the held-out books through vLLM and this project's
-kernels, and the table has its mean loss (nats per token) by how many tokens it has read before, the
-begin-of-text token included. Errors are standard errors over the windows. Checkpoints are compared
-with the first of them, window by window, since windows differ more than checkpoints do.
-
-Every window is added to the CSV as soon as it is measured, and a window that is there is not
-measured again: the same command goes on where it was, and one with more --windows or a greater
---length adds what is missing. Without checkpoints, the command shows what the CSV has.
-"""
+"""Measure how loss grows with the position in a long text."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import pairwise
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-import numpy as np
-import pandas as pd
-from tqdm import tqdm
-from transformers import AutoTokenizer
+import typer
 
-from attn_kernels import variant_from_config
-from attnserve import machine
-from attnserve.evaluation.books import add_books_option, split
-from attnserve.evaluation.checkpoint import read_config
-from attnserve.evaluation.scorers import Item
-from attnserve.evaluation.tokens import read_tokens, text_file
-from attnserve.evaluation.vllm_scorer import DTYPE_BYTES, VLLMScorer
+from attnserve.command import AsJson, main, needs
+from attnserve.errors import UserError
+from attnserve.evaluation.arguments import Books, Texts
+from attnserve.evaluation.books import split
 from attnserve.files import CHECKOUT
-from attnserve.options import command_line, positive
-from training.convert import read_record, trained_length
 
 CSV = CHECKOUT / "training" / "results" / "long_context.csv"
-FIRST_BIN, WIDEST_BIN = 64, 2048
-KEYS = ["text", "start"]
-"""What tells one window from another."""
 
 
-class LongContextError(ValueError):
-    """A measurement that cannot be made; the message says what to do."""
+@needs("train")
+def long_context(
+    checkpoints: Annotated[
+        list[Path] | None, typer.Argument(metavar="CKPT", help="Hugging Face folders.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 32768,
+    windows: Annotated[int, typer.Option(min=1, help="Windows in all; the texts take turns.")] = 4,
+    spacing: Annotated[
+        int, typer.Option(min=1, help="Tokens between the beginnings of windows.")
+    ] = 32768,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of weights, activations and cache."),
+    ] = "float32",
+    csv: Annotated[Path, typer.Option(help="The table.")] = CSV,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Also draw what the table has.")
+    ] = None,
+    texts: Texts = None,
+    books: Books = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how loss grows with the position in a long text.
 
+    Each checkpoint reads the same windows of --texts, else of the held-out novels, through vLLM and
+    this project's kernels, and the table has its mean loss (nats per token) by how many tokens it
+    has read before, the begin-of-text token included. Errors are standard errors over the windows.
+    Checkpoints are compared with the first of them, window by window, since windows differ more
+    than checkpoints do.
 
-@dataclass(frozen=True)
-class Job:
-    """What one checkpoint reads."""
-
-    checkpoint: Path
-    texts: tuple[Path, ...]
-    length: int
-    """Tokens of a window that are predicted."""
-    windows: int
-    """In all; the texts take turns."""
-    spacing: int
-    """Tokens from a window's first to the next window's."""
-    dtype: str
-    csv: Path
-
-
-def edges(length: int) -> list[int]:
-    """0, 64, 128, 256 ... 2048, then every 2048, and `length` at the end."""
-    doubling = [FIRST_BIN << k for k in range(20) if FIRST_BIN << k < min(length, WIDEST_BIN)]
-    return [0, *doubling, *range(WIDEST_BIN, length, WIDEST_BIN), length]
-
-
-def fingerprint(checkpoint: Path) -> str:
-    """A hash of a checkpoint's configuration and weights."""
-    digest = hashlib.sha256()
-    for file in (checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()[:12]
-
-
-def describe(checkpoint: Path) -> dict[str, Any]:
-    """The columns that say which model a row is of.
-
-    Raises:
-        LongContextError: the folder holds no checkpoint.
+    Every window is added to the CSV as soon as it is measured, and a window that is there is not
+    measured again: the same command goes on where it was, and one with more --windows or a greater
+    --length adds what is missing. Without checkpoints, the command shows what the CSV has.
     """
-    try:
-        config = read_config(checkpoint)
-        variant = variant_from_config(config)
-    except ValueError as error:
-        raise LongContextError(str(error)) from None
-    made = read_record(checkpoint)
-    tuned = (made if "finetuning" in made else made.get("source_conversion") or {}).get(
-        "finetuning", {}
-    )
-    names = ("train", "steps", "sequence", "batch", "learning_rate", "precision", "seed", "data")
-    return {
-        "model": checkpoint.name,
-        "fingerprint": fingerprint(checkpoint),
-        "variant": variant.name if variant else "softmax",
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "train_length": trained_length(checkpoint, config),
-        "finetuning": " ".join(f"{name}={tuned[name]}" for name in names if name in tuned),
-    }
+    from training import positions
 
-
-def environment() -> dict[str, Any]:
-    """The columns that say where a row was measured."""
-    versions = {name: machine.package(name) for name in ("vllm", "torch", "attnserve")}
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine.cpu_model(),
-        "cores": machine.cores(),
-        **versions,
-        "commit": machine.commit(),
-    }
-
-
-def read(csv: Path) -> pd.DataFrame:
-    """The table so far; empty if there is none."""
-    return pd.read_csv(csv, keep_default_na=False) if csv.exists() else pd.DataFrame()
-
-
-def append(csv: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows; the file is either the old or the new one, never half."""
-    csv.parent.mkdir(parents=True, exist_ok=True)
-    partial = csv.with_name(csv.name + ".partial")
-    table = pd.concat([read(csv), pd.DataFrame(rows)])
-    table.to_csv(partial, index=False, lineterminator="\n")
-    os.replace(partial, csv)
-
-
-def measure(job: Job) -> None:
-    """Measure what the table lacks of one checkpoint.
-
-    Raises:
-        LongContextError: no checkpoint, no window in the texts, or another checkpoint's rows.
-    """
-    model = describe(job.checkpoint) | {"dtype": job.dtype}
-    old = read(job.csv)
-    if len(old):
-        old = old[(old["model"] == model["model"]) & (old["dtype"] == job.dtype)]
-        if (old["fingerprint"] != model["fingerprint"]).any():
-            raise LongContextError(
-                f"{job.csv} has rows of another checkpoint called {model['model']}: rename one"
-            )
-    tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
-    bos = tokenizer.bos_token_id
-    bos = tokenizer.eos_token_id if bos is None else bos
-    tokens = {text.name: read_tokens([text], tokenizer)[:-1] for text in job.texts}
-    starts = [
-        (start, text)
-        for text, content in tokens.items()
-        for start in range(0, len(content) - job.length + 1, job.spacing)
-    ]
-    if not starts:
-        raise LongContextError(
-            f"no text has {job.length} tokens: name longer ones or less --length"
+    chosen = checkpoints or []
+    for checkpoint in chosen:
+        positions.describe(checkpoint)  # refuses a wrong one before anything is measured
+    if chosen and not texts:
+        novels = split(books)
+        texts = [novels.validation, novels.test]
+    for checkpoint in chosen:
+        positions.measure(
+            positions.Job(checkpoint, tuple(texts or ()), length, windows, spacing, dtype, csv)
         )
-    windows = sorted(starts, key=lambda place: place[0])[: job.windows]
-    have = old.groupby(KEYS)["seen_to"].max().to_dict() if len(old) else {}
-    missing = [(t, start) for start, t in windows if have.get((t, start), 0) < job.length]
-    if not missing:
-        return
-    with closing(VLLMScorer(job.checkpoint, job.length + 1, job.dtype, quiet=True)) as scorer:
-        for text, start in tqdm(missing, desc=job.checkpoint.name, unit="window"):
-            window = tokens[text][start : start + job.length]
-            (scored,) = scorer.score([Item([bos], window.tolist())], text)
-            losses = -scored.logprobs
-            place = {"text": text, "start": start}
-            rows = [
-                {**model, **place, "seen_from": a + 1, "seen_to": b, "loss": losses[a:b].mean()}
-                for a, b in pairwise(edges(job.length))
-                if a >= have.get((text, start), 0)
-            ]
-            append(job.csv, [row | environment() for row in rows])
-
-
-def octaves(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean loss of every model, window and doubling of the position: `model, octave, *KEYS, loss`;
-    `octave` is the greatest number of tokens seen before."""
-    rows = table.assign(
-        tokens=table["seen_to"] - table["seen_from"] + 1,
-        octave=2 ** np.ceil(np.log2(table["seen_to"])).astype(int),
-    )
-    rows["sum"] = rows["loss"] * rows["tokens"]
-    sums = rows.groupby(["model", "octave", *KEYS], sort=False)[["sum", "tokens"]].sum()
-    return (sums["sum"] / sums["tokens"]).rename("loss").reset_index()
-
-
-def against(rows: pd.DataFrame, place: str, baseline: str) -> pd.DataFrame:
-    """Mean loss and its difference to the baseline's, each with its standard error over windows.
-
-    Args:
-        rows: `model, place, *KEYS, loss`.
-        place: the column that says where in a window.
-        baseline: the model that all are compared with, in the windows that both have read.
-
-    Returns:
-        `model, place, windows, loss, loss_error, change, change_error`.
-    """
-    base = rows[rows["model"] == baseline].set_index([place, *KEYS])["loss"].rename("base")
-    joined = rows.join(base, on=[place, *KEYS])
-    joined["change"] = joined["loss"] - joined["base"]
-    groups = joined.groupby(["model", place], sort=False)
-    return groups.agg(
-        windows=("loss", "count"),
-        loss=("loss", "mean"),
-        loss_error=("loss", "sem"),
-        change=("change", "mean"),
-        change_error=("change", "sem"),
-    ).reset_index()
-
-
-def text_table(summary: pd.DataFrame, baseline: str) -> str:
-    """One line for each model and octave."""
-
-    def cell(value: float, error: float) -> str:
-        return "-" if np.isnan(value) else f"{value:.3f} +- {error:.3f}"
-
-    lines = [
-        {
-            "model": row.model,
-            "tokens seen": f"{1 if row.octave == FIRST_BIN else row.octave // 2 + 1}-{row.octave}",
-            "windows": row.windows,
-            "nats per token": cell(row.loss, row.loss_error),
-            f"against {baseline}": cell(row.change, row.change_error),
-        }
-        for row in summary.itertuples()
-    ]
-    return pd.DataFrame(lines).to_string(index=False)
-
-
-def plot(table: pd.DataFrame, baseline: str, path: Path) -> None:
-    """A PNG: loss by position, and its difference to the baseline's; bands are standard errors."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    absolute, relative = figure.subplots(1, 2)
-    rows = table.assign(middle=(table["seen_from"] + table["seen_to"]) / 2)
-    summary = against(rows[["model", "middle", *KEYS, "loss"]], "middle", baseline)
-    for model, line in summary.sort_values("middle").groupby("model", sort=False):
-        for axes, name in ((absolute, "loss"), (relative, "change")):
-            x, y, error = line["middle"], line[name], line[f"{name}_error"]
-            axes.plot(x, y, marker=".", label=model)
-            axes.fill_between(x, y - error, y + error, alpha=0.2)
-    for axes, label in ((absolute, "nats per token"), (relative, f"nats more than {baseline}")):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens seen before")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        for length in table["train_length"].unique():
-            axes.axvline(length, color="gray", linestyle=":")
-    absolute.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser, add = command_line("training.long_context", __doc__)
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help="folders")
-    add("--length", "tokens of a window", type=positive, default=32768)
-    add("--windows", "windows in all; the texts take turns", type=positive, default=4)
-    add("--spacing", "tokens between the beginnings of windows", type=positive, default=32768)
-    add("--dtype", "of weights, activations and cache", choices=DTYPE_BYTES, default="float32")
-    add("--csv", "the table", type=Path, default=CSV)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw what the table has")
-    parser.add_argument(
-        "--texts",
-        nargs="+",
-        type=text_file,
-        metavar="FILE",
-        help="(default: the two held-out books)",
-    )
-    add_books_option(parser)
-    options = parser.parse_args(argv)
-    try:
-        o = options
-        for checkpoint in o.checkpoints:
-            describe(checkpoint)  # before anything is measured
-        books = split(o.books) if o.checkpoints and not o.texts else None
-        texts = o.texts or ([books.validation, books.test] if books else [])
-        settings = (tuple(texts), o.length, o.windows, o.spacing, o.dtype, o.csv)
-        for checkpoint in o.checkpoints:
-            measure(Job(checkpoint, *settings))
-        table = read(o.csv)
-        table = table[table["dtype"] == o.dtype] if len(table) else table
-        if table.empty:
-            raise LongContextError(f"{o.csv} has no {o.dtype} rows: name a checkpoint to measure")
-    except (LongContextError, FileNotFoundError) as error:
-        print(f"training.long_context: {error}", file=sys.stderr)
-        sys.exit(2)
-    names = [checkpoint.name for checkpoint in o.checkpoints] or list(table["model"].unique())
+    table = positions.read(csv)
+    table = table[table["dtype"] == dtype] if len(table) else table
+    if table.empty:
+        raise UserError(f"{csv} has no {dtype} rows: name a checkpoint to measure")
+    names = [checkpoint.name for checkpoint in chosen] or list(table["model"].unique())
     table = table[table["model"].isin(names)]
-    summary = against(octaves(table), "octave", names[0])
-    print(text_table(summary.sort_values(["octave"], kind="stable"), names[0]))
-    if o.plot:
-        plot(table, names[0], o.plot)
-    print(summary.round(5).to_json(orient="records"))
+    summary = positions.against(positions.octaves(table), "octave", names[0])
+    if plot:
+        positions.plot(table, names[0], plot)
+    if as_json:
+        print(json.dumps({"rows": json.loads(summary.round(5).to_json(orient="records"))}))
+    else:
+        shown = summary.sort_values("octave", kind="stable")
+        print(positions.text_table(shown, names[0]))
 
 
 if __name__ == "__main__":
-    main()
+    main(long_context, "python -m training.long_context")

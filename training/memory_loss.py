@@ -12,7 +12,7 @@ FULLY_MASKED = 1.0
 
 
 def memory_share(penalties: Sequence[Tensor]) -> Tensor:
-    """The share of the tokens that the layers must keep: 1 if none ever masks another.
+    """Return the share of the tokens that the layers must keep: 1 if none ever masks another.
 
     `sum over layers l of max over i of M_i^l / (L n)`, `M_i^l = i - sum over k of min(F_ik^l, 1)`:
     a token that the penalty F has half masked counts as half a token, and a layer needs as much

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from attnserve.evaluation.tokens import text_file
+from attnserve.command import AsJson, main
+from attnserve.errors import UserError
+from training.arguments import Data
 
 BOS, EOS = "<s>", "</s>"
 
@@ -41,11 +44,11 @@ def train_tokenizer(
         max_length: `model_max_length` of the tokenizer, in tokens.
 
     Raises:
-        ValueError: `vocab_size` is too small to hold every byte.
+        UserError: `vocab_size` is too small to hold every byte.
     """
     smallest = 256 + len((BOS, EOS))
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest}, not {vocab_size}")
+        raise UserError(f"vocab_size must be at least {smallest}, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,27 +89,22 @@ def complete(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.init_kwargs["padding_side"] = "left"  # `save_pretrained` writes only these
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="training.tokenizer", description=__doc__)
-    parser.add_argument("--data", nargs="+", type=text_file, required=True, help="UTF-8 text files")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--vocab-size", type=int, default=2048, help="tokens at most (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-length", type=int, default=512, help="model_max_length (default: %(default)s)"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        tokenizer = train_tokenizer(arguments.data, arguments.vocab_size, arguments.max_length)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(arguments.out)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(f"{len(tokenizer)} tokens from {len(arguments.data)} files in {arguments.out}")
-    print(json.dumps({"out": str(arguments.out), "vocab_size": len(tokenizer)}))
+def tokenizer(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    vocab_size: Annotated[int, typer.Option(help="Tokens at most.")] = 2048,
+    max_length: Annotated[int, typer.Option(help="model_max_length, in tokens.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on text files."""
+    made = train_tokenizer(data, vocab_size, max_length)
+    out.mkdir(parents=True, exist_ok=True)
+    made.save_pretrained(out)
+    if as_json:
+        print(json.dumps({"out": str(out), "vocab_size": len(made)}))
+    else:
+        print(f"{len(made)} tokens from {len(data)} files in {out}")
 
 
 if __name__ == "__main__":
-    main()
+    main(tokenizer, "python -m training.tokenizer")

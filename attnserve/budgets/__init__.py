@@ -1,8 +1,6 @@
-"""Per-layer budgets of selective attention, and what pruning with them costs:
-`attnserve budgets`.
+"""KV budgets: how many tokens each layer of selective attention keeps, and what that costs.
 
-One file an idea: texts (what is read), eviction (who is thrown out), forward (a model whose layers
-prune), evaluations and measured (what has been measured, kept over a kill), search (the greedy
-descent), targets (when it has come far enough), table (beside other ways of evicting), result (the
-file), plot.
+`texts` (what is read), `eviction` (which token is thrown out), `model` (a model whose layers prune,
+and what has been measured of it), `search` (the greedy descent to targets), `result` (the budgets
+beside other ways of evicting, as a file), `plot`, `run` and `command`.
 """

@@ -7,8 +7,7 @@ from itertools import groupby
 
 from matplotlib.figure import Figure
 
-from attnserve.budgets.result import Found
-from attnserve.budgets.table import Row
+from attnserve.budgets.result import Found, Row
 
 LOOKS = {
     ("selective", "searched"): ("budgets searched, most masked goes", "tab:purple", "-"),
@@ -21,7 +20,7 @@ LOOKS = {
 
 
 def draw(results: Sequence[Found]) -> Figure:
-    """A panel for each result: perplexity on the test text against tokens kept per layer."""
+    """Draw a panel for each result: perplexity on the test text against tokens kept per layer."""
     figure = Figure(figsize=(6.5 * len(results), 4.5), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
     for found, axes in zip(results, panels, strict=True):

@@ -68,7 +68,7 @@ class Parts:
     digests: dict[str, str]
 
 
-def spread(
+def evenly(
     tokens: Tokens, bos: int, length: int, sequences: int, name: str, text_digest: str
 ) -> Texts:
     """Return sequences that are spread evenly over a text.
@@ -96,7 +96,7 @@ def spread(
 def of_file(checkpoint: Checkpoint, file: Path, length: int, sequences: int) -> Texts:
     """Return sequences of a file."""
     tokens = read_tokens([file], checkpoint.tokenizer)[:-1]
-    return spread(tokens, checkpoint.bos, length, sequences, file.stem, digest(file))
+    return evenly(tokens, checkpoint.bos, length, sequences, file.stem, digest(file))
 
 
 def of_novels(checkpoint: Checkpoint, books: Split, counts: Counts) -> Parts:
@@ -123,7 +123,7 @@ def of_users_text(checkpoint: Checkpoint, files: Sequence[Path], counts: Counts)
         own = tokens[:middle] if half == "first" else tokens[middle:]
         name = f"{half} half of {files[0].name}"
         text_digest = f"{whole} {half}"
-        return spread(own, checkpoint.bos, counts.length, sequences, name, text_digest)
+        return evenly(own, checkpoint.bos, counts.length, sequences, name, text_digest)
 
     return Parts(
         part("first", counts.search),

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from attnserve.evaluation.arguments import SETS
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate
 from attnserve.evaluation.scorers import Scorer
-
-SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
-"""What a folder of evaluation sets holds."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class Measure(ABC):
 
     Class attributes:
         name: of the measure, and of its results' files.
-        title: one line for people.
         counts: the settings that are sample sizes, which `--limit` caps.
         needs_scores: it asks a `Scorer`, so that every engine can do it; else it reads a
             transformers model's inside.
@@ -68,14 +65,13 @@ class Measure(ABC):
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
     counts: ClassVar[tuple[str, ...]]
     needs_scores: ClassVar[bool] = True
     uses_length: ClassVar[bool] = False
 
     @abstractmethod
     def files(self, data: Data) -> list[Path]:
-        """The texts it reads."""
+        """Return the texts that it reads."""
 
     @abstractmethod
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
@@ -86,11 +82,11 @@ class Measure(ABC):
         """
 
     def longest(self, checkpoint: Checkpoint) -> int:
-        """Tokens of its longest item, the begin-of-text token included."""
+        """Return the tokens of its longest item, the begin-of-text token included."""
         return checkpoint.context + 1
 
     def limited(self, limit: int | None) -> Self:
-        """The same with every sample size at most `limit`."""
+        """Return the same with every sample size at most `limit`."""
         if limit is None:
             return self
         smaller: dict[str, Any] = {name: min(limit, getattr(self, name)) for name in self.counts}

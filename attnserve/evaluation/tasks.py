@@ -34,19 +34,21 @@ class Lambada(Measure):
     """
 
     name: ClassVar[str] = "lambada"
-    title: ClassVar[str] = "LAMBADA, last word"
     counts: ClassVar[tuple[str, ...]] = ("passages",)
 
     passages: int = 1000
 
     def files(self, data: Data) -> list[Path]:
+        """Return the texts that it reads."""
         return [data.sets / "lambada_test.jsonl"]
 
     def longest(self, checkpoint: Checkpoint) -> int:
+        """Return the tokens of its longest item."""
         # Passages have 200 words at most. Beyond the training length a model may well fail.
         return max(1024, checkpoint.context) + 1
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
+        """Measure."""
         lines = self.files(data)[0].read_text(encoding="utf-8").splitlines()
         texts = [json.loads(lines[i])["text"] for i in spread(self.passages, len(lines))]
         items = []
@@ -74,15 +76,16 @@ class Blimp(Measure):
     """
 
     name: ClassVar[str] = "blimp"
-    title: ClassVar[str] = "BLiMP, grammatical against ungrammatical sentences"
     counts: ClassVar[tuple[str, ...]] = ("pairs",)
 
     pairs: int = 200
 
     def files(self, data: Data) -> list[Path]:
+        """Return the texts that it reads."""
         return sorted((data.sets / "blimp").glob("*.jsonl"))
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
+        """Measure."""
         items, sizes = [], {}
         for file in self.files(data):
             lines = file.read_text(encoding="utf-8").splitlines()

@@ -31,6 +31,11 @@ def attend_in_tiles(model: VariantLlamaForCausalLM) -> None:
         layer.self_attn.forward = functools.partial(_forward, layer.self_attn)
 
 
+def is_pruned(model: VariantLlamaForCausalLM) -> bool:
+    """Return whether a model's layers keep a fixed number of tokens, which tiles cannot."""
+    return any(layer.self_attn.budget is not None for layer in model.model.layers)
+
+
 def _forward(
     module: VariantLlamaAttention,
     hidden_states: Tensor,
@@ -44,8 +49,6 @@ def _forward(
     `attention_mask` bool `[batch, 1, n, n]`."""
     if past_key_values is not None:
         raise ValueError("attention in tiles has no cache: pass use_cache=False")
-    if module.budget is not None:
-        raise ValueError("attention in tiles does not prune: analyze a model without kv_budgets")
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     q, k, v = (
         projection(hidden_states).view(shape).transpose(1, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,24 +12,8 @@ from transformers import PreTrainedTokenizerFast
 Tokens = NDArray[np.int64]
 
 
-def text_file(name: str) -> Path:
-    """Return the path of a UTF-8 text file, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: there is none, or it is something else.
-    """
-    path = Path(name)
-    try:
-        path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"no file {name} ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError(f"{name} is not UTF-8 text") from None
-    return path
-
-
 def read_tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> Tokens:
-    """All files one after another, `[num_tokens]`, each ended by the end-of-text token."""
+    """Return all files one after another, `[num_tokens]`, each ended by the end-of-text token."""
     parts = []
     for file in files:
         ids = tokenizer.encode(
@@ -41,7 +24,10 @@ def read_tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> To
 
 
 def sequence(tokens: Tokens, start: int, context: int, bos: int) -> tuple[Tokens, Tokens]:
-    """Inputs and targets, both at most `[context]`: a model reads the begin-of-text token and
-    predicts `tokens[start : start + context]` from it and from one another."""
+    """Return inputs and targets, both at most `[context]`.
+
+    A model reads the begin-of-text token and predicts `tokens[start : start + context]` from it
+    and from one another.
+    """
     targets = tokens[start : start + context]
     return np.concatenate(([bos], targets[:-1])), targets

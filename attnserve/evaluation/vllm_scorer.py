@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output may be one JSON object
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
@@ -89,7 +91,7 @@ class VLLMScorer:
         """See `Scorer`."""
         prompts = [{"prompt_token_ids": item.tokens} for item in items]
         if not self.quiet:
-            print(f"{label}:", flush=True)
+            print(f"{label}:", file=sys.stderr, flush=True)
         answers = self.llm.generate(prompts, self.sampling, use_tqdm=not self.quiet)
         return [_read(a.prompt_logprobs, i) for a, i in zip(answers, items, strict=True)]
 
@@ -99,7 +101,7 @@ class VLLMScorer:
 
 
 def _read(prompt_logprobs: Sequence[Any], item: Item) -> Scored:
-    """The continuation's scores from vLLM's entries, one `{token: Logprob}` a token."""
+    """Return the continuation's scores from vLLM's entries, one `{token: Logprob}` a token."""
     start = len(item.prompt)
     entries = [
         entry[token]

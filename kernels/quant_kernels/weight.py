@@ -96,6 +96,11 @@ class QuantSpec:
         zero = self.midpoint if zeros is None else zeros.float()
         return self.rounded(matrix / scales.float() + zero).to(torch.uint8)
 
+    def dequantize(self, quantized: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """Return float32 values of quantized ones; scales and zero points are as in `quantize`."""
+        zero = self.midpoint if zeros is None else zeros.float()
+        return (quantized.float() - zero) * scales.float()
+
     def rounded(self, steps: Tensor) -> Tensor:
         """Return numbers of steps, rounded to possible quantized values, in the same dtype."""
         return steps.round().clamp(0, self.qmax)
@@ -120,11 +125,9 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """Return the matrix float32 `[rows, columns]`."""
-        columns = self.values.shape[1]
-        zero: Tensor | int = self.spec.midpoint
-        if self.zeros is not None:
-            zero = self.spec.expand(self.zeros.float(), columns)
-        return (self.values.float() - zero) * self.spec.expand(self.scales.float(), columns)
+        spec, columns = self.spec, self.values.shape[1]
+        zeros = None if self.zeros is None else spec.expand(self.zeros, columns)
+        return spec.dequantize(self.values, spec.expand(self.scales, columns), zeros)
 
     @property
     def packed_bytes(self) -> int:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
-from quant.config import QuantConfig
+from quant.config import UNQUANTIZED, QuantConfig
 from quant.outliers import FIGURES
-from quant.store import Stored
+from quant.store import SweepResult
 
 FEWEST = 4
 """Checkpoints: with fewer, no order of them has a probability below 5 %."""
 LEVEL = 0.05
-
-Values = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,10 @@ class Explanation:
     """How the cost of quantizing something goes with a statistic of outliers, over checkpoints.
 
     Args:
-        target: is quantized.
+        target: what is quantized.
         statistic: mean of the linear layers.
         correlation: Spearman's, of the statistic and the checkpoints' mean rank of divergence over
-            all settings and widths.
+            all settings and bits.
         chance: the share of all orders of the checkpoints whose correlation is as high.
         checkpoints: number of them.
     """
@@ -43,69 +41,72 @@ class Explanation:
 
     @property
     def verdict(self) -> str:
-        """Positive and rarer than one in twenty, or not."""
+        """Whether the correlation is positive and rarer than one in twenty."""
         if self.checkpoints < FEWEST:
             return f"cannot be told with fewer than {FEWEST} checkpoints"
         return "explains it" if self.chance < LEVEL else "does not explain it"
 
-
-def ranks(values: Values) -> Values:
-    """1 for the smallest; equal values share their mean rank."""
-    return np.array([1 + (values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
-
-
-def correlation(a: Values, b: Values) -> float:
-    """Pearson's; 0 if one of them is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else 0.0
-
-
-def spearman(a: Values, b: Values) -> tuple[float, float]:
-    """Rank correlation, and the share of all orders of `b` that give one as high."""
-    first, second = ranks(a), ranks(b)
-    found = correlation(first, second)
-    orders = itertools.permutations(range(len(b)))
-    as_high = [correlation(first, second[list(order)]) >= found - 1e-12 for order in orders]
-    return found, float(np.mean(as_high))
-
-
-def statistics(unquantized: Sequence[Stored]) -> dict[str, Values]:
-    """Each statistic of outliers, a value a checkpoint."""
-    return {
-        f"{kind}s: {figure}": np.array(
-            [
-                np.mean([layer[place] for layer in stored.details[f"{kind} outliers"].values()])
-                for stored in unquantized
-            ]
+    def __str__(self) -> str:
+        """Return the explanation as a sentence."""
+        return (
+            f"{self.target}: {self.statistic} (mean of the layers) has rank correlation "
+            f"{self.correlation:+.2f} with the cost over {self.checkpoints} checkpoints, chance "
+            f"{self.chance:.3f}: {self.verdict}."
         )
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
+    """Return the rank correlation, 0 if one of them is constant, and the share of all orders of `b`
+    that give one as high (of 10,000 orders, where there are more than 7 values)."""
+    ranks = [stats.rankdata(values) for values in (a, b)]
+    if any(np.ptp(values) == 0 for values in ranks):
+        return 0.0, 1.0
+    first, second = map(stats.zscore, ranks)
+    test = stats.permutation_test(
+        (second,),
+        lambda order, axis: (first * order).mean(axis),
+        permutation_type="pairings",
+        alternative="greater",
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(test.statistic), float(test.pvalue)
+
+
+def statistics(unquantized: Sequence[SweepResult]) -> dict[str, list[float]]:
+    """Return each statistic of outliers, a value a checkpoint."""
+    return {
+        f"{kind}s: {figure}": [
+            float(np.mean([layer[place] for layer in result.details[f"{kind} outliers"].values()]))
+            for result in unquantized
+        ]
         for kind in ("weight", "input")
         for place, figure in enumerate(FIGURES)
     }
 
 
-def explanations(results: Sequence[Stored]) -> list[Explanation]:
-    """For everything that was quantized, and each statistic. Only cells that all checkpoints have
+def explanations(results: Sequence[SweepResult]) -> list[Explanation]:
+    """Return an explanation for each target and statistic. Only configs that all checkpoints have
     count."""
-    unquantized = [stored for stored in results if stored.config == QuantConfig()]
-    names = [stored.checkpoint for stored in unquantized]
+    unquantized = [result for result in results if result.config == UNQUANTIZED]
+    names = [result.checkpoint for result in unquantized]
     costs: dict[QuantConfig, dict[str, float]] = defaultdict(dict)
-    for stored in results:
-        if "test KL" in stored.summary:
-            costs[stored.config][stored.checkpoint] = stored.summary["test KL"].value
-    places: dict[str, list[Values]] = defaultdict(list)
+    for result in results:
+        if "test KL" in result.summary:
+            costs[result.config][result.checkpoint] = result.summary["test KL"].value
+    ranks: dict[str, list[NDArray[np.floating[Any]]]] = defaultdict(list)
     for config, cost in costs.items():
         if names and set(names) <= set(cost):
-            places[config.target].append(ranks(np.array([cost[name] for name in names])))
+            ranks[config.target].append(stats.rankdata([cost[name] for name in names]))
     return [
         Explanation(target, statistic, *spearman(values, np.mean(found, axis=0)), len(names))
-        for target, found in places.items()
+        for target, found in ranks.items()
         for statistic, values in statistics(unquantized).items()
     ]
 
 
 def in_short(found: Sequence[Explanation]) -> str:
-    """One sentence for each thing that is quantized."""
+    """Return one sentence for each target."""
     sentences = []
     for target in dict.fromkeys(e.target for e in found):
         own = [e for e in found if e.target == target]

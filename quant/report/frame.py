@@ -1,4 +1,4 @@
-"""Results as a table: one row a config."""
+"""Results as tables: one row a config."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from attnserve.evaluation.intervals import Estimate
-from quant.config import QuantConfig
-from quant.store import Stored
+from quant.config import UNQUANTIZED, QuantConfig
+from quant.store import SweepResult
 
 ENDS = ("", " low", " high")
 INTEGERS = (
@@ -24,13 +24,11 @@ INTEGERS = (
 
 
 def setting(config: QuantConfig) -> str:
-    """Everything about a config but the width that the sweep varies."""
+    """Return everything about a config but the bits that the sweep varies."""
     parts = []
     if config.weights:
-        parts += [
-            str(config.scheme),
-            f"groups of {config.group_size}" if config.group_size else "a row a group",
-        ]
+        groups = f"groups of {config.group_size}" if config.group_size else "a row a group"
+        parts += [str(config.scheme), groups]
         if config.activations:
             parts.append(f"{config.activations}-bit activations")
     if config.kv and config.kv != config.bits:
@@ -42,44 +40,53 @@ def setting(config: QuantConfig) -> str:
         "with head": config.lm_head,
     }
     found = ", ".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
-    return found or ("" if config == QuantConfig() else "one scale a token")
+    return found or ("" if config == UNQUANTIZED else "one scale a token")
 
 
-def row(stored: Stored) -> dict[str, Any]:
-    """A config as flat values. What only a served model can tell is empty until it is measured."""
-    config, served = stored.config, stored.details.get("served", {})
+def frame(results: Sequence[SweepResult]) -> pd.DataFrame:
+    """Return all configs, with value and ends of the 95 % interval of every figure."""
+    rows = pd.DataFrame([_row(result) for result in results])
+    return rows.astype(dict.fromkeys(INTEGERS, "Int64"))  # they may be missing
+
+
+def _row(result: SweepResult) -> dict[str, Any]:
+    """Return a config as flat values. What only a served model can tell is empty until it is
+    measured."""
+    config, served = result.config, result.details.get("served", {})
     values: dict[str, Any] = {
-        "checkpoint": stored.checkpoint,
-        "variant": stored.variant,
+        "checkpoint": result.checkpoint,
+        "variant": result.variant,
         "target": config.target,
         "bits": config.bits,
         "setting": setting(config),
         **{f"config {name}": value for name, value in dataclasses.asdict(config).items()},
-        "bytes": stored.size["bytes"],
-        "bits per weight": stored.bits_per_weight,
-        "cache bytes per token": stored.size["cache_bytes_per_token"],
+        "bytes": result.size["bytes"],
+        "bits per weight": result.bits_per_weight,
+        "cache bytes per token": result.size["cache_bytes_per_token"],
         "resident bytes": served.get("resident_bytes"),
         "tokens per second": served.get("tokens_per_second"),
-        "seconds": stored.seconds,
-        "machine": stored.machine,
+        "seconds": result.seconds,
+        "machine": result.machine,
     }
-    for name, estimate in stored.summary.items():
+    for name, estimate in result.summary.items():
         values |= {f"{name}{end}": x for end, x in zip(ENDS, estimate, strict=True)}
     for kind in ("KL", "p change"):
-        for text, spread in stored.details.get(f"{kind} over tokens", {}).items():
+        for text, spread in result.details.get(f"{kind} over tokens", {}).items():
             values |= {f"{text} {kind}, {name}": value for name, value in spread.items()}
     return values
 
 
-def frame(results: Sequence[Stored]) -> pd.DataFrame:
-    """All cells, with value and ends of the 95 % interval of every figure."""
-    rows = pd.DataFrame([row(stored) for stored in results])
-    return rows.astype(dict.fromkeys(INTEGERS, "Int64"))  # they may be missing
+def text_of(results: Sequence[SweepResult]) -> str:
+    """Return what was measured on: the title of the main text, or those of several checkpoints."""
+    return "; ".join(dict.fromkeys(result.texts["measured"] for result in results))
 
 
-def text_of(results: Sequence[Stored]) -> str:
-    """What was measured on: the title of the main text, or those of several checkpoints."""
-    return "; ".join(dict.fromkeys(stored.texts["measured"] for stored in results))
+def provenance(results: Sequence[SweepResult]) -> dict[str, list[str]]:
+    """Return the samples and the machines of results."""
+    return {
+        "samples": sorted({str(result.key["samples"]) for result in results}),
+        "machines": sorted({result.machine for result in results}),
+    }
 
 
 COLUMNS: dict[str, tuple[str, int | None, float]] = {
@@ -96,12 +103,14 @@ KL are the main text's."""
 OF_SETS = ("wikitext2 KL", "blimp change", "lambada loss change")
 """Columns that are there only where the evaluation sets were measured."""
 HEAD = ("checkpoint", "target", "bits", "how", "MB", "bits/weight")
-WIDTH = 24
+ESTIMATE = 24
 """Characters of an estimate with its interval, as a rule."""
+WIDTHS = {"checkpoint": 18, "target": 19, "bits": 4, "how": 36, "MB": 7, "bits/weight": 11}
+"""Characters of the other columns, as a rule: rows that are printed one by one are aligned."""
 
 
 def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 1.0) -> str:
-    """An estimate in a table, with its interval; empty if there is none."""
+    """Return an estimate for a table, with its interval; empty if there is none."""
     if estimate is None:
         return ""
     if digits is not None:
@@ -110,65 +119,29 @@ def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 
     return f"{value} [{low}, {high}]"
 
 
-def line(stored: Stored, columns: Sequence[str]) -> list[str]:
-    """A config's main figures as text, those of some of `COLUMNS`."""
-    config, per_weight = stored.config, stored.bits_per_weight
-    cells = [stored.checkpoint, config.target, str(config.bits or ""), setting(config)]
-    cells.append(f"{stored.size['bytes'] / 1e6:.2f}")
-    cells.append("" if per_weight is None else f"{per_weight:.2f}")
-    for name in columns:
-        _, digits, factor = COLUMNS[name]
-        cells.append(shown(stored.summary.get(name), digits, factor))
-    return cells
-
-
-def lines(results: Sequence[Stored]) -> list[list[str]]:
-    """The main figures as text: a heading, and a line a config; figures that no config has are left
-    out."""
-    measured = {name for stored in results for name in stored.summary}
-    columns = [name for name in COLUMNS if name in measured]
-    head = [*HEAD, *(COLUMNS[name][0] for name in columns)]
-    return [head, *(line(stored, columns) for stored in results)]
-
-
-def table(results: Sequence[Stored]) -> str:
-    """The main figures for the terminal, with 95 % intervals."""
-    rows = lines(results)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(joined(row, widths) for row in rows)
-
-
-def joined(row: Sequence[str], widths: Sequence[int]) -> str:
-    """A row of a table in columns."""
-    pairs = zip(row, widths, strict=True)
-    return "  ".join(config.ljust(width) for config, width in pairs).rstrip()
-
-
-class Rows:
-    """The main table a row at a time, in columns that are wide enough for what is to come.
+def lines(results: Sequence[SweepResult], sets: bool) -> list[list[str]]:
+    """Return the main figures as text: a heading, and a line a config.
 
     Args:
-        checkpoints: their names.
-        cells: all that will be shown.
-        sets: the evaluation sets are measured.
+        results: of configs.
+        sets: show the figures of the evaluation sets too.
     """
+    columns = {name: how for name, how in COLUMNS.items() if sets or name not in OF_SETS}
+    rows = [[*HEAD, *(heading for heading, _, _ in columns.values())]]
+    for result in results:
+        config, per_weight = result.config, result.bits_per_weight
+        row = [result.checkpoint, config.target, str(config.bits or ""), setting(config)]
+        row.append(f"{result.size['bytes'] / 1e6:.2f}")
+        row.append("" if per_weight is None else f"{per_weight:.2f}")
+        for name, (_, digits, factor) in columns.items():
+            row.append(shown(result.summary.get(name), digits, factor))
+        rows.append(row)
+    return rows
 
-    def __init__(
-        self, checkpoints: Sequence[str], cells: Sequence[QuantConfig], sets: bool
-    ) -> None:
-        self.columns = [name for name in COLUMNS if sets or name not in OF_SETS]
-        fixed = [
-            checkpoints,
-            [config.target for config in cells],
-            [],
-            [setting(config) for config in cells],
-        ]
-        texts = [*fixed, ["0000.00"], []]
-        head = [*HEAD, *(COLUMNS[name][0] for name in self.columns)]
-        self.widths = [max(map(len, [title, *own])) for title, own in zip(HEAD, texts, strict=True)]
-        self.widths += [max(WIDTH, len(title)) for title in head[len(HEAD) :]]
-        self.head = joined(head, self.widths)
 
-    def row(self, stored: Stored) -> str:
-        """Return a config's line."""
-        return joined(line(stored, self.columns), self.widths)
+def table(results: Sequence[SweepResult], sets: bool = False) -> str:
+    """Return the main figures for the terminal, with 95 % intervals."""
+    rows = lines(results, sets)
+    columns = zip(*rows, strict=True)
+    widths = [max(*map(len, column), WIDTHS.get(column[0], ESTIMATE)) + 2 for column in columns]
+    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -9,31 +9,30 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from attnserve.reports import color
-from quant.config import QuantConfig
+from attnserve.reports import color, save_figure
+from quant.config import UNQUANTIZED
 from quant.outliers import FIGURES
-from quant.report import frontier
 from quant.report.frame import setting, text_of
-from quant.store import Stored
+from quant.store import SweepResult
 
 METRICS = {"test KL": "KL to the unquantized model, nats", "test loss change": "loss change, nats"}
 
 
-def degradation(results: Sequence[Stored], target: str) -> Figure:
-    """Divergence and change of loss on the main text against bits: a column a setting, a line a
-    checkpoint."""
-    own = [stored for stored in results if stored.config.target == target]
-    settings = list(dict.fromkeys(setting(stored.config) for stored in own))
+def degradation(results: Sequence[SweepResult], target: str) -> Figure:
+    """Return divergence and change of loss on the main text against bits: a column a setting, a
+    line a checkpoint."""
+    own = [result for result in results if result.config.target == target]
+    settings = list(dict.fromkeys(setting(result.config) for result in own))
     figure = Figure(figsize=(1 + 3.6 * len(settings), 6.5), layout="constrained")
     panels = figure.subplots(2, len(settings), squeeze=False, sharex=True, sharey="row")
     for column, name in enumerate(settings):
-        chosen = [stored for stored in own if setting(stored.config) == name]
-        for checkpoint in dict.fromkeys(stored.checkpoint for stored in chosen):
-            line = [stored for stored in chosen if stored.checkpoint == checkpoint]
-            line.sort(key=lambda stored: stored.config.bits or 0)
-            bits = [stored.config.bits for stored in line]
+        chosen = [result for result in own if setting(result.config) == name]
+        for checkpoint in dict.fromkeys(result.checkpoint for result in chosen):
+            line = [result for result in chosen if result.checkpoint == checkpoint]
+            line.sort(key=lambda result: result.config.bits or 0)
+            bits = [result.config.bits for result in line]
             for axes, metric in zip(panels[:, column], METRICS, strict=True):
-                ends = np.array([stored.summary[metric] for stored in line])
+                ends = np.array([result.summary[metric] for result in line])
                 error = np.abs(ends[:, 1:] - ends[:, :1]).T
                 shade = color(line[0].variant)
                 axes.errorbar(
@@ -50,19 +49,20 @@ def degradation(results: Sequence[Stored], target: str) -> Figure:
     return figure
 
 
-def outliers(results: Sequence[Stored]) -> Figure:
-    """Kurtosis and largest over median of weights and of linear inputs: mean and largest layer."""
-    own = [stored for stored in results if stored.config == QuantConfig()]
+def outliers(results: Sequence[SweepResult]) -> Figure:
+    """Return kurtosis and largest over median of weights and of linear inputs: mean and largest
+    layer."""
+    own = [result for result in results if result.config == UNQUANTIZED]
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     panels = figure.subplots(2, 2)
     for row, kind in enumerate(("weight", "input")):
         for column, name in enumerate(FIGURES):
             axes = panels[row, column]
-            for stored in own:
-                layers = np.array(list(stored.details[f"{kind} outliers"].values()))[:, column]
-                shade = color(stored.variant)
-                axes.bar(stored.checkpoint, layers.mean(), color=shade)
-                axes.plot([stored.checkpoint], [layers.max()], color=shade, marker="_", ls="")
+            for result in own:
+                layers = np.array(list(result.details[f"{kind} outliers"].values()))[:, column]
+                shade = color(result.variant)
+                axes.bar(result.checkpoint, layers.mean(), color=shade)
+                axes.plot([result.checkpoint], [layers.max()], color=shade, marker="_", ls="")
             # Weights are close to a normal distribution, inputs far from it.
             scale = "log" if kind == "input" else "linear"
             axes.set(title=f"{kind}s: {name}", yscale=scale)
@@ -72,23 +72,17 @@ def outliers(results: Sequence[Stored]) -> Figure:
 
 
 def draw(
-    results: Sequence[Stored],
+    results: Sequence[SweepResult],
     folder: Path,
-    mixed: Sequence[frontier.Frontier] = (),
     prefix: str = "",
 ) -> dict[str, Path]:
-    """Draw what there is; returns the PNG files by name, which is theirs without the prefix."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
+    """Draw what there is; return the PNG files by name, which is theirs without the prefix."""
+    targets = dict.fromkeys(r.config.target for r in results if r.config != UNQUANTIZED)
     with matplotlib.rc_context({"font.size": 9}):
-        targets = dict.fromkeys(s.config.target for s in results if s.config != QuantConfig())
         figures = {f"degradation-{target}": degradation(results, target) for target in targets}
-        if any(stored.config == QuantConfig() for stored in results):
+        if any(result.config == UNQUANTIZED for result in results):
             figures["outliers"] = outliers(results)
-        if mixed:
-            figures["mixed"] = frontier.plot(mixed)
+        drawn = {name: folder / f"{prefix}{name}.png" for name in figures}
         for name, figure in figures.items():
-            drawn[name] = folder / f"{prefix}{name}.png"
-            # Without the version of matplotlib, which would change the file.
-            figure.savefig(drawn[name], dpi=110, metadata={"Software": None})
+            save_figure(figure, drawn[name])
     return drawn

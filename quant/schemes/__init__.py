@@ -1,1 +1,1 @@
-"""How a weight matrix is quantized, one scheme a file; `registry` says what each can do."""
+"""How a weight matrix is quantized; `registry` says what each scheme can do."""

@@ -25,7 +25,7 @@ def gptq(
 
     Args:
         weight: the matrix.
-        spec: bits and groups.
+        spec: bits, group size and symmetry.
         hessian: float32 `[columns, columns]`, `X X^T` of the layer's inputs in any unit.
         act_order: take the columns by falling diagonal of the Hessian. Scales and zero points are
             then those of the original weights, so that groups stay consecutive columns; otherwise
@@ -39,7 +39,7 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
     upper = inverse_factor(hessian[order][:, order])
     left = left[:, order]
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    quantized = torch.empty(rows, columns, dtype=torch.uint8)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = torch.zeros(rows, end - start)
@@ -56,21 +56,18 @@ def gptq(
                 scales[:, group : group + 1] = fitted[0]
                 if zeros is not None and fitted[1] is not None:
                     zeros[:, group : group + 1] = fitted[1]
+            value, scale = left[:, place], scales[:, group]
             zero = None if zeros is None else zeros[:, group]
-            scale = scales[:, group]
-            value = left[:, place]
-            codes[:, column] = code = spec.quantize(value, scale, zero)
-            back = (
-                code.float() - (spec.midpoint if zero is None else zero.float())
-            ) * scale.float()
+            quantized[:, column] = spec.quantize(value, scale, zero)
+            back = spec.dequantize(quantized[:, column], scale, zero)
             errors[:, place - start] = error = (value - back) / upper[place, place]
             left[:, place:end] -= torch.outer(error, upper[place, place:end])
         left[:, end:] -= errors @ upper[start:end, end:]
-    return QuantizedWeight(codes, scales, zeros, spec)
+    return QuantizedWeight(quantized, scales, zeros, spec)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped inverse, float32 `[columns, columns]`."""
+    """Return the upper Cholesky factor of the damped inverse, float32 `[columns, columns]`."""
     damped = hessian.double()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1

@@ -39,21 +39,23 @@ def hqq(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     best, lowest = zeros, torch.full_like(zeros, torch.inf)
     beta = BETA
     for _ in range(ITERATIONS + 1):
-        codes = spec.rounded(values + zeros[..., None])
-        error = (values - codes + zeros[..., None]) * inside
+        quantized = spec.rounded(values + zeros[..., None])
+        error = (values - quantized + zeros[..., None]) * inside
         cost = error.abs().pow(P).sum(-1)
         best, lowest = torch.where(cost < lowest, zeros, best), torch.minimum(cost, lowest)
         size = error.abs()
         shrunk = error.sign() * (size - size.clamp(min=1e-8).pow(P - 1) / beta).relu()
-        zeros = ((codes - values + shrunk) * inside).sum(-1) / count
+        zeros = ((quantized - values + shrunk) * inside).sum(-1) / count
         zeros = zeros.half().float()  # as they are stored
         beta *= KAPPA
     columns = weight.shape[1]
-    codes = spec.quantize(weight, spec.expand(start.scales, columns), spec.expand(best, columns))
-    return QuantizedWeight(codes, start.scales, best.half(), spec)
+    quantized = spec.quantize(
+        weight, spec.expand(start.scales, columns), spec.expand(best, columns)
+    )
+    return QuantizedWeight(quantized, start.scales, best.half(), spec)
 
 
 def objective(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """What `hqq` minimises, for each row and group, in steps: `[rows, groups]`."""
+    """Return what `hqq` minimises, for each row and group, in steps: `[rows, groups]`."""
     error = quantized.spec.grouped(weight - quantized.dequantize())
     return (error / quantized.scales.float()[..., None]).abs().pow(P).sum(-1)

@@ -1,63 +1,89 @@
-"""The schemes by name, and what each can do."""
+"""The schemes by name, and what each can do. Nothing heavy is imported before one is used."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from attnserve.errors import UserError
-from quant.schemes import bitsandbytes, hqq_library, quanto
-from quant.schemes.compressed_tensors import compressed_tensors
-from quant.schemes.gptq import gptq
-from quant.schemes.hqq import hqq
-from quant.schemes.rtn import rtn
-from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_kernels.weight import QuantizedWeight, QuantSpec
+
+BLOCKS = tuple(2**power for power in range(5, 13))
+"""Block sizes of bitsandbytes."""
+
+
+def wants_rows(spec: QuantSpec) -> str | None:
+    """Return why a scheme with one scale a row cannot do what is asked, and what to do."""
+    if spec.group_size is not None or not spec.symmetric:
+        return "has a scale a row and no zero points: use --group-sizes channel --symmetric"
+    return None
+
+
+def wants_blocks(spec: QuantSpec) -> str | None:
+    """Return why bitsandbytes' 4 bits cannot do what is asked, and what to do."""
+    if spec.group_size not in BLOCKS:
+        return f"has blocks of {', '.join(map(str, BLOCKS))}: use one of them for --group-sizes"
+    if spec.symmetric:
+        return "has a table of its own, with 0 in it: leave out --symmetric"
+    return None
+
+
+def wants_of_quanto(spec: QuantSpec) -> str | None:
+    """Return why quanto cannot do what is asked, and what to do."""
+    if spec.bits == 8:
+        return wants_rows(spec)
+    return "has 2 and 4 bits with zero points only: leave out --symmetric" * spec.symmetric or None
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to choose codes, scales and zero points.
+    """A way to choose quantized values, scales and zero points.
 
     Args:
         name: on the command line and in results.
         title: one line for people.
-        run: `(weight, spec)`, or `(weight, spec, hessian, act_order)` if calibrated.
-        calibrated: it wants the Hessian of the layer's inputs.
+        function: `module:name` of `(weight, spec)`, or of `(weight, spec, hessian, act_order)` if
+            calibrated.
+        calibrated: it needs the Hessian of the layer's inputs.
         symmetric: it has a symmetric form.
         short_groups: it takes groups that do not divide the columns.
-        bits: widths it can do.
-        wants: what else it asks of a spec: why it cannot do one and what to do, or None.
+        bits: those that it can do.
+        wants: returns why it cannot do a spec and what to do, or None.
         library: the import package that it needs.
         requirement: what pip calls it, with the version that it was tried with.
     """
 
     name: str
     title: str
-    run: Callable[..., QuantizedWeight]
+    function: str
     calibrated: bool = False
     symmetric: bool = True
     short_groups: bool = True
-    bits: Sequence[int] = BITS
+    bits: Sequence[int] = range(2, 9)
     wants: Callable[[QuantSpec], str | None] | None = None
     library: str | None = None
     requirement: str | None = None
 
     def check(self, spec: QuantSpec, columns: set[int]) -> None:
-        """Say before any work that something will not do.
+        """Check before any work that a scheme can do what is asked.
 
         Args:
             spec: what is asked for.
-            columns: the widths of all matrices.
+            columns: of all matrices.
 
         Raises:
             UserError: the scheme cannot do this, or its library is missing.
         """
         if spec.bits not in self.bits:
-            widths = ", ".join(map(str, self.bits))
-            raise UserError(f"scheme {self.name} cannot do {spec.bits} bits: it has {widths}")
+            possible = ", ".join(map(str, self.bits))
+            raise UserError(f"scheme {self.name} cannot do {spec.bits} bits: it has {possible}")
         if spec.symmetric and not self.symmetric:
             raise UserError(f"scheme {self.name} has no symmetric form: leave out --symmetric")
         if self.wants is not None and (why := self.wants(spec)) is not None:
@@ -71,7 +97,7 @@ class Scheme:
         if short and not self.short_groups:
             raise UserError(
                 f"scheme {self.name} cannot cut {short[0]} columns into groups of "
-                f"{spec.group_size}: use --groups channel or a divisor"
+                f"{spec.group_size}: use --group-sizes channel or a divisor"
             )
 
     def __call__(
@@ -81,23 +107,30 @@ class Scheme:
         hessian: Tensor | None = None,
         act_order: bool = False,
     ) -> QuantizedWeight:
-        """Quantize float32 `[rows, columns]`; the Hessian only if `calibrated`."""
-        if self.calibrated:
-            return self.run(weight, spec, hessian, act_order)
-        return self.run(weight, spec)
+        """Quantize float32 `[rows, columns]`; the Hessian is needed only if `calibrated`."""
+        module, _, name = self.function.partition(":")
+        run = getattr(importlib.import_module(module), name)
+        result: QuantizedWeight
+        result = run(weight, spec, hessian, act_order) if self.calibrated else run(weight, spec)
+        return result
 
 
-BITSANDBYTES = "bitsandbytes==0.50.2"
+OWN, LIBRARIES = "quant.schemes", "quant.schemes.libraries"
+BITSANDBYTES: dict[str, Any] = {
+    "library": "bitsandbytes",
+    "requirement": "bitsandbytes==0.50.2",
+}
+BLOCKWISE = BITSANDBYTES | {"bits": (4,), "wants": wants_blocks}
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("rtn", "round to nearest", rtn),
-        Scheme("hqq", "HQQ, zero points optimised without data", hqq, symmetric=False),
-        Scheme("gptq", "GPTQ, calibrated on training text", gptq, calibrated=True),
+        Scheme("rtn", "round to nearest", f"{OWN}.rtn:rtn"),
+        Scheme("hqq", "HQQ, zero points optimised without data", f"{OWN}.hqq:hqq", symmetric=False),
+        Scheme("gptq", "GPTQ, calibrated on text", f"{OWN}.gptq:gptq", calibrated=True),
         Scheme(
             "compressed-tensors",
             "the library's own round to nearest",
-            compressed_tensors,
+            f"{LIBRARIES}:compressed_tensors",
             short_groups=False,
             library="compressed_tensors",
             requirement="compressed-tensors==0.17.0",
@@ -105,55 +138,40 @@ SCHEMES = {
         Scheme(
             "quanto",
             "optimum-quanto, 2 and 4 bits by groups, 8 bits by rows",
-            quanto.quanto,
+            f"{LIBRARIES}:quanto",
             short_groups=False,
-            bits=quanto.BITS,
-            wants=quanto.wants,
+            bits=(2, 4, 8),
+            wants=wants_of_quanto,
             library="optimum.quanto",
             requirement="optimum-quanto==0.2.7",
         ),
         Scheme(
             "hqq-library",
             "HQQ by its authors' library",
-            hqq_library.hqq_library,
+            f"{LIBRARIES}:hqq",
             symmetric=False,
-            bits=hqq_library.BITS,
+            bits=(2, 3, 4, 5, 6, 8),
             library="hqq",
             requirement="hqq==0.2.8.post1",
         ),
-        Scheme(
-            "bnb-nf4",
-            "bitsandbytes' NF4, weights only",
-            bitsandbytes.nf4,
-            bits=(4,),
-            wants=bitsandbytes.wants_blocks,
-            library="bitsandbytes",
-            requirement=BITSANDBYTES,
-        ),
-        Scheme(
-            "bnb-fp4",
-            "bitsandbytes' FP4, weights only",
-            bitsandbytes.fp4,
-            bits=(4,),
-            wants=bitsandbytes.wants_blocks,
-            library="bitsandbytes",
-            requirement=BITSANDBYTES,
-        ),
+        Scheme("bnb-nf4", "bitsandbytes' NF4, weights only", f"{LIBRARIES}:nf4", **BLOCKWISE),
+        Scheme("bnb-fp4", "bitsandbytes' FP4, weights only", f"{LIBRARIES}:fp4", **BLOCKWISE),
         Scheme(
             "bnb-int8",
             "bitsandbytes' int8, weights only",
-            bitsandbytes.int8,
+            f"{LIBRARIES}:int8",
             bits=(8,),
-            wants=bitsandbytes.wants_rows,
-            library="bitsandbytes",
-            requirement=BITSANDBYTES,
+            wants=wants_rows,
+            **BITSANDBYTES,
         ),
     )
 }
+SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
+"""Schemes whose quantized values, scales and zero points compressed-tensors' format has."""
 
 
 def get_scheme(name: str) -> Scheme:
-    """A scheme by name.
+    """Return a scheme by name.
 
     Raises:
         UserError: there is none.
@@ -164,7 +182,7 @@ def get_scheme(name: str) -> Scheme:
 
 
 def installed(library: str) -> bool:
-    """Whether an import package is there, without importing it."""
+    """Return whether an import package is there, without importing it."""
     try:
         return importlib.util.find_spec(library) is not None
     except ModuleNotFoundError:  # not even the package that it is in

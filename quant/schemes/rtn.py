@@ -1,4 +1,4 @@
-"""Round to nearest: each weight takes the closest code of a spec between its group's extremes."""
+"""Round to nearest: each weight takes the nearest of the values between its group's extremes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ def rtn(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`."""
     scales, zeros = spec.qparams(weight)
     columns = weight.shape[1]
-    codes = spec.quantize(
-        weight,
-        spec.expand(scales, columns),
-        None if zeros is None else spec.expand(zeros, columns),
+    expanded = None if zeros is None else spec.expand(zeros, columns)
+    return QuantizedWeight(
+        spec.quantize(weight, spec.expand(scales, columns), expanded), scales, zeros, spec
     )
-    return QuantizedWeight(codes, scales, zeros, spec)

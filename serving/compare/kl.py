@@ -1,4 +1,4 @@
-"""How far a model's probabilities of given tokens are from a reference's: pure figures.
+"""How far a model's probabilities of given tokens are from a reference's.
 
 docs/GATEWAY.md, "Compare", defines each of them.
 """
@@ -36,7 +36,7 @@ class Position:
         return next(iter(self.named))
 
     def top(self, k: int) -> list[dict[str, Any]]:
-        """The `k` most likely ones, for an answer in JSON."""
+        """Return the `k` most likely ones, for an answer in JSON."""
         return [
             {"id": i, "token": self.texts[i], "logprob": self.named[i]}
             for i in list(self.named)[:k]
@@ -44,7 +44,7 @@ class Position:
 
 
 def positions(answer: bytes, ids: Sequence[int], start: int) -> list[Position]:
-    """What a server says of `ids[start:]`, by its answer to a request with `prompt_logprobs`.
+    """Return what a server says of `ids[start:]` in its answer to a request with `prompt_logprobs`.
 
     Raises:
         ValueError: it does not say it.
@@ -60,7 +60,7 @@ def positions(answer: bytes, ids: Sequence[int], start: int) -> list[Position]:
 
 
 def position(id: int, entry: dict[str, dict[str, Any]]) -> Position:
-    """One of vLLM's entries: `{"ID": {"logprob": ..., "decoded_token": ...}, ...}`."""
+    """Return one of vLLM's entries: `{"ID": {"logprob": ..., "decoded_token": ...}, ...}`."""
     named = {int(key): float(value["logprob"]) for key, value in entry.items()}
     named = dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
     named[id]  # KeyError: not of this token
@@ -102,7 +102,7 @@ def drift(reference: Position, model: Position) -> Drift:
 
 
 def other_text(reference: Sequence[Position], model: Sequence[Position]) -> int | None:
-    """The first id that both name and that is not the same text in both; None: there is none."""
+    """Return the first id that both name and that has another text in each; None: there is none."""
     for one, other in zip(reference, model, strict=True):
         for id, text in one.texts.items():
             if other.texts.get(id, text) != text:
@@ -111,7 +111,7 @@ def other_text(reference: Sequence[Position], model: Sequence[Position]) -> int 
 
 
 def summary(drifts: Sequence[Drift]) -> dict[str, Any]:
-    """The figures over all tokens, of which there must be at least one."""
+    """Return the figures over all tokens, of which there must be at least one."""
     count = len(drifts)
     agreeing = [d.agrees for d in drifts]
     return {

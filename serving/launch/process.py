@@ -29,7 +29,7 @@ QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_
 
 
 class LaunchError(Exception):
-    """Why the two servers cannot run, in one line, and the exit code that says so."""
+    """Why a server cannot run, in one line, and the exit code that says so."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -37,10 +37,11 @@ class LaunchError(Exception):
 
 
 class Service:
-    """One of the two servers: its process, its address and its log."""
+    """A server of this machine: its process, its address and its log."""
 
     def __init__(self, name: str, port: int, log_folder: Path) -> None:
         self.name = name
+        self.port = port
         self.url = f"http://{HOST}:{port}"
         self.log_file = log_folder / f"{name}-{port}.log"
         self.process: Process | None = None
@@ -103,11 +104,11 @@ class Service:
         await self.process.wait()
 
     def log(self) -> str:
-        """Everything it has printed."""
+        """Return everything it has printed."""
         return self.log_file.read_text(errors="replace")
 
     def failed(self, how: str, code: int = 1) -> LaunchError:
-        """The error that says how it failed, why by its own words, and where to read more."""
+        """Return the error that says how it failed, why in its own words, and where its log is."""
         reason = last_error(self.log()).removeprefix("attnserve: ") or "no message"
         return LaunchError(f"{self.name} {how}: {reason} (log: {self.log_file})", max(code, 1))
 
@@ -117,13 +118,13 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def fetch(url: str) -> bytes:
-    """The body of a GET that answers 200."""
+    """Return the body of a GET that answers 200; raises OSError where it does not."""
     with DIRECT.open(url, timeout=5) as response:
         content: bytes = response.read()
         return content
 
 
 def check_port(port: int, option: str) -> None:
-    """Raise if something already listens on `port`."""
+    """Raise a LaunchError if something already listens on a port, which `option` chooses."""
     if fault := port_fault(port, HOST):
         raise LaunchError(f"{fault}; choose another {option}")

@@ -15,19 +15,19 @@ CONSEQUENCES = ("Engine core initialization failed", "EngineDeadError", "See roo
 
 
 def plain_lines(log: str) -> list[str]:
-    """The lines of a vLLM log without process, level, time and place; no empty ones."""
+    """Return the lines of a vLLM log without process, level, time and place; no empty ones."""
     lines = (PREFIX.sub("", line).strip() for line in log.splitlines())
     return [line for line in lines if line]
 
 
 def last_line(log: str) -> str:
-    """The last line of a log, without its prefix."""
+    """Return the last line of a log, without its prefix."""
     lines = plain_lines(log)
     return lines[-1] if lines else ""
 
 
 def last_error(log: str) -> str:
-    """The last line of a log that states an error, passing over mere consequences of another."""
+    """Return the last line of a log that states an error and not a mere consequence of another."""
     errors = [line for line in plain_lines(log) if ERROR_LINE.match(line)]
     causes = [line for line in errors if not any(c in line for c in CONSEQUENCES)]
     return (causes or errors or [last_line(log)])[-1]

@@ -42,13 +42,13 @@ class Histogram(Collector):
         registry.register(self)
 
     def labels(self, *values: str) -> Child:
-        """The child of these labels' values."""
+        """Return the child of these labels' values."""
         if values not in self._children:
             self._children[values] = Child(self.bounds)
         return self._children[values]
 
     def collect(self) -> Iterable[Metric]:
-        """For the registry."""
+        """Return the metric for the registry."""
         family = HistogramMetricFamily(self.name, self.text, labels=self.label_names)
         bounds = [*(str(float(b)) for b in self.bounds), "+Inf"]
         for values, child in self._children.items():

@@ -13,7 +13,7 @@ class JsonLines(logging.Formatter):
     """A record and its `extra` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return one line of JSON."""
         at = time.gmtime(record.created)
         line: dict[str, Any] = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{int(record.msecs):03d}Z",

@@ -20,7 +20,7 @@ class Tracer:
     """Spans of requests, exported in the background by OpenTelemetry's own SDK."""
 
     def __init__(self) -> None:
-        """Raises ImportError where it is not installed."""
+        """Set the exporter up; raises ImportError where it is not installed."""
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -36,13 +36,13 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def start(self, name: str, headers: list[tuple[bytes, bytes]]) -> Any:
-        """A span for a request, below its client's if `headers` name one."""
+        """Return a span for a request, below its client's if `headers` name one."""
         carrier = {k.decode("latin-1"): v.decode("latin-1") for k, v in headers}
         context = self._propagator.extract(carrier)
         return self._tracer.start_span(name, context, kind=self._kind)
 
     def headers(self, span: Any) -> dict[bytes, bytes]:
-        """What tells the upstream of the span."""
+        """Return the headers that tell the model server of the span."""
         from opentelemetry.trace import set_span_in_context
 
         carrier: dict[str, str] = {}
@@ -50,7 +50,7 @@ class Tracer:
         return {k.encode("latin-1"): v.encode("latin-1") for k, v in carrier.items()}
 
     def end(self, span: Any, fields: Mapping[str, Any]) -> None:
-        """The end of a request, with the fields of its log line."""
+        """End a request's span, with the fields of its log line."""
         from opentelemetry.trace import StatusCode
 
         for name, value in fields.items():
@@ -66,7 +66,7 @@ class Tracer:
 
 
 def tracer() -> Tracer | None:
-    """The tracer if the environment asks for one and OpenTelemetry is there."""
+    """Return the tracer if the environment asks for one and OpenTelemetry is installed."""
     if not any(os.environ.get(name) for name in WHERE_TO):
         return None
     try:

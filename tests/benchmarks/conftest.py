@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quant.quantize import main as quantize
+from tests.quantized import quantize
 from tests.tiny import tiny_checkpoint
 
 

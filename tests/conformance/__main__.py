@@ -53,7 +53,7 @@ class Outcome:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The gateway in front of two real vLLM servers; its address."""
+    """Run the gateway in front of two real vLLM servers; yield its address."""
     for name in ("chat", "embed"):
         (folder / name).mkdir()
     common = ("--dtype=float32", "--max-num-seqs=16")
@@ -154,7 +154,7 @@ def llm_comply(url: str, logs: Path) -> Outcome:
 
 
 def schemathesis(url: str, logs: Path) -> Outcome:
-    """Requests by the gateway's own OpenAPI document: for models of any name, then served ones."""
+    """Send requests by the gateway's own OpenAPI document, for any model, then for served ones."""
     sent = failed = 0
     for name, config in (("any", []), ("served", [f"--config-file={HERE}/schemathesis.toml"])):
         command: Command = [TOOLS / "bin/schemathesis", *config, "run", f"{url}/openapi.json"]
@@ -171,7 +171,7 @@ SUITES = {"openai": openai_python, "llm-comply": llm_comply, "schemathesis": sch
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.conformance",
         description=__doc__,
@@ -202,7 +202,7 @@ def all_suites(url: str, options: argparse.Namespace) -> list[Outcome]:
 
 
 def main() -> None:
-    """A table, and as last line one JSON object; exit 1 if anything failed."""
+    """Print a table, and as last line one JSON object; exit with 1 if anything failed."""
     options = parse()
     if not TOOLS.exists():
         sys.exit("tests.conformance: the suites are not installed; use `make conformance`")

@@ -12,7 +12,7 @@ import pytest
 
 from hf_attn import VariantLlamaConfig
 from hf_attn.configuration import AUTO_CODE, AUTO_FILE, AUTO_MAP
-from quant.quantize import main as quantize
+from tests.quantized import quantize
 from tests.tiny import tiny_checkpoint
 
 LOAD = """

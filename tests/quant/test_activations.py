@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attn_kernels import variant_names
 from attnserve.evaluation.scorers import load
-from quant.activations import Activations, QuantizedCache, on_grid
+from quant.activations import QuantizedCache, fake_quantize, quantize_inputs
 from quant.model import largest_inputs, linears
 from quant.schemes.rtn import rtn
 from quant_kernels.weight import QuantSpec
@@ -32,11 +32,11 @@ def ids(model: PreTrainedModel, tokens: int = 24) -> Tensor:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_each_row_has_its_grid(symmetric: bool) -> None:
+def test_each_row_has_its_scale(symmetric: bool) -> None:
     values = (
         torch.randn(2, 3, 16, generator=torch.manual_seed(0)) * torch.tensor([1, 10, 100])[:, None]
     )
-    found = on_grid(values, 4, symmetric)
+    found = fake_quantize(values, 4, symmetric)
     plain = rtn(values.reshape(6, 16), QuantSpec(4, None, symmetric)).dequantize()
     torch.testing.assert_close(found, plain.view_as(values))
 
@@ -45,15 +45,15 @@ def test_inputs_of_layers() -> None:
     layer = nn.Linear(8, 4, bias=False)
     x = torch.randn(5, 8, generator=torch.manual_seed(0))
     exact = layer(x)
-    Activations(3).attach({"layer": layer}, {})
-    torch.testing.assert_close(layer(x), on_grid(x, 3, True) @ layer.weight.T)
+    quantize_inputs({"layer": layer}, 3)
+    torch.testing.assert_close(layer(x), fake_quantize(x, 3, True) @ layer.weight.T)
     assert not torch.allclose(layer(x), exact)
 
 
 def test_static_scales_cut_off() -> None:
     layer = nn.Linear(3, 3, bias=False)
     layer.weight.data = torch.eye(3)
-    Activations(8, static=True).attach({"layer": layer}, {"layer": 1.0})
+    quantize_inputs({"layer": layer}, 8, {"layer": 1.0})
     found = layer(torch.tensor([[0.5, -0.013, 3.0], [-9.0, 1.0, 0.0]]))
     torch.testing.assert_close(
         found, torch.tensor([[0.5, -0.013, 1.0], [-1.0, 1.0, 0.0]]), atol=0.008, rtol=0
@@ -72,7 +72,7 @@ def test_largest_inputs(softpick: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
-def test_cache_widths(name: str, tmp_path: Path) -> None:
+def test_cache_bits(name: str, tmp_path: Path) -> None:
     """The fewer bits, the further from the exact cache; keys and values are on their specs."""
     model = model_of(name, tmp_path)
     texts = ids(model)
@@ -86,12 +86,12 @@ def test_cache_widths(name: str, tmp_path: Path) -> None:
         heads = model.config.num_key_value_heads
         for (keys, values, *_), (old_keys, old_values, *_) in zip(cache, exact_cache, strict=True):
             for found in (keys, values[:, :heads]):
-                codes = {len(row.unique()) for row in found.flatten(0, 2)}
-                assert max(codes) <= 2**bits
+                quantized = {len(row.unique()) for row in found.flatten(0, 2)}
+                assert max(quantized) <= 2**bits
             assert values.shape == old_values.shape and keys.shape == old_keys.shape
         # The first layer's keys, which have no error yet, are those of the model, rotated.
         first, old = cache.layers[0].keys, exact_cache.layers[0].keys
-        torch.testing.assert_close(first, on_grid(old, bits, False))
+        torch.testing.assert_close(first, fake_quantize(old, bits, False))
     assert errors[0] < errors[1] < errors[2] and errors[0] < 0.05 < errors[2]
 
 

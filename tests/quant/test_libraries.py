@@ -17,7 +17,7 @@ from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 
 def needs(name: str) -> Scheme:
-    """A scheme whose library is there; else the test is skipped."""
+    """Return a scheme whose library is there; else skip the test."""
     scheme = get_scheme(name)
     assert scheme.library is not None
     if not installed(scheme.library):
@@ -43,7 +43,7 @@ def error(weight: Tensor, quantized: QuantizedWeight) -> float:
         *(("hqq-library", QuantSpec(bits, 64), "hqq", 1.2) for bits in (2, 3, 4, 5, 6, 8)),
         ("hqq-library", QuantSpec(4, None), "hqq", 1.1),
         ("bnb-nf4", QuantSpec(4, 64), "rtn", 1.5),
-        ("bnb-fp4", QuantSpec(4, 64), "rtn", 2.5),  # most of its codes are near 0
+        ("bnb-fp4", QuantSpec(4, 64), "rtn", 2.5),  # most of its values are near 0
         ("bnb-int8", QuantSpec(8, None, True), "rtn", 1.05),
     ],
 )
@@ -126,7 +126,7 @@ def test_models(name: str, softpick: Path) -> None:
     ("name", "spec", "message"),
     [
         ("quanto", QuantSpec(3, 64), "scheme quanto cannot do 3 bits: it has 2, 4, 8"),
-        ("quanto", QuantSpec(8, 64), "use --groups channel --symmetric"),
+        ("quanto", QuantSpec(8, 64), "use --group-sizes channel --symmetric"),
         ("quanto", QuantSpec(4, 64, True), "leave out --symmetric"),
         (
             "hqq-library",
@@ -142,7 +142,7 @@ def test_models(name: str, softpick: Path) -> None:
         ),
         ("bnb-fp4", QuantSpec(4, None), "has blocks of 32"),
         ("bnb-fp4", QuantSpec(4, 64, True), "has a table of its own, with 0 in it"),
-        ("bnb-int8", QuantSpec(8, 64, True), "use --groups channel --symmetric"),
+        ("bnb-int8", QuantSpec(8, 64, True), "use --group-sizes channel --symmetric"),
     ],
 )
 def test_what_a_library_lacks_is_refused(name: str, spec: QuantSpec, message: str) -> None:

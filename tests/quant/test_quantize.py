@@ -18,12 +18,14 @@ from torch import Tensor
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import load
 from quant.model import quantize
-from quant.quantize import main
-from quant.samples import Samples, Subject
+from quant.quantize import quantize as command
+from quant.reader import Reader
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.texts import Sources, calibration_text
 from quant_kernels.pack import unpack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
+from tests.conftest import Commands
+from tests.quantized import quantize as main
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 14
@@ -31,18 +33,18 @@ LAYERS = 14
 
 
 def read_back(tensors: dict[str, Tensor], layer: str, args: dict[str, Any]) -> Tensor:
-    """A weight from its tensors, float32 `[rows, columns]`."""
+    """Return a weight from its tensors, float32 `[rows, columns]`."""
     rows, columns = tensors[f"{layer}.weight_shape"].tolist()
     spec = QuantSpec(args["num_bits"], args["group_size"], args["symmetric"])
-    codes = unpack(tensors[f"{layer}.weight_packed"], spec.bits, columns)
+    quantized = unpack(tensors[f"{layer}.weight_packed"], spec.bits, columns)
     if 32 % spec.bits == 0:  # the library packs other widths with gaps
         packed = tensors[f"{layer}.weight_packed"]
         signed = unpack_from_int32(packed, spec.bits, torch.Size((rows, columns)))
-        assert torch.equal(signed.int() + spec.midpoint, codes.int())
+        assert torch.equal(signed.int() + spec.midpoint, quantized.int())
     zeros = tensors.get(f"{layer}.weight_zero_point")
     if zeros is not None and zeros.dtype == torch.int32:
         zeros = unpack(zeros.T.contiguous(), spec.bits, rows).T
-    return QuantizedWeight(codes, tensors[f"{layer}.weight_scale"], zeros, spec).dequantize()
+    return QuantizedWeight(quantized, tensors[f"{layer}.weight_scale"], zeros, spec).dequantize()
 
 
 @pytest.mark.parametrize(
@@ -70,9 +72,8 @@ def test_files_hold_the_sweeps_weights(
     scheme = get_scheme(arguments[0].removeprefix("--scheme="))
     model, texts = load(softpick), torch.empty(0, dtype=torch.long)
     if scheme.calibrated:
-        subject, sources = Subject(softpick, 512), Sources(books=data.books)
-        text = calibration_text(sources, subject, Samples().calibration, 0)
-        texts = text.rows(subject.bos)
+        reader, sources = Reader(softpick, 512), Sources(books=data.books)
+        texts = calibration_text(sources, reader, 16, 0).rows
     spec = QuantSpec(bits, args["group_size"], args["symmetric"])
     found = quantize(model, scheme, spec, texts, act_order="--act-order" in arguments)
     tensors = load_file(out / "model.safetensors")
@@ -99,15 +100,16 @@ def test_the_rest_stays(softpick: Path, tmp_path: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == (softpick / "tokenizer.json").read_bytes()
     card = (out / "README.md").read_text()
     assert card.startswith("# A card\n")
-    assert "`python -m quant.quantize --bits 4 --scheme rtn --group 64`" in card
+    assert "`python -m quant.quantize --bits 4 --scheme rtn --group-size 64`" in card
     assert not (out / "notes.bin").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embeddings(tied: bool, tmp_path: Path, commands: Commands) -> None:
     """One matrix if the head is tied to them; the table adds up to what is on disk."""
     source = tiny_checkpoint(tmp_path / "source", "softmax", tie_word_embeddings=tied)
-    main([str(source), str(tmp_path / "out"), "--bits=3", "--scheme=rtn", "--embeddings=5"])
+    argv = [source, tmp_path / "out", "--bits=3", "--scheme=rtn", "--embeddings=5", "--json"]
+    parts = json.loads(commands.run(command, *argv))["parts"]
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     args = config["config_groups"]["group_1"]["weights"]
     tensors = load_file(tmp_path / "out/model.safetensors")
@@ -119,8 +121,6 @@ def test_embeddings(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[st
         steps = tensors[f"{layer}.weight_scale"].float().repeat_interleave(64, 1)
         assert (error <= 0.5001 * steps).all()
     assert ("lm_head.weight_packed" in tensors) == (not tied)
-    lines = capsys.readouterr().out.splitlines()
-    parts = json.loads(lines[-1])["parts"]
     assert parts["embeddings"]["numbers"] == sum(
         model.get_submodule(layer).weight.numel() for layer in tables
     )
@@ -160,8 +160,8 @@ def test_several_files(softpick: Path, tmp_path: Path) -> None:
 
 
 REFUSALS = [
-    (["--bits=9", "--scheme=rtn"], "9 bits: use 2 to 8"),
-    (["--bits=4", "--scheme=rtn", "--embeddings=1"], "1 bits: use 2 to 8"),
+    (["--bits=9", "--scheme=rtn"], "less than or equal to 8"),
+    (["--bits=4", "--scheme=rtn", "--embeddings=1"], "greater than or equal to 2"),
     (["--bits=4", "--scheme=best"], "unknown scheme 'best': use one of rtn, hqq, gptq"),
     (
         ["--bits=4", "--scheme=bnb-nf4"],
@@ -169,7 +169,10 @@ REFUSALS = [
     ),
     (["--bits=4", "--scheme=hqq", "--symmetric"], "scheme hqq has no symmetric form"),
     (["--bits=4", "--scheme=rtn", "--act-order"], "--act-order is of the scheme gptq"),
-    (["--bits=4", "--scheme=rtn", "--group=48"], "--group 48: use a multiple of 32, or channel"),
+    (
+        ["--bits=4", "--scheme=rtn", "--group=48"],
+        "--group-size 48: use a multiple of 32",
+    ),
     (["--bits=4", "--scheme=rtn", "--activations"], "--activations needs --bits 8 --symmetric"),
     (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
     (
@@ -182,19 +185,10 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("arguments", "says"), REFUSALS)
 def test_refused_in_one_line(
-    softpick: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    says: str,
+    softpick: Path, tmp_path: Path, commands: Commands, arguments: list[str], says: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(softpick), str(tmp_path / "out"), *arguments])
-    printed = capsys.readouterr()
-    assert ended.value.code == 2
-    assert says in printed.err
-    assert len(printed.err.splitlines()) == 1
-    assert printed.out == ""
+    assert says in commands.refused(command, softpick, tmp_path / "out", *arguments)
+    assert len(commands.printed.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -205,21 +199,19 @@ def test_refused_in_one_line(
         ({"library": "no_such_library"}, "scheme rtn needs the library no_such_library, which is"),
     ],
 )
-def test_a_width_or_library_that_a_scheme_lacks(
+def test_bits_or_a_library_that_a_scheme_lacks(
     softpick: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    commands: Commands,
     monkeypatch: pytest.MonkeyPatch,
     lack: dict[str, Any],
     says: str,
 ) -> None:
     monkeypatch.setitem(SCHEMES, "rtn", dataclasses.replace(SCHEMES["rtn"], **lack))
-    test_refused_in_one_line(softpick, tmp_path, capsys, ["--bits=3", "--scheme=rtn"], says)
+    test_refused_in_one_line(softpick, tmp_path, commands, ["--bits=3", "--scheme=rtn"], says)
 
 
-def test_folders_that_will_not_do(
-    softpick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_will_not_do(softpick: Path, tmp_path: Path, commands: Commands) -> None:
     """What is no checkpoint, or quantized already, and what must not be overwritten."""
     out, empty, mine = tmp_path / "out", tmp_path / "empty", tmp_path / "mine"
     empty.mkdir()
@@ -227,13 +219,9 @@ def test_folders_that_will_not_do(
     (mine / "thesis.txt").write_text("mine")
 
     def refused(source: Path, target: Path, *arguments: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main([str(source), str(target), "--bits=4", "--scheme=rtn", *arguments])
-        assert ended.value.code == 2
-        return capsys.readouterr().err
+        return commands.refused(command, source, target, "--bits=4", "--scheme=rtn", *arguments)
 
     main([str(softpick), str(out), "--bits=4", "--scheme=rtn"])
-    capsys.readouterr()
     assert "empty has no config.json" in refused(empty, tmp_path / "new")
     assert "is quantized already" in refused(out, tmp_path / "new")
     assert "is there already: --overwrite replaces it" in refused(softpick, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +13,20 @@ import pytest
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant import store
 from quant.config import QuantConfig
-from quant.report import frontier, paper
-from quant.report.explain import explanations, in_short, ranks, spearman
+from quant.report import paper
+from quant.report.explain import explanations, in_short, spearman
 from quant.report.frame import frame, setting, table
 from quant.report.section import section, write_section
 from quant.scorer import CHANGES, DIVERGENCES
-from quant.store import Stored
+from quant.store import SweepResult
 
 BEFORE = np.array([3.0, 4.0, 5.0])
 
 
 def result(
     variant: str, config: QuantConfig, rise: Sequence[float], outliers: float = 3.0
-) -> Stored:
-    """A result whose losses rose by `rise`, and whose divergence is its mean."""
+) -> SweepResult:
+    """Return a result whose losses rose by `rise`, and whose divergence is its mean."""
     losses = BEFORE + rise
     summary = {
         "perplexity: test per token": mean_interval(losses).exp(),
@@ -44,12 +43,12 @@ def result(
             "KL over tokens": {"test": dict.fromkeys(DIVERGENCES, 0.25)},
             "p change over tokens": {"test": dict.fromkeys(CHANGES, -0.125)},
         }
-    return Stored(
+    return SweepResult(
         checkpoint=variant,
         variant=variant,
         context=64,
         key={"checkpoint": "0", "config": vars(config), "samples": {}, "texts": "1"},
-        texts=store.OLDER,
+        texts=store.TITLES,
         machine="here",
         seconds=60.0,
         size={
@@ -67,7 +66,7 @@ def result(
 GPTQ3 = QuantConfig(weights=3, scheme="gptq", group_size=64)
 
 
-def pair(soft: Sequence[float], pick: Sequence[float]) -> list[Stored]:
+def pair(soft: Sequence[float], pick: Sequence[float]) -> list[SweepResult]:
     nothing = [0.0, 0.0, 0.0]
     return [
         result("softmax", QuantConfig(), nothing),
@@ -80,8 +79,8 @@ def pair(soft: Sequence[float], pick: Sequence[float]) -> list[Stored]:
 def test_the_papers_advantage() -> None:
     rows = {row.name: row for row in paper.ROWS}
     exact = math.log(34.57 / 23.85) - math.log(31.53 / 24.32)
-    assert paper.advantage(rows["GPTQ-3"]) == pytest.approx(exact)
-    assert all(paper.advantage(row) > 0 for row in rows.values() if row.scheme)
+    assert rows["GPTQ-3"].advantage == pytest.approx(exact)
+    assert all(row.advantage > 0 for row in rows.values() if row.scheme)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +114,12 @@ def test_other_texts_are_not_compared() -> None:
 
 
 def test_rank_correlation() -> None:
-    assert ranks(np.array([10.0, 30.0, 10.0, 20.0])).tolist() == [1.5, 4, 1.5, 3]
     same, chance = spearman(np.arange(5.0), np.arange(5.0) ** 3)
     assert (same, chance) == pytest.approx((1, 1 / 120))
     other, chance = spearman(np.arange(5.0), -np.arange(5.0))
     assert (other, chance) == pytest.approx((-1, 1))
     # 1 - 6 * sum d^2 / (n (n^2 - 1))
-    assert spearman(np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3]))[0] == pytest.approx(0.6)
+    assert spearman([1.0, 2, 3, 4], [2.0, 1, 4, 3])[0] == pytest.approx(0.6)
     assert spearman(np.ones(4), np.arange(4.0)) == (0.0, 1.0)
 
 
@@ -177,56 +175,17 @@ def test_metrics_as_people_read_them() -> None:
     ratio, rest = after.split("### Tokens with the same likeliest token")
     assert "| 1.2214 [" in ratio and "90.0 [80.0, 100.0]" in rest
     assert "| softmax | 3 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | -12.50 |" in rest
-    assert "2.00 [0.00, 100.00]" in rest and "Not measured: `python -m quant.sensitivity" in rest
-
-
-def write_sensitivity(file: Path) -> None:
-    points = [
-        {"kind": kind, "size": size, "bits": size / 10, "divergence": [cost, cost, cost]}
-        for kind, size, cost in (
-            ("uniform", 40, 0.1),
-            ("uniform", 20, 0.8),
-            ("uniform", 80, 0.01),
-            ("mixed", 80, 0.01),
-            ("mixed", 38, 0.05),
-            ("mixed", 30, 0.2),
-            ("mixed", 41, 0.04),
-            ("mixed", 20, 0.8),
-            ("budget", 39, 0.04),
-        )
-    ]
-    fields = {"checkpoint": "softpick", "key": {"scheme": "gptq"}, "points": points}
-    fields["texts"] = {"chosen": "chosen.txt", "measured": "measured.txt"}
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(fields))
-
-
-def test_mixed_widths_beside_uniform_ones(tmp_path: Path) -> None:
-    write_sensitivity(tmp_path / "sensitivity" / "softpick-gptq-g64.json")
-    (found,) = frontier.read_all(tmp_path)
-    ((uniform, mixed),) = found.beside()
-    assert (uniform.size, mixed.size) == (40, 38)
-    assert "| softpick | 4.00 | 40 | 0.1 [0.1, 0.1] | 38 | 0.05 [0.05, 0.05] | 2.00 |" in (
-        frontier.text([found])
-    )
-    assert "chosen on: chosen.txt; measured on: measured.txt (gptq" in frontier.text([found])
-    (tmp_path / "sensitivity" / "softpick-gptq-g64.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is not a result of quant\.sensitivity"):
-        frontier.read_all(tmp_path)
+    assert "2.00 [0.00, 100.00]" in rest
 
 
 def test_the_section_of_a_folder(tmp_path: Path) -> None:
     """With its plots, for docs/RESULTS.md."""
     assert "Not measured" in write_section(tmp_path, tmp_path / "figures", "figures")
     assert not (tmp_path / "figures").exists()
-    for stored in pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]):
-        fields = vars(stored) | {"summary": {k: e.json() for k, e in stored.summary.items()}}
-        path = tmp_path / "configs" / stored.checkpoint / f"{stored.config.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fields))
-    write_sensitivity(tmp_path / "sensitivity" / "softpick-gptq-g64.json")
+    for result in pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]):
+        store.write(tmp_path, result)
     text = write_section(tmp_path, tmp_path / "figures", "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    kinds = ("degradation-weights", "outliers", "mixed")
+    kinds = ("degradation-weights", "outliers")
     assert names == {f"quantization-{kind}.png" for kind in kinds}
     assert all(f"](figures/{name})" in text for name in names)

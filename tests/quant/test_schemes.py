@@ -27,14 +27,14 @@ from tests.tiny import tiny_checkpoint
 
 
 def correlated(rows: int, columns: int) -> Tensor:
-    """Inputs whose columns go together, `[rows, columns]`."""
+    """Return inputs whose columns go together, `[rows, columns]`."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(columns, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator) @ mix / columns**0.5
 
 
 def cost(weight: Tensor, quantized: QuantizedWeight, inputs: Tensor) -> float:
-    """What GPTQ minimises: the squared error of the layer's output."""
+    """Return what GPTQ minimises: the squared error of the layer's output."""
     return float(((weight - quantized.dequantize()) @ inputs.T).square().sum())
 
 
@@ -59,8 +59,8 @@ def test_gptq_rounds_where_inputs_are_independent(act_order: bool) -> None:
 
 
 def test_gptq_is_the_papers_one_column_at_a_time() -> None:
-    """Optimal brain quantization's own step, in float64 with an inverse for every column, on a
-    spec of one group and a matrix of more than a block."""
+    """Optimal brain quantization's own step, in float64 with an inverse for every column, with
+    one group and a matrix of more than a block."""
     weight = torch.randn(5, 150, generator=torch.manual_seed(1))
     inputs = correlated(600, 150)
     hessian, spec = inputs.T @ inputs, QuantSpec(4, None)
@@ -77,7 +77,7 @@ def test_gptq_is_the_papers_one_column_at_a_time() -> None:
         left[:, column:] -= error * inverse[0]
         left[:, column] = back[:, 0]
     same = (found.dequantize() - left.float()).abs() < 1e-4
-    assert same.double().mean() > 0.99  # a value between two codes may go either way
+    assert same.double().mean() > 0.99  # a value between two may go either way
 
 
 def test_gptq_without_inputs_of_a_column() -> None:
@@ -165,7 +165,7 @@ def test_quantize_replaces_weights_and_nothing_else(scheme: str, softpick: Any) 
             "compressed-tensors",
             QuantSpec(4, 64),
             {128, 688},
-            "cannot cut 688 columns into groups of 64: use --groups channel or a divisor",
+            "cannot cut 688 columns into groups of 64: use --group-sizes channel or a divisor",
         ),
     ],
 )

@@ -12,11 +12,11 @@ import pytest
 
 from attnserve.errors import UserError
 from attnserve.evaluation.measures import Data
-from quant import sensitivity
+from quant import layerwise
 from quant.mixed import Price, path, total, within
-from quant.report import frontier
+from quant.sensitivity import sensitivity
+from tests.conftest import Commands
 
-Capture = pytest.CaptureFixture[str]
 PRICES = {
     "a": {2: Price(1.0, 20), 4: Price(0.10, 40), 8: Price(0.01, 80)},
     "b": {2: Price(0.1, 20), 4: Price(0.05, 40), 8: Price(0.02, 80)},
@@ -27,7 +27,7 @@ PRICES = {
 def test_path_goes_from_the_largest_to_the_smallest() -> None:
     steps = path(PRICES)
     assert steps[0] == dict.fromkeys("abc", 8) and steps[-1] == dict.fromkeys("abc", 2)
-    sizes = [total(PRICES, widths) for widths in steps]
+    sizes = [total(PRICES, choice) for choice in steps]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     # The cheapest step for a byte comes first: b to 4 bits costs 0.03 / 40.
     assert steps[1] == {"a": 8, "b": 4, "c": 8}
@@ -35,9 +35,9 @@ def test_path_goes_from_the_largest_to_the_smallest() -> None:
 
 def test_path_takes_the_cheapest_byte() -> None:
     """Convex prices: every step of the greedy path is as good as any choice of its size."""
-    for widths in path(PRICES)[:4]:
-        size = total(PRICES, widths)
-        cost = sum(PRICES[layer][bits].divergence for layer, bits in widths.items())
+    for choice in path(PRICES)[:4]:
+        size = total(PRICES, choice)
+        cost = sum(PRICES[layer][bits].divergence for layer, bits in choice.items())
         for bits in itertools.product((2, 4, 8), repeat=3):
             other = dict(zip("abc", bits, strict=True))
             if total(PRICES, other) <= size:
@@ -52,7 +52,7 @@ def test_budget() -> None:
         within(PRICES, 49)
 
 
-def test_a_worse_larger_width_is_left_first() -> None:
+def test_more_bits_that_are_worse_are_left_first() -> None:
     prices = {
         "a": {4: Price(0.1, 40), 8: Price(0.2, 80)},
         "b": {4: Price(0.1, 40), 8: Price(0, 80)},
@@ -60,22 +60,21 @@ def test_a_worse_larger_width_is_left_first() -> None:
     assert path(prices)[1] == {"a": 4, "b": 8}
 
 
-def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) -> None:
+def test_command(softpick: Path, data: Data, tmp_path: Path, commands: Commands) -> None:
     argv = [str(softpick), f"--books={data.books}", f"--out={tmp_path}", "--length=48"]
     argv += ["--sequences=2", "--calibration=2", "--group=32", "--bits", "2", "4", "8"]
 
     def run(*more: str) -> dict[str, Any]:
-        capsys.readouterr()
-        sensitivity.main([*argv, *more])
-        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found: dict[str, Any] = json.loads(commands.run(sensitivity, *argv, *more, "--json"))
         return found
 
     found = run()
     assert Path(found["plot"]).stat().st_size > 1000
     summary = json.loads(Path(found["out"]).read_text())
-    assert len(summary["layers"]) == 14
+    assert len(summary["prices"]) == 14
     # Layers cost more at fewer bits, and the whole model more than any of its layers.
-    singles = {bits: [own[bits][0] for own in summary["layers"].values()] for bits in "248"}
+    prices = summary["prices"].values()
+    singles = {bits: [own[bits]["divergence"] for own in prices] for bits in "248"}
     means = [float(np.mean(singles[bits])) for bits in "248"]
     assert means[0] > means[1] > means[2] > 0
     uniform = {p[2]: p[3] for p in found["points"] if p[0] == "uniform"}
@@ -83,7 +82,7 @@ def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) ->
     mixed = [p for p in found["points"] if p[0] == "mixed"]
     sizes = [p[1] for p in mixed]
     assert len(set(sizes)) == len(sizes) > 3
-    # The ends of the frontier are the uniform widths: the same weights, the same divergence.
+    # The ends of the frontier are the uniform choice: the same weights, the same divergence.
     ends = {p[1]: p[3] for p in mixed}
     for point in found["points"]:
         if point[0] == "uniform" and point[1] in (min(sizes), max(sizes)):
@@ -95,13 +94,13 @@ def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) ->
     journal.write_text("".join(lines[:-1]) + lines[-1][:5])
     with pytest.MonkeyPatch.context() as patch:
         calls: list[int] = []
-        original = sensitivity.Divergence.__call__
+        original = layerwise.Divergence.__call__
 
-        def counted(divergence: sensitivity.Divergence) -> list[float]:
+        def counted(divergence: layerwise.Divergence) -> list[float]:
             calls.append(1)
             return original(divergence)
 
-        patch.setattr(sensitivity.Divergence, "__call__", counted)
+        patch.setattr(layerwise.Divergence, "__call__", counted)
         again = run("--budget", str(sizes[2]))
     assert again["points"][: len(found["points"])] == found["points"] and len(calls) <= 2
     (budget,) = [p for p in again["points"] if p[0] == "budget"]
@@ -109,24 +108,23 @@ def test_command(softpick: Path, data: Data, tmp_path: Path, capsys: Capture) ->
 
 
 def test_without_text_the_checkpoint_writes_it(
-    softpick: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    softpick: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a folder in which there is nothing, and where results go by default."""
     monkeypatch.chdir(tmp_path)
     argv = [str(softpick), "--length=48", "--sequences=2", "--calibration=2", "--bits", "2", "8"]
-    sensitivity.main([*argv, "--scheme=gptq"])
-    output = capsys.readouterr().out.splitlines()
+    output = commands.run(sensitivity, *argv, "--scheme=gptq").splitlines()
     assert output[0].startswith("Chosen on: text sampled from softpick. Measured on: text sampled")
     out = tmp_path / "runs" / "quant" / "sensitivity" / "softpick-gptq-g64.json"
-    assert json.loads(output[-1])["out"] == str(out.relative_to(tmp_path))
-    (found,) = frontier.read_all(tmp_path / "runs" / "quant")
-    assert found.measured == found.chosen == "text sampled from softpick"
+    assert output[-1].startswith(f"Written: {out.relative_to(tmp_path)}, ")
+    found = json.loads(out.read_text())
+    assert found["measured"] == found["chosen"] == "text sampled from softpick"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--bits 1", "1 bits: use 2 to 8"),
+        ("--bits 1", "greater than or equal to 2"),
         ("--scheme awq", "unknown scheme 'awq'"),
         ("--scheme hqq --symmetric", "hqq has no symmetric form"),
         ("--scheme quanto --bits 3", "scheme quanto cannot do 3 bits: it has 2, 4, 8"),
@@ -135,22 +133,21 @@ def test_without_text_the_checkpoint_writes_it(
     ],
 )
 def test_refusals(
-    change: str, message: str, softpick: Path, data: Data, tmp_path: Path, capsys: Capture
+    change: str, message: str, softpick: Path, data: Data, tmp_path: Path, commands: Commands
 ) -> None:
     argv = [str(softpick), f"--books={data.books}", f"--out={tmp_path}", "--length=48"]
     argv += ["--sequences=2", "--calibration=2", "--scheme=rtn", *change.split()]
-    with pytest.raises(SystemExit) as stopped:
-        sensitivity.main(argv)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in commands.refused(sensitivity, *argv)
 
 
 def test_another_checkpoints_values_are_not_taken(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
-    sensitivity.Journal(file, {"checkpoint": "1", "seed": 0}, force=False).add("a", [0.5])
-    assert sensitivity.Journal(file, {"checkpoint": "1", "seed": 0}, force=False).values == {
-        "a": [0.5]
-    }
+
+    def journal(checkpoint: str, force: bool = False) -> layerwise.Journal:
+        return layerwise.Journal(file, {"checkpoint": checkpoint, "seed": 0}, force)
+
+    assert journal("1").get("a", lambda: [0.5]) == [0.5]
+    assert journal("1").values == {"a": [0.5]}
     with pytest.raises(UserError, match="has values that differ in checkpoint: --force"):
-        sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=False)
-    assert not sensitivity.Journal(file, {"checkpoint": "2", "seed": 0}, force=True).values
+        journal("2")
+    assert not journal("2", force=True).values

@@ -10,21 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
 
 from attnserve.evaluation.measures import Data
-from quant import sweep
+from quant import runner
 from quant.config import QuantConfig
-from quant.measure import Task, measure
-from quant.report import __main__ as report
+from quant.measure import SweepTask, measure
+from quant.report.__main__ import report
 from quant.schemes.registry import SCHEMES, installed
-from quant.store import read, read_all
+from quant.store import SweepResult, read, read_all
+from quant.sweep import sweep
+from tests.conftest import Commands
 
-Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
 SAMPLES = {"sequences": 2, "length": 48, "pairs": 2, "passages": 2, "calibration": 2, "jobs": 1}
 SMALL = [f"--{name}={value}" for name, value in SAMPLES.items()]
@@ -32,14 +32,8 @@ SMALL = [f"--{name}={value}" for name, value in SAMPLES.items()]
 
 @pytest.fixture(scope="session")
 def texts(data: Data) -> list[str]:
-    """The options that name small texts and samples."""
+    """Return the options that name small texts and samples."""
     return [*SMALL, f"--books={data.books}", f"--eval={data.evaluation}"]
-
-
-def last_line(capsys: Capture) -> dict[str, Any]:
-    """The JSON object that ends the output."""
-    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return found
 
 
 def times(out: Path) -> dict[str, int]:
@@ -48,15 +42,13 @@ def times(out: Path) -> dict[str, int]:
 
 
 def test_results_reports_and_what_is_there_already(
-    softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+    softpick: Path, texts: list[str], tmp_path: Path, commands: Commands
 ) -> None:
     argv = [str(softpick), *texts, f"--out={tmp_path}", "--bits", "2", "8", "--groups", "32"]
     argv += ["--what", "weights", "kv"]
-    sweep.main([*argv, "--schemes", "rtn"])
-    output = capsys.readouterr()
-    assert "5 configs to measure, 0 there already" in output.out
-    assert "100%" in output.err and "5/5" in output.err
-    line = json.loads(output.out.splitlines()[-1])
+    line = json.loads(commands.run(sweep, *argv, "--schemes", "rtn", "--json"))
+    assert "5 configs to measure, 0 there already" in commands.printed.err
+    assert "100%" in commands.printed.err and "5/5" in commands.printed.err
     names = {"unquantized", "weights-rtn-w2-g32", "weights-rtn-w8-g32", "kv-kv2", "kv-kv8"}
     expected = {f"softpick {name}" for name in names - {"unquantized"}}
     assert set(line["test KL"]) == expected and not line["failed"]
@@ -64,8 +56,8 @@ def test_results_reports_and_what_is_there_already(
 
     # More schemes: only those are measured. Every output holds every config.
     before = times(tmp_path)
-    sweep.main([*argv, "--schemes", "rtn", "hqq", "gptq"])
-    assert "4 configs to measure, 5 there already" in capsys.readouterr().out
+    printed = commands.run(sweep, *argv, "--schemes", "rtn", "hqq", "gptq")
+    assert "4 configs to measure, 5 there already" in printed
     after = times(tmp_path)
     assert len(after) == 9 and before.items() <= after.items()
     results = read_all(tmp_path)
@@ -86,13 +78,12 @@ def test_results_reports_and_what_is_there_already(
     # The report is the same when it is made again from the results alone.
     for path in (*tmp_path.glob("configs.*"), tmp_path / "report.html"):
         path.unlink()
-    report.main([f"--results={tmp_path}"])
-    assert last_line(capsys)["configs"] == 9
+    assert json.loads(commands.run(report, f"--results={tmp_path}", "--json"))["configs"] == 9
     assert (tmp_path / "report.html").read_text() == page
     assert len(pd.read_csv(tmp_path / "configs.csv")) == 9
 
 
-def test_a_kill_loses_one_cell(softpick: Path, tmp_path: Path) -> None:
+def test_a_kill_loses_one_config(softpick: Path, tmp_path: Path, commands: Commands) -> None:
     """On sampled text, which is the same afterwards."""
     argv = [str(softpick), *SMALL, f"--out={tmp_path}", "--what", "kv", "--bits"]
     bits = [str(width) for width in range(2, 9)]
@@ -108,46 +99,41 @@ def test_a_kill_loses_one_cell(softpick: Path, tmp_path: Path) -> None:
     assert 3 <= len(before) < 8
     for path in tmp_path.glob("configs/*/*.json"):
         assert read(path).checkpoint == "softpick"
-    measured: list[Task] = []
+    measured: list[SweepTask] = []
 
-    def counted(task: Task) -> dict[str, Any]:
+    def counted(task: SweepTask) -> SweepResult:
         measured.append(task)
         return measure(task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quant.sweep.measure", counted)
-        sweep.main([*argv, *bits])
+        patch.setattr("quant.runner.measure", counted)
+        commands.run(sweep, *argv, *bits)
     assert len(measured) == 8 - len(before)
     after = times(tmp_path)
     assert len(after) == 8 and before.items() <= after.items()
 
 
-def test_a_failed_cell_does_not_stop_the_others(
+def test_a_failed_config_does_not_stop_the_others(
     softpick: Path,
     texts: list[str],
     tmp_path: Path,
-    capsys: Capture,
+    commands: Commands,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
 
-    def unlucky(task: Task) -> dict[str, Any]:
+    def unlucky(task: SweepTask) -> SweepResult:
         if task.config.kv == 4:
             raise RuntimeError("out of\nluck")
         return measure(task)
 
-    monkeypatch.setattr("quant.sweep.measure", unlucky)
+    monkeypatch.setattr("quant.runner.measure", unlucky)
     argv = [str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "2", "4", "8"]
-    with pytest.raises(SystemExit) as stopped:
-        sweep.main(argv)
-    assert stopped.value.code == 1
-    output = capsys.readouterr()
-    assert "failed: softpick kv-kv4: RuntimeError: out of luck" in output.err
-    assert json.loads(output.out.splitlines()[-1])["failed"] == {
-        "softpick kv-kv4": "RuntimeError: out of luck"
-    }
+    printed = commands.run(sweep, *argv, "--json", code=1)
+    assert "failed: softpick kv-kv4: RuntimeError: out of luck" in commands.printed.err
+    assert json.loads(printed)["failed"] == {"softpick kv-kv4": "RuntimeError: out of luck"}
     assert set(times(tmp_path)) == {"unquantized", "kv-kv2", "kv-kv8"}
     monkeypatch.undo()
-    sweep.main(argv)
+    commands.run(sweep, *argv)
     assert set(times(tmp_path)) == {"unquantized", "kv-kv2", "kv-kv4", "kv-kv8"}
 
 
@@ -155,81 +141,68 @@ def test_without_the_unquantized_model_there_is_nothing_to_compare_with(
     softpick: Path,
     texts: list[str],
     tmp_path: Path,
-    capsys: Capture,
+    commands: Commands,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def too_large(task: Task) -> dict[str, Any]:
+    def too_large(task: SweepTask) -> SweepResult:
         raise MemoryError
 
-    monkeypatch.setattr("quant.sweep.measure", too_large)
-    with pytest.raises(SystemExit) as stopped:
-        sweep.main([str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "8"])
-    assert stopped.value.code == 1
-    failed = last_line(capsys)["failed"]
+    monkeypatch.setattr("quant.runner.measure", too_large)
+    argv = [softpick, *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "8", "--json"]
+    failed = json.loads(commands.run(sweep, *argv, code=1))["failed"]
     assert failed["softpick kv-kv8"] == "the unquantized model could not be measured"
     assert not times(tmp_path)
 
 
 def test_a_result_of_something_else_is_not_replaced(
-    softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+    softpick: Path, texts: list[str], tmp_path: Path, commands: Commands
 ) -> None:
     argv = [str(softpick), *texts, f"--out={tmp_path}", "--what", "kv", "--bits", "8"]
-    sweep.main(argv)
+    commands.run(sweep, *argv)
     before = times(tmp_path)
-    line = refusal(capsys, *argv, "--pairs", "3")
+    line = commands.refused(sweep, *argv, "--pairs", "3")
     assert "holds a result that differs in samples: --force measures again and replaces it" in line
     assert times(tmp_path) == before
-    sweep.main([*argv, "--pairs", "3", "--force"])
+    commands.run(sweep, *argv, "--pairs", "3", "--force")
     assert before.keys() == times(tmp_path).keys() and before.items().isdisjoint(
         times(tmp_path).items()
     )
     (tmp_path / "configs" / "softpick" / "kv-kv8.json").write_text("{}")
-    assert "is not a result of quant.sweep" in refusal(capsys, *argv, "--pairs", "3")
-
-
-def refusal(capsys: Capture, *argv: str) -> str:
-    """The one line of a call that must fail before any work begins."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        sweep.main(list(argv))
-    assert stopped.value.code == 2
-    output = capsys.readouterr()
-    assert "configs to measure" not in output.out
-    return output.err.splitlines()[-1]
+    assert "is not a result of quant.sweep" in commands.refused(sweep, *argv, "--pairs", "3")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--bits 1", "1 bits: use 2 to 8"),
-        ("--bits 4 16", "16 bits: use 2 to 8"),
-        ("--bits four", "invalid int value: 'four'"),
+        ("--bits 1", "Input should be greater than or equal to 2"),
+        ("--bits 4 16", "Input should be less than or equal to 8"),
+        ("--bits four", "Input should be a valid integer"),
         ("--schemes awq", "unknown scheme 'awq': use one of rtn, hqq, gptq, compressed-tensors"),
         ("--schemes hqq --symmetric", "scheme hqq has no symmetric form: leave out --symmetric"),
         ("--schemes compressed-tensors --groups 48", "cannot cut 128 columns into groups of 48"),
         ("--what cache", "unknown target 'cache': use one or several of weights, activations, kv"),
-        ("--groups 0", "'0' is not a whole number above 0"),
+        ("--groups 0", "0 is neither a whole number above 0 nor channel"),
         ("--ray", "--ray needs the library ray, which is not installed: leave it out"),
         ("--books nowhere", "emma.txt is not there"),
         ("--eval nowhere", "name its folder with --eval"),
     ],
 )
 def test_what_cannot_be_is_one_line(
-    change: str, message: str, softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+    change: str, message: str, softpick: Path, texts: list[str], tmp_path: Path, commands: Commands
 ) -> None:
     if "--ray" in change and installed("ray"):
         pytest.skip("ray is installed here, so that it is not missing")
-    line = refusal(capsys, str(softpick), *texts, f"--out={tmp_path}", *change.split())
+    line = commands.refused(sweep, str(softpick), *texts, f"--out={tmp_path}", *change.split())
     assert message in line
     assert not times(tmp_path)
 
 
 def test_checkpoints_that_there_are_not(
-    softpick: Path, texts: list[str], tmp_path: Path, capsys: Capture
+    softpick: Path, texts: list[str], tmp_path: Path, commands: Commands
 ) -> None:
-    line = refusal(capsys, "nowhere", *texts, f"--out={tmp_path}")
+    line = commands.refused(sweep, "nowhere", *texts, f"--out={tmp_path}")
     assert "nowhere has no config.json: name a checkpoint's folder" in line
-    line = refusal(capsys, str(softpick), str(softpick), *texts, f"--out={tmp_path}")
+    line = commands.refused(sweep, str(softpick), str(softpick), *texts, f"--out={tmp_path}")
     assert "two checkpoints are called softpick: their results would clash" in line
 
 
@@ -237,7 +210,7 @@ def test_a_width_or_library_that_a_scheme_lacks(
     softpick: Path,
     texts: list[str],
     tmp_path: Path,
-    capsys: Capture,
+    commands: Commands,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With schemes like those of libraries that are not installed here."""
@@ -247,34 +220,34 @@ def test_a_width_or_library_that_a_scheme_lacks(
     monkeypatch.setitem(SCHEMES, "few", few)
     monkeypatch.setitem(SCHEMES, "lacking", lacking)
     argv = [str(softpick), *texts, f"--out={tmp_path}", "--bits", "3", "4", "--schemes"]
-    assert refusal(capsys, *argv, "few").endswith("scheme few cannot do 3 bits: it has 4, 8")
-    line = refusal(capsys, *argv, "lacking")
+    assert commands.refused(sweep, *argv, "few").endswith(
+        "scheme few cannot do 3 bits: it has 4, 8"
+    )
+    line = commands.refused(sweep, *argv, "lacking")
     assert "needs the library no_such_library, which is not installed" in line
 
 
 def test_jobs_fit_into_memory(softpick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = psutil.virtual_memory()._replace(available=3 * sweep.WORKER_BYTES)
+    free = psutil.virtual_memory()._replace(available=3 * runner.WORKER_BYTES)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert sweep.affordable(8, [softpick]) == 2
+    assert runner.affordable(8, [softpick]) == 2
     free = free._replace(available=0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    assert sweep.affordable(8, [softpick]) == 1
+    assert runner.affordable(8, [softpick]) == 1
 
 
-def test_no_results_to_report(tmp_path: Path, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        report.main([f"--results={tmp_path}"])
-    assert stopped.value.code == 2
-    assert "holds no results: run python -m quant.sweep" in capsys.readouterr().err
+def test_no_results_to_report(tmp_path: Path, commands: Commands) -> None:
+    line = commands.refused(report, f"--results={tmp_path}")
+    assert "holds no results: run python -m quant.sweep" in line
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.slow  # two processes that import torch and transformers: 20 s of processor time
-def test_two_jobs(softpick: Path, texts: list[str], tmp_path: Path) -> None:
+def test_two_jobs(softpick: Path, texts: list[str], tmp_path: Path, commands: Commands) -> None:
     argv = [str(softpick), *texts, "--what", "weights", "--bits", "2", "3", "--groups", "32"]
     command = [sys.executable, "-m", "quant.sweep", *argv, "--jobs", "2", f"--out={tmp_path}/two"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    sweep.main([*argv, f"--out={tmp_path}/one"])
+    commands.run(sweep, *argv, f"--out={tmp_path}/one")
     one, two = (read_all(tmp_path / name) for name in ("one", "two"))
     assert [stored.config for stored in one] == [stored.config for stored in two]
     for a, b in zip(one, two, strict=True):
@@ -306,4 +279,4 @@ def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 130
     printed = log.read_text()
     assert "Traceback" not in printed
-    assert printed.splitlines()[-1].startswith("python -m quant.sweep: stopped; what is done is in")
+    assert printed.splitlines()[-1].startswith("stopped; what is done is in")

@@ -10,7 +10,7 @@ import pytest
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
 from attnserve.evaluation.measures import Data
-from quant.samples import Subject
+from quant.reader import Reader
 from quant.texts import (
     Sources,
     calibration_text,
@@ -25,85 +25,85 @@ LENGTH = 40
 
 
 @pytest.fixture
-def subject(softpick: Path) -> Subject:
-    return Subject(softpick, LENGTH)
+def reader(softpick: Path) -> Reader:
+    return Reader(softpick, LENGTH)
 
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A user's only text."""
+    """Return a user's only text."""
     return Path(shutil.copy(LICENSE, tmp_path / "mine.txt"))
 
 
-def test_books(subject: Subject, data: Data) -> None:
+def test_books(reader: Reader, data: Data) -> None:
     """The held-out books from their beginnings, or at even distances; training books otherwise."""
     sources = Sources(books=data.books)
-    measured = measured_texts(sources, subject, 3)
+    measured = measured_texts(sources, reader, 3)
     held_out = split(data.books)
     assert set(measured) == {"validation", "test"} and measured["test"].title == "test book"
-    tokens = subject.encode(held_out.test.read_text())
+    tokens = reader.encode(held_out.test.read_text())
     assert [token for piece in measured["test"].pieces for token in piece] == tokens[: 3 * LENGTH]
-    chosen, spread = held_out_texts(sources, subject, 3)
+    chosen, spread = held_out_texts(sources, reader, 3)
     assert spread.pieces[0] == tokens[: LENGTH - 1]
-    assert chosen.pieces[0] == subject.encode(held_out.validation.read_text())[: LENGTH - 1]
-    rows = spread.rows(subject.bos)
-    assert rows.shape == (3, LENGTH) and (rows[:, 0] == subject.bos).all()
+    assert chosen.pieces[0] == reader.encode(held_out.validation.read_text())[: LENGTH - 1]
+    rows = spread.rows
+    assert rows.shape == (3, LENGTH) and (rows[:, 0] == reader.bos).all()
 
-    calibration = calibration_text(sources, subject, 5, seed=0)
-    assert calibration.rows(subject.bos).shape == (5, LENGTH)
-    assert calibration == calibration_text(sources, subject, 5, seed=0)
-    assert calibration != calibration_text(sources, subject, 5, seed=1)
+    calibration = calibration_text(sources, reader, 5, seed=0)
+    assert calibration.rows.shape == (5, LENGTH)
+    assert calibration == calibration_text(sources, reader, 5, seed=0)
+    assert calibration != calibration_text(sources, reader, 5, seed=1)
     train = [file.read_text() for file in held_out.train]
     for piece in calibration.pieces:
-        text = subject.tokenizer.decode(piece)
+        text = reader.tokenizer.decode(piece)
         assert any(text in book for book in train)
 
 
-def test_one_file_is_enough(subject: Subject, mine: Path) -> None:
-    (name, text), *more = measured_texts(Sources(text=(mine,)), subject, 4).items()
+def test_one_file_is_enough(reader: Reader, mine: Path) -> None:
+    (name, text), *more = measured_texts(Sources(text=(mine,)), reader, 4).items()
     assert name == "test" and not more and text.title == "mine.txt"
-    tokens = subject.encode(mine.read_text())
+    tokens = reader.encode(mine.read_text())
     starts = [tokens.index(piece[0]) for piece in text.pieces]
     assert len(text.pieces) == 4 and all(len(piece) == LENGTH for piece in text.pieces)
     assert text.pieces[0] == tokens[:LENGTH] and starts[0] == 0
     # Calibrated on, it is the user's too; what is measured on is sampled then.
     sources = Sources(calibration_text=(mine,))
-    calibration = calibration_text(sources, subject, 4, seed=0)
+    calibration = calibration_text(sources, reader, 4, seed=0)
     assert calibration.title == "mine.txt"
     whole = mine.read_text()
-    assert all(subject.tokenizer.decode(piece) in whole for piece in calibration.pieces)
-    assert measured_texts(sources, subject, 2)["test"].title == "text sampled from softpick"
+    assert all(reader.tokenizer.decode(piece) in whole for piece in calibration.pieces)
+    assert measured_texts(sources, reader, 2)["test"].title == "text sampled from softpick"
 
 
-def test_a_short_text_gives_different_pieces(subject: Subject, tmp_path: Path) -> None:
+def test_a_short_text_gives_different_pieces(reader: Reader, tmp_path: Path) -> None:
     """One that is shorter than what a piece is looked for in."""
     file = tmp_path / "short.txt"
     file.write_text(LICENSE.read_text()[:600])
-    pieces = calibration_text(Sources(calibration_text=(file,)), subject, 8, seed=0).pieces
+    pieces = calibration_text(Sources(calibration_text=(file,)), reader, 8, seed=0).pieces
     assert len({tuple(piece) for piece in pieces}) > 4
 
 
-def test_several_files(subject: Subject, mine: Path, tmp_path: Path) -> None:
+def test_several_files(reader: Reader, mine: Path, tmp_path: Path) -> None:
     files = [mine]
     for name in ("b.txt", "c.txt", "d.txt"):
         files.append(Path(shutil.copy(mine, tmp_path / name)))
-    assert measured_texts(Sources(text=tuple(files[:2])), subject, 2)["test"].title == (
+    assert measured_texts(Sources(text=tuple(files[:2])), reader, 2)["test"].title == (
         "mine.txt, b.txt"
     )
-    text = measured_texts(Sources(text=tuple(files)), subject, 10**6)["test"]
+    text = measured_texts(Sources(text=tuple(files)), reader, 10**6)["test"]
     assert text.title == "mine.txt and 3 more"
-    assert len(text.pieces) == 4 * (len(subject.encode(mine.read_text())) // LENGTH)
+    assert len(text.pieces) == 4 * (len(reader.encode(mine.read_text())) // LENGTH)
 
 
-def test_sampled_texts_differ_by_use(softpick: Path, subject: Subject) -> None:
+def test_sampled_texts_differ_by_use(softpick: Path, reader: Reader) -> None:
     sources = Sources()
-    measured = measured_texts(sources, subject, 3)["test"]
-    calibration = calibration_text(sources, subject, 3, seed=0)
-    chosen, again = held_out_texts(sources, subject, 3)
+    measured = measured_texts(sources, reader, 3)["test"]
+    calibration = calibration_text(sources, reader, 3, seed=0)
+    chosen, again = held_out_texts(sources, reader, 3)
     beginnings = {tuple(t.pieces[0][:20]) for t in (measured, calibration, chosen)}
     assert len(beginnings) == 3
     assert [len(piece) for piece in measured.pieces] == [LENGTH] * 3
-    assert calibration.rows(subject.bos).shape == (3, LENGTH)
+    assert calibration.rows.shape == (3, LENGTH)
     assert again.title == measured.title == "text sampled from softpick"
 
 
@@ -112,40 +112,38 @@ def test_two_checkpoints_read_the_same_tokens(softpick: Path, tmp_path: Path) ->
     other = tiny_checkpoint(tmp_path / "other", "softmax", max_position_embeddings=32)
     for writer in (softpick, other):
         sources = Sources(writer=writer)
-        readers = [Subject(folder, LENGTH) for folder in (softpick, other)]
+        readers = [Reader(folder, LENGTH) for folder in (softpick, other)]
         texts = [measured_texts(sources, reader, 3)["test"] for reader in readers]
         assert {text.title for text in texts} == {f"text sampled from {writer.name}"}
         assert [piece[:32] for piece in texts[0].pieces] == [p[:32] for p in texts[1].pieces]
 
 
-def test_too_short_a_text_is_one_line(subject: Subject, tmp_path: Path) -> None:
+def test_too_short_a_text_is_one_line(reader: Reader, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Reader, I married him.")
     with pytest.raises(
         UserError, match=r"^short\.txt has fewer than two sequences of 40 tokens: .*"
     ):
-        measured_texts(Sources(text=(short,)), subject, 2)
+        measured_texts(Sources(text=(short,)), reader, 2)
     with pytest.raises(UserError, match=r"^short\.txt has fewer than 39 tokens to calibrate on"):
-        calibration_text(Sources(calibration_text=(short,)), subject, 2, seed=0)
+        calibration_text(Sources(calibration_text=(short,)), reader, 2, seed=0)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00z"])
-def test_what_is_no_text_is_one_line(
-    content: bytes | None, subject: Subject, tmp_path: Path
-) -> None:
+def test_what_is_no_text_is_one_line(content: bytes | None, reader: Reader, tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     if content is not None:
         file.write_bytes(content)
     for sources in (Sources(text=(file,)), Sources(calibration_text=(file,))):
         with pytest.raises(UserError, match=r"mine\.txt (is not there|is no UTF-8 text): .*name "):
-            measured_texts(sources, subject, 2)
-            calibration_text(sources, subject, 2, seed=0)
+            measured_texts(sources, reader, 2)
+            calibration_text(sources, reader, 2, seed=0)
 
 
-def test_sets(subject: Subject, data: Data, tmp_path: Path) -> None:
+def test_sets(reader: Reader, data: Data, tmp_path: Path) -> None:
     assert data.evaluation is not None
     sources = Sources(sets=data.evaluation)
-    assert list(measured_texts(sources, subject, 2)) == ["test", "wikitext2"]
+    assert list(measured_texts(sources, reader, 2)) == ["test", "wikitext2"]
     assert len(set_files(data.evaluation)) == 4
     with pytest.raises(UserError, match="name its folder with --eval, or leave it out"):
         set_files(tmp_path)

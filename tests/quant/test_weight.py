@@ -1,4 +1,5 @@
-"""Grids, codes and packing: bounds that hold for any matrix, and compressed-tensors' results."""
+"""Scales, zero points, quantized values and packing: bounds that hold for any matrix, and
+compressed-tensors' results."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from quant.schemes.compressed_tensors import compressed_tensors
+from quant.schemes.libraries import compressed_tensors
 from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack, unpack, words
 from quant_kernels.weight import BITS, QuantSpec, bfloat16_above
@@ -96,43 +97,43 @@ def test_bfloat16_above(values: list[float]) -> None:
 
 @given(st.sampled_from(BITS), st.integers(1, 4), st.integers(1, 50), st.integers(0, 2**32 - 1))
 def test_packing(bits: int, rows: int, columns: int, seed: int) -> None:
-    codes = random_codes(bits, rows, columns, seed)
-    packed = pack(codes, bits)
+    quantized = random_values(bits, rows, columns, seed)
+    packed = pack(quantized, bits)
     assert packed.dtype == torch.int32 and packed.shape == (rows, words(columns, bits))
     assert words(columns, bits) == -(-columns * bits // 32)
-    assert torch.equal(unpack(packed, bits, columns), codes)
+    assert torch.equal(unpack(packed, bits, columns), quantized)
 
 
 def test_packing_is_dense_from_the_lowest_bit() -> None:
-    codes = random_codes(3, 1, 32, 1)
-    number = sum(int(code) << (3 * place) for place, code in enumerate(codes[0]))
-    found = pack(codes, 3).numpy().view(np.uint32)[0]
+    quantized = random_values(3, 1, 32, 1)
+    number = sum(int(value) << (3 * place) for place, value in enumerate(quantized[0]))
+    found = pack(quantized, 3).numpy().view(np.uint32)[0]
     assert sum(int(word) << (32 * place) for place, word in enumerate(found)) == number
 
 
-def random_codes(bits: int, rows: int, columns: int, seed: int) -> Tensor:
+def random_values(bits: int, rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packing_is_that_of_compressed_tensors(bits: int) -> None:
-    codes = random_codes(bits, 5, 70, 0)
-    signed = (codes.int() - 2 ** (bits - 1)).to(torch.int8)
-    assert torch.equal(pack(codes, bits), pack_to_int32(signed, bits))
+    quantized = random_values(bits, 5, 70, 0)
+    signed = (quantized.int() - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(pack(quantized, bits), pack_to_int32(signed, bits))
 
 
 def test_packed_bytes() -> None:
     weight = torch.randn(64, 96)
     for bits in BITS:
-        codes, groups = 64 * 96 * bits // 8, 3
+        quantized, groups = 64 * 96 * bits // 8, 3
         symmetric, channel = QuantSpec(bits, 32, True), QuantSpec(bits, None, True)
-        assert rtn(weight, symmetric).packed_bytes == codes + 2 * 64 * groups
-        assert rtn(weight, channel).packed_bytes == codes + 2 * 64
+        assert rtn(weight, symmetric).packed_bytes == quantized + 2 * 64 * groups
+        assert rtn(weight, channel).packed_bytes == quantized + 2 * 64
         zeros = 4 * groups * words(64, bits)
-        assert rtn(weight, QuantSpec(bits, 32)).packed_bytes == codes + 2 * 64 * groups + zeros
+        assert rtn(weight, QuantSpec(bits, 32)).packed_bytes == quantized + 2 * 64 * groups + zeros
         packed = pack(rtn(weight, symmetric).values, bits)
-        assert packed.numel() * 4 == codes
+        assert packed.numel() * 4 == quantized
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -156,9 +157,9 @@ def test_round_to_nearest_is_that_of_compressed_tensors(
     zeros = (
         torch.zeros_like(ours.scales) if ours.zeros is None else ours.zeros.int() - spec.midpoint
     )
-    codes = quantize(weight, ours.scales.float(), zeros, args, dtype=torch.int8)
-    assert torch.equal((codes.int() + spec.midpoint).to(torch.uint8), ours.values)
-    back = dequantize(codes, ours.scales.float(), zeros, args)
+    quantized = quantize(weight, ours.scales.float(), zeros, args, dtype=torch.int8)
+    assert torch.equal((quantized.int() + spec.midpoint).to(torch.uint8), ours.values)
+    back = dequantize(quantized, ours.scales.float(), zeros, args)
     torch.testing.assert_close(back, ours.dequantize())
     # And with everything their own, the same error but for the scales' rounding.
     errors = [float((weight - found.dequantize()).square().mean()) for found in (ours, theirs)]

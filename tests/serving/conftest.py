@@ -25,6 +25,6 @@ def upstream(tiny_llama: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def gateway(upstream: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The gateway in front of `upstream`."""
+    """Yield the gateway in front of `upstream`."""
     with gateway_server(upstream.url, tmp_path_factory.mktemp("gateway")) as server:
         yield server

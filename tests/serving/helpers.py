@@ -78,13 +78,13 @@ class Running:
         wait_for(lambda: self.state.config is new, "the configuration is used")
 
     def metric(self, start: str) -> float:
-        """The sum of the lines of /metrics that start like this."""
+        """Return the sum of the lines of /metrics that start like this."""
         return metric(self.url, start)
 
 
 @contextmanager
 def running(*upstreams: str, **config: Any) -> Iterator[Running]:
-    """A gateway for model "m" on `upstreams`, or for the `models` of `config`."""
+    """Yield a gateway for model "m" on `upstreams`, or for the `models` of `config`."""
     if upstreams:
         config["models"] = [{"name": "m", "variant": "v", "bits": 8, "replicas": list(upstreams)}]
     gateway = Running(**config)
@@ -114,7 +114,7 @@ def configured(folder: Path, config: dict[str, Any], **env: str) -> Iterator[Ser
 def open_request(
     url: str, body: Any, path: str = "/v1/completions", **headers: str
 ) -> http.client.HTTPConnection:
-    """A request that has been sent and not been answered."""
+    """Send a request, and return its connection before it is answered."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(
@@ -152,7 +152,7 @@ class Answer:
         self.body = response.read()
 
     def json(self) -> Any:
-        """The body, parsed."""
+        """Return the body, parsed."""
         return json.loads(self.body)
 
 
@@ -168,14 +168,14 @@ def ask(url: str, method: str, path: str, body: Any = None, **headers: str) -> A
 
 
 def metric(url: str, start: str, part: str = "") -> float:
-    """The sum of the lines of /metrics that start like this and have `part` in them."""
+    """Return the sum of the lines of /metrics that start like this and have `part` in them."""
     lines = ask(url, "GET", "/metrics").body.decode().splitlines()
     found = [line for line in lines if line.startswith(start) and part in line]
     return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
 
 def error_of(answer: Answer) -> dict[str, Any]:
-    """The error of an answer, after a check of its shape."""
+    """Return the error of an answer, after a check of its shape."""
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
     assert set(body) == {"error"}

@@ -12,7 +12,7 @@ import uvloop
 
 
 def chunk(data: str) -> bytes:
-    """An event, as a chunk of a chunked body."""
+    """Return an event, as a chunk of a chunked body."""
     event = f"data: {data}\n\n".encode()
     return b"%x\r\n%b\r\n" % (len(event), event)
 

@@ -107,7 +107,7 @@ async def load(url: str, pid: int, options: argparse.Namespace) -> Run:
 
 
 def judge(run: Run, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The figures, and what is wrong with them."""
+    """Return the figures, and what is wrong with them."""
     full = [(at, mb) for at, streams, mb in run.rss_mb if streams > 0.9 * options.streams]
     peak = max(mb for _, _, mb in run.rss_mb)
     warm = 2 * options.tokens * options.pause_s  # all have started, and all are followed by another
@@ -131,7 +131,7 @@ def judge(run: Run, options: argparse.Namespace) -> tuple[dict[str, Any], list[s
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.serving.soak",
         description=__doc__,
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """A table, and as last line one JSON object; exit 1 if anything was not as it should be."""
+    """Print a table, and as last line one JSON object; exit with 1 if anything was wrong."""
     options = parse()
     port = free_port()
     url = f"http://127.0.0.1:{port}"

@@ -147,7 +147,7 @@ class StandIn:
 
     @staticmethod
     def _ids(body: dict[str, Any], ids: list[int], first: bool = True) -> dict[str, Any]:
-        """The token ids of an answer, as vLLM gives them: null to who did not ask."""
+        """Return the token ids of an answer, as vLLM gives them: null to who did not ask."""
         asked = body.get("return_token_ids")
         prompt = body.get("prompt")
         prompt = prompt if isinstance(prompt, list) else [7, 8, 9]
@@ -202,7 +202,7 @@ class StandIn:
 
 
 async def reply(send: Any, status: int, body: bytes) -> None:
-    """An answer in one piece."""
+    """Send an answer in one piece."""
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -102,7 +102,7 @@ def test_while_it_waits_for_room() -> None:
 
 
 def raw(prompt: str) -> bytes:
-    """A request as it goes over the wire."""
+    """Return a request as it goes over the wire."""
     body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 2}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
     return head % len(body) + body

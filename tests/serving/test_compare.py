@@ -23,7 +23,7 @@ BODY = {"reference": "a", "prompt": "hello", "max_tokens": 3}
 
 @contextmanager
 def both(**config: Any) -> Iterator[tuple[Running, StandIn, StandIn]]:
-    """A gateway in front of models "a" and "b"."""
+    """Yield a gateway in front of models "a" and "b"."""
     with standin("a") as a, standin("b") as b:
         models = [{"name": "a", "replicas": [a.url]}, {"name": "b", "bits": 4, "replicas": [b.url]}]
         with running(models=models, **config) as gateway:
@@ -65,7 +65,7 @@ def test_figures_by_hand() -> None:
 
 
 def position(id: int, **named: float) -> Position:
-    """A position whose named tokens have these probabilities, by ids written as `_ID`."""
+    """Return a position whose named tokens have these probabilities, by ids written as `_ID`."""
     logs = {int(k[1:]): math.log(p) for k, p in named.items()}
     return Position(id, dict(sorted(logs.items(), key=lambda x: -x[1])), {})
 

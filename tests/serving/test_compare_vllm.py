@@ -42,13 +42,13 @@ def servers() -> Iterator[dict[str, Server]]:
 
 @pytest.fixture(scope="module")
 def gateway(servers: dict[str, Server]) -> Iterator[Running]:
-    """A gateway in front of both."""
+    """Yield a gateway in front of both."""
     with running(models=entries(servers)) as gateway:
         yield gateway
 
 
 def entries(servers: dict[str, Server]) -> list[dict[str, Any]]:
-    """The gateway's models."""
+    """Return the gateway's models."""
     return [{"name": n, "variant": n, "replicas": [s.url]} for n, s in servers.items()]
 
 
@@ -220,7 +220,7 @@ def test_shadow_scoring(servers: dict[str, Server], path: str, stream: bool) -> 
 
 
 def events(body: bytes) -> list[Any]:
-    """The JSON objects of an answer, without what differs from one request to the next, and with
+    """Return an answer's JSON objects without what differs from request to request, and with
     successive texts of a stream as one: vLLM sends several tokens at once when it is behind."""
     lines = body.decode().split("\n\n") if body.startswith(b"data: ") else [body.decode()]
     found: list[Any] = []

@@ -21,7 +21,7 @@ GOOD: dict[str, Any] = {"models": [{"name": "m", "replicas": ["http://127.0.0.1:
 
 
 def write(folder: Path, text: str | dict[str, Any]) -> Path:
-    """A configuration's file."""
+    """Write a configuration's file."""
     file = folder / "gateway.yaml"
     file.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
     return file
@@ -95,7 +95,7 @@ def test_docs_name_every_setting_and_its_default() -> None:
 
 
 def run_gateway(*args: str) -> subprocess.CompletedProcess[str]:
-    """The command itself, for cases in which it ends at once."""
+    """Run the command itself, for cases in which it ends at once."""
     command = [sys.executable, "-m", "serving", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
@@ -107,7 +107,7 @@ def test_check_config(tmp_path: Path) -> None:
     assert good.stdout.splitlines()[-1].endswith("is good: models 1, keys 0")
     assert json.loads(run_gateway(*checked, "--json").stdout)["models"] == 1
     bad = run_gateway("--config", str(write(tmp_path, "models: []")), "--check-config")
-    assert bad.returncode == 1
+    assert bad.returncode == 2
     assert bad.stderr.startswith("attnserve-gateway: ") and bad.stderr.count("\n") == 1
 
 
@@ -115,11 +115,11 @@ def test_keys_new() -> None:
     made = json.loads(run_gateway("keys", "new", "alice", "--json").stdout)
     assert made["name"] == "alice"
     assert made["sha256"] == digest(made["key"])
-    assert run_gateway("keys", "new", "two words").returncode == 1
+    assert run_gateway("keys", "new", "two words").returncode == 2
 
 
 def models(gateway: Server) -> list[str]:
-    """The ids of /v1/models."""
+    """Return the ids of /v1/models."""
     return [entry["id"] for entry in ask(gateway.url, "GET", "/v1/models").json()["data"]]
 
 

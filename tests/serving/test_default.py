@@ -22,7 +22,7 @@ FIELDS: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The default checkpoint under its folder's name, with the gateway that the launcher starts."""
+    """Serve the default checkpoint under its folder's name, with the launcher's gateway."""
     with (
         vllm_server(CHECKPOINT, "--served-model-name=softpick") as upstream,
         gateway_server(upstream.url, tmp_path_factory.mktemp("gateway")) as gateway,

@@ -50,7 +50,7 @@ def test_former_names_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_gateway(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command itself, for cases in which it ends at once."""
+    """Run the command itself, for cases in which it ends at once."""
     return subprocess.run(
         [sys.executable, "-m", "serving", *args],
         env={**os.environ, **env},

@@ -59,7 +59,7 @@ def test_wrong_keys(shared: Running, header: str, code: str | None, path: str) -
 
 @pytest.fixture(scope="module")
 def shared() -> Any:
-    """A gateway with one key, for tests that change nothing."""
+    """Return a gateway with one key, for tests that change nothing."""
     with standin() as upstream, running(upstream.url, keys=[entry(ALICE, "alice")]) as gateway:
         yield gateway
 

@@ -32,7 +32,7 @@ class Replica:
         self.log = folder / f"replica-{self.port}.log"
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start it, and return when it answers."""
         module = [sys.executable, "-m", "tests.serving.standin", str(self.port), "0.2", "0.02"]
         self.process: subprocess.Popen[bytes] = spawn(module, self.log)
         wait_until_healthy(self.url, self.process, self.log)
@@ -48,7 +48,7 @@ class Replica:
 
 
 async def load(url: str, over: asyncio.Event) -> Counter[str]:
-    """What becomes of requests, half of them streamed, from CLIENTS at a time."""
+    """Count what becomes of requests, half of them streamed, from CLIENTS at a time."""
     found: Counter[str] = Counter()
 
     async def one(session: aiohttp.ClientSession, stream: bool) -> str:
@@ -84,7 +84,7 @@ async def load(url: str, over: asyncio.Event) -> Counter[str]:
 
 
 def answered_since(log: Path, offset: int) -> Counter[str]:
-    """Requests that each replica has answered, by the gateway's log from a place in it."""
+    """Return requests that each replica has answered, by the gateway's log from a place in it."""
     found: Counter[str] = Counter()
     for line in log.read_bytes()[offset:].decode().splitlines():
         fields = json.loads(line)

@@ -23,19 +23,21 @@ from serving.launch.vllm_log import IMPORTING, PHASES, last_error, notes, phase,
 from tests.servers import COMMON_ENV, STARTUP_SECONDS, end_group, free_port
 from tests.serving.standin import wait_for
 
+pytestmark = pytest.mark.vllm
+
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator["Started"]:
-    """A way to start the launcher; ended with all it started, whatever the test found."""
+    """Yield a way to start the launcher; ended with all it started, whatever the test found."""
     launcher = Started(tmp_path)
     yield launcher
     launcher.clean_up()
 
 
 def group_of(process: psutil.Process) -> int:
-    """The process group of a process; 0 if it has ended meanwhile."""
+    """Return the process group of a process; 0 if it has ended meanwhile."""
     with contextlib.suppress(ProcessLookupError):
         return os.getpgid(process.pid)
     return 0
@@ -70,7 +72,7 @@ class Started:
         self.start([*command, f"--log-folder={folder}", "--", *vllm_args], **env)
 
     def output(self) -> str:
-        """What it has printed."""
+        """Return what it has printed."""
         return self.output_file.read_text()
 
     def wait_for(self, text: str, timeout: float = STARTUP_SECONDS) -> str:
@@ -90,7 +92,7 @@ class Started:
         return self.survivors()
 
     def survivors(self) -> list[psutil.Process]:
-        """The processes that run in the groups that were noted."""
+        """Return the processes that run in the groups that were noted."""
         return [
             p
             for p in psutil.process_iter(["status"])
@@ -177,7 +179,7 @@ def test_taken_port_is_said_before_anything_starts(
 
 def test_missing_checkpoint(started: Started, tmp_path: Path) -> None:
     started.launch(tmp_path / "nothing", folder=tmp_path)
-    assert started.process.wait(30) == 1
+    assert started.process.wait(30) == 2
     (line,) = started.output().splitlines()
     assert line.startswith(f"attnserve: CKPT={tmp_path}/nothing is not a checkpoint")
 
@@ -195,7 +197,7 @@ def test_log_folder_that_cannot_be_written(
 
 def test_quoted_tilde(started: Started, tmp_path: Path) -> None:
     started.launch("~/nothing", folder=tmp_path, HOME=str(tmp_path))
-    assert started.process.wait(30) == 1
+    assert started.process.wait(30) == 2
     (line,) = started.output().splitlines()
     assert line.startswith(f"attnserve: CKPT={tmp_path}/nothing is not a checkpoint")
 
@@ -279,7 +281,7 @@ def test_notes_are_the_plugins_own() -> None:
 
 
 def shown(*, terminal: bool) -> list[str]:
-    """What a start prints, with escape sequences."""
+    """Return what a start prints, with escape sequences."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=60, highlight=False, markup=False)
     progress = Progress(console)

@@ -30,7 +30,7 @@ BODY = {"model": "m", "prompt": "x", "max_tokens": 3}
 
 @pytest.fixture(scope="module")
 def used() -> Iterator[Running]:
-    """A gateway that has seen everything once: answers, streams, aborts, retries, errors, a key."""
+    """Yield a gateway that has seen everything once: streams, aborts, retries, errors, a key."""
     key = new_key()
     keys = [{"name": "alice", "sha256": digest(key)}]
     routing = {"policy": "least_loaded"}
@@ -58,7 +58,7 @@ def used() -> Iterator[Running]:
 
 
 def families(gateway: Running) -> dict[str, Any]:
-    """The metrics by their names, parsed by Prometheus' own parser."""
+    """Return the metrics by their names, parsed by Prometheus' own parser."""
     text = ask(gateway.url, "GET", "/metrics").body.decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
@@ -119,7 +119,7 @@ def test_docs_name_every_metric(used: Running) -> None:
 
 
 def every(url: str) -> dict[str, Any]:
-    """An entry for every name."""
+    """Return an entry for every name."""
     return {"name": "*", "replicas": [url]}
 
 

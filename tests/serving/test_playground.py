@@ -25,7 +25,7 @@ EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 
 
 def piece(text: str, *tokens: tuple[str, float]) -> dict[str, Any]:
-    """A choice of a streamed completion, in vLLM's shape."""
+    """Return a choice of a streamed completion, in vLLM's shape."""
     logprobs = {
         "tokens": [token for token, _ in tokens],
         "token_logprobs": [logprob for _, logprob in tokens],
@@ -63,7 +63,7 @@ def talker() -> Iterator[Talker]:
 
 
 def entries(server: StandIn) -> list[dict[str, Any]]:
-    """The models of a server, for a gateway's configuration."""
+    """Return the models of a server, for a gateway's configuration."""
     return [
         {"name": name, "variant": f"v{i}", "bits": 16 >> i, "replicas": [server.url]}
         for i, name in enumerate(server.models)
@@ -97,7 +97,7 @@ class Page:
         return self.browser.find_element(By.ID, name)
 
     def all(self, css: str) -> list[WebElement]:
-        """The elements that a selector finds."""
+        """Return the elements that a selector finds."""
         return self.browser.find_elements(By.CSS_SELECTOR, css)
 
     def texts(self, css: str) -> list[str]:
@@ -111,7 +111,7 @@ class Page:
         wait_for(condition, what)
 
     def js(self, code: str) -> Any:
-        """The value of a JavaScript function's body."""
+        """Return the value of a JavaScript function's body."""
         return self.browser.execute_script(code)
 
     def run(self, *states: str) -> None:
@@ -124,7 +124,7 @@ class Page:
 def opened(
     browser: webdriver.Chrome, complaints: str | None = None, **config: Any
 ) -> Iterator[tuple[Page, Running]]:
-    """The page of a gateway. The browser may complain of nothing but `complaints`."""
+    """Yield the page of a gateway. The browser may complain of nothing but `complaints`."""
     with running(**config) as gateway:
         browser.get_log("browser")  # which forgets what it has told
         page = Page(browser, gateway)

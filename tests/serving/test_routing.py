@@ -33,7 +33,7 @@ def complete(gateway: Running, prompt: str = "x", **fields: Any) -> Answer:
 
 
 def choose(names: list[str], prompts: list[str], **routing: Any) -> list[str]:
-    """The replicas that an idle gateway gives these prompts to."""
+    """Return the replicas that an idle gateway gives these prompts to."""
     entry = {"name": "m", "replicas": [f"http://{name}" for name in names]}
     gateway = GatewayState(Config.model_validate({"models": [entry], "routing": routing}))
     model = gateway.router.model("m")

@@ -31,12 +31,12 @@ BODY = {"model": "m", "prompt": "x", "max_tokens": 3}
 
 
 def entry(url: str = "http://127.0.0.1:1", **labels: Any) -> dict[str, Any]:
-    """A model of a configuration."""
+    """Return a model of a configuration."""
     return {"name": "m", "replicas": [url], **labels}
 
 
 def known(gateway: Running, name: str = "m") -> dict[str, Any]:
-    """What /v1/models says of a model."""
+    """Return what /v1/models says of a model."""
     answer = ask(gateway.url, "GET", f"/v1/models/{name}").json()
     found: dict[str, Any] = answer["attnserve"]
     return found

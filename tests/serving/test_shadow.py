@@ -24,7 +24,7 @@ BODY = {"model": "a", "prompt": "secret", "max_tokens": 3}
 
 @contextmanager
 def both(**config: Any) -> Iterator[tuple[Running, StandIn, StandIn]]:
-    """A gateway in front of models "a" and "b"."""
+    """Yield a gateway in front of models "a" and "b"."""
     with (
         standin("a") as a,
         standin("b") as b,

@@ -30,7 +30,7 @@ BODY = {"model": "m", "prompt": "x"}
 
 @asynccontextmanager
 async def listening(handler: Handler) -> AsyncIterator[str]:
-    """A TCP server on a free port; its address as a URL. `handler` gets connections on which a
+    """Run a TCP server on a free port; yield its URL. `handler` gets connections on which a
     request has begun that is no health check; `Next` returns when one has been read whole."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -15,7 +15,6 @@ from attn_kernels import variant_names
 from attnserve.evaluation import tiled
 from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
-from attnserve.evaluation.evaluate import evaluate, held_out
 from attnserve.evaluation.intervals import (
     Estimate,
     mean_interval,
@@ -23,7 +22,7 @@ from attnserve.evaluation.intervals import (
     share_interval,
 )
 from attnserve.evaluation.measures import Data
-from attnserve.evaluation.perplexity import Perplexity
+from attnserve.evaluation.perplexity import Perplexity, evaluate, held_out
 from attnserve.evaluation.scorers import Item, TransformersScorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from tests.fla import fla_checkpoint
@@ -67,7 +66,7 @@ def test_intervals_as_json() -> None:
     assert Estimate.from_json(mean_interval([5.0]).json()) == (5.0, -math.inf, math.inf)
 
 
-@pytest.mark.parametrize("name", [*variant_names(), "window", "llama", "fla"])
+@pytest.mark.parametrize("name", [*variant_names(), "window", "pruned", "llama", "fla"])
 def test_scores_are_the_models_own(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +76,8 @@ def test_scores_are_the_models_own(
         folder = write_tiny_llama(tmp_path)
     elif name == "window":
         folder = tiny_checkpoint(tmp_path, "selective", sliding_window=9)
+    elif name == "pruned":
+        folder = tiny_checkpoint(tmp_path, {"name": "selective", "kv_budgets": [8, 4, 12]})
     elif name == "fla":
         fields = {"attn_impl": "parallel_scaled_softpick_attn", "qk_norm": True}
         folder = fla_checkpoint(tmp_path, **fields)

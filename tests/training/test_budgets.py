@@ -12,26 +12,25 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from attn_kernels import get_variant
 from attn_kernels.pruning import attend_pruned
-from attnserve.budgets import __main__ as command_module
-from attnserve.budgets import forward as forward_module
-from attnserve.budgets.__main__ import BUNDLED, main
-from attnserve.budgets.forward import Forward
-from attnserve.budgets.measured import Budgets, Measured
+from attnserve.budgets import model as model_module
+from attnserve.budgets import run as run_module
+from attnserve.budgets.command import budgets
+from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import FOLDER, Found
+from attnserve.budgets.run import BUNDLED
 from attnserve.budgets.search import FREE, Descent, search
 from attnserve.budgets.texts import Counts, of_file, of_itself, of_users_text
 from attnserve.evaluation.checkpoint import Checkpoint
-from attnserve.evaluation.evaluate import model_log_likelihood
+from attnserve.evaluation.scorers import Item, TransformersScorer
+from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint
 from tests.training.test_eviction import page
 
 LENGTH = 24
 FULL = (LENGTH,) * 3
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +44,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def measured(folder: Path, books: Path, runs: Path, sequences: int = 5) -> Measured:
     forward = Forward(Checkpoint(folder))
     text = of_file(forward.checkpoint, books / "emma.txt", LENGTH, sequences)
-    return Measured.on(forward, text, runs)
+    return Measured(forward, text, runs)
 
 
 def of_transformers(folder: Path, own: Measured) -> list[float]:
     """Each sequence's loss as transformers computes it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return [
-        -model_log_likelihood(model, row.numpy(), LENGTH, own.checkpoint.bos, quiet=True) / LENGTH
-        for row in own.text.targets
-    ]
+    items = [Item([own.checkpoint.bos], row.tolist()) for row in own.text.targets]
+    scores = TransformersScorer(folder, quiet=True).score(items, "")
+    return [-scored.total / LENGTH for scored in scores]
 
 
 @pytest.mark.parametrize("name", ["selective", "softmax"])
@@ -87,7 +84,7 @@ def test_pruned_is_the_reference(
             ]
         )
 
-    monkeypatch.setattr(forward_module, "scaled_dot_product_attention", expected)
+    monkeypatch.setattr(model_module, "scaled_dot_product_attention", expected)
     assert own.forward(own.text, FULL, "selective") == pytest.approx(found, rel=1e-5)
     assert next(left, None) is None
     assert found != pytest.approx(unpruned, rel=1e-3)
@@ -139,7 +136,7 @@ def lines_of(runs: Path) -> dict[str, list[str]]:
 
 
 def test_result_and_checkpoint(
-    folders: dict[str, Path], books: Path, tmp_path: Path, capsys: Capture
+    folders: dict[str, Path], books: Path, tmp_path: Path, commands: Commands
 ) -> None:
     """Up to a loss that pruning reaches and one that it does not."""
     own = measured(folders["selective"], books, tmp_path, 6)
@@ -148,10 +145,11 @@ def test_result_and_checkpoint(
     out = tmp_path / "pruned"
     targets = ("--max-loss", allowed, "--rise", "1", "2")
     files = ("--write", str(out), "--plot", str(tmp_path / "plot.png"))
-    main(command(folders, books, tmp_path, *targets, *files))
-    printed = capsys.readouterr().out.splitlines()
+    argv = command(folders, books, tmp_path, *targets, *files)
+    printed = json.loads(commands.run(budgets, *argv, "--json"))
     found = Found.read(tmp_path / "selective.json")
-    assert json.loads(printed[-1])["out"] == str(tmp_path / "selective.json")
+    assert printed["out"] == str(tmp_path / "selective.json")
+    assert list(printed["targets"]) == ["max-loss", "+1 %", "+2 %"]
     assert [target.name for target in found.targets] == ["max-loss", "+1 %", "+2 %"]
     for target in found.targets:
         assert target.reached
@@ -174,7 +172,7 @@ def test_result_and_checkpoint(
     for target in found.targets:
         assert target.name in choices[tuple(target.budgets)].split(", ")
     held_out = of_file(own.checkpoint, books / "great_expectations.txt", LENGTH, 4)
-    test = Measured.on(own.forward, held_out, tmp_path)
+    test = Measured(own.forward, held_out, tmp_path)
     for row in found.rows:
         assert row.factor == pytest.approx(3 * LENGTH / sum(row.budgets), abs=1e-3)
         size = 2 * 2 * 32 * 2 + {"selective": 8}.get(row.model, 8 * (row.rule == "heavy hitters"))
@@ -185,16 +183,17 @@ def test_result_and_checkpoint(
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
     config = json.loads((out / "config.json").read_text())
-    budgets = found.targets[0].budgets
-    assert config["attention_variant"] == {"name": "selective", "kv_budgets": budgets}
-    losses = own.losses("selective", tuple(budgets))
+    kept = found.targets[0].budgets
+    assert config["attention_variant"] == {"name": "selective", "kv_budgets": kept}
+    losses = own.losses("selective", tuple(kept))
     assert of_transformers(out, own) == pytest.approx(losses, abs=1e-4)
     names = {file.name for file in folders["selective"].iterdir()}
     assert {file.name for file in out.iterdir()} == names
 
-    with pytest.raises(SystemExit, match="is not written: name a higher --max-loss"):
-        too_low = ("--max-loss", "0.1", "--write", str(tmp_path / "no"))
-        main(command(folders, books, tmp_path, *too_low))
+    too_low = ("--max-loss", "0.1", "--write", str(tmp_path / "no"))
+    shown = commands.run(budgets, *command(folders, books, tmp_path, *too_low), code=2)
+    assert "is not written: name a higher --max-loss" in commands.printed.err
+    assert "not reached: the unpruned model is above it" in shown
     assert not (tmp_path / "no").exists()
     target = Found.read(tmp_path / "selective.json").targets[0]
     assert (target.reached, target.budgets) == (False, list(FULL))
@@ -207,20 +206,20 @@ def test_no_reference(
     books: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    commands: Commands,
 ) -> None:
     """Where none is named and the bundled one has another tokenizer or, outside of a checkout, is
     not there: what is left is as it is beside a reference."""
-    monkeypatch.setattr(command_module, "BUNDLED", bundled)
-    main(command(folders, books, tmp_path / "with"))
-    assert "Reference: none" not in capsys.readouterr().out
+    monkeypatch.setattr(run_module, "BUNDLED", bundled)
+    commands.run(budgets, *command(folders, books, tmp_path / "with"))
+    assert "Reference: none" not in commands.printed.err
     argv = command(folders, books, tmp_path)
     del argv[1:3]
-    main([*argv, "--plot", str(tmp_path / "plot.png"), "--write", str(tmp_path / "pruned")])
-    printed = capsys.readouterr().out
-    assert printed.count("Reference: none") == 1
+    files = ("--plot", tmp_path / "plot.png", "--write", tmp_path / "pruned")
+    printed = commands.run(budgets, *argv, *files)
+    assert commands.printed.err.count("Reference: none") == 1
     for word in ("softmax", "over the reference", "above it"):
-        assert word not in printed.partition("\n")[2]
+        assert word not in printed
     found = Found.read(tmp_path / "selective.json")
     beside = Found.read(tmp_path / "with" / "selective.json")
     assert (found.about["reference"], found.allowance) == (None, None)
@@ -239,19 +238,24 @@ def test_no_reference(
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert config["attention_variant"]["kv_budgets"] == found.targets[0].budgets
 
-    assert "there is no target: give --rise or --max-loss" in refusal([*argv, "--rise"], capsys)
+    refusal = commands.refused(budgets, *argv, "--no-rise")
+    assert "there is no target: give --rise or --max-loss" in refusal
 
 
 def test_bundled_reference(
-    folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path],
+    books: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: Commands,
 ) -> None:
     """It is the reference of a checkpoint of its tokenizer."""
-    monkeypatch.setattr(command_module, "BUNDLED", folders["softmax"])
+    monkeypatch.setattr(run_module, "BUNDLED", folders["softmax"])
     argv = command(folders, books, tmp_path)
-    main(argv)
+    commands.run(budgets, *argv)
     named = (tmp_path / "selective.json").read_text()
     del argv[1:3]
-    main(argv)
+    commands.run(budgets, *argv)
     assert (tmp_path / "selective.json").read_text() == named
 
 
@@ -263,24 +267,28 @@ def test_committed_results_are_read_as_they_were_written(tmp_path: Path) -> None
 
 
 def test_goes_on_after_a_kill(
-    folders: dict[str, Path], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path],
+    books: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: Commands,
 ) -> None:
     """In the middle of writing a line; the result is that of a run that was never interrupted."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    main(command(folders, books, whole))
+    commands.run(budgets, *command(folders, books, whole))
     everything = lines_of(whole / "runs")
     assert sum(map(len, everything.values())) > 40
     (killed / "runs" / "budgets").mkdir(parents=True)
     for name, lines in everything.items():
         text = "".join(lines)
         (killed / "runs" / "budgets" / name).write_text(text[: len(text) // 2])
-    main(command(folders, books, killed))
+    commands.run(budgets, *command(folders, books, killed))
     assert lines_of(killed / "runs") == everything
     results = [(folder / "selective.json").read_text() for folder in (whole, killed)]
     assert results[0] == results[1]
 
     monkeypatch.setattr(Forward, "layer", None)  # nothing is left to measure
-    main(command(folders, books, killed))
+    commands.run(budgets, *command(folders, books, killed))
 
 
 @pytest.mark.parametrize(
@@ -303,35 +311,27 @@ def test_refusals(
     books: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    commands: Commands,
 ) -> None:
     monkeypatch.chdir(folders["selective"].parent)
     argv = command(folders, books, tmp_path)
     for place, value in changes.items():
         argv[place] = value
-    assert message in refusal(argv, capsys)
-
-
-def refusal(argv: list[str], capsys: Capture) -> str:
-    """The last line of what the command refuses."""
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    assert message in commands.refused(budgets, *argv)
 
 
 def test_an_existing_folder_is_not_overwritten(
-    folders: dict[str, Path], books: Path, tmp_path: Path, capsys: Capture
+    folders: dict[str, Path], books: Path, tmp_path: Path, commands: Commands
 ) -> None:
     argv = command(folders, books, tmp_path, "--write", str(folders["softmax"]))
-    assert "exists: name another folder or delete it" in refusal(argv, capsys)
+    assert "exists: name another folder or delete it" in commands.refused(budgets, *argv)
 
 
 def test_no_text_at_hand(
     folders: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    commands: Commands,
 ) -> None:
     """What the checkpoint writes itself, other tokens for each use; both models read them, and the
     writer's own loss is the target's base."""
@@ -340,11 +340,10 @@ def test_no_text_at_hand(
     del argv[3:5]
     runs = tmp_path / "runs"
     del argv[argv.index("--out") : argv.index("--out") + 2]
-    main(argv)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "Text: what selective writes itself"
+    commands.run(budgets, *argv)
+    assert "Text: what selective writes itself" in commands.printed.err.splitlines()
     found = Found.read(runs / "budgets" / "selective.json")
-    assert json.loads(printed[-1])["out"] == str(runs / "budgets" / "selective.json")
+    assert f"Written to {runs / 'budgets' / 'selective.json'}" in commands.printed.out
     assert found.about["text_from"] == "own"
     assert len(set(found.about["texts"].values())) == 3
     assert [target.name for target in found.targets] == ["+1 %"]
@@ -363,13 +362,13 @@ def test_no_text_at_hand(
 
 
 def test_users_text(
-    folders: dict[str, Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One file of any name: the halves are for search and test, the reference's loss a target."""
     argv = command(folders, tmp_path, tmp_path)
     argv[3:5] = ["--text", str(LICENSE)]
-    main(argv)
-    assert capsys.readouterr().out.splitlines()[0] == f"Text: {LICENSE.name}"
+    commands.run(budgets, *argv)
+    assert f"Text: {LICENSE.name}" in commands.printed.err.splitlines()
     found = Found.read(tmp_path / "selective.json")
     assert [target.name for target in found.targets] == ["softmax", "+1 %"]
     own = Checkpoint(folders["selective"])
@@ -380,9 +379,9 @@ def test_users_text(
     assert parts.test.targets[0].tolist() == tokens[middle : middle + LENGTH]
     (tmp_path / "short.txt").write_text("too short")
     argv[4] = str(tmp_path / "short.txt")
-    assert "fewer than two sequences of 24" in refusal(argv, capsys)
+    assert "fewer than two sequences of 24" in commands.refused(budgets, *argv)
     argv[4] = "nowhere.txt"
-    assert "no file nowhere.txt" in refusal(argv, capsys)
+    assert "no file nowhere.txt" in commands.refused(budgets, *argv)
 
 
 def test_not_a_result(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attn_kernels import variant_names
 from attnserve.evaluation.books import split
-from attnserve.evaluation.evaluate import Score
+from attnserve.evaluation.perplexity import Score
+from tests.conftest import Commands
 from tests.training.conftest import TINY
 from training import checkpoints
-from training.train import Run
+from training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -142,25 +143,19 @@ def test_command_line_builds_each_variant(
     books: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    commands: Commands,
 ) -> None:
     score = Score("model", "test", -100.0, 50, 20, 80)
     monkeypatch.setattr(checkpoints, "build", lambda *_: [score])
-    checkpoints.main([*argv, "--books", str(books), "--runs", str(tmp_path)])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last == {name: [dataclasses.asdict(score)] for name in names}
+    options = ("--books", books, "--runs", tmp_path, "--json")
+    printed = json.loads(commands.run(checkpoints.checkpoints, *argv, *options))
+    assert printed == {name: [score.json()] for name in names}
 
 
-def test_command_line_refuses_an_unknown_variant(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        checkpoints.main(["softpik"])
-    assert "did you mean 'softpick'" in capsys.readouterr().err.splitlines()[-1]
+def test_command_line_refuses_an_unknown_variant(commands: Commands) -> None:
+    assert "did you mean 'softpick'" in commands.refused(checkpoints.checkpoints, "softpik")
 
 
-def test_missing_books_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        checkpoints.main(["softmax", "--books", str(tmp_path)])
-    assert (
-        "emma.txt is not there: fetch the thirteen novels"
-        in capsys.readouterr().err.splitlines()[-1]
-    )
+def test_missing_books_are_one_line(tmp_path: Path, commands: Commands) -> None:
+    line = commands.refused(checkpoints.checkpoints, "softmax", "--books", tmp_path)
+    assert "emma.txt is not there: fetch the thirteen novels" in line

@@ -19,11 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from attn_kernels import get_variant, variant_names
+from attnserve.errors import UserError
 from attnserve.evaluation.tokens import read_tokens
 from hf_attn import VariantLlamaForCausalLM
+from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer
-from training.convert import convert, initial_scale, main
-from training.finetune import STATE, FineTune, FineTuneError, Settings, fused_attention
+from training.conversion import convert, initial_scale
+from training.convert import convert as command
+from training.finetune import FineTune, fused_attention
+from training.recipe import FineTuning
+from training.resumable import STATE
 from training.tokenizer import PARAGRAPHS
 
 TRAINED = Path(__file__).resolve().parents[2] / "checkpoints" / "softmax"
@@ -80,10 +85,10 @@ def test_initial_scale() -> None:
 
 
 def test_ssmax_is_softmax_with_queries_scaled_by_hand(
-    plain: Path, ids: Tensor, tmp_path: Path
+    plain: Path, ids: Tensor, tmp_path: Path, commands: Commands
 ) -> None:
     """At the n-th token the scores are ln(n) / mean(ln n over the training length) as large."""
-    main([str(plain), str(tmp_path / "ssmax"), "--variant", "ssmax"])
+    commands.run(command, plain, tmp_path / "ssmax", "--variant", "ssmax")
     ln = torch.arange(1, ids.shape[1] + 1, dtype=torch.float64).log()
     factor = (ln / ln[:LENGTH].mean()).float()[:, None]
     model = load(plain)
@@ -130,12 +135,12 @@ def test_options(plain: Path, ids: Tensor) -> None:
     assert not torch.allclose(logits(wider, ids), logits(load(plain), ids), atol=0.1)
 
 
-def test_dtype_and_the_projects_own_format(tmp_path: Path) -> None:
+def test_dtype_and_the_projects_own_format(tmp_path: Path, commands: Commands) -> None:
     """A `variant_llama` of softmax is converted too, and 16-bit weights stay as they are."""
     tiny_checkpoint(tmp_path / "source", "softmax")
     source = load(tmp_path / "source").to(torch.bfloat16)
     source.save_pretrained(tmp_path / "source")
-    main([str(tmp_path / "source"), str(tmp_path / "out"), "--variant", "ssmax"])
+    commands.run(command, tmp_path / "source", tmp_path / "out", "--variant", "ssmax")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
     added = {f"model.layers.{layer}.self_attn.ssmax_scale" for layer in range(3)}
     assert set(after) - set(before) == added
@@ -144,11 +149,11 @@ def test_dtype_and_the_projects_own_format(tmp_path: Path) -> None:
 
 
 def test_chat_template_and_pad_token_are_added_where_there_are_none(
-    plain: Path, tmp_path: Path
+    plain: Path, tmp_path: Path, commands: Commands
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(plain)
     assert tokenizer.chat_template is None and tokenizer.pad_token is None
-    main([str(plain), str(tmp_path / "bare"), "--variant", "softpick"])
+    commands.run(command, plain, tmp_path / "bare", "--variant", "softpick")
     made = AutoTokenizer.from_pretrained(tmp_path / "bare")
     assert made.chat_template == PARAGRAPHS
     assert (made.pad_token, len(made)) == (tokenizer.eos_token, len(tokenizer))
@@ -157,17 +162,17 @@ def test_chat_template_and_pad_token_are_added_where_there_are_none(
     tokenizer.chat_template, tokenizer.pad_token = "{{ messages }}", "a"
     shutil.copytree(plain, tmp_path / "own")
     tokenizer.save_pretrained(tmp_path / "own")
-    main([str(tmp_path / "own"), str(tmp_path / "kept"), "--variant", "softpick"])
+    commands.run(command, tmp_path / "own", tmp_path / "kept", "--variant", "softpick")
     kept = AutoTokenizer.from_pretrained(tmp_path / "kept")
     assert (kept.chat_template, kept.pad_token) == ("{{ messages }}", "a")
     assert kept.padding_side == tokenizer.padding_side
 
 
-def test_the_same_variant_keeps_its_scales(tmp_path: Path) -> None:
+def test_the_same_variant_keeps_its_scales(tmp_path: Path, commands: Commands) -> None:
     """A checkpoint that learned its scales takes another rotary base and more positions."""
     tiny_checkpoint(tmp_path / "learned", "ssmax")
     options = ("--rope-theta-factor", "50", "--positions", "4096")
-    main([str(tmp_path / "learned"), str(tmp_path / "wide"), "--variant", "ssmax", *options])
+    commands.run(command, tmp_path / "learned", tmp_path / "wide", "--variant", "ssmax", *options)
     files = (tmp_path / name / "model.safetensors" for name in ("learned", "wide"))
     before, after = map(load_file, files)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -186,13 +191,13 @@ def tune_arguments(*extra: str) -> list[str]:
     return ["--data", str(LICENSE), "--sequence", "48", "--batch", "2", *extra]
 
 
-def test_finetuning_the_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetuning_the_scales(tmp_path: Path, commands: Commands) -> None:
     """Only the scales change, and the loss gets lower: of a model that was trained, swapped."""
     swapped, tuned = tmp_path / "swapped", tmp_path / "tuned"
-    main([str(TRAINED), str(swapped), "--variant", "ssmax"])
+    commands.run(command, TRAINED, swapped, "--variant", "ssmax")
     options = ("--steps", "30", "--learning-rate", "0.02", "--seed", "3", "--sequence", "96")
-    main([str(TRAINED), str(tuned), "--variant", "ssmax", *tune_arguments(*options)])
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    argv = (TRAINED, tuned, "--variant", "ssmax", *tune_arguments(*options), "--json")
+    record = json.loads(commands.run(command, *argv))
     assert record == json.loads((tuned / "conversion.json").read_text())
     assert record["finetuning"]["seed"] == 3
     assert len(record["finetuning"]["losses"]) == 30
@@ -207,9 +212,13 @@ def test_finetuning_the_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "tuned.part").exists()
 
 
-def test_finetuning_everything(plain: Path, ids: Tensor, tmp_path: Path) -> None:
+def test_finetuning_everything(
+    plain: Path, ids: Tensor, tmp_path: Path, commands: Commands
+) -> None:
     options = ("--steps", "30", "--train", "all", "--learning-rate", "0.003")
-    main([str(plain), str(tmp_path / "all"), "--variant", "softpick", *tune_arguments(*options)])
+    commands.run(
+        command, plain, tmp_path / "all", "--variant", "softpick", *tune_arguments(*options)
+    )
     before, after = load(plain, attn_implementation="softpick"), load(tmp_path / "all")
     assert mean_loss(after, ids) < mean_loss(before, ids) - 0.15
     old = dict(before.named_parameters())
@@ -235,7 +244,7 @@ def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: T
 
 
 def tune(plain: Path, folder: Path, **changes: Any) -> FineTune:
-    settings = Settings(steps=100, learning_rate=0.01, sequence=16, seed=1)
+    settings = FineTuning(steps=100, learning_rate=0.01, sequence=16, seed=1)
     tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
     model = convert(plain, {"name": "ssmax"})
     return FineTune(
@@ -263,7 +272,7 @@ def test_interrupted_and_continued_equals_uninterrupted(plain: Path, tmp_path: P
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(continued.model.state_dict()[name], tensor), name
 
-    with pytest.raises(FineTuneError, match="unfinished run with seed = 1, not 2"):
+    with pytest.raises(UserError, match="unfinished run with seed = 1, not 2"):
         tune(plain, tmp_path / "part", seed=2)
 
 
@@ -271,24 +280,24 @@ def test_interrupted_and_continued_equals_uninterrupted(plain: Path, tmp_path: P
 def test_compiled_is_the_same_training(plain: Path, tmp_path: Path) -> None:
     """For a variant that no fused kernel has."""
     tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
-    settings = Settings(steps=4, train="all", learning_rate=1e-3, sequence=16, batch=2)
+    settings = FineTuning(steps=4, train="all", learning_rate=1e-3, sequence=16, batch=2)
     losses = []
     for compiled in (False, True):
         model = convert(plain, {"name": "selective"})
-        run = FineTune(model, settings, tokens, 0, tmp_path / str(compiled), compiled=compiled)
-        run.run(quiet=True)
+        run = FineTune(model, settings, tokens, 0, tmp_path / str(compiled))
+        run.run(compiled, quiet=True)
         losses.append(run.losses)
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert losses[0][0] != pytest.approx(losses[0][-1], abs=1e-3)
 
 
 def test_learning_rate() -> None:
-    settings = Settings(steps=40, learning_rate=1.0)
+    settings = FineTuning(steps=40, learning_rate=1.0)
     rates = [settings.learning_rate_at(step) for step in range(40)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.05
-    assert Settings(steps=1, learning_rate=1.0).learning_rate_at(0) == 1.0
+    assert FineTuning(steps=1, learning_rate=1.0).learning_rate_at(0) == 1.0
 
 
 REFUSED = {
@@ -304,7 +313,7 @@ REFUSED = {
     ),
     "short data": (
         ["{plain}", "{tmp}/out", "--steps", "2", "--data", "{tmp}/softpick/config.json"],
-        "too few for sequences of 1024: name more --data or a shorter --sequence",
+        "too few for sequences of 1024: name more --data or shorter sequences",
     ),
     "train length": (["{plain}", "{tmp}/out", "--train-length", "1"], "at least 2 tokens"),
     "no tensors": (
@@ -320,7 +329,7 @@ def test_refused_in_one_line(
     message: str,
     plain: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    commands: Commands,
 ) -> None:
     tiny_checkpoint(tmp_path / "softpick", "softpick")
     for name, fields in (
@@ -331,12 +340,7 @@ def test_refused_in_one_line(
         (tmp_path / name / "config.json").write_text(json.dumps(fields))
     places = {"tmp": tmp_path, "plain": plain, "license": LICENSE}
     argv = [argument.format(**places) for argument in arguments]
-    with pytest.raises(SystemExit) as stopped:
-        main(["--variant", "ssmax", *argv])
-    (line,) = (text for text in capsys.readouterr().err.splitlines() if "training.convert" in text)
-    assert stopped.value.code == 2
-    assert line.startswith("training.convert: ")
-    assert message in line
+    assert message in commands.refused(command, "--variant", "ssmax", *argv)
     assert not (tmp_path / "out").exists()
 
 
@@ -345,14 +349,12 @@ def test_refused_in_one_line(
     [
         (["--variant", "softpik"], "did you mean 'softpick'"),
         (["--rope-theta", "0"], "0 is not a number above 0"),
-        (["--positions", "-1"], "not a whole number above 0"),
+        (["--positions", "-1"], "greater than or equal to 1"),
         (["--data", "nowhere.txt"], "no file nowhere.txt"),
     ],
 )
 def test_wrong_options(
-    option: list[str], message: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: list[str], message: str, plain: Path, tmp_path: Path, commands: Commands
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(plain), str(tmp_path / "out"), "--variant", "ssmax", *option])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    line = commands.refused(command, plain, tmp_path / "out", "--variant", "ssmax", *option)
+    assert message in line

@@ -10,8 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attnserve.evaluation.books import split
 from attnserve.evaluation.tokens import read_tokens, sequence
+from tests.conftest import Commands
 from training.data import Batches, fingerprint
-from training.tokenizer import PARAGRAPHS, main, train_tokenizer
+from training.tokenizer import PARAGRAPHS, train_tokenizer
+from training.tokenizer import tokenizer as command
 
 TOKENS = np.arange(1, 1001)
 
@@ -34,10 +36,11 @@ def test_tokenizer_learns_words(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_tokenizer_command_line_writes_what_auto_tokenizer_reads(
-    books: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    books: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, commands: Commands
 ) -> None:
-    data = [str(books / "first.txt"), str(books / "second.txt")]
-    main(["--data", *data, "--out", str(tmp_path), "--vocab-size", "299", "--max-length", "16"])
+    data = (books / "first.txt", books / "second.txt")
+    sizes = ("--vocab-size", "299", "--max-length", "16")
+    commands.run(command, "--data", *data, "--out", tmp_path, *sizes)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.encode("the dog") == tokenizer.encode("the dog")

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from attn_kernels import variant_names
-from attnserve.evaluation import evaluate
+from attnserve.evaluation import perplexity
 from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
-from attnserve.evaluation.evaluate import held_out
+from attnserve.evaluation.evaluate import evaluate
 from attnserve.sampled_text import sampled_text
+from tests.conftest import Commands
 from tests.tiny import tiny_checkpoint
 
 
@@ -33,17 +34,17 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, list[dict[str, Any]]]:
-    """What the command prints for people, and its JSON."""
-    evaluate.main([str(argument) for argument in argv])
-    shown, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
-    return shown, json.loads(last)
+def scores(commands: Commands, *argv: object) -> list[dict[str, Any]]:
+    """Return what the command prints as JSON."""
+    rows: list[dict[str, Any]] = json.loads(commands.run(evaluate, *argv, "--json"))["scores"]
+    return rows
 
 
-def test_no_text_at_hand(checkpoint: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_text_at_hand(checkpoint: Path, home: Path, commands: Commands) -> None:
     """The mean loss over what the checkpoint wrote, and the words that say what that is."""
-    shown, (row,) = run(capsys, checkpoint, "--sequences", 2)
-    assert "the entropy of its own sampling" in shown
+    shown = commands.run(evaluate, checkpoint, "--sequences", 2)
+    assert "the entropy of its own sampling" in shown and f"| {checkpoint.name} |" in shown
+    (row,) = scores(commands, checkpoint, "--sequences", 2)
     text = sampled_text(checkpoint, "evaluation", 2, 513)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
@@ -52,48 +53,44 @@ def test_no_text_at_hand(checkpoint: Path, home: Path, capsys: pytest.CaptureFix
     assert row["per_token"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_users_text(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_users_text(tmp_path: Path, home: Path, commands: Commands) -> None:
     """One file of any name is enough; a short one is read whole, a long one's beginning."""
     folder = tiny_checkpoint(tmp_path / "tiny", "softpick")
     file = tmp_path / "notes.md"
     file.write_text("The rain — it fell.\n" * 3, encoding="utf-8")
-    shown, (row,) = run(capsys, folder, "--text", file)
-    assert "| notes.md | model |" in shown and "entropy" not in shown
+    shown = commands.run(evaluate, folder, "--text", file)
+    assert "| notes.md | tiny |" in shown and "entropy" not in shown
+    (row,) = scores(commands, folder, "--text", file)
     assert (row["words"], row["bytes"]) == (15, 66)
     file.write_text("The rain — it fell.\n" * 900, encoding="utf-8")
-    _, (row,) = run(capsys, folder, "--text", file, "--sequences", 1)
+    (row,) = scores(commands, folder, "--text", file, "--sequences", 1)
     assert row["tokens"] == Checkpoint(folder).context
     assert 0 < row["bytes"] < 66 * 300
 
 
-def test_novels_and_baselines(
-    books: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_novels_and_baselines(books: Path, tmp_path: Path, home: Path, commands: Commands) -> None:
     """Named with --books or fetched; the baselines only where they are asked for."""
     folder = tiny_checkpoint(tmp_path / "tiny", "softmax")
-    _, named = run(capsys, folder, "--books", books, "--whole")
+    named = scores(commands, folder, "--books", books, "--whole")
     assert [row["text"] for row in named] == ["validation", "test"]
     home.mkdir()
     (home / "books").symlink_to(books)
-    _, rows = run(capsys, folder, "--whole", "--ngrams")
-    assert [row for row in rows if row["model"] == "model"] == named
-    assert {row["model"] for row in rows} == {"model", "trigram", "unigram"}
-    scored = evaluate.evaluate(
-        Checkpoint(folder), held_out(Checkpoint(folder), split()), split().train, quiet=True
-    )
+    rows = scores(commands, folder, "--whole", "--ngrams")
+    assert [row for row in rows if row["model"] == "tiny"] == named
+    assert {row["model"] for row in rows} == {"tiny", "trigram", "unigram"}
+    own = Checkpoint(folder)
+    texts = perplexity.held_out(own, split())
+    scored = perplexity.evaluate(own, texts, split().train, quiet=True)
     assert [score.log_likelihood for score in scored] == [row["log_likelihood"] for row in rows]
 
 
-def test_no_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands) -> None:
     """A user without a home folder, as in some containers, has no cache: nothing is kept."""
     for name in ("ATTNSERVE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError()))
     folder = tiny_checkpoint(tmp_path / "tiny", "softmax")
-    shown, _ = run(capsys, folder, "--sequences", 1)
-    assert "own sampling" in shown
+    assert "own sampling" in commands.run(evaluate, folder, "--sequences", 1)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +109,11 @@ def test_no_home(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_not_there_is_one_line(
-    argv: list[str], line: str, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], line: str, tmp_path: Path, home: Path, commands: Commands
 ) -> None:
     folder = tiny_checkpoint(tmp_path / "tiny", "softpick")
     (tmp_path / "empty.txt").touch()
     places = {"CKPT": str(folder), "EMPTY": str(tmp_path / "empty.txt")}
     for name, place in places.items():
         argv = [argument.replace(name, place) for argument in argv]
-    with pytest.raises(SystemExit) as ended:
-        evaluate.main(argv)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2
-    assert error.startswith("attnserve.evaluation.evaluate: ") and line in error
+    assert line in commands.refused(evaluate, *argv)

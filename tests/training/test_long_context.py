@@ -12,9 +12,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnserve.evaluation.tokens import read_tokens
+from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint
-from training import convert
-from training.long_context import against, edges, main, octaves
+from training.convert import convert
+from training.long_context import long_context
+from training.positions import against, edges, octaves
 
 LENGTH, SPACING = 300, 500
 
@@ -45,18 +47,16 @@ def test_octaves_and_differences() -> None:
     assert octaves(wide)["loss"].tolist() == [1.5]
 
 
-def test_measured_through_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measured_through_vllm(tmp_path: Path, commands: Commands) -> None:
     """ssmax with another rotary base, beyond max_position_embeddings: transformers' losses."""
     source, ckpt, csv = tmp_path / "source", tmp_path / "ssmax", tmp_path / "table.csv"
     tiny_checkpoint(source, "softmax", max_position_embeddings=128)
-    convert.main([str(source), str(ckpt), "--variant", "ssmax", "--rope-theta-factor", "50"])
+    commands.run(convert, source, ckpt, "--variant", "ssmax", "--rope-theta-factor", "50")
     text = tmp_path / "text.txt"
     text.write_text(LICENSE.read_text())
     command = [str(ckpt), "--texts", str(text), "--csv", str(csv), "--length", str(LENGTH)]
     command += ["--spacing", str(SPACING), "--windows", "2"]
-    capsys.readouterr()
-    main(command)
-    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = json.loads(commands.run(long_context, *command, "--json"))["rows"]
     assert [row["octave"] for row in shown] == [64, 128, 256, 512]
 
     table = pd.read_csv(csv)
@@ -74,15 +74,14 @@ def test_measured_through_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert rows["loss"].tolist() == pytest.approx(expected, abs=2e-4)
 
     before = csv.read_bytes()
-    main([*command, "--plot", str(tmp_path / "plot.png")])
+    commands.run(long_context, *command, "--plot", tmp_path / "plot.png")
     assert csv.read_bytes() == before, "what was there was measured again"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     config = json.loads((ckpt / "config.json").read_text())
     (ckpt / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "rows of another checkpoint called ssmax: rename one" in capsys.readouterr().err
+    line = commands.refused(long_context, *command)
+    assert "rows of another checkpoint called ssmax: rename one" in line
 
 
 @pytest.mark.parametrize(
@@ -99,14 +98,10 @@ def test_refused_in_one_line(
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    commands: Commands,
 ) -> None:
     monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path))
     places = {"tmp": tmp_path, "ckpt": tmp_path / "ckpt"}
     tiny_checkpoint(places["ckpt"], "softmax")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(["--csv", str(tmp_path / "t.csv"), *(text.format(**places) for text in arguments)])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    assert message in line
+    argv = ("--csv", tmp_path / "t.csv", *(text.format(**places) for text in arguments))
+    assert message in commands.refused(long_context, *argv)

@@ -16,9 +16,12 @@ from attn_kernels import get_variant
 from attnserve.evaluation.tokens import Tokens, read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
+from tests.conftest import Commands
 from tests.training.conftest import TINY
 from training.memory_loss import memory_share
-from training.train import LOSSES, STATE, Run, loss_function, main
+from training.resumable import STATE, loss_function
+from training.run import LOSSES, Run
+from training.train import train
 
 SELECTIVE = {"name": "selective"}
 MEMORY = dataclasses.replace(TINY, memory_loss=0.1)
@@ -180,19 +183,13 @@ def test_a_state_from_before_the_setting(
 
 
 def test_a_variant_that_masks_nothing_is_refused(
-    books: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    books: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, commands: Commands
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(SystemExit):
-        main(
-            [
-                *("--variant", "softpick", "--data", str(books / "first.txt")),
-                *("--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "run")),
-                *("--memory-loss", "0.1", "--context", "16"),
-            ]
-        )
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith("softpick attention masks no tokens: leave out memory_loss")
+    line = commands.refused(
+        train,
+        *("--variant", "softpick", "--data", books / "first.txt"),
+        *("--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "run"),
+        *("--memory-loss", "0.1", "--context", "16"),
+    )
+    assert line.endswith("softpick attention masks no tokens: leave out memory_loss")

@@ -15,21 +15,20 @@ import pandas as pd
 import pytest
 
 from attn_kernels import variant_names
-from attnserve.budgets.measured import Budgets
-from attnserve.budgets.result import Found
-from attnserve.budgets.table import Row
-from attnserve.budgets.targets import Target
+from attnserve.budgets.model import Budgets
+from attnserve.budgets.result import Found, Row
+from attnserve.budgets.search import Target
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.measures import Result
 from attnserve.reports import Range, Verdict
+from tests.conftest import Commands
 from training.analyze import store
 from training.analyze.length import BINS, multiples
-from training.report.__main__ import main
+from training.report.__main__ import report
 from training.report.claims import PAPERS
+from training.report.document import document
 from training.report.evidence import Evidence, Missing, load
-from training.report.figures import less_memory
-from training.report.rules import Condition, decide, widened
-from training.report.swapping import swapping
+from training.report.figures import Condition, decide, less_memory, widened
 
 MULTIPLE = 16
 
@@ -273,20 +272,22 @@ def test_memory_at_softmaxs_loss(tmp_path: Path) -> None:
     """The figure is where the allowed rise is on the path, its interval that of the allowance."""
     world = as_the_papers_say(loss={"selective": 0.035})
     world.write(tmp_path)
-    finding = less_memory("selective", 512, Range(low=16.0), read(tmp_path))
+    finding = less_memory(read(tmp_path), "selective", 512, low=16.0)
     assert finding.ours.endswith("times less memory at softmax's validation loss: 16.0 [1.0, 32.0]")
     assert finding.verdict is Verdict.UNDECIDED
     with pytest.raises(Missing, match="of selective at 1024 tokens"):
-        less_memory("selective", 1024, Range(low=16.0), read(tmp_path))
+        less_memory(read(tmp_path), "selective", 1024, low=16.0)
 
 
 def test_swapping(tmp_path: Path) -> None:
     World().write(tmp_path)
-    text = swapping(read(tmp_path).long_context)
+    evidence = read(tmp_path)
+    text = document(evidence, [], "")
     assert "on 2 windows" in text
     assert "| smollm2-softmax | 10000 | no | 3.020 | 5.020 |" in text
     assert "| smollm2-ssmax | 10000 | steps=40 | 3.020 (+0.000) | 4.770 (-0.250) |" in text
-    assert swapping(None).startswith("No results")
+    without = dataclasses.replace(evidence, long_context=None)
+    assert "No results of `python -m training.long_context`" in document(without, [], "")
 
 
 def test_runs_of_other_lengths_are_not_compared(verdicts: Judge) -> None:
@@ -312,10 +313,11 @@ def test_rule() -> None:
     assert finding.rule == "at least 2; control at least 2, else it cannot be shown"
 
 
-def run(folder: Path, out: Path) -> None:
-    """The command on a world's files."""
-    main(
-        [
+def run(commands: Commands, folder: Path, out: Path) -> dict[str, Any]:
+    """Run the command on a world's files; return its JSON."""
+    printed: dict[str, Any] = json.loads(
+        commands.run(
+            report,
             f"--results={folder / 'results'}",
             f"--checkpoints={folder / 'checkpoints'}",
             f"--learning-rates={folder / 'rates.csv'}",
@@ -323,17 +325,16 @@ def run(folder: Path, out: Path) -> None:
             f"--quantization={folder / 'quantization'}",
             f"--out={out / 'RESULTS.md'}",
             f"--figures={out / 'results'}",
-        ]
+            "--json",
+        )
     )
+    return printed
 
 
-def test_the_same_results_give_the_same_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_results_give_the_same_files(tmp_path: Path, commands: Commands) -> None:
     as_the_papers_say().write(tmp_path / "world")
     for out in ("first", "second"):
-        run(tmp_path / "world", tmp_path / out)
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        last = run(commands, tmp_path / "world", tmp_path / out)
     assert last["figures"] == ["training", "length", "attention", "passkey", "pruning"]
     files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.*"))
     assert len(files) == 6
@@ -353,7 +354,7 @@ def test_the_same_results_give_the_same_files(
     assert "Not there" not in text
 
 
-def test_budgets_without_a_reference(tmp_path: Path) -> None:
+def test_budgets_without_a_reference(tmp_path: Path, commands: Commands) -> None:
     """They are shown, and decide nothing that a paper says."""
     world = as_the_papers_say()
     world.write(tmp_path / "world")
@@ -362,7 +363,7 @@ def test_budgets_without_a_reference(tmp_path: Path) -> None:
     about = found.about | {"reference": None}
     alone = dataclasses.replace(found, about=about, allowance=None, rows=own)
     alone.write(tmp_path / "world" / "budgets")
-    run(tmp_path / "world", tmp_path)
+    run(commands, tmp_path / "world", tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "no result of attnserve.budgets of selective at 512 tokens" in text
     section = text[text.index("`attnserve budgets` on selective, 512 tokens") :]
@@ -372,7 +373,7 @@ def test_budgets_without_a_reference(tmp_path: Path) -> None:
     assert not re.search("None|nats over|StreamingLLM", section)
 
 
-def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_is_named(tmp_path: Path, commands: Commands) -> None:
     world = tmp_path / "world"
     as_the_papers_say().write(world)
     for name in ("lssa", "selective"):
@@ -384,18 +385,17 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
         file.unlink()
     (world / "budgets" / "selective.json").unlink()
     (world / "rates.csv").unlink()
-    run(world, tmp_path)
+    verdicts = run(commands, world, tmp_path)["verdicts"]
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not there: lssa, selective. Trained but not analyzed: ssmax." in text
     assert "no result length of lssa" in text and "No table of learning rates" in text
     assert "no result of attnserve.budgets of selective at 512 tokens" in text
-    verdicts = json.loads(capsys.readouterr().out.splitlines()[-1])["verdicts"]
     assert set(verdicts["LSSA (arXiv 2501.13428)"].values()) == {Verdict.MISSING}
     assert Verdict.AGREES in verdicts["LSSAR, p = 15 (arXiv 2501.13428)"].values()
 
 
-def test_nothing_at_all(tmp_path: Path) -> None:
-    run(tmp_path, tmp_path)
+def test_nothing_at_all(tmp_path: Path, commands: Commands) -> None:
+    run(commands, tmp_path, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not measured: `python -m quant.sweep" in text
     assert "Checkpoints: none. Not there: lssa, lssar, selective, softmax, softpick, ssmax." in text
@@ -412,10 +412,10 @@ def test_results_of_other_texts_are_not_compared(tmp_path: Path) -> None:
         evidence.pair("softpick", "softmax", "lambada")
 
 
-def test_a_broken_result_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_result_is_one_line(tmp_path: Path, commands: Commands) -> None:
     path = tmp_path / "results" / "softpick" / "length.json"
     path.parent.mkdir(parents=True)
     path.write_text("[1]")
-    with pytest.raises(SystemExit):
-        run(tmp_path, tmp_path)
-    assert f"{path} is not a result of training.analyze" in capsys.readouterr().err.splitlines()[-1]
+    options = ("--results", tmp_path / "results", "--out", tmp_path / "r.md")
+    line = commands.refused(report, *options, "--figures", tmp_path)
+    assert f"{path} is not a result of training.analyze" in line

@@ -16,9 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from attn_kernels import variant_names
 from attnserve.evaluation.tokens import Tokens, read_tokens
+from tests.conftest import Commands
+from tests.tiny import LICENSE
 from tests.training.conftest import TINY
-from training.recipe import Recipe, parse_variant
-from training.train import Run, main
+from training.arguments import variant_entry
+from training.recipe import Recipe
+from training.run import Run
+from training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     books: Path,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    commands: Commands,
 ) -> None:
     """kill -9 at two unforeseen moments: the same weights and losses, bit for bit."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -61,11 +65,10 @@ def test_killed_and_resumed_equals_uninterrupted(
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     saved = steps_of(out)
     assert 20 <= saved < 60
-    capsys.readouterr()
-    main(killed)
-    assert f" {saved}/60 " in capsys.readouterr().err, "it did not go on from its state"
+    commands.run(train, *killed)
+    assert f" {saved}/60 " in commands.printed.err, "it did not go on from its state"
 
-    main(options(books, tmp_path / "tokenizer", whole))
+    commands.run(train, *options(books, tmp_path / "tokenizer", whole))
     for file in ("loss.csv", "model/model.safetensors", "model/config.json"):
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
 
@@ -132,7 +135,7 @@ def test_a_half_written_state_is_not_read(
     run = Run(tmp_path, TINY, {"name": "softmax"}, tokenizer, tokens)
     run.train(save_every=6, quiet=True)
     whole = (tmp_path / "state.pt").read_bytes()
-    (tmp_path / "state.pt.tmp").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / ".state.pt.1.part").write_bytes(whole[: len(whole) // 2])
     again = Run(tmp_path, TINY, {"name": "softmax"}, tokenizer, tokens)
     assert (again.step, again.losses) == (12, run.losses)
 
@@ -172,8 +175,8 @@ def test_exported_weights_have_the_stored_precision(
 
 
 def test_variant_option() -> None:
-    assert parse_variant("softpick") == {"name": "softpick"}
-    assert parse_variant('{"name": "lssar", "power": 3}') == {"name": "lssar", "power": 3}
+    assert variant_entry("softpick") == {"name": "softpick"}
+    assert variant_entry('{"name": "lssar", "power": 3}') == {"name": "lssar", "power": 3}
 
 
 @pytest.mark.parametrize(
@@ -186,10 +189,8 @@ def test_variant_option() -> None:
     ],
 )
 def test_wrong_variant_is_one_line(
-    text: str, message: str, books: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    text: str, message: str, tmp_path: Path, commands: Commands
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--variant", text, "--data", "x", "--tokenizer", "x", "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    line = capfd.readouterr().err.splitlines()[-1]
+    others = ("--data", LICENSE, "--tokenizer", "x", "--out", tmp_path)
+    line = commands.refused(train, "--variant", text, *others)
     assert message in line and "config.json" not in line

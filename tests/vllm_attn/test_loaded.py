@@ -25,10 +25,12 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from attn_kernels import variant_names
-from quant.quantize import main as quantize
+from tests.quantized import quantize
 from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_llama
 from tests.vllm_attn.loading import load, one_worker
 from vllm_attn.report import StartupError
+
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

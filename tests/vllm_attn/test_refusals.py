@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2AudioConfig
 
 from attn_kernels import variant_from_config, variant_names
-from quant.quantize import main as quantize
+from tests.quantized import quantize
 from tests.servers import failed_start
 from tests.tiny import tiny_checkpoint
 from vllm_attn.budgets import check_budgets

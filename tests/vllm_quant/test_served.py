@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from attnserve.evaluation.measures import Data
-from attnserve.evaluation.scorers import load
-from quant.quantize import calibration, main, parser, plan, quantize_model
+from quant.checkpoint import Recipe, quantize_checkpoint
+from quant.reader import Reader
+from quant.texts import Sources, calibration_text
 from tests.servers import failed_start, vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
@@ -31,21 +32,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def quantized(
-    tmp_path: Path, data: Data, *arguments: str, variant: str = "softpick", **overrides: Any
+    tmp_path: Path, data: Data, recipe: Recipe, variant: str = "softpick", **overrides: Any
 ) -> tuple[Path, PreTrainedModel]:
-    """A tiny checkpoint, quantized and written by the command, and the model that the sweep would
-    measure. 176 is no whole number of groups."""
+    """Return a tiny quantized checkpoint, and the model that the sweep would measure.
+
+    176 columns are no whole number of groups.
+    """
     fields = {"intermediate_size": 176, "initializer_range": 0.08} | overrides
     source = tiny_checkpoint(tmp_path / "source", variant, **fields)
-    line = [str(source), str(tmp_path / "out"), *arguments, f"--books={data.books}"]
-    main(line)
-    options = parser().parse_args(line)
-    options.out = tmp_path / "other"
-    texts = torch.empty(0, dtype=torch.long)
-    if options.scheme == "gptq":
-        _, texts = calibration(options)
-    model = load(source)
-    assert len(quantize_model(model, plan(options), texts, options.act_order)) >= 21
+    sources = Sources(books=data.books)
+    text = calibration_text(sources, Reader(source, 512), 16, seed=0) if recipe.calibrated else None
+    model, sizes = quantize_checkpoint(source, tmp_path / "out", recipe, text, "a test")
+    assert sizes.loc["linear", "after"] < sizes.loc["linear", "before"]
     return tmp_path / "out", model
 
 
@@ -93,18 +91,18 @@ def differences(
 
 def test_4_bits(tmp_path: Path, data: Data) -> None:
     """Linear layers of 4 bits, and one 8-bit matrix for tied embeddings and head."""
-    arguments = ("--bits=4", "--scheme=rtn", "--embeddings=8")
-    out, model = quantized(tmp_path, data, *arguments, tie_word_embeddings=True)
+    recipe = Recipe(4, "rtn", embeddings=8)
+    out, model = quantized(tmp_path, data, recipe, tie_word_embeddings=True)
     assert differences(out, model).max() < 1e-4
 
 
-@pytest.mark.parametrize("embeddings", ["8", pytest.param("none", marks=pytest.mark.slow)])
-def test_ids_beyond_the_table(embeddings: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("embeddings", [8, pytest.param(None, marks=pytest.mark.slow)])
+def test_ids_beyond_the_table(embeddings: int | None, tmp_path: Path) -> None:
     """Are the client's error; whoever sent them, the server answers the next request."""
     source = tiny_checkpoint(tmp_path / "source", "softpick")
     rows = AutoConfig.from_pretrained(source).vocab_size
-    extra = [] if embeddings == "none" else [f"--embeddings={embeddings}"]
-    main([str(source), str(tmp_path / "out"), "--bits=4", "--scheme=rtn", *extra])
+    recipe = Recipe(4, "rtn", embeddings=embeddings)
+    quantize_checkpoint(source, tmp_path / "out", recipe, None, "a test")
     with vllm_server(tmp_path / "out", *SERVE, "--dtype=float32") as server:
         client = Client(server)
         answer = client.greedy([5, rows - 1], 4)
@@ -117,22 +115,20 @@ def test_ids_beyond_the_table(embeddings: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "arguments", "overrides"),
+    ("recipe", "variant"),
     [
-        (2, ["--scheme", "gptq"], {}),
-        (3, ["--scheme", "hqq", "--embeddings=3"], {"variant": "softmax"}),
-        (4, ["--scheme", "gptq", "--symmetric", "--group=32"], {"variant": "ssmax"}),
-        (5, ["--scheme", "rtn", "--group=128"], {"variant": "lssa"}),
-        (6, ["--scheme", "rtn", "--group=channel"], {"variant": "lssar"}),
-        (7, ["--scheme", "rtn", "--symmetric", "--group=channel"], {"variant": "selective"}),
-        (8, ["--scheme", "rtn", "--embeddings=8"], {}),
+        (Recipe(2, "gptq"), "softpick"),
+        (Recipe(3, "hqq", embeddings=3), "softmax"),
+        (Recipe(4, "gptq", 32, symmetric=True), "ssmax"),
+        (Recipe(5, "rtn", 128), "lssa"),
+        (Recipe(6, "rtn", None), "lssar"),
+        (Recipe(7, "rtn", None, symmetric=True), "selective"),
+        (Recipe(8, "rtn", embeddings=8), "softpick"),
     ],
 )
-def test_every_width(
-    bits: int, arguments: list[str], overrides: dict[str, Any], tmp_path: Path, data: Data
-) -> None:
-    """Of every scheme, grouping and variant; embeddings and heads that are not tied."""
-    out, model = quantized(tmp_path, data, f"--bits={bits}", *arguments, **overrides)
+def test_all_bits(recipe: Recipe, variant: str, tmp_path: Path, data: Data) -> None:
+    """All bits, schemes and variants; embeddings and heads that are not tied."""
+    out, model = quantized(tmp_path, data, recipe, variant)
     assert differences(out, model).max() < 1e-4
 
 
@@ -140,8 +136,8 @@ def test_every_width(
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_bfloat16(bits: int, tmp_path: Path, data: Data) -> None:
     """Activations are rounded to bfloat16 between layers."""
-    arguments = (f"--bits={bits}", "--scheme=hqq", "--embeddings=8")
-    out, model = quantized(tmp_path, data, *arguments, tie_word_embeddings=True, dtype="bfloat16")
+    recipe = Recipe(bits, "hqq", embeddings=8)
+    out, model = quantized(tmp_path, data, recipe, tie_word_embeddings=True, dtype="bfloat16")
     found = differences(out, model, dtype="bfloat16")
     assert found.mean() < 0.02
     assert found.max() < 0.1
@@ -150,9 +146,9 @@ def test_bfloat16(bits: int, tmp_path: Path, data: Data) -> None:
 @pytest.mark.slow
 def test_int8_of_vllm(tmp_path: Path, data: Data) -> None:
     """The control: 8 bits of weights and inputs in vLLM's own format and kernel. An input that is
-    rounded to bfloat16 first often gets the next code of 256, which is a larger step."""
-    arguments = ("--bits=8", "--scheme=rtn", "--symmetric", "--group=channel", "--activations")
-    out, model = quantized(tmp_path, data, *arguments, dtype="bfloat16")
+    rounded to bfloat16 first often gets the next of 256 values, which is a larger step."""
+    recipe = Recipe(8, "rtn", None, symmetric=True, activations=True)
+    out, model = quantized(tmp_path, data, recipe, dtype="bfloat16")
     found = differences(out, model, dtype="bfloat16", logged="CPUInt8ScaledMMLinearKernel")
     assert found.mean() < 0.05
     assert found.max() < 0.25
@@ -161,14 +157,14 @@ def test_int8_of_vllm(tmp_path: Path, data: Data) -> None:
 @pytest.mark.slow
 def test_compiled(tmp_path: Path, data: Data) -> None:
     """In a compiled model (what `vllm serve` does by default) the kernels are operators."""
-    out, model = quantized(tmp_path, data, "--bits=4", "--scheme=rtn", "--embeddings=4")
+    out, model = quantized(tmp_path, data, Recipe(4, "rtn", embeddings=4))
     assert differences(out, model, "--no-enforce-eager").max() < 1e-4
 
 
 @pytest.mark.slow
 def test_groups_that_the_kernels_do_not_take(tmp_path: Path, data: Data) -> None:
     """One line, before anything is loaded."""
-    out, _ = quantized(tmp_path, data, "--bits=4", "--scheme=rtn")
+    out, _ = quantized(tmp_path, data, Recipe(4, "rtn"))
     config = out / "config.json"
     config.write_text(config.read_text().replace('"group_size": 64', '"group_size": 16'))
     code, log = failed_start(out, *SERVE)

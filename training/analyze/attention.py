@@ -53,16 +53,17 @@ class Attention(Measure):
     """
 
     name: ClassVar[str] = "attention"
-    title: ClassVar[str] = "attention sinks, outliers, zeros, dead heads"
     counts: ClassVar[tuple[str, ...]] = ("sequences",)
     needs_scores: ClassVar[bool] = False
 
     sequences: int = 32
 
     def files(self, data: Data) -> list[Path]:
+        """Return the texts that it reads."""
         return [split(data.books).test]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
+        """Measure."""
         tokens = read_tokens(self.files(data), checkpoint.tokenizer)[:-1]
         fitting = len(tokens) // checkpoint.context
         if fitting < 2:

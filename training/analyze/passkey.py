@@ -76,7 +76,6 @@ class Passkey(Measure):
     """
 
     name: ClassVar[str] = "passkey"
-    title: ClassVar[str] = "retrieval of a planted key"
     counts: ClassVar[tuple[str, ...]] = ("pairs",)
     uses_length: ClassVar[bool] = True
 
@@ -85,12 +84,15 @@ class Passkey(Measure):
     seed: int = 0
 
     def files(self, data: Data) -> list[Path]:
+        """Return the texts that it reads."""
         return []
 
     def longest(self, checkpoint: Checkpoint) -> int:
+        """Return the tokens of its longest item."""
         return self.multiple * checkpoint.context
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
+        """Measure."""
         pairs = {}
         for m in multiples(self.multiple):
             rng = np.random.default_rng([self.seed, m])

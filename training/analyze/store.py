@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from attnserve import machine
 from attnserve.evaluation.checkpoint import Checkpoint, digest
 from attnserve.evaluation.intervals import Estimate
 from attnserve.evaluation.measures import Data, Measure, Result
-from attnserve.files import CHECKOUT, json_lines, write_text
-
-FOLDER = CHECKOUT / "training" / "results" / "analysis"
+from attnserve.files import json_lines, json_parts, write_text
 
 
 @dataclass(frozen=True)
@@ -36,14 +32,14 @@ class Stored:
 
 
 def path_of(folder: Path, checkpoint: str, measure: str, engine: str, factor: float) -> Path:
-    """`folder/softpick/length.json`, or `length.theta50.vllm.json`."""
+    """Return `folder/softpick/length.json`, or `length.theta50.vllm.json`."""
     theta = "" if factor == 1.0 else f".theta{factor:g}"
     other = "" if engine == "transformers" else f".{engine}"
     return folder / checkpoint / f"{measure}{theta}{other}.json"
 
 
 def key_of(checkpoint: Checkpoint, measure: Measure, data: Data) -> dict[str, Any]:
-    """What a result depends on, but for engine and RoPE, which are in its file's name."""
+    """Return what a result depends on, but for engine and RoPE, which its file's name has."""
     return {
         "checkpoint": checkpoint.digest,
         "context": checkpoint.context,
@@ -53,7 +49,7 @@ def key_of(checkpoint: Checkpoint, measure: Measure, data: Data) -> dict[str, An
 
 
 def read(path: Path) -> Stored:
-    """A result.
+    """Return a result.
 
     Raises:
         ValueError: the file is none.
@@ -69,7 +65,7 @@ def read(path: Path) -> Stored:
 
 
 def write(folder: Path, stored: Stored) -> Path:
-    """Write a result, whole or not at all; returns its path."""
+    """Write a result and return its path."""
     about = {
         field.name: getattr(stored, field.name)
         for field in dataclasses.fields(stored)
@@ -83,31 +79,5 @@ def write(folder: Path, stored: Stored) -> Path:
         "summary": json_lines({name: e.json() for name, e in stored.result.summary.items()}),
         "units": json_lines(stored.result.units),
     }
-    text = "{\n" + ",\n".join(f'"{name}": {part}' for name, part in parts.items()) + "\n}\n"
-    write_text(path, text)
+    write_text(path, json_parts(parts))
     return path
-
-
-def stored(
-    checkpoint: Checkpoint,
-    measure: Measure,
-    data: Data,
-    engine: str,
-    factor: float,
-    seconds: float,
-    result: Result,
-) -> Stored:
-    """A new result with everything that it should carry."""
-    engine_version = f", vllm {version('vllm')}" if engine == "vllm" else ""
-    return Stored(
-        checkpoint=checkpoint.name,
-        variant=checkpoint.variant,
-        context=checkpoint.context,
-        measure=measure.name,
-        engine=engine,
-        rope_theta_factor=factor,
-        key=key_of(checkpoint, measure, data),
-        machine=machine.summary() + engine_version,
-        seconds=round(seconds, 1),
-        result=result,
-    )

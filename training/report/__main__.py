@@ -1,81 +1,76 @@
-"""Write docs/RESULTS.md and its figures from what `training.analyze` and others have measured.
-
-Takes whatever results there are and names the rest.
-"""
+"""Write docs/RESULTS.md and its figures from what `training.analyze` and others have measured."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from attnserve.budgets.result import FOLDER as BUDGETS
-from attnserve.files import CHECKOUT
-from attnserve.reports import table
-from quant.report.section import write_section
-from quant.store import FOLDER as QUANTIZATION
-from training.analyze.store import FOLDER
-from training.long_context import CSV as LONG_CONTEXT
-from training.report.claims import PAPERS
-from training.report.document import document, write
-from training.report.evidence import load
-from training.report.plots import draw
+import typer
+
+from attnserve.command import AsJson, main, needs
+from attnserve.errors import UserError
+from attnserve.files import CHECKOUT, write_text
+from training.analyze.settings import FOLDER
+from training.long_context import CSV
+
+TRAINED = CHECKOUT / "training" / "results"
+QUANTIZATION = CHECKOUT / "quant" / "results"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@needs("train")
+def report(
+    results: Annotated[Path, typer.Option(help="Folder that training.analyze wrote.")] = FOLDER,
+    checkpoints: Annotated[
+        Path, typer.Option(help="Folder of checkpoints with their loss.csv.")
+    ] = CHECKOUT / "checkpoints",
+    learning_rates: Annotated[Path, typer.Option(help="Table of training.learning_rate.")] = TRAINED
+    / "learning_rate.csv",
+    budgets: Annotated[Path, typer.Option(help="Folder that `attnserve budgets` wrote.")] = TRAINED
+    / "budgets",
+    long_context: Annotated[Path, typer.Option(help="Table of training.long_context.")] = CSV,
+    quantization: Annotated[
+        Path, typer.Option(help="Folder that quant.sweep wrote.")
+    ] = QUANTIZATION,
+    out: Annotated[Path, typer.Option(help="The document.")] = CHECKOUT / "docs" / "RESULTS.md",
+    figures: Annotated[Path, typer.Option(help="Folder of the PNG files.")] = CHECKOUT
+    / "docs"
+    / "results",
+    as_json: AsJson = False,
+) -> None:
+    """Write docs/RESULTS.md and its figures from what `training.analyze` and others have measured.
 
-    def add(name: str, default: Path, text: str) -> None:
-        parser.add_argument(name, type=Path, default=default, help=text + " (default: %(default)s)")
+    It takes whatever results there are and names the rest.
+    """
+    import pandas as pd
 
-    add("--results", FOLDER, "folder that training.analyze wrote")
-    add("--checkpoints", CHECKOUT / "checkpoints", "folder of checkpoints with their loss.csv")
-    add(
-        "--learning-rates",
-        CHECKOUT / "training" / "results" / "learning_rate.csv",
-        "table of training.learning_rate",
-    )
-    add("--budgets", BUDGETS, "folder that attnserve.budgets wrote")
-    add("--long-context", LONG_CONTEXT, "table of training.long_context")
-    add("--quantization", QUANTIZATION, "folder that quant.sweep wrote")
-    add("--out", CHECKOUT / "docs" / "RESULTS.md", "the document")
-    add("--figures", CHECKOUT / "docs" / "results", "folder of the PNG files")
-    options = parser.parse_args(argv)
-    for folder in (options.results, options.checkpoints):
+    from quant.report.section import write_section
+    from training.report.claims import PAPERS
+    from training.report.document import document
+    from training.report.evidence import load
+    from training.report.plots import draw
+
+    for folder in (results, checkpoints):
         if folder.exists() and not folder.is_dir():
-            parser.error(f"{folder} is not a folder")
-    try:
-        evidence = load(
-            options.results,
-            options.checkpoints,
-            options.learning_rates,
-            options.budgets,
-            options.long_context,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    plots = draw(evidence, options.figures)
-    folder = Path(os.path.relpath(options.figures, options.out.parent)).as_posix()
-    try:
-        quantization = write_section(options.quantization, options.figures, folder)
-    except ValueError as error:
-        parser.error(str(error))
-    write(document(evidence, plots, folder, quantization), options.out)
-    findings = [(p, c, c.judge(evidence)) for p in PAPERS for c in p.claims]
-    rows = [[p.title.partition(" (")[0], c.text, str(f.verdict)] for p, c, f in findings]
-    print(table(["paper", "claim", "verdict"], rows, left=3))
-    verdicts: dict[str, dict[str, str]] = {}
-    for p, c, f in findings:
-        verdicts.setdefault(p.title, {})[c.text] = str(f.verdict)
-    print(json.dumps({"out": str(options.out), "figures": plots, "verdicts": verdicts}))
+            raise UserError(f"{folder} is not a folder")
+    figures.mkdir(parents=True, exist_ok=True)
+    evidence = load(results, checkpoints, learning_rates, budgets, long_context)
+    plots = draw(evidence, figures)
+    seen = Path(os.path.relpath(figures, out.parent)).as_posix()
+    section = write_section(quantization, figures, seen)
+    write_text(out, document(evidence, plots, seen, section))
+    verdicts: dict[str, dict[str, str]] = {
+        paper.title: {claim.text: str(claim.judge(evidence).verdict) for claim in paper.claims}
+        for paper in PAPERS
+    }
+    if as_json:
+        print(json.dumps({"out": str(out), "figures": plots, "verdicts": verdicts}))
+        return
+    rows = [(paper, *pair) for paper, claims in verdicts.items() for pair in claims.items()]
+    shown = pd.DataFrame(rows, columns=["paper", "claim", "verdict"])
+    print(shown.to_string(index=False, justify="left"))
 
 
 if __name__ == "__main__":
-    main()
+    main(report, "python -m training.report")

@@ -12,13 +12,14 @@ import pytest
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import Item, TransformersScorer
-from quant import lm_eval_tasks, sweep
+from quant import lm_eval_tasks
 from quant.config import QuantConfig
 from quant.schemes.registry import installed
 from quant.store import path_of, read
+from quant.sweep import sweep
+from tests.conftest import Commands
 from tests.quant.test_sweep import SMALL
 
-Capture = pytest.CaptureFixture[str]
 HERE = installed("lm_eval")
 needs_lm_eval = pytest.mark.skipif(
     not HERE, reason="lm_eval is not installed: pip install -e '.[lm-eval]'"
@@ -51,7 +52,7 @@ metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder with tasks: choices, whole texts, one that writes, one whose data is elsewhere."""
+    """Return a folder with tasks: choices, whole texts, a task that writes, data elsewhere."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     file = folder / "pairs.jsonl"
@@ -76,11 +77,11 @@ def options(checkpoint: Path, data: Data, out: Path, *more: str) -> list[str]:
 
 @needs_lm_eval
 def test_tasks_in_cells(
-    softpick: Path, data: Data, tasks: Path, tmp_path: Path, capsys: Capture
+    softpick: Path, data: Data, tasks: Path, tmp_path: Path, commands: Commands
 ) -> None:
     """Figures are those of the texts' log-probabilities, computed without lm-eval."""
     argv = options(softpick, data, tmp_path, f"--lm-eval-include={tasks}")
-    sweep.main([*argv, "--lm-eval", "pairs", "texts"])
+    commands.run(sweep, *argv, "--lm-eval", "pairs", "texts")
     checkpoint, scorer = Checkpoint(softpick), TransformersScorer(softpick, quiet=True)
     items = [Item([checkpoint.bos], checkpoint.encode(text)) for pair in PAIRS for text in pair]
     totals = [scored.total for scored in scorer.score(items, "")]
@@ -96,18 +97,14 @@ def test_tasks_in_cells(
     assert quantized.summary["lm-eval: texts word_perplexity"].value != perplexity.value
 
     # Results with and without lm-eval are not taken for one another.
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        sweep.main(argv[:-1])
-    assert "holds a result that differs in lm-eval" in capsys.readouterr().err
+    assert "holds a result that differs in lm-eval" in commands.refused(sweep, *argv[:-1])
     # Of other documents, neither: another process would read them again.
     pairs = tasks / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("best", "worst"))
     for cached in (lm_eval_tasks.load, lm_eval_tasks.key):
         cached.cache_clear()
-    with pytest.raises(SystemExit):
-        sweep.main([*argv, "--lm-eval", "pairs", "texts"])
-    assert "holds a result that differs in lm-eval" in capsys.readouterr().err
+    line = commands.refused(sweep, *argv, "--lm-eval", "pairs", "texts")
+    assert "holds a result that differs in lm-eval" in line
 
 
 @needs_lm_eval
@@ -121,10 +118,10 @@ def test_tasks_in_cells(
 )
 def test_refused_tasks(
     task: str, message: str, softpick: Path, data: Data, tasks: Path, tmp_path: Path,
-    capsys: Capture,
+    commands: Commands,
 ) -> None:  # fmt: skip
     argv = options(softpick, data, tmp_path, f"--lm-eval-include={tasks}", "--lm-eval", task)
-    refused(argv, message, tmp_path, capsys)
+    refused(argv, message, tmp_path, commands)
 
 
 @pytest.mark.parametrize(
@@ -142,25 +139,22 @@ def test_refused_tasks(
     ],
 )  # fmt: skip
 def test_refused_settings(
-    arguments: str, message: str, softpick: Path, data: Data, tmp_path: Path, capsys: Capture
+    arguments: str, message: str, softpick: Path, data: Data, tmp_path: Path, commands: Commands
 ) -> None:
-    refused(options(softpick, data, tmp_path, *arguments.split()), message, tmp_path, capsys)
+    refused(options(softpick, data, tmp_path, *arguments.split()), message, tmp_path, commands)
 
 
 @needs_lm_eval
 def test_data_must_be_local(
-    softpick: Path, data: Data, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    softpick: Path, data: Data, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     argv = options(softpick, data, tmp_path, "--lm-eval", "hellaswag")
-    refused(argv, "set HF_HUB_OFFLINE=1", tmp_path, capsys)
+    refused(argv, "set HF_HUB_OFFLINE=1", tmp_path, commands)
     assert "HF_HUB_OFFLINE" not in os.environ
 
 
-def refused(argv: list[str], message: str, out: Path, capsys: Capture) -> None:
+def refused(argv: list[str], message: str, out: Path, commands: Commands) -> None:
     """In the last line, before any work."""
-    with pytest.raises(SystemExit) as stopped:
-        sweep.main(argv)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in commands.refused(sweep, *argv)
     assert not (out / "configs").exists()

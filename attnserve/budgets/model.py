@@ -1,8 +1,12 @@
-"""A checkpoint whose layers keep a budget of tokens, layer by layer on batches of sequences."""
+"""A model whose layers keep a budget of tokens, and its losses, each of which is measured once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +21,11 @@ from attnserve.budgets.texts import Texts
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from hf_attn import VariantLlamaForCausalLM
+
+Budgets = tuple[int, ...]
+"""Tokens that each layer keeps."""
+Losses = list[float]
+"""Each sequence's mean loss in nats per token."""
 
 BATCH = 8
 """Sequences that a layer takes at once: a few matrices of `BATCH * length ** 2` numbers."""
@@ -52,17 +61,22 @@ class Forward:
 
     @torch.no_grad()
     def embed(self, inputs: Tensor) -> Tensor:
-        """Of `inputs [sequences, n]` what the first layer reads, `[sequences, n, hidden_size]`."""
+        """Return what the first layer reads, `[sequences, n, hidden_size]`.
+
+        Args:
+            inputs: token ids `[sequences, n]`.
+        """
         embedded: Tensor = self.model.model.embed_tokens(inputs)
         return embedded
 
     @torch.no_grad()
     def layer(self, index: int, hidden: Tensor, budget: int, rule: str) -> Tensor:
-        """Of `hidden [sequences, n, hidden_size]` what the next layer reads.
+        """Return what the next layer reads, `[sequences, n, hidden_size]`.
 
         Args:
             index: of the layer.
-            hidden: of all the sequences of a text: random eviction depends on a sequence's number.
+            hidden: what it reads of all the sequences of a text, `[sequences, n, hidden_size]`;
+                random eviction depends on a sequence's number.
             budget: tokens that the layer keeps.
             rule: a key of `RULES`.
         """
@@ -71,9 +85,14 @@ class Forward:
         )
 
     @torch.no_grad()
-    def losses(self, hidden: Tensor, targets: Tensor) -> list[float]:
-        """Of what the last layer gives, each sequence's mean loss in nats per token."""
-        found: list[float] = []
+    def losses(self, hidden: Tensor, targets: Tensor) -> Losses:
+        """Return each sequence's loss.
+
+        Args:
+            hidden: what the last layer gives, `[sequences, n, hidden_size]`.
+            targets: token ids `[sequences, n]`.
+        """
+        found: Losses = []
         for start, part in self._batches(hidden):
             logits = self.model.lm_head(self.model.model.norm(part))
             wanted = targets[start : start + BATCH]
@@ -81,8 +100,8 @@ class Forward:
             found += each.view(wanted.shape).double().mean(1).tolist()
         return found
 
-    def __call__(self, text: Texts, budgets: Sequence[int], rule: str) -> list[float]:
-        """Each sequence's mean loss in nats per token with these budgets, one a layer."""
+    def __call__(self, text: Texts, budgets: Sequence[int], rule: str) -> Losses:
+        """Return each sequence's loss with these budgets, one a layer."""
         hidden = self.embed(text.inputs)
         for index, budget in enumerate(budgets):
             hidden = self.layer(index, hidden, budget, rule)
@@ -115,7 +134,7 @@ class Forward:
         if accumulated is not None:
             penalty = accumulated.to(q.dtype) / 2**FRACTION_BITS
         if isinstance(self.variant, Softmax):  # several times faster
-            bias = (-penalty[:, None]).expand(mask.shape).masked_fill(~mask, -torch.inf)
+            bias = torch.where(mask, -penalty[:, None], -torch.inf)
             output = scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True
             )
@@ -126,3 +145,60 @@ class Forward:
         hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
         through: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return through
+
+
+class Measured:
+    """A model on a text: losses by rule of eviction and budgets, one line of a file each.
+
+    The file is whole after a kill at any moment.
+
+    Args:
+        forward: the model.
+        text: the sequences.
+        folder: of the file, whose name has a hash of checkpoint and text, so that others' are
+            never mixed.
+    """
+
+    def __init__(self, forward: Forward, text: Texts, folder: Path) -> None:
+        self.forward, self.text, self.checkpoint = forward, text, forward.checkpoint
+        about = {"checkpoint": self.checkpoint.digest, **text.about}
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        name = f"{self.checkpoint.name}-{text.name.replace(' ', '_')}-{key}.jsonl"
+        self.path = folder / name
+        self._found: dict[tuple[str, Budgets], Losses] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:  # killed while writing the last line
+                os.truncate(self.path, len(whole))
+            for line in whole.splitlines():
+                entry = json.loads(line)
+                self._found[entry["rule"], tuple(entry["budgets"])] = entry["losses"]
+
+    @property
+    def full(self) -> Budgets:
+        """Budgets that keep everything."""
+        return (self.text.inputs.shape[1],) * self.forward.layers
+
+    def losses(
+        self, rule: str, budgets: Budgets, measure: Callable[[], Losses] | None = None
+    ) -> Losses:
+        """Return each sequence's loss with these budgets.
+
+        Args:
+            rule: of eviction; "none" keeps everything.
+            budgets: one a layer.
+            measure: how to measure it, if there is a shorter way than a whole forward pass.
+        """
+        rule_key = f"random {self.forward.seed}" if rule == "random" else rule
+        key = rule_key, budgets
+        if key not in self._found:
+            losses = measure() if measure else self.forward(self.text, budgets, rule)
+            entry = {"rule": rule_key, "budgets": budgets, "losses": losses}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._found[key] = losses
+        return self._found[key]

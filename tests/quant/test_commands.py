@@ -12,42 +12,43 @@ from typing import Any
 import pytest
 
 from attnserve.evaluation.checkpoint import digest
-from quant import options, quantize, sweep
-from quant.config import QuantConfig
-from quant.report import __main__ as report
-from quant.store import Stored, read_all
-from quant.sweep_options import parser
-from tests.quant.test_sweep import SMALL, refusal
+from quant import runner, texts
+from quant.config import QuantConfig, SearchSpace
+from quant.quantize import quantize
+from quant.reader import Reader
+from quant.report.__main__ import report
+from quant.store import SweepResult, read_all
+from quant.sweep import sweep
+from quant.texts import Samples, Sources, bundled_checkpoints, calibration_text
+from tests.conftest import Commands
+from tests.quant.test_sweep import SMALL
 from tests.tiny import LICENSE, tiny_checkpoint
 
-Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
 FEW = [*SMALL, "--what", "weights", "--schemes", "gptq", "--bits"]
 
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with nothing in it, in which the command runs."""
+    """Return a folder with nothing in it, in which the command runs."""
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
 
 
-def results(folder: Path) -> dict[str, Stored]:
+def results(folder: Path) -> dict[str, SweepResult]:
     return {f"{s.checkpoint} {s.config.name}": s for s in read_all(folder)}
 
 
 def test_the_sweep_needs_nothing(
-    softpick: Path, tmp_path: Path, empty: Path, capsys: Capture
+    softpick: Path, tmp_path: Path, empty: Path, commands: Commands
 ) -> None:
     """Two checkpoints read what the softmax one writes. Rows come as cells are done."""
     softmax = tiny_checkpoint(
         tmp_path / "soft", "softmax", max_position_embeddings=64, num_hidden_layers=2
     )
-    sweep.main([str(softpick), str(softmax), *FEW, "4"])
-    output = capsys.readouterr()
-    lines = output.out.splitlines()
+    lines = commands.run(sweep, softpick, softmax, *FEW, "4").splitlines()
     assert lines[0].startswith("Measured on: text sampled from soft. Calibrated on: text sampled")
     assert "Perplexity on it is the entropy of soft's own sampling" in lines[0]
     assert lines[1] == "4 configs to measure, 0 there already"
@@ -72,63 +73,61 @@ def test_the_sweep_needs_nothing(
         assert "perplexity: test per token" in stored.summary and "blimp" not in stored.units
 
     # What is there is shown again, and the report is found where the sweep left it.
-    sweep.main([str(softpick), str(softmax), *FEW, "4"])
-    again = capsys.readouterr().out.splitlines()
+    again = commands.run(sweep, softpick, softmax, *FEW, "4").splitlines()
     assert again[1] == "0 configs to measure, 4 there already"
     assert sorted(again[3:7]) == sorted(rows)
-    report.main([])
-    assert "Report" not in capsys.readouterr().out
+    assert "Report: runs/quant/report.html" in commands.run(report)
 
 
-def test_text_from(softpick: Path, tmp_path: Path, empty: Path, capsys: Capture) -> None:
+def test_text_from(softpick: Path, tmp_path: Path, empty: Path, commands: Commands) -> None:
     """Another writer is another text: results are not mixed in silence."""
     other = tiny_checkpoint(tmp_path / "other", "ssmax", max_position_embeddings=64)
-    sweep.main([str(softpick), *FEW, "4"])
-    line = refusal(capsys, str(softpick), *FEW, "4", f"--text-from={other}")
+    commands.run(sweep, softpick, *FEW, "4")
+    line = commands.refused(sweep, softpick, *FEW, "4", f"--text-from={other}")
     assert "holds a result that differs in texts (text sampled from softpick, text sampled" in line
     assert "now text sampled from other, text sampled from other): --force measures" in line
-    sweep.main([str(softpick), *FEW, "4", f"--text-from={other}", "--out=elsewhere"])
+    commands.run(sweep, softpick, *FEW, "4", f"--text-from={other}", "--out=elsewhere")
     own, others = (results(Path(out)) for out in ("runs/quant", "elsewhere"))
     assert own.keys() == others.keys()
     name = "softpick weights-gptq-w4-g64"
     assert own[name].key["texts"] != others[name].key["texts"]
 
 
-def test_one_file(softpick: Path, empty: Path, capsys: Capture) -> None:
+def test_one_file(softpick: Path, empty: Path, commands: Commands) -> None:
     shutil.copy(LICENSE, "mine.txt")
-    sweep.main([str(softpick), *FEW, "4", "--text", "mine.txt"])
-    output = capsys.readouterr().out
+    output = commands.run(sweep, softpick, *FEW, "4", "--text", "mine.txt")
     assert output.startswith("Measured on: mine.txt. Calibrated on: text sampled from softpick.\n")
     stored = results(Path("runs/quant"))["softpick weights-gptq-w4-g64"]
     assert stored.texts == {"measured": "mine.txt", "calibration": "text sampled from softpick"}
     Path("short.txt").write_text("Reader, I married him.")
     for text in ("--text", "--calibration-text"):
-        line = refusal(capsys, str(softpick), *FEW, "4", text, "short.txt", "--out=other")
-        assert line.startswith("python -m quant.sweep: short.txt has fewer than")
+        line = commands.refused(sweep, softpick, *FEW, "4", text, "short.txt", "--out=other")
+        assert "short.txt has fewer than" in line
     assert not Path("other").exists()
 
 
-def test_the_sets_alone(softpick: Path, data: Any, empty: Path, capsys: Capture) -> None:
+def test_the_sets_alone(softpick: Path, data: Any, empty: Path, commands: Commands) -> None:
     """WikiText-2, BLiMP and LAMBADA where they are named, beside sampled text."""
-    sweep.main([str(softpick), *FEW, "4", f"--eval={data.evaluation}"])
-    assert "BLiMP change, %" in capsys.readouterr().out
+    output = commands.run(sweep, softpick, *FEW, "4", f"--eval={data.evaluation}")
+    assert "BLiMP change, %" in output
     stored = results(Path("runs/quant"))["softpick weights-gptq-w4-g64"]
     assert {"test KL", "wikitext2 KL", "blimp change", "lambada loss change"} <= set(stored.summary)
     assert "validation KL" not in stored.summary
 
 
 def test_every_bundled_checkpoint_is_the_default(
-    empty: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    empty: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {folder.name for folder in options.bundled_checkpoints()}
-    assert {"softmax", "softpick"} <= names
-    tasks = sweep.plan(parser("").parse_args([*SMALL, "--bits", "2", "3", "4", "8"]))
-    assert {task.folder.name for task in tasks} == names
-    assert len(tasks) == len(names) * (1 + 2 * 3 * 4 + 4)
+    folders = bundled_checkpoints()
+    assert {"softmax", "softpick"} <= {folder.name for folder in folders}
+    samples = Samples(2, 48, 2, 2, 2)
+    tasks = runner.plan(folders, SearchSpace().configs(), samples, Sources(), empty)
+    assert {task.folder for task in tasks} == set(folders)
+    assert len(tasks) == len(folders) * (1 + 2 * 3 * 4 + 4)
     assert len({task.texts.key for task in tasks}) == 1
     assert tasks[0].texts.titles["measured"] == "text sampled from softmax"
-    monkeypatch.setattr(options, "CHECKPOINTS", empty)  # as where pip has installed the package
-    assert "name a checkpoint's folder: only a checkout" in refusal(capsys, *SMALL)
+    monkeypatch.setattr(texts, "CHECKPOINTS", empty)  # as where pip has installed the package
+    assert "name a checkpoint's folder: only a checkout" in commands.refused(sweep, *SMALL)
 
 
 def test_committed_results_are_of_the_books() -> None:
@@ -137,42 +136,38 @@ def test_committed_results_are_of_the_books() -> None:
         assert stored.texts == {"measured": "test book", "calibration": "training books"}
 
 
-def test_quantize(softpick: Path, empty: Path, capsys: Capture) -> None:
-    quantize.main([str(softpick), "out", "--bits=3", "--scheme=gptq", "--length=48"])
-    output = capsys.readouterr().out.splitlines()
-    assert output[-2] == "Calibrated on: text sampled from softpick"
-    assert json.loads(output[-1])["calibrated_on"] == "text sampled from softpick"
+def test_quantize(softpick: Path, empty: Path, commands: Commands) -> None:
+    argv = [softpick, "out", "--bits=3", "--scheme=gptq", "--length=48"]
+    output = commands.run(quantize, *argv).splitlines()
+    assert output[-1] == "Calibrated on: text sampled from softpick"
     assert "calibrated on: text sampled from softpick." in Path("out/README.md").read_text()
     before = digest(Path("out/model.safetensors"))
-    argv = [str(softpick), "out", "--bits=3", "--scheme=gptq", "--length=48", "--overwrite"]
-    quantize.main(argv)
+    line = json.loads(commands.run(quantize, *argv, "--overwrite", "--json"))
+    assert line["calibrated_on"] == "text sampled from softpick"
     assert digest(Path("out/model.safetensors")) == before
     shutil.copy(LICENSE, "mine.txt")
-    capsys.readouterr()
-    quantize.main([*argv, "--calibration-text", "mine.txt"])
-    assert "Calibrated on: mine.txt" in capsys.readouterr().out
+    mine = ["--overwrite", "--calibration-text", "mine.txt"]
+    assert "Calibrated on: mine.txt" in commands.run(quantize, *argv, *mine)
     assert digest(Path("out/model.safetensors")) != before
-    quantize.main([str(softpick), "rtn", "--bits=3", "--scheme=rtn"])
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    line = json.loads(commands.run(quantize, softpick, "rtn", "--bits=3", "--scheme=rtn", "--json"))
     assert line["calibrated_on"] is None
 
 
 def test_quantize_gives_the_sweeps_weights(softpick: Path, empty: Path) -> None:
     """Both calibrate on the same text, where none is named."""
-    parsed = quantize.parser().parse_args([str(softpick), "o", "--bits=4", "--scheme=gptq"])
-    _, texts = quantize.calibration(parsed)
-    line = [str(softpick), "--what", "weights", "--schemes", "gptq"]
-    task = sweep.plan(parser("").parse_args(line))[-1]
+    configs = SearchSpace(["weights"], schemes=["gptq"]).configs()
+    task = runner.plan([softpick], configs, Samples(2, 48, 2, 2, 4), Sources(), empty)[-1]
     assert task.config == QuantConfig(weights=8, scheme="gptq", group_size=64)
-    assert texts.tolist() == task.texts.calibration.rows(0).tolist()
+    text = calibration_text(Sources(writer=softpick), Reader(softpick, 48), 4, seed=0)
+    assert text == task.texts.calibration
 
 
-@pytest.mark.parametrize("module", ["quant.quantize", "quant.options", "quant"])
-def test_imports(module: str) -> None:
-    """No command of few steps waits for libraries of tables and plots."""
-    code = (
-        f"import sys, {module}; print({{'pandas', 'matplotlib', 'benchmarks'}} & {{*sys.modules}})"
-    )
+@pytest.mark.parametrize("command", ["sweep", "quantize", "sensitivity", "report"])
+def test_help_waits_for_nothing(command: str) -> None:
+    """A command's module imports nothing that takes long."""
+    module = "quant.report.__main__" if command == "report" else f"quant.{command}"
+    heavy = {"torch", "transformers", "pandas", "matplotlib", "numpy"}
+    code = f"import sys, {module}; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
 
@@ -188,7 +183,6 @@ def test_the_list_of_commands() -> None:
 
 
 def test_bundled_checkpoints_read_the_same_text_alone() -> None:
-    nothing_named = parser(None).parse_args([])
-    for folder in options.bundled_checkpoints():
-        (sources,) = options.sources_of(nothing_named, [folder]).values()
-        assert sources.writer == options.CHECKPOINTS / "softmax"
+    for folder in bundled_checkpoints():
+        (sources,) = Sources().for_checkpoints([folder]).values()
+        assert sources.writer == texts.CHECKPOINTS / "softmax"

@@ -1,0 +1,156 @@
+"""The command `attnserve budgets`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnserve.command import AsJson, main, needs
+from attnserve.errors import UserError
+from attnserve.evaluation.arguments import Books, CheckpointFolder, Texts
+from attnserve.evaluation.books import are_fetched, split
+
+UNIFORM = (8, 12, 16, 24, 32, 48, 64, 128, 256)
+
+
+@needs("train")
+def budgets(
+    checkpoint: CheckpointFolder,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CKPT",
+            help="A softmax checkpoint of the same tokenizer, whose loss is the target. Default: "
+            "the bundled one where its tokenizer is the same, else none.",
+        ),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="The target, nats per token. Default: the reference's loss where there is one."
+        ),
+    ] = None,
+    rise: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="More targets: per cent of perplexity over the unpruned checkpoint's. Default: 1.",
+        ),
+    ] = None,
+    no_rise: Annotated[bool, typer.Option("--no-rise", help="No targets of that kind.")] = False,
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a sequence. Default: the training length."),
+    ] = None,
+    step: Annotated[int, typer.Option(min=1, help="Tokens that a layer gives up at a time.")] = 4,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences of the validation text, for the search.")
+    ] = 16,
+    judge: Annotated[int, typer.Option(min=1, help="Sequences of it, for the targets.")] = 128,
+    test_sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences of the test text, for the table.")
+    ] = 64,
+    uniform: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help=f"Budgets for the table, tokens a layer. Default: {' '.join(map(str, UNIFORM))}.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random eviction.")] = 0,
+    text: Texts = None,
+    books: Books = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the evaluations.")] = Path("runs"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the result. Default: training/results/budgets for the novels, else "
+            "budgets in --runs."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the table.")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="CKPT", help="Write a copy of the checkpoint with the budgets."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find KV budgets for a checkpoint with selective attention.
+
+    The search finds how many tokens each layer of a prunable variant must keep:
+
+      attnserve budgets checkpoints/selective --write checkpoints/selective_pruned
+
+    On the validation text, it starts from full budgets and shrinks again and again the layer whose
+    shrinking moves the loss least, until the loss is that of the reference checkpoint, or
+    --max-loss, and likewise for --rise. On the test text, it compares perplexity and memory with
+    random eviction and with keeping the first and the most recent tokens on the same checkpoint,
+    and with StreamingLLM and H2O on the reference. Where there is no reference, --rise and
+    --max-loss are all targets, and the checkpoint is compared with itself only.
+
+    The text is --text, of which the first half is for the search and the second for the test, else
+    the two held-out novels, which --books names or `attnserve books` has fetched, else text that
+    the checkpoint writes itself. On that the rise of the loss is what it is on any other, the
+    divergence from the unpruned checkpoint; but no other checkpoint can reach the writer's loss
+    there, so that the reference's loss is no target.
+
+    Every evaluation is kept: the same command goes on where it was after a kill at any moment.
+    """
+    from attn_kernels.variant import LEAST_BUDGET
+    from attnserve.budgets import texts
+    from attnserve.budgets.result import FOLDER, text_table, write_checkpoint
+    from attnserve.budgets.run import prunable_checkpoint, reference_of, run
+
+    own = prunable_checkpoint(checkpoint)
+    softmax = reference_of(own, reference)
+    kept = uniform or UNIFORM
+    if min(kept) < LEAST_BUDGET:
+        raise UserError(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(kept)}")
+    if write is not None and write.exists():
+        raise UserError(f"{write} exists: name another folder or delete it")
+    counts = texts.Counts(sequences, judge, test_sequences, length or own.context)
+    if text:
+        parts = texts.of_users_text(own, text, counts)
+    elif books or are_fetched():
+        parts = texts.of_novels(own, split(books), counts)
+    else:
+        parts = texts.of_itself(own, counts)
+    found = run(
+        own,
+        softmax,
+        parts,
+        runs=runs / "budgets",
+        rises=[] if no_rise else rise or [1.0],
+        max_loss=max_loss,
+        step=step,
+        uniform=kept,
+        seed=seed,
+    )
+    file = found.write(out or (FOLDER if parts.kind == "novels" else runs / "budgets"))
+    if plot:
+        from attnserve.budgets.plot import draw
+        from attnserve.reports import save_figure
+
+        save_figure(draw([found]), plot)
+    if as_json:
+        summary = {
+            target.name: vars(target) | {"factor": round(found.factor(target.budgets), 3)}
+            for target in found.targets
+        }
+        print(json.dumps({"out": str(file), "targets": summary}))
+    else:
+        print(text_table(found.rows))
+        print("\n".join(found.lines()))
+        print(f"Written to {file}")
+    if write is not None:
+        if not found.targets[0].reached:
+            raise UserError(f"{write} is not written: name a higher --max-loss")
+        write_checkpoint(checkpoint, found.targets[0].budgets, write)
+
+
+if __name__ == "__main__":
+    main(budgets, "attnserve budgets")

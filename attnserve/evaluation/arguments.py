@@ -1,0 +1,59 @@
+"""Arguments that several commands have; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
+"""What a folder of evaluation sets holds."""
+
+
+def text_file(name: str) -> Path:
+    """Return the path of a UTF-8 text file.
+
+    Raises:
+        typer.BadParameter: there is none, or it is something else.
+    """
+    path = Path(name)
+    try:
+        path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"no file {name} ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{name} is not UTF-8 text") from None
+    return path
+
+
+def positive(text: str) -> float:
+    """Return a finite number above 0.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise typer.BadParameter(f"{text} is not a number above 0")
+    return number
+
+
+CheckpointFolder = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A Hugging Face folder.", show_default=False)
+]
+Books = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of the novels. Default: where `attnserve books` puts them.",
+        show_default=False,
+    ),
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
+]

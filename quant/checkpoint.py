@@ -1,0 +1,345 @@
+"""Write a checkpoint with packed weights, in compressed-tensors' formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from attnserve.errors import UserError
+from attnserve.evaluation.scorers import load
+from quant.model import HEAD, empty_model, linears, quantize
+from quant.reader import Passages
+from quant.schemes.registry import SERVED, get_scheme
+from quant.schemes.rtn import rtn
+from quant_kernels.pack import pack
+from quant_kernels.weight import QuantizedWeight, QuantSpec
+
+CHUNK = 32
+"""Group sizes are multiples of it, so that a group starts with a 32-bit word at all bits."""
+COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
+"""Tokenizer, generation settings, card, code that `auto_map` names."""
+INDEX = "model.safetensors.index.json"
+PARTS = ["linear", "embeddings", "rest"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is quantized.
+
+    Args:
+        bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
+        embeddings: bits of the token embeddings and the head; None: they stay as they are.
+        activations: vLLM rounds the inputs of linear layers to 8 bits.
+
+    Raises:
+        UserError: this cannot be written or served.
+    """
+
+    bits: int
+    scheme: str
+    group_size: int | None = 64
+    symmetric: bool = False
+    act_order: bool = False
+    embeddings: int | None = None
+    activations: bool = False
+
+    def __post_init__(self) -> None:
+        get_scheme(self.scheme)
+        if self.scheme not in SERVED:
+            raise UserError(
+                f"scheme {self.scheme} cannot be served: use one of {', '.join(SERVED)}"
+            )
+        if self.act_order and self.scheme != "gptq":
+            raise UserError("--act-order is of the scheme gptq: leave it out")
+        if self.group_size is not None and self.group_size % CHUNK:
+            raise UserError(
+                f"--group-size {self.group_size}: use a multiple of {CHUNK}, or channel"
+            )
+        int8 = self.bits == 8 and self.symmetric and self.group_size is None
+        if self.activations and (not int8 or self.embeddings is not None):
+            raise UserError(
+                "--activations needs --bits 8 --symmetric --group-size channel and no "
+                "--embeddings: vLLM's int8 kernel takes nothing else"
+            )
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How linear layers are quantized."""
+        return QuantSpec(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs text."""
+        return get_scheme(self.scheme).calibrated
+
+    def __str__(self) -> str:
+        """Return the options of `python -m quant.quantize`."""
+        parts = [f"--bits {self.bits} --scheme {self.scheme}"]
+        parts.append(f"--group-size {self.group_size or 'channel'}")
+        flags = ("symmetric", "act_order", "activations")
+        parts += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(self, flag)]
+        parts += [f"--embeddings {self.embeddings}"] * (self.embeddings is not None)
+        return " ".join(parts)
+
+
+def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
+    """Check that a checkpoint can be quantized and its new folder be written, and that nothing is
+    overwritten that was not asked to be, or was not made here.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
+    if _is_quantized(folder):
+        raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no *.safetensors: save the checkpoint in that format first")
+    if not out.exists():
+        return
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out} is the checkpoint itself: name another folder")
+    if not overwrite:
+        raise UserError(f"{out} is there already: --overwrite replaces it")
+    if not (out.is_dir() and (_is_quantized(out) or not any(out.iterdir()))):
+        raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
+
+
+def _is_quantized(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
+
+
+def check_layers(folder: Path, recipe: Recipe) -> None:
+    """Check before its weights are read that a recipe can be applied to a checkpoint.
+
+    Raises:
+        UserError: the scheme cannot do a layer, or the checkpoint has other tensors.
+    """
+    model = empty_model(folder)
+    columns = {layer.in_features for layer in linears(model).values()}
+    get_scheme(recipe.scheme).check(recipe.spec, columns)
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            stored.update(opened.keys())
+    for name in (*linears(model), *tables_of(model, recipe)):
+        if f"{name}.weight" not in stored:
+            raise UserError(
+                f"{folder} has no tensor {name}.weight: checkpoints with other names than "
+                "transformers' Llama cannot be quantized yet"
+            )
+
+
+def tables_of(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+    """Return the names of embeddings and head, if they are quantized; tied ones are one."""
+    if recipe.embeddings is None:
+        return []
+    return ["model.embed_tokens", *([] if model.config.tie_word_embeddings else [HEAD])]
+
+
+def quantize_checkpoint(
+    folder: Path, out: Path, recipe: Recipe, calibration: Passages | None, card: str
+) -> tuple[PreTrainedModel, pd.DataFrame]:
+    """Quantize a checkpoint and write it; the new folder appears when it is complete.
+
+    Args:
+        folder: the checkpoint.
+        out: the folder to write; what is there is replaced.
+        recipe: how.
+        calibration: text that a calibrated scheme is calibrated on.
+        card: what the model card says of how it was made.
+
+    Returns:
+        The model in float32 with dequantized weights, and the sizes that `write_checkpoint` gives.
+    """
+    model = load(folder)
+    texts = torch.empty(0, dtype=torch.long) if calibration is None else calibration.rows
+    quantized = quantize_model(model, recipe, texts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        new = Path(temporary) / "new"
+        sizes = write_checkpoint(
+            folder, new, quantized, tables_of(model, recipe), recipe.activations, card
+        )
+        if out.exists():
+            shutil.move(out, Path(temporary) / "old")
+        os.replace(new, out)
+    return model, sizes
+
+
+def quantize_model(
+    model: PreTrainedModel, recipe: Recipe, texts: Tensor
+) -> dict[str, QuantizedWeight]:
+    """Quantize a float32 model in place: embeddings first, so that calibrated schemes see them.
+
+    Args:
+        model: computes with the dequantized weights afterwards.
+        recipe: how.
+        texts: token ids `[sequences, tokens]` that a calibrated scheme is calibrated on.
+
+    Returns:
+        What is stored, by layer.
+    """
+    found: dict[str, QuantizedWeight] = {}
+    tables = tables_of(model, recipe)
+    with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
+        for name in tables:
+            assert recipe.embeddings is not None
+            weight = model.get_submodule(name).weight
+            spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
+            found[name] = rtn(weight.data, spec)
+            weight.data = found[name].dequantize()  # a tied head's too
+            bar.update()
+        scheme = get_scheme(recipe.scheme)
+        return found | quantize(
+            model, scheme, recipe.spec, texts, act_order=recipe.act_order, on_layer=bar.update
+        )
+
+
+def write_checkpoint(
+    source: Path,
+    out: Path,
+    quantized: Mapping[str, QuantizedWeight],
+    tables: Sequence[str],
+    int8: bool,
+    card: str,
+) -> pd.DataFrame:
+    """Write a folder like `source` with quantized weights packed.
+
+    Args:
+        source: the checkpoint.
+        out: a folder that is not there yet.
+        quantized: by layer.
+        tables: which of them are embeddings or heads.
+        int8: write signed bytes for vLLM's int8 kernel, instead of packed values.
+        card: what the model card says of how it was made.
+
+    Returns:
+        How many numbers linear layers, embeddings, the rest and all of it have, and their bytes
+        before and after: a row each.
+    """
+    out.mkdir()
+    rows: list[tuple[str, int, int, int]] = []
+    weight_map: dict[str, str] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in load_file(file).items():
+            layer = name.removesuffix(".weight")
+            new, part = {name: tensor}, "rest"
+            if layer in quantized:
+                stored = stored_tensors(quantized[layer], int8)
+                new = {f"{layer}.{key}": value.contiguous() for key, value in stored.items()}
+                part = "embeddings" if layer in tables else "linear"
+            after = sum(value.nbytes for value in new.values())
+            rows.append((part, tensor.numel(), tensor.nbytes, after))
+            tensors |= new
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file.name)
+    sizes = pd.DataFrame(rows, columns=["part", "numbers", "before", "after"])
+    sizes = sizes.groupby("part").sum().reindex(PARTS).dropna().astype(int)
+    sizes.loc["all"] = sizes.sum()
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.name not in ("config.json", INDEX):
+                shutil.copy(file, out)
+    if (source / INDEX).exists():
+        index = {
+            "metadata": {"total_size": int(sizes.loc["all", "after"])},
+            "weight_map": weight_map,
+        }
+        (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(quantized, tables, int8)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _add_to_card(out / "README.md", source.resolve().name, card)
+    return sizes
+
+
+def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
+    """Return a layer's tensors by name.
+
+    Args:
+        weight: the layer's.
+        int8: in the format `int-quantized` (8 bits, symmetric, a scale for each row), instead of
+            `pack-quantized`.
+    """
+    bits, zeros = weight.spec.bits, weight.zeros
+    if int8:
+        signed = (weight.values.short() - weight.spec.midpoint).to(torch.int8)
+        return {"weight": signed, "weight_scale": weight.scales}
+    tensors = {
+        "weight_packed": pack(weight.values, bits),
+        "weight_scale": weight.scales,
+        "weight_shape": torch.tensor(weight.values.shape),
+    }
+    if zeros is not None:
+        is_packed = zeros.dtype == torch.uint8
+        tensors["weight_zero_point"] = pack(zeros.T.contiguous(), bits).T if is_packed else zeros
+    return tensors
+
+
+def quantization_config(
+    quantized: Mapping[str, QuantizedWeight], tables: Sequence[str], int8: bool
+) -> dict[str, Any]:
+    """Return the entry of `config.json`: a group for linear layers, another for embeddings and
+    head."""
+    linear = next(weight for layer, weight in quantized.items() if layer not in tables)
+    groups = {"group_0": _config_group(["Linear"], linear, int8)}
+    if tables:
+        # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
+        groups["group_1"] = _config_group(["Embedding", HEAD], quantized[tables[0]], int8)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if int8 else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [] if tables else [HEAD],
+        "kv_cache_scheme": None,
+    }
+
+
+def _config_group(targets: list[str], weight: QuantizedWeight, int8: bool) -> dict[str, Any]:
+    """Return what some layers have in common."""
+    spec = weight.spec
+    weights: dict[str, Any] = {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": "channel" if spec.group_size is None else "group",
+        "group_size": spec.group_size,
+        "dynamic": False,
+    }
+    if weight.zeros is not None and weight.zeros.dtype != torch.uint8:
+        weights["zp_dtype"] = str(weight.zeros.dtype)
+    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": token if int8 else None,
+        "output_activations": None,
+    }
+
+
+def _add_to_card(file: Path, name: str, made_by: str) -> None:
+    """Say in README.md how the checkpoint was made."""
+    old = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
+    file.write_text(
+        f"{old}## Quantized\n\n`{name}` with attnserve's {made_by}. What is said above of weights, "
+        "sizes and results is of the original.\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,279 @@
+"""Measure single layers, choose bits for each of them, and measure what the choices cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attnserve import machine
+from attnserve.errors import UserError
+from attnserve.evaluation.intervals import Estimate, mean_interval
+from attnserve.evaluation.scorers import load
+from attnserve.files import write_text
+from quant.measure import NUMERICS
+from quant.mixed import LayerBits, Price, Prices, spread, total, within
+from quant.model import empty_model, linears, put
+from quant.reader import Passages, Reader
+from quant.schemes.hessian import watched
+from quant.schemes.registry import get_scheme
+from quant.texts import Sources, calibration_text, fingerprint, held_out_texts
+from quant_kernels.weight import QuantizedWeight, QuantSpec
+
+CHOICES = 9
+"""Of the greedy path that are measured, at even distances in bytes, both ends included."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What single layers are measured with.
+
+    Args:
+        bits: of a layer, each of them.
+        scheme, group_size, symmetric, lm_head: as in `QuantConfig`.
+        sequences: of each text that is measured on.
+        length: tokens of a sequence; at most the training length is used.
+        calibration: sequences to calibrate on.
+        seed: of the calibration text.
+    """
+
+    bits: Sequence[int]
+    scheme: str
+    group_size: int | None
+    symmetric: bool
+    lm_head: bool
+    sequences: int
+    length: int
+    calibration: int
+    seed: int
+
+    @property
+    def specs(self) -> list[QuantSpec]:
+        """How a layer is quantized, with fewer bits first."""
+        bits = sorted(set(self.bits))
+        return [QuantSpec(each, self.group_size, self.symmetric) for each in bits]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Bits for each layer, measured.
+
+    Args:
+        kind: `uniform`, `mixed` or `budget`.
+        size: bytes of the quantized layers.
+        bits: mean stored bits of a weight.
+        divergence: nats per token.
+        layer_bits: the bits of each layer.
+    """
+
+    kind: str
+    size: int
+    bits: float
+    divergence: Estimate
+    layer_bits: LayerBits
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was found for a checkpoint.
+
+    Args:
+        checkpoint: its name.
+        key: what the figures depend on.
+        chosen, measured, calibration: titles of the texts that bits were chosen on, that choices
+            were measured on, and that schemes were calibrated on.
+        prices: of single layers.
+        choices: by kind, with the most bytes first.
+    """
+
+    checkpoint: str
+    key: dict[str, Any]
+    chosen: str
+    measured: str
+    calibration: str
+    prices: Prices
+    choices: list[Choice]
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        group_size = self.key["group_size"] or "channel"
+        return f"{self.checkpoint}-{self.key['scheme']}-g{group_size}"
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder/NAME.json`; return its path."""
+        fields = dataclasses.asdict(self) | {"machine": machine.summary()}
+        for choice, known in zip(fields["choices"], self.choices, strict=True):
+            choice["divergence"] = known.divergence.json()
+        write_text(folder / f"{self.name}.json", json.dumps(fields, indent=1) + "\n")
+        return folder / f"{self.name}.json"
+
+
+def analyze(
+    folder: Path, settings: Settings, sources: Sources, budget: int | None, out: Path, force: bool
+) -> Sensitivity:
+    """Measure a checkpoint's layers and choices of their bits. What has been measured is in a
+    journal under `out` and is not measured again.
+
+    Raises:
+        UserError, ValueError, OSError: something will not do.
+    """
+    scheme = get_scheme(settings.scheme)
+    planned = linears(empty_model(folder), settings.lm_head).values()
+    for spec in settings.specs:
+        scheme.check(spec, {layer.in_features for layer in planned})
+    reader = Reader(folder, settings.length)
+    sources = sources.for_checkpoints([folder])[folder]
+    chosen, measured = held_out_texts(sources, reader, settings.sequences)
+    calibration = calibration_text(sources, reader, settings.calibration, settings.seed)
+    key = {
+        "checkpoint": reader.digest,
+        "texts": fingerprint([chosen, measured, calibration]),
+        "numerics": NUMERICS,
+        **{k: value for k, value in vars(settings).items() if k != "bits"},
+    }
+    titles = (chosen.title, measured.title, calibration.title)
+    found = Sensitivity(reader.name, key, *titles, prices={}, choices=[])
+    journal = Journal(out / f"{found.name}.jsonl", key, force)
+    model = MixedModel(folder, settings, calibration)
+    prices = price_layers(model, journal, Divergence(model.model, chosen), settings)
+    divergence = Divergence(model.model, measured)
+    numbers = sum(weight.numel() for weight in model.original.values())
+    choices = []
+    for kind, choice in tqdm(choices_of(prices, settings, budget), desc="mixtures"):
+        values = journal.get(model.label("mixtures", choice), model.measure, choice, divergence)
+        size = total(prices, choice)
+        choices.append(Choice(kind, size, 8 * size / numbers, mean_interval(values), choice))
+    return dataclasses.replace(found, prices=prices, choices=choices)
+
+
+def price_layers(
+    model: MixedModel, journal: Journal, divergence: Divergence, settings: Settings
+) -> Prices:
+    """Return what each layer alone costs with each of the bits."""
+    prices: dict[str, dict[int, Price]] = {}
+    for layer, weights in tqdm(model.quantized.items(), desc="layers"):
+        prices[layer] = {}
+        for bits, weight in weights.items():
+            choice = {layer: bits}
+            values = journal.get(model.label("layers", choice), model.measure, choice, divergence)
+            prices[layer][bits] = Price(float(np.mean(values)), weight.packed_bytes)
+    return prices
+
+
+def choices_of(
+    prices: Prices, settings: Settings, budget: int | None
+) -> list[tuple[str, LayerBits]]:
+    """Return the choices to measure and their kinds: uniform ones, beside each what mixing gives in
+    no more bytes, some of the greedy path, and what fits into the budget."""
+    uniform = [dict.fromkeys(prices, spec.bits) for spec in settings.specs]
+    beside = [within(prices, total(prices, choice)) for choice in uniform]
+    mixed = {total(prices, choice): choice for choice in (*spread(prices, CHOICES), *beside)}
+    found = [("uniform", choice) for choice in uniform]
+    found += [("mixed", mixed[size]) for size in sorted(mixed, reverse=True)]
+    if budget is not None:
+        found.append(("budget", within(prices, budget)))
+    return found
+
+
+class MixedModel:
+    """A model whose layers can each be set to some bits.
+
+    Calibrated schemes see the unquantized model's inputs in every layer, so that each layer's
+    weights are the same in any mixture.
+
+    Args:
+        folder: the checkpoint.
+        settings: how its layers are quantized.
+        calibration: for calibrated schemes.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, calibration: Passages) -> None:
+        self.model = load(folder)
+        self.layers: Mapping[str, nn.Linear] = linears(self.model, settings.lm_head)
+        self.original = {name: layer.weight for name, layer in self.layers.items()}
+        scheme, hessians = get_scheme(settings.scheme), dict[str, Tensor]()
+        if scheme.calibrated:
+            with torch.inference_mode(), watched(self.layers) as hessians:
+                for text in calibration.rows:
+                    self.model(input_ids=text[None], use_cache=False)
+        self.quantized: dict[str, dict[int, QuantizedWeight]] = {
+            name: {
+                spec.bits: scheme(layer.weight.data, spec, hessians.get(name))
+                for spec in settings.specs
+            }
+            for name, layer in tqdm(self.layers.items(), desc="quantize", unit="layer")
+        }
+
+    def label(self, what: str, choice: LayerBits) -> str:
+        """Return a journal's name for a choice: a digit a layer."""
+        return f"{what} " + "".join(str(choice.get(layer, "-")) for layer in self.layers)
+
+    def measure(self, choice: LayerBits, divergence: Divergence) -> list[float]:
+        """Return the divergence with these layers quantized and all others not."""
+        for name, bits in choice.items():
+            put(self.layers[name], self.quantized[name][bits])
+        try:
+            return divergence()
+        finally:
+            for name in choice:
+                self.layers[name].weight = self.original[name]
+
+
+class Divergence:
+    """KL divergence of a changed model from what it was, on a text."""
+
+    def __init__(self, model: nn.Module, text: Passages) -> None:
+        self.model, self.rows = model, text.rows
+        self.reference = [self._logprobs(row) for row in self.rows]
+
+    def __call__(self) -> list[float]:
+        """Return the mean over tokens of each sequence, in nats."""
+        found = []
+        for row, reference in zip(self.rows, self.reference, strict=True):
+            each = reference.exp() * (reference - self._logprobs(row))
+            found.append(float(each.sum(-1).mean()))
+        return found
+
+    @torch.inference_mode()
+    def _logprobs(self, row: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+
+class Journal:
+    """Measured values by name, a JSON line each, after a line that says what they depend on.
+
+    Raises:
+        UserError: the file has values of something else.
+    """
+
+    def __init__(self, file: Path, key: dict[str, Any], force: bool) -> None:
+        self.file = file
+        lines = [] if force or not file.exists() else file.read_text().splitlines(keepends=True)
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        if whole and whole[0] != key:
+            differing = ", ".join(name for name in key if key[name] != whole[0].get(name))
+            raise UserError(
+                f"{file} has values that differ in {differing}: --force measures again, --out DIR "
+                "writes elsewhere"
+            )
+        self.values: dict[str, list[float]] = dict(whole[1:])
+        # A line that a kill cut short is left out.
+        write_text(file, "".join(json.dumps(line) + "\n" for line in (key, *self.values.items())))
+
+    def get(self, name: str, measure: Any, *arguments: Any) -> list[float]:
+        """Return a value; if it is not there, call `measure(*arguments)` and keep what it gives."""
+        if name not in self.values:
+            self.values[name] = measure(*arguments)
+            with self.file.open("a") as file:
+                file.write(json.dumps([name, self.values[name]]) + "\n")
+        return self.values[name]

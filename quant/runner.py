@@ -1,0 +1,173 @@
+"""Run a sweep: measure what is not measured yet, and keep each result when it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from tqdm import tqdm
+
+from attnserve.errors import UserError
+from quant import lm_eval_tasks, pool, store
+from quant.config import UNQUANTIZED, QuantConfig
+from quant.lm_eval_tasks import Harness
+from quant.measure import SweepTask, measure
+from quant.model import empty_model, linears
+from quant.reader import Reader
+from quant.schemes.registry import get_scheme
+from quant.store import SweepResult
+from quant.texts import Samples, Sources, sweep_texts
+
+WORKER_BYTES = 700 * 2**20
+"""What a worker holds besides its model: mostly torch and transformers."""
+BATCH_TOKENS = 2048
+
+
+def plan(
+    folders: Sequence[Path],
+    configs: Sequence[QuantConfig],
+    samples: Samples,
+    sources: Sources,
+    out: Path,
+    harness: Harness | None = None,
+) -> list[SweepTask]:
+    """Return the tasks of all checkpoints, checked; whatever text is not given is sampled.
+
+    Args:
+        folders: the checkpoints.
+        configs: of each, beside the unquantized one.
+        samples: how much is measured.
+        sources: where text comes from.
+        out: the folder of results.
+        harness: lm-eval's tasks.
+
+    Raises:
+        UserError, ValueError, OSError: a checkpoint, scheme or text will not do.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two checkpoints are called {min(twice)}: their results would clash")
+    for folder in folders:
+        check_configs(folder, configs)
+    if harness is not None:
+        lm_eval_tasks.key(harness)  # refuses what cannot be done
+    tasks = []
+    for folder, its_sources in sources.for_checkpoints(folders).items():
+        checkpoint = Reader(folder, samples.length)
+        texts = sweep_texts(its_sources, checkpoint, samples)
+        common = (samples, texts, out / "records", harness)
+        tasks += [
+            SweepTask(folder, checkpoint.digest, config, *common)
+            for config in (UNQUANTIZED, *configs)
+        ]
+    return tasks
+
+
+def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
+    """Check that every scheme can do its configs of a checkpoint.
+
+    Raises:
+        UserError, ValueError: one cannot, or there is no checkpoint.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
+    model = empty_model(folder)
+    for config in configs:
+        if config.scheme is not None:
+            layers = linears(model, config.lm_head).values()
+            get_scheme(config.scheme).check(config.spec, {layer.in_features for layer in layers})
+
+
+def affordable(jobs: int, folders: Sequence[Path]) -> int:
+    """Return as many of the jobs as fit into the memory that is free, at least one."""
+    largest = 0
+    for folder in folders:
+        model = empty_model(folder)
+        logits = 3 * BATCH_TOKENS * model.config.vocab_size
+        largest = max(largest, 4 * (2 * sum(p.numel() for p in model.parameters()) + logits))
+    fitting = int(psutil.virtual_memory().available // (WORKER_BYTES + largest))
+    return max(1, min(jobs, fitting))
+
+
+def prepare(jobs: int) -> None:
+    """Give a worker its share of the cores."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
+    transformers.utils.logging.disable_progress_bar()
+
+
+def is_there(task: SweepTask, out: Path) -> bool:
+    """Return whether a task's result is there already.
+
+    Raises:
+        UserError: the file holds a result of other weights, texts or samples.
+    """
+    path = store.path_of(out, task.checkpoint, task.config)
+    if not path.exists():
+        return False
+    stored, key = store.read(path), task.key
+    if stored.key != key:
+        differing = [k for k in {**key, **stored.key} if key.get(k) != stored.key.get(k)]
+        texts = [", ".join(found.values()) for found in (stored.texts, task.texts.titles)]
+        said = f" ({texts[0]}; now {texts[1]})" if texts[0] != texts[1] else ""
+        raise UserError(
+            f"{path} holds a result that differs in {', '.join(differing)}{said}: --force measures "
+            "again and replaces it, --out DIR writes elsewhere"
+        )
+    return True
+
+
+def run(
+    tasks: Sequence[SweepTask],
+    out: Path,
+    jobs: int,
+    ray: bool,
+    show: Callable[[SweepResult], None],
+) -> dict[str, str]:
+    """Measure tasks, the unquantized models first, and write each result when it is done.
+
+    Args:
+        tasks: what is not measured yet.
+        out: the folder of results.
+        jobs: processes of this machine.
+        ray: on a Ray cluster instead.
+        show: called with each result.
+
+    Returns:
+        The names of failed tasks, and why they failed.
+    """
+    failures: dict[str, str] = {}
+    first = [task for task in tasks if task.config == UNQUANTIZED]
+    others = [task for task in tasks if task.config != UNQUANTIZED]
+    with tqdm(total=len(tasks), unit="config", smoothing=0.1) as bar:
+        for stage in (first, others):
+            ready = []
+            for task in stage:
+                baseline = store.path_of(out, task.checkpoint, UNQUANTIZED)
+                if stage is first:
+                    ready.append(task)
+                elif f"{task.checkpoint} {UNQUANTIZED.name}" in failures or not baseline.exists():
+                    failures[task.name] = "the unquantized model could not be measured"
+                    bar.update()
+                else:
+                    ready.append(dataclasses.replace(task, baseline=store.read(baseline).units))
+            if ray:
+                outcomes = pool.on_ray(measure, ready)
+            elif jobs == 1:
+                outcomes = pool.serial(measure, ready)
+            else:
+                outcomes = pool.parallel(measure, ready, jobs, prepare)
+            for task, outcome in outcomes:
+                with bar.external_write_mode():
+                    if isinstance(outcome, pool.Failure):
+                        failures[task.name] = outcome.why
+                    else:
+                        store.write(out, outcome)
+                        show(outcome)
+                bar.set_postfix_str(task.name)
+                bar.update()
+    return failures

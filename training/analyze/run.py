@@ -1,0 +1,146 @@
+"""The measures of one checkpoint, each written as soon as it is there."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from attnserve import machine
+from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.measures import Data, Measure
+from attnserve.evaluation.perplexity import Perplexity
+from attnserve.evaluation.scorers import Scorer, TransformersScorer
+from attnserve.evaluation.tasks import Blimp, Lambada
+from training.analyze.attention import Attention
+from training.analyze.length import Length, multiples
+from training.analyze.passkey import Passkey
+from training.analyze.settings import MULTIPLE, QUICK_LIMIT, QUICK_MULTIPLE, Name, Settings
+from training.analyze.store import Stored, key_of, path_of, read, write
+
+MEASURES: dict[str, type[Measure]] = {
+    cls.name: cls for cls in (Attention, Length, Passkey, Lambada, Blimp, Perplexity)
+}
+
+
+def measures(settings: Settings, names: Iterable[str], context: int) -> list[Measure]:
+    """Return the chosen measures with their settings, for a model of some training length.
+
+    Raises:
+        UserError: the training length is above `max_length`.
+    """
+    limit = QUICK_LIMIT if settings.quick and settings.limit is None else settings.limit
+    if context > settings.max_length:
+        raise UserError(
+            f"the training length of {context} tokens is above --max-length {settings.max_length}: "
+            "raise it, or lower --context"
+        )
+    longest = multiples(settings.max_length // context)[-1]
+    multiple = min(QUICK_MULTIPLE if settings.quick else MULTIPLE, longest)
+    chosen: list[Measure] = []
+    for name in names:
+        if name == Name.LENGTH:
+            measure: Measure = Length(multiple=multiple)
+        elif name == Name.PASSKEY:
+            measure = Passkey(multiple=multiple, seed=settings.seed)
+        else:
+            measure = MEASURES[name]()
+        if settings.rope_theta_factor != 1.0 and not measure.uses_length:
+            continue
+        if settings.engine == "transformers" or measure.needs_scores:
+            chosen.append(measure.limited(limit))
+    return chosen
+
+
+def to_do(
+    checkpoint: Checkpoint, chosen: Iterable[Measure], data: Data, settings: Settings
+) -> tuple[list[Stored], list[Measure]]:
+    """Return what is there already, and what is to be measured.
+
+    Raises:
+        UserError: a file holds a result of other weights, texts or settings.
+    """
+    present, missing = [], []
+    for measure in chosen:
+        path = path_of(
+            settings.out,
+            checkpoint.name,
+            measure.name,
+            settings.engine,
+            settings.rope_theta_factor,
+        )
+        if settings.force or not path.exists():
+            missing.append(measure)
+            continue
+        found, key = read(path), key_of(checkpoint, measure, data)
+        if found.key != key:
+            differing = ", ".join(name for name in key if key[name] != found.key.get(name))
+            raise UserError(
+                f"{path} holds a result with another {differing}: --force measures again and "
+                "replaces it, --out DIR writes elsewhere"
+            )
+        present.append(found)
+    return present, missing
+
+
+def scorer_for(checkpoint: Checkpoint, missing: Sequence[Measure], settings: Settings) -> Scorer:
+    """Return the model in the chosen engine."""
+    if settings.engine == "transformers":
+        return TransformersScorer(checkpoint.folder, settings.rope_theta_factor)
+    from attnserve.evaluation.vllm_scorer import VLLMScorer
+
+    return VLLMScorer(
+        checkpoint.folder,
+        max(measure.longest(checkpoint) for measure in missing),
+        rope_theta_factor=settings.rope_theta_factor,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+    )
+
+
+def analyze(folder: Path, names: Iterable[str], data: Data, settings: Settings) -> list[Stored]:
+    """Return all chosen measures of one checkpoint.
+
+    Raises:
+        UserError, FileNotFoundError: there is no checkpoint, a text is missing or too short, or a
+            file holds another result.
+    """
+    checkpoint = Checkpoint(folder, settings.context)
+    chosen = measures(settings, names, checkpoint.context)
+    for measure in chosen:
+        files = measure.files(data)
+        for file in files:
+            if not file.exists():
+                raise UserError(f"{file} is not there: name its folder with --eval or --books")
+        if isinstance(measure, Blimp) and not files:
+            raise UserError(f"{data.sets} has no blimp/*.jsonl: name its folder with --eval")
+    results, missing = to_do(checkpoint, chosen, data, settings)
+    counts = f"{len(missing)} to measure, {len(results)} there already"
+    print(f"{checkpoint.name}: {counts}", file=sys.stderr, flush=True)
+    if not missing:
+        return results
+    engine_version = f", vllm {version('vllm')}" if settings.engine == "vllm" else ""
+    scorer = scorer_for(checkpoint, missing, settings)
+    try:
+        for measure in missing:
+            start = time.monotonic()
+            result = measure.run(checkpoint, data, scorer)
+            found = Stored(
+                checkpoint=checkpoint.name,
+                variant=checkpoint.variant,
+                context=checkpoint.context,
+                measure=measure.name,
+                engine=settings.engine,
+                rope_theta_factor=settings.rope_theta_factor,
+                key=key_of(checkpoint, measure, data),
+                machine=machine.summary() + engine_version,
+                seconds=round(time.monotonic() - start, 1),
+                result=result,
+            )
+            write(settings.out, found)
+            results.append(found)
+    finally:
+        scorer.close()
+    return sorted(results, key=lambda found: list(MEASURES).index(found.measure))

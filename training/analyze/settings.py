@@ -1,0 +1,89 @@
+"""What `python -m training.analyze` measures, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+from attnserve.evaluation.arguments import positive
+from attnserve.files import CHECKOUT
+
+FOLDER = CHECKOUT / "training" / "results" / "analysis"
+QUICK_LIMIT, QUICK_MULTIPLE, MULTIPLE = 4, 2, 16
+
+
+class Name(StrEnum):
+    """Names of the measures."""
+
+    ATTENTION = "attention"
+    LENGTH = "length"
+    PASSKEY = "passkey"
+    LAMBADA = "lambada"
+    BLIMP = "blimp"
+    PERPLEXITY = "perplexity"
+
+
+TITLES = {
+    Name.ATTENTION: "attention sinks, outliers, zeros, dead heads",
+    Name.LENGTH: "loss by position up to many training lengths",
+    Name.PASSKEY: "retrieval of a planted key",
+    Name.LAMBADA: "last word of a passage",
+    Name.BLIMP: "grammatical against ungrammatical sentences",
+    Name.PERPLEXITY: "perplexity of held-out books and of WikiText-2",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How checkpoints are measured; the fields are options of the command."""
+
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        Option(help="What runs the model, in float32; vllm leaves out `attention`."),
+    ] = "transformers"
+    limit: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Cap on every sample size: windows, sequences, passages, pairs. Default: none.",
+        ),
+    ] = None
+    max_length: Annotated[
+        int,
+        Option(
+            min=1,
+            help=f"Tokens of the longest context; {MULTIPLE} training lengths at most.",
+        ),
+    ] = 16384
+    context: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Training length in tokens. Default: max_position_embeddings of config.json.",
+        ),
+    ] = None
+    quick: Annotated[
+        bool,
+        Option(
+            "--quick",
+            help=f"--limit {QUICK_LIMIT} and {QUICK_MULTIPLE} training lengths: does it run?",
+        ),
+    ] = False
+    rope_theta_factor: Annotated[
+        float,
+        Option(
+            parser=positive,
+            help="Multiply RoPE's theta; with another than 1 only length and passkey are measured. "
+            "The SSMax paper has 50.",
+        ),
+    ] = 1.0
+    seed: Annotated[int, Option(help="Seed of the passkeys.")] = 0
+    kv_cache_memory_bytes: Annotated[int, Option(min=1, help="vLLM's paged cache, in bytes.")] = (
+        2**30
+    )
+    out: Annotated[Path, Option(help="Folder of the results.")] = FOLDER
+    force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False

@@ -1,0 +1,202 @@
+"""A softmax Llama's weights under another attention variant, and the record of how."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+
+from attn_kernels import Variant, get_variant, variant_from_config
+from attnserve import machine
+from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import read_config
+from attnserve.evaluation.tokens import read_tokens
+from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
+from training.finetune import FineTune
+from training.recipe import FineTuning
+from training.tokenizer import complete
+
+RECORD = "conversion.json"
+
+
+def initial_scale(train_length: int) -> float:
+    """Return 1 / mean(ln n over n = 1 ... train_length), the scale that replaces softmax.
+
+    Raises:
+        UserError: a length below 2, of which the mean is 0.
+    """
+    if train_length < 2:
+        raise UserError(f"a training length of {train_length} is too short: at least 2 tokens")
+    return train_length / math.lgamma(train_length + 1)  # lgamma(n + 1) = ln n!
+
+
+def convertible_config(source: Path, target: Variant | None) -> PreTrainedConfig:
+    """Return the configuration of a folder that can be converted.
+
+    Raises:
+        UserError: it is no Llama of softmax or of `target` itself.
+    """
+    config = read_config(source)
+    variant = variant_from_config(config)
+    if config.model_type not in ("llama", "variant_llama"):
+        raise UserError(f"{source} is a {config.model_type}: only Llamas can be converted")
+    if variant not in (None, get_variant("softmax"), target):
+        raise UserError(
+            f"{source} has {variant.name} attention already: convert the softmax checkpoint"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{source} is quantized: convert the original, then quantize")
+    return config
+
+
+def read_record(source: Path) -> dict[str, Any]:
+    """Return what conversion.json says of a converted folder; empty for others."""
+    file = source / RECORD
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def trained_length(source: Path, config: PreTrainedConfig) -> int:
+    """Return the tokens of the sequences that a checkpoint was trained on, as its folder says."""
+    return int(read_record(source).get("train_length") or config.max_position_embeddings)
+
+
+def convert(
+    source: Path,
+    variant: dict[str, Any],
+    *,
+    train_length: int | None = None,
+    rope_theta: float | None = None,
+    rope_theta_factor: float = 1.0,
+    positions: int | None = None,
+) -> VariantLlamaForCausalLM:
+    """Return a softmax checkpoint's weights, in its dtype, under another attention variant.
+
+    Args:
+        source: a Hugging Face folder of a softmax Llama, or of one with that variant already: it
+            keeps its learned tensors, and only the other arguments change anything.
+        variant: `{"name": "ssmax", **parameters}`.
+        train_length: tokens of the sequences that it was trained on; None: its
+            `max_position_embeddings`.
+        rope_theta: base of the rotary embedding's wavelengths; None: the source's.
+        rope_theta_factor: multiplies it.
+        positions: the result's `max_position_embeddings`; None: the source's.
+
+    Raises:
+        UserError: the source is no such Llama, or a number makes no sense.
+    """
+    config = convertible_config(source, variant_from_config({"attention_variant": variant}))
+    scale = initial_scale(train_length or trained_length(source, config))
+    rope = dict(config.rope_parameters)
+    rope["rope_theta"] = float(rope_theta or rope["rope_theta"]) * rope_theta_factor
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "_name_or_path"):
+        values.pop(name, None)
+    values |= {"attention_variant": variant, "rope_parameters": rope}
+    values["max_position_embeddings"] = positions or config.max_position_embeddings
+    trained = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model = VariantLlamaForCausalLM(VariantLlamaConfig(**values)).to(trained.dtype)
+    result = model.load_state_dict(trained.state_dict(), strict=False)
+    learned = model.config.variant.learned
+    if wrong := [
+        *(name for name in result.missing_keys if name.rpartition(".")[2] not in learned),
+        *result.unexpected_keys,
+    ]:
+        raise UserError(f"{source} is no plain Llama: {wrong[0]} does not fit")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".ssmax_scale") and name in result.missing_keys:
+                parameter.fill_(scale)
+    return model.eval()
+
+
+def learned_summary(model: VariantLlamaForCausalLM) -> dict[str, dict[str, float]]:
+    """Return mean, least and greatest value of each of the variant's learned per-head tensors."""
+    summary = {}
+    for learned in model.config.variant.learned:
+        parameters = [p for n, p in model.named_parameters() if n.endswith(f".{learned}")]
+        values = torch.cat([p.detach().double().flatten() for p in parameters])
+        spread = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+        summary[learned] = {name: round(value.item(), 6) for name, value in spread.items()}
+    return summary
+
+
+def write(
+    model: VariantLlamaForCausalLM,
+    source: Path,
+    out: Path,
+    train_length: int | None,
+    tuning: FineTuning,
+    data: Sequence[Path],
+    compiled: bool,
+) -> dict[str, Any]:
+    """Fine-tune a converted model, if `tuning` has steps, and write its folder.
+
+    Args:
+        model: what `convert` gives.
+        source: the folder that it was made of.
+        out: folder to write; it is there whole or not at all. Meanwhile there is `out.part`.
+        train_length: as `convert` has it.
+        tuning: settings of the fine-tuning.
+        data: text files for it.
+        compiled: use torch.compile.
+
+    Returns:
+        What conversion.json holds.
+
+    Raises:
+        UserError: see `FineTune`.
+    """
+    part = out.with_name(out.name + ".part")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    config, dtype = model.config, model.dtype
+    record = {
+        "source": source.name,
+        "source_conversion": read_record(source) or None,
+        "attention_variant": config.attention_variant,
+        "train_length": train_length or trained_length(source, read_config(source)),
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "max_position_embeddings": config.max_position_embeddings,
+        "initial": learned_summary(model),
+    }
+    if tuning.steps:
+        tokens = read_tokens(data, tokenizer)
+        bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        tune = FineTune(model.float(), tuning, tokens, bos, part, record)
+        tune.run(compiled)
+        record["finetuning"] = tuned_record(tune, data)
+    record["machine"] = machine.cpu_model()
+    record["versions"] = {name: machine.package(name) for name in ("torch", "transformers")}
+    record["commit"] = machine.commit()
+    folder = part / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(dtype).save_pretrained(folder)
+    complete(tokenizer)
+    tokenizer.save_pretrained(folder)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    folder.rename(out)
+    shutil.rmtree(part)
+    return record
+
+
+def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
+    """Return what the record holds of a fine-tuning."""
+    fifth = max(1, tune.settings.steps // 5)
+    return asdict(tune.settings) | {
+        "data": [file.name for file in data],
+        "seconds": round(tune.seconds, 1),
+        "loss_first_fifth": round(sum(tune.losses[:fifth]) / fifth, 4),
+        "loss_last_fifth": round(sum(tune.losses[-fifth:]) / fifth, 4),
+        "losses": [round(loss, 4) for loss in tune.losses],
+        "learned": learned_summary(tune.model),
+    }

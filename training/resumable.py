@@ -1,0 +1,172 @@
+"""Training steps that can be interrupted at any moment and go on from the last saved state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from attnserve.errors import UserError
+from attnserve.files import replacing
+from hf_attn import VariantLlamaForCausalLM
+from training.data import Batches
+from training.memory_loss import memory_share
+
+STATE = "state.pt"
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def loss_function(
+    model: VariantLlamaForCausalLM, precision: str, compiled: bool = False, memory: bool = False
+) -> Loss:
+    """Return a function of inputs and targets, `[batch, context]` each, that gives the mean cross
+    entropy in nats, and `memory_share` or None.
+
+    Args:
+        model: a causal language model.
+        precision: "fp32", or "bf16" to run matrix products outside attention in bfloat16.
+        compiled: compile it, which fuses attention's elementwise operations.
+        memory: give the share of memory too; for a stateful variant.
+    """
+
+    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        penalties: list[Tensor] = []
+        wanted = {"penalties": penalties} if memory else {}
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+        share = memory_share(penalties) if memory else None
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten()), share
+
+    return torch.compile(loss, dynamic=False) if compiled else loss
+
+
+class Schedule(Protocol):
+    """How many steps there are, and how large they may be."""
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+
+    @property
+    def clip(self) -> float:
+        """Largest norm of the gradient."""
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return a step's learning rate."""
+
+
+class Resumable:
+    """A training in a folder.
+
+    Args:
+        folder: holds `state.pt`; made if absent. If it holds a state, the training goes on from it.
+        identity: what a continued training must have in common with the first.
+        schedule: of the steps.
+        batches: inputs and targets of each step.
+        trained: the parameters to train, by name.
+        optimizer: of these.
+        defaults: the identity's entries that an older state lacks.
+
+    Attributes:
+        losses: mean cross entropy of every step so far, in nats per token.
+        memory: `memory_share` of every step, if it is trained on.
+        seconds: time of the steps.
+
+    Raises:
+        UserError: the folder holds another training.
+    """
+
+    memory_loss = 0.0
+    """Weight of `memory_share` in what is minimised."""
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        schedule: Schedule,
+        batches: Batches,
+        trained: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.identity, self.schedule = folder, dict(identity), schedule
+        self.batches, self.trained, self.optimizer = batches, dict(trained), optimizer
+        self.losses: list[float] = []
+        self.memory: list[float] = []
+        self.seconds = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / STATE).exists():
+            self._load(defaults or {})
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.losses)
+
+    def _load(self, defaults: Mapping[str, Any]) -> None:
+        state = torch.load(self.folder / STATE, weights_only=True)
+        found = {**defaults, **state["identity"]}
+        for name, value in self.identity.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"{self.folder} holds an unfinished run with {name} = {found.get(name)}, not "
+                    f"{value}: finish that, choose another folder or delete it"
+                )
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses, self.seconds = state["losses"], state["seconds"]
+        self.memory = state.get("memory", [])
+
+    def save(self) -> None:
+        """Write the state."""
+        state = {
+            "identity": self.identity,
+            "trained": {name: parameter.detach() for name, parameter in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
+            "memory": self.memory,
+            "seconds": self.seconds,
+        }
+        with replacing(self.folder / STATE) as temporary:
+            torch.save(state, temporary)
+
+    def take_steps(self, loss_of: Loss, is_due: Callable[[], bool], quiet: bool = False) -> None:
+        """Take the remaining steps.
+
+        Args:
+            loss_of: what `loss_function` gives.
+            is_due: whether to save the state after a step; after the last it is saved anyway.
+            quiet: no progress bar.
+        """
+        steps = self.schedule.steps
+        started = time.monotonic() - self.seconds
+        with tqdm(
+            initial=self.step, total=steps, unit="step", disable=quiet, smoothing=0.05
+        ) as progress:
+            while self.step < steps:
+                self._take_step(loss_of)
+                self.seconds = time.monotonic() - started
+                progress.update()
+                progress.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+                if is_due() or self.step == steps:
+                    self.save()
+
+    def _take_step(self, loss_of: Loss) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate_at(self.step)
+        loss, memory = loss_of(*self.batches(self.step))
+        objective = loss if memory is None else loss + self.memory_loss * memory
+        objective.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.schedule.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        if memory is not None:
+            self.memory.append(memory.item())

@@ -1,0 +1,115 @@
+"""A training run of a small Llama: its model, optimizer, losses and folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from attnserve.errors import UserError
+from attnserve.evaluation.tokens import Tokens
+from attnserve.files import write_text
+from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
+from training.data import Batches, fingerprint
+from training.recipe import Recipe
+from training.resumable import Resumable, loss_function
+from training.tokenizer import complete
+
+LOSSES, MODEL = "loss.csv", "model"
+
+
+class Run(Resumable):
+    """One training run.
+
+    Args:
+        folder: holds `state.pt`, `loss.csv` and at the end `model/`; made if absent.
+        recipe: the settings.
+        variant: `{"name": ..., **parameters}`.
+        tokenizer: of the text; saved with the model.
+        tokens: the text.
+
+    Raises:
+        UserError: the folder holds a run with other settings or other text, or the recipe's
+            `memory_loss` is of no use to the variant.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        variant: dict[str, Any],
+        tokenizer: PreTrainedTokenizerFast,
+        tokens: Tokens,
+    ) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.memory_loss = recipe.memory_loss
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        batches = Batches(tokens, recipe.context, recipe.batch, bos, recipe.seed)
+        settings = dataclasses.asdict(recipe)
+        identity = {**settings, "variant": variant, "text": fingerprint(tokens)}
+        torch.manual_seed(recipe.seed)
+        self.model = VariantLlamaForCausalLM(
+            VariantLlamaConfig(
+                attention_variant=variant,
+                vocab_size=len(tokenizer),
+                hidden_size=recipe.hidden_size,
+                intermediate_size=recipe.intermediate_size,
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                num_key_value_heads=recipe.kv_heads,
+                max_position_embeddings=recipe.context,
+                tie_word_embeddings=True,
+                bos_token_id=bos,
+                eos_token_id=eos,
+            )
+        )
+        if recipe.memory_loss and not self.model.config.variant.stateful:
+            raise UserError(f"{variant['name']} attention masks no tokens: leave out memory_loss")
+        trained = dict(self.model.named_parameters())
+        matrices = [p for p in trained.values() if p.dim() > 1]
+        others = [p for p in trained.values() if p.dim() <= 1]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": recipe.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            fused=True,
+        )
+        # A state that is older than a setting was made with its default.
+        defaults = dataclasses.asdict(Recipe())
+        super().__init__(folder, identity, recipe, batches, trained, optimizer, defaults)
+
+    def save(self) -> None:
+        """Write the state, then the losses."""
+        super().save()
+        rows = pd.DataFrame({"step": range(self.step)})
+        rows["learning_rate"] = [f"{self.recipe.learning_rate_at(step):.6g}" for step in rows.step]
+        rows["loss"] = [f"{loss:.5f}" for loss in self.losses]
+        if self.memory:  # of a run with the memory loss, which is no part of `loss`
+            rows["memory"] = [f"{share:.5f}" for share in self.memory]
+        write_text(self.folder / LOSSES, rows.to_csv(index=False))
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write a Hugging Face folder: configuration, weights in `dtype`, complete tokenizer."""
+        copy.deepcopy(self.model).to(dtype).save_pretrained(folder)
+        complete(self.tokenizer)
+        self.tokenizer.save_pretrained(folder)
+
+    def train(self, save_every: int, compiled: bool = False, quiet: bool = False) -> None:
+        """Take the remaining steps.
+
+        Args:
+            save_every: steps between saved states.
+            compiled: use `torch.compile`.
+            quiet: no progress bar.
+        """
+        memory = self.memory_loss > 0
+        loss_of = loss_function(self.model, self.recipe.precision, compiled, memory)
+        self.take_steps(loss_of, lambda: self.step % save_every == 0, quiet)
