@@ -148,7 +148,7 @@ def pruning(
             Server(name, ckpt, options, f"--attention-backend={plan.variant}", *lengths,
                    f"--hf-overrides={given}")
         )  # fmt: skip
-    rows = run(with_all(servers, measure(servers, plan)), "benchmarks.pruning")
+    rows = run(with_all(servers, measure(servers, plan)), "python -m benchmarks.pruning")
     for row, size in zip(rows, plan.kv_bytes(), strict=True):
         row["kv_bytes_per_request"] = size
         row["running_over_ideal"] = row["running"] / (plan.kv_cache_memory_bytes / size)

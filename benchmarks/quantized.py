@@ -91,7 +91,9 @@ def quantized(
         servers.append(Server(name, path, replace(options, dtype=kind), *common))
         if path == ckpt and not peer_backend:
             servers[-1].environment["VLLM_PLUGINS"] = ""
-    loads, sizes = run(with_all(servers, measure_both(servers, plan)), "benchmarks.quantized")
+    loads, sizes = run(
+        with_all(servers, measure_both(servers, plan)), "python -m benchmarks.quantized"
+    )
     rows = rows_of(weights, loads, sizes)
     about = options.described(model=ckpt.resolve().name, **plan.columns())
     about |= {"peer_backend": peer_backend}

@@ -142,7 +142,7 @@ def rates(
     servers = [
         Server(name, ckpt, options, *common, f"--attention-backend={name}") for name in chosen
     ]
-    found = run(with_all(servers, measure(servers, plan)), "benchmarks.rates")
+    found = run(with_all(servers, measure(servers, plan)), "python -m benchmarks.rates")
     rows = rows_of([server.name for server in servers], found)
     about = options.described(model=ckpt.resolve().name, **plan.columns())
     results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json,

@@ -145,7 +145,9 @@ def gateway(
             raise UserError(f"{fault}; choose another --port")
     log_folder.mkdir(parents=True, exist_ok=True)
     about = described(plan)
-    rows = rows_of(run(measure_all(chosen, plan), "benchmarks.gateway", uvloop.new_event_loop))
+    rows = rows_of(
+        run(measure_all(chosen, plan), "python -m benchmarks.gateway", uvloop.new_event_loop)
+    )
     results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json)
 
 

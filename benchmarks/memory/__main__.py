@@ -70,7 +70,7 @@ def memory(
     rows: list[results.Row] = []
     interrupted = False
     try:
-        run(measure_all(cases, requests, options, rows), "benchmarks.memory")
+        run(measure_all(cases, requests, options, rows), "python -m benchmarks.memory")
     except KeyboardInterrupt:
         interrupted = True
         print("benchmarks.memory: interrupted; the server is stopped", file=sys.stderr)

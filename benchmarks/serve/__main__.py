@@ -113,7 +113,10 @@ def serve(
     failed: dict[str, str] = {}
     interrupted = False
     try:
-        run(measure(subjects, client, rates, rounds, seed, runs, failed), "benchmarks.serve")
+        run(
+            measure(subjects, client, rates, rounds, seed, runs, failed),
+            "python -m benchmarks.serve",
+        )
     except KeyboardInterrupt:
         interrupted = True
         print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from attn_kernels import Variant, get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES
+
+ON_GPU = (pytest.mark.gpu, pytest.mark.timeout(90, method="thread"))
+"""Of a test of kernels on a GPU. One that hangs ends its process, which xdist replaces."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import variant_names
-from tests.gpu.paged import DTYPES, KEY_SCALE, Paged, Requests, Setup, check, stored, worse
+from tests.gpu.paged import DTYPES, KEY_SCALE, ON_GPU, Paged, Requests, Setup, check, stored, worse
 
 HEAD_DIMS = (128, 64, 256, 80)
 GROUPS = (4, 1, 3)
@@ -71,10 +71,9 @@ def phases(
 @pytest.mark.parametrize(
     "setup",
     [tiny(name, 6 if name == "selective" else None) for name in variant_names()]
-    + [pytest.param(setup, marks=pytest.mark.gpu) for setup in full()],
+    + [pytest.param(setup, marks=ON_GPU) for setup in full()],
     ids=str,
 )
-@pytest.mark.timeout(90)
 def test_equals_the_reference(setup: Setup, record_property: Callable[[str, object], None]) -> None:
     """Prefill, prefill beside decode, decode with whole contexts and with contexts in parts."""
     nvidia = setup.fp8 and not torch.version.hip

@@ -1,4 +1,4 @@
-"""Products and lookups with packed weights on a GPU: every width, each kernel and tile, groups and
+"""Products and lookups with packed weights on a GPU: 2 to 8 bits, each kernel and tile, groups and
 zero points, against float64 products with the dequantized matrix."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from quant_kernels import Panels, panels
 from quant_kernels.pack import pack
 from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
-from tests.gpu.paged import DTYPES
+from tests.gpu.paged import DTYPES, ON_GPU
 
 TOLERANCES = {"fp32": 2e-6, "bf16": 2**-8, "fp16": 2**-11}
 """Largest error of an output, relative to the sum of the absolute products."""
@@ -97,13 +97,9 @@ def check(shape: Shape, bits: int, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "bits", "dtype"),
     [(TINY, bits, dtype) for bits, dtype in ((3, "fp16"), (4, "fp32"))]
-    + [
-        pytest.param(FULL, bits, dtype, marks=pytest.mark.gpu)
-        for dtype, bits in product(DTYPES, BITS)
-    ],
+    + [pytest.param(FULL, bits, dtype, marks=ON_GPU) for dtype, bits in product(DTYPES, BITS)],
     ids=lambda value: value.device if isinstance(value, Shape) else str(value),
 )
-@pytest.mark.timeout(90)
 def test_equals_the_float64_product(shape: Shape, bits: int, dtype: str) -> None:
     check(shape, bits, dtype)
 
