@@ -30,7 +30,7 @@ BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningPlan:
     """What is sent to both servers, and the memory that they have for it."""
 
     ckpt: Path
@@ -62,7 +62,7 @@ def plan_of(
     max_model_len: int,
     dtype: str,
     **counts: int,
-) -> Plan:
+) -> PruningPlan:
     """Return the plan, with the checkpoint's own budgets if none are given.
 
     Raises:
@@ -90,7 +90,7 @@ def plan_of(
             f"--kv-cache-memory-bytes {memory} holds no unpruned request of {max_model_len} tokens "
             f"in {dtype}: give at least {least}, or a shorter --max-model-len"
         )
-    return Plan(ckpt, variant.name, budgets, max_model_len=max_model_len, dtype=dtype,
+    return PruningPlan(ckpt, variant.name, budgets, max_model_len=max_model_len, dtype=dtype,
                 kv_cache_memory_bytes=memory, **counts)  # fmt: skip
 
 
@@ -198,7 +198,7 @@ async def long_answer(server: Server, length: int) -> dict[str, Any]:
     }
 
 
-async def measure(servers: Sequence[Server], plan: Plan) -> list[results.Row]:
+async def measure(servers: Sequence[Server], plan: PruningPlan) -> list[results.Row]:
     """Run the rounds in alternation, then the long answers; return one row a server."""
     import numpy as np
     from tqdm import tqdm

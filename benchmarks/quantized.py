@@ -13,7 +13,7 @@ from attnserve.command import AsJson, main
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
 from benchmarks.checkpoints import packed_name, weight_bytes
-from benchmarks.rates import Load, Plan, PrefillRounds, Rounds, measure
+from benchmarks.rates import Load, PrefillRounds, RatesPlan, Rounds, measure
 from benchmarks.rates import rows_of as rows_of_rates
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def quantized(
     """  # fmt: skip
     from benchmarks.servers import Server, ServerOptions, run, with_all
 
-    plan = Plan(prompt_lens or [128], batches or [1], new_tokens, rounds, prefill_rounds, seed)
+    plan = RatesPlan(prompt_lens or [128], batches or [1], new_tokens, rounds, prefill_rounds, seed)
     plan.check(ckpt)
     options = ServerOptions("float32", kv_cache_memory_bytes, threads, enforce_eager,
                             start_timeout, log_folder, context.args)  # fmt: skip
@@ -102,7 +102,7 @@ def quantized(
                    leave_out=["decode_ratios"])  # fmt: skip
 
 
-async def measure_both(servers: Sequence[Server], plan: Plan) -> tuple[list[Load], list[int]]:
+async def measure_both(servers: Sequence[Server], plan: RatesPlan) -> tuple[list[Load], list[int]]:
     """Return the loads, and afterwards the bytes that only one server's processes have in
     memory."""
     from benchmarks.watch import processes

@@ -19,7 +19,7 @@ from benchmarks import options as opt
 from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
 
 if TYPE_CHECKING:
-    from benchmarks.serve.load import Client, Runs, Subject
+    from benchmarks.serve.load import LoadClient, Runs, Subject
     from benchmarks.servers import ServerOptions
 
 CSV = RESULTS / "serve_cpu.csv"
@@ -92,7 +92,7 @@ def serve(
         python -m benchmarks.serve --enforce-eager --packed w4 --gateway all
     """  # fmt: skip
     from benchmarks.serve import rows
-    from benchmarks.serve.load import LEVELS, Client
+    from benchmarks.serve.load import LEVELS, LoadClient
     from benchmarks.serve.load import level as level_of
     from benchmarks.servers import ServerOptions, run
 
@@ -103,7 +103,7 @@ def serve(
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     subjects = subjects_of(cases, options, length, gateway, stock=not no_stock)
-    client = Client(requests, prompt_len, new_tokens, log_folder / "bench-serve")
+    client = LoadClient(requests, prompt_len, new_tokens, log_folder / "bench-serve")
     shutil.rmtree(client.folder, ignore_errors=True)
     client.folder.mkdir(parents=True)
     about = options.described(
@@ -182,7 +182,7 @@ def subjects_of(
 
 async def measure(
     subjects: Sequence[Subject],
-    client: Client,
+    client: LoadClient,
     rates: Sequence[float],
     rounds: int,
     seed: int,

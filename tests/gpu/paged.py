@@ -91,7 +91,7 @@ class Setup:
         return self.group * self.num_kv_heads
 
 
-class Requests:
+class PagedRequests:
     """Random sequences, and their outputs by the reference.
 
     Attributes:
@@ -159,7 +159,7 @@ class Paged:
     Twice as many blocks as are needed: `move` puts the requests elsewhere.
     """
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: PagedRequests) -> None:
         from attn_kernels.triton import TritonLayer  # by the test: interpreted or compiled
 
         self.requests = requests
@@ -271,7 +271,7 @@ def nothing(x: Tensor) -> Tensor:
     return torch.full((PADDING, *x.shape[1:]), torch.nan, dtype=x.dtype)
 
 
-def check(errors: Mapping[str, float], requests: Requests) -> None:
+def check(errors: Mapping[str, float], requests: PagedRequests) -> None:
     """Compare errors, each of one phase, with the limit of the requests.
 
     Raises:
