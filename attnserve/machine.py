@@ -15,7 +15,7 @@ from attnserve.files import CHECKOUT
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux tells it, else as Python does."""
+    """Return the processor's name as Linux tells it, else as Python does."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -25,12 +25,12 @@ def cpu_model() -> str:
 
 
 def cores() -> int:
-    """Processors this process may run on."""
+    """Return how many processors this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def last_level_cache() -> int:
-    """Bytes of the first processor's largest cache; 0 if Linux does not say."""
+    """Return the bytes of the first processor's largest cache; 0 if Linux does not say."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 2**10, "M": 2**20}
     texts = [size.read_text(encoding="utf-8").strip() for size in sizes]
@@ -38,8 +38,10 @@ def last_level_cache() -> int:
 
 
 def compiler() -> str:
-    """First line of the C++ compiler's `--version`: the compiler that `attn_kernels.cpu` uses (CXX,
-    else the first of g++, clang++ and c++); empty if there is none."""
+    """Return the first line of the C++ compiler's `--version`; empty if there is none.
+
+    It is the compiler that `attn_kernels.cpu` uses: CXX, else the first of g++, clang++ and c++.
+    """
     for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]:
         if command := shutil.which(name):
             asked = [command, "--version"]
@@ -49,7 +51,7 @@ def compiler() -> str:
 
 
 def package(name: str) -> str:
-    """Version of an installed distribution; empty if it is not installed."""
+    """Return the version of an installed distribution; empty if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -57,7 +59,7 @@ def package(name: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command in the checkout; empty if it fails or there is no git."""
+    """Return the output of a git command in the checkout; empty if it fails or there is no git."""
     try:
         done = subprocess.run(
             ["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True, check=False
@@ -68,15 +70,17 @@ def _git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """Short commit of the checkout, with `-dirty` where a file outside benchmarks/results differs
-    from it; empty outside a checkout."""
+    """Return the short commit of the checkout; empty outside a checkout.
+
+    It ends with `-dirty` where a file outside benchmarks/results differs from it.
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
     dirty = head and _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return head + "-dirty" if dirty else head
 
 
 def described() -> dict[str, Any]:
-    """When, on what and with what a run is made; `load_average` is others' work before it."""
+    """Return when, on what and with what a run is made; `load_average` is others' work."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": cpu_model(),

@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,8 +29,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import hf_attn  # noqa: F401  registers the model classes
 from attn_kernels.cpu.build import BuildError, cache_folder
+from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import read_config
+from attnserve.files import replacing
 
 Use = Literal["calibration", "validation", "evaluation"]
 """What a text is for. Texts of different uses are never the same, whatever their seeds."""
@@ -62,10 +62,9 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
         seed: any number.
 
     Raises:
-        ValueError: there is no checkpoint, or its tokenizer has no token to begin with.
+        UserError: there is no checkpoint, or its tokenizer has no token to begin with.
     """
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    read_config(folder)
     begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
     settings = [FORMAT, checkpoint_hash(folder), begin, use, sequences, length, seed]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
@@ -105,14 +104,14 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
         chosen: writes for all in place of that rule.
 
     Raises:
-        ValueError: `chosen` has another tokenizer than one of the checkpoints.
+        UserError: `chosen` has another tokenizer than one of the checkpoints.
     """
     alphabets = {folder: _alphabet(folder) for folder in folders}
     if chosen is not None:
         wanted = _alphabet(chosen)
         for folder, alphabet in alphabets.items():
             if alphabet != wanted:
-                raise ValueError(
+                raise UserError(
                     f"{chosen} cannot write text for {folder}, which has another tokenizer: "
                     "name a checkpoint with the same one, or leave it out"
                 )
@@ -124,9 +123,8 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
 
 
 def _alphabet(folder: Path) -> str:
-    """What tells whether two tokenizers give a token id the same meaning."""
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+    """Return what tells whether two tokenizers give a token id the same meaning."""
+    read_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     entries = [begin_token(folder, tokenizer), sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
@@ -141,12 +139,12 @@ def begin_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the token that begins every text: begin-of-text, else end-of-text.
 
     Raises:
-        ValueError: the tokenizer has neither.
+        UserError: the tokenizer has neither.
     """
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise ValueError(f"the tokenizer of {folder} has no begin-of-text token: set its bos_token")
+    raise UserError(f"the tokenizer of {folder} has no begin-of-text token: set its bos_token")
 
 
 @torch.inference_mode()
@@ -183,7 +181,7 @@ def _threads_for(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
-    """A cache entry; None if there is none or it is broken (zip files carry checksums)."""
+    """Return a cache entry; None if there is none or it is broken (zip files carry checksums)."""
     try:
         with np.load(file) as entry:
             tokens = entry["tokens"]
@@ -197,10 +195,8 @@ def _keep(file: Path, text: Tensor) -> None:
     """Put a text into the cache, whole or not at all."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-            new = Path(temporary) / file.name
-            np.savez(new, tokens=text.numpy())
-            os.replace(new, file)
+        with replacing(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, tokens=text.numpy())
     except OSError as error:
         print(
             f"the sampled text is not kept, the cache cannot be written ({error}): "

@@ -27,11 +27,11 @@ from quant.activations import cache_bytes, quantize_cache, quantize_inputs
 from quant.config import UNQUANTIZED, QuantConfig
 from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
-from quant.samples import Reader, Samples
+from quant.reader import Reader
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
 from quant.store import SweepResult
-from quant.texts import SweepTexts
+from quant.texts import Samples, SweepTexts
 
 NUMERICS = 1
 """Goes up when a change of the code changes results, so that older ones are not taken for new."""

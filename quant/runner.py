@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,10 +18,10 @@ from quant.config import UNQUANTIZED, QuantConfig
 from quant.lm_eval_tasks import Harness
 from quant.measure import SweepTask, measure
 from quant.model import empty_model, linears
-from quant.samples import Reader, Samples
+from quant.reader import Reader
 from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
-from quant.texts import Sources, sweep_texts
+from quant.texts import Samples, Sources, sweep_texts
 
 WORKER_BYTES = 700 * 2**20
 """What a worker holds besides its model: mostly torch and transformers."""
@@ -84,27 +83,6 @@ def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
             get_scheme(config.scheme).check(config.spec, {layer.in_features for layer in layers})
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Where tasks are run.
-
-    Args:
-        jobs: processes of this machine.
-        ray: on a Ray cluster instead.
-    """
-
-    jobs: int
-    ray: bool = False
-
-    def run(self, tasks: Sequence[SweepTask]) -> pool.Outcomes[SweepTask, SweepResult]:
-        """Yield each task with its result or failure."""
-        if self.ray:
-            return pool.on_ray(measure, tasks)
-        if self.jobs == 1:
-            return pool.serial(measure, tasks)
-        return pool.parallel(measure, tasks, self.jobs, prepare)
-
-
 def affordable(jobs: int, folders: Sequence[Path]) -> int:
     """Return as many of the jobs as fit into the memory that is free, at least one."""
     largest = 0
@@ -146,7 +124,8 @@ def is_there(task: SweepTask, out: Path) -> bool:
 def run(
     tasks: Sequence[SweepTask],
     out: Path,
-    workers: Workers,
+    jobs: int,
+    ray: bool,
     show: Callable[[SweepResult], None],
 ) -> dict[str, str]:
     """Measure tasks, the unquantized models first, and write each result when it is done.
@@ -154,7 +133,8 @@ def run(
     Args:
         tasks: what is not measured yet.
         out: the folder of results.
-        workers: where.
+        jobs: processes of this machine.
+        ray: on a Ray cluster instead.
         show: called with each result.
 
     Returns:
@@ -175,7 +155,13 @@ def run(
                     bar.update()
                 else:
                     ready.append(dataclasses.replace(task, baseline=store.read(baseline).units))
-            for task, outcome in workers.run(ready):
+            if ray:
+                outcomes = pool.on_ray(measure, ready)
+            elif jobs == 1:
+                outcomes = pool.serial(measure, ready)
+            else:
+                outcomes = pool.parallel(measure, ready, jobs, prepare)
+            for task, outcome in outcomes:
                 with bar.external_write_mode():
                     if isinstance(outcome, pool.Failure):
                         failures[task.name] = outcome.why

@@ -136,10 +136,10 @@ def sweep(
     from quant import runner, store
     from quant.config import UNQUANTIZED, SearchSpace
     from quant.lm_eval_tasks import Harness
-    from quant.report.frame import Rows
+    from quant.report.frame import table
     from quant.report.write import write
-    from quant.samples import Samples
-    from quant.texts import Sources, bundled_checkpoints, explained
+    from quant.store import SweepResult
+    from quant.texts import Samples, Sources, bundled_checkpoints, explained
 
     folders = [expanded(folder) for folder in checkpoints or bundled_checkpoints()]
     if not folders:
@@ -169,22 +169,22 @@ def sweep(
     missing = [task for task in tasks if force or not runner.is_there(task, out)]
     there = [store.path_of(out, t.checkpoint, t.config) for t in tasks if t not in missing]
 
-    stream = sys.stderr if as_json else sys.stdout
+    stream, sets = sys.stderr if as_json else sys.stdout, evaluation is not None
     wanted = jobs or len(os.sched_getaffinity(0))
-    workers = runner.Workers(runner.affordable(wanted, folders), ray)
-    if workers.jobs < wanted:
-        print(f"memory is free for {workers.jobs} of {wanted} jobs", file=stream)
+    jobs = runner.affordable(wanted, folders)
+    if jobs < wanted:
+        print(f"memory is free for {jobs} of {wanted} jobs", file=stream)
     for said in dict.fromkeys(explained(**task.texts.titles) for task in tasks):
         print(said, file=stream)
     print(f"{len(missing)} configs to measure, {len(there)} there already", file=stream)
-    rows = Rows(tasks, sets=evaluation is not None)
-    print(rows.head, file=stream)
-    for stored in sorted(map(store.read, there), key=lambda stored: stored.order):
-        print(rows.row(stored), file=stream, flush=True)
+    known = sorted(map(store.read, there), key=lambda stored: stored.order)
+    print(table(known, sets), file=stream, flush=True)
+
+    def show(result: SweepResult) -> None:
+        print(table([result], sets).splitlines()[1], file=stream, flush=True)
+
     try:
-        failures = runner.run(
-            missing, out, workers, lambda result: print(rows.row(result), file=stream, flush=True)
-        )
+        failures = runner.run(missing, out, jobs, ray, show)
     except KeyboardInterrupt:
         print(
             f"stopped; what is done is in {out}, and the same command goes on from there",

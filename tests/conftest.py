@@ -25,6 +25,15 @@ with pytest.MonkeyPatch.context() as _patch:
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start vLLM through tests/servers.py; others that do so say it."""
+    for item in items:
+        starters = {"vllm_server", "failed_start"} & set(vars(item.module))  # type: ignore[attr-defined]  # of functions
+        fixtures = getattr(item, "fixturenames", ())
+        if starters or "upstream" in fixtures:
+            item.add_marker("vllm")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama checkpoint and its tokenizer."""

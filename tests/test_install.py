@@ -14,6 +14,8 @@ import pytest
 
 from tests.servers import COMMON_ENV, STARTUP_SECONDS, end_group, free_port
 
+pytestmark = pytest.mark.vllm
+
 ROOT = Path(__file__).parent.parent
 TROUBLESHOOTING = (ROOT / "docs/TROUBLESHOOTING.md").read_text()
 LOCK = "requirements/serve-cpu.txt"

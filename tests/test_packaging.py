@@ -23,6 +23,8 @@ from tests.servers import end_group, free_port, spawn, wait_until_healthy
 from tests.serving.helpers import ask
 from tests.serving.standin import standin
 
+pytestmark = pytest.mark.vllm
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = [line for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if "==" in line]

@@ -81,48 +81,53 @@ def scan(rank: Tensor, first: int, budget: int) -> Tensor:
 
 
 def survivors(deaths: Tensor) -> Tensor:
-    """The mask that `deaths [batch, n]` makes, `[batch, 1, n, n]`."""
+    """Return the mask that `deaths [batch, n]` makes, `[batch, 1, n, n]`."""
     query = torch.arange(deaths.shape[-1])[:, None]
     return ((query >= query.T) & (query < deaths[:, None]))[:, None]
 
 
 def most_masked(cache: Cache) -> Tensor:
-    """A prunable variant's own: the largest accumulator goes, the oldest of equal ones, never the
-    first."""
+    """Evict as a prunable variant does: the largest accumulator goes, the oldest of equal ones, and
+    never the first."""
     assert cache.accumulated is not None
     n = cache.q.shape[-2]
     return survivors(scan((cache.accumulated << 31) - torch.arange(n), 1, cache.budget))
 
 
 def random(cache: Cache) -> Tensor:
-    """Any but the first, each as likely."""
+    """Evict any but the first, each as likely."""
     n = cache.q.shape[-2]
     draws = [np.random.default_rng(seed).random((n, n), np.float32) for seed in cache.seeds]
     return survivors(scan(torch.from_numpy(np.stack(draws)), 1, cache.budget))
 
 
 def oldest(sinks: int, cache: Cache) -> Tensor:
-    """The oldest but for the first `sinks`, as many as the budget has room for."""
+    """Evict the oldest but for the first `sinks`, as many as the budget has room for."""
     n = cache.q.shape[-2]
     age = -torch.arange(n).expand(1, n, n)
     return survivors(scan(age, min(sinks, cache.budget - 1), cache.budget))
 
 
 def recent(cache: Cache) -> Tensor:
-    """The first token and the most recent ones stay."""
+    """Keep the first token and the most recent ones."""
     return oldest(1, cache)
 
 
 def streaming(cache: Cache) -> Tensor:
-    """StreamingLLM (arXiv 2309.17453): `SINKS` first tokens and the most recent ones stay. Tokens
-    keep the positions of the text (within the training length there is no need to move them)."""
+    """Keep `SINKS` first tokens and the most recent ones, as StreamingLLM (arXiv 2309.17453).
+
+    Tokens keep the positions of the text; within the training length there is no need to move them.
+    """
     return oldest(SINKS, cache)
 
 
 def heavy_hitters(cache: Cache) -> Tensor:
-    """H2O (arXiv 2306.14048): half of the budget for the most recent tokens, half for those that
-    had the most attention so far, summed over queries and over the heads of a KV head, which each
-    keep tokens of their own. Attention is that over what was kept."""
+    """Evict as H2O does (arXiv 2306.14048).
+
+    Half of the budget is for the most recent tokens, half for those that had the most attention so
+    far, summed over queries and over the heads of a KV head, which each keep tokens of their own.
+    Attention is that over what was kept.
+    """
     batch, num_heads, n, _ = cache.q.shape
     num_kv_heads = cache.k.shape[1]
     q = cache.q.unflatten(1, (num_kv_heads, -1))

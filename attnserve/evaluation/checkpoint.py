@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def variant(self) -> str:
-        """Its attention function's name; softmax if it names none."""
+        """Name of its attention variant; softmax if it names none."""
         entry = getattr(self.config, "attention_variant", None) or {"name": "softmax"}
         return str(entry["name"])
 
@@ -65,7 +65,7 @@ class Checkpoint:
         return int(self.tokenizer.eos_token_id if first is None else first)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
+        """Return token ids without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class Checkpoint:
 
 
 def digest(*files: Path) -> str:
-    """A hash of the contents of files."""
+    """Return a hash of the contents of files."""
     return _digest(*(file.read_bytes() for file in files))
 
 

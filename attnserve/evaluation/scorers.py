@@ -67,7 +67,7 @@ class Scorer(Protocol):
 
 
 def rope_parameters(config: PreTrainedConfig, factor: float) -> dict[str, Any]:
-    """The `rope_parameters` of a configuration with theta times `factor`.
+    """Return the `rope_parameters` of a configuration with theta times `factor`.
 
     Raises:
         ValueError: the model has several kinds of RoPE, or none.
@@ -79,7 +79,7 @@ def rope_parameters(config: PreTrainedConfig, factor: float) -> dict[str, Any]:
 
 
 def load(folder: Path, rope_theta_factor: float = 1.0, **kwargs: Any) -> PreTrainedModel:
-    """A checkpoint in float32; `kwargs` as `from_pretrained` takes them."""
+    """Return a checkpoint in float32; `kwargs` as `from_pretrained` takes them."""
     config = AutoConfig.from_pretrained(folder)
     if rope_theta_factor != 1.0:
         config.rope_parameters = rope_parameters(config, rope_theta_factor)
@@ -120,7 +120,7 @@ class TransformersScorer:
         return [found[index] for index in range(len(items))]
 
     def _score(self, items: Sequence[Item]) -> list[Scored]:
-        """One batch. Padding stands after the tokens, where no token of a causal model sees it."""
+        """Score one batch, padded after the tokens, where no token of a causal model sees it."""
         longest = max(len(item.tokens) for item in items)
         ids = [item.tokens + [0] * (longest - len(item.tokens)) for item in items]
         logits = self.model(input_ids=torch.tensor(ids)[:, :-1], use_cache=False).logits
@@ -132,7 +132,7 @@ class TransformersScorer:
 
 
 def _read(logits: Tensor, item: Item) -> Scored:
-    """The continuation's scores from the logits `[num_tokens, vocab_size]` of all tokens."""
+    """Return the continuation's scores from the logits `[num_tokens, vocab_size]` of all tokens."""
     start, count = len(item.prompt) - 1, len(item.continuation)
     logprobs = logits[start : start + count].float().log_softmax(-1)
     own = logprobs.gather(-1, torch.tensor(item.continuation)[:, None])
@@ -141,7 +141,7 @@ def _read(logits: Tensor, item: Item) -> Scored:
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
-    """Indices of items of about the same length, longest first."""
+    """Yield indices of items of about the same length, longest first."""
     order = sorted(range(len(items)), key=lambda index: -len(items[index].tokens))
     while order:
         size = max(1, BATCH_TOKENS // len(items[order[0]].tokens))

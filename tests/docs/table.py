@@ -29,7 +29,7 @@ SWEEP_ONE = (
     "--calibration 2 --jobs 1"
 )
 YOUR_LLAMA = "python -m tests.docs.prepare plain-llama your-llama"
-PACKED = r'"parts": \{"'
+PACKED = r"all +[1-9][\d,]+ "
 BUDGETS = r"times less memory"
 COLLECTED = r"[1-9]\d*(/\d+)? tests? collected"
 MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
@@ -342,19 +342,19 @@ RULES: dict[str, Rule] = {
         for extra in ("quant-libraries", "lm-eval")
     },
     "python -m quant.report": Run(
-        "python -m quant.report --results quant/results", prints=r'"configs": [1-9]'
+        "python -m quant.report --results quant/results", prints="Report: quant/results/report.html"
     ),
     "python -m quant.sensitivity checkpoints/softpick --budget 1300000": Run(
         "python -m quant.sensitivity checkpoints/softpick --budget 1300000 --bits 2 4 "
         "--scheme rtn --sequences 1 --length 64 --calibration 1 --out sensitivity",
-        prints=r'"points": \[\[',
+        prints="Written: sensitivity/softpick-rtn-g64.json",
         slow=True,
         long=True,
     ),
     "python -m quant.sweep checkpoints/softmax checkpoints/softpick --schemes bnb-nf4 "
-    "hqq-library --bits 4 --what weights": NotHere("bitsandbytes and hqq"),
+    "hqq-library --bits 4 --targets weights": NotHere("bitsandbytes and hqq"),
     "python -m quant.sweep checkpoints/softmax checkpoints/softpick --schemes bnb-int8 "
-    "--bits 8 --groups channel --symmetric --what weights": NotHere("bitsandbytes"),
+    "--bits 8 --group-sizes channel --symmetric --targets weights": NotHere("bitsandbytes"),
     "HF_HUB_OFFLINE=1 python -m quant.sweep checkpoints/softpick --out results-lm-eval "
     "--lm-eval arc_easy mine --lm-eval-include tasks --lm-eval-limit 200": NotHere("lm-eval"),
     "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq "
@@ -381,7 +381,6 @@ RULES: dict[str, Rule] = {
         "python -m training.long_context --dtype bfloat16", prints="smollm2-softmax", slow=True
     ),
     "python -m training.report": Run(prints=r"paper +claim +verdict", slow=True),
-    "python -m quant.sensitivity CHECKPOINT": Elsewhere("tests/quant/test_sensitivity.py"),
     "python -m training.analyze checkpoints/*": Run(prints=BOOKS, code=2, slow=True),
     # docs/CLIENTS.md
     "curl http://127.0.0.1:8080/v1/models": Asked(),

@@ -17,7 +17,7 @@ from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 
 def needs(name: str) -> Scheme:
-    """A scheme whose library is there; else the test is skipped."""
+    """Return a scheme whose library is there; else skip the test."""
     scheme = get_scheme(name)
     assert scheme.library is not None
     if not installed(scheme.library):

@@ -32,7 +32,7 @@ SMALL = [f"--{name}={value}" for name, value in SAMPLES.items()]
 
 @pytest.fixture(scope="session")
 def texts(data: Data) -> list[str]:
-    """The options that name small texts and samples."""
+    """Return the options that name small texts and samples."""
     return [*SMALL, f"--books={data.books}", f"--eval={data.evaluation}"]
 
 

@@ -26,10 +26,9 @@ from training.analyze import store
 from training.analyze.length import BINS, multiples
 from training.report.__main__ import report
 from training.report.claims import PAPERS
+from training.report.document import document
 from training.report.evidence import Evidence, Missing, load
-from training.report.figures import less_memory
-from training.report.rules import Condition, decide, widened
-from training.report.swapping import swapping
+from training.report.figures import Condition, decide, less_memory, widened
 
 MULTIPLE = 16
 
@@ -273,20 +272,22 @@ def test_memory_at_softmaxs_loss(tmp_path: Path) -> None:
     """The figure is where the allowed rise is on the path, its interval that of the allowance."""
     world = as_the_papers_say(loss={"selective": 0.035})
     world.write(tmp_path)
-    finding = less_memory("selective", 512, Range(low=16.0), read(tmp_path))
+    finding = less_memory(read(tmp_path), "selective", 512, low=16.0)
     assert finding.ours.endswith("times less memory at softmax's validation loss: 16.0 [1.0, 32.0]")
     assert finding.verdict is Verdict.UNDECIDED
     with pytest.raises(Missing, match="of selective at 1024 tokens"):
-        less_memory("selective", 1024, Range(low=16.0), read(tmp_path))
+        less_memory(read(tmp_path), "selective", 1024, low=16.0)
 
 
 def test_swapping(tmp_path: Path) -> None:
     World().write(tmp_path)
-    text = swapping(read(tmp_path).long_context)
+    evidence = read(tmp_path)
+    text = document(evidence, [], "")
     assert "on 2 windows" in text
     assert "| smollm2-softmax | 10000 | no | 3.020 | 5.020 |" in text
     assert "| smollm2-ssmax | 10000 | steps=40 | 3.020 (+0.000) | 4.770 (-0.250) |" in text
-    assert swapping(None).startswith("No results")
+    without = dataclasses.replace(evidence, long_context=None)
+    assert "No results of `python -m training.long_context`" in document(without, [], "")
 
 
 def test_runs_of_other_lengths_are_not_compared(verdicts: Judge) -> None:

@@ -54,6 +54,7 @@ def report(
     for folder in (results, checkpoints):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
+    figures.mkdir(parents=True, exist_ok=True)
     evidence = load(results, checkpoints, learning_rates, budgets, long_context)
     plots = draw(evidence, figures)
     seen = Path(os.path.relpath(figures, out.parent)).as_posix()

@@ -43,33 +43,39 @@ class Evidence:
 
     @property
     def names(self) -> list[str]:
-        """Checkpoints with any result or curve: softmax first, the others by name."""
+        """Return checkpoints with any result or curve: softmax first, the others by name."""
         found = {key[0] for key in self.results} | set(self.curves)
         return sorted(found, key=lambda name: (name != "softmax", name))
 
-    def find(self, name: str, measure: str, factor: float = 1.0) -> Stored | None:
-        """A result of any engine, transformers' if there are several."""
-        for engine in ("transformers", "vllm"):
-            if (name, measure, factor, engine) in self.results:
-                return self.results[name, measure, factor, engine]
-        return None
+    def of(self, measure: str, factor: float = 1.0) -> dict[str, Stored]:
+        """Return a measure's results by checkpoint, of transformers where there are several."""
+        found = {}
+        for name in self.names:
+            for engine in ("vllm", "transformers"):
+                if (name, measure, factor, engine) in self.results:
+                    found[name] = self.results[name, measure, factor, engine]
+        return found
+
+    def factors(self, measure: str) -> list[float]:
+        """Return the factors of RoPE's theta that a measure has results of."""
+        return sorted({key[2] for key in self.results if key[1] == measure})
 
     def get(self, name: str, measure: str, factor: float = 1.0) -> Stored:
-        """A result.
+        """Return a result.
 
         Raises:
             Missing: there is none.
         """
-        found = self.find(name, measure, factor)
-        if found is None:
+        found = self.of(measure, factor)
+        if name not in found:
             theta = "" if factor == 1.0 else f" with theta x{factor:g}"
             raise Missing(f"no result {measure}{theta} of {name}")
-        return found
+        return found[name]
 
     def pair(
         self, name: str, other: str, measure: str, factor: float = 1.0
     ) -> tuple[Stored, Stored]:
-        """Results of two checkpoints that were measured on the same texts in the same way.
+        """Return results of two checkpoints that were measured on the same texts in the same way.
 
         Raises:
             Missing: there is one or none, or they were not.
@@ -81,7 +87,7 @@ class Evidence:
         return a, b
 
     def estimate(self, name: str, measure: str, figure: str, factor: float = 1.0) -> Estimate:
-        """A figure of a result's summary.
+        """Return a figure of a result's summary.
 
         Raises:
             Missing: there is none.
@@ -119,12 +125,12 @@ def load(
 
 
 def difference(a: Sequence[float] | Values, b: Sequence[float] | Values) -> Estimate:
-    """Mean of `a - b`, value by value on the same texts."""
+    """Return the mean of `a - b`, value by value on the same texts."""
     return mean_interval(np.asarray(a, np.float64) - np.asarray(b, np.float64))
 
 
 def windows(stored: Stored, multiple: int) -> Values:
-    """Mean loss of each window's first `multiple` training lengths, read as one, `[windows]`.
+    """Return the mean loss of each window's first `multiple` training lengths, `[windows]`.
 
     Raises:
         Missing: the windows are shorter.
@@ -136,18 +142,13 @@ def windows(stored: Stored, multiple: int) -> Values:
 
 
 def pieces(stored: Stored, multiple: int) -> Values:
-    """Mean loss of the same tokens as `windows`, read in pieces of the training length."""
+    """Return the mean loss of the same tokens as `windows`, in pieces of the training length."""
     windows(stored, multiple)
     return np.asarray(stored.result.units["pieces"], np.float64)[:, : multiple * BINS].mean(1)
 
 
-def rise(stored: Stored, multiple: int) -> Estimate:
-    """What a context of `multiple` training lengths costs (or, below 0, brings), in nats."""
-    return difference(windows(stored, multiple), pieces(stored, multiple))
-
-
 def gains(stored: Stored, multiple: int) -> Values:
-    """The passkey gain of each pair at `multiple` training lengths.
+    """Return the passkey gain of each pair at `multiple` training lengths.
 
     Raises:
         Missing: it was not measured at this length.
@@ -158,7 +159,7 @@ def gains(stored: Stored, multiple: int) -> Values:
 
 
 def last_losses(evidence: Evidence, name: str, steps: int = LAST_STEPS) -> tuple[int, Values]:
-    """The number of training steps, and the losses of the last of them.
+    """Return the number of training steps, and the losses of the last of them.
 
     Raises:
         Missing: there is no curve.

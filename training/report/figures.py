@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.reports import Range
+from attnserve.reports import Range, Verdict
 from training.analyze.length import BINS
 from training.report.evidence import (
     LAST_STEPS,
@@ -17,12 +19,64 @@ from training.report.evidence import (
     pieces,
     windows,
 )
-from training.report.rules import Condition, Finding, decide, widened
+
+SEED_NOISE = 0.02
+"""Nats per token by which the losses of two models may differ for no reason but their seeds. An
+assumption: each variant was trained once."""
+
+
+def widened(difference: Estimate) -> Estimate:
+    """Return a difference of two models' losses with the seeds' share in its interval."""
+    return Estimate(difference.value, difference.low - SEED_NOISE, difference.high + SEED_NOISE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim beside what was measured."""
+
+    ours: str
+    """The figure here, or why there is none."""
+    rule: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What must be so for a claim to be tested at all, for example that the control has sinks."""
+
+    what: str
+    estimate: Estimate
+    range: Range
+
+
+def decide(
+    what: str,
+    estimate: Estimate,
+    range_: Range,
+    conditions: tuple[Condition, ...] = (),
+    digits: int = 3,
+) -> Finding:
+    """Apply the rule.
+
+    Args:
+        what: names the figure.
+        estimate: the figure.
+        range_: where the claim puts it.
+        conditions: if one does not hold, the claim cannot be shown.
+        digits: decimals to show.
+    """
+    ours = f"{what}: {estimate.shown(digits)}"
+    rule = str(range_)
+    verdict = range_.judge(estimate)
+    for condition in conditions:
+        ours += f"; {condition.what}: {condition.estimate.shown(digits)}"
+        rule += f"; {condition.what} {condition.range}, else it cannot be shown"
+        if condition.range.judge(condition.estimate) is not Verdict.AGREES:
+            verdict = Verdict.UNDECIDED
+    return Finding(ours, rule, verdict)
+
 
 CONTROL = "softmax"
-EQUAL = Range(-0.05, 0.05)
-LOWER = Range(high=0.0)
-HIGHER = Range(low=0.0)
 FAILS = Range(low=0.2)
 """A model fails at a length that costs it 0.2 nats per token or more: a perplexity 22 % higher."""
 STAYS_LOW = Range(high=0.2)
@@ -30,8 +84,8 @@ RETRIEVES = Range(low=0.1)
 """A key is seen if planting it brings it 0.1 nats."""
 
 
-def sink_rate(eps: float, evidence: Evidence) -> Finding:
-    """Softpick has no sinks, where softmax has some."""
+def sink_rate(evidence: Evidence, eps: float) -> Finding:
+    """Judge whether softpick has no sinks, where softmax has some."""
     figure = f"sink rate at {eps}"
     control = Condition(
         "softmax's", evidence.estimate(CONTROL, "attention", figure), Range(low=0.05)
@@ -41,7 +95,7 @@ def sink_rate(eps: float, evidence: Evidence) -> Finding:
 
 
 def kurtosis(evidence: Evidence) -> Finding:
-    """Softpick's hidden states have fewer outliers, where softmax has some."""
+    """Judge whether softpick's hidden states have fewer outliers, where softmax has some."""
     a, b = evidence.pair(CONTROL, "softpick", "attention")
     logs = [np.log(stored.result.units["sequence_kurtosis"]) for stored in (a, b)]
     control = Condition("softmax's kurtosis", a.result.summary["kurtosis"], Range(low=6.0))
@@ -50,20 +104,20 @@ def kurtosis(evidence: Evidence) -> Finding:
 
 
 def zeros(evidence: Evidence) -> Finding:
-    """Most of softpick's weights are exactly zero."""
+    """Judge whether most of softpick's weights are exactly zero."""
     share = evidence.estimate("softpick", "attention", "zeros")
     return decide("share of exact zeros", share, Range(low=0.95))
 
 
-def held_out_loss(name: str, range_: Range, evidence: Evidence) -> Finding:
-    """Loss on the test book at the training length, against softmax's on the same sequences."""
+def held_out_loss(evidence: Evidence, name: str, **ends: float) -> Finding:
+    """Compare the loss on the test book at the training length with softmax's, in pairs."""
     a, b = evidence.pair(name, CONTROL, "perplexity")
     both = [stored.result.units["test"]["sequence_losses"] for stored in (a, b)]
-    return decide("nats per token more than softmax", widened(difference(*both)), range_)
+    return decide("nats per token more than softmax", widened(difference(*both)), Range(**ends))
 
 
 def lambada(evidence: Evidence) -> Finding:
-    """LAMBADA accuracy, passage by passage."""
+    """Compare LAMBADA accuracy, passage by passage."""
     a, b = evidence.pair("softpick", CONTROL, "lambada")
     control = Condition("softmax's accuracy", b.result.summary["accuracy"], Range(low=0.01))
     more = difference(a.result.units["hits"], b.result.units["hits"])
@@ -71,48 +125,46 @@ def lambada(evidence: Evidence) -> Finding:
 
 
 def training_loss(evidence: Evidence) -> Finding:
-    """Training loss of the same last batches."""
+    """Compare the training loss of the same last batches."""
     (steps, ours), (others, control) = (last_losses(evidence, name) for name in ("ssmax", CONTROL))
     if steps != others:
         raise Missing(f"ssmax was trained for {steps} steps and softmax for {others}")
     what = f"nats per token more than softmax, last {LAST_STEPS} steps"
-    return decide(what, widened(difference(ours, control)), LOWER)
+    return decide(what, widened(difference(ours, control)), Range(high=0.0))
 
 
-def window_loss(
-    name: str, multiple: int, range_: Range, evidence: Evidence, factor: float = 1.0
-) -> Finding:
-    """Loss of windows of some length, against softmax's on the same windows.
+def window_loss(evidence: Evidence, name: str, multiple: int, **ends: float) -> Finding:
+    """Compare the loss of windows of some length with softmax's on the same windows.
 
     At the training length that is all tokens of the windows, in pieces. At longer ones there must
     be something to win: softmax fails.
     """
-    a, b = evidence.pair(name, CONTROL, "length", factor)
+    a, b = evidence.pair(name, CONTROL, "length")
     what = f"nats per token more than softmax at {multiple}x"
     if multiple == 1:
         longest = len(b.result.units["windows"][0]) // BINS
         more = difference(pieces(a, longest), pieces(b, longest))
-        return decide(what, widened(more), range_)
+        return decide(what, widened(more), Range(**ends))
     more = difference(windows(a, multiple), windows(b, multiple))
-    return decide(what, widened(more), range_, (softmax_fails(evidence, multiple, factor),))
+    return decide(what, widened(more), Range(**ends), (softmax_fails(evidence, multiple),))
 
 
-def stays_low(name: str, multiple: int, evidence: Evidence, factor: float = 1.0) -> Finding:
-    """What a long context costs, against the same tokens in pieces of the training length, where
-    it costs softmax much."""
+def stays_low(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Finding:
+    """Judge what a long context costs, against the same tokens in pieces of the training length,
+    where it costs softmax much."""
     rise = rise_of(evidence, name, multiple, factor)
     conditions = (softmax_fails(evidence, multiple, factor),)
     return decide(f"rise of the loss at {multiple}x", rise, STAYS_LOW, conditions)
 
 
 def softmax_fails(evidence: Evidence, multiple: int, factor: float = 1.0) -> Condition:
-    """The control must lose something at this length."""
+    """Return the condition that the control loses something at this length."""
     return Condition("softmax's rise", rise_of(evidence, CONTROL, multiple, factor), FAILS)
 
 
 def rise_of(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Estimate:
-    """Loss of long windows less the loss of the same tokens in pieces of the training length, these
-    always with the RoPE that the model was trained with."""
+    """Return the loss of long windows less that of the same tokens in pieces of 1x,
+    these always with the RoPE that the model was trained with."""
     long, short = evidence.get(name, "length", factor), evidence.get(name, "length")
     for part in ("context", "settings", "texts", "checkpoint"):
         if long.key[part] != short.key[part]:
@@ -120,19 +172,22 @@ def rise_of(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -
     return difference(windows(long, multiple), pieces(short, multiple))
 
 
-def retrieves(name: str, multiple: int, evidence: Evidence, factor: float = 1.0) -> Finding:
-    """The key's gain against softmax's on the same prompts, if the model sees a key at all at its
-    training length."""
+def retrieves(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Finding:
+    """Compare the key's gain with softmax's on the same prompts, if the model sees a key at all at
+    its training length."""
     a, b = evidence.pair(name, CONTROL, "passkey", factor)
     at_home = Condition("its gain at 1x", mean_interval(gains(a, 1)), RETRIEVES)
     more = difference(gains(a, multiple), gains(b, multiple))
     what = f"gain more than softmax's at {multiple}x, nats"
-    return decide(what, more, HIGHER, (at_home,))
+    return decide(what, more, Range(low=0.0), (at_home,))
 
 
-def less_memory(name: str, length: int, range_: Range, evidence: Evidence) -> Finding:
-    """Memory of the unpruned cache over that of the smallest budgets whose validation loss is
-    softmax's. The interval is of what softmax's loss allows, read off the path of the search."""
+def less_memory(evidence: Evidence, name: str, length: int, **ends: float) -> Finding:
+    """Judge the memory of the unpruned cache over that of the smallest budgets whose validation
+    loss is softmax's.
+
+    The interval is of what softmax's loss allows, read off the path of the search.
+    """
     found = evidence.pruning.get(name)
     controls = (CONTROL, f"{CONTROL}-{length}")  # the latter was trained on at this length
     if (
@@ -143,4 +198,4 @@ def less_memory(name: str, length: int, range_: Range, evidence: Evidence) -> Fi
     ):
         raise Missing(f"no result of attnserve.budgets of {name} at {length} tokens")
     factor = Estimate(*(found.factor_within(rise) for rise in widened(found.allowance)))
-    return decide("times less memory at softmax's validation loss", factor, range_, digits=1)
+    return decide("times less memory at softmax's validation loss", factor, Range(**ends), digits=1)

@@ -16,6 +16,7 @@ from attnserve.evaluation.intervals import mean_interval
 from attnserve.reports import color, save_figure
 from training.analyze.length import BINS
 from training.report.evidence import Evidence
+from training.report.overview import overview
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ SMOOTHED = 50
 
 
 def training(evidence: Evidence) -> Figure | None:
-    """Training loss against steps."""
+    """Draw the training loss against steps."""
     if not evidence.curves:
         return None
     figure, (axes,) = canvas(1)
@@ -41,16 +42,13 @@ def training(evidence: Evidence) -> Figure | None:
 
 
 def length(evidence: Evidence) -> Figure | None:
-    """Loss against position, one panel a factor of RoPE's theta."""
-    factors = sorted({key[2] for key in evidence.results if key[1] == "length"})
+    """Draw the loss against position, one panel a factor of RoPE's theta."""
+    factors = evidence.factors("length")
     if not factors:
         return None
     figure, panels = canvas(len(factors))
     for factor, axes in zip(factors, panels, strict=True):
-        for name in evidence.names:
-            found = evidence.find(name, "length", factor)
-            if found is None:
-                continue
+        for name, found in evidence.of("length", factor).items():
             bins = np.asarray(found.result.units["windows"])
             spans = list(itertools.pairwise(edges(bins.shape[1])))
             means = [mean_interval(bins[:, start:end].mean(1)) for start, end in spans]
@@ -70,23 +68,23 @@ def length(evidence: Evidence) -> Figure | None:
 
 
 def edges(count: int) -> list[int]:
-    """Ends of spans of bins that widen with the distance from the start: 0, 1, 2, 3, 4, 6, 8, 12,
-    16, ... `count`. Far positions have enough tokens to be averaged."""
+    """Return ends of spans of bins that widen with the distance from the start: 0, 1, 2, 3, 4, 6,
+    8, 12, 16, ... `count`. At far positions there are enough tokens to be averaged."""
     powers = [2**power for power in range(2, count.bit_length())]
     wide = [end for power in powers for end in (power, power * 3 // 2)]
     return [0, 1, 2, 3, *(end for end in wide if end < count), count]
 
 
 def attention(evidence: Evidence) -> Figure | None:
-    """Bars of sink rate, kurtosis and zeros."""
-    names = [name for name in evidence.names if evidence.find(name, "attention")]
-    if not names:
+    """Draw bars of sink rate, kurtosis and zeros."""
+    found = evidence.of("attention")
+    if not found:
         return None
     figures = ("sink rate at 0.3", "kurtosis", "zeros")
     figure, panels = canvas(len(figures))
     for key, axes in zip(figures, panels, strict=True):
-        for name in names:
-            value, low, high = evidence.get(name, "attention").result.summary[key]
+        for name, stored in found.items():
+            value, low, high = stored.result.summary[key]
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
             axes.bar(name, value, yerr=error, color=color(name), capsize=3)
         axes.set_title({"zeros": "share of exact zeros"}.get(key, key))
@@ -95,16 +93,13 @@ def attention(evidence: Evidence) -> Figure | None:
 
 
 def passkey(evidence: Evidence) -> Figure | None:
-    """The key's gain and the accuracy against length."""
-    factors = sorted({key[2] for key in evidence.results if key[1] == "passkey"})
+    """Draw the key's gain and the accuracy against length."""
+    factors = evidence.factors("passkey")
     if not factors:
         return None
     figure, panels = canvas(2)
     for factor in factors:
-        for name in evidence.names:
-            found = evidence.find(name, "passkey", factor)
-            if found is None:
-                continue
+        for name, found in evidence.of("passkey", factor).items():
             for what, axes in zip(("gain", "accuracy"), panels, strict=True):
                 multiples = [int(multiple) for multiple in found.result.units]
                 means = [found.result.summary[f"{what} at {m}x"] for m in multiples]
@@ -129,7 +124,7 @@ def passkey(evidence: Evidence) -> Figure | None:
 
 
 def pruning(evidence: Evidence) -> Figure | None:
-    """Perplexity against memory."""
+    """Draw perplexity against memory."""
     return budgets_plot.draw(list(evidence.pruning.values())) if evidence.pruning else None
 
 
@@ -139,21 +134,22 @@ PLOTS: dict[str, Callable[[Evidence], Figure | None]] = {
     "attention": attention,
     "passkey": passkey,
     "pruning": pruning,
+    "kv_cache": lambda evidence: overview(evidence.pruning),
 }
 
 
 def canvas(panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
+    """Return a figure with panels side by side."""
     figure = Figure(figsize=(6 if panels == 1 else 4.5 * panels, 4), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def draw(evidence: Evidence, folder: Path) -> list[str]:
-    """Draw what there is evidence for; returns the names of the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draw what there is evidence for; return the names of the files."""
     drawn = []
-    with matplotlib.rc_context({"font.size": 9}):
-        for name, plot in PLOTS.items():
+    for name, plot in PLOTS.items():
+        # The README shows the last one alone, 800 pixels wide.
+        with matplotlib.rc_context({"font.size": 11 if name == "kv_cache" else 9}):
             figure = plot(evidence)
             if figure is not None:
                 save_figure(figure, folder / f"{name}.png")
