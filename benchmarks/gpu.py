@@ -63,9 +63,7 @@ def gpu(
         )
     names = [get_variant(name).name for name in variants or variant_names()]
     about = described(device)
-    save = None if no_save else csv
-    if save is not None:
-        results.check_csv(save)
+    save = results.checked(csv, no_save)
     deadline = time.monotonic() + 60 * minutes
     rows: list[results.Row] = []
     left = []

@@ -136,6 +136,7 @@ def pruning(
     plan = plan_of(ckpt, kv_budgets or (), kv_cache_memory_bytes, max_model_len, dtype,
                    prompt_len=prompt_len, new_tokens=new_tokens, requests=requests,
                    rounds=rounds, seed=seed)  # fmt: skip
+    save = results.checked(csv, no_save)
     options = ServerOptions(dtype, plan.kv_cache_memory_bytes, threads, True, start_timeout,
                             log_folder, context.args)  # fmt: skip
     servers = []
@@ -162,7 +163,7 @@ def pruning(
         max_num_seqs=max_num_seqs,
     )
     shown = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
-    results.report(about, rows, results.table(shown), csv=None if no_save else csv,
+    results.report(about, rows, results.table(shown), csv=save,
                    as_json=as_json)  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def quantized(
 
     plan = RatesPlan(prompt_lens or [128], batches or [1], new_tokens, rounds, prefill_rounds, seed)
     plan.check(ckpt)
+    save = results.checked(csv, no_save)
     options = ServerOptions("float32", kv_cache_memory_bytes, threads, enforce_eager,
                             start_timeout, log_folder, context.args)  # fmt: skip
     common = [f"--max-model-len={plan.length}", "--enable-prompt-tokens-details"]
@@ -98,7 +99,7 @@ def quantized(
     about = options.described(model=ckpt.resolve().name, **plan.columns())
     about |= {"peer_backend": peer_backend}
     del about["dtype"]
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json,
+    results.report(about, rows, table(rows), csv=save, as_json=as_json,
                    leave_out=["decode_ratios"])  # fmt: skip
 
 

@@ -136,6 +136,7 @@ def rates(
     lengths = prompt_lens or [n for n in LENGTHS if n <= room] or [max(1, room)]
     plan = RatesPlan(lengths, batches or [1, 8], new_tokens, rounds, prefill_rounds, seed)
     plan.check(ckpt)
+    save = results.checked(csv, no_save)
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     common = [f"--max-model-len={plan.length}", "--enable-prompt-tokens-details"]
@@ -145,7 +146,7 @@ def rates(
     found = run(with_all(servers, measure(servers, plan)), "python -m benchmarks.rates")
     rows = rows_of([server.name for server in servers], found)
     about = options.described(model=ckpt.resolve().name, **plan.columns())
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json,
+    results.report(about, rows, table(rows), csv=save, as_json=as_json,
                    leave_out=["decode_ratios"])  # fmt: skip
 
 

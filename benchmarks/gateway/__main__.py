@@ -145,12 +145,13 @@ def gateway(
     for each in range(port, port + 1 + len(chosen)):
         if fault := port_fault(each, "127.0.0.1"):
             raise UserError(f"{fault}; choose another --port")
+    save = results.checked(csv, no_save)
     log_folder.mkdir(parents=True, exist_ok=True)
     about = described(plan)
     rows = rows_of(
         run(measure_all(chosen, plan), "python -m benchmarks.gateway", uvloop.new_event_loop)
     )
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json)
+    results.report(about, rows, table(rows), csv=save, as_json=as_json)
 
 
 def find_router() -> Path | None:

@@ -66,6 +66,7 @@ def memory(
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     check(cases, requests, options)
+    save = results.checked(csv, no_save)
     about = options.described(prompt_len=prompt_len, new_tokens=new_tokens, seed=seed)
     rows: list[results.Row] = []
     interrupted = False
@@ -74,10 +75,10 @@ def memory(
     except KeyboardInterrupt:
         interrupted = True
         print("benchmarks.memory: interrupted; the server is stopped", file=sys.stderr)
-    if rows and not no_save:
+    if rows and save is not None:
         title = f"{about['machine']}, vLLM {about['vllm']}, {dtype}"
-        plot(csv.with_suffix(".png"), title, rows)
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json)
+        plot(save.with_suffix(".png"), title, rows)
+    results.report(about, rows, table(rows), csv=save, as_json=as_json)
     return INTERRUPTED if interrupted else int(any(row["error"] for row in rows))
 
 

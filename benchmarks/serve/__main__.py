@@ -103,6 +103,7 @@ def serve(
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     subjects = subjects_of(cases, options, length, gateway, stock=not no_stock)
+    save = results.checked(csv, no_save)
     client = LoadClient(requests, prompt_len, new_tokens, log_folder / "bench-serve")
     shutil.rmtree(client.folder, ignore_errors=True)
     client.folder.mkdir(parents=True)
@@ -121,16 +122,15 @@ def serve(
         interrupted = True
         print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)
     found = rows.rows_of(subjects, rates, levels, runs, failed)
-    if found and not no_save:
+    if found and save is not None:
         title = f"{about['machine']}, {about['cores']} cores, vLLM {about['vllm']}, {about['mode']}"
-        rows.plot(csv.with_suffix(".png"), title, found, levels)
+        rows.plot(save.with_suffix(".png"), title, found, levels)
+        results.append_csv(save, about, found)
     most = {each.name: rows.capacity(found, each) for each in levels}
     lines = [rows.table(found, levels)]
     for name, best in most.items():
         met = ", ".join(f"{case} {value:.2f}" for case, value in best.items())
         lines.append(f"most requests/s that met {name}: {met}")
-    if found and not no_save:
-        results.append_csv(csv, about, found)
     print(json.dumps({**about, "most_requests_per_s": most, "rows": found})
           if as_json else "\n".join(lines))  # fmt: skip
     return INTERRUPTED if interrupted else int(bool(failed))
