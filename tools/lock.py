@@ -62,7 +62,7 @@ def pins(entries: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def read_pins(lock: Path) -> list[str]:
-    """Return the versions in a lock, for pip to keep; not torch's, whose builds differ. Empty if new."""
+    """Return the versions in a lock, for pip to keep; not of torch, whose builds differ."""
     lines = lock.read_text().splitlines() if lock.exists() else []
     return [line for line in lines if line and not line.startswith(("#", "torch=="))]
 
