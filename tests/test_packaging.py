@@ -146,8 +146,10 @@ def pip_install(python: Path, *arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an environment with the wheel and no extra, as pip would make it, offline."""
-    copied from this one, so that no network is needed."""
+    """Return an environment with the wheel and no extra, as pip would make it.
+
+    What the wheel asks for is copied from this one, so that no network is needed.
+    """
     folder = tmp_path_factory.mktemp("base")
     python = make_environment(folder, sys.executable)
     pip_install(python, "--no-deps", wheel)
