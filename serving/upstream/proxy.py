@@ -46,15 +46,15 @@ class Proxy:
         self.state = state
         self.tracer = tracer
 
-    async def forward(self, exchange: Exchange, request: ModelRequest, query: bytes = b"") -> None:
+    async def forward(self, exchange: Exchange, request: ModelRequest) -> None:
         """Send a request to a replica, and its answer to the client.
 
         Another replica is asked where one fails, while nothing has been sent to the client.
 
         Args:
-            exchange: has its model; its route and headers are sent; what becomes known is added.
+            exchange: has its model; its route, query and headers are sent; what becomes known is
+                added.
             request: what is sent.
-            query: what comes behind the route's "?", if anything.
 
         Raises:
             ApiError: there is no room for it, or the replicas that were tried have failed.
@@ -70,7 +70,7 @@ class Proxy:
         while True:
             exchange.replica = attempt.replica.url
             try:
-                await self._send(exchange, request, attempt, query)
+                await self._send(exchange, request, attempt)
                 return
             except UpstreamError as error:
                 attempt.failed()
@@ -99,9 +99,7 @@ class Proxy:
         usable = model.usable(tried)
         return model.choose(usable, b"") if usable else None
 
-    async def _send(
-        self, exchange: Exchange, request: ModelRequest, attempt: Attempt, query: bytes
-    ) -> None:
+    async def _send(self, exchange: Exchange, request: ModelRequest, attempt: Attempt) -> None:
         """Send the request to one replica, and its answer to the client.
 
         Raises:
@@ -112,7 +110,7 @@ class Proxy:
         left = timeouts.total - (time.perf_counter() - exchange.arrival)
         connection = await replica.pool.send(
             "POST",
-            f"{exchange.route}?{query.decode('latin-1')}" if query else exchange.route,
+            exchange.route + (f"?{exchange.query.decode('latin-1')}" if exchange.query else ""),
             self._headers_up(exchange, len(request.body)),
             request.body,
             connect_timeout=timeouts.connect,
