@@ -31,6 +31,18 @@ def first_line(error: Exception) -> str:
     return (str(error) or repr(error)).partition("\n")[0]
 
 
+def begin_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that begins every text: begin-of-text, else end-of-text.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError(f"the tokenizer of {folder} has no begin-of-text token: set its bos_token")
+
+
 class Checkpoint:
     """A Hugging Face folder.
 
@@ -60,9 +72,8 @@ class Checkpoint:
 
     @property
     def bos(self) -> int:
-        """The token that starts every text."""
-        first = self.tokenizer.bos_token_id
-        return int(self.tokenizer.eos_token_id if first is None else first)
+        """Return the token that begins every text."""
+        return begin_token(self.folder, self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Return token ids without special tokens."""
