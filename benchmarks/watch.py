@@ -3,56 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import aiohttp
 import psutil
 
 from benchmarks.servers import Server
+from serving.launch.process import LaunchError
 
 SAMPLING_SECONDS = 0.1
 RUNNING, USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
 
+T = TypeVar("T")
+
 
 @dataclass
 class Watched:
-    """What was seen while requests ran."""
+    """What was seen while requests ran.
+
+    Attributes:
+        running: requests in flight.
+        usage: share of the KV cache in use.
+        rss: resident bytes of all processes.
+    """
 
     running: list[float] = field(default_factory=list)
     usage: list[float] = field(default_factory=list)
-    """Share of the KV cache in use."""
     rss: list[int] = field(default_factory=list)
-    """Resident bytes of all its processes."""
 
 
 def processes(server: Server) -> list[psutil.Process]:
-    """A started server's, all of them."""
+    """Return those of a started server, all of them."""
     assert server.service.process is not None
     parent = psutil.Process(server.service.process.pid)
     return [parent, *parent.children(recursive=True)]
 
 
 def rss(server: Server) -> int:
-    """Resident bytes of all its processes; what they share is counted in each."""
+    """Return the resident bytes of all its processes; what they share is counted in each."""
     return sum(process.memory_info().rss for process in processes(server))
 
 
 async def metrics(session: aiohttp.ClientSession, server: Server) -> str:
-    """In Prometheus' format."""
+    """Return a server's metrics, in Prometheus' format."""
     async with session.get(f"{server.service.url}/metrics") as answer:
         return await answer.text()
 
 
-@contextlib.asynccontextmanager
-async def watched(server: Server) -> AsyncIterator[Watched]:
-    """Wakes a server and samples its metrics and memory while the body runs."""
+async def watch(server: Server, work: Coroutine[Any, Any, T]) -> tuple[T, Watched]:
+    """Do the work on a server; return its result and what was seen meanwhile.
+
+    Raises:
+        LaunchError: nothing was seen of it.
+    """
     seen = Watched()
 
-    async def watch() -> None:
+    async def sample() -> None:
         async with aiohttp.ClientSession() as session:
             while True:
                 text = await metrics(session, server)
@@ -68,9 +78,12 @@ async def watched(server: Server) -> AsyncIterator[Watched]:
                 await asyncio.sleep(SAMPLING_SECONDS)
 
     server.signal(signal.SIGCONT)
-    task = asyncio.create_task(watch())
+    task = asyncio.create_task(sample())
     try:
-        yield seen
+        result = await work
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+    if not seen.running:
+        raise LaunchError("the requests were over before they were seen: give more --new-tokens")
+    return result, seen

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,9 +22,9 @@ from transformers import PreTrainedModel
 from attnserve.errors import UserError
 from attnserve.evaluation.scorers import load
 from quant.model import HEAD, empty_model, linears, quantize
+from quant.reader import Passages
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
-from quant.texts import Passages
 from quant_kernels.pack import pack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
@@ -32,6 +33,7 @@ CHUNK = 32
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
 """Tokenizer, generation settings, card, code that `auto_map` names."""
 INDEX = "model.safetensors.index.json"
+PARTS = ["linear", "embeddings", "rest"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def tables_of(model: PreTrainedModel, recipe: Recipe) -> list[str]:
 
 def quantize_checkpoint(
     folder: Path, out: Path, recipe: Recipe, calibration: Passages | None, card: str
-) -> tuple[PreTrainedModel, dict[str, PartSize]]:
+) -> tuple[PreTrainedModel, pd.DataFrame]:
     """Quantize a checkpoint and write it; the new folder appears when it is complete.
 
     Args:
@@ -163,7 +165,7 @@ def quantize_checkpoint(
         card: what the model card says of how it was made.
 
     Returns:
-        The model in float32 with dequantized weights, and the sizes of the parts.
+        The model in float32 with dequantized weights, and the sizes that `write_checkpoint` gives.
     """
     model = load(folder)
     texts = torch.empty(0, dtype=torch.long) if calibration is None else calibration.rows
@@ -209,25 +211,6 @@ def quantize_model(
         )
 
 
-@dataclass(frozen=True)
-class PartSize:
-    """The size of some of a checkpoint's tensors.
-
-    Args:
-        numbers: how many numbers they have.
-        before, after: their bytes.
-    """
-
-    numbers: int = 0
-    before: int = 0
-    after: int = 0
-
-    def __add__(self, other: PartSize) -> PartSize:
-        return PartSize(
-            self.numbers + other.numbers, self.before + other.before, self.after + other.after
-        )
-
-
 def write_checkpoint(
     source: Path,
     out: Path,
@@ -235,7 +218,7 @@ def write_checkpoint(
     tables: Sequence[str],
     int8: bool,
     card: str,
-) -> dict[str, PartSize]:
+) -> pd.DataFrame:
     """Write a folder like `source` with quantized weights packed.
 
     Args:
@@ -247,10 +230,11 @@ def write_checkpoint(
         card: what the model card says of how it was made.
 
     Returns:
-        The sizes of linear layers, embeddings, the rest, and all of it.
+        How many numbers linear layers, embeddings, the rest and all of it have, and their bytes
+        before and after: a row each.
     """
     out.mkdir()
-    parts = {"linear": PartSize(), "embeddings": PartSize(), "rest": PartSize()}
+    rows: list[tuple[str, int, int, int]] = []
     weight_map: dict[str, str] = {}
     for file in sorted(source.glob("*.safetensors")):
         tensors: dict[str, Tensor] = {}
@@ -262,18 +246,22 @@ def write_checkpoint(
                 new = {f"{layer}.{key}": value.contiguous() for key, value in stored.items()}
                 part = "embeddings" if layer in tables else "linear"
             after = sum(value.nbytes for value in new.values())
-            parts[part] += PartSize(tensor.numel(), tensor.nbytes, after)
+            rows.append((part, tensor.numel(), tensor.nbytes, after))
             tensors |= new
         save_file(tensors, out / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
-    sizes = {name: size for name, size in parts.items() if size.numbers}
-    sizes["all"] = sum(sizes.values(), PartSize())
+    sizes = pd.DataFrame(rows, columns=["part", "numbers", "before", "after"])
+    sizes = sizes.groupby("part").sum().reindex(PARTS).dropna().astype(int)
+    sizes.loc["all"] = sizes.sum()
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.name not in ("config.json", INDEX):
                 shutil.copy(file, out)
     if (source / INDEX).exists():
-        index = {"metadata": {"total_size": sizes["all"].after}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": int(sizes.loc["all", "after"])},
+            "weight_map": weight_map,
+        }
         (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(quantized, tables, int8)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from attnserve.errors import UserError
 from quant.schemes.registry import get_scheme
-from quant_kernels.weight import BITS, QuantSpec
+from quant_kernels.weight import QuantSpec
 
 TENSORS = ("weights", "activations", "kv")
 """What can be quantized: weights, inputs of linear layers, keys and values in the cache."""
@@ -83,7 +83,7 @@ class SearchSpace:
         symmetric, act_order, lm_head, static: as in `QuantConfig`, where they mean something.
 
     Raises:
-        UserError: there is no such tensor or scheme, or the bits are out of range.
+        UserError: there is no such tensor or scheme.
     """
 
     targets: Sequence[str] = ("weights", "weights+activations", "kv")
@@ -98,7 +98,6 @@ class SearchSpace:
     static: bool = False
 
     def __post_init__(self) -> None:
-        check_bits(*self.bits, self.activation_bits, self.kv_bits)
         for scheme in self.schemes:
             get_scheme(scheme)
         for target in self.targets:
@@ -141,14 +140,3 @@ class SearchSpace:
                     lm_head=self.lm_head,
                     act_order=self.act_order and scheme == "gptq",
                 )
-
-
-def check_bits(*bits: int) -> None:
-    """Check that values can be quantized to so many bits.
-
-    Raises:
-        UserError: they cannot.
-    """
-    for each in bits:
-        if each not in BITS:
-            raise UserError(f"{each} bits: use {BITS[0]} to {BITS[-1]}")

@@ -22,10 +22,10 @@ from attnserve.files import write_text
 from quant.measure import NUMERICS
 from quant.mixed import LayerBits, Price, Prices, spread, total, within
 from quant.model import empty_model, linears, put
-from quant.samples import Reader
+from quant.reader import Passages, Reader
 from quant.schemes.hessian import watched
 from quant.schemes.registry import get_scheme
-from quant.texts import Passages, Sources, calibration_text, fingerprint, held_out_texts
+from quant.texts import Sources, calibration_text, fingerprint, held_out_texts
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 CHOICES = 9
@@ -115,28 +115,6 @@ class Sensitivity:
             choice["divergence"] = known.divergence.json()
         write_text(folder / f"{self.name}.json", json.dumps(fields, indent=1) + "\n")
         return folder / f"{self.name}.json"
-
-    @classmethod
-    def read(cls, path: Path) -> Sensitivity:
-        """Read what `write` wrote.
-
-        Raises:
-            UserError: the file is none.
-        """
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            del fields["machine"]
-            fields["prices"] = {
-                layer: {int(bits): Price(**price) for bits, price in own.items()}
-                for layer, own in fields["prices"].items()
-            }
-            fields["choices"] = [
-                Choice(**choice | {"divergence": Estimate.from_json(choice["divergence"])})
-                for choice in fields["choices"]
-            ]
-            return cls(**fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a result of quant.sensitivity: {error!r}") from error
 
 
 def analyze(

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 import hf_attn  # noqa: F401  registers the model classes
-from quant.schemes.hessian import layer_by_layer
+from quant.schemes.hessian import inputs_of, layer_by_layer
 from quant.schemes.registry import Scheme
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 HEAD = "lm_head"
 Observer = Callable[[str, Tensor], None]
+
+logging.disable_progress_bar()  # a sweep loads a model for each config
 
 
 def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
@@ -96,18 +99,9 @@ def observe(
 ) -> None:
     """Run a model over texts `[sequences, tokens]`, one at a time, and show each layer's inputs
     `[tokens, columns]` to `see(name, inputs)`."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        return lambda module, args: see(name, args[0].flatten(0, -2))
-
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            for text in texts:
-                model(input_ids=text[None], use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.inference_mode(), inputs_of(layers, see):
+        for text in texts:
+            model(input_ids=text[None], use_cache=False)
 
 
 def largest_inputs(

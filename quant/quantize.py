@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +66,7 @@ def quantize(
     written is compressed-tensors' format; docs/QUANT.md says who can read it.
     """
     from quant import checkpoint as checkpoints
-    from quant.samples import Reader
+    from quant.reader import Reader
     from quant.texts import Sources
     from quant.texts import calibration_text as read_calibration_text
 
@@ -90,14 +89,14 @@ def quantize(
             "out": str(out),
             "settings": said,
             "calibrated_on": text.title if text else None,
-            "parts": {name: dataclasses.asdict(size) for name, size in sizes.items()},
+            "parts": sizes.to_dict("index"),
         }
         print(json.dumps(line))
         return
     print(f"{'':12}{'numbers':>14}{'MB before':>12}{'MB after':>12}{'bits a number':>16}")
-    for name, size in sizes.items():
-        megabytes = f"{size.before / 1e6:12.2f}{size.after / 1e6:12.2f}"
-        print(f"{name:12}{size.numbers:14,}{megabytes}{8 * size.after / size.numbers:16.3f}")
+    for name, numbers, before, after in sizes.itertuples():
+        megabytes = f"{before / 1e6:12.2f}{after / 1e6:12.2f}"
+        print(f"{name:12}{numbers:14,}{megabytes}{8 * after / numbers:16.3f}")
     if text:
         print(f"Calibrated on: {text.title}")
 

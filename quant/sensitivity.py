@@ -49,7 +49,7 @@ def sensitivity(
     not measured again.
     """
     from quant.layerwise import Settings, analyze
-    from quant.report.mixed import plot_layers, tables
+    from quant.report.sensitivity import plot_layers, tables
     from quant.texts import Sources, explained
 
     settings = Settings(

@@ -8,26 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import digest
 from attnserve.evaluation.measures import Data
-from attnserve.evaluation.tasks import Blimp, Lambada, spread
+from attnserve.evaluation.tasks import Blimp, Lambada
 from attnserve.files import CHECKOUT
 from attnserve.sampled_text import Use, sampled_text, writers
-from quant.samples import Reader, Samples
+from quant.reader import Passages, Reader
 
 CHECKPOINTS = CHECKOUT / "checkpoints"
-CHARACTERS_A_TOKEN = 16
-"""More than any text needs, so that a piece is long enough."""
 WIKITEXT = "wikitext2_test_raw.txt"
 SAMPLED = "text sampled from "
-BOOK = "test book"
-"""The title of *Great Expectations*, which is no training text of the reference checkpoints."""
+VALIDATION_BOOK, TEST_BOOK = "validation book", "test book"
+"""*Emma* and *Great Expectations*, which are no training texts of the reference checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +79,24 @@ def bundled_checkpoints() -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Passages:
-    """Pieces of a text, each of which a model reads after the begin-of-text token.
+class Samples:
+    """How much is measured.
 
     Args:
-        title: for people.
-        begin: the begin-of-text token.
-        pieces: token ids without that token.
+        sequences: of each text, for perplexity and divergence.
+        length: tokens of a sequence; at most the training length is used.
+        pairs: of each BLiMP set.
+        passages: of LAMBADA.
+        calibration: sequences of text for GPTQ and static scales.
+        seed: of the calibration text.
     """
 
-    title: str
-    begin: int
-    pieces: list[list[int]]
-
-    @property
-    def rows(self) -> Tensor:
-        """Token ids int64 `[pieces, tokens]`, each piece after the begin-of-text token."""
-        return torch.tensor([[self.begin, *piece] for piece in self.pieces])
+    sequences: int
+    length: int
+    pairs: int
+    passages: int
+    calibration: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,20 +145,16 @@ def measured_texts(sources: Sources, reader: Reader, sequences: int) -> dict[str
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    length = reader.context
     if sources.books is not None:
         books = split(sources.books)
         found = {
-            "validation": Passages(
-                "validation book", reader.bos, _first(books.validation, reader, sequences)
-            ),
-            "test": Passages(BOOK, reader.bos, _first(books.test, reader, sequences)),
+            "validation": reader.beginning(VALIDATION_BOOK, books.validation, sequences),
+            "test": reader.beginning(TEST_BOOK, books.test, sequences),
         }
     else:
-        found = {"test": _measured(sources, reader, sequences, length)}
+        found = {"test": _measured(sources, reader, sequences, reader.context)}
     if sources.sets is not None:
-        file = sources.sets / WIKITEXT
-        found["wikitext2"] = Passages("WikiText-2", reader.bos, _first(file, reader, sequences))
+        found["wikitext2"] = reader.beginning("WikiText-2", sources.sets / WIKITEXT, sequences)
     return found
 
 
@@ -176,23 +167,18 @@ def held_out_texts(sources: Sources, reader: Reader, sequences: int) -> tuple[Pa
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    length = reader.context - 1
+    count = (sequences, reader.context - 1)
     if sources.books is not None:
         books = split(sources.books)
         return (
-            Passages(
-                "validation book",
-                reader.bos,
-                _evenly([books.validation], reader, sequences, length),
-            ),
-            Passages(BOOK, reader.bos, _evenly([books.test], reader, sequences, length)),
+            reader.evenly(VALIDATION_BOOK, [books.validation], *count),
+            reader.evenly(TEST_BOOK, [books.test], *count),
         )
-    if sources.calibration_text:
-        pieces = _evenly(sources.calibration_text, reader, sequences, length)
-        choose = Passages(_names(sources.calibration_text), reader.bos, pieces)
+    if files := sources.calibration_text:
+        choose = reader.evenly(_title(files), files, *count)
     else:
-        choose = _sampled(sources, reader, "validation", sequences, length)
-    return choose, _measured(sources, reader, sequences, length)
+        choose = _sampled(sources, reader, "validation", *count)
+    return choose, _measured(sources, reader, *count)
 
 
 def calibration_text(sources: Sources, reader: Reader, sequences: int, seed: int) -> Passages:
@@ -202,18 +188,36 @@ def calibration_text(sources: Sources, reader: Reader, sequences: int, seed: int
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    length = reader.context - 1
+    count = (sequences, reader.context - 1, seed)
     if sources.books is not None:
-        files = split(sources.books).train
-        return Passages(
-            "training books", reader.bos, _anywhere(files, reader, sequences, length, seed)
-        )
-    if sources.calibration_text:
-        files = list(sources.calibration_text)
-        return Passages(
-            _names(files), reader.bos, _anywhere(files, reader, sequences, length, seed)
-        )
-    return _sampled(sources, reader, "calibration", sequences, length, seed)
+        return reader.anywhere("training books", split(sources.books).train, *count)
+    if files := sources.calibration_text:
+        return reader.anywhere(_title(files), files, *count)
+    return _sampled(sources, reader, "calibration", *count)
+
+
+def _measured(sources: Sources, reader: Reader, sequences: int, length: int) -> Passages:
+    """Return the main text, where there are no books."""
+    if files := sources.text:
+        return reader.evenly(_title(files), files, sequences, length)
+    return _sampled(sources, reader, "evaluation", sequences, length)
+
+
+def _sampled(
+    sources: Sources, reader: Reader, use: Use, sequences: int, length: int, seed: int = 0
+) -> Passages:
+    """Return pieces that a checkpoint writes. Their beginnings are the same for every reader, also
+    for one whose context is shorter."""
+    writer = Reader(sources.writer or reader.folder, reader.length)
+    rows = sampled_text(writer.folder, use, sequences, writer.context + 1, seed)
+    return Passages(SAMPLED + writer.name, reader.bos, rows[:, 1 : length + 1].tolist())
+
+
+def _title(files: Sequence[Path]) -> str:
+    """Return the title of a user's text."""
+    if len(files) > 3:
+        return f"{files[0].name} and {len(files) - 1} more"
+    return ", ".join(file.name for file in files)
 
 
 def explained(measured: str, calibration: str) -> str:
@@ -249,88 +253,3 @@ def set_files(sets: Path) -> list[Path]:
             f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out"
         )
     return files
-
-
-def _measured(sources: Sources, reader: Reader, sequences: int, length: int) -> Passages:
-    """Return the main text, where there are no books."""
-    if sources.text:
-        return Passages(
-            _names(sources.text), reader.bos, _evenly(sources.text, reader, sequences, length)
-        )
-    return _sampled(sources, reader, "evaluation", sequences, length)
-
-
-def _sampled(
-    sources: Sources,
-    reader: Reader,
-    use: Use,
-    sequences: int,
-    length: int,
-    seed: int = 0,
-) -> Passages:
-    """Return pieces that a checkpoint writes. Their beginnings are the same for every reader, also
-    for one whose context is shorter."""
-    writer = Reader(sources.writer or reader.folder, reader.length)
-    rows = sampled_text(writer.folder, use, sequences, writer.context + 1, seed)
-    return Passages(SAMPLED + writer.name, reader.bos, rows[:, 1 : length + 1].tolist())
-
-
-def _names(files: Sequence[Path]) -> str:
-    """Return the title of a user's text."""
-    if len(files) > 3:
-        return f"{files[0].name} and {len(files) - 1} more"
-    return ", ".join(file.name for file in files)
-
-
-def _read(file: Path) -> str:
-    if not file.is_file():
-        raise UserError(f"{file} is not there: name a text file")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no UTF-8 text: convert it, or name another") from None
-
-
-def _first(file: Path, reader: Reader, sequences: int) -> list[list[int]]:
-    """Return a book from its beginning, as training sees text; the last piece may be short."""
-    tokens = reader.encode(_read(file))[: sequences * reader.context]
-    return [tokens[i : i + reader.context] for i in range(0, len(tokens), reader.context)]
-
-
-def _evenly(files: Sequence[Path], reader: Reader, sequences: int, length: int) -> list[list[int]]:
-    """Return pieces at even distances, two at least, so that there is an interval."""
-    pieces = []
-    for file in files:
-        tokens = reader.encode(_read(file))
-        whole = range(0, len(tokens) - length + 1, length)
-        pieces += [tokens[start : start + length] for start in whole]
-    if len(pieces) < 2:
-        raise UserError(
-            f"{_names(files)} has fewer than two sequences of {length} tokens: give more text, or "
-            "lower --length"
-        )
-    return [pieces[index] for index in spread(sequences, len(pieces))]
-
-
-def _anywhere(
-    files: Sequence[Path], reader: Reader, sequences: int, length: int, seed: int
-) -> list[list[int]]:
-    """Return pieces from anywhere in any of the files."""
-    generator = np.random.default_rng(seed)
-    texts = [_read(file) for file in files]
-    window = length * CHARACTERS_A_TOKEN
-    pieces = []
-    for _ in range(sequences):
-        chosen = int(generator.integers(len(texts)))
-        text = texts[chosen]
-        start = int(generator.integers(max(1, len(text) - window)))
-        tokens = reader.encode(text[start : start + window])
-        if len(tokens) < length:
-            raise UserError(
-                f"{files[chosen].name} has fewer than {length} tokens to calibrate on: give more "
-                "text, or lower --length"
-            )
-        # A text that is shorter than the window is all in it: elsewhere in that, then.
-        first = int(generator.integers(len(tokens) - length + 1)) if len(text) <= window else 0
-        pieces.append(tokens[first : first + length])
-    return pieces

@@ -25,9 +25,18 @@ with pytest.MonkeyPatch.context() as _patch:
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start vLLM through tests/servers.py; others that do so say it."""
+    for item in items:
+        starters = {"vllm_server", "failed_start"} & set(vars(item.module))  # type: ignore[attr-defined]  # of functions
+        fixtures = getattr(item, "fixturenames", ())
+        if starters or "upstream" in fixtures:
+            item.add_marker("vllm")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random Llama checkpoint and its tokenizer."""
+    """Return a folder with a tiny random Llama checkpoint and its tokenizer."""
     from tests.tiny import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
@@ -60,5 +69,5 @@ class Commands:
 
 @pytest.fixture
 def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
-    """What runs a command and returns what it prints."""
+    """Return what runs a command and returns what it prints."""
     return Commands(capsys)

@@ -10,6 +10,8 @@ import pytest
 
 from tests.attn_kernels.test_example import example
 
+pytestmark = pytest.mark.vllm
+
 ROOT = Path(__file__).parent.parent
 
 PLUGIN = """

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import httpx
@@ -15,57 +16,46 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
+PATH = "/v1/completions"
 HEADERS = {"content-type": "application/json"}
 
 
-def httpx_app(upstream: str) -> FastAPI:
-    """With httpx."""
-    client = httpx.AsyncClient(base_url=upstream, timeout=None, limits=httpx.Limits())
-    app = FastAPI()
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body = await request.body()
-        built = client.build_request("POST", "/v1/completions", content=body, headers=HEADERS)
-        answer = await client.send(built, stream=True)
-        if not json.loads(body).get("stream"):
-            return Response(await answer.aread(), answer.status_code, media_type="application/json")
-
-        async def pieces() -> AsyncIterator[bytes]:
-            async for piece in answer.aiter_raw():
-                yield piece
-            await answer.aclose()
-
-        return StreamingResponse(pieces(), media_type="text/event-stream")
-
-    return app
-
-
-def aiohttp_app(upstream: str) -> FastAPI:
-    """With aiohttp."""
-    sessions: list[aiohttp.ClientSession] = []
+def app_of(client: str, upstream: str) -> FastAPI:
+    """Return the proxy, with "httpx" or "aiohttp"."""
+    clients: list[Any] = []
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as session:
-            sessions.append(session)
+        if client == "httpx":
+            made: Any = httpx.AsyncClient(timeout=None, limits=httpx.Limits())
+        else:
+            made = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        async with made:
+            clients.append(made)
             yield
 
     app = FastAPI(lifespan=lifespan)
 
-    @app.post("/v1/completions")
+    @app.post(PATH)
     async def completions(request: Request) -> Response:
         body = await request.body()
-        url = f"{upstream}/v1/completions"
-        answer = await sessions[0].post(url, data=body, headers=HEADERS)
+        if client == "httpx":
+            asked = clients[0].build_request("POST", upstream + PATH, content=body, headers=HEADERS)
+            answer = await clients[0].send(asked, stream=True)
+            status, read, parts, close = (
+                answer.status_code, answer.aread, answer.aiter_raw, answer.aclose
+            )  # fmt: skip
+        else:
+            answer = await clients[0].post(upstream + PATH, data=body, headers=HEADERS)
+            status, read, parts = answer.status, answer.read, answer.content.iter_any
+            close = answer.wait_for_close
         if not json.loads(body).get("stream"):
-            return Response(await answer.read(), answer.status, media_type="application/json")
+            return Response(await read(), status, media_type="application/json")
 
         async def pieces() -> AsyncIterator[bytes]:
-            async for piece in answer.content.iter_any():
+            async for piece in parts():
                 yield piece
-            answer.release()
+            await close()
 
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
@@ -73,5 +63,5 @@ def aiohttp_app(upstream: str) -> FastAPI:
 
 
 if __name__ == "__main__":
-    make = {"httpx": httpx_app, "aiohttp": aiohttp_app}[sys.argv[1]]
-    uvicorn.run(make(sys.argv[2]), port=int(sys.argv[3]), log_level="warning", access_log=False)
+    app = app_of(sys.argv[1], sys.argv[2])
+    uvicorn.run(app, port=int(sys.argv[3]), log_level="warning", access_log=False)

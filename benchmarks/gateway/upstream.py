@@ -17,12 +17,12 @@ ID = "cmpl-0123456789abcdef0123456789abcdef"
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body."""
+    """Return one chunk of a chunked body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def event(fields: dict[str, object]) -> bytes:
-    """One server-sent event, as a chunk."""
+    """Return one server-sent event, as a chunk."""
     head: dict[str, object] = {
         "id": ID,
         "object": "text_completion",
@@ -33,12 +33,12 @@ def event(fields: dict[str, object]) -> bytes:
 
 
 def choice(text: str) -> dict[str, object]:
-    """A choice with some text."""
+    """Return a choice with some text."""
     return {"index": 0, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
 
-class Server(asyncio.Protocol):
-    """One connection."""
+class ModelServer(asyncio.Protocol):
+    """A connection."""
 
     def __init__(self, tokens: int, pause: float) -> None:
         self.pause = pause
@@ -52,33 +52,33 @@ class Server(asyncio.Protocol):
 
     @staticmethod
     def answer(body: bytes) -> bytes:
-        """An answer in one piece."""
+        """Return an answer in one piece."""
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
         return head % len(body) + body
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio.Protocol."""
+        """Do what asyncio.Protocol asks for."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass of it
 
     def data_received(self, data: bytes) -> None:
-        """asyncio.Protocol."""
+        """Do what asyncio.Protocol asks for."""
         self.parser.feed_data(data)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """asyncio.Protocol."""
+        """Do what asyncio.Protocol asks for."""
         self.events = []
 
     def on_url(self, url: bytes) -> None:
-        """httptools."""
+        """Keep a part of the request; called by httptools."""
         self.url = url
         self.body = b""
 
     def on_body(self, body: bytes) -> None:
-        """httptools."""
+        """Keep a part of the request; called by httptools."""
         self.body += body
 
     def on_message_complete(self) -> None:
-        """httptools: answer."""
+        """Answer; called by httptools."""
         fields = json.loads(self.body) if self.body else {}
         if not self.body:
             models = {"object": "list", "data": [{"id": "m", "object": "model"}]}
@@ -94,7 +94,7 @@ class Server(asyncio.Protocol):
             self.write(self.whole)
 
     def step(self, i: int, last: bytes) -> None:
-        """One event, and later the next."""
+        """Send one event, and later the next."""
         if i < len(self.events):
             self.write(self.events[i])
             asyncio.get_running_loop().call_later(self.pause, self.step, i + 1, last)
@@ -102,14 +102,14 @@ class Server(asyncio.Protocol):
             self.write(last)
 
     def write(self, data: bytes) -> None:
-        """To the client."""
+        """Send to the client."""
         self.transport.write(data)
 
 
 async def serve(port: int, tokens: int, pause: float) -> None:
-    """Until it is killed."""
+    """Serve until the process is killed."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Server(tokens, pause), "127.0.0.1", port)
+    server = await loop.create_server(lambda: ModelServer(tokens, pause), "127.0.0.1", port)
     await server.serve_forever()
 
 

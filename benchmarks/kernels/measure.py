@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from attn_kernels import get_variant
-from benchmarks.kernels.candidates import Candidate, Ours, Pool, TorchSdpa, VllmSoftmax
+from benchmarks.kernels.candidates import Candidate, CopyPool, Ours, TorchSdpa, VllmSoftmax
 from benchmarks.kernels.case import Case, Inputs, Paging, copies_needed
 from benchmarks.kernels.check import LIMITS, PEER_LIMITS, Expected, complaint, error_of
 from benchmarks.results import spread
@@ -41,26 +41,18 @@ class Limit:
         self.unit, self.amount, self.methods = unit, amount, methods
         for method in methods.values():
             method()  # first touch of its memory, and torch's thread pool
-        self.all: dict[str, list[float]] = {name: [] for name in methods}
-        self.recent: dict[str, list[float]] = {name: [] for name in methods}
+        self.rates: dict[str, list[float]] = {name: [] for name in methods}
 
     def probe(self) -> None:
-        """Run every method once."""
-        for name, method in self.methods.items():
+        """Run every method twice."""
+        for name, method in [*self.methods.items()] * 2:
             start = time.perf_counter()
             method()
-            self.recent[name].append(self.amount / (time.perf_counter() - start) / 1e9)
+            self.rates[name].append(self.amount / (time.perf_counter() - start) / 1e9)
 
-    def take(self) -> float:
-        """Return the rate over the probes since the last call: the best method's median."""
-        recent, self.recent = self.recent, {name: [] for name in self.methods}
-        for name, rates in recent.items():
-            self.all[name] += rates
-        return max(median(rates) for rates in recent.values())
-
-    def summary(self) -> tuple[str, float]:
-        """Return the best method over all that was taken, and its median."""
-        medians = {name: median(rates) for name, rates in self.all.items()}
+    def best(self, probes: int = 0) -> tuple[str, float]:
+        """Return the best method and its median rate, in the last probes or in all."""
+        medians = {name: median(rates[-2 * probes :]) for name, rates in self.rates.items()}
         return max(medians.items(), key=lambda item: item[1])
 
 
@@ -139,7 +131,7 @@ def measure(
     inputs = Inputs.make(case)
     copies = copies_needed(case, cold_bytes)
     paging = Paging(case, copies)
-    pools: dict[str, Pool] = {}
+    pools: dict[str, CopyPool] = {}
 
     def ours(name: str) -> Ours:
         kernel = kernels[name]
@@ -169,14 +161,12 @@ def measure(
         if not why[name]:
             ready[name] = candidate
 
-    for _ in range(2):
-        limit.probe()
+    limit.probe()
     rounds = interleave(
         list(ready.values()), seconds=seconds, min_rounds=min_rounds, max_rounds=MOST_ROUNDS
     )
-    for _ in range(2):
-        limit.probe()
-    rate = limit.take()
+    limit.probe()
+    _, rate = limit.best(probes=2)
     times: dict[str, NDArray[np.float64]] = dict(zip(ready, rounds.T, strict=True))
     return [
         row(name, case, times, why, limit.unit, rate) | {"error": errors[name]}

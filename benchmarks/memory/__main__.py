@@ -1,96 +1,138 @@
-"""Memory of `vllm serve`: what config.json says it must be, and what it is.
-
-For each checkpoint, packed (--packed) or not, and selective attention also within budgets
-(--kv-budgets), one server after another is started and measured:
-
-  KV a request, a token  blocks that a lone request takes (vLLM's metrics) x bytes of a block (as
-                         allocated in the worker); a token: by the request's tokens
-  requests in flight     the most that run at once when more are sent than the KV cache holds
-  KV cache resident      its pages that are in memory; vLLM fills it with zeros at the start
-  weights                what the worker's own memory grows by while they are loaded and packed
-
-and, as the system counts them for all processes, PSS and RSS when idle and the largest RSS. These
-have no prediction: most of them is Python and its libraries. A ratio is measured by predicted. No
-time is measured: other work on the machine does not matter.
-
-    python -m benchmarks.memory --enforce-eager --packed w4
-"""
+"""The command of `benchmarks.memory`, its rows, table and plot."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from matplotlib.figure import Figure
-from tqdm import tqdm
+import typer
 
-from attnserve.options import command_line, positive
-from benchmarks import RESULTS
-from benchmarks.cases import Case, add_options, cases_of, described
-from benchmarks.memory.measure import measure
-from benchmarks.memory.predict import QUANTITIES, predict
-from benchmarks.servers import append_csv, config_of, until_signal
-from serving.launch.process import LaunchError
+from attnserve.command import INTERRUPTED, AsJson, main
+from attnserve.errors import UserError
+from benchmarks import RESULTS, results
+from benchmarks import options as opt
+from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
+
+if TYPE_CHECKING:
+    from benchmarks.memory.measure import RequestShape
+    from benchmarks.servers import ServerOptions
 
 CSV = RESULTS / "memory_cpu.csv"
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; `cases` is what it asks to measure.
+def memory(
+    context: typer.Context,
+    ckpts: opt.Ckpts = None,
+    packed: opt.Packed = None,
+    kv_budgets: opt.Budgets = None,
+    prompt_len: opt.PromptLen = 400,
+    new_tokens: opt.NewTokens = 112,
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    threads: opt.Threads = opt.CORES,
+    kv_cache_memory_bytes: opt.CacheBytes = 16 << 20,
+    enforce_eager: opt.EnforceEager = False,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 1800,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
+    as_json: AsJson = False,
+) -> int:
+    """Measure the memory of `vllm serve`: what config.json says it must be, and what it is.
+
+    For each checkpoint, packed (--packed) or not, and selective attention also within budgets
+    (--kv-budgets), one server after another is started and measured:
+
+      KV a request, a token  blocks that a lone request takes (vLLM's metrics) x bytes of a block
+                             (as allocated in the worker); a token: by the request's tokens
+      requests in flight     the most that run at once when more are sent than the cache holds
+      KV cache resident      its pages that are in memory; vLLM fills it with zeros at the start
+      weights                what the worker's own memory grows by while they are loaded and packed
+
+    and, as the system counts them for all processes, PSS and RSS when idle and the largest RSS.
+    These have no prediction: most of them is Python and its libraries. A ratio is measured by
+    predicted. No time is measured: other work on the machine does not matter. What follows `--` is
+    passed on to `vllm serve`.
+
+        python -m benchmarks.memory --enforce-eager --packed w4
+    """
+    from benchmarks.memory.measure import RequestShape
+    from benchmarks.servers import ServerOptions, run
+
+    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], dtype)
+    requests = RequestShape(prompt_len, new_tokens, seed)
+    options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
+                            log_folder, context.args)  # fmt: skip
+    check(cases, requests, options)
+    save = results.checked(csv, no_save)
+    about = options.described(prompt_len=prompt_len, new_tokens=new_tokens, seed=seed)
+    rows: list[results.Row] = []
+    interrupted = False
+    try:
+        run(measure_all(cases, requests, options, rows), "python -m benchmarks.memory")
+    except KeyboardInterrupt:
+        interrupted = True
+        print("benchmarks.memory: interrupted; the server is stopped", file=sys.stderr)
+    if rows and save is not None:
+        title = f"{about['machine']}, vLLM {about['vllm']}, {dtype}"
+        plot(save.with_suffix(".png"), title, rows)
+    results.report(about, rows, table(rows), csv=save, as_json=as_json)
+    return INTERRUPTED if interrupted else int(any(row["error"] for row in rows))
+
+
+def check(cases: Sequence[ServerCase], requests: RequestShape, options: ServerOptions) -> None:
+    """Refuse now what would fail after a minute.
 
     Raises:
-        LaunchError: with the reason in one line.
+        UserError: a request is too long for a model, or for its KV cache.
     """
-    parser, add = command_line("benchmarks.memory", __doc__)
-    add_options(parser, add, CSV, 16 << 20)
-    add("--prompt-len", "tokens of a prompt", type=positive, default=400)
-    add("--new-tokens", "tokens of an answer", type=positive, default=112)
-    add("--seed", "of the random prompts", type=int, default=0)
-    options = parser.parse_args(arguments)
-    options.cases = cases_of(options)
-    length = options.prompt_len + options.new_tokens
-    for case in options.cases:
-        limit = config_of(case.ckpt)["max_position_embeddings"]
-        if length > limit:
-            raise LaunchError(f"prompt and answer take {length} tokens, {case.name} {limit}", 2)
-        if not predict(case, options)["requests_in_flight"]:
-            raise LaunchError(
-                f"--kv-cache-memory-bytes has no room for a request of {case.name}", 2
-            )
-    return options
+    from benchmarks.memory.measure import predict
+
+    for case in cases:
+        check_room(case.ckpt, requests.length)
+        if not predict(case, requests, options)["requests_in_flight"]:
+            raise UserError(f"--kv-cache-memory-bytes has no room for a request of {case.name}")
 
 
-def row_of(
-    case: Case, predicted: dict[str, float], found: dict[str, Any], error: str = ""
-) -> dict[str, Any]:
-    """Predicted, measured and their ratio; what else was measured."""
-    row: dict[str, Any] = dict(case.columns())
-    for name in QUANTITIES:
-        row[f"{name}_predicted"] = predicted[name]
-        row[f"{name}_measured"] = found.get(name)
-        row[f"{name}_ratio"] = found[name] / predicted[name] if name in found else None
-    return row | {k: v for k, v in found.items() if k not in QUANTITIES} | {"error": error}
+async def measure_all(
+    cases: Sequence[ServerCase],
+    requests: RequestShape,
+    options: ServerOptions,
+    rows: list[results.Row],
+) -> None:
+    """Measure every case, one after another, into `rows` as they come."""
+    from tqdm import tqdm
 
+    from benchmarks.memory.measure import measure, predict
+    from serving.launch.process import LaunchError
 
-async def measure_all(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Every case, one after another, into `rows` as they come."""
-    for case in tqdm(options.cases, unit="case"):
-        predicted = predict(case, options)
+    for case in tqdm(cases, unit="case"):
+        predicted = predict(case, requests, options)
         try:
-            rows.append(row_of(case, predicted, await measure(case, predicted, options)))
+            rows.append(row_of(case, predicted, await measure(case, requests, options)))
         except LaunchError as error:
             print(f"benchmarks.memory: {case.name} failed: {error}", file=sys.stderr)
             rows.append(row_of(case, predicted, {}, str(error)))
 
 
+def row_of(
+    case: ServerCase, predicted: dict[str, float], found: dict[str, Any], error: str = ""
+) -> results.Row:
+    """Return predicted, measured and their ratio, and what else was measured."""
+    row: results.Row = dict(case.columns())
+    for name in predicted:
+        row[f"{name}_predicted"] = predicted[name]
+        row[f"{name}_measured"] = found.get(name)
+        row[f"{name}_ratio"] = found[name] / predicted[name] if name in found else None
+    return row | {k: v for k, v in found.items() if k not in predicted} | {"error": error}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For people: `predicted > measured (ratio)`; sizes in KB and MB of 10^3 and 10^6 bytes."""
+    """Return `predicted > measured (ratio)`; sizes in KB and MB of 10^3 and 10^6 bytes."""
+    from benchmarks.memory.measure import QUANTITIES
+
     units = {"kv_bytes_per_token": 1e3, "kv_bytes_per_request": 1e6, "requests_in_flight": 1}
     lines = []
     for row in rows:
@@ -106,54 +148,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             size = row.get(f"{name}_bytes")
             line[f"{label} MB"] = "" if size is None else f"{size / 1e6:.0f}"
         lines.append(line)
-    return pd.DataFrame(lines).to_string(index=False)
+    return results.table(lines)
 
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A PNG: a panel a quantity, predicted beside measured for each case, logarithmic.
+    """Write a PNG: a panel a quantity, predicted beside measured for each case, logarithmic."""
+    import pandas as pd
 
-    Args:
-        path: the file.
-        title: of the figure.
-        rows: of the run.
-    """
-    rows = [row for row in rows if not row["error"]]
-    figure = Figure(figsize=(3.4 * len(QUANTITIES), 4))
-    figure.suptitle(title, fontsize=9)
-    for index, (name, label) in enumerate(QUANTITIES.items(), 1):
-        axes = figure.add_subplot(1, len(QUANTITIES), index)
-        for shift, kind in ((-0.2, "predicted"), (0.2, "measured")):
-            x = [i + shift for i in range(len(rows))]
-            axes.bar(x, [row[f"{name}_{kind}"] for row in rows], width=0.4, label=kind)
-        axes.set_yscale("log")
-        axes.set_title(label, fontsize=9)
-        names = [row["case"] for row in rows]
-        axes.set_xticks(range(len(rows)), names, rotation=60, ha="right", fontsize=7)
-    figure.axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    from benchmarks.memory.measure import QUANTITIES
 
-
-def main() -> None:
-    """Command line: the table, and as last line one JSON object."""
-    try:
-        options = parse()
-    except LaunchError as error:
-        print(f"benchmarks.memory: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    about = described(options, ("prompt_len", "new_tokens", "seed"))
-    rows: list[dict[str, Any]] = []
-    finished = asyncio.run(until_signal(measure_all(options, rows)))
-    if rows and not options.no_save:
-        append_csv(options.csv, about, rows)
-        title = f"{about['machine']}, vLLM {about['vllm']}, {about['dtype']}"
-        plot(options.csv.with_suffix(".png"), title, rows)
-    if not finished:
-        print("benchmarks.memory: interrupted; the server is stopped", file=sys.stderr)
-    print(table(rows))
-    print(json.dumps({**about, "rows": rows}))
-    sys.exit(130 if not finished else 1 if any(row["error"] for row in rows) else 0)
+    frame = pd.DataFrame([row for row in rows if not row["error"]])
+    if frame.empty:
+        return
+    panels = {
+        label: pd.DataFrame(
+            {kind: list(frame[f"{name}_{kind}"]) for kind in ("predicted", "measured")},
+            index=list(frame["case"]),
+        )
+        for name, label in QUANTITIES.items()
+    }
+    results.draw(path, title, panels, kind="bar", logy=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(memory, "python -m benchmarks.memory", others=True)

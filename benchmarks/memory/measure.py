@@ -1,44 +1,96 @@
-"""The memory of one server."""
+"""The memory of one server: what its checkpoint says it must be, and what it is."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import signal
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import numpy as np
+import torch
 
-from benchmarks.cases import Case, CaseServer
-from benchmarks.servers import config_of, started, while_alive
-from benchmarks.watch import Watched, metrics, processes, rss, watched
-from serving.launch.process import LaunchError
+from attn_kernels import get_variant
+from benchmarks.checkpoints import (
+    ServerCase,
+    config_of,
+    pruned_bytes,
+    token_bytes,
+    weight_bytes,
+)
+from benchmarks.servers import Server, ServerOptions, started, while_alive
+from benchmarks.watch import metrics, processes, rss, watch
+
+BLOCK_SIZE = 128
+"""Tokens of vLLM's blocks on a CPU."""
+
+QUANTITIES = {
+    "kv_bytes_per_token": "KV bytes a token",
+    "kv_bytes_per_request": "KV bytes a request",
+    "requests_in_flight": "requests in flight",
+    "kv_cache_bytes": "bytes of KV cache resident",
+    "weight_bytes": "bytes of weights",
+}
+"""What is predicted and measured, and how people call it."""
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """The random requests that are sent: tokens of their prompts and answers, and their seed."""
+
+    prompt_len: int
+    new_tokens: int
+    seed: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.prompt_len + self.new_tokens
+
+
+def predict(case: ServerCase, requests: RequestShape, options: ServerOptions) -> dict[str, float]:
+    """Return all quantities of `QUANTITIES`.
+
+    A request takes whole blocks in every layer, or one KV page of fixed size within budgets. Per
+    token is per request by the request's tokens. The cache has as many whole blocks as fit; one of
+    them is vLLM's own.
+    """
+    config, dtype = config_of(case.ckpt), getattr(torch, options.dtype)
+    blocks_of_request = -(-requests.length // BLOCK_SIZE)
+    token = token_bytes(config, dtype, get_variant(case.variant).stateful)
+    request = blocks_of_request * BLOCK_SIZE * token
+    if case.kv_budgets:
+        blocks_of_request = 1
+        request = pruned_bytes(config, dtype, case.kv_budgets, requests.length)
+    block = request // blocks_of_request
+    blocks = options.kv_cache_memory_bytes // block
+    weights = weight_bytes(case.ckpt, options.dtype)
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    if len(groups) < 2:  # quant.quantize's second group are the embeddings
+        # vLLM 0.32 on a CPU packs unquantized embeddings and the head for oneDNN, each of them,
+        # tied or not, and keeps what it has packed.
+        weights += 2 * config["vocab_size"] * config["hidden_size"] * dtype.itemsize
+    return {
+        "kv_bytes_per_token": request / requests.length,
+        "kv_bytes_per_request": request,
+        "requests_in_flight": max(0, blocks - 1) // blocks_of_request,
+        "kv_cache_bytes": blocks * block,
+        "weight_bytes": weights,
+    }
 
 
 def requests_of(predicted: dict[str, float]) -> int:
-    """How many are sent at once: more than fit."""
+    """Return how many are sent at once: more than fit."""
     return int(predicted["requests_in_flight"] * 1.25) + 4
 
 
-def server_of(case: Case, predicted: dict[str, float], options: argparse.Namespace) -> CaseServer:
-    """A case's server, with the worker's own measurements; nothing but the KV cache limits how many
-    requests run."""
-    server = CaseServer(
-        case,
-        options,
-        f"--max-model-len={options.prompt_len + options.new_tokens}",
-        f"--max-num-seqs={requests_of(predicted)}",
-        "--no-enable-prefix-caching",
-        "--load-format=measured",
-        "--worker-extension-cls=benchmarks.memory.worker.Memory",
-    )
-    server.environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc
-    return server
+async def taken_by(server: Server) -> tuple[dict[str, int], int]:
+    """Return what the worker says of its memory, and how many blocks its cache has.
 
-
-async def told(server: CaseServer) -> tuple[dict[str, int], int]:
-    """What the worker says of its memory, and how many blocks its cache has."""
+    Raises:
+        LaunchError: it does not say.
+    """
     url = f"{server.service.url}/collective_rpc"
     server.signal(signal.SIGCONT)
     try:
@@ -52,46 +104,48 @@ async def told(server: CaseServer) -> tuple[dict[str, int], int]:
     return taken, int(found[1])
 
 
-async def seen_while(server: CaseServer, prompts: list[list[int]], new_tokens: int) -> Watched:
-    """What is seen while a server answers prompts that are sent together."""
-    async with watched(server) as seen:
-        await while_alive([server.service], server.round(prompts, new_tokens))
-    if not seen.running:
-        raise LaunchError("the requests were over before they were seen: give more --new-tokens")
-    return seen
-
-
 async def measure(
-    case: Case, predicted: dict[str, float], options: argparse.Namespace
+    case: ServerCase, requests: RequestShape, options: ServerOptions
 ) -> dict[str, Any]:
     """Start a case's server and measure what was predicted, with the same names, and more.
 
     Raises:
         LaunchError: it does not start, or ends.
     """
-    server = server_of(case, predicted, options)
-    rng = np.random.default_rng(options.seed)
-    shape = (requests_of(predicted), options.prompt_len)
-    prompts = rng.integers(1, config_of(case.ckpt)["vocab_size"], shape).tolist()
-    async with started([server], options.start_timeout) as failed:
-        if failed:
-            raise failed[server]
-        await while_alive([server.service], server.round(prompts[:1], 4))
-        taken, blocks = await told(server)
+    sent = requests_of(predict(case, requests, options))
+    # With the worker's own measurements; nothing but the KV cache limits how many requests run.
+    server = Server(
+        case.name, case.ckpt, options, *case.arguments(), f"--max-model-len={requests.length}",
+        f"--max-num-seqs={sent}", "--no-enable-prefix-caching", "--load-format=measured",
+        "--worker-extension-cls=benchmarks.memory.worker.Memory",
+    )  # fmt: skip
+    server.environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc
+    rng = np.random.default_rng(requests.seed)
+    vocabulary = config_of(case.ckpt)["vocab_size"]
+    prompts = rng.integers(1, vocabulary, (sent, requests.prompt_len)).tolist()
+
+    async def work() -> dict[str, Any]:
+        await server.round(prompts[:1], 4)
+        taken, blocks = await taken_by(server)
         idle = rss(server)
         pss = sum(process.memory_full_info().pss for process in processes(server))
-        alone = await seen_while(server, prompts[:1], options.new_tokens)
-        full = await seen_while(server, prompts, options.new_tokens)
-    taken_blocks = round(max(alone.usage) * (blocks - 1))  # one block is vLLM's own
-    request = taken_blocks * taken["allocated"] / blocks
-    return {
-        "kv_bytes_per_token": request / (options.prompt_len + options.new_tokens),
-        "kv_bytes_per_request": request,
-        "requests_in_flight": int(max(full.running)),
-        "kv_cache_bytes": taken["resident"],
-        "weight_bytes": taken["weights"],
-        "blocks": blocks,
-        "pss_bytes": pss,
-        "rss_bytes": idle,
-        "rss_full_bytes": max(full.rss),
-    }
+        _, alone = await watch(server, server.round(prompts[:1], requests.new_tokens))
+        _, full = await watch(server, server.round(prompts, requests.new_tokens))
+        taken_blocks = round(max(alone.usage) * (blocks - 1))  # one block is vLLM's own
+        request = taken_blocks * taken["allocated"] / blocks
+        return {
+            "kv_bytes_per_token": request / requests.length,
+            "kv_bytes_per_request": request,
+            "requests_in_flight": int(max(full.running)),
+            "kv_cache_bytes": taken["resident"],
+            "weight_bytes": taken["weights"],
+            "blocks": blocks,
+            "pss_bytes": pss,
+            "rss_bytes": idle,
+            "rss_full_bytes": max(full.rss),
+        }
+
+    async with started([server]) as failed:
+        if failed:
+            raise failed[server]
+        return await while_alive([server.service], work())

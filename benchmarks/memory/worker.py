@@ -27,7 +27,8 @@ from vllm.model_executor.model_loader.utils import get_model_architecture
 
 
 def anonymous() -> int:
-    """Resident bytes of this process that are no file's, after what is free has been given back."""
+    """Return the resident bytes of this process that are no file's, after it gave back what is
+    free."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     text = Path("/proc/self/smaps_rollup").read_text()
@@ -37,7 +38,7 @@ def anonymous() -> int:
 
 
 def resident(storage: torch.UntypedStorage) -> int:
-    """Bytes of a tensor's memory that are resident; pages that nobody has written to are not.
+    """Return the bytes of a tensor's memory that are resident: not pages that nobody wrote to.
 
     Raises:
         OSError: mincore(2) fails.
@@ -89,7 +90,7 @@ class Memory:
     model_runner: Any
 
     def memory_taken(self) -> dict[str, int]:
-        """Bytes of the weights, and of the KV cache: allocated, and resident."""
+        """Return the bytes of the weights, and of the KV cache: allocated, and resident."""
         tensors = torch.utils._pytree.tree_leaves(self.model_runner.kv_caches)
         caches = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
         return {

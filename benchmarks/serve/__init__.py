@@ -1,1 +1,1 @@
-"""Real servers under load: `python -m benchmarks.serve`."""
+"""Throughput and latency of real servers under load."""

@@ -1,149 +1,243 @@
-"""Throughput and latency of `vllm serve` under load, and how much of it is within limits.
-
-Each case is a real server: every checkpoint, packed (--packed) or not; selective attention with and
-without budgets (--kv-budgets); directly or through this project's gateway (--gateway). The peer is
-stock vLLM's own CPU attention on the first softmax checkpoint. All servers are up at once and take
-turns at `vllm bench serve` (random prompts, Poisson arrivals, one seed a round); whoever is not
-measured is stopped. Ratios are to the peer in the same round: tokens/s above 1 are more, TTFT and
-TPOT below 1 are faster.
-
-  TTFT     time to first token
-  TPOT     time per output token after the first, a mean over the request
-  ITL      time between two tokens
-  goodput  requests/s whose TTFT and TPOT are within a level's limits
-
-A load meets a level (* in the table) if the 99th percentiles of TTFT and TPOT are within its
-limits. The levels are those of MLPerf Inference for Llama 3.1 8B, which suit a model of a few
-million parameters on two CPU cores; for others give --level. MLPerf asks for 270,336 requests for a
-99th percentile: with the few of a run here it is little more than the slowest one.
-
-A case that fails is reported and left out; the others go on, and what was measured is saved (also
-after Ctrl-C).
-
-    python -m benchmarks.serve --enforce-eager
-    python -m quant.quantize checkpoints/softpick w4 --bits 4 --scheme gptq --embeddings 8
-    python -m benchmarks.serve --enforce-eager --packed w4 --gateway all
-"""
+"""The command of `benchmarks.serve`: its subjects, and how they take turns."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import json
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from attnserve.options import command_line, positive
-from benchmarks import RESULTS
-from benchmarks.cases import add_options, cases_of, described
-from benchmarks.serve.levels import LEVELS, level
-from benchmarks.serve.measure import SLACK, Runs, Subject, measure, server_of
-from benchmarks.serve.report import capacity, plot, results, table
-from benchmarks.servers import append_csv, config_of, until_signal
-from serving.launch.process import LaunchError
+import typer
+
+from attnserve.command import INTERRUPTED, AsJson, main
+from attnserve.errors import UserError
+from benchmarks import RESULTS, results
+from benchmarks import options as opt
+from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
+
+if TYPE_CHECKING:
+    from benchmarks.serve.load import LoadClient, Runs, Subject
+    from benchmarks.servers import ServerOptions
 
 CSV = RESULTS / "serve_cpu.csv"
+SLACK = 32
+"""Random tokens become text, which may be some tokens longer when it is encoded again."""
 
 
-def rate(text: str) -> float:
-    """Requests/s above 0, for argparse; `inf`: all at once."""
+def serve(
+    context: typer.Context,
+    ckpts: opt.Ckpts = None,
+    packed: opt.Packed = None,
+    kv_budgets: opt.Budgets = None,
+    gateway: Annotated[
+        Literal["none", "one", "all"],
+        opt.option(
+            "Which servers are also measured through the gateway. one: the first that is ours."
+        ),
+    ] = "one",
+    no_stock: Annotated[bool, opt.option("No peer of stock vLLM.", "--no-stock")] = False,
+    request_rates: Annotated[
+        list[float] | None,
+        opt.option("Offered, in requests/s (default: 4 16 inf; inf: all at once).", min=1e-9),
+    ] = None,
+    requests: Annotated[int, opt.count("Of each load.")] = 48,
+    rounds: Annotated[int, opt.count("Loads of each case and rate.")] = 3,
+    prompt_len: opt.PromptLen = 128,
+    new_tokens: opt.NewTokens = 32,
+    level: Annotated[
+        list[str] | None,
+        opt.option(
+            "Limits of a level of service, as NAME=ttft_ms:tpot_ms (default: "
+            "interactive=500:30 server=2000:100)."
+        ),
+    ] = None,
+    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    threads: opt.Threads = opt.CORES,
+    kv_cache_memory_bytes: opt.CacheBytes = 256 << 20,
+    enforce_eager: opt.EnforceEager = False,
+    seed: opt.Seed = 0,
+    start_timeout: opt.StartTimeout = 1800,
+    csv: opt.Csv = CSV,
+    no_save: opt.NoSave = False,
+    log_folder: opt.LogFolder = Path(".run"),
+    as_json: AsJson = False,
+) -> int:
+    """Measure throughput and latency of `vllm serve` under load.
+
+    Each case is a real server: every checkpoint, packed (--packed) or not; selective attention with
+    and without budgets (--kv-budgets); directly or through this project's gateway (--gateway). The
+    peer is stock vLLM's own CPU attention on the first softmax checkpoint. All servers are up at
+    once and take turns at `vllm bench serve` (random prompts, Poisson arrivals, one seed a round);
+    whoever is not measured is stopped. Ratios are to the peer in the same round: tokens/s above 1
+    are more, TTFT and TPOT below 1 are faster.
+
+      TTFT     time to first token
+      TPOT     time per output token after the first, a mean over the request
+      ITL      time between two tokens
+      goodput  requests/s whose TTFT and TPOT are within a level's limits
+
+    A load meets a level (* in the table) if the 99th percentiles of TTFT and TPOT are within its
+    limits. The levels are those of MLPerf Inference for Llama 3.1 8B, which suit a model of a few
+    million parameters on two CPU cores; for others give --level. MLPerf asks for 270,336 requests
+    for a 99th percentile: with the few of a run here it is little more than the slowest one.
+
+    A case that fails is reported and left out; the others go on, and what was measured is saved
+    (also after Ctrl-C). What follows `--` is passed on to `vllm serve`.
+
+        python -m benchmarks.serve --enforce-eager
+        python -m quant.quantize checkpoints/softpick w4 --bits 4 --scheme gptq --embeddings 8
+        python -m benchmarks.serve --enforce-eager --packed w4 --gateway all
+    """  # fmt: skip
+    from benchmarks.serve import rows
+    from benchmarks.serve.load import LEVELS, LoadClient
+    from benchmarks.serve.load import level as level_of
+    from benchmarks.servers import ServerOptions, run
+
+    levels = [level_of(text) for text in level or map(str, LEVELS)]
+    rates = request_rates or [4.0, 16.0, float("inf")]
+    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], dtype)
+    length = prompt_len + new_tokens + SLACK
+    options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
+                            log_folder, context.args)  # fmt: skip
+    subjects = subjects_of(cases, options, length, gateway, stock=not no_stock)
+    save = results.checked(csv, no_save)
+    client = LoadClient(requests, prompt_len, new_tokens, log_folder / "bench-serve")
+    shutil.rmtree(client.folder, ignore_errors=True)
+    client.folder.mkdir(parents=True)
+    about = options.described(
+        requests=requests, prompt_len=prompt_len, new_tokens=new_tokens, seed=seed
+    )
+    runs: Runs = {}
+    failed: dict[str, str] = {}
+    interrupted = False
     try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not found > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate above 0, or inf")
-    return found
+        run(
+            measure(subjects, client, rates, rounds, seed, runs, failed),
+            "python -m benchmarks.serve",
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+        print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)
+    found = rows.rows_of(subjects, rates, levels, runs, failed)
+    if found and save is not None:
+        title = f"{about['machine']}, {about['cores']} cores, vLLM {about['vllm']}, {about['mode']}"
+        rows.plot(save.with_suffix(".png"), title, found, levels)
+        results.append_csv(save, about, found)
+    most = {each.name: rows.capacity(found, each) for each in levels}
+    lines = [rows.table(found, levels)]
+    for name, best in most.items():
+        met = ", ".join(f"{case} {value:.2f}" for case, value in best.items())
+        lines.append(f"most requests/s that met {name}: {met}")
+    print(json.dumps({**about, "most_requests_per_s": most, "rows": found})
+          if as_json else "\n".join(lines))  # fmt: skip
+    return INTERRUPTED if interrupted else int(bool(failed))
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; `subjects` is what it asks to measure."""
-    parser, add = command_line("benchmarks.serve", __doc__)
-    add_options(parser, add, CSV, 256 << 20)
-    text = "which servers are also measured through the gateway; one: the first that is ours"
-    add("--gateway", text, choices=("none", "one", "all"), default="one")
-    parser.add_argument("--no-stock", action="store_true", help="no peer of stock vLLM")
-    text = "offered, in requests/s; inf: all at once"
-    add("--request-rates", text, type=rate, nargs="+", default=[4.0, 16.0, float("inf")])
-    add("--requests", "of each load", type=positive, default=48)
-    add("--rounds", "loads of each case and rate", type=positive, default=3)
-    add("--prompt-len", "tokens of a prompt", type=positive, default=128)
-    add("--new-tokens", "tokens of an answer", type=positive, default=32)
-    add("--seed", "of prompts and arrivals in the first round", type=int, default=0)
-    text = "of service, as NAME=ttft_ms:tpot_ms; in place of these: " + " ".join(map(str, LEVELS))
-    parser.add_argument("--level", dest="levels", action="append", type=level, help=text)
-    options = parser.parse_args(arguments)
-    options.levels = options.levels or LEVELS
-    options.results = options.log_folder / "bench-serve"
-    options.subjects = subjects_of(options)
-    return options
+def subjects_of(
+    cases: Sequence[ServerCase],
+    options: ServerOptions,
+    length: int,
+    gateway: str,
+    *,
+    stock: bool = True,
+) -> list[Subject]:
+    """Return the peer first, then the cases, each followed by itself through the gateway if asked.
 
-
-def subjects_of(options: argparse.Namespace) -> list[Subject]:
-    """The peer first, then the cases, each followed by itself through the gateway if asked.
+    Args:
+        cases: what to serve.
+        options: of all servers.
+        length: tokens of a prompt and its answer.
+        gateway: "none", "one" or "all".
+        stock: there is a peer.
 
     Raises:
-        LaunchError: with the reason in one line.
+        UserError: a checkpoint takes no such length, or there is none for stock vLLM.
     """
-    cases = cases_of(options)
-    longest = options.prompt_len + options.new_tokens + SLACK
+    from benchmarks.serve.load import Subject
+    from benchmarks.servers import Server
+
+    def subject(case: ServerCase) -> Subject:
+        # Random prompts share no prefix, and a stateful variant has no cache of them: off for all.
+        more = [f"--max-model-len={length}", "--no-enable-prefix-caching", *case.arguments()]
+        return Subject(case, Server(case.name, case.ckpt, options, *more))
+
     for case in cases:
-        limit = config_of(case.ckpt)["max_position_embeddings"]
-        if longest > limit:
-            raise LaunchError(
-                f"prompt, answer and {SLACK} spare tokens are {longest}; {case.name} takes {limit}",
-                2,
-            )
+        check_room(case.ckpt, length)
     subjects = []
-    if not options.no_stock:
-        softmax = [c for c in cases if c.variant == "softmax" and c.ckpt not in options.packed]
-        if not softmax:
-            raise LaunchError("stock vLLM needs a softmax checkpoint; give one, or --no-stock", 2)
-        stock = replace(softmax[0], name="stock", backend="cpu_attn")
-        subjects.append(Subject(stock, server_of(stock, options)))
+    if stock:
+        plain = [c for c in cases if c.variant == "softmax" and c.weights == options.dtype]
+        if not plain:
+            raise UserError("stock vLLM needs a softmax checkpoint; give one, or --no-stock")
+        subjects.append(subject(replace(plain[0], name="stock", backend="cpu_attn")))
     for index, case in enumerate(cases):
-        direct = Subject(case, server_of(case, options))
+        direct = subject(case)
         subjects.append(direct)
-        if options.gateway == "all" or (options.gateway == "one" and index == 0):
+        if gateway == "all" or (gateway == "one" and index == 0):
             subjects.append(replace(direct, through_gateway=True))
     return subjects
 
 
-def main() -> None:
-    """Command line: the table, and as last line one JSON object."""
-    try:
-        options = parse()
-    except LaunchError as error:
-        print(f"benchmarks.serve: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    shutil.rmtree(options.results, ignore_errors=True)
-    options.results.mkdir(parents=True)
-    names = ("requests", "prompt_len", "new_tokens", "seed")
-    about = described(options, names)
-    runs: Runs = {}
-    failed: dict[str, str] = {}
-    finished = asyncio.run(until_signal(measure(options.subjects, options, runs, failed)))
-    rows = results(options.subjects, options.request_rates, options.levels, runs, failed)
-    most = {level.name: capacity(rows, level) for level in options.levels}
-    if rows and not options.no_save:
-        append_csv(options.csv, about, rows)
-        title = f"{about['machine']}, {about['cores']} cores, vLLM {about['vllm']}, {about['mode']}"
-        plot(options.csv.with_suffix(".png"), title, rows, options.levels)
-    print(table(rows, options.levels))
-    for name, found in most.items():
-        met = ", ".join(f"{case} {value:.2f}" for case, value in found.items())
-        print(f"most requests/s that met {name}: {met}")
-    if not finished:
-        print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)
-    for case, reason in failed.items():
-        print(f"benchmarks.serve: {case} failed: {reason}", file=sys.stderr)
-    document: dict[str, Any] = {**about, "most_requests_per_s": most, "rows": rows}
-    print(json.dumps(document))
-    sys.exit(130 if not finished else 1 if failed else 0)
+async def measure(
+    subjects: Sequence[Subject],
+    client: LoadClient,
+    rates: Sequence[float],
+    rounds: int,
+    seed: int,
+    runs: Runs,
+    failed: dict[str, str],
+) -> None:
+    """Measure all rounds of all rates, the subjects in turn, the order of the turn reversed every
+    other round. Who fails is left out from then on.
+
+    Args:
+        subjects: to measure.
+        client: sends the loads.
+        rates: of requests.
+        rounds: of each rate.
+        seed: of the first load.
+        runs: gets what was measured, as it comes.
+        failed: gets the reasons, by subjects' names.
+    """
+    from tqdm import tqdm
+
+    from benchmarks.servers import started, while_alive
+    from serving.launch.process import LaunchError
+
+    def fail(subject: Subject, error: LaunchError) -> None:
+        failed[subject.name] = str(error)
+        print(f"benchmarks.serve: {subject.name} failed: {error}", file=sys.stderr)
+
+    servers = list({id(each.server): each.server for each in subjects}.values())
+    async with started(servers) as not_started:
+        for server in servers:
+            if server not in not_started:
+                warm_up = server.round([[1] * client.prompt_len] * 2, 4)
+                try:  # the first prompt of a length takes longer than others
+                    await while_alive([server.service], warm_up)
+                except LaunchError as error:
+                    not_started[server] = error
+        for subject in subjects:
+            if subject.server in not_started:
+                fail(subject, not_started[subject.server])
+        with tqdm(total=rounds * len(rates) * len(subjects), unit="load", mininterval=5) as bar:
+            for index in range(rounds):
+                for which, rate in enumerate(rates):
+                    own = seed + index * len(rates) + which
+                    for subject in subjects[:: -1 if index % 2 else 1]:
+                        bar.set_description(f"{subject.name}, {rate:g}/s")
+                        name = f"{subject.name.replace(' ', '-')}-{rate:g}-{index}"
+                        if subject.name not in failed:
+                            try:
+                                async with subject.awake(client.folder) as url:
+                                    found = await client.load(subject.server, url, rate, own, name)
+                                runs.setdefault((subject.name, rate), {})[index] = found
+                            except LaunchError as error:
+                                fail(subject, error)
+                        bar.update()
 
 
 if __name__ == "__main__":
-    main()
+    main(serve, "python -m benchmarks.serve", others=True)

@@ -15,7 +15,7 @@ from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
-from benchmarks.options import NoSave, folder, option
+from benchmarks import options as opt
 
 if TYPE_CHECKING:
     from benchmarks.triton_compile.calls import Case, Pair
@@ -33,21 +33,22 @@ QUICK = "sm_90 128 bfloat16"
 
 
 def triton_compile(
-    quick: Annotated[bool, option(f"Only {QUICK}, and no CSV.", "--quick")] = False,
+    quick: Annotated[bool, opt.option(f"Only {QUICK}, and no CSV.", "--quick")] = False,
     packed: Annotated[
-        bool, option("Products and lookups with packed weights instead of attention.", "--packed")
+        bool,
+        opt.option("Products and lookups with packed weights, not attention.", "--packed"),
     ] = False,
     match: Annotated[
         str,
-        option(
+        opt.option(
             "Only cases whose name has this regular expression: 'sm_90 64 .* softpick decode$', "
             "or with --packed 'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup)."
         ),
     ] = "",
     csv: Annotated[
-        Path | None, folder("Rows are added to it (default: a file in benchmarks/results).")
+        Path | None, opt.folder("Rows are added to it (default: a file in benchmarks/results).")
     ] = None,
-    no_save: NoSave = False,
+    no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> int:
     """Compile the GPU kernels ahead of time; no GPU is needed.

@@ -10,7 +10,6 @@ import pandas as pd
 
 from attnserve.evaluation.intervals import Estimate
 from quant.config import UNQUANTIZED, QuantConfig
-from quant.measure import SweepTask
 from quant.store import SweepResult
 
 ENDS = ("", " low", " high")
@@ -104,8 +103,10 @@ KL are the main text's."""
 OF_SETS = ("wikitext2 KL", "blimp change", "lambada loss change")
 """Columns that are there only where the evaluation sets were measured."""
 HEAD = ("checkpoint", "target", "bits", "how", "MB", "bits/weight")
-ESTIMATE = 24
+ESTIMATE = 27
 """Characters of an estimate with its interval, as a rule."""
+WIDTHS = {"checkpoint": 18, "target": 19, "bits": 4, "how": 36, "MB": 7, "bits/weight": 11}
+"""Characters of the other columns, as a rule: rows that are printed one by one are aligned."""
 
 
 def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 1.0) -> str:
@@ -118,58 +119,29 @@ def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 
     return f"{value} [{low}, {high}]"
 
 
-def lines(results: Sequence[SweepResult]) -> list[list[str]]:
-    """Return the main figures as text: a heading, and a line a config; figures that no config has
-    are left out."""
-    measured = {name for result in results for name in result.summary}
-    columns = [name for name in COLUMNS if name in measured]
-    head = [*HEAD, *(COLUMNS[name][0] for name in columns)]
-    return [head, *(_line(result, columns) for result in results)]
-
-
-def _line(result: SweepResult, columns: Sequence[str]) -> list[str]:
-    config, per_weight = result.config, result.bits_per_weight
-    megabytes = f"{result.size['bytes'] / 1e6:.2f}"
-    return [
-        *(result.checkpoint, config.target, str(config.bits or ""), setting(config), megabytes),
-        "" if per_weight is None else f"{per_weight:.2f}",
-        *(shown(result.summary.get(name), *COLUMNS[name][1:]) for name in columns),
-    ]
-
-
-def table(results: Sequence[SweepResult]) -> str:
-    """Return the main figures for the terminal, with 95 % intervals."""
-    rows = lines(results)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_joined(row, widths) for row in rows)
-
-
-def _joined(row: Sequence[str], widths: Sequence[int]) -> str:
-    pairs = zip(row, widths, strict=True)
-    return "  ".join(cell.ljust(width) for cell, width in pairs).rstrip()
-
-
-class Rows:
-    """The main table a row at a time, in columns that are wide enough for what is to come.
+def lines(results: Sequence[SweepResult], sets: bool) -> list[list[str]]:
+    """Return the main figures as text: a heading, and a line a config.
 
     Args:
-        tasks: all whose results will be shown.
-        sets: the evaluation sets are measured.
+        results: of configs.
+        sets: show the figures of the evaluation sets too.
     """
+    columns = {name: how for name, how in COLUMNS.items() if sets or name not in OF_SETS}
+    rows = [[*HEAD, *(heading for heading, _, _ in columns.values())]]
+    for result in results:
+        config, per_weight = result.config, result.bits_per_weight
+        row = [result.checkpoint, config.target, str(config.bits or ""), setting(config)]
+        row.append(f"{result.size['bytes'] / 1e6:.2f}")
+        row.append("" if per_weight is None else f"{per_weight:.2f}")
+        for name, (_, digits, factor) in columns.items():
+            row.append(shown(result.summary.get(name), digits, factor))
+        rows.append(row)
+    return rows
 
-    def __init__(self, tasks: Sequence[SweepTask], sets: bool) -> None:
-        self.columns = [name for name in COLUMNS if sets or name not in OF_SETS]
-        headings = [COLUMNS[name][0] for name in self.columns]
-        longest = {
-            "checkpoint": max(len(task.checkpoint) for task in tasks),
-            "target": max(len(task.config.target) for task in tasks),
-            "how": max(len(setting(task.config)) for task in tasks),
-            "MB": len("0000.00"),
-        }
-        self.widths = [max(len(title), longest.get(title, 0)) for title in HEAD]
-        self.widths += [max(len(title), ESTIMATE) for title in headings]
-        self.head = _joined([*HEAD, *headings], self.widths)
 
-    def row(self, result: SweepResult) -> str:
-        """Return a config's line."""
-        return _joined(_line(result, self.columns), self.widths)
+def table(results: Sequence[SweepResult], sets: bool = False) -> str:
+    """Return the main figures for the terminal, with 95 % intervals."""
+    rows = lines(results, sets)
+    columns = zip(*rows, strict=True)
+    widths = [max(*map(len, column), WIDTHS.get(column[0], ESTIMATE)) + 2 for column in columns]
+    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -11,9 +11,7 @@ from matplotlib.figure import Figure
 
 from attnserve.reports import color, save_figure
 from quant.config import UNQUANTIZED
-from quant.layerwise import Sensitivity
 from quant.outliers import FIGURES
-from quant.report import mixed
 from quant.report.frame import setting, text_of
 from quant.store import SweepResult
 
@@ -76,7 +74,6 @@ def outliers(results: Sequence[SweepResult]) -> Figure:
 def draw(
     results: Sequence[SweepResult],
     folder: Path,
-    sensitivities: Sequence[Sensitivity] = (),
     prefix: str = "",
 ) -> dict[str, Path]:
     """Draw what there is; return the PNG files by name, which is theirs without the prefix."""
@@ -85,8 +82,6 @@ def draw(
         figures = {f"degradation-{target}": degradation(results, target) for target in targets}
         if any(result.config == UNQUANTIZED for result in results):
             figures["outliers"] = outliers(results)
-        if sensitivities:
-            figures["mixed"] = mixed.plot(sensitivities)
         drawn = {name: folder / f"{prefix}{name}.png" for name in figures}
         for name, figure in figures.items():
             save_figure(figure, drawn[name])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from attnserve.evaluation.intervals import Estimate
 from attnserve.reports import templates
 from quant import store
 from quant.config import UNQUANTIZED
-from quant.layerwise import Sensitivity
-from quant.report import explain, mixed, paper
+from quant.report import explain, paper
 from quant.report.frame import provenance, setting, shown, text_of
 from quant.report.plots import draw
 from quant.scorer import CHANGES, DIVERGENCES
@@ -31,7 +32,7 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
     """Draw the plots and return the section; a line that says so if there are no results.
 
     Args:
-        folder: of results (`quant.store`), with those of `quant.sensitivity` in `sensitivity/`.
+        folder: of results (`quant.store`).
         figures: folder for the PNG files.
         plot_folder: the same, as seen from the document.
 
@@ -40,16 +41,13 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
     """
     if not any(folder.glob("configs/*/*.json")):
         return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."
-    results, sensitivities = store.read_all(folder), mixed.read_all(folder)
-    plots = draw(results, figures, sensitivities, prefix="quantization-")
-    return section(results, [path.stem for path in plots.values()], plot_folder, sensitivities)
+    results = store.read_all(folder)
+    plots = draw(results, figures, prefix="quantization-")
+    return section(results, [path.stem for path in plots.values()], plot_folder)
 
 
 def section(
-    results: Sequence[SweepResult],
-    plots: Sequence[str] = (),
-    plot_folder: str = "",
-    sensitivities: Sequence[Sensitivity] = (),
+    results: Sequence[SweepResult], plots: Sequence[str] = (), plot_folder: str = ""
 ) -> str:
     """Return the section as Markdown.
 
@@ -57,7 +55,6 @@ def section(
         results: what `quant.store.read_all` gives.
         plots: names of the PNG files that were drawn.
         plot_folder: where they lie, as seen from the document.
-        sensitivities: what `quant.sensitivity` found.
     """
     unquantized = [result for result in results if result.config == UNQUANTIZED]
     statistics, explanations = explain.statistics(unquantized), explain.explanations(results)
@@ -91,10 +88,6 @@ def section(
                 ]
                 for e in explanations
             ],
-            mixed=(mixed.HEADER, mixed.rows(sensitivities)),
-            schemes=", ".join(dict.fromkeys(one.key["scheme"] for one in sensitivities)),
-            chosen=", ".join(dict.fromkeys(one.chosen for one in sensitivities)),
-            measured=", ".join(dict.fromkeys(one.measured for one in sensitivities)),
             results=results,
             hashes=", ".join(
                 f"{name} {value}"
@@ -120,18 +113,15 @@ def by_checkpoint(results: Sequence[SweepResult], metric: str) -> tuple[list[str
         return ratio.shown(4 if ratio.value < 2 else 1)
 
     names = list(dict.fromkeys(result.checkpoint for result in results))
-    found = {(r.config, r.checkpoint): r.summary[metric] for r in results if metric in r.summary}
-    chosen = dict.fromkeys(result.config for result in results if result.config != UNQUANTIZED)
-    rows = [
-        [
-            config.target,
-            setting(config),
-            str(config.bits),
-            *(text(found.get((config, name))) for name in names),
-        ]
-        for config in sorted(chosen, key=lambda c: (c.target, setting(c), c.bits or 0))
-    ]
-    return ["target", "how", "bits", *names], rows
+    cells = pd.DataFrame(
+        (c.target, setting(c), c.bits, result.checkpoint, text(result.summary.get(metric)))
+        for result in results
+        if (c := result.config) != UNQUANTIZED
+    )
+    if cells.empty:
+        return ["target", "how", "bits", *names], []
+    rows = cells.pivot(index=[0, 1, 2], columns=3, values=4).fillna("")[names].reset_index()
+    return ["target", "how", "bits", *names], rows.astype(str).to_numpy().tolist()
 
 
 def spread(results: Sequence[SweepResult]) -> tuple[list[str], list[list[str]]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from attnserve.files import replacing, write_text
 from attnserve.reports import templates
 from quant import store
-from quant.report import explain, mixed
-from quant.report.frame import frame, lines, provenance
+from quant.report import explain
+from quant.report.frame import OF_SETS, frame, lines, provenance
 from quant.report.plots import draw
 from quant.report.section import TEMPLATES
 from quant.schemes.registry import installed
@@ -25,8 +25,9 @@ def write(folder: Path) -> dict[str, str]:
     """
     results = store.read_all(folder)
     rows = frame(results)
-    plots = draw(results, folder / "plots", mixed.read_all(folder))
-    head, *table = lines(results)
+    plots = draw(results, folder / "plots")
+    sets = any(OF_SETS[0] in result.summary for result in results)
+    head, *table = lines(results, sets)
     page = (
         templates(TEMPLATES)
         .get_template("report.html")

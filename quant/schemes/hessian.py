@@ -73,23 +73,32 @@ def first_inputs(model: PreTrainedModel, texts: Tensor) -> tuple[list[Tensor], d
 
 
 @contextmanager
+def inputs_of(
+    layers: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Show each layer's inputs `[tokens, columns]` to `see(name, inputs)` meanwhile."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda module, args: see(name, args[0].flatten(0, -2))
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+        yield
+
+
+@contextmanager
 def watched(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
     """Collect `X X^T / tokens` of layers' inputs; complete when the context is left."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def add(module: nn.Module, args: tuple[Tensor]) -> None:
-            inputs = args[0].flatten(0, -2).float()
-            product = inputs.T @ inputs
-            sums[name] = sums[name] + product if name in sums else product
-            counts[name] += len(inputs)
+    def add(name: str, inputs: Tensor) -> None:
+        product = inputs.float().T @ inputs.float()
+        sums[name] = sums[name] + product if name in sums else product
+        counts[name] += len(inputs)
 
-        return add
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+    with inputs_of(layers, add):
         yield sums
     for name in sums:
         sums[name] = sums[name] / counts[name]

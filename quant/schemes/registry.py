@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnserve.errors import UserError
 
@@ -116,7 +116,11 @@ class Scheme:
 
 
 OWN, LIBRARIES = "quant.schemes", "quant.schemes.libraries"
-BITSANDBYTES = "bitsandbytes==0.50.2"
+BITSANDBYTES: dict[str, Any] = {
+    "library": "bitsandbytes",
+    "requirement": "bitsandbytes==0.50.2",
+}
+BLOCKWISE = BITSANDBYTES | {"bits": (4,), "wants": wants_blocks}
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -150,32 +154,15 @@ SCHEMES = {
             library="hqq",
             requirement="hqq==0.2.8.post1",
         ),
-        Scheme(
-            "bnb-nf4",
-            "bitsandbytes' NF4, weights only",
-            f"{LIBRARIES}:nf4",
-            bits=(4,),
-            wants=wants_blocks,
-            library="bitsandbytes",
-            requirement=BITSANDBYTES,
-        ),
-        Scheme(
-            "bnb-fp4",
-            "bitsandbytes' FP4, weights only",
-            f"{LIBRARIES}:fp4",
-            bits=(4,),
-            wants=wants_blocks,
-            library="bitsandbytes",
-            requirement=BITSANDBYTES,
-        ),
+        Scheme("bnb-nf4", "bitsandbytes' NF4, weights only", f"{LIBRARIES}:nf4", **BLOCKWISE),
+        Scheme("bnb-fp4", "bitsandbytes' FP4, weights only", f"{LIBRARIES}:fp4", **BLOCKWISE),
         Scheme(
             "bnb-int8",
             "bitsandbytes' int8, weights only",
             f"{LIBRARIES}:int8",
             bits=(8,),
             wants=wants_rows,
-            library="bitsandbytes",
-            requirement=BITSANDBYTES,
+            **BITSANDBYTES,
         ),
     )
 }

@@ -109,6 +109,11 @@ def test_limit_is_the_best_method(monkeypatch: pytest.MonkeyPatch) -> None:
 
     limit = Limit("GB/s", 8e9, {"slow": lambda: takes(4.0), "fast": lambda: takes(2.0)})
     limit.probe()
+    limit.amount = 4e9
     limit.probe()
-    assert limit.take() == 4.0
-    assert limit.summary() == ("fast", 4.0)
+    limit.probe()
+    assert limit.best(probes=1) == ("fast", 2.0)
+    assert limit.best() == ("fast", 2.0)
+    limit.rates["fast"][:4] = [8.0] * 4
+    assert limit.best(probes=2) == ("fast", 5.0)
+    assert limit.best() == ("fast", 8.0)

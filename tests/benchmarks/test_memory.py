@@ -10,29 +10,34 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.__main__ import CHECKPOINTS, PACK, STANDARD
-from benchmarks.memory.__main__ import parse, plot, row_of, table
-from benchmarks.memory.measure import requests_of
-from benchmarks.memory.predict import QUANTITIES, predict
-from benchmarks.quantized import weight_bytes
-from benchmarks.servers import append_csv
-from serving.launch.process import LaunchError
+from benchmarks.__main__ import CHECKPOINTS, PACK, STANDARD, Benchmark
+from benchmarks.checkpoints import ServerCase, cases_of, weight_bytes
+from benchmarks.memory.__main__ import memory, plot, row_of, table
+from benchmarks.memory.measure import QUANTITIES, RequestShape, predict, requests_of
+from benchmarks.results import append_csv
+from benchmarks.servers import ServerOptions
 from tests.benchmarks.test_rates import ours
+from tests.conftest import Commands
 from tests.quantized import quantize
 
 LAYERS, KV_HEADS, HEAD = 3, 2, 32
 
 
-def arguments(folder: Path, *more: str) -> list[str]:
-    """All checkpoints; requests of 256 tokens."""
-    found = ["--ckpts", str(folder / "softmax"), str(folder / "selective")]
-    found += ["--packed", str(folder / "w4"), "--kv-budgets", "8", "4", "12"]
-    return [*found, "--prompt-len=200", "--new-tokens=56", "--kv-cache-memory-bytes=2000000", *more]
+def cases(folder: Path, kv_budgets: tuple[int, ...] = (8, 4, 12)) -> list[ServerCase]:
+    """Return those of all checkpoints: softmax, selective, selective within budgets, packed."""
+    return cases_of(
+        [folder / "softmax", folder / "selective"], [folder / "w4"], kv_budgets, "float32"
+    )
+
+
+def options(dtype: str = "float32") -> ServerOptions:
+    """Return those of servers with 2 MB of KV cache."""
+    return ServerOptions(dtype, 2_000_000, 1, True, 60, Path(".run"))
 
 
 def test_predictions(folder: Path) -> None:
-    options = parse(arguments(folder))
-    softmax, selective, pruned, packed = (predict(case, options) for case in options.cases)
+    requests = RequestShape(200, 56)
+    softmax, selective, pruned, packed = (predict(c, requests, options()) for c in cases(folder))
     token = LAYERS * KV_HEADS * 2 * HEAD * 4
     assert softmax["kv_bytes_per_token"] == token
     assert softmax["kv_bytes_per_request"] == 256 * token
@@ -51,22 +56,22 @@ def test_predictions(folder: Path) -> None:
 
 
 def test_a_request_takes_whole_blocks_and_no_budget_is_longer_than_it(folder: Path) -> None:
-    options = parse(arguments(folder, "--new-tokens=57", "--kv-budgets", "8", "4", "1000"))
-    softmax, _, pruned, _ = (predict(case, options) for case in options.cases)
+    requests = RequestShape(200, 57)
+    found = cases(folder, (8, 4, 1000))
+    softmax, _, pruned, _ = (predict(case, requests, options()) for case in found)
     assert softmax["kv_bytes_per_request"] == 384 * LAYERS * KV_HEADS * 2 * HEAD * 4
     assert pruned["kv_bytes_per_request"] == (8 + 4 + 257) * (KV_HEADS * 2 * HEAD * 4 + 8)
-    half = parse(arguments(folder, "--dtype=bfloat16"))
     token = LAYERS * KV_HEADS * 2 * HEAD * 2
-    assert predict(half.cases[0], half)["kv_bytes_per_token"] == token
+    half = predict(found[0], RequestShape(200, 56), options("bfloat16"))
+    assert half["kv_bytes_per_token"] == token
 
 
 def test_rows(folder: Path, tmp_path: Path) -> None:
-    options = parse(arguments(folder))
-    case = options.cases[0]
-    predicted = predict(case, options)
+    case, other, *_ = cases(folder)
+    predicted = predict(case, RequestShape(200, 56), options())
     found = {name: 2 * value for name, value in predicted.items()}
     good = row_of(case, predicted, {**found, "blocks": 9, "rss_bytes": 3e6})
-    bad = row_of(options.cases[1], predicted, {}, "ended with exit code 1")
+    bad = row_of(other, predicted, {}, "ended with exit code 1")
     assert all(good[f"{name}_ratio"] == 2.0 for name in QUANTITIES)
     assert (good["blocks"], good["error"]) == (9, "")
     assert bad["weight_bytes_measured"] is None and bad["error"] == "ended with exit code 1"
@@ -83,14 +88,16 @@ def test_rows(folder: Path, tmp_path: Path) -> None:
     [
         (["--prompt-len=1000"], "prompt and answer take 1056 tokens, softmax 1024"),
         (["--kv-cache-memory-bytes=500000"], "has no room for a request of softmax"),
-        (["--kv-budgets", "8"], r"1 budgets; .*selective has 3 layers"),
+        (["--kv-budgets", "8"], "1 budgets; "),
         (["--packed=nowhere"], "nowhere is not a checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refusals(folder: Path, more: list[str], line: str) -> None:
-    with pytest.raises(LaunchError, match=line):
-        parse(arguments(folder, *more))
+def test_refusals(folder: Path, more: list[str], line: str, commands: Commands) -> None:
+    given = ["--ckpts", folder / "softmax", folder / "selective", "--new-tokens=56"]
+    if "--kv-budgets" not in more:
+        given += ["--kv-budgets", "8", "4", "12"]
+    assert line in commands.refused(memory, *given, *more, "--no-save")
 
 
 @pytest.mark.slow
@@ -100,13 +107,20 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quantize(PACK[1:])
     csv = tmp_path / "memory.csv"
-    command = [sys.executable, "-m", *STANDARD["memory"], f"--csv={csv}", "--ckpts"]
+    command = [
+        sys.executable,
+        "-m",
+        *STANDARD[Benchmark.MEMORY],
+        f"--csv={csv}",
+        "--json",
+        "--ckpts",
+    ]
     command += [str(CHECKPOINTS / name) for name in ("softmax", "selective")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    cases = ["softmax", "selective", "selective pruned", "softpick-w4"]
-    assert [row["case"] for row in rows] == cases
+    rows = json.loads(done.stdout)["rows"]
+    names = ["softmax", "selective", "selective pruned", "softpick-w4"]
+    assert [row["case"] for row in rows] == names
     for row in rows:
         assert row["kv_bytes_per_request_ratio"] == pytest.approx(1.0, abs=0.01)
         assert row["requests_in_flight_ratio"] == pytest.approx(1.0, abs=0.02)

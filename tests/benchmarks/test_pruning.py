@@ -6,16 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from benchmarks.__main__ import STANDARD
-from benchmarks.pruning import kv_bytes, parse
-from serving.launch.process import LaunchError
+from benchmarks.__main__ import STANDARD, Benchmark
+from benchmarks.pruning import PruningPlan, plan_of, pruning
+from tests.conftest import Commands
 from tests.tiny import tiny_checkpoint
 
-BUDGETS = ["8", "4", "12"]
+BUDGETS = [8, 4, 12]
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +25,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("selective"), "selective")
 
 
+def plan(ckpt: Path, kv_budgets: list[int], memory: int | None = None, **given: Any) -> PruningPlan:
+    """Return what is sent of 8 requests of 100 + 20 tokens."""
+    counts = {"prompt_len": 100, "new_tokens": 20, "requests": 8, "rounds": 1, "seed": 0}
+    fields: dict[str, Any] = {"max_model_len": 512, "dtype": "float32", **counts, **given}
+    return plan_of(ckpt, kv_budgets, memory, **fields)
+
+
 def test_bytes_of_a_request(checkpoint: Path) -> None:
-    lengths = ["--prompt-len=100", "--new-tokens=20"]
-    ckpt = f"--ckpt={checkpoint}"
-    unpruned, pruned = kv_bytes(parse([ckpt, *lengths, "--kv-budgets", *BUDGETS]))
+    unpruned, pruned = plan(checkpoint, BUDGETS).kv_bytes()
     assert unpruned == 3 * 120 * 2 * (2 * 32 * 4 + 4)
     assert pruned == 24 * (2 * 2 * 32 * 4 + 8)
-    half = parse([ckpt, *lengths, "--dtype=bfloat16", "--kv-budgets", *BUDGETS])
-    assert kv_bytes(half) == (3 * 120 * 2 * (2 * 32 * 2 + 4), 24 * (2 * 2 * 32 * 2 + 8))
+    half = plan(checkpoint, BUDGETS, dtype="bfloat16").kv_bytes()
+    assert half == (3 * 120 * 2 * (2 * 32 * 2 + 4), 24 * (2 * 2 * 32 * 2 + 8))
 
 
 def test_a_budget_beyond_the_context_is_the_context(checkpoint: Path) -> None:
-    arguments = [f"--ckpt={checkpoint}", "--max-model-len=512", "--kv-budgets", "8", "600", "8"]
-    assert kv_bytes(parse(arguments))[1] == (8 + 512 + 8) * (2 * 2 * 32 * 4 + 8)
+    assert plan(checkpoint, [8, 600, 8]).kv_bytes()[1] == (8 + 512 + 8) * (2 * 2 * 32 * 4 + 8)
 
 
 @pytest.mark.parametrize(
@@ -44,27 +49,24 @@ def test_a_budget_beyond_the_context_is_the_context(checkpoint: Path) -> None:
     [
         (["--kv-cache-memory-bytes=700000"], "700000 holds no unpruned request of 512 tokens in f"),
         (["--kv-budgets", "8", "8"], "--kv-budgets has 2 entries and the model 3 layers"),
-        (["--kv-budgets", *BUDGETS, "--prompt-len=500"], "longer than --max-model-len"),
-        (["--ckpt=nowhere"], "nowhere is not a checkpoint"),
+        (["--kv-budgets", "8", "4", "12", "--prompt-len=500"], "longer than --max-model-len"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refusals(checkpoint: Path, arguments: list[str], line: str) -> None:
-    with pytest.raises(LaunchError, match=line):
-        parse([f"--ckpt={checkpoint}", *arguments])
+def test_refusals(checkpoint: Path, arguments: list[str], line: str, commands: Commands) -> None:
+    assert line in commands.refused(pruning, f"--ckpt={checkpoint}", *arguments)
 
 
 def test_defaults_hold_a_request_of_any_dtype(checkpoint: Path) -> None:
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
-        options = parse([f"--ckpt={checkpoint}", f"--dtype={dtype}", "--max-model-len=520"])
-        assert options.kv_budgets == [32] * 3
-        assert options.kv_cache_memory_bytes == 4 * 5 * 128 * 3 * 2 * (2 * 32 * size + 4)
+        found = plan(checkpoint, [], dtype=dtype, max_model_len=520)
+        assert found.kv_budgets == [32] * 3
+        assert found.kv_cache_memory_bytes == 4 * 5 * 128 * 3 * 2 * (2 * 32 * size + 4)
 
 
-def test_another_attention_is_refused(tmp_path: Path) -> None:
+def test_another_attention_is_refused(tmp_path: Path, commands: Commands) -> None:
     tiny_checkpoint(tmp_path, "softmax")
-    with pytest.raises(LaunchError, match="has no attention that can be pruned"):
-        parse([f"--ckpt={tmp_path}", "--kv-budgets", *BUDGETS])
+    assert "has no attention that can be pruned" in commands.refused(pruning, f"--ckpt={tmp_path}")
 
 
 @pytest.mark.slow
@@ -72,11 +74,18 @@ def test_measures_both(tmp_path: Path) -> None:
     """Memory for three or four unpruned requests of 256 tokens, or for all pruned ones. A bundled
     checkpoint, since a smaller model answers faster than the API server counts what runs."""
     csv = tmp_path / "pruning.csv"
-    command = [sys.executable, "-m", *STANDARD["pruning"], "--rounds=1", f"--csv={csv}"]
+    command = [
+        sys.executable,
+        "-m",
+        *STANDARD[Benchmark.PRUNING],
+        "--rounds=1",
+        f"--csv={csv}",
+        "--json",
+    ]
     command += [f"--log-folder={tmp_path}"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    unpruned, pruned = json.loads(ended.stdout.splitlines()[-1])["rows"]
+    unpruned, pruned = json.loads(ended.stdout)["rows"]
     assert unpruned["running"] < pruned["running"] == 64
     assert unpruned["ratio"] == 1.0
     assert pruned["long_usage_early"] == pruned["long_usage_late"]

@@ -6,17 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
 from benchmarks import packed_products
-from benchmarks.quantized import name_of, parse, rows_of, table, weight_bytes
-from benchmarks.rates import Case, Round
-from serving.launch.process import LaunchError
+from benchmarks.checkpoints import packed_name, weight_bytes
+from benchmarks.quantized import Weights, quantized, rows_of, table
+from benchmarks.rates import Load, Round
+from tests.conftest import Commands
 from tests.quantized import quantize
 from tests.tiny import tiny_checkpoint
 
@@ -41,30 +40,30 @@ def test_bytes_of_weights(folders: tuple[Path, Path]) -> None:
     # A scale of two bytes and a zero point of one in each group of 64.
     expected = 3 * layer * (4 / 8 + 3 / 64) + embeddings * (1 + 3 / 64) + 2 * norms
     assert weight_bytes(packed, "bfloat16") == expected
-    assert name_of(packed) == "w4-g64-e8"
+    assert packed_name(packed) == "w4-g64-e8"
 
 
 def test_rows(folders: tuple[Path, Path]) -> None:
     """Ratios are of the same round, to the first server and to the second."""
     rates = [(10.0, 20.0, 40.0), (20.0, 10.0, 30.0), (10.0, 20.0, 30.0)]
     decode = [[Round(rate, 0.1, 0.9) for rate in each] for each in rates]
-    case = Case(128, 1, [[Round(100.0, 1.0, 0.0)] * 3], decode)
+    load = Load(128, 1, [[Round(100.0, 1.0, 0.0)] * 3], decode)
     names = ("float32", "bfloat16", "w4")
-    peers: Any = [SimpleNamespace(name=name, dtype="float32", weights=50) for name in names]
-    rows = rows_of(peers, [case], [1, 2, 3])
+    weights = [Weights(name, "float32", 50) for name in names]
+    rows = rows_of(weights, [load], [1, 2, 3])
     assert [row["weights"] for row in rows] == list(names)
     assert rows[2]["decode_ratio_median"] == 3.0
     assert rows[2]["decode_ratio_2_median"] == 2.0
     assert rows[2]["resident_bytes"] == 3
-    assert len(table(rows, peers).splitlines()) == 4
+    assert len(table(rows).splitlines()) == 4
 
 
-def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_refusals(folders: tuple[Path, Path], tmp_path: Path, commands: Commands) -> None:
     source, packed = folders
-    with pytest.raises(LaunchError, match=r"is not from quant\.quantize"):
-        name_of(source)
-    with pytest.raises(LaunchError, match="is not a checkpoint"):
-        parse([f"--ckpt={tmp_path}", f"--packed={packed}"])
+    line = commands.refused(quantized, f"--ckpt={source}", f"--packed={source}")
+    assert f"--packed {source} is not from quant.quantize" in line
+    line = commands.refused(quantized, f"--ckpt={tmp_path}", f"--packed={packed}")
+    assert "is not a checkpoint" in line
 
 
 def test_products() -> None:
@@ -82,10 +81,15 @@ def test_a_run(folders: tuple[Path, Path], tmp_path: Path) -> None:
     source, packed = folders
     command = [sys.executable, "-m", "benchmarks.quantized", f"--ckpt={source}", "--enforce-eager"]
     command += [f"--packed={packed}", "--peer-backend=softmax", "--rounds=2", "--new-tokens=8"]
-    command += [f"--csv={tmp_path / 'out.csv'}", f"--log-folder={tmp_path}", "--prefill-rounds=1"]
+    command += [
+        f"--csv={tmp_path / 'out.csv'}",
+        f"--log-folder={tmp_path}",
+        "--prefill-rounds=1",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    rows = json.loads(done.stdout)["rows"]
     assert [row["weights"] for row in rows] == ["float32", "bfloat16", "w4-g64-e8"]
     assert all(row["resident_bytes"] > 0 for row in rows)
     assert len(pd.read_csv(tmp_path / "out.csv")) == 3

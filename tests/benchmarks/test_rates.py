@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
 
 from attn_kernels import variant_names
-from benchmarks.rates import Case, Round, decode_rate, measured, parse, results
-from benchmarks.servers import Answer, append_csv
+from benchmarks.rates import Load, Round, decode_rate, rates, round_of, rows_of
+from benchmarks.servers import Answer
 from serving.launch.process import LaunchError
+from tests.conftest import Commands
 from tests.tiny import tiny_checkpoint
 
 BACKENDS = ("cpu_attn", "softmax")
@@ -46,21 +49,21 @@ def test_decode_rate_of_requests_that_never_met() -> None:
 
 
 def test_figures_of_a_round() -> None:
-    uncached = measured([Answer(1.0, [3.0], 0), Answer(1.5, [5.0], 0)], prompt_len=100)
+    uncached = round_of([Answer(1.0, [3.0], 0), Answer(1.5, [5.0], 0)], prompt_len=100)
     assert uncached == Round(rate=200 / 4.0, ttft=2.75, cached=0.0)
-    cached = measured([Answer(1.0, [2.0, 2.5, 3.0], 75)], prompt_len=100)
+    cached = round_of([Answer(1.0, [2.0, 2.5, 3.0], 75)], prompt_len=100)
     assert cached == Round(rate=2.0, ttft=1.0, cached=0.75)
 
 
-def a_case() -> Case:
+def a_load() -> Load:
     """Two backends, three decode rounds and one uncached round."""
     decode = [(10.0, 20.0), (5.0, 15.0), (20.0, 20.0)]
     rounds = [[Round(rate, 0.1, 0.9) for rate in pair] for pair in decode]
-    return Case(1024, 8, [[Round(100.0, 1.0, 0.0), Round(50.0, 2.0, 0.0)]], rounds)
+    return Load(1024, 8, [[Round(100.0, 1.0, 0.0), Round(50.0, 2.0, 0.0)]], rounds)
 
 
 def test_ratios_are_made_inside_a_round() -> None:
-    first, second = results(BACKENDS, [a_case()])
+    first, second = rows_of(BACKENDS, [a_load()])
     assert first["decode_ratio_median"] == first["prefill_ratio_median"] == 1.0
     assert second["decode_ratios"] == [2.0, 3.0, 1.0]
     assert second["decode_ratio_median"] == 2.0
@@ -70,42 +73,40 @@ def test_ratios_are_made_inside_a_round() -> None:
     assert second["ttft_cached_s_median"] == 0.1
 
 
-def test_csv_grows_and_keeps_what_is_in_it(tmp_path: Path) -> None:
-    path, rows = tmp_path / "results" / "rates.csv", results(BACKENDS, [a_case()])
-    append_csv(path, {"date": "2026-01-01", "machine": "a, b"}, rows, ["decode_ratios"])
-    before = path.read_text().splitlines()
-    append_csv(path, {"date": "2026-01-02", "machine": "c", "new": 1}, rows, ["decode_ratios"])
-    after = pd.read_csv(path)
-    assert list(after["date"]) == ["2026-01-01"] * 2 + ["2026-01-02"] * 2
-    assert list(after["backend"]) == [*BACKENDS, *BACKENDS]
-    assert after["new"].isna().tolist() == [True, True, False, False]
-    old = path.read_text().splitlines()[1:3]
-    assert [line.removesuffix(",") for line in old] == before[1:]
-
-
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--prompt-lens", "0"], "'0' is not a whole number above 0"),
+        (["--prompt-lens", "0"], "'--prompt-lens'"),
         (["--new-tokens", "1"], "has no decode step"),
-        (["--prompt-lens", "1000"], "prompt and answer take 1064 tokens, the model 1024"),
-        (["--ckpt", "nowhere"], "nowhere is not a checkpoint"),
+        (["--prompt-lens", "1000"], "prompt and answer take 1064 tokens, "),
+        (["--kv-cache-memory-bytes", "2T"], "'2T' is not a number of bytes above 0, like 256M"),
     ],
 )
-def test_bad_input_is_one_line(checkpoint: Path, arguments: list[str], reason: str) -> None:
-    ended = bench("--ckpt", checkpoint, *arguments)
-    assert ended.returncode == 2
-    assert reason in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
+def test_bad_input_is_one_line(
+    checkpoint: Path, arguments: list[str], reason: str, commands: Commands
+) -> None:
+    assert reason in commands.refused(rates, "--ckpt", checkpoint, *arguments)
 
 
 @pytest.mark.parametrize("name", variant_names())
-def test_defaults_fit_the_checkpoint(name: str, tmp_path: Path) -> None:
+def test_defaults_fit_the_checkpoint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands
+) -> None:
     """A checkpoint that names its attention runs with no other; a prompt has to fit."""
     ckpt = tiny_checkpoint(tmp_path, name)  # 1024 tokens
-    options = parse(["--ckpt", str(ckpt)])
-    assert options.backends == (["cpu_attn", "softmax"] if name == "softmax" else [name])
-    assert options.prompt_lens == [960]
+    seen: dict[str, Any] = {}
+
+    async def with_all(servers: list[Any], work: Coroutine[Any, Any, None]) -> list[Load]:
+        work.close()
+        seen["names"] = [server.name for server in servers]
+        seen["command"] = servers[0].command
+        return []
+
+    monkeypatch.setattr("benchmarks.servers.with_all", with_all)
+    assert "nothing was measured" in commands.run(rates, "--ckpt", ckpt, "--no-save")
+    assert seen["names"] == (["cpu_attn", "softmax"] if name == "softmax" else [name])
+    assert "--max-model-len=1024" in seen["command"]
+    assert f"--kv-cache-memory-bytes={2 << 30}" in seen["command"]
 
 
 def ours() -> list[psutil.Process]:
@@ -140,10 +141,10 @@ def test_measures_two_servers(checkpoint: Path, tmp_path: Path) -> None:
     ended = bench(
         *("--ckpt", checkpoint, "--backends", *BACKENDS, "--prompt-lens", "300", "--batches"),
         *("1", "2", "--rounds", "2", "--prefill-rounds", "1", "--threads", "1", "--csv", csv),
-        *("--enforce-eager", "--kv-cache-memory-bytes=64M", "--log-folder", tmp_path),
+        *("--enforce-eager", "--kv-cache-memory-bytes=64M", "--log-folder", tmp_path, "--json"),
     )
     assert ended.returncode == 0, ended.stderr
-    rows = json.loads(ended.stdout.splitlines()[-1])["rows"]
+    rows = json.loads(ended.stdout)["rows"]
     assert [(row["backend"], row["batch"]) for row in rows] == [
         (backend, batch) for batch in (1, 2) for backend in BACKENDS
     ]

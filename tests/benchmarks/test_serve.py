@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -12,22 +11,32 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 
-from benchmarks.serve.__main__ import parse
-from benchmarks.serve.levels import LEVELS, Level, Requests, level, meets, read, together
-from benchmarks.serve.measure import Runs
-from benchmarks.serve.report import capacity, plot, results, table
+from benchmarks.checkpoints import ServerCase, cases_of
+from benchmarks.serve.__main__ import serve, subjects_of
+from benchmarks.serve.load import LEVELS, Level, LoadResult, Runs, Subject, level, read, together
+from benchmarks.serve.rows import capacity, plot, rows_of, table
+from benchmarks.servers import ServerOptions
 from serving.launch.process import LaunchError
 from tests.benchmarks.test_rates import ours
+from tests.conftest import Commands
 
 RECORDED = Path(__file__).with_name("data") / "vllm_bench_serve.json"
 """What `vllm bench serve` 0.32 wrote of sixteen requests to checkpoints/softmax, less texts."""
 
 
-def arguments(folder: Path, *more: str) -> list[str]:
-    """Both checkpoints, with budgets that fit them."""
-    ckpts = [str(folder / "softmax"), str(folder / "selective")]
-    return ["--ckpts", *ckpts, "--kv-budgets", "8", "4", "12", *more]
+OPTIONS = ServerOptions("float32", 1 << 20, 1, True, 60, Path(".run"))
+
+
+def cases(folder: Path, *packed: Path) -> list[ServerCase]:
+    """Return those of both checkpoints, with budgets that fit them, and of packed ones."""
+    return cases_of([folder / "softmax", folder / "selective"], packed, [8, 4, 12], "float32")
+
+
+def subjects(folder: Path) -> list[Subject]:
+    """Return stock vLLM and those cases, without a gateway."""
+    return subjects_of(cases(folder), OPTIONS, 200, "none")
 
 
 def test_figures_are_those_of_vllm() -> None:
@@ -54,10 +63,10 @@ def test_failed_requests_are_no_measurement(tmp_path: Path) -> None:
         read(tmp_path / "nothing.json")
 
 
-def requests(seconds: float, ttft: float, tpot: float, count: int = 100) -> Requests:
+def requests(seconds: float, ttft: float, tpot: float, count: int = 100) -> LoadResult:
     """As many requests of ten tokens, all the same."""
     same = np.full(count, 1.0)
-    return Requests(seconds, 10 * count, same * ttft, same * tpot, same * tpot)
+    return LoadResult(seconds, 10 * count, same * ttft, same * tpot, same * tpot)
 
 
 def test_a_level_is_met_by_the_99th_percentile() -> None:
@@ -66,43 +75,46 @@ def test_a_level_is_met_by_the_99th_percentile() -> None:
     assert fast.good(limits) == 100 and slow.good(limits) == 0
     both = together([fast, fast, slow])
     assert both.good(limits) == 200 and both.seconds == 3.0
-    assert meets(both, limits)  # one of 201 is out
-    assert not meets(together([fast, slow, slow, slow]), limits)
-    assert not meets(requests(1.0, 90, 11), limits)
+    assert both.meets(limits)  # one of 201 is out
+    assert not together([fast, slow, slow, slow]).meets(limits)
+    assert not requests(1.0, 90, 11).meets(limits)
 
 
-def test_levels_of_the_command_line(folder: Path) -> None:
-    assert parse(arguments(folder)).levels == LEVELS
-    given = parse(arguments(folder, "--level", "batch=5000:250.5", "--level", "chat=100:10"))
-    assert given.levels == [Level("batch", 5000, 250.5), Level("chat", 100, 10)]
+def test_levels_of_the_command_line() -> None:
+    assert [level(str(each)) for each in LEVELS] == list(LEVELS)
+    assert level("batch=5000:250.5") == Level("batch", 5000, 250.5)
     for wrong in ("chat", "chat=1", "chat=1:0", "=1:1", "a b=1:1", "chat=x:1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not like interactive=500:30"):
+        with pytest.raises(typer.BadParameter, match="is not like interactive=500:30"):
             level(wrong)
 
 
 def test_cases(folder: Path) -> None:
-    options = parse(arguments(folder, "--packed", str(folder / "w4"), "--gateway=all"))
     direct = ["stock", "softmax", "selective", "selective pruned", "w4"]
     expected = [direct[0], *(name + end for name in direct[1:] for end in ("", " + gateway"))]
-    subjects = {subject.name: subject for subject in options.subjects}
-    assert list(subjects) == expected
-    assert subjects["w4 + gateway"].server is subjects["w4"].server
-    assert subjects["w4"].case.weights == "w4-g64-e8"
-    command = {name: " ".join(subject.server.command) for name, subject in subjects.items()}
+    found = {s.name: s for s in subjects_of(cases(folder, folder / "w4"), OPTIONS, 200, "all")}
+    assert list(found) == expected
+    assert found["w4 + gateway"].server is found["w4"].server
+    assert found["w4"].case.weights == "w4-g64-e8"
+    command = {name: " ".join(subject.server.command) for name, subject in found.items()}
     assert "--attention-backend=cpu_attn" in command["stock"]
     assert '"kv_budgets": [8, 4, 12]' in command["selective pruned"]
     assert "kv_budgets" not in command["selective"]
     assert "--attention-backend" not in command["softmax"]
 
-    one = [subject.name for subject in parse(arguments(folder)).subjects]
-    assert one == ["stock", "softmax", "softmax + gateway", "selective", "selective pruned"]
-    bare = parse(arguments(folder, "--gateway=none", "--no-stock"))
-    assert [subject.name for subject in bare.subjects] == direct[1:4]
+    one = subjects_of(cases(folder), OPTIONS, 200, "one")
+    assert [subject.name for subject in one] == [
+        "stock",
+        "softmax",
+        "softmax + gateway",
+        "selective",
+        "selective pruned",
+    ]
+    bare = subjects_of(cases(folder), OPTIONS, 200, "none", stock=False)
+    assert [subject.name for subject in bare] == direct[1:4]
 
 
 def test_rows(folder: Path, tmp_path: Path) -> None:
     """Ratios are made inside a round; what failed has a row that says why."""
-    options = parse(arguments(folder, "--gateway=none", "--request-rates", "4", "inf"))
     inf = float("inf")
     runs: Runs = {
         ("stock", 4.0): {0: requests(1.0, 100, 20), 1: requests(2.0, 200, 40)},
@@ -111,7 +123,7 @@ def test_rows(folder: Path, tmp_path: Path) -> None:
         ("selective", 4.0): {1: requests(1.0, 900, 20)},
     }
     failed = {"selective": "ended with exit code 1", "selective pruned": "did not start in 3 s"}
-    rows = results(options.subjects, [4.0, inf], LEVELS, runs, failed)
+    rows = rows_of(subjects(folder), [4.0, inf], LEVELS, runs, failed)
     names = ["stock", "stock", "softmax", "selective", "selective", "selective pruned"]
     assert [row["case"] for row in rows] == names
     assert [row["error"] for row in rows[4:]] == list(failed.values())
@@ -132,9 +144,8 @@ def test_rows(folder: Path, tmp_path: Path) -> None:
 
 def test_without_a_peer(folder: Path) -> None:
     """What the peer did not measure has no ratio."""
-    options = parse(arguments(folder, "--gateway=none"))
     runs: Runs = {("softmax", 4.0): {0: requests(1.0, 100, 20)}}
-    rows = results(options.subjects, [4.0], LEVELS, runs, {"stock": "ended"})
+    rows = rows_of(subjects(folder), [4.0], LEVELS, runs, {"stock": "ended"})
     assert [row["error"] for row in rows] == ["ended", ""]
     assert rows[1]["tokens_per_s_ratio"] is None
     assert "softmax" in table(rows, LEVELS)
@@ -143,29 +154,32 @@ def test_without_a_peer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["--kv-budgets", "8", "8"], r"2 budgets; .*selective has 3 layers"),
-        (["--prompt-len=1000"], "prompt, answer and 32 spare tokens are 1064; softmax takes 1024"),
+        (["--kv-budgets", "8", "8"], "2 budgets; "),
+        (["--prompt-len=1000"], "prompt and answer take 1064 tokens, softmax 1024"),
         (["--packed=nowhere"], "nowhere is not a checkpoint"),
         (["--ckpts=nowhere"], "nowhere is not a checkpoint"),
+        (["--level=chat"], "'chat' is not like interactive=500:30 (ms)"),
+        (["--request-rates=0"], "'--request-rates'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refusals(folder: Path, more: list[str], line: str) -> None:
-    with pytest.raises(LaunchError, match=line):
-        parse(arguments(folder, *more))
+def test_refusals(folder: Path, more: list[str], line: str, commands: Commands) -> None:
+    given = ["--ckpts", folder / "softmax", folder / "selective"]
+    budgets = [] if "--kv-budgets" in more else ["--kv-budgets", "8", "4", "12"]
+    assert line in commands.refused(serve, *given, *budgets, *more)
 
 
-def test_refusals_of_checkpoints(folder: Path, tmp_path: Path) -> None:
-    selective, softmax = str(folder / "selective"), str(folder / "softmax")
-    with pytest.raises(LaunchError, match="stock vLLM needs a softmax checkpoint"):
-        parse(["--ckpts", selective, "--kv-budgets"])
-    with pytest.raises(LaunchError, match=r"is not from quant\.quantize"):
-        parse(["--ckpts", softmax, "--packed", selective])
+def test_refusals_of_checkpoints(folder: Path, tmp_path: Path, commands: Commands) -> None:
+    selective, softmax = folder / "selective", folder / "softmax"
+    line = commands.refused(serve, "--ckpts", selective, "--kv-budgets", "0")
+    assert "stock vLLM needs a softmax checkpoint" in line
+    line = commands.refused(serve, "--ckpts", softmax, "--packed", selective)
+    assert "is not from quant.quantize" in line
     again = tmp_path / "softmax"
     again.symlink_to(folder / "softmax")
     copied = shutil.copytree(again, tmp_path / "other" / "softmax")
-    with pytest.raises(LaunchError, match="folders are called softmax: rename one"):
-        parse(["--ckpts", softmax, str(copied)])
+    line = commands.refused(serve, "--ckpts", softmax, copied)
+    assert "folders are called softmax: rename one" in line
 
 
 @pytest.mark.slow
@@ -178,9 +192,10 @@ def test_a_run_with_a_case_that_fails(folder: Path, tmp_path: Path) -> None:
     command += [str(broken), "--request-rates", "inf", "--rounds=1", "--requests=6", f"--csv={csv}"]
     command += ["--prompt-len=64", "--new-tokens=8", "--enforce-eager", f"--log-folder={tmp_path}"]
     command += [f"--kv-cache-memory-bytes={64 << 20}", "--threads=1", "--level=any=60000:60000"]
+    command += ["--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(done.stdout)
     rows = {row["case"]: row for row in last["rows"]}
     assert list(rows) == ["stock", "softmax", "softmax + gateway", "broken"]
     assert "broken failed: bench-broken ended with exit code" in done.stderr

@@ -6,47 +6,44 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import pruning
-from benchmarks.__main__ import PACK, STANDARD, parse
-from benchmarks.gateway import __main__ as gateway
-from benchmarks.kernels import __main__ as kernels
-from benchmarks.memory import __main__ as memory
-from benchmarks.serve import __main__ as serve
-from tests.quantized import quantize
+from benchmarks.__main__ import PACK, STANDARD, benchmarks
+from benchmarks.gateway.__main__ import gateway
+from benchmarks.kernels.__main__ import kernels
+from benchmarks.memory.__main__ import memory
+from benchmarks.pruning import pruning
+from benchmarks.serve.__main__ import serve
+from quant import quantize
+from tests.conftest import Commands
 
 
-def test_every_command_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    parsers: dict[str, Callable[[list[str]], object]] = {
-        "benchmarks.kernels": kernels.parser().parse_args,
-        "benchmarks.memory": memory.parse,
-        "benchmarks.serve": serve.parse,
-        "benchmarks.pruning": pruning.parse,
-        "benchmarks.gateway": gateway.parse,
+def test_every_command_is_understood(commands: Commands) -> None:
+    functions: dict[str, Callable[..., Any]] = {
+        "benchmarks.kernels": kernels,
+        "benchmarks.memory": memory,
+        "benchmarks.serve": serve,
+        "benchmarks.pruning": pruning,
+        "benchmarks.gateway": gateway,
     }
     assert PACK[0] == quantize.__name__
-    quantize(PACK[1:])
-    assert {command[0] for command in STANDARD.values()} == set(parsers)
+    assert {command[0] for command in STANDARD.values()} == set(functions)
     for module, *arguments in STANDARD.values():
-        parsers[module]([*arguments, "--no-save"])
+        # --help ends a command that is understood; what is not is refused before it.
+        assert "--json" in commands.run(functions[module], *arguments, "--no-save", "--help")
 
 
-def test_parts() -> None:
-    assert parse([]).only == list(STANDARD)
-    assert parse(["--only", "serve", "memory"]).only == ["serve", "memory"]
-    with pytest.raises(SystemExit):
-        parse(["--only", "nothing"])
+def test_unknown_parts_are_refused(commands: Commands) -> None:
+    assert "'--only'" in commands.refused(benchmarks, "--only", "nothing")
 
 
 @pytest.mark.slow
 def test_a_part() -> None:
-    command = [sys.executable, "-m", "benchmarks", "--only", "kernels", "--no-save"]
+    command = [sys.executable, "-m", "benchmarks", "--only", "kernels", "--no-save", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(done.stdout)
     assert [row["benchmark"] for row in last["rows"]] == ["kernels"]
-    assert "of limit" in done.stdout
+    assert "of limit" in done.stderr

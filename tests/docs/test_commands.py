@@ -11,6 +11,8 @@ from tests.docs.clone import Clone
 from tests.docs.rules import NotHere, Run
 from tests.docs.table import RULES
 
+pytestmark = pytest.mark.vllm
+
 
 def cases() -> list[object]:
     """Return the rules that are run here, each with its marks."""

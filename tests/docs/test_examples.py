@@ -14,6 +14,8 @@ from attn_kernels import get_variant, variant_names
 from examples import train_llama
 from tests.docs.text import ROOT
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.mark.parametrize("name", variant_names())
 def test_exported_model_is_the_one_that_was_trained(

@@ -13,13 +13,13 @@ from tests.training.texts import write_texts
 
 @pytest.fixture(scope="session")
 def sampled_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for the text that checkpoints write, which all tests share."""
+    """Return a cache for the text that checkpoints write, which all tests share."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def cache(sampled_texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing goes into the user's cache."""
+    """Let nothing go into the user's cache."""
     monkeypatch.setenv("ATTNSERVE_CACHE", str(sampled_texts))
 
 
@@ -31,6 +31,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture(scope="session")
 def softpick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random softpick model."""
+    """Return a random softpick model."""
     folder = tmp_path_factory.mktemp("checkpoints") / "softpick"
     return tiny_checkpoint(folder, "softpick", max_position_embeddings=64, num_hidden_layers=2)

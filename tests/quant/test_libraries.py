@@ -17,7 +17,7 @@ from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 
 def needs(name: str) -> Scheme:
-    """A scheme whose library is there; else the test is skipped."""
+    """Return a scheme whose library is there; else skip the test."""
     scheme = get_scheme(name)
     assert scheme.library is not None
     if not installed(scheme.library):
@@ -79,7 +79,7 @@ def test_bitsandbytes_gives_the_same_back(kind: str, size: int) -> None:
 
 
 def test_blocks_that_go_on_in_the_next_row() -> None:
-    """Every code is the nearest of its block's values: the library's own CPU kernel that gives
+    """Every value is the nearest of its block's values: the library's own CPU kernel that gives
     numbers back is wrong here."""
     weight, size = matrix(688), 64
     found = needs("bnb-nf4")(weight, QuantSpec(4, size)).dequantize().flatten()

@@ -50,7 +50,7 @@ def test_only_the_task_that_kills_its_process_fails() -> None:
 
 
 def run_in_a_pool(file: str) -> None:
-    """What the process that is killed below does: one task that says its process and never ends."""
+    """Run one task that says its process and never ends, in the process that is killed below."""
     for _ in pool.parallel(say_and_wait, [file], 1, prepare):
         pass
 

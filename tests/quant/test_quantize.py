@@ -19,7 +19,7 @@ from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import load
 from quant.model import quantize
 from quant.quantize import quantize as command
-from quant.samples import Reader
+from quant.reader import Reader
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.texts import Sources, calibration_text
 from quant_kernels.pack import unpack
@@ -33,11 +33,11 @@ LAYERS = 14
 
 
 def read_back(tensors: dict[str, Tensor], layer: str, args: dict[str, Any]) -> Tensor:
-    """A weight from its tensors, float32 `[rows, columns]`."""
+    """Return a weight from its tensors, float32 `[rows, columns]`."""
     rows, columns = tensors[f"{layer}.weight_shape"].tolist()
     spec = QuantSpec(args["num_bits"], args["group_size"], args["symmetric"])
     quantized = unpack(tensors[f"{layer}.weight_packed"], spec.bits, columns)
-    if 32 % spec.bits == 0:  # the library packs other widths with gaps
+    if 32 % spec.bits == 0:  # the library packs other bits with gaps
         packed = tensors[f"{layer}.weight_packed"]
         signed = unpack_from_int32(packed, spec.bits, torch.Size((rows, columns)))
         assert torch.equal(signed.int() + spec.midpoint, quantized.int())

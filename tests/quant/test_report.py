@@ -13,9 +13,7 @@ import pytest
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant import store
 from quant.config import QuantConfig
-from quant.layerwise import Choice, Sensitivity
-from quant.mixed import Price
-from quant.report import mixed, paper
+from quant.report import paper
 from quant.report.explain import explanations, in_short, spearman
 from quant.report.frame import frame, setting, table
 from quant.report.section import section, write_section
@@ -28,7 +26,7 @@ BEFORE = np.array([3.0, 4.0, 5.0])
 def result(
     variant: str, config: QuantConfig, rise: Sequence[float], outliers: float = 3.0
 ) -> SweepResult:
-    """A result whose losses rose by `rise`, and whose divergence is its mean."""
+    """Return a result whose losses rose by `rise`, and whose divergence is its mean."""
     losses = BEFORE + rise
     summary = {
         "perplexity: test per token": mean_interval(losses).exp(),
@@ -177,42 +175,7 @@ def test_metrics_as_people_read_them() -> None:
     ratio, rest = after.split("### Tokens with the same likeliest token")
     assert "| 1.2214 [" in ratio and "90.0 [80.0, 100.0]" in rest
     assert "| softmax | 3 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | -12.50 |" in rest
-    assert "2.00 [0.00, 100.00]" in rest and "Not measured: `python -m quant.sensitivity" in rest
-
-
-def write_sensitivity(folder: Path) -> Path:
-    choices = [
-        Choice(kind, size, size / 10, Estimate(cost, cost, cost), {"a": 4})
-        for kind, size, cost in (
-            ("uniform", 40, 0.1),
-            ("uniform", 20, 0.8),
-            ("uniform", 80, 0.01),
-            ("mixed", 80, 0.01),
-            ("mixed", 38, 0.05),
-            ("mixed", 30, 0.2),
-            ("mixed", 41, 0.04),
-            ("mixed", 20, 0.8),
-            ("budget", 39, 0.04),
-        )
-    ]
-    key = {"scheme": "gptq", "group_size": 64}
-    texts = ("chosen.txt", "measured.txt", "calibration.txt")
-    prices = {"a": {4: Price(0.1, 40)}}
-    return Sensitivity("softpick", key, *texts, prices, choices).write(folder / "sensitivity")
-
-
-def test_mixed_bits_beside_uniform_ones(tmp_path: Path) -> None:
-    file = write_sensitivity(tmp_path)
-    (found,) = mixed.read_all(tmp_path)
-    assert found.name == "softpick-gptq-g64" and found.prices["a"][4].size == 40
-    ((uniform, smaller),) = mixed.beside(found)
-    assert (uniform.size, smaller.size) == (40, 38)
-    text = section(pair([0.1] * 3, [0.1] * 3), sensitivities=[found])
-    assert "| softpick | 4.00 | 40 | 0.1 [0.1, 0.1] | 38 | 0.05 [0.05, 0.05] | 2.00 |" in text
-    assert "chosen on: chosen.txt; measured on: measured.txt (gptq" in text
-    file.write_text("{}")
-    with pytest.raises(ValueError, match=r"is not a result of quant\.sensitivity"):
-        mixed.read_all(tmp_path)
+    assert "2.00 [0.00, 100.00]" in rest
 
 
 def test_the_section_of_a_folder(tmp_path: Path) -> None:
@@ -220,10 +183,9 @@ def test_the_section_of_a_folder(tmp_path: Path) -> None:
     assert "Not measured" in write_section(tmp_path, tmp_path / "figures", "figures")
     assert not (tmp_path / "figures").exists()
     for result in pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]):
-        store.write(tmp_path, result)
-    write_sensitivity(tmp_path)
+        store.write(store.path_of(tmp_path, result.checkpoint, result.config), result)
     text = write_section(tmp_path, tmp_path / "figures", "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    kinds = ("degradation-weights", "outliers", "mixed")
+    kinds = ("degradation-weights", "outliers")
     assert names == {f"quantization-{kind}.png" for kind in kinds}
     assert all(f"](figures/{name})" in text for name in names)

@@ -27,14 +27,14 @@ from tests.tiny import tiny_checkpoint
 
 
 def correlated(rows: int, columns: int) -> Tensor:
-    """Inputs whose columns go together, `[rows, columns]`."""
+    """Return inputs whose columns go together, `[rows, columns]`."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(columns, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator) @ mix / columns**0.5
 
 
 def cost(weight: Tensor, quantized: QuantizedWeight, inputs: Tensor) -> float:
-    """What GPTQ minimises: the squared error of the layer's output."""
+    """Return what GPTQ minimises: the squared error of the layer's output."""
     return float(((weight - quantized.dequantize()) @ inputs.T).square().sum())
 
 

@@ -10,7 +10,7 @@ import pytest
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
 from attnserve.evaluation.measures import Data
-from quant.samples import Reader
+from quant.reader import Reader
 from quant.texts import (
     Sources,
     calibration_text,
@@ -31,7 +31,7 @@ def reader(softpick: Path) -> Reader:
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A user's only text."""
+    """Return a user's only text."""
     return Path(shutil.copy(LICENSE, tmp_path / "mine.txt"))
 
 

@@ -14,6 +14,8 @@ from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 from training.analyze.store import read
 
+pytestmark = pytest.mark.vllm
+
 SETTINGS = ("--limit=3", "--max-length=512", "--measures")
 MEASURES = ("length", "passkey", "lambada", "blimp", "perplexity")
 

@@ -30,6 +30,8 @@ from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_llama
 from tests.vllm_attn.loading import load, one_worker
 from vllm_attn.report import StartupError
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,11 +15,11 @@ from attnserve.evaluation.checkpoint import digest
 from quant import runner, texts
 from quant.config import QuantConfig, SearchSpace
 from quant.quantize import quantize
+from quant.reader import Reader
 from quant.report.__main__ import report
-from quant.samples import Reader, Samples
 from quant.store import SweepResult, read_all
 from quant.sweep import sweep
-from quant.texts import Sources, bundled_checkpoints, calibration_text
+from quant.texts import Samples, Sources, bundled_checkpoints, calibration_text
 from tests.conftest import Commands
 from tests.quant.test_sweep import SMALL
 from tests.tiny import LICENSE, tiny_checkpoint
@@ -30,7 +30,7 @@ FEW = [*SMALL, "--what", "weights", "--schemes", "gptq", "--bits"]
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with nothing in it, in which the command runs."""
+    """Return a folder with nothing in it, in which the command runs."""
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -44,7 +44,7 @@ def results(folder: Path) -> dict[str, SweepResult]:
 def test_the_sweep_needs_nothing(
     softpick: Path, tmp_path: Path, empty: Path, commands: Commands
 ) -> None:
-    """Two checkpoints read what the softmax one writes. Rows come as cells are done."""
+    """Two checkpoints read what the softmax one writes. Rows come as configs are done."""
     softmax = tiny_checkpoint(
         tmp_path / "soft", "softmax", max_position_embeddings=64, num_hidden_layers=2
     )

@@ -52,7 +52,7 @@ metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder with tasks: choices, whole texts, one that writes, one whose data is elsewhere."""
+    """Return a folder with tasks: choices, whole texts, a task that writes, data elsewhere."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     file = folder / "pairs.jsonl"

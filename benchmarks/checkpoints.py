@@ -1,0 +1,217 @@
+"""What a checkpoint's config.json and tensors say of the server that serves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnserve.errors import UserError
+from attnserve.files import CHECKOUT
+
+if TYPE_CHECKING:
+    import torch
+
+    from attn_kernels import Variant
+
+BUNDLED = tuple(CHECKOUT / "checkpoints" / name for name in ("softmax", "softpick", "selective"))
+
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What safetensors calls our dtypes."""
+
+STORED = {"I8": 1, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of an element, by safetensors' names."""
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json.
+
+    Raises:
+        UserError: there is none, or it is no language model's.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a checkpoint: {error}") from None
+    for name in ("num_hidden_layers", "max_position_embeddings", "vocab_size"):
+        if not isinstance(config, dict) or name not in config:
+            raise UserError(f"{folder} is not a checkpoint: config.json has no {name}")
+    return config
+
+
+def variant_of(folder: Path) -> Variant | None:
+    """Return the attention that a checkpoint's config.json names; None if it names none.
+
+    Raises:
+        UserError: it is no checkpoint, or there is no such variant.
+    """
+    from attn_kernels import VariantError, variant_from_config
+
+    try:
+        return variant_from_config(config_of(folder))
+    except VariantError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def check_room(folder: Path, tokens: int) -> None:
+    """Refuse now what would fail after minutes.
+
+    Raises:
+        UserError: the model does not take so many tokens of prompt and answer.
+    """
+    limit = config_of(folder)["max_position_embeddings"]
+    if tokens > limit:
+        raise UserError(f"prompt and answer take {tokens} tokens, {folder.resolve().name} {limit}")
+
+
+def heads_of(config: dict[str, Any]) -> tuple[int, int]:
+    """Return the KV heads and the head size of a layer."""
+    heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    return config.get("num_key_value_heads") or heads, head_size
+
+
+def token_bytes(config: dict[str, Any], dtype: torch.dtype, stateful: bool) -> int:
+    """Return the bytes of KV cache of a token that is kept in every layer.
+
+    A slot of a stateful variant also has an accumulator for each KV head.
+    """
+    from attn_kernels.paged import STATE_BYTES
+
+    kv_heads, head_size = heads_of(config)
+    head = 2 * head_size * dtype.itemsize + STATE_BYTES * stateful
+    return int(config["num_hidden_layers"] * kv_heads * head)
+
+
+def pruned_bytes(
+    config: dict[str, Any], dtype: torch.dtype, budgets: Sequence[int], length: int
+) -> int:
+    """Return the bytes of a request's KV pages of fixed size, for at most `length` tokens."""
+    from attn_kernels.pruning import slot_bytes
+
+    return sum(min(budget, length) for budget in budgets) * slot_bytes(*heads_of(config), dtype)
+
+
+def weight_bytes(folder: Path, dtype: str) -> int:
+    """Return the bytes of all weights of a checkpoint in memory.
+
+    Packed values and scales count as they are stored, a zero point as one byte (two if it is not an
+    integer), and other tensors in `dtype`.
+    """
+    import math
+
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  it has no iterator
+                tensor = opened.get_slice(name)
+                size, item = math.prod(tensor.get_shape()), STORED[SAFETENSORS[dtype]]
+                kind, stored = name.rpartition(".")[2], tensor.get_dtype()
+                if kind == "weight_shape":
+                    continue
+                if kind == "weight_zero_point" and stored == "I32":
+                    scales = opened.get_slice(name.replace("zero_point", "scale"))
+                    size, item = math.prod(scales.get_shape()), 1
+                elif kind.startswith("weight_") or stored == "I8":
+                    item = STORED[stored]
+                total += size * item
+    return total
+
+
+def packed_name(folder: Path) -> str:
+    """Return for example `w4-g64-e8`: bits and group size of the linear layers, bits of the
+    embeddings.
+
+    Raises:
+        UserError: it is no packed checkpoint.
+    """
+    try:
+        groups = config_of(folder)["quantization_config"]["config_groups"]
+    except KeyError as error:
+        raise UserError(f"--packed {folder} is not from quant.quantize: {error} missing") from None
+    linear = groups["group_0"]["weights"]
+    if groups["group_0"]["input_activations"] is not None:
+        return f"w{linear['num_bits']}a8"
+    name = f"w{linear['num_bits']}-g{linear['group_size'] or 'channel'}"
+    return name + (f"-e{groups['group_1']['weights']['num_bits']}" if "group_1" in groups else "")
+
+
+@dataclass(frozen=True)
+class ServerCase:
+    """One server to measure.
+
+    Attributes:
+        name: of its rows.
+        ckpt: the checkpoint's folder.
+        variant: its attention.
+        weights: for example `float32`, or `w4-g64-e8` (`packed_name`).
+        kv_budgets: tokens that each layer keeps; none: all.
+        backend: vLLM's --attention-backend; none: as config.json says.
+    """
+
+    name: str
+    ckpt: Path
+    variant: str
+    weights: str
+    kv_budgets: tuple[int, ...] = ()
+    backend: str = ""
+
+    def arguments(self) -> list[str]:
+        """Return those of `vllm serve`."""
+        from attn_kernels import get_variant
+
+        arguments = [f"--attention-backend={self.backend}"] if self.backend else []
+        if get_variant(self.variant).prunable:  # with these budgets, whatever config.json says
+            variant: dict[str, Any] = {"name": self.variant}
+            variant |= {"kv_budgets": self.kv_budgets} if self.kv_budgets else {}
+            arguments += [f"--hf-overrides={json.dumps({'attention_variant': variant})}"]
+        return arguments
+
+    def columns(self) -> dict[str, str]:
+        """Return those of its rows."""
+        return {
+            "case": self.name,
+            "model": self.ckpt.resolve().name,
+            "variant": self.variant,
+            "weights": self.weights,
+            "kv_budgets": " ".join(map(str, self.kv_budgets)),
+            "backend": self.backend or self.variant,
+        }
+
+
+def cases_of(
+    ckpts: Sequence[Path], packed: Sequence[Path], kv_budgets: Sequence[int], dtype: str
+) -> list[ServerCase]:
+    """Return one case a checkpoint, and of a prunable variant another within its budgets.
+
+    Args:
+        ckpts: folders of checkpoints as they were trained.
+        packed: folders that quant.quantize has written.
+        kv_budgets: of each layer; 0: those of config.json.
+        dtype: of weights that are not packed.
+
+    Raises:
+        UserError: a folder is not what it should be, or two have the same name.
+    """
+    cases: list[ServerCase] = []
+    for folder in [*ckpts, *packed]:
+        variant, config = variant_of(folder), config_of(folder)
+        weights = packed_name(folder) if folder in packed else dtype
+        name = variant.name if variant else "softmax"
+        case = ServerCase(folder.resolve().name, folder, name, weights)
+        cases.append(case)
+        if variant is not None and variant.prunable:
+            layers = config["num_hidden_layers"]
+            budgets = tuple(variant.kv_budgets if 0 in kv_budgets else kv_budgets)
+            if budgets and len(budgets) != layers:
+                raise UserError(f"{len(budgets)} budgets; {folder} has {layers} layers")
+            if budgets:
+                cases.append(replace(case, name=f"{case.name} pruned", kv_budgets=budgets))
+    names = [case.name for case in cases]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two checkpoints' folders are called {twice.pop()}: rename one")
+    return cases

@@ -1,0 +1,137 @@
+"""Rows, table and plot of `benchmarks.serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import results
+from benchmarks.serve.load import Level, LoadResult, Runs, Subject, together
+
+
+def figures(requests: LoadResult) -> dict[str, float]:
+    """Return what is compared in each round."""
+    return {
+        "tokens_per_s": requests.tokens / requests.seconds,
+        "ttft_ms": median(requests.ttft),
+        "tpot_ms": median(requests.tpot),
+    }
+
+
+def row_of(
+    rate: float,
+    rounds: dict[int, LoadResult],
+    peer: dict[int, LoadResult],
+    levels: Sequence[Level],
+) -> results.Row:
+    """Return a subject's figures at one rate: percentiles over the requests of all rounds; ratios
+    to the peer in the same round, their median and range."""
+    every = together(list(rounds.values()))
+    total = len(every.ttft)
+    row: results.Row = {"request_rate": "inf" if rate == float("inf") else rate}
+    row |= {"requests": total, "requests_per_s": total / every.seconds}
+    row["tokens_per_s"] = median(figures(one)["tokens_per_s"] for one in rounds.values())
+    for name in ("ttft", "tpot", "itl"):
+        for q in (50, 99):
+            row[f"{name}_ms_p{q}"] = float(np.percentile(getattr(every, name), q))
+    pairs = [(figures(rounds[i]), figures(peer[i])) for i in rounds if i in peer]
+    for name in figures(every):
+        ratios = [mine[name] / its[name] for mine, its in pairs]
+        row[f"{name}_ratio"] = median(ratios) if ratios else None
+        row[f"{name}_ratio_min"] = min(ratios, default=None)
+        row[f"{name}_ratio_max"] = max(ratios, default=None)
+    for level in levels:
+        good = every.good(level)
+        row[f"{level.name}_limits_ms"] = f"{level.ttft_ms:g}:{level.tpot_ms:g}"
+        row[f"{level.name}_goodput"] = good / every.seconds
+        row[f"{level.name}_share"] = good / total
+        row[f"{level.name}_met"] = every.meets(level)
+    return row
+
+
+def rows_of(
+    subjects: Sequence[Subject],
+    rates: Sequence[float],
+    levels: Sequence[Level],
+    runs: Runs,
+    failed: dict[str, str],
+) -> list[results.Row]:
+    """Return one row a subject and rate, and of one that failed a row that says why. The first
+    subject is the peer."""
+    rows = []
+    for subject in subjects:
+        columns = {**subject.case.columns(), "case": subject.name}
+        columns["path"] = "gateway" if subject.through_gateway else "direct"
+        for rate in rates:
+            if rounds := runs.get((subject.name, rate)):
+                peer = runs.get((subjects[0].name, rate), {})
+                row = row_of(rate, rounds, peer, levels)
+                rows.append({**columns, "rounds": len(rounds), **row, "error": ""})
+        if subject.name in failed:
+            rows.append({**columns, "error": failed[subject.name]})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> str:
+    """Return p50 and p99 of latencies; `*` where a level is met."""
+
+    def ratio(row: dict[str, Any], name: str) -> str:
+        if row[f"{name}_ratio"] is None:
+            return ""
+        low, mid, high = (row[f"{name}_ratio{end}"] for end in ("_min", "", "_max"))
+        return f"{mid:.2f} ({low:.2f}-{high:.2f})"
+
+    return results.table(
+        {
+            "case": row["case"],
+            "rate": f"{float(row['request_rate']):g}",
+            "req/s": f"{row['requests_per_s']:.2f}",
+            "tokens/s": f"{row['tokens_per_s']:.0f}",
+            "x peer": ratio(row, "tokens_per_s"),
+            **{
+                f"{name.upper()} ms": f"{row[name + '_ms_p50']:.1f} {row[name + '_ms_p99']:.1f}"
+                for name in ("ttft", "tpot", "itl")
+            },
+            "TPOT x peer": ratio(row, "tpot_ms"),
+            **{
+                f"goodput {each}": f"{row[f'{each.name}_goodput']:.2f}"
+                + ("*" if row[f"{each.name}_met"] else " ")
+                for each in levels
+            },
+        }
+        for row in rows
+        if not row["error"]
+    )
+
+
+def capacity(rows: Sequence[dict[str, Any]], level: Level) -> dict[str, float]:
+    """Return for each case the most requests/s among its loads that met a level; 0: none did."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if not row["error"]:
+            met = row["requests_per_s"] if row[f"{level.name}_met"] else 0.0
+            found[row["case"]] = max(found.get(row["case"], 0.0), met)
+    return found
+
+
+def plot(path: Path, title: str, rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> None:
+    """Write a PNG: tokens/s, then the goodput of each level, by the requests/s offered."""
+    frame = pd.DataFrame([row for row in rows if not row["error"]])
+    if frame.empty:
+        return
+    frame["rate"] = [f"{float(rate):g}" for rate in frame["request_rate"]]
+    panels = {"tokens_per_s": "tokens/s"}
+    for each in levels:
+        panels[f"{each.name}_goodput"] = f"requests/s within {each}"
+    values = {
+        text: frame.pivot(index="rate", columns="case", values=column).loc[
+            frame["rate"].unique(), frame["case"].unique()
+        ]
+        for column, text in panels.items()
+    }
+    results.draw(path, title, values)
