@@ -38,7 +38,7 @@ PACK = [
 """Speed and memory do not depend on the scheme; round to nearest takes no time."""
 
 
-class Part(StrEnum):
+class Benchmark(StrEnum):
     """Of the standard set."""
 
     KERNELS = "kernels"
@@ -49,23 +49,23 @@ class Part(StrEnum):
 
 
 STANDARD = {
-    Part.KERNELS: ["benchmarks.kernels", "--quick"],
-    Part.MEMORY: ["benchmarks.memory", "--enforce-eager", f"--packed={PACKED}"],
-    Part.SERVE: [
+    Benchmark.KERNELS: ["benchmarks.kernels", "--quick"],
+    Benchmark.MEMORY: ["benchmarks.memory", "--enforce-eager", f"--packed={PACKED}"],
+    Benchmark.SERVE: [
         *("benchmarks.serve", "--enforce-eager", f"--packed={PACKED}"),
         *("--request-rates", "8", "inf"),
     ],
-    Part.PRUNING: [
+    Benchmark.PRUNING: [
         *("benchmarks.pruning", f"--ckpt={CHECKPOINTS / 'selective'}"),
         *("--kv-budgets", "8", "8", "12", "16", "--kv-cache-memory-bytes=8M"),
         *("--requests=64", "--prompt-len=128", "--new-tokens=128", "--rounds=3"),
     ],
-    Part.GATEWAY: ["benchmarks.gateway", "--rounds=3"],
+    Benchmark.GATEWAY: ["benchmarks.gateway", "--rounds=3"],
 }
 
 
 def benchmarks(
-    only: Annotated[list[Part] | None, opt.option("Which of them (default: all).")] = None,
+    only: Annotated[list[Benchmark] | None, opt.option("Which of them (default: all).")] = None,
     no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> int:
@@ -89,7 +89,7 @@ def benchmarks(
     from benchmarks import results
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    commands = {part.value: STANDARD[part] + ["--no-save"] * no_save for part in only or Part}
+    commands = {part.value: STANDARD[part] + ["--no-save"] * no_save for part in only or Benchmark}
     if any(f"--packed={PACKED}" in command for command in commands.values()):
         commands = {"pack": PACK, **commands}
     rows: list[results.Row] = []

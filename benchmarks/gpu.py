@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -64,9 +63,7 @@ def gpu(
         )
     names = [get_variant(name).name for name in variants or variant_names()]
     about = described(device)
-    save = None if no_save else csv
-    if save is not None:
-        results.check_csv(save)
+    save = results.checked(csv, no_save)
     deadline = time.monotonic() + 60 * minutes
     rows: list[results.Row] = []
     left = []
@@ -94,26 +91,20 @@ def gpu(
 def described(device: str) -> dict[str, Any]:
     """Return what the run is made on and with."""
     import torch
+    from torch.utils import collect_env
 
     about: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     about |= {"device": machine.cpu_model(), "capability": "", "multiprocessors": 0, "driver": ""}
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         about |= {"device": found.name, "capability": f"{found.major}.{found.minor}"}
-        about |= {"multiprocessors": found.multi_processor_count, "driver": driver()}
+        about |= {
+            "multiprocessors": found.multi_processor_count,
+            "driver": collect_env.get_nvidia_driver_version(collect_env.run) or "",
+        }
     about["cuda"] = torch.version.cuda or torch.version.hip or ""
     about |= {name: machine.package(name) for name in PACKAGES}
     return about | {"commit": machine.commit()}
-
-
-def driver() -> str:
-    """Return the NVIDIA driver's version; empty if it does not say."""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.partition("\n")[0].strip()
 
 
 def cases(device: str) -> list[Case]:

@@ -44,11 +44,12 @@ def packed_products(
     """
     import torch
 
+    save = results.checked(csv, no_save)
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     found = rows_of(measure(steps_of(bits or [2, 3, 4, 8], rows), rounds))
     about = {**machine.described(), "threads": threads, "batch": rows, "rounds": rounds}
-    results.report(about, found, results.table(found), csv=None if no_save else csv,
+    results.report(about, found, results.table(found), csv=save,
                    as_json=as_json)  # fmt: skip
 
 

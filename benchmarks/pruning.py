@@ -30,7 +30,7 @@ BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningPlan:
     """What is sent to both servers, and the memory that they have for it."""
 
     ckpt: Path
@@ -62,7 +62,7 @@ def plan_of(
     max_model_len: int,
     dtype: str,
     **counts: int,
-) -> Plan:
+) -> PruningPlan:
     """Return the plan, with the checkpoint's own budgets if none are given.
 
     Raises:
@@ -90,7 +90,7 @@ def plan_of(
             f"--kv-cache-memory-bytes {memory} holds no unpruned request of {max_model_len} tokens "
             f"in {dtype}: give at least {least}, or a shorter --max-model-len"
         )
-    return Plan(ckpt, variant.name, budgets, max_model_len=max_model_len, dtype=dtype,
+    return PruningPlan(ckpt, variant.name, budgets, max_model_len=max_model_len, dtype=dtype,
                 kv_cache_memory_bytes=memory, **counts)  # fmt: skip
 
 
@@ -136,6 +136,7 @@ def pruning(
     plan = plan_of(ckpt, kv_budgets or (), kv_cache_memory_bytes, max_model_len, dtype,
                    prompt_len=prompt_len, new_tokens=new_tokens, requests=requests,
                    rounds=rounds, seed=seed)  # fmt: skip
+    save = results.checked(csv, no_save)
     options = ServerOptions(dtype, plan.kv_cache_memory_bytes, threads, True, start_timeout,
                             log_folder, context.args)  # fmt: skip
     servers = []
@@ -148,7 +149,7 @@ def pruning(
             Server(name, ckpt, options, f"--attention-backend={plan.variant}", *lengths,
                    f"--hf-overrides={given}")
         )  # fmt: skip
-    rows = run(with_all(servers, measure(servers, plan)), "benchmarks.pruning")
+    rows = run(with_all(servers, measure(servers, plan)), "python -m benchmarks.pruning")
     for row, size in zip(rows, plan.kv_bytes(), strict=True):
         row["kv_bytes_per_request"] = size
         row["running_over_ideal"] = row["running"] / (plan.kv_cache_memory_bytes / size)
@@ -162,7 +163,7 @@ def pruning(
         max_num_seqs=max_num_seqs,
     )
     shown = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
-    results.report(about, rows, results.table(shown), csv=None if no_save else csv,
+    results.report(about, rows, results.table(shown), csv=save,
                    as_json=as_json)  # fmt: skip
 
 
@@ -198,7 +199,7 @@ async def long_answer(server: Server, length: int) -> dict[str, Any]:
     }
 
 
-async def measure(servers: Sequence[Server], plan: Plan) -> list[results.Row]:
+async def measure(servers: Sequence[Server], plan: PruningPlan) -> list[results.Row]:
     """Run the rounds in alternation, then the long answers; return one row a server."""
     import numpy as np
     from tqdm import tqdm

@@ -13,7 +13,7 @@ from attnserve.command import AsJson, main
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
 from benchmarks.checkpoints import packed_name, weight_bytes
-from benchmarks.rates import Load, Plan, PrefillRounds, Rounds, measure
+from benchmarks.rates import Load, PrefillRounds, RatesPlan, Rounds, measure
 from benchmarks.rates import rows_of as rows_of_rates
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def quantized(
     """  # fmt: skip
     from benchmarks.servers import Server, ServerOptions, run, with_all
 
-    plan = Plan(prompt_lens or [128], batches or [1], new_tokens, rounds, prefill_rounds, seed)
+    plan = RatesPlan(prompt_lens or [128], batches or [1], new_tokens, rounds, prefill_rounds, seed)
     plan.check(ckpt)
+    save = results.checked(csv, no_save)
     options = ServerOptions("float32", kv_cache_memory_bytes, threads, enforce_eager,
                             start_timeout, log_folder, context.args)  # fmt: skip
     common = [f"--max-model-len={plan.length}", "--enable-prompt-tokens-details"]
@@ -91,16 +92,18 @@ def quantized(
         servers.append(Server(name, path, replace(options, dtype=kind), *common))
         if path == ckpt and not peer_backend:
             servers[-1].environment["VLLM_PLUGINS"] = ""
-    loads, sizes = run(with_all(servers, measure_both(servers, plan)), "benchmarks.quantized")
+    loads, sizes = run(
+        with_all(servers, measure_both(servers, plan)), "python -m benchmarks.quantized"
+    )
     rows = rows_of(weights, loads, sizes)
     about = options.described(model=ckpt.resolve().name, **plan.columns())
     about |= {"peer_backend": peer_backend}
     del about["dtype"]
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json,
+    results.report(about, rows, table(rows), csv=save, as_json=as_json,
                    leave_out=["decode_ratios"])  # fmt: skip
 
 
-async def measure_both(servers: Sequence[Server], plan: Plan) -> tuple[list[Load], list[int]]:
+async def measure_both(servers: Sequence[Server], plan: RatesPlan) -> tuple[list[Load], list[int]]:
     """Return the loads, and afterwards the bytes that only one server's processes have in
     memory."""
     from benchmarks.watch import processes

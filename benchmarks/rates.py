@@ -29,7 +29,7 @@ PrefillRounds = Annotated[int, opt.count("Uncached rounds of each load.")]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RatesPlan:
     """What is sent to every server."""
 
     prompt_lens: Sequence[int]
@@ -134,18 +134,19 @@ def rates(
     chosen = backends or list(BACKENDS[:2] if own == ("softmax",) else own)
     room = config_of(ckpt)["max_position_embeddings"] - new_tokens
     lengths = prompt_lens or [n for n in LENGTHS if n <= room] or [max(1, room)]
-    plan = Plan(lengths, batches or [1, 8], new_tokens, rounds, prefill_rounds, seed)
+    plan = RatesPlan(lengths, batches or [1, 8], new_tokens, rounds, prefill_rounds, seed)
     plan.check(ckpt)
+    save = results.checked(csv, no_save)
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     common = [f"--max-model-len={plan.length}", "--enable-prompt-tokens-details"]
     servers = [
         Server(name, ckpt, options, *common, f"--attention-backend={name}") for name in chosen
     ]
-    found = run(with_all(servers, measure(servers, plan)), "benchmarks.rates")
+    found = run(with_all(servers, measure(servers, plan)), "python -m benchmarks.rates")
     rows = rows_of([server.name for server in servers], found)
     about = options.described(model=ckpt.resolve().name, **plan.columns())
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json,
+    results.report(about, rows, table(rows), csv=save, as_json=as_json,
                    leave_out=["decode_ratios"])  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def round_of(answers: Sequence[Answer], prompt_len: int) -> Round:
     return Round(rate, ttft, sum(answer.cached_tokens for answer in answers) / total)
 
 
-async def measure(servers: Sequence[Server], plan: Plan) -> list[Load]:
+async def measure(servers: Sequence[Server], plan: RatesPlan) -> list[Load]:
     """Measure every load, all servers in turn; the order is reversed every other round."""
     import numpy as np
     from tqdm import tqdm

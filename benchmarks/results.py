@@ -89,12 +89,14 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def check_csv(path: Path) -> None:
-    """Find out now, not after the run, that rows cannot be added to `path`.
+def checked(path: Path, no_save: bool) -> Path | None:
+    """Return the CSV file that rows are added to; None if none is written.
 
     Raises:
-        UserError: they cannot.
+        UserError: rows cannot be added to it, which is found out now, not after the run.
     """
+    if no_save:
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -104,6 +106,7 @@ def check_csv(path: Path) -> None:
             raise PermissionError(f"no permission to write in {path.parent}")
     except (OSError, ValueError) as error:
         raise UserError(f"results cannot be written: {error}") from error
+    return path
 
 
 def append_csv(

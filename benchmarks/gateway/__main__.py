@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ MODES = ("stream", "spread", "whole")
 PROMPT = "It was the best of times, it was the worst of times. " * 4
 
 
-class Name(StrEnum):
+class GatewayName(StrEnum):
     """Gateways."""
 
     OURS = "attnserve"
@@ -42,7 +43,7 @@ class Name(StrEnum):
 
 
 @dataclass(frozen=True)
-class Plan:
+class GatewayLoad:
     """The loads.
 
     Attributes:
@@ -98,7 +99,8 @@ class Gateway:
 
 def gateway(
     gateways: Annotated[
-        list[Name] | None, opt.option("Which, besides the model server itself (default: all).")
+        list[GatewayName] | None,
+        opt.option("Which, beside the model server itself (default: all)."),
     ] = None,
     requests: Annotated[int, opt.count("In each round.")] = 200,
     rounds: Annotated[int, opt.count("Of each load, after one that is not counted.")] = 5,
@@ -137,26 +139,27 @@ def gateway(
     from benchmarks.servers import run
     from serving.launch.host_checks import port_fault
 
-    plan = Plan(requests, rounds, concurrency, tokens, pause_ms, port,
+    plan = GatewayLoad(requests, rounds, concurrency, tokens, pause_ms, port,
                 vllm_router or find_router(), log_folder)  # fmt: skip
-    chosen = [name.value for name in gateways or list(Name)]
+    chosen = [name.value for name in gateways or list(GatewayName)]
     for each in range(port, port + 1 + len(chosen)):
         if fault := port_fault(each, "127.0.0.1"):
             raise UserError(f"{fault}; choose another --port")
+    save = results.checked(csv, no_save)
     log_folder.mkdir(parents=True, exist_ok=True)
     about = described(plan)
-    rows = rows_of(run(measure_all(chosen, plan), "benchmarks.gateway", uvloop.new_event_loop))
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json)
+    rows = rows_of(
+        run(measure_all(chosen, plan), "python -m benchmarks.gateway", uvloop.new_event_loop)
+    )
+    results.report(about, rows, table(rows), csv=save, as_json=as_json)
 
 
 def find_router() -> Path | None:
     """Return the command vllm-router: beside this Python, where `make conformance` puts it, or on
     PATH."""
-    beside = Path(sys.executable).with_name(ROUTER)
-    suites = CHECKOUT / "tests/conformance/.venv/bin" / ROUTER
-    on_path = shutil.which(ROUTER)
-    places = [beside, suites, *([Path(on_path)] if on_path else [])]
-    return next((place for place in places if place.exists()), None)
+    folders = [Path(sys.executable).parent, CHECKOUT / "tests/conformance/.venv/bin"]
+    found = shutil.which(ROUTER, path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
+    return None if found is None else Path(found)
 
 
 def router_version(router: Path | None) -> str:
@@ -172,7 +175,7 @@ def router_version(router: Path | None) -> str:
     return done.stdout.strip()
 
 
-def command(name: str, upstream: str, port: int, plan: Plan) -> tuple[list[str], str] | None:
+def command(name: str, upstream: str, port: int, plan: GatewayLoad) -> tuple[list[str], str] | None:
     """Return how to start a gateway, and the path that answers then; None: it is not installed."""
     from serving.launch.process import HOST
 
@@ -212,7 +215,7 @@ async def one(session: aiohttp.ClientSession, url: str, stream: bool, tokens: in
     return (first - began) * 1000
 
 
-async def load(url: str, mode: str, plan: Plan) -> list[float]:
+async def load(url: str, mode: str, plan: GatewayLoad) -> list[float]:
     """Send a load; return each request's time to the first bytes, in ms."""
     import aiohttp
 
@@ -233,7 +236,7 @@ async def load(url: str, mode: str, plan: Plan) -> list[float]:
     return found
 
 
-async def measure(gateways: Sequence[Gateway], plan: Plan) -> None:
+async def measure(gateways: Sequence[Gateway], plan: GatewayLoad) -> None:
     """Run all rounds; the first is thrown away (connections, caches, compiled code)."""
     import psutil
     from tqdm import tqdm
@@ -255,7 +258,7 @@ async def measure(gateways: Sequence[Gateway], plan: Plan) -> None:
             each.rss_mb = psutil.Process(each.service.process.pid).memory_info().rss / 2**20
 
 
-async def measure_all(names: Sequence[str], plan: Plan) -> list[Gateway]:
+async def measure_all(names: Sequence[str], plan: GatewayLoad) -> list[Gateway]:
     """Start all gateways, measure, and end them whatever happens; the model server is first."""
     from serving.launch.process import Service
 
@@ -330,7 +333,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return frame.rename(columns=columns).to_string(index=False, na_rep="", float_format="%.2f")
 
 
-def described(plan: Plan) -> dict[str, Any]:
+def described(plan: GatewayLoad) -> dict[str, Any]:
     """Return what the run is made on and with."""
     about = machine.described()
     about |= {"python": sys.version.split()[0], "vllm_router": router_version(plan.router)}

@@ -37,7 +37,7 @@ def choice(text: str) -> dict[str, object]:
     return {"index": 0, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
 
-class Server(asyncio.Protocol):
+class ModelServer(asyncio.Protocol):
     """A connection."""
 
     def __init__(self, tokens: int, pause: float) -> None:
@@ -109,7 +109,7 @@ class Server(asyncio.Protocol):
 async def serve(port: int, tokens: int, pause: float) -> None:
     """Serve until the process is killed."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Server(tokens, pause), "127.0.0.1", port)
+    server = await loop.create_server(lambda: ModelServer(tokens, pause), "127.0.0.1", port)
     await server.serve_forever()
 
 

@@ -115,8 +115,7 @@ def kernels(
     grid = replace(QUICK if quick else FULL, **{k: tuple(v) for k, v in given.items() if v})
     cases = list(grid.cases(num_heads, num_kv_heads, block_size))
     torch.set_num_threads(threads)
-    if not no_save:
-        results.check_csv(csv)
+    save = results.checked(csv, no_save)
     loaded = load_kernels(variants, isa)
     library = load_vllm(peer_isa)
     cache = machine.last_level_cache()
@@ -145,15 +144,15 @@ def kernels(
         own = "vec" if peer_isa == "amx" and case.dtype != "bf16" else peer_isa
         limit = limits[case.phase]
         rows += measure(case, loaded, own, limit, cold_bytes, duration, 3 if quick else 5)
-    if not no_save:
-        results.append_csv(csv, about, rows)
+    if save is not None:
+        results.append_csv(save, about, rows)
     about["peer_isa"] = peer_isa
     for phase, limit in sorted(limits.items()):
         method, rate = limit.best()
         about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
-    if not no_save:
+    if save is not None:
         title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
-        draw(plot or csv.with_name(csv.stem + "-quick" * quick + ".png"), title, rows)
+        draw(plot or save.with_name(save.stem + "-quick" * quick + ".png"), title, rows)
     if as_json:
         print(json.dumps({"machine": about, "rows": [json_row(row) for row in rows]}))
     else:

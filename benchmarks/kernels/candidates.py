@@ -40,7 +40,7 @@ class Candidate(Protocol):
         """Attend, and return `[batch * new_tokens, num_heads, head_dim]`."""
 
 
-class Pool:
+class CopyPool:
     """A paged cache that holds the copies of `paging`, filled by `write`.
 
     Args:
@@ -98,7 +98,7 @@ class Ours:
         bind: Callable[..., Any],
         inputs: Inputs,
         paging: Paging,
-        pools: dict[str, Pool],
+        pools: dict[str, CopyPool],
     ) -> None:
         case = inputs.case
         self.variant = variant
@@ -115,7 +115,7 @@ class Ours:
         name = variant.name if variant.stateful else "stateless"
         if name not in pools:
             state_bytes = STATE_BYTES if variant.stateful else 0
-            pools[name] = Pool(inputs, paging, write, state_bytes=state_bytes)
+            pools[name] = CopyPool(inputs, paging, write, state_bytes=state_bytes)
         self.pool = pools[name]
         self.layer = bind(self.pool.kv, **settings)
         self._new_batch()
@@ -155,7 +155,7 @@ class VllmSoftmax:
         self.variant, self.learned = get_variant("softmax"), dict[str, Tensor]()
         self.ops, self.isa, self.inputs = ops, isa, inputs
         self.out = torch.zeros_like(inputs.query)
-        self.pool = Pool(inputs, paging, self._write)
+        self.pool = CopyPool(inputs, paging, self._write)
         self.keys, self.values = self._halves(self.pool.kv)
         case = inputs.case
         self.metadata = ops.cpu_attn_get_scheduler_metadata(

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from attn_kernels import get_variant
-from benchmarks.kernels.candidates import Candidate, Ours, Pool, TorchSdpa, VllmSoftmax
+from benchmarks.kernels.candidates import Candidate, CopyPool, Ours, TorchSdpa, VllmSoftmax
 from benchmarks.kernels.case import Case, Inputs, Paging, copies_needed
 from benchmarks.kernels.check import LIMITS, PEER_LIMITS, Expected, complaint, error_of
 from benchmarks.results import spread
@@ -131,7 +131,7 @@ def measure(
     inputs = Inputs.make(case)
     copies = copies_needed(case, cold_bytes)
     paging = Paging(case, copies)
-    pools: dict[str, Pool] = {}
+    pools: dict[str, CopyPool] = {}
 
     def ours(name: str) -> Ours:
         kernel = kernels[name]

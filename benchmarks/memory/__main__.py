@@ -16,7 +16,7 @@ from benchmarks import options as opt
 from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
 
 if TYPE_CHECKING:
-    from benchmarks.memory.measure import Requests
+    from benchmarks.memory.measure import RequestShape
     from benchmarks.servers import ServerOptions
 
 CSV = RESULTS / "memory_cpu.csv"
@@ -58,30 +58,31 @@ def memory(
 
         python -m benchmarks.memory --enforce-eager --packed w4
     """
-    from benchmarks.memory.measure import Requests
+    from benchmarks.memory.measure import RequestShape
     from benchmarks.servers import ServerOptions, run
 
     cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], dtype)
-    requests = Requests(prompt_len, new_tokens, seed)
+    requests = RequestShape(prompt_len, new_tokens, seed)
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     check(cases, requests, options)
+    save = results.checked(csv, no_save)
     about = options.described(prompt_len=prompt_len, new_tokens=new_tokens, seed=seed)
     rows: list[results.Row] = []
     interrupted = False
     try:
-        run(measure_all(cases, requests, options, rows), "benchmarks.memory")
+        run(measure_all(cases, requests, options, rows), "python -m benchmarks.memory")
     except KeyboardInterrupt:
         interrupted = True
         print("benchmarks.memory: interrupted; the server is stopped", file=sys.stderr)
-    if rows and not no_save:
+    if rows and save is not None:
         title = f"{about['machine']}, vLLM {about['vllm']}, {dtype}"
-        plot(csv.with_suffix(".png"), title, rows)
-    results.report(about, rows, table(rows), csv=None if no_save else csv, as_json=as_json)
+        plot(save.with_suffix(".png"), title, rows)
+    results.report(about, rows, table(rows), csv=save, as_json=as_json)
     return INTERRUPTED if interrupted else int(any(row["error"] for row in rows))
 
 
-def check(cases: Sequence[ServerCase], requests: Requests, options: ServerOptions) -> None:
+def check(cases: Sequence[ServerCase], requests: RequestShape, options: ServerOptions) -> None:
     """Refuse now what would fail after a minute.
 
     Raises:
@@ -97,7 +98,7 @@ def check(cases: Sequence[ServerCase], requests: Requests, options: ServerOption
 
 async def measure_all(
     cases: Sequence[ServerCase],
-    requests: Requests,
+    requests: RequestShape,
     options: ServerOptions,
     rows: list[results.Row],
 ) -> None:

@@ -36,7 +36,7 @@ QUANTITIES = {
 
 
 @dataclass(frozen=True)
-class Requests:
+class RequestShape:
     """The random requests that are sent: tokens of their prompts and answers, and their seed."""
 
     prompt_len: int
@@ -49,7 +49,7 @@ class Requests:
         return self.prompt_len + self.new_tokens
 
 
-def predict(case: ServerCase, requests: Requests, options: ServerOptions) -> dict[str, float]:
+def predict(case: ServerCase, requests: RequestShape, options: ServerOptions) -> dict[str, float]:
     """Return all quantities of `QUANTITIES`.
 
     A request takes whole blocks in every layer, or one KV page of fixed size within budgets. Per
@@ -104,7 +104,9 @@ async def taken_by(server: Server) -> tuple[dict[str, int], int]:
     return taken, int(found[1])
 
 
-async def measure(case: ServerCase, requests: Requests, options: ServerOptions) -> dict[str, Any]:
+async def measure(
+    case: ServerCase, requests: RequestShape, options: ServerOptions
+) -> dict[str, Any]:
     """Start a case's server and measure what was predicted, with the same names, and more.
 
     Raises:

@@ -19,7 +19,7 @@ from benchmarks import options as opt
 from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
 
 if TYPE_CHECKING:
-    from benchmarks.serve.load import Client, Runs, Subject
+    from benchmarks.serve.load import LoadClient, Runs, Subject
     from benchmarks.servers import ServerOptions
 
 CSV = RESULTS / "serve_cpu.csv"
@@ -92,7 +92,7 @@ def serve(
         python -m benchmarks.serve --enforce-eager --packed w4 --gateway all
     """  # fmt: skip
     from benchmarks.serve import rows
-    from benchmarks.serve.load import LEVELS, Client
+    from benchmarks.serve.load import LEVELS, LoadClient
     from benchmarks.serve.load import level as level_of
     from benchmarks.servers import ServerOptions, run
 
@@ -103,7 +103,8 @@ def serve(
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     subjects = subjects_of(cases, options, length, gateway, stock=not no_stock)
-    client = Client(requests, prompt_len, new_tokens, log_folder / "bench-serve")
+    save = results.checked(csv, no_save)
+    client = LoadClient(requests, prompt_len, new_tokens, log_folder / "bench-serve")
     shutil.rmtree(client.folder, ignore_errors=True)
     client.folder.mkdir(parents=True)
     about = options.described(
@@ -113,21 +114,23 @@ def serve(
     failed: dict[str, str] = {}
     interrupted = False
     try:
-        run(measure(subjects, client, rates, rounds, seed, runs, failed), "benchmarks.serve")
+        run(
+            measure(subjects, client, rates, rounds, seed, runs, failed),
+            "python -m benchmarks.serve",
+        )
     except KeyboardInterrupt:
         interrupted = True
         print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)
     found = rows.rows_of(subjects, rates, levels, runs, failed)
-    if found and not no_save:
+    if found and save is not None:
         title = f"{about['machine']}, {about['cores']} cores, vLLM {about['vllm']}, {about['mode']}"
-        rows.plot(csv.with_suffix(".png"), title, found, levels)
+        rows.plot(save.with_suffix(".png"), title, found, levels)
+        results.append_csv(save, about, found)
     most = {each.name: rows.capacity(found, each) for each in levels}
     lines = [rows.table(found, levels)]
     for name, best in most.items():
         met = ", ".join(f"{case} {value:.2f}" for case, value in best.items())
         lines.append(f"most requests/s that met {name}: {met}")
-    if found and not no_save:
-        results.append_csv(csv, about, found)
     print(json.dumps({**about, "most_requests_per_s": most, "rows": found})
           if as_json else "\n".join(lines))  # fmt: skip
     return INTERRUPTED if interrupted else int(bool(failed))
@@ -179,7 +182,7 @@ def subjects_of(
 
 async def measure(
     subjects: Sequence[Subject],
-    client: Client,
+    client: LoadClient,
     rates: Sequence[float],
     rounds: int,
     seed: int,

@@ -60,7 +60,7 @@ def level(text: str) -> Level:
 
 
 @dataclass(frozen=True)
-class Client:
+class LoadClient:
     """What `vllm bench serve` sends: random prompts at random times (Poisson).
 
     Attributes:
@@ -74,7 +74,7 @@ class Client:
     new_tokens: int
     folder: Path
 
-    async def load(self, server: Server, url: str, rate: float, seed: int, name: str) -> Requests:
+    async def load(self, server: Server, url: str, rate: float, seed: int, name: str) -> LoadResult:
         """Send requests to `url`, and return their latencies.
 
         Args:
@@ -109,7 +109,7 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Requests:
+class LoadResult:
     """What one load gave.
 
     Attributes:
@@ -136,7 +136,7 @@ class Requests:
         return bool(ttft <= level.ttft_ms and tpot <= level.tpot_ms)
 
 
-Runs = dict[tuple[str, float], dict[int, Requests]]
+Runs = dict[tuple[str, float], dict[int, LoadResult]]
 """By a subject's name and the rate, then by the round."""
 
 
@@ -174,7 +174,7 @@ class Subject:
             self.server.signal(signal.SIGSTOP)
 
 
-def read(path: Path) -> Requests:
+def read(path: Path) -> LoadResult:
     """Read what `vllm bench serve --save-result --save-detailed` has written.
 
     Raises:
@@ -193,12 +193,12 @@ def read(path: Path) -> Requests:
     tpot = np.where(later > 0, (latency - ttft) / np.maximum(later, 1), 0.0)
     itl = np.concatenate([np.array(gaps, dtype=float) for gaps in found["itls"]])
     tokens = found["total_output_tokens"]
-    return Requests(found["duration"], tokens, ttft * 1000, tpot * 1000, itl * 1000)
+    return LoadResult(found["duration"], tokens, ttft * 1000, tpot * 1000, itl * 1000)
 
 
-def together(rounds: Sequence[Requests]) -> Requests:
+def together(rounds: Sequence[LoadResult]) -> LoadResult:
     """Return all rounds as one, one after another."""
-    return Requests(
+    return LoadResult(
         sum(each.seconds for each in rounds),
         sum(each.tokens for each in rounds),
         *(np.concatenate([getattr(r, name) for r in rounds]) for name in ("ttft", "tpot", "itl")),

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import results
-from benchmarks.serve.load import Level, Requests, Runs, Subject, together
+from benchmarks.serve.load import Level, LoadResult, Runs, Subject, together
 
 
-def figures(requests: Requests) -> dict[str, float]:
+def figures(requests: LoadResult) -> dict[str, float]:
     """Return what is compared in each round."""
     return {
         "tokens_per_s": requests.tokens / requests.seconds,
@@ -25,8 +25,8 @@ def figures(requests: Requests) -> dict[str, float]:
 
 def row_of(
     rate: float,
-    rounds: dict[int, Requests],
-    peer: dict[int, Requests],
+    rounds: dict[int, LoadResult],
+    peer: dict[int, LoadResult],
     levels: Sequence[Level],
 ) -> results.Row:
     """Return a subject's figures at one rate: percentiles over the requests of all rounds; ratios

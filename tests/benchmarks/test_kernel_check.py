@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attn_kernels import get_variant, variant_names
-from benchmarks.kernels.candidates import Ours, Pool, TorchSdpa
+from benchmarks.kernels.candidates import CopyPool, Ours, TorchSdpa
 from benchmarks.kernels.case import Case, Inputs, Paging
 from benchmarks.kernels.check import LIMITS, PEER_LIMITS, Expected, complaint, error_of
 from tests.benchmarks.fakes import Forgetful, NotANumber, NotQuite, TorchKernel
@@ -62,7 +62,7 @@ def test_copies_hold_the_same() -> None:
     """Every copy gives the answer that was checked, also for a variant that shares its pool."""
     case = CASES[0]
     inputs = Inputs.make(case)
-    pools: dict[str, Pool] = {}
+    pools: dict[str, CopyPool] = {}
     paging = Paging(case, 3)
     ours = [
         Ours(get_variant(name), TorchKernel(get_variant(name)).layer, inputs, paging, pools)

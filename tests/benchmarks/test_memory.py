@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.__main__ import CHECKPOINTS, PACK, STANDARD, Part
+from benchmarks.__main__ import CHECKPOINTS, PACK, STANDARD, Benchmark
 from benchmarks.checkpoints import ServerCase, cases_of, weight_bytes
 from benchmarks.memory.__main__ import memory, plot, row_of, table
-from benchmarks.memory.measure import QUANTITIES, Requests, predict, requests_of
+from benchmarks.memory.measure import QUANTITIES, RequestShape, predict, requests_of
 from benchmarks.results import append_csv
 from benchmarks.servers import ServerOptions
 from tests.benchmarks.test_rates import ours
@@ -36,7 +36,7 @@ def options(dtype: str = "float32") -> ServerOptions:
 
 
 def test_predictions(folder: Path) -> None:
-    requests = Requests(200, 56)
+    requests = RequestShape(200, 56)
     softmax, selective, pruned, packed = (predict(c, requests, options()) for c in cases(folder))
     token = LAYERS * KV_HEADS * 2 * HEAD * 4
     assert softmax["kv_bytes_per_token"] == token
@@ -56,19 +56,19 @@ def test_predictions(folder: Path) -> None:
 
 
 def test_a_request_takes_whole_blocks_and_no_budget_is_longer_than_it(folder: Path) -> None:
-    requests = Requests(200, 57)
+    requests = RequestShape(200, 57)
     found = cases(folder, (8, 4, 1000))
     softmax, _, pruned, _ = (predict(case, requests, options()) for case in found)
     assert softmax["kv_bytes_per_request"] == 384 * LAYERS * KV_HEADS * 2 * HEAD * 4
     assert pruned["kv_bytes_per_request"] == (8 + 4 + 257) * (KV_HEADS * 2 * HEAD * 4 + 8)
     token = LAYERS * KV_HEADS * 2 * HEAD * 2
-    half = predict(found[0], Requests(200, 56), options("bfloat16"))
+    half = predict(found[0], RequestShape(200, 56), options("bfloat16"))
     assert half["kv_bytes_per_token"] == token
 
 
 def test_rows(folder: Path, tmp_path: Path) -> None:
     case, other, *_ = cases(folder)
-    predicted = predict(case, Requests(200, 56), options())
+    predicted = predict(case, RequestShape(200, 56), options())
     found = {name: 2 * value for name, value in predicted.items()}
     good = row_of(case, predicted, {**found, "blocks": 9, "rss_bytes": 3e6})
     bad = row_of(other, predicted, {}, "ended with exit code 1")
@@ -107,7 +107,14 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quantize(PACK[1:])
     csv = tmp_path / "memory.csv"
-    command = [sys.executable, "-m", *STANDARD[Part.MEMORY], f"--csv={csv}", "--json", "--ckpts"]
+    command = [
+        sys.executable,
+        "-m",
+        *STANDARD[Benchmark.MEMORY],
+        f"--csv={csv}",
+        "--json",
+        "--ckpts",
+    ]
     command += [str(CHECKPOINTS / name) for name in ("softmax", "selective")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

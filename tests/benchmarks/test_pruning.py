@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from benchmarks.__main__ import STANDARD, Part
-from benchmarks.pruning import Plan, plan_of, pruning
+from benchmarks.__main__ import STANDARD, Benchmark
+from benchmarks.pruning import PruningPlan, plan_of, pruning
 from tests.conftest import Commands
 from tests.tiny import tiny_checkpoint
 
@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("selective"), "selective")
 
 
-def plan(ckpt: Path, kv_budgets: list[int], memory: int | None = None, **given: Any) -> Plan:
+def plan(ckpt: Path, kv_budgets: list[int], memory: int | None = None, **given: Any) -> PruningPlan:
     """Return what is sent of 8 requests of 100 + 20 tokens."""
     counts = {"prompt_len": 100, "new_tokens": 20, "requests": 8, "rounds": 1, "seed": 0}
     fields: dict[str, Any] = {"max_model_len": 512, "dtype": "float32", **counts, **given}
@@ -77,7 +77,7 @@ def test_measures_both(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        *STANDARD[Part.PRUNING],
+        *STANDARD[Benchmark.PRUNING],
         "--rounds=1",
         f"--csv={csv}",
         "--json",

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 from attnserve.errors import UserError
-from benchmarks.results import append_csv, check_csv, shown, table
+from benchmarks.results import append_csv, checked, shown, table
 
 
 def test_csv_keeps_what_is_in_it(tmp_path: Path) -> None:
     path = tmp_path / "results" / "rows.csv"
-    check_csv(path)
+    assert checked(path, False) == path and checked(path, True) is None
     path.write_text("variant,retired,ratio\nsoftpick,1.50,\nlssa,007,0.4000\n")
-    check_csv(path)
+    checked(path, False)
     append_csv(
         path, {"commit": "abc"}, [{"variant": "ssmax", "ratio": 0.5, "long": [1, 2]}], ["long"]
     )
@@ -33,7 +33,7 @@ def test_csv_that_cannot_be_written_is_found_before_the_run(tmp_path: Path) -> N
     path.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe,")
     for wrong in (path, tmp_path):
         with pytest.raises(UserError, match="results cannot be written"):
-            check_csv(wrong)
+            checked(wrong, False)
 
 
 def test_cells() -> None:

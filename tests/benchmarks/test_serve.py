@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.checkpoints import ServerCase, cases_of
 from benchmarks.serve.__main__ import serve, subjects_of
-from benchmarks.serve.load import LEVELS, Level, Requests, Runs, Subject, level, read, together
+from benchmarks.serve.load import LEVELS, Level, LoadResult, Runs, Subject, level, read, together
 from benchmarks.serve.rows import capacity, plot, rows_of, table
 from benchmarks.servers import ServerOptions
 from serving.launch.process import LaunchError
@@ -63,10 +63,10 @@ def test_failed_requests_are_no_measurement(tmp_path: Path) -> None:
         read(tmp_path / "nothing.json")
 
 
-def requests(seconds: float, ttft: float, tpot: float, count: int = 100) -> Requests:
+def requests(seconds: float, ttft: float, tpot: float, count: int = 100) -> LoadResult:
     """As many requests of ten tokens, all the same."""
     same = np.full(count, 1.0)
-    return Requests(seconds, 10 * count, same * ttft, same * tpot, same * tpot)
+    return LoadResult(seconds, 10 * count, same * ttft, same * tpot, same * tpot)
 
 
 def test_a_level_is_met_by_the_99th_percentile() -> None:

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from attn_kernels import Variant, get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES
+
+ON_GPU = (pytest.mark.gpu, pytest.mark.timeout(90, method="thread"))
+"""Of a test of kernels on a GPU. One that hangs ends its process, which xdist replaces."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,7 +91,7 @@ class Setup:
         return self.group * self.num_kv_heads
 
 
-class Requests:
+class PagedRequests:
     """Random sequences, and their outputs by the reference.
 
     Attributes:
@@ -155,7 +159,7 @@ class Paged:
     Twice as many blocks as are needed: `move` puts the requests elsewhere.
     """
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: PagedRequests) -> None:
         from attn_kernels.triton import TritonLayer  # by the test: interpreted or compiled
 
         self.requests = requests
@@ -267,7 +271,7 @@ def nothing(x: Tensor) -> Tensor:
     return torch.full((PADDING, *x.shape[1:]), torch.nan, dtype=x.dtype)
 
 
-def check(errors: Mapping[str, float], requests: Requests) -> None:
+def check(errors: Mapping[str, float], requests: PagedRequests) -> None:
     """Compare errors, each of one phase, with the limit of the requests.
 
     Raises:

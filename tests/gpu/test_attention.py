@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from attn_kernels import variant_names
-from tests.gpu.paged import DTYPES, KEY_SCALE, Paged, Requests, Setup, check, stored, worse
+from tests.gpu.paged import (
+    DTYPES,
+    KEY_SCALE,
+    ON_GPU,
+    Paged,
+    PagedRequests,
+    Setup,
+    check,
+    stored,
+    worse,
+)
 
 HEAD_DIMS = (128, 64, 256, 80)
 GROUPS = (4, 1, 3)
@@ -71,16 +81,15 @@ def phases(
 @pytest.mark.parametrize(
     "setup",
     [tiny(name, 6 if name == "selective" else None) for name in variant_names()]
-    + [pytest.param(setup, marks=pytest.mark.gpu) for setup in full()],
+    + [pytest.param(setup, marks=ON_GPU) for setup in full()],
     ids=str,
 )
-@pytest.mark.timeout(90)
 def test_equals_the_reference(setup: Setup, record_property: Callable[[str, object], None]) -> None:
     """Prefill, prefill beside decode, decode with whole contexts and with contexts in parts."""
     nvidia = setup.fp8 and not torch.version.hip
     if nvidia and torch.cuda.get_device_capability() < FP8_CAPABILITY:
         pytest.skip("float8 needs a GPU of compute capability 8.9 or later")
-    requests = Requests(setup)
+    requests = PagedRequests(setup)
     paged = Paged(requests)
     errors: dict[str, float] = {}
     for phase, processors, spans in phases(setup.lengths, split_processors(setup.device)):
@@ -134,7 +143,7 @@ def test_wrong_outputs_fail(
 
     monkeypatch.setattr(TritonLayer, "attend", spoiled)
     setup = tiny("softmax")
-    requests = Requests(setup)
+    requests = PagedRequests(setup)
     phase, _, spans = next(phases(setup.lengths, 16))
     with pytest.raises(AssertionError, match=message):
         paged = Paged(requests)
@@ -156,7 +165,7 @@ def test_all_bits_set_are_nan(dtype: torch.dtype) -> None:
 
 
 def test_float8_keys_are_not_clamped() -> None:
-    keys = torch.cat(Requests(tiny("softmax", fp8=True)).k)
+    keys = torch.cat(PagedRequests(tiny("softmax", fp8=True)).k)
     assert float(keys.abs().max()) < 448 * KEY_SCALE
     # Three bits after the first; below 2^-6 of the scale steps of 2^-9 of it.
     rounding = (keys.abs() / 16).clamp(min=KEY_SCALE * 2**-10)

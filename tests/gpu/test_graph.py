@@ -9,11 +9,11 @@ import torch
 
 from attn_kernels import variant_names
 from attn_kernels.batch import Batch
-from tests.gpu.paged import DTYPES, Paged, Requests, Setup, check
+from tests.gpu.paged import DTYPES, ON_GPU, Paged, PagedRequests, Setup, check
 from tests.gpu.test_attention import UNSPLIT, split_processors, tiny
 
 SIZE = 4
-"""Requests of the captured step; those that are missing are padding."""
+"""PagedRequests of the captured step; those that are missing are padding."""
 
 
 def capture(device: torch.device, step: Callable[[], None]) -> Callable[[], None]:
@@ -81,7 +81,7 @@ class Decoder:
 
 # The compiled kernels are checked in the format that is served most.
 SETUPS = [tiny("selective")] + [
-    pytest.param(Setup(name, "bf16", 128, 4), marks=pytest.mark.gpu) for name in variant_names()
+    pytest.param(Setup(name, "bf16", 128, 4), marks=ON_GPU) for name in variant_names()
 ]
 
 
@@ -89,7 +89,7 @@ SETUPS = [tiny("selective")] + [
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_replay(setup: Setup, split: bool) -> None:
     """Prefill, then four replays: as captured, later tokens, other blocks, other requests."""
-    requests = Requests(setup)
+    requests = PagedRequests(setup)
     paged = Paged(requests)
     paged.layer.num_multiprocessors = split_processors(setup.device) if split else UNSPLIT
     ends = [n - 4 for n in setup.lengths]
@@ -106,7 +106,7 @@ def test_replay(setup: Setup, split: bool) -> None:
 
 def test_stale_block_table_fails() -> None:
     """A replay that does not see the new block table reads NaN."""
-    paged = Paged(Requests(tiny("softmax")))
+    paged = Paged(PagedRequests(tiny("softmax")))
     paged.layer.num_multiprocessors = UNSPLIT
     ends = [n - 2 for n in paged.requests.setup.lengths]
     paged.step([(1, 0, ends[1])])

@@ -1,4 +1,4 @@
-"""Products and lookups with packed weights on a GPU: every width, each kernel and tile, groups and
+"""Products and lookups with packed weights on a GPU: 2 to 8 bits, each kernel and tile, groups and
 zero points, against float64 products with the dequantized matrix."""
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from quant_kernels import Panels, panels
 from quant_kernels.pack import pack
 from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
-from tests.gpu.paged import DTYPES
+from tests.gpu.paged import DTYPES, ON_GPU
 
 TOLERANCES = {"fp32": 2e-6, "bf16": 2**-8, "fp16": 2**-11}
 """Largest error of an output, relative to the sum of the absolute products."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatrixShape:
     """A matrix without whole panels, chunks or groups, and the rows of `x` that it meets.
 
     Attributes:
@@ -36,11 +36,11 @@ class Shape:
 
 
 GROUPS = ((96, "half"), (128, "integers"), (None, "none"))
-TINY = Shape("cpu", 20, 70, (1, 5), ((32, "integers"),))
-FULL = Shape("cuda", 150, 1100, (1, 2, 3, 4, 5, 16, 17, 70), GROUPS)
+TINY = MatrixShape("cpu", 20, 70, (1, 5), ((32, "integers"),))
+FULL = MatrixShape("cuda", 150, 1100, (1, 2, 3, 4, 5, 16, 17, 70), GROUPS)
 
 
-def matrix(shape: Shape, bits: int, group: int | None, zeros: str) -> QuantizedWeight:
+def matrix(shape: MatrixShape, bits: int, group: int | None, zeros: str) -> QuantizedWeight:
     """Return a random quantized matrix."""
     spec = QuantSpec(bits, group, zeros == "none")
     of_groups = shape.outputs, spec.groups(shape.columns)
@@ -54,7 +54,7 @@ def matrix(shape: Shape, bits: int, group: int | None, zeros: str) -> QuantizedW
     return QuantizedWeight(values, scales, points, spec)
 
 
-def on_device(weight: QuantizedWeight, shape: Shape) -> Panels:
+def on_device(weight: QuantizedWeight, shape: MatrixShape) -> Panels:
     """Return the matrix as the kernels take it."""
     found = panels(
         pack(weight.values, weight.spec.bits),
@@ -69,7 +69,7 @@ def on_device(weight: QuantizedWeight, shape: Shape) -> Panels:
     return found._replace(words=found.words.to(device), scales=found.scales.to(device), zeros=zeros)
 
 
-def check(shape: Shape, bits: int, dtype: str) -> None:
+def check(shape: MatrixShape, bits: int, dtype: str) -> None:
     """Compare products, and lookups, which are exact.
 
     Raises:
@@ -97,14 +97,10 @@ def check(shape: Shape, bits: int, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "bits", "dtype"),
     [(TINY, bits, dtype) for bits, dtype in ((3, "fp16"), (4, "fp32"))]
-    + [
-        pytest.param(FULL, bits, dtype, marks=pytest.mark.gpu)
-        for dtype, bits in product(DTYPES, BITS)
-    ],
-    ids=lambda value: value.device if isinstance(value, Shape) else str(value),
+    + [pytest.param(FULL, bits, dtype, marks=ON_GPU) for dtype, bits in product(DTYPES, BITS)],
+    ids=lambda value: value.device if isinstance(value, MatrixShape) else str(value),
 )
-@pytest.mark.timeout(90)
-def test_equals_the_float64_product(shape: Shape, bits: int, dtype: str) -> None:
+def test_equals_the_float64_product(shape: MatrixShape, bits: int, dtype: str) -> None:
     check(shape, bits, dtype)
 
 

@@ -70,7 +70,7 @@ def dequantize(packed: Path, plain: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Case:
+class ServedCase:
     """A server.
 
     Attributes:
@@ -104,12 +104,12 @@ class Case:
 
 BUDGETS = {"name": "selective", "kv_budgets": [8, 8, 12, 16]}
 GPU_CASES = [
-    Case("softpick", checkpoint("softpick"), "float32", "FULL"),
-    Case("selective", checkpoint("selective"), "float32", "FULL"),
-    Case("selective within budgets", checkpoint("selective"), "float32", "FULL", BUDGETS),
-    Case("softpick in 3 bits", three_bits, "float32", "FULL"),
-    Case("softpick", checkpoint("softpick"), "float32", "FULL_AND_PIECEWISE"),
-    Case("softpick", checkpoint("softpick"), "bfloat16", "FULL_AND_PIECEWISE"),
+    ServedCase("softpick", checkpoint("softpick"), "float32", "FULL"),
+    ServedCase("selective", checkpoint("selective"), "float32", "FULL"),
+    ServedCase("selective within budgets", checkpoint("selective"), "float32", "FULL", BUDGETS),
+    ServedCase("softpick in 3 bits", three_bits, "float32", "FULL"),
+    ServedCase("softpick", checkpoint("softpick"), "float32", "FULL_AND_PIECEWISE"),
+    ServedCase("softpick", checkpoint("softpick"), "bfloat16", "FULL_AND_PIECEWISE"),
 ]
 
 
@@ -137,7 +137,7 @@ def compare(
     "case",
     [
         pytest.param(
-            Case("softpick in 3 bits", three_bits, "float32", None), marks=pytest.mark.slow
+            ServedCase("softpick in 3 bits", three_bits, "float32", None), marks=pytest.mark.slow
         ),
         *(
             pytest.param(case, marks=[pytest.mark.gpu, pytest.mark.xdist_group("served")])
@@ -146,7 +146,7 @@ def compare(
     ],
     ids=str,
 )
-def test_same_tokens_as_the_reference(case: Case, tmp_path: Path) -> None:
+def test_same_tokens_as_the_reference(case: ServedCase, tmp_path: Path) -> None:
     version = machine.package("vllm")
     if case.graphs and (not version or version.endswith("+cpu")):
         pytest.skip(f"vLLM for CUDA is not installed (found {version or 'none'})")
