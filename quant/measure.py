@@ -30,7 +30,7 @@ from quant.outliers import input_outliers, weight_outliers
 from quant.reader import Reader
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
-from quant.store import SweepResult
+from quant.store import SweepResult, path_of
 from quant.texts import Samples, SweepTexts
 
 NUMERICS = 1
@@ -47,7 +47,7 @@ class SweepTask:
         config: what to quantize, and how.
         samples: how much to measure.
         texts: what to measure and calibrate on.
-        records: folder for the log-probabilities of unquantized models.
+        out: the folder of results.
         harness: lm-eval's tasks; None: none.
         baseline: the unquantized model's `units`; None if this is it.
     """
@@ -57,7 +57,7 @@ class SweepTask:
     config: QuantConfig
     samples: Samples
     texts: SweepTexts
-    records: Path
+    out: Path
     harness: lm_eval_tasks.Harness | None = None
     baseline: dict[str, Any] | None = None
 
@@ -90,12 +90,17 @@ class SweepTask:
         }
 
     @property
+    def path(self) -> Path:
+        """The file of the result."""
+        return path_of(self.out, self.checkpoint, self.config)
+
+    @property
     def record(self) -> Path:
         """The folder of the unquantized model's log-probabilities."""
         common = {name: value for name, value in self.key.items() if name != "config"}
         text = json.dumps(common, sort_keys=True)
         name = f"{self.checkpoint}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        return self.records / name
+        return self.out / "records" / name
 
 
 @functools.lru_cache(maxsize=1)

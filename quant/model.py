@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 import hf_attn  # noqa: F401  registers the model classes
 from quant.schemes.hessian import inputs_of, layer_by_layer
@@ -16,6 +17,8 @@ from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 HEAD = "lm_head"
 Observer = Callable[[str, Tensor], None]
+
+logging.disable_progress_bar()  # a sweep loads a model for each config
 
 
 def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:

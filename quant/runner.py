@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import torch
-import transformers
 from tqdm import tqdm
 
 from attnserve.errors import UserError
@@ -60,7 +59,7 @@ def plan(
     for folder, its_sources in sources.for_checkpoints(folders).items():
         checkpoint = Reader(folder, samples.length)
         texts = sweep_texts(its_sources, checkpoint, samples)
-        common = (samples, texts, out / "records", harness)
+        common = (samples, texts, out, harness)
         tasks += [
             SweepTask(folder, checkpoint.digest, config, *common)
             for config in (UNQUANTIZED, *configs)
@@ -97,42 +96,35 @@ def affordable(jobs: int, folders: Sequence[Path]) -> int:
 def prepare(jobs: int) -> None:
     """Give a worker its share of the cores."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
-    transformers.utils.logging.disable_progress_bar()
 
 
-def is_there(task: SweepTask, out: Path) -> bool:
+def is_there(task: SweepTask) -> bool:
     """Return whether a task's result is there already.
 
     Raises:
         UserError: the file holds a result of other weights, texts or samples.
     """
-    path = store.path_of(out, task.checkpoint, task.config)
-    if not path.exists():
+    if not task.path.exists():
         return False
-    stored, key = store.read(path), task.key
+    stored, key = store.read(task.path), task.key
     if stored.key != key:
         differing = [k for k in {**key, **stored.key} if key.get(k) != stored.key.get(k)]
         texts = [", ".join(found.values()) for found in (stored.texts, task.texts.titles)]
         said = f" ({texts[0]}; now {texts[1]})" if texts[0] != texts[1] else ""
         raise UserError(
-            f"{path} holds a result that differs in {', '.join(differing)}{said}: --force measures "
-            "again and replaces it, --out DIR writes elsewhere"
+            f"{task.path} holds a result that differs in {', '.join(differing)}{said}: --force "
+            "measures again and replaces it, --out DIR writes elsewhere"
         )
     return True
 
 
 def run(
-    tasks: Sequence[SweepTask],
-    out: Path,
-    jobs: int,
-    ray: bool,
-    show: Callable[[SweepResult], None],
+    tasks: Sequence[SweepTask], jobs: int, ray: bool, show: Callable[[SweepResult], None]
 ) -> dict[str, str]:
     """Measure tasks, the unquantized models first, and write each result when it is done.
 
     Args:
         tasks: what is not measured yet.
-        out: the folder of results.
         jobs: processes of this machine.
         ray: on a Ray cluster instead.
         show: called with each result.
@@ -141,20 +133,9 @@ def run(
         The names of failed tasks, and why they failed.
     """
     failures: dict[str, str] = {}
-    first = [task for task in tasks if task.config == UNQUANTIZED]
-    others = [task for task in tasks if task.config != UNQUANTIZED]
     with tqdm(total=len(tasks), unit="config", smoothing=0.1) as bar:
-        for stage in (first, others):
-            ready = []
-            for task in stage:
-                baseline = store.path_of(out, task.checkpoint, UNQUANTIZED)
-                if stage is first:
-                    ready.append(task)
-                elif f"{task.checkpoint} {UNQUANTIZED.name}" in failures or not baseline.exists():
-                    failures[task.name] = "the unquantized model could not be measured"
-                    bar.update()
-                else:
-                    ready.append(dataclasses.replace(task, baseline=store.read(baseline).units))
+
+        def measure_all(ready: Sequence[SweepTask]) -> None:
             if ray:
                 outcomes = pool.on_ray(measure, ready)
             elif jobs == 1:
@@ -162,12 +143,26 @@ def run(
             else:
                 outcomes = pool.parallel(measure, ready, jobs, prepare)
             for task, outcome in outcomes:
-                with bar.external_write_mode():
-                    if isinstance(outcome, pool.Failure):
-                        failures[task.name] = outcome.why
-                    else:
-                        store.write(out, outcome)
+                if isinstance(outcome, pool.Failure):
+                    failures[task.name] = outcome.why
+                else:
+                    store.write(task.path, outcome)
+                    with bar.external_write_mode():
                         show(outcome)
                 bar.set_postfix_str(task.name)
                 bar.update()
+
+        measure_all([task for task in tasks if task.config == UNQUANTIZED])
+        ready = []
+        for task in tasks:
+            unquantized = dataclasses.replace(task, config=UNQUANTIZED)
+            if task.config == UNQUANTIZED:
+                continue
+            if unquantized.path.exists() and unquantized.name not in failures:
+                units = store.read(unquantized.path).units
+                ready.append(dataclasses.replace(task, baseline=units))
+            else:
+                failures[task.name] = "the unquantized model could not be measured"
+                bar.update()
+        measure_all(ready)
     return failures

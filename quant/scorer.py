@@ -1,6 +1,6 @@
 """Scores of a model, and how far its predictions are from the unquantized model's.
 
-The unquantized model's log-probabilities of every token are kept in files, since all cells of a
+The unquantized model's log-probabilities of every token are kept in files, since all configs of a
 checkpoint are compared with the same ones.
 """
 

@@ -73,11 +73,10 @@ def path_of(folder: Path, checkpoint: str, config: QuantConfig) -> Path:
     return folder / "configs" / checkpoint / f"{config.name}.json"
 
 
-def write(folder: Path, result: SweepResult) -> None:
+def write(path: Path, result: SweepResult) -> None:
     """Write a result, whole or not at all."""
     summary = {name: estimate.json() for name, estimate in result.summary.items()}
-    text = json_lines(vars(result) | {"summary": summary})
-    write_text(path_of(folder, result.checkpoint, result.config), text + "\n")
+    write_text(path, json_lines(vars(result) | {"summary": summary}) + "\n")
 
 
 def read(path: Path) -> SweepResult:

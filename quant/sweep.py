@@ -166,8 +166,8 @@ def sweep(
         out,
         Harness.asked(lm_eval or (), lm_eval_include, lm_eval_limit),
     )
-    missing = [task for task in tasks if force or not runner.is_there(task, out)]
-    there = [store.path_of(out, t.checkpoint, t.config) for t in tasks if t not in missing]
+    there = [] if force else [task.path for task in tasks if runner.is_there(task)]
+    missing = [task for task in tasks if task.path not in there]
 
     stream, sets = sys.stderr if as_json else sys.stdout, evaluation is not None
     wanted = jobs or len(os.sched_getaffinity(0))
@@ -177,14 +177,14 @@ def sweep(
     for said in dict.fromkeys(explained(**task.texts.titles) for task in tasks):
         print(said, file=stream)
     print(f"{len(missing)} configs to measure, {len(there)} there already", file=stream)
-    known = sorted(map(store.read, there), key=lambda stored: stored.order)
+    known = sorted(map(store.read, there), key=lambda result: result.order)
     print(table(known, sets), file=stream, flush=True)
 
     def show(result: SweepResult) -> None:
         print(table([result], sets).splitlines()[1], file=stream, flush=True)
 
     try:
-        failures = runner.run(missing, out, jobs, ray, show)
+        failures = runner.run(missing, jobs, ray, show)
     except KeyboardInterrupt:
         print(
             f"stopped; what is done is in {out}, and the same command goes on from there",
@@ -194,19 +194,16 @@ def sweep(
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
 
-    paths = [store.path_of(out, task.checkpoint, task.config) for task in tasks]
-    results = [store.read(path) for path in paths if path.exists()]
+    results = [store.read(task.path) for task in tasks if task.path.exists()]
     written = write(out) if results else {}
     if as_json:
         divergences = {
-            f"{stored.checkpoint} {stored.config.name}": stored.summary["test KL"].json()
-            for stored in results
-            if stored.config != UNQUANTIZED
+            f"{result.checkpoint} {result.config.name}": result.summary["test KL"].json()
+            for result in results
+            if result.config != UNQUANTIZED
         }
-        line = {
-            "out": str(out), "written": written, "test KL": divergences, "failed": failures
-        }  # fmt: skip
-        print(json.dumps(line))
+        found = {"out": str(out), "written": written, "test KL": divergences}
+        print(json.dumps(found | {"failed": failures}))
     elif written:
         print(f"Report: {written['html']}")
     if failures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -59,13 +60,13 @@ def gateway(
       GATEWAY_MAX_BODY_BYTES=16777216     Largest request body; larger ones get 413.
       GATEWAY_DRAIN_SECONDS=10            How long running requests may go on after SIGTERM.
     """
-    from serving.config import Settings, load
+    from serving.config import from_environment, load
 
     if check_config and config is None:
         raise UserError("--check-config needs --config FILE")
     if as_json and not check_config:
         raise UserError("--json needs --check-config")
-    found = Settings.read() if config is None else load(config)
+    found = from_environment(os.environ) if config is None else load(config)
     if check_config:
         print_config(found, str(config), as_json)
     else:

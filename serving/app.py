@@ -32,7 +32,7 @@ log = logging.getLogger("attnserve")
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 COMPARE = "/v1/compare"
 
-Answer = Callable[[Exchange, bytes, bytes], Awaitable[None]]
+Handler = Callable[[Exchange, bytes, bytes], Awaitable[None]]
 """Answers a request by its exchange, body and query."""
 
 
@@ -46,7 +46,7 @@ class App:
         self.proxy = Proxy(state, self.tracer)
         self.shadow = Shadow(self.proxy)
         self.fastapi = make_routes(state, self._lifespan)
-        self.answers: dict[str, Answer] = {
+        self.handlers: dict[str, Handler] = {
             **dict.fromkeys((*GENERATING, "/v1/embeddings"), self._pass_on),
             COMPARE: self._compare,
         }
@@ -59,20 +59,20 @@ class App:
         path = scope["path"]
         if path.endswith("/"):  # a slash at the end of what is under a base URL changes nothing
             path = path.rstrip("/")
-            if path in self.answers or path == "/v1/models":
+            if path in self.handlers or path == "/v1/models":
                 scope = {**scope, "path": path}
         exchange = Exchange.begin(scope, send)
         self.state.in_flight += 1
         try:
-            if answer := self.answers.get(scope["path"]):
-                await self._run(answer, exchange, scope, receive)
+            if handler := self.handlers.get(scope["path"]):
+                await self._run(handler, exchange, scope, receive)
             else:
                 await self._run_fastapi(exchange, scope, receive)
         finally:
             self.state.in_flight -= 1
 
     async def _run(
-        self, answer: Answer, exchange: Exchange, scope: Scope, receive: Receive
+        self, handler: Handler, exchange: Exchange, scope: Scope, receive: Receive
     ) -> None:
         """Answer a POST request past FastAPI, whatever happens, and count it.
 
@@ -86,7 +86,7 @@ class App:
         try:
             body = await self._read(exchange, scope, receive)
             with ClientWatch(receive):
-                await answer(exchange, body, scope["query_string"])
+                await handler(exchange, body, scope["query_string"])
         except ClientLeftError:
             exchange.aborted = True
             exchange.status = exchange.status or CLIENT_LEFT

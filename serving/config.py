@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -17,7 +18,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from attnserve.errors import UserError
 
@@ -48,13 +48,13 @@ EVERY = "*"
 """The name of a model entry that takes every model that no other entry names."""
 
 
-class Part(BaseModel):
-    """A part of the configuration: unknown names are errors, so that a slip is seen."""
+class Section(BaseModel):
+    """A section of the configuration: unknown names are errors, so that a slip is seen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class ModelEntry(Part):
+class ModelEntry(Section):
     """A model, and the vLLM servers that serve it: its replicas, any of which may answer."""
 
     name: str = Field(min_length=1)
@@ -93,7 +93,7 @@ class ModelEntry(Part):
         return replicas
 
 
-class KeyEntry(Part):
+class KeyEntry(Section):
     """A client's key, and what it may use. `attnserve keys new NAME` writes one."""
 
     name: str = Field(pattern=r"^[\w.@-]{1,64}$")
@@ -115,7 +115,7 @@ class KeyEntry(Part):
     """Requests at a time. None: no limit."""
 
 
-class Limits(Part):
+class Limits(Section):
     """What the gateway takes, and when it makes requests wait or turns them away."""
 
     max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
@@ -149,7 +149,7 @@ class Limits(Part):
     """Longest wait there; then 503."""
 
 
-class Timeouts(Part):
+class Timeouts(Section):
     """Times in seconds."""
 
     body: float = Field(30.0, gt=0)
@@ -172,7 +172,7 @@ class Timeouts(Part):
     """How long running requests may go on after SIGTERM."""
 
 
-class Health(Part):
+class Health(Section):
     """Health checks: /health and /metrics of every server, asked for again and again."""
 
     every: float = Field(1.0, gt=0)
@@ -185,7 +185,7 @@ class Health(Part):
     """Failed health checks after which a server gets no requests while others can take them."""
 
 
-class Breaker(Part):
+class Breaker(Section):
     """A server that fails requests is left alone for a while, then tried with one."""
 
     failures: int = Field(3, gt=0)
@@ -195,7 +195,7 @@ class Breaker(Part):
     """How long it stays open; doubled, up to eight times, while the one that tries fails."""
 
 
-class Routing(Part):
+class Routing(Section):
     """Which of a model's servers with room gets a request."""
 
     policy: Literal["prefix", "least_loaded"] = "prefix"
@@ -212,7 +212,7 @@ class Routing(Part):
     """Further servers that are tried while nothing has been sent to the client."""
 
 
-class ShadowScoring(Part):
+class ShadowScoring(Section):
     """Shadow scoring: other models read a sample of the answers of one model to clients."""
 
     reference: str = Field(min_length=1)
@@ -234,7 +234,7 @@ class ShadowScoring(Part):
     """Most likely tokens of each position that are compared (vLLM's limit is 20)."""
 
 
-class Logging(Part):
+class Logging(Section):
     """JSON lines on stderr."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -244,7 +244,7 @@ class Logging(Part):
     """A line for each request: who, what, how long; never keys, prompts or answers."""
 
 
-class Config(Part):
+class Config(Section):
     """Everything that a configuration can say."""
 
     host: str = Field("127.0.0.1", min_length=1)
@@ -329,8 +329,11 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def one_line(error: ValidationError) -> str:
-    """Return a validation error in one line: each name, what it was, what is wrong with it."""
+def one_line(error: ValidationError, variables: Mapping[str, str] | None = None) -> str:
+    """Return a validation error in one line: each name, what it was, what is wrong with it.
+
+    `variables` has the environment variables that some names come from.
+    """
     lines = []
     errors = error.errors()
     places = [e["loc"] for e in errors]
@@ -340,72 +343,45 @@ def one_line(error: ValidationError) -> str:
         ):
             continue  # only because what is wrong inside does not count
         name = ".".join(map(str, e["loc"]))
+        name = (variables or {}).get(name, name)
         value = "" if isinstance(e["input"], dict | list) or "sha256" in name else repr(e["input"])
         message = e["msg"].removeprefix("Value error, ")
         lines.append(f"{name}={value}: {message}" if value else f"{name}: {message}".lstrip(": "))
     return re.sub(r"\s+", " ", "; ".join(lines))
 
 
-class Settings(BaseSettings):
-    """The simple case: one vLLM server, all set through environment variables, named here in
-    capitals."""
+ENVIRONMENT = {
+    "GATEWAY_HOST": "host",
+    "GATEWAY_PORT": "port",
+    "UPSTREAM_URL": "models.0.replicas.0",
+    "UPSTREAM_CONNECT_SECONDS": "timeouts.connect",
+    "UPSTREAM_SILENCE_SECONDS": "timeouts.read",
+    "UPSTREAM_READ_SECONDS": "timeouts.read",
+    "UPSTREAM_HEALTH_SECONDS": "health.timeout",
+    "GATEWAY_MAX_BODY_BYTES": "limits.max_body_bytes",
+    "GATEWAY_DRAIN_SECONDS": "timeouts.drain",
+}
+"""The variables that set up a gateway without a file, and what each of them sets.
+UPSTREAM_SILENCE_SECONDS is a former name."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, populate_by_name=True, use_attribute_docstrings=True
-    )
 
-    host: str = Field("127.0.0.1", alias="GATEWAY_HOST", min_length=1)
-    """The address to listen on."""
+def from_environment(environment: Mapping[str, str]) -> Config:
+    """Return the configuration of one vLLM server, which serves every model.
 
-    port: int = Field(8080, alias="GATEWAY_PORT", ge=1, le=65535)
-    """The port to listen on."""
-
-    upstream_url: Url = Field("http://127.0.0.1:8000", alias="UPSTREAM_URL")
-    """The vLLM server; a /v1 at the end is taken off."""
-
-    connect_seconds: float = Field(5.0, alias="UPSTREAM_CONNECT_SECONDS", gt=0)
-    """Longest wait for a connection to the upstream."""
-
-    read_seconds: float = Field(
-        600.0,
-        alias="UPSTREAM_READ_SECONDS",
-        validation_alias=AliasChoices("UPSTREAM_READ_SECONDS", "UPSTREAM_SILENCE_SECONDS"),
-        gt=0,
-    )
-    """Longest wait for the next byte of an answer; without streaming, that is the whole of it."""
-
-    health_seconds: float = Field(2.0, alias="UPSTREAM_HEALTH_SECONDS", gt=0)
-    """Longest wait for the upstream's own /health."""
-
-    max_body_bytes: int = Field(16 * 1024 * 1024, alias="GATEWAY_MAX_BODY_BYTES", gt=0)
-    """Largest request body accepted; larger ones get 413."""
-
-    drain_seconds: int = Field(10, alias="GATEWAY_DRAIN_SECONDS", ge=0)
-    """How long running requests may go on after SIGTERM."""
-
-    @classmethod
-    def read(cls) -> Config:
-        """Return the configuration that the environment describes.
-
-        Raises:
-            ConfigError: with the variable and what is wrong with it, in one line.
-        """
-        try:
-            return cls().config()
-        except ValidationError as error:
-            raise ConfigError(one_line(error)) from None
-
-    def config(self) -> Config:
-        """Return the same as a configuration: one server, for every model."""
-        return Config(
-            host=self.host,
-            port=self.port,
-            models=(ModelEntry(name=EVERY, replicas=(self.upstream_url,)),),
-            limits=Limits(max_body_bytes=self.max_body_bytes),
-            timeouts=Timeouts(
-                connect=self.connect_seconds,
-                read=self.read_seconds,
-                drain=self.drain_seconds,
-            ),
-            health=Health(timeout=self.health_seconds),
-        )
+    Raises:
+        ConfigError: with the variable and what is wrong with it, in one line.
+    """
+    url = environment.get("UPSTREAM_URL", "http://127.0.0.1:8000")
+    data: dict[str, Any] = {
+        "models": [{"name": EVERY, "replicas": [url]}],
+        "timeouts": {"drain": 10},
+    }
+    for variable, place in ENVIRONMENT.items():
+        section, _, field = place.rpartition(".")
+        if variable in environment and variable != "UPSTREAM_URL":
+            (data.setdefault(section, {}) if section else data)[field] = environment[variable]
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        variables = {place: variable for variable, place in ENVIRONMENT.items()}
+        raise ConfigError(one_line(error, variables)) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from attn_kernels.cpu import build
-from serving.launch import doctor, probe
+from serving.launch import doctor
 from serving.launch.host_checks import (
     Check,
     before_install,
@@ -315,7 +315,7 @@ def test_vllm_without_libnuma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_untried_vllm_is_said_at_start_up(tmp_path: Path) -> None:
     distribution(tmp_path, "vllm", "0.31.0+cpu")
-    program = "from vllm_attn import versions; versions.warn_if_untried()"
+    program = "from vllm_attn import patches; patches.warn_if_untried()"
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -330,9 +330,11 @@ def test_untried_vllm_is_said_at_start_up(tmp_path: Path) -> None:
 def test_extension_point_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.attention.backend import AttentionBackend
 
-    assert probe.missing_points() == []
+    from vllm_attn import patches
+
+    assert patches.missing_points() == []
     monkeypatch.delattr(AttentionBackend, "customize_spec")
-    assert probe.missing_points() == ["AttentionBackend.customize_spec"]
+    assert patches.missing_points() == ["AttentionBackend.customize_spec"]
 
 
 @pytest.mark.parametrize(("value", "state"), [(None, "warning"), ("0", "warning"), ("1", "ok")])

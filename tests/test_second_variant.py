@@ -71,7 +71,7 @@ EVALUATE = """
 from pathlib import Path
 import torch
 from attnserve.budgets.forward import Forward
-from attnserve.evaluation.measure import Checkpoint
+from attnserve.evaluation.checkpoint import Checkpoint
 from tests.reference_model import ReferenceModel
 from tests.tiny import tiny_checkpoint
 

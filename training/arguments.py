@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer import Option
 
 from attnserve.evaluation.arguments import text_file
 from attnserve.files import CHECKOUT
@@ -85,7 +86,7 @@ def options_of(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., 
 
 Variant = Annotated[
     Any,
-    typer.Option(
+    Option(
         metavar="NAME",
         parser=variant_entry,
         help=f"A name, or JSON with parameters: '{EXAMPLE}'.",
@@ -94,7 +95,7 @@ Variant = Annotated[
 ]
 Data = Annotated[
     list[Path],
-    typer.Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
+    Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
 ]
-Runs = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the training states.")]
+Runs = Annotated[Path, Option(metavar="DIR", help="Folder of the training states.")]
 RUNS = CHECKOUT / "runs"

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typer import Argument, Option
 
 from attn_kernels import variant_names
 from attnserve.command import AsJson, main, needs
@@ -89,7 +89,7 @@ def checkpoint_name(text: str) -> str:
 def checkpoints(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="NAME",
             parser=checkpoint_name,
             help=f"Any of {', '.join(variant_names())} (default: all of these) or "
@@ -98,8 +98,7 @@ def checkpoints(
     ] = None,
     books: Books = None,
     runs: Runs = RUNS,
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoints.")] = CHECKOUT
-    / "checkpoints",
+    out: Annotated[Path, Option(help="Folder of the checkpoints.")] = CHECKOUT / "checkpoints",
     as_json: AsJson = False,
 ) -> None:
     """Build the reference checkpoints from the novels, an hour each.

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from attn_kernels import Variant, get_variant, variant_from_config
 from attnserve import machine

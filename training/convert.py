@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
@@ -19,38 +19,33 @@ from training.recipe import FineTuning
 @needs("train")
 def convert(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", help="Folder of a softmax Llama.", show_default=False),
+        Path, Argument(metavar="SRC", help="Folder of a softmax Llama.", show_default=False)
     ],
     out: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT", help="Folder to write, which must not exist.", show_default=False
-        ),
+        Argument(metavar="OUT", help="Folder to write, which must not exist.", show_default=False),
     ],
     variant: Variant,
     train_length: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="Tokens of the sequences that SRC was trained on. Default: SRC's "
             "max_position_embeddings.",
         ),
     ] = None,
     rope_theta: Annotated[
-        float | None,
-        typer.Option(parser=positive, help="Base of the rotary embedding. Default: SRC's."),
+        float | None, Option(parser=positive, help="Base of the rotary embedding. Default: SRC's.")
     ] = None,
     rope_theta_factor: Annotated[
         float,
-        typer.Option(
-            parser=positive,
-            help="Multiplies it; the SSMax paper measures long contexts with 50.",
+        Option(
+            parser=positive, help="Multiplies it; the SSMax paper measures long contexts with 50."
         ),
     ] = 1.0,
     positions: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="max_position_embeddings of OUT, in tokens, which is how long vLLM lets a context "
             "get. Default: SRC's.",
@@ -59,7 +54,7 @@ def convert(
     data: Texts = None,
     compiled: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--compile",
             help="Use torch.compile: a minute or two to start, then faster; all layers' scores are "
             "in memory at once.",

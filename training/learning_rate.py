@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-import typer
 from transformers import PreTrainedTokenizerFast
+from typer import Argument, Option
 
 from attn_kernels import variant_names
 from attnserve.command import AsJson, main, needs
@@ -70,15 +70,14 @@ def measure(
 def learning_rate(
     variants: Annotated[
         list[str] | None,
-        typer.Argument(metavar="VARIANT", parser=variant_name, help="Default: all of them."),
+        Argument(metavar="VARIANT", parser=variant_name, help="Default: all of them."),
     ] = None,
     rates: Annotated[
-        list[float] | None,
-        typer.Option(help=f"Peak rates. Default: {' '.join(map(str, RATES))}."),
+        list[float] | None, Option(help=f"Peak rates. Default: {' '.join(map(str, RATES))}.")
     ] = None,
     books: Books = None,
     runs: Runs = RUNS,
-    csv: Annotated[Path, typer.Option(help="The table.")] = TABLE,
+    csv: Annotated[Path, Option(help="The table.")] = TABLE,
     as_json: AsJson = False,
 ) -> None:
     """Measure whether one learning rate is fair to every variant.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
@@ -20,20 +20,19 @@ CSV = CHECKOUT / "training" / "results" / "long_context.csv"
 @needs("train")
 def long_context(
     checkpoints: Annotated[
-        list[Path] | None, typer.Argument(metavar="CKPT", help="Hugging Face folders.")
+        list[Path] | None, Argument(metavar="CKPT", help="Hugging Face folders.")
     ] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 32768,
-    windows: Annotated[int, typer.Option(min=1, help="Windows in all; the texts take turns.")] = 4,
+    length: Annotated[int, Option(min=1, help="Tokens of a window.")] = 32768,
+    windows: Annotated[int, Option(min=1, help="Windows in all; the texts take turns.")] = 4,
     spacing: Annotated[
-        int, typer.Option(min=1, help="Tokens between the beginnings of windows.")
+        int, Option(min=1, help="Tokens between the beginnings of windows.")
     ] = 32768,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="Of weights, activations and cache."),
+        Literal["float32", "bfloat16", "float16"], Option(help="Of weights, activations and cache.")
     ] = "float32",
-    csv: Annotated[Path, typer.Option(help="The table.")] = CSV,
+    csv: Annotated[Path, Option(help="The table.")] = CSV,
     plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Also draw what the table has.")
+        Path | None, Option(metavar="PNG", help="Also draw what the table has.")
     ] = None,
     texts: Texts = None,
     books: Books = None,

@@ -33,8 +33,7 @@ class Recipe:
     beta2: Annotated[float, Option(help="AdamW's beta2.")] = 0.95
     clip: Annotated[float, Option(help="Largest norm of the gradient.")] = 1.0
     precision: Annotated[
-        Precision,
-        Option(help="Of matrix products outside attention; attention is always fp32."),
+        Precision, Option(help="Of matrix products outside attention; attention is always fp32.")
     ] = "fp32"
     memory_loss: Annotated[
         float,

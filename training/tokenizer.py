@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typer import Option
 
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
@@ -91,9 +91,9 @@ def complete(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def tokenizer(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    vocab_size: Annotated[int, typer.Option(help="Tokens at most.")] = 2048,
-    max_length: Annotated[int, typer.Option(help="model_max_length, in tokens.")] = 512,
+    out: Annotated[Path, Option(help="Folder to write.", show_default=False)],
+    vocab_size: Annotated[int, Option(help="Tokens at most.")] = 2048,
+    max_length: Annotated[int, Option(help="model_max_length, in tokens.")] = 512,
     as_json: AsJson = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on text files."""

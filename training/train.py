@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
@@ -20,13 +20,13 @@ def train(
     variant: Variant,
     data: Data,
     tokenizer: Annotated[
-        Path, typer.Option(help="Folder written by training.tokenizer.", show_default=False)
+        Path, Option(help="Folder written by training.tokenizer.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run.", show_default=False)],
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
+    out: Annotated[Path, Option(help="Folder of the run.", show_default=False)],
+    save_every: Annotated[int, Option(min=1, help="Steps between saved states.")] = 100,
     compiled: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--compile",
             help="Use torch.compile: a minute or two to start, then many times faster on CPU.",
         ),

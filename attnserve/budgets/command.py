@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
@@ -21,7 +21,7 @@ def budgets(
     checkpoint: CheckpointFolder,
     reference: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="CKPT",
             help="A softmax checkpoint of the same tokenizer, whose loss is the target. Default: "
             "the bundled one where its tokenizer is the same, else none.",
@@ -29,53 +29,51 @@ def budgets(
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="The target, nats per token. Default: the reference's loss where there is one."
         ),
     ] = None,
     rise: Annotated[
         list[float] | None,
-        typer.Option(
+        Option(
             metavar="PERCENT",
             help="More targets: per cent of perplexity over the unpruned checkpoint's. Default: 1.",
         ),
     ] = None,
-    no_rise: Annotated[bool, typer.Option("--no-rise", help="No targets of that kind.")] = False,
+    no_rise: Annotated[bool, Option("--no-rise", help="No targets of that kind.")] = False,
     length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a sequence. Default: the training length."),
+        int | None, Option(min=1, help="Tokens of a sequence. Default: the training length.")
     ] = None,
-    step: Annotated[int, typer.Option(min=1, help="Tokens that a layer gives up at a time.")] = 4,
+    step: Annotated[int, Option(min=1, help="Tokens that a layer gives up at a time.")] = 4,
     sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences of the validation text, for the search.")
+        int, Option(min=1, help="Sequences of the validation text, for the search.")
     ] = 16,
-    judge: Annotated[int, typer.Option(min=1, help="Sequences of it, for the targets.")] = 128,
+    judge: Annotated[int, Option(min=1, help="Sequences of it, for the targets.")] = 128,
     test_sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences of the test text, for the table.")
+        int, Option(min=1, help="Sequences of the test text, for the table.")
     ] = 64,
     uniform: Annotated[
         list[int] | None,
-        typer.Option(
+        Option(
             min=1,
             metavar="TOKENS",
             help=f"Budgets for the table, tokens a layer. Default: {' '.join(map(str, UNIFORM))}.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random eviction.")] = 0,
+    seed: Annotated[int, Option(help="Seed of random eviction.")] = 0,
     text: Texts = None,
     books: Books = None,
-    runs: Annotated[Path, typer.Option(help="Folder of the evaluations.")] = Path("runs"),
+    runs: Annotated[Path, Option(help="Folder of the evaluations.")] = Path("runs"),
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Folder of the result. Default: training/results/budgets for the novels, else "
             "budgets in --runs."
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the table.")] = None,
+    plot: Annotated[Path | None, Option(metavar="PNG", help="Draw the table.")] = None,
     write: Annotated[
-        Path | None,
-        typer.Option(metavar="CKPT", help="Write a copy of the checkpoint with the budgets."),
+        Path | None, Option(metavar="CKPT", help="Write a copy of the checkpoint with the budgets.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

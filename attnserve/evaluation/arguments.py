@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
 """What a folder of evaluation sets holds."""
@@ -43,11 +44,11 @@ def positive(text: str) -> float:
 
 
 CheckpointFolder = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A Hugging Face folder.", show_default=False)
+    Path, Argument(metavar="CKPT", help="A Hugging Face folder.", show_default=False)
 ]
 Books = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         metavar="DIR",
         help="Folder of the novels. Default: where `attnserve books` puts them.",
         show_default=False,
@@ -55,5 +56,5 @@ Books = Annotated[
 ]
 Texts = Annotated[
     list[Path] | None,
-    typer.Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
+    Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
 ]

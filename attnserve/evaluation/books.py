@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import typer
+from typer import Option
 
 from attnserve.command import AsJson, expanded, main, needs
 from attnserve.errors import UserError
@@ -165,25 +165,25 @@ def unchanged(path: Path, novel: Novel) -> bool:
 def books(
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="DIR",
             help="Folder to write, for --books. Default: books in the cache folder, which is "
             "$ATTNSERVE_CACHE, else attnserve in $XDG_CACHE_HOME or ~/.cache.",
         ),
     ] = None,
     source: Annotated[
-        Source, typer.Option(help="The editions that were used, or today's.")
+        Source, Option(help="The editions that were used, or today's.")
     ] = Source.GITENBERG,
     server: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="URL",
             help=f"A mirror of the source. Default: {GITENBERG} or {GUTENBERG}.",
             show_default=False,
         ),
     ] = "",
     keep_changed: Annotated[
-        bool, typer.Option("--keep-changed", help="Keep texts with another SHA-256.")
+        bool, Option("--keep-changed", help="Keep texts with another SHA-256.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.evaluation.arguments import Books, CheckpointFolder, Texts
@@ -22,7 +22,7 @@ def evaluate(
     books: Books = None,
     sequences: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="Sequences of the training length, from the beginning of each text. Default: as "
             f"many as have {TOKENS} tokens.",
@@ -30,10 +30,10 @@ def evaluate(
         ),
     ] = None,
     whole: Annotated[
-        bool, typer.Option("--whole", help="Read whole texts, which takes minutes for novels.")
+        bool, Option("--whole", help="Read whole texts, which takes minutes for novels.")
     ] = False,
     ngrams: Annotated[
-        bool, typer.Option("--ngrams", help="Add the two baselines, which need the novels.")
+        bool, Option("--ngrams", help="Add the two baselines, which need the novels.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

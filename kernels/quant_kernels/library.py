@@ -48,7 +48,7 @@ def build(bits: int, isa: str) -> Path:
         BuildError: it cannot be built.
     """
     source = HERE / "packed.cpp"
-    headers = {ATTENTION / name for name in ("simd.hpp", "matmul.hpp", "amx.hpp")}
+    headers = {ATTENTION / name for name in ("simd.hpp", "matmul.hpp", "amx.hpp", "arena.hpp")}
     return compile_library(
         source,
         isa,

@@ -11,11 +11,10 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
 #include "amx.hpp"
+#include "arena.hpp"
 
 namespace {
 
@@ -111,25 +110,6 @@ inline Vec zero_at(const Call& c, int64_t at) {
   return c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDPOINT;
 }
 
-// Memory that grows and is kept.
-struct Buffer {
-  float* data = nullptr;
-  size_t capacity = 0;
-  ~Buffer() { std::free(data); }
-  float* reserve(size_t count) {
-    if (count > capacity) {
-      std::free(data);
-      capacity = (count + count / 4 + 15) / 16 * 16;
-      data = (float*)std::aligned_alloc(64, capacity * sizeof(float));
-      if (!data) {
-        capacity = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data;
-  }
-};
-
 // A row of x as floats, zeros behind its end, in padded() elements.
 void widen(const Call& c, int64_t row, float* to) {
   const int64_t start = row * c.x_stride;
@@ -157,7 +137,7 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
   // A product waits for the one before it: so many sums run side by side.
   constexpr int CHAINS = R * N >= 4 ? 1 : R * N >= 2 ? 2 : 4;
   const QuantizedValues quantized;
-  const int64_t chunks = c.chunks(), groups = c.group_sizes(), padded = c.padded();
+  const int64_t chunks = c.chunks(), groups = c.groups(), padded = c.padded();
   const int64_t chunks_per_group = c.group_size / CHUNK, length = chunks * BITS * PANEL;
   const int64_t ahead = P * length <= NEXT_PANELS ? P * length : AHEAD;
   int64_t panels[P];
@@ -208,11 +188,12 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
 
 template <int R>
 void few_rows(const Call& c) {
-  static thread_local Buffer memory;
-  const int64_t groups = c.group_sizes(), padded = c.padded();
-  float* const x = memory.reserve(R * (padded + groups));
-  float* const sums = x + R * padded;
-  std::fill_n(x, R * (padded + groups), 0.f);
+  static thread_local Arena memory;
+  const int64_t groups = c.groups(), padded = c.padded();
+  float *x, *sums;
+  memory.allocate(Array{x, (size_t)(R * padded)}, Array{sums, (size_t)(R * groups)});
+  std::fill_n(x, R * padded, 0.f);
+  std::fill_n(sums, R * groups, 0.f);
   for (int64_t r = 0; r < c.rows; r++) {
     widen(c, r, x + r * padded);
     for (int64_t g = 0; g < groups; g++) {
@@ -251,7 +232,7 @@ static_assert(BLOCK % STRIP_ROWS == 0 && DEPTH % CHUNK == 0);
 // Inputs `begin` to `end` of a panel as floats [inputs][STRIP_WIDTH].
 void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float* to) {
   const QuantizedValues quantized;
-  const int64_t chunks = c.chunks(), groups = c.group_sizes();
+  const int64_t chunks = c.chunks(), groups = c.groups();
   for (int64_t k = begin; k < end; k += CHUNK) {
     const uint32_t* words = c.words + (panel * chunks + k / CHUNK) * BITS * PANEL;
     for (int j = 0; j < PARTS; j++) {
@@ -300,18 +281,20 @@ void multiply_strip(const float* x, const float* weights, int64_t depth, bool ad
 }
 
 void many_rows(const Call& c) {
-  static thread_local Buffer memory;
+  static thread_local Arena memory;
   const int64_t padded = c.padded(), block = std::min<int64_t>(BLOCK, c.rows);
   const int64_t row_strips = (block + STRIP_ROWS - 1) / STRIP_ROWS, strip_size = padded * STRIP_ROWS;
   const int64_t strips = (c.panels() + STRIP_PANELS - 1) / STRIP_PANELS;
   // Of each thread: a row of x, weights, results.
   const int64_t own = padded + (DEPTH + row_strips * STRIP_ROWS) * STRIP_WIDTH;
-  float* const x = memory.reserve(row_strips * strip_size + c.threads * own);
+  float *x, *others;
+  memory.allocate(Array{x, (size_t)(row_strips * strip_size)},
+                  Array{others, (size_t)(c.threads * own)});
   for (int64_t first = 0; first < c.rows; first += block) {
     const int64_t rows = std::min(block, c.rows - first);
 #pragma omp parallel num_threads(c.threads)
     {
-      float* const row = x + row_strips * strip_size + omp_get_thread_num() * own;
+      float* const row = others + omp_get_thread_num() * own;
       float *const weights = row + padded, *const out = weights + DEPTH * STRIP_WIDTH;
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; r += STRIP_ROWS)
@@ -367,15 +350,16 @@ void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* t
 
 void many_rows_amx(const Call& c) {
   constexpr int WIDE = 2 * PANEL;
-  static thread_local Buffer memory;
-  const int64_t padded = c.padded(), groups = c.group_sizes(), depth = std::min(c.group_size, padded);
+  static thread_local Arena memory;
+  const int64_t padded = c.padded(), groups = c.groups(), depth = std::min(c.group_size, padded);
   const int64_t block = std::min<int64_t>(BLOCK, c.rows);
   const int64_t lines = (block + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
   // Of each thread: a group of two panels, a product of tiles, results.
   const int64_t own = depth * PANEL + (TILE_ROWS + lines) * WIDE;
-  float* const sums = memory.reserve(lines * (groups + padded / 2) + c.threads * own);
-  BFloat16* const x = (BFloat16*)(sums + lines * groups);
-  float* const others = sums + lines * (groups + padded / 2);
+  float *sums, *others;
+  BFloat16* x;
+  memory.allocate(Array{sums, (size_t)(lines * groups)}, Array{x, (size_t)(lines * padded)},
+                  Array{others, (size_t)(c.threads * own)});
   for (int64_t first = 0; first < c.rows; first += block) {
     const int64_t rows = std::min(block, c.rows - first);
 #pragma omp parallel num_threads(c.threads)
@@ -443,7 +427,7 @@ void multiply(const Call& c) {
 
 // Rows of the weight, by number; false, and nothing read, if one of them is not there.
 bool gather(const Call& c, const int64_t* ids) {
-  const int64_t groups = c.group_sizes(), length = c.chunks() * BITS;
+  const int64_t groups = c.groups(), length = c.chunks() * BITS;
   for (int64_t r = 0; r < c.rows; r++)
     if (ids[r] < 0 || ids[r] >= c.outputs) return false;
 #pragma omp parallel for num_threads(c.threads) schedule(static) if (c.rows > 16)

@@ -48,25 +48,41 @@ def check_variant_is_read(model: str, config: Any, requested: str | None) -> Non
     Raises:
         VariantError: with one line that says what to write instead.
     """
-    if nested := nested_attention_variant(config):
-        raise VariantError(
-            f"config.json names an attention variant in {nested}, which transformers and vLLM do "
-            "not read: remove it, and try a variant with attn_implementation"
-        )
+    if line := nested_variant(config, "attn_implementation"):
+        raise VariantError(line)
     declared = variant_from_config(config)
     if declared is None or declared.name in ("softmax", requested):
         return
-    remedy = f'pass attn_implementation="{declared.name}"'
-    if config.model_type == "llama":
-        remedy = (
-            'write "model_type": "variant_llama" and "architectures": '
-            f'["VariantLlamaForCausalLM"] into it, or {remedy}'
-        )
-    elif config.model_type == "variant_llama":
+    remedy = remedy_for(config, f'pass attn_implementation="{declared.name}"')
+    if config.model_type == "variant_llama":
         remedy = "use VariantLlamaForCausalLM, or AutoModelForCausalLM"
     raise VariantError(
         f"config.json names {declared.name} attention, which {model} does not read: it would run "
         f"softmax: {remedy}"
+    )
+
+
+def nested_variant(config: Any, option: str) -> str | None:
+    """Return the line that refuses a variant in a configuration inside a configuration, or None.
+
+    Args:
+        config: a transformers config.
+        option: with which a variant can be tried instead.
+    """
+    nested = nested_attention_variant(config)
+    return nested and (
+        f"config.json names an attention variant in {nested}, which transformers and vLLM do not "
+        f"read: remove it, and try a variant with {option}"
+    )
+
+
+def remedy_for(config: Any, option: str) -> str:
+    """Return what to do about a variant that a model does not read; `option` always works."""
+    if config.model_type != "llama":
+        return option
+    return (
+        'write "model_type": "variant_llama" and "architectures": ["VariantLlamaForCausalLM"] '
+        f"into it, or {option}"
     )
 
 

@@ -1,9 +1,9 @@
 """The vLLM plugin: every registered attention variant as an attention backend.
 
 vLLM finds the two functions below through its entry points and calls them in every process (API
-server, engine core, workers). On a CPU build nothing in vLLM is patched but its loaders
-(`weights.py`): variants are registered with `AttentionBackendEnum.register`, the platform is a
-subclass that vLLM selects itself.
+server, engine core, workers). Variants are registered with `AttentionBackendEnum.register`, and on
+a CPU build the platform is a subclass that vLLM selects itself; the little that is replaced in vLLM
+is in `patches.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     import hf_attn  # noqa: F401  (importing it registers the models' configurations)
-    from vllm_attn import names, platform, report, versions
+    from vllm_attn import names, patches, report
 
-    versions.warn_if_untried()
+    patches.warn_if_untried()
     report.install()
     names.register_all()
     for model in ("model:VariantLlamaForCausalLM", "fla_model:TransformerForCausalLM"):
         ModelRegistry.register_model(model.partition(":")[2], f"vllm_attn.{model}")
-    platform.ensure_active()
+    patches.ensure_active()
 
 
 def platform_plugin() -> str | None:

@@ -8,6 +8,7 @@ it: `attn_kernels.triton` on a GPU, `attn_kernels.cpu` (or, where that cannot be
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -312,8 +313,15 @@ class VariantImpl(AttentionImpl[Batch]):
         return output
 
 
-for _name in variant_names():
-    _class = names.class_name(_name)
-    globals()[_class] = type(
-        _class, (VariantBackend,), {"variant_name": _name, "__module__": __name__}
-    )
+@functools.cache
+def backend_class(variant_name: str) -> type[VariantBackend]:
+    """Return the backend class of a variant."""
+    members = {"variant_name": variant_name, "__module__": __name__}
+    return type(variant_name, (VariantBackend,), members)
+
+
+def __getattr__(name: str) -> type[VariantBackend]:
+    """Return the backend class that `names.register_all` has told vLLM to find here."""
+    if name in variant_names():
+        return backend_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,12 @@ from typing import Any
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_attn import platform
+from vllm_attn import patches
 
 # CpuPlatform, or ZenCpuPlatform where vLLM would choose that.
 _Base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 
 
-@platform.honour_variants
+@patches.honour_variants
 class VariantCpuPlatform(_Base):
     """The CPU platform that vLLM would have chosen, with the variants' backends."""

@@ -33,13 +33,22 @@ class VariantLlamaAttention(LlamaAttention):
     def __init__(self, config: Any, *args: Any, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(config, *args, prefix=prefix, **kwargs)
         variant = variant_from_config(config) or get_variant("softmax")
+        if variant.kv_budgets:
+            self.attn = pruned.PrunedAttention(
+                variant.kv_budgets[extract_layer_index(prefix)],
+                num_heads=self.num_heads,
+                head_size=self.head_dim,
+                scale=self.scaling,
+                num_kv_heads=self.num_kv_heads,
+                cache_config=kwargs["cache_config"],
+                quant_config=kwargs["quant_config"],
+                prefix=f"{prefix}.attn",
+            )
         impl = self.attn.impl
         if isinstance(impl, VariantImpl) and impl.variant == variant:
             for name in variant.learned:
                 impl.learned[name] = per_head_parameter(self.num_heads)
                 self.register_parameter(name, impl.learned[name])
-            if budgets := variant.kv_budgets:
-                pruned.give_budget(self.attn, budgets[extract_layer_index(prefix)])
         elif variant.name != "softmax":
             raise StartupError(
                 f"layer {extract_layer_index(prefix)} would run {type(impl).__name__} instead of "

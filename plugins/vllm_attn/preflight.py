@@ -16,10 +16,10 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from attn_kernels import (
     Variant,
     get_variant,
-    nested_attention_variant,
     variant_from_config,
 )
 from hf_attn.configuration import VariantLlamaConfig
+from hf_attn.unread import nested_variant, remedy_for
 from vllm_attn import library, names, report
 from vllm_attn.budgets import KV_CACHE_DTYPES, check_budgets
 from vllm_attn.report import StartupError
@@ -60,7 +60,7 @@ def check(vllm_config: Any) -> None:
 
 
 def resolve(vllm_config: Any) -> Variant | None:
-    """The variant to serve with, or None if vLLM's own attention runs a softmax checkpoint.
+    """Return the variant to serve with, or None if vLLM's own attention runs a softmax checkpoint.
 
     The checkpoint's `attention_variant` decides; `--attention-backend` must agree with it. A
     checkpoint that names no variant was trained with softmax; any variant may be tried on it.
@@ -115,11 +115,8 @@ def check_place(model_config: Any, declared: Variant | None, asked: str | None) 
     `--attention-backend`, as `attn_implementation` in transformers, and `--hf-overrides`.
     """
     config = model_config.hf_config
-    if nested := nested_attention_variant(config):
-        raise StartupError(
-            f"config.json names an attention variant in {nested}, which transformers and vLLM do "
-            "not read: remove it, and try a variant with --attention-backend"
-        )
+    if line := nested_variant(config, "--attention-backend"):
+        raise StartupError(line)
     if declared is None and isinstance(config, VariantLlamaConfig):
         raise StartupError(
             "config.json of a variant_llama names no attention function, and transformers refuses "
@@ -132,12 +129,7 @@ def check_place(model_config: Any, declared: Variant | None, asked: str | None) 
         return
     if isinstance(config, VariantLlamaConfig):
         return
-    remedy = f"pass --attention-backend {declared.name}"
-    if config.model_type == "llama":
-        remedy = (
-            'write "model_type": "variant_llama" and "architectures": '
-            f'["VariantLlamaForCausalLM"] into it, or {remedy}'
-        )
+    remedy = remedy_for(config, f"pass --attention-backend {declared.name}")
     raise StartupError(
         f"config.json names {declared.name} attention, but its model_type {config.model_type} does "
         f"not read attention_variant, and transformers would run softmax: {remedy}"
@@ -260,7 +252,7 @@ def check_learned_tensors(model_config: Any, variant: Variant) -> None:
 
 
 def tensor_names(model_config: Any) -> set[str]:
-    """All tensors of a local folder of safetensors.
+    """Return all tensors of a local folder of safetensors.
 
     Empty for any other checkpoint, which is checked when its weights are loaded (`vllm_attn.model`,
     `vllm_attn.fla_model`).
@@ -273,7 +265,7 @@ def tensor_names(model_config: Any) -> set[str]:
 
 
 def missing_tensor(variant: Variant, name: str, layer: int) -> str:
-    """The line for a learned tensor that a checkpoint lacks."""
+    """Return the line for a learned tensor that a checkpoint lacks."""
     return (
         f"the checkpoint has no tensor model.layers.{layer}.self_attn.{name}, which "
         f"{variant.name} attention learns in every layer: train or convert it with {variant.name}"

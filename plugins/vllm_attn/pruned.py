@@ -9,7 +9,7 @@ subclass says how large it is. Layers of different sizes share one block table
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,19 @@ class PageSpec(CircularBufferSpec):
 
 
 class PrunedAttention(Attention):
-    """vLLM's attention layer with a page instead of paged blocks."""
+    """vLLM's attention layer with a page instead of paged blocks.
+
+    Args:
+        budget: tokens of a request that the layer keeps.
+        layer: the arguments of vLLM's layer; the one of the same prefix gives way.
+    """
+
+    def __init__(self, budget: int, **layer: Any) -> None:
+        vllm_config = get_current_vllm_config()
+        # Llama's attention makes its layer itself, and takes no class for it.
+        vllm_config.compilation_config.static_forward_context.pop(layer["prefix"])
+        super().__init__(**layer)
+        self.impl.budget = min(budget, vllm_config.model_config.max_model_len)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> PageSpec:
         dtype = self.kv_cache_torch_dtype
@@ -60,15 +72,6 @@ class PrunedAttention(Attention):
             num_head_slots=1,
             state_content_bytes=slot_bytes(self.num_kv_heads, self.head_size, dtype),
         )
-
-
-def give_budget(attention: Attention, budget: int) -> None:
-    """Make a layer keep `budget` tokens of a request.
-
-    The layer is another class from now on: Llama's attention makes it and takes no class for it.
-    """
-    attention.impl.budget = min(budget, get_current_vllm_config().model_config.max_model_len)
-    attention.__class__ = PrunedAttention
 
 
 def announce(vllm_config: VllmConfig, spec: PageSpec) -> None:

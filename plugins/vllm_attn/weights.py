@@ -4,13 +4,12 @@ vLLM makes parameters of memory as it finds it and fills them from the checkpoin
 names were loaded, but asks only for those without a method of quantization (norms, say), only of
 models that are not quantized, and a fused tensor (`qkv_proj`) counts as loaded after one of its
 parts. So every parameter is marked with a bit pattern before it is loaded, at places that whatever
-fills it overwrites, and looked at afterwards.
+fills it overwrites, and looked at afterwards (`patches.check_every_load`).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader
 
 from vllm_attn.report import StartupError
 
@@ -39,46 +37,8 @@ FOREIGN = ("weight", "weight_packed", "qweight")
 """Parameters that every checkpoint has in a format that is not ours; others have defaults."""
 
 
-@functools.cache
-def check_every_load() -> None:
-    """Make vLLM's loaders of checkpoints refuse one that lacks a tensor. Idempotent."""
-    for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
-        loader.load_weights = checking(loader.load_weights)
-
-
-def checking(stock: Callable[..., None]) -> Callable[..., None]:
-    """A loader's `load_weights` that marks before and looks afterwards."""
-
-    def load_weights(self: Any, model: Any, model_config: Any) -> None:
-        if model_config.runner_type == "draft":  # it may share the target's embeddings
-            stock(self, model, model_config)
-            return
-        load = model.load_weights
-
-        def noting(weights: Iterable[tuple[str, Tensor]]) -> Any:
-            seen: set[str] = set()
-
-            def noted() -> Iterator[tuple[str, Tensor]]:
-                for name, tensor in weights:
-                    seen.add(name)
-                    yield name, tensor
-
-            loaded = load(noted())
-            check(model, loaded, seen)
-            return loaded
-
-        mark(model)
-        model.load_weights = noting
-        try:
-            stock(self, model, model_config)
-        finally:
-            del model.load_weights
-
-    return load_weights
-
-
 def expected(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """The parameters that a checkpoint must fill: `(name, module, parameter)`."""
+    """Yield the parameters that a checkpoint must fill: `(name, module, parameter)`."""
     for prefix, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
@@ -92,8 +52,8 @@ def expected(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
 
 
 def is_ours(module: Any, method: Any) -> bool:
-    """Whether `quant.quantize` writes a layer's parameters: `vllm_quant` made them, or vLLM's int8
-    scheme (`--activations`)."""
+    """Return whether `quant.quantize` writes a layer's parameters: `vllm_quant` made them, or
+    vLLM's int8 scheme (`--activations`)."""
     scheme = getattr(module, "scheme", None)
     return type(scheme).__name__ == "CompressedTensorsW8A8Int8" or any(
         type(owner).__module__.startswith("vllm_quant") for owner in (method, scheme)
@@ -112,9 +72,9 @@ def mark(model: nn.Module) -> None:
 
 
 def marked_places(parameter: Tensor) -> list[Tensor]:
-    """Views of a parameter as integers: all of a vector; both ends of every row and of every column
-    of a matrix; of more dimensions (experts: `[experts, two fused parts, ...]`, fused along either)
-    the first elements of every part. Empty for bytes."""
+    """Return views of a parameter as integers: all of a vector; both ends of every row and of every
+    column of a matrix; of more dimensions (experts: `[experts, two fused parts, ...]`, fused along
+    either) the first elements of every part. Empty for bytes."""
     if parameter.element_size() not in MARKS:
         return []
     bits = parameter.data.view(MARKS[parameter.element_size()][0])
@@ -132,7 +92,7 @@ def marked_places(parameter: Tensor) -> list[Tensor]:
 
 
 def untouched(parameter: Tensor) -> bool:
-    """Whether something of a marked parameter was never written."""
+    """Return whether something of a marked parameter was never written."""
     places = marked_places(parameter)
     if not places:
         return False
@@ -168,7 +128,7 @@ def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
 
 
 def lacks_a_part(model: Any, name: str, seen: set[str]) -> bool:
-    """Whether the checkpoint has one part of a fused parameter and not another."""
+    """Return whether the checkpoint has one part of a fused parameter and not another."""
     layer, _, tensor = name.rpartition(".")
     parent, _, leaf = layer.rpartition(".")
     parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [])
@@ -177,8 +137,8 @@ def lacks_a_part(model: Any, name: str, seen: set[str]) -> bool:
 
 
 def lacking(model: Any, name: str, seen: set[str]) -> str:
-    """What a parameter lacks, by its name in the checkpoint: of a fused one, the first missing
-    part. vLLM has names of its own for experts, and for what it computes from a tensor."""
+    """Return what a parameter lacks, by its name in the checkpoint: of a fused one, the first
+    missing part. vLLM has names of its own for experts, and for what it computes from a tensor."""
     layer, _, tensor = name.rpartition(".")
     parent, _, leaf = layer.rpartition(".")
     if all(other.rpartition(".")[2] != tensor for other in seen):

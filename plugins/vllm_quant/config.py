@@ -18,8 +18,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from quant_kernels.library import load
 from quant_kernels.panels import CHUNK
+from vllm_attn.patches import check_every_load
 from vllm_attn.report import StartupError
-from vllm_attn.weights import check_every_load
 from vllm_quant import device
 from vllm_quant.embedding import PackedEmbeddingMethod
 from vllm_quant.layer import Format

@@ -9,34 +9,6 @@ import json
 import pkgutil
 from typing import Any
 
-EXTENSION_POINTS = (
-    ("vllm.v1.attention.backends.registry:AttentionBackendEnum", "register"),
-    ("vllm.platforms.interface:Platform", "check_and_update_config"),
-    ("vllm.platforms.interface:Platform", "get_attn_backend_cls"),
-    ("vllm.platforms.interface:Platform", "update_block_size_for_backend"),
-    ("vllm.model_executor.model_loader:DefaultModelLoader", "load_weights"),
-    ("vllm.model_executor.model_loader:RunaiModelStreamerLoader", "load_weights"),
-    ("vllm.v1.attention.backend:AttentionBackend", "customize_spec"),
-    ("vllm.v1.attention.backend:AttentionBackend", "supported_kv_cache_layouts"),
-    ("vllm.v1.attention.backend:AttentionBackend", "forward_includes_kv_cache_update"),
-    ("vllm.v1.attention.backend:AttentionBackend", "validate_configuration"),
-    ("vllm.model_executor.models.registry:ModelRegistry", "register_model"),
-    ("vllm.v1.metrics.loggers:AggregateStatLoggerBase", "log_engine_initialized"),
-)
-"""What the plugin overrides or calls in vLLM and would not miss at import: class, attribute."""
-
-
-def missing_points() -> list[str]:
-    """Return the extension points that the installed vLLM lacks."""
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    missing = []
-    for place, attribute in EXTENSION_POINTS:
-        owner = resolve_obj_by_qualname(place.replace(":", "."))
-        if not hasattr(owner, attribute):
-            missing.append(f"{place.partition(':')[2]}.{attribute}")
-    return missing
-
 
 def import_plugins() -> None:
     """Import every module of the plugins: a server imports some only while it starts, and would
@@ -74,10 +46,9 @@ def main() -> None:
 
     import vllm_attn
     from attn_kernels import variant_names
-    from vllm_attn import library, names
+    from vllm_attn import library, names, patches
 
     vllm_attn.register()
-    missing = missing_points()
     import_plugins()
     for name in variant_names():
         names.backend_for(name).get_class()
@@ -86,7 +57,7 @@ def main() -> None:
     found = {
         "platform": type(current_platform).__name__,
         "honours_variants": getattr(current_platform, "honours_variants", False),
-        "missing_points": missing,
+        "missing_points": patches.missing_points(),
         "variants": list(variant_names()),
         "cpu_library": library.loaded(),
         "cuda": cuda(),

@@ -52,7 +52,7 @@ def timed_out() -> UpstreamError:
 
 
 class Connection(asyncio.Protocol):
-    """One connection. `request`, then `piece` until it returns b"", then `Pool.put` or `close`."""
+    """One connection: `request`, then `piece` until it returns b"", then `put` it or `close`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -256,7 +256,7 @@ class Connection(asyncio.Protocol):
             self.keep = self.parser.should_keep_alive()
 
 
-class Pool:
+class ConnectionPool:
     """The connections to one server. Idle ones are kept for `idle_seconds`, which must be less than
     the server keeps them (vLLM: 5 s)."""
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from serving.config import Config
-from serving.upstream.http import Headers, Pool, UpstreamError
+from serving.upstream.http import ConnectionPool, Headers, UpstreamError
 from serving.upstream.vllm_metrics import (
     UNKNOWN,
     ServerInfo,
@@ -25,7 +25,7 @@ class Replica:
     def __init__(self, url: str, config: Config, api_key: str | None = None) -> None:
         self.url = url
         self.api_key = api_key
-        self.pool = Pool(url, config.timeouts.idle)
+        self.pool = ConnectionPool(url, config.timeouts.idle)
         self.config = config
         self.in_flight = 0  # requests that this gateway has open here
         self.draining = False

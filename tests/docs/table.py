@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     ),
     "python -m quant.sweep CKPT": Run(
         SWEEP_ONE,
-        prints=r"(?s)softpick weights-rtn.*Report: ",
+        prints=r"(?s)softpick +weights .*Report: ",
         long=True,
     ),
     "make serve CKPT=softpick-340M-4096-model": Serve(

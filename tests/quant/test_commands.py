@@ -44,7 +44,7 @@ def results(folder: Path) -> dict[str, SweepResult]:
 def test_the_sweep_needs_nothing(
     softpick: Path, tmp_path: Path, empty: Path, commands: Commands
 ) -> None:
-    """Two checkpoints read what the softmax one writes. Rows come as cells are done."""
+    """Two checkpoints read what the softmax one writes. Rows come as configs are done."""
     softmax = tiny_checkpoint(
         tmp_path / "soft", "softmax", max_position_embeddings=64, num_hidden_layers=2
     )

@@ -79,7 +79,7 @@ def test_bitsandbytes_gives_the_same_back(kind: str, size: int) -> None:
 
 
 def test_blocks_that_go_on_in_the_next_row() -> None:
-    """Every code is the nearest of its block's values: the library's own CPU kernel that gives
+    """Every value is the nearest of its block's values: the library's own CPU kernel that gives
     numbers back is wrong here."""
     weight, size = matrix(688), 64
     found = needs("bnb-nf4")(weight, QuantSpec(4, size)).dequantize().flatten()

@@ -37,7 +37,7 @@ def read_back(tensors: dict[str, Tensor], layer: str, args: dict[str, Any]) -> T
     rows, columns = tensors[f"{layer}.weight_shape"].tolist()
     spec = QuantSpec(args["num_bits"], args["group_size"], args["symmetric"])
     quantized = unpack(tensors[f"{layer}.weight_packed"], spec.bits, columns)
-    if 32 % spec.bits == 0:  # the library packs other widths with gaps
+    if 32 % spec.bits == 0:  # the library packs other bits with gaps
         packed = tensors[f"{layer}.weight_packed"]
         signed = unpack_from_int32(packed, spec.bits, torch.Size((rows, columns)))
         assert torch.equal(signed.int() + spec.midpoint, quantized.int())

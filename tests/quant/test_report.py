@@ -183,7 +183,7 @@ def test_the_section_of_a_folder(tmp_path: Path) -> None:
     assert "Not measured" in write_section(tmp_path, tmp_path / "figures", "figures")
     assert not (tmp_path / "figures").exists()
     for result in pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]):
-        store.write(tmp_path, result)
+        store.write(store.path_of(tmp_path, result.checkpoint, result.config), result)
     text = write_section(tmp_path, tmp_path / "figures", "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     kinds = ("degradation-weights", "outliers")

@@ -1,4 +1,4 @@
-"""Single layers, and a width for each within a budget."""
+"""Single layers, and bits for each within a budget."""
 
 from __future__ import annotations
 

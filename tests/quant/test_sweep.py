@@ -86,7 +86,7 @@ def test_results_reports_and_what_is_there_already(
 def test_a_kill_loses_one_config(softpick: Path, tmp_path: Path, commands: Commands) -> None:
     """On sampled text, which is the same afterwards."""
     argv = [str(softpick), *SMALL, f"--out={tmp_path}", "--what", "kv", "--bits"]
-    bits = [str(width) for width in range(2, 9)]
+    bits = [str(each) for each in range(2, 9)]
     command = [sys.executable, "-m", "quant.sweep", *argv, *bits]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

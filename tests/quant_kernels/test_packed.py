@@ -87,6 +87,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
+def test_a_library_is_built() -> None:
+    """The others would pass by torch operations, too."""
+    assert library.load(4) is not None
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_products(bits: int) -> None:
     """Rows from one to several tiles; columns that are no whole chunk, group or word; outputs that

@@ -143,7 +143,7 @@ def completion(url: str, timeout: float = 60, **fields: Any) -> dict[str, Any]:
         return answer
 
 
-class Answer:
+class HttpAnswer:
     """Status, headers and body of one request."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
@@ -156,13 +156,13 @@ class Answer:
         return json.loads(self.body)
 
 
-def ask(url: str, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+def ask(url: str, method: str, path: str, body: Any = None, **headers: str) -> HttpAnswer:
     """One request on a connection of its own; a `body` that is not bytes is sent as JSON."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, data, {"content-type": "application/json", **named})
-    answer = Answer(connection.getresponse())
+    answer = HttpAnswer(connection.getresponse())
     connection.close()
     return answer
 
@@ -174,7 +174,7 @@ def metric(url: str, start: str, part: str = "") -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
 
-def error_of(answer: Answer) -> dict[str, Any]:
+def error_of(answer: HttpAnswer) -> dict[str, Any]:
     """Return the error of an answer, after a check of its shape."""
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()

@@ -30,7 +30,7 @@ DONE = b"data: [DONE]\n"
 
 
 @dataclass
-class Run:
+class SoakRun:
     """What has happened so far."""
 
     streams: int = 0
@@ -41,7 +41,7 @@ class Run:
     cpu_s: float = 0.0
 
 
-async def stream(url: str, name: str, tokens: int, run: Run) -> None:
+async def stream(url: str, name: str, tokens: int, run: SoakRun) -> None:
     """One stream; what is not as it should be goes to `run.wrong`."""
     host, port = urlsplit(url).netloc.split(":")
     body = json.dumps({"model": "m", "prompt": name, "stream": True}).encode()
@@ -76,9 +76,9 @@ async def stream(url: str, name: str, tokens: int, run: Run) -> None:
         writer.close()
 
 
-async def load(url: str, pid: int, options: argparse.Namespace) -> Run:
+async def load(url: str, pid: int, options: argparse.Namespace) -> SoakRun:
     """`--streams` at a time, each followed by another, until the time is over; then they end."""
-    run = Run()
+    run = SoakRun()
     began = time.monotonic()
     length = options.tokens * options.pause_s
 
@@ -106,7 +106,7 @@ async def load(url: str, pid: int, options: argparse.Namespace) -> Run:
     return run
 
 
-def judge(run: Run, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+def judge(run: SoakRun, options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Return the figures, and what is wrong with them."""
     full = [(at, mb) for at, streams, mb in run.rss_mb if streams > 0.9 * options.streams]
     peak = max(mb for _, _, mb in run.rss_mb)

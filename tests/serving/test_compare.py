@@ -15,7 +15,7 @@ from serving.auth import digest, new_key
 from serving.compare.kl import Position, drift, positions
 from serving.upstream.vllm_metrics import kv_cache_sizes
 from tests.servers import free_port
-from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
+from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for
 
 BODY = {"reference": "a", "prompt": "hello", "max_tokens": 3}
@@ -37,7 +37,7 @@ def pair() -> Iterator[tuple[Running, StandIn, StandIn]]:
         yield found
 
 
-def compare(gateway: Running, headers: dict[str, str] | None = None, **fields: Any) -> Answer:
+def compare(gateway: Running, headers: dict[str, str] | None = None, **fields: Any) -> HttpAnswer:
     """One comparison."""
     return ask(gateway.url, "POST", "/v1/compare", {**BODY, **fields}, **(headers or {}))
 

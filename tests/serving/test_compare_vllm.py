@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.reference_model import ReferenceModel
 from tests.servers import Server, vllm_server
-from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
+from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import standin, wait_for
 
 pytestmark = pytest.mark.slow  # two vLLM servers
@@ -52,7 +52,7 @@ def entries(servers: dict[str, Server]) -> list[dict[str, Any]]:
     return [{"name": n, "variant": n, "replicas": [s.url]} for n, s in servers.items()]
 
 
-def compare(gateway: Running, **fields: Any) -> Answer:
+def compare(gateway: Running, **fields: Any) -> HttpAnswer:
     """One comparison, greedy."""
     body = {"reference": "softpick", "prompt": PROMPT, "temperature": 0, "top_k": TOP_K, **fields}
     return ask(gateway.url, "POST", "/v1/compare", body)

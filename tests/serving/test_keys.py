@@ -10,7 +10,7 @@ import pytest
 from serving.auth import digest, new_key
 from serving.config import KeyEntry
 from serving.rate_limit import Account, Bucket
-from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
+from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import standin, wait_for
 
 BODY = {"model": "m", "prompt": "x" * 40, "max_tokens": 10}  # 10 + 10 tokens by the guess
@@ -21,7 +21,7 @@ def entry(key: str, name: str, **limits: int) -> dict[str, Any]:
     return {"name": name, "sha256": digest(key), **limits}
 
 
-def complete(gateway: Running, key: str = ALICE, **fields: Any) -> Answer:
+def complete(gateway: Running, key: str = ALICE, **fields: Any) -> HttpAnswer:
     bearer = f"Bearer {key}"
     body = {**BODY, **fields}
     return ask(gateway.url, "POST", "/v1/completions", body, authorization=bearer)

@@ -23,7 +23,7 @@ CLIENTS = 32
 TOKENS = 20
 
 
-class Replica:
+class ReplicaProcess:
     """A stand-in in a process of its own: 0.2 s to the first token, 0.02 s between two."""
 
     def __init__(self, folder: Path) -> None:
@@ -97,7 +97,7 @@ def answered_since(log: Path, offset: int) -> Counter[str]:
 def test_kill_and_restart_under_load(tmp_path: Path) -> None:
     """Every replica is killed twice, one at a time, and each time gets traffic again."""
     with ExitStack() as stack:
-        replicas = [Replica(tmp_path) for _ in range(3)]
+        replicas = [ReplicaProcess(tmp_path) for _ in range(3)]
         for replica in replicas:
             replica.start()
             stack.callback(replica.end)

@@ -85,7 +85,7 @@ def browser() -> Iterator[webdriver.Chrome]:
         yield chrome
 
 
-class Page:
+class BrowserPage:
     """The page of a gateway, open in the browser."""
 
     def __init__(self, browser: webdriver.Chrome, gateway: Running | Server) -> None:
@@ -123,11 +123,11 @@ class Page:
 @contextmanager
 def opened(
     browser: webdriver.Chrome, complaints: str | None = None, **config: Any
-) -> Iterator[tuple[Page, Running]]:
+) -> Iterator[tuple[BrowserPage, Running]]:
     """Yield the page of a gateway. The browser may complain of nothing but `complaints`."""
     with running(**config) as gateway:
         browser.get_log("browser")  # which forgets what it has told
-        page = Page(browser, gateway)
+        page = BrowserPage(browser, gateway)
         yield page, gateway
         said = [entry["message"] for entry in browser.get_log("browser")]
         assert [m for m in said if complaints is None or not re.search(complaints, m)] == []
@@ -430,7 +430,7 @@ def test_readable_in(browser: webdriver.Chrome, talker: Talker, scheme: str) -> 
 
 @pytest.mark.slow
 def test_in_front_of_vllm(browser: webdriver.Chrome, gateway: Server) -> None:
-    page = Page(browser, gateway)
+    page = BrowserPage(browser, gateway)
     assert page.texts("#model-list label") == [MODEL]
     page.run("done (length)")
     spans = page.all(".answer .token")

@@ -12,7 +12,7 @@ import pytest
 
 from serving.config import Config
 from serving.state import GatewayState
-from tests.serving.helpers import Answer, Running, ask, error_of, leave, open_request, running
+from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 
 
@@ -27,7 +27,7 @@ def urls(servers: list[StandIn]) -> list[str]:
     return [server.url for server in servers]
 
 
-def complete(gateway: Running, prompt: str = "x", **fields: Any) -> Answer:
+def complete(gateway: Running, prompt: str = "x", **fields: Any) -> HttpAnswer:
     body = {"model": "m", "prompt": prompt, "max_tokens": 2, **fields}
     return ask(gateway.url, "POST", "/v1/completions", body)
 
@@ -234,7 +234,7 @@ def test_unhealthy_replica_gets_nothing_until_it_is_well(three: list[StandIn]) -
 
 def test_kill_under_load_fails_nothing_that_had_not_begun(three: list[StandIn]) -> None:
     """Three waves of requests, a server killed in each of the first two, and one comes back."""
-    answers: list[Answer] = []
+    answers: list[HttpAnswer] = []
     with running(*urls(three), routing={"policy": "least_loaded"}) as gateway:
 
         def wave() -> list[threading.Thread]:
@@ -274,7 +274,7 @@ def test_server_that_ends_in_the_middle(three: list[StandIn]) -> None:
     """uvicorn, when it is not given the time to finish, answers 500 to what it is doing."""
     for server in three:
         server.before_s = 4.0
-    answers: list[Answer] = []
+    answers: list[HttpAnswer] = []
     with running(*urls(three), routing={"policy": "least_loaded"}) as gateway:
         calls = [
             threading.Thread(target=lambda: answers.append(complete(gateway))) for _ in range(6)

@@ -15,7 +15,7 @@ import pytest
 
 from serving.compare.shadow import suitable
 from serving.config import Config, ShadowScoring
-from tests.serving.helpers import Answer, Running, ask, leave, open_request, running
+from tests.serving.helpers import HttpAnswer, Running, ask, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for
 
 SHADOW = {"reference": "a", "models": ["b"], "sample": 1}
@@ -39,7 +39,7 @@ def configuration(a: StandIn, b: StandIn, **config: Any) -> dict[str, Any]:
     return {"models": models, "shadow": SHADOW, **config}
 
 
-def complete(gateway: Running, **fields: Any) -> Answer:
+def complete(gateway: Running, **fields: Any) -> HttpAnswer:
     """One completion of the reference."""
     return ask(gateway.url, "POST", "/v1/completions", {**BODY, **fields})
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.servers import free_port
 from tests.serving.helpers import (
-    Answer,
+    HttpAnswer,
     ask,
     error_of,
     gateway_server,
@@ -55,10 +55,10 @@ async def listening(handler: Handler) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-def through_gateway(handler: Handler, *pauses: float) -> list[Answer]:
+def through_gateway(handler: Handler, *pauses: float) -> list[HttpAnswer]:
     """Answers to POSTs through a gateway in front of `handler`, with pauses after them."""
 
-    async def run() -> list[Answer]:
+    async def run() -> list[HttpAnswer]:
         answers = []
 
         def ask_all(url: str) -> None:

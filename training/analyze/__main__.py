@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
@@ -19,12 +19,11 @@ from training.arguments import options_of
 @needs("train")
 def analyze(
     checkpoints: Annotated[
-        list[Path],
-        typer.Argument(metavar="CKPT", help="Hugging Face folders.", show_default=False),
+        list[Path], Argument(metavar="CKPT", help="Hugging Face folders.", show_default=False)
     ],
     measures: Annotated[
         list[Name] | None,
-        typer.Option(
+        Option(
             metavar="MEASURE",
             help="; ".join(f"{name}: {title}" for name, title in TITLES.items())
             + ". Default: all.",
@@ -32,8 +31,7 @@ def analyze(
     ] = None,
     books: Books = None,
     sets: Annotated[
-        Path | None,
-        typer.Option("--eval", metavar="DIR", help=f"Folder of the evaluation sets: {SETS}."),
+        Path | None, Option("--eval", metavar="DIR", help=f"Folder of the evaluation sets: {SETS}.")
     ] = None,
     as_json: AsJson = False,
     *,

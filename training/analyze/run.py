@@ -66,11 +66,7 @@ def to_do(
     present, missing = [], []
     for measure in chosen:
         path = path_of(
-            settings.out,
-            checkpoint.name,
-            measure.name,
-            settings.engine,
-            settings.rope_theta_factor,
+            settings.out, checkpoint.name, measure.name, settings.engine, settings.rope_theta_factor
         )
         if settings.force or not path.exists():
             missing.append(measure)

@@ -54,10 +54,7 @@ class Settings:
     ] = None
     max_length: Annotated[
         int,
-        Option(
-            min=1,
-            help=f"Tokens of the longest context; {MULTIPLE} training lengths at most.",
-        ),
+        Option(min=1, help=f"Tokens of the longest context; {MULTIPLE} training lengths at most."),
     ] = 16384
     context: Annotated[
         int | None,

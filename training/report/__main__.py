@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
@@ -21,20 +21,18 @@ QUANTIZATION = CHECKOUT / "quant" / "results"
 
 @needs("train")
 def report(
-    results: Annotated[Path, typer.Option(help="Folder that training.analyze wrote.")] = FOLDER,
+    results: Annotated[Path, Option(help="Folder that training.analyze wrote.")] = FOLDER,
     checkpoints: Annotated[
-        Path, typer.Option(help="Folder of checkpoints with their loss.csv.")
+        Path, Option(help="Folder of checkpoints with their loss.csv.")
     ] = CHECKOUT / "checkpoints",
-    learning_rates: Annotated[Path, typer.Option(help="Table of training.learning_rate.")] = TRAINED
+    learning_rates: Annotated[Path, Option(help="Table of training.learning_rate.")] = TRAINED
     / "learning_rate.csv",
-    budgets: Annotated[Path, typer.Option(help="Folder that `attnserve budgets` wrote.")] = TRAINED
+    budgets: Annotated[Path, Option(help="Folder that `attnserve budgets` wrote.")] = TRAINED
     / "budgets",
-    long_context: Annotated[Path, typer.Option(help="Table of training.long_context.")] = CSV,
-    quantization: Annotated[
-        Path, typer.Option(help="Folder that quant.sweep wrote.")
-    ] = QUANTIZATION,
-    out: Annotated[Path, typer.Option(help="The document.")] = CHECKOUT / "docs" / "RESULTS.md",
-    figures: Annotated[Path, typer.Option(help="Folder of the PNG files.")] = CHECKOUT
+    long_context: Annotated[Path, Option(help="Table of training.long_context.")] = CSV,
+    quantization: Annotated[Path, Option(help="Folder that quant.sweep wrote.")] = QUANTIZATION,
+    out: Annotated[Path, Option(help="The document.")] = CHECKOUT / "docs" / "RESULTS.md",
+    figures: Annotated[Path, Option(help="Folder of the PNG files.")] = CHECKOUT
     / "docs"
     / "results",
     as_json: AsJson = False,

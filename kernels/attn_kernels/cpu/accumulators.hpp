@@ -15,7 +15,7 @@ class Accumulators : public Spans<T> {
 
   const V variant;
 
-  explicit Accumulators(const Call& c)
+  explicit Accumulators(const AttendCall& c)
       : Base(c), variant(Parameters{c.scale, c.cache.head_size, c.values, c.learned}) {}
 
   // One head's query at a position, widened; returns what it is to be multiplied with.
@@ -96,9 +96,8 @@ class Accumulators : public Spans<T> {
   // snapshots[tile * stride + position], for the keys [begin, end); the cache gets the last ones.
   void take_snapshots(int request, int tile, int begin, int end, float* snapshots, ptrdiff_t stride,
                       Arena& arena) const {
-    const size_t queries = ROWS * WIDE, scores = ROWS * SCORES;
-    arena.reserve(Arena::bytes<float>(queries) + Arena::bytes<float>(scores));
-    float *q = arena.take<float>(queries), *s = arena.take<float>(scores);
+    float *q, *s;
+    arena.allocate(Array{q, ROWS * WIDE}, Array{s, ROWS * SCORES});
     alignas(64) float state[SPAN];
     for_each_span(request, 0, begin, end, [&](const Span<T>& span) {
       load_state(request, span.begin, span.end, state);

@@ -29,7 +29,7 @@ class Attention : public Accumulators<V, T> {
   using Segment = typename Base::template Segment<U>;
   using Row = typename V::Row;
 
-  explicit Attention(const Call& c) : Base(c) {}
+  explicit Attention(const AttendCall& c) : Base(c) {}
 
   // Rows of scratch memory; a block's kernel may have a few more rows than the block.
   static int padded(int rows) { return round_up(rows, MAX_BLOCK); }
@@ -58,44 +58,27 @@ class Attention : public Accumulators<V, T> {
   }
 
   Tile make_tile(const Task& task, Arena& arena) const {
-    const int rows = task.num_queries * group_size, pad = padded(rows);
-    const int keys = round_up(task.key_end - task.key_begin, SPAN) + SPAN;
-    const size_t matrix = (size_t)pad * WIDE, span = (size_t)SPAN * head_size;
-    const size_t scores = scores_size(rows, task.key_begin, task.key_end) + MAX_BLOCK * SCORES;
-    const bool amx = uses_amx();
-    const size_t narrow_q = amx ? matrix : 0, narrow_weights = amx ? MAX_BLOCK * NARROW : 0;
-    const size_t last_values = amx ? 2 * TILE_DEPTH * PANEL : 0;
-    const size_t penalties = V::stateful ? (size_t)task.num_queries * keys : 0;
-    const size_t state = V::stateful ? SPAN : 0;
-    arena.reserve(2 * Arena::bytes<float>(matrix) + Arena::bytes<float>(scores) +
-                  2 * Arena::bytes<float>(span) + Arena::bytes<float>(SPAN) +
-                  Arena::bytes<float>(penalties) + Arena::bytes<float>(state) +
-                  Arena::bytes<Row>(pad) + Arena::bytes<float>(pad) +
-                  Arena::bytes<BFloat16>(narrow_q) + Arena::bytes<BFloat16>(narrow_weights) +
-                  Arena::bytes<BFloat16>(last_values));
     Tile t;
     t.request = task.request;
     t.first_position = first_position(task.request) + task.first_query;
     t.num_queries = task.num_queries;
-    t.rows = rows;
+    t.rows = task.num_queries * group_size;
     t.key_begin = task.key_begin;
     t.key_end = task.key_end;
     t.kv_head = task.kv_head;
-    t.q = arena.take<float>(matrix);
-    t.o = arena.take<float>(matrix);
-    t.scores = arena.take<float>(scores);
-    t.wide_keys = arena.take<Float32>(span);
-    t.wide_values = arena.take<Float32>(span);
-    t.per_norm = arena.take<float>(SPAN);
-    t.penalty = arena.take<float>(penalties);
-    t.state = arena.take<float>(state);
-    t.row = arena.take<Row>(pad);
-    t.factor = arena.take<float>(pad);
-    t.narrow_q = arena.take<BFloat16>(narrow_q);
-    t.narrow_weights = arena.take<BFloat16>(narrow_weights);
-    t.last_values = arena.take<BFloat16>(last_values);
-    t.amx = amx;
-    t.block = amx ? TILE_ROWS : ROWS;
+    t.amx = uses_amx();
+    t.block = t.amx ? TILE_ROWS : ROWS;
+    const size_t rows = padded(t.rows), matrix = rows * WIDE, span = (size_t)SPAN * head_size;
+    const size_t keys = round_up(t.key_end - t.key_begin, SPAN) + SPAN;
+    arena.allocate(
+        Array{t.q, matrix}, Array{t.o, matrix},
+        Array{t.scores, scores_size(t.rows, t.key_begin, t.key_end) + MAX_BLOCK * SCORES},
+        Array{t.wide_keys, span}, Array{t.wide_values, span}, Array{t.per_norm, SPAN},
+        Array{t.penalty, V::stateful ? t.num_queries * keys : 0},
+        Array{t.state, V::stateful ? SPAN : 0}, Array{t.row, rows}, Array{t.factor, rows},
+        Array{t.narrow_q, t.amx ? matrix : 0},
+        Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
+        Array{t.last_values, t.amx ? 2 * TILE_DEPTH * PANEL : 0});
     return t;
   }
 
@@ -242,7 +225,7 @@ class Attention : public Accumulators<V, T> {
   }
 
   template <class U>
-  void weigh_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
+  void output_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
                    float* s) const {
     float rescale[MAX_BLOCK] = {};
     for (int r = 0; r < count; r++)
@@ -255,11 +238,11 @@ class Attention : public Accumulators<V, T> {
     add_values(span, count, s, c.from, c.to, o, rescale);
   }
 
-  enum Pass { OBSERVE = 1, WEIGH = 2, BOTH = 3 };
+  enum Pass { STATISTICS = 1, OUTPUT = 2, WHOLE = 3 };
 
   template <class U>
   void span_pass(Tile& t, const Task& task, const Span<U>& span, Pass pass) const {
-    if (V::unit_keys && pass & OBSERVE) norms(span, t.per_norm);
+    if (V::unit_keys && pass & STATISTICS) norms(span, t.per_norm);
     if (V::stateful && t.kv_head == 0) find_state(t, task, span.begin, span.end);
     const int index = span.begin / SPAN - t.key_begin / SPAN;
     for (int first = 0; first < t.rows; first += t.block) {
@@ -268,14 +251,14 @@ class Attention : public Accumulators<V, T> {
       if (c.from >= c.to) continue;
       float* s = t.scores;
       if (V::two_pass) s += ((ptrdiff_t)index * padded(t.rows) + first) * SCORES;
-      if (pass & OBSERVE) score_block(t, span, first, count, c, s);
+      if (pass & STATISTICS) score_block(t, span, first, count, c, s);
       if constexpr (V::two_pass) {
-        if (pass & OBSERVE)
+        if (pass & STATISTICS)
           for (int r = 0; r < count; r++)
-            variant.observe(t.row[first + r], s + r * SCORES + c.panel_from,
+            variant.update_statistics(t.row[first + r], s + r * SCORES + c.panel_from,
                             c.panel_to - c.panel_from);
       }
-      if (pass & WEIGH) weigh_block(t, span, first, count, c, s);
+      if (pass & OUTPUT) output_block(t, span, first, count, c, s);
     }
     if (V::stateful && t.kv_head == 0 && !task.snapshot)
       save_state(t.request, span.begin, span.end, t.state);
@@ -287,17 +270,17 @@ class Attention : public Accumulators<V, T> {
     for_each_span(t.request, t.kv_head, t.key_begin, t.key_end, [&](const Span<T>& span) {
       if (gathers(t))
         span_pass(t, task,
-                  gather(span, t.wide_keys, t.wide_values, pass & OBSERVE, pass & WEIGH), pass);
+                  gather(span, t.wide_keys, t.wide_values, pass & STATISTICS, pass & OUTPUT), pass);
       else
         span_pass(t, task, span, pass);
     });
   }
 
-  void settle(Tile& t) const {
+  void finish_statistics(Tile& t) const {
     if constexpr (V::two_pass)
       for (int r = 0; r < t.rows; r++) {
         const int position = t.first_position + r / group_size;
-        variant.settle(t.row[r], position + 1 - first_visible(position));
+        variant.finish_statistics(t.row[r], position + 1 - first_visible(position));
       }
   }
 
@@ -351,8 +334,8 @@ class Attention : public Accumulators<V, T> {
     }
   }
 
-  void finish(const Tile& t) const {
+  void epilogue(const Tile& t) const {
     for (int r = 0; r < t.rows; r++)
-      write_out(t, r, t.o + (ptrdiff_t)r * WIDE, variant.finish(t.row[r]));
+      write_out(t, r, t.o + (ptrdiff_t)r * WIDE, variant.epilogue(t.row[r]));
   }
 };

@@ -1,9 +1,8 @@
-// The arguments of a call, and memory for its scratch matrices.
+// The arguments of a call.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
+#include "arena.hpp"
 #include "cache.hpp"
 
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
@@ -18,7 +17,7 @@ struct Batch {
 };
 
 // Arguments of one call; attn_kernels/cpu/kernel.py has the same fields in the same order.
-struct Call {
+struct AttendCall {
   CacheShape cache;
   const void* query;              // [num_tokens, num_heads, head_size]
   void* out;                      // [>= num_tokens, num_heads, head_size]
@@ -29,36 +28,6 @@ struct Call {
   float scale;
   int32_t num_heads, window;  // window: 0 is none
   int32_t query_format, out_format, cache_format;
-};
-
-// Memory that grows and is kept: a call a layer must not ask the system for pages.
-class Arena {
-  char* memory = nullptr;
-  size_t capacity = 0, used = 0;
-
- public:
-  ~Arena() { std::free(memory); }
-  void reserve(size_t bytes) {
-    used = 0;
-    if (bytes <= capacity) return;
-    std::free(memory);
-    capacity = (bytes + bytes / 4 + 63) / 64 * 64;
-    memory = (char*)std::aligned_alloc(64, capacity);
-    if (!memory) {
-      capacity = 0;
-      throw std::bad_alloc();
-    }
-  }
-  template <class X>
-  static size_t bytes(size_t count) {
-    return (count * sizeof(X) + 63) / 64 * 64;
-  }
-  template <class X>
-  X* take(size_t count) {
-    X* p = (X*)(memory + used);
-    used += bytes<X>(count);
-    return p;
-  }
 };
 
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }

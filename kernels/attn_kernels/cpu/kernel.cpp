@@ -27,7 +27,7 @@ class Plan {
   static constexpr int SPAN = A::SPAN;
 
   const A attention;
-  const Call& call;
+  const AttendCall& call;
   std::vector<Task>& tasks;
   Arena& shared;
 
@@ -45,12 +45,12 @@ class Plan {
   std::atomic<int>* finished = nullptr;
   float* part_outputs = nullptr;
   Row* part_rows = nullptr;
-  Row* observed = nullptr;
+  Row* statistics = nullptr;
   float* part_scores = nullptr;
   size_t scores_per_part = 0;
 
  public:
-  Plan(const Call& c, std::vector<Task>& t, Arena& a)
+  Plan(const AttendCall& c, std::vector<Task>& t, Arena& a)
       : attention(c), call(c), tasks(t), shared(a),
         heads_per_task(V::stateful ? c.cache.num_kv_heads : 1) {}
 
@@ -126,21 +126,18 @@ class Plan {
 
   void reserve() {
     const size_t parts = (size_t)num_groups * heads_per_task * max_parts, rows = parts * max_rows;
-    const size_t outputs = rows * attention.head_size, scores = parts * scores_per_part;
-    const size_t seen = V::two_pass ? rows : 0, counters = (size_t)num_groups * heads_per_task;
-    size_t bytes = Arena::bytes<std::atomic<int>>(counters) + Arena::bytes<float>(outputs) +
-                   Arena::bytes<Row>(rows) + Arena::bytes<Row>(seen) + Arena::bytes<float>(scores);
-    for (const Walk& w : walks) bytes += Arena::bytes<float>(snapshots_of(w));
-    shared.reserve(bytes);
-    finished = shared.take<std::atomic<int>>(counters);
+    const size_t counters = (size_t)num_groups * heads_per_task;
+    size_t snapshots = 0;
+    for (const Walk& w : walks) snapshots += snapshots_of(w);
+    float* snapshot;
+    shared.allocate(Array{finished, counters}, Array{part_outputs, rows * attention.head_size},
+                    Array{part_rows, rows}, Array{statistics, V::two_pass ? rows : 0},
+                    Array{part_scores, parts * scores_per_part}, Array{snapshot, snapshots});
     for (size_t i = 0; i < counters; i++) new (finished + i) std::atomic<int>(0);
-    part_outputs = shared.take<float>(outputs);
-    part_rows = shared.take<Row>(rows);
-    observed = shared.take<Row>(seen);
-    part_scores = shared.take<float>(scores);
     for (Walk& w : walks) {
       // Positions index a snapshot: move its start back by the keys that nobody sees.
-      w.snapshots = shared.take<float>(snapshots_of(w)) - w.begin;
+      w.snapshots = snapshot - w.begin;
+      snapshot += snapshots_of(w);
       for (Task& task : tasks)
         if (task.request == w.request)
           task.snapshot = w.snapshots + task.first_query / w.tile * w.stride;
@@ -174,7 +171,7 @@ class Plan {
       if (V::two_pass && num_groups) {
 #pragma omp for schedule(dynamic, 1)
         for (int i = 0; i < num_tasks; i++)
-          if (tasks[i].num_parts > 1) guarded([&] { observe(tasks[i], arena); });
+          if (tasks[i].num_parts > 1) guarded([&] { gather_statistics(tasks[i], arena); });
       }
 #pragma omp for schedule(dynamic, 1) nowait
       for (int i = 0; i < num_tasks; i++) guarded([&] { attend(tasks[i], arena); });
@@ -197,13 +194,13 @@ class Plan {
     }
   }
 
-  void observe(const Task& task, Arena& arena) {
+  void gather_statistics(const Task& task, Arena& arena) {
     auto tile = attention.make_tile(task, arena);
     const size_t index = part_index(task, task.kv_head, task.part);
     tile.scores = part_scores + index * scores_per_part;
     attention.start(tile);
-    attention.run_pass(tile, task, A::OBSERVE);
-    std::copy_n(tile.row, tile.rows, observed + index * max_rows);
+    attention.run_pass(tile, task, A::STATISTICS);
+    std::copy_n(tile.row, tile.rows, statistics + index * max_rows);
   }
 
   void attend(const Task& task, Arena& arena) {
@@ -213,34 +210,34 @@ class Plan {
       attention.start(tile);
       if constexpr (V::two_pass) {
         if (task.num_parts > 1)
-          recall(tile, task);
+          merge_all_statistics(tile, task);
         else
-          attention.run_pass(tile, task, A::OBSERVE);
-        attention.settle(tile);
-        attention.run_pass(tile, task, A::WEIGH);
+          attention.run_pass(tile, task, A::STATISTICS);
+        attention.finish_statistics(tile);
+        attention.run_pass(tile, task, A::OUTPUT);
       } else {
-        attention.run_pass(tile, task, A::BOTH);
+        attention.run_pass(tile, task, A::WHOLE);
       }
       if (task.num_parts > 1)
-        hand_in(tile, task);
+        store_part(tile, task);
       else
-        attention.finish(tile);
+        attention.epilogue(tile);
     }
   }
 
   // The first pass of a split context is over: what all parts saw together.
-  void recall(typename A::Tile& tile, const Task& task) {
+  void merge_all_statistics(typename A::Tile& tile, const Task& task) {
     if constexpr (V::two_pass) {
       tile.scores = part_scores + part_index(task, task.kv_head, task.part) * scores_per_part;
       for (int part = 0; part < task.num_parts; part++) {
-        const Row* seen = observed + part_index(task, task.kv_head, part) * max_rows;
-        for (int r = 0; r < tile.rows; r++) attention.variant.combine(tile.row[r], seen[r]);
+        const Row* seen = statistics + part_index(task, task.kv_head, part) * max_rows;
+        for (int r = 0; r < tile.rows; r++) attention.variant.merge_statistics(tile.row[r], seen[r]);
       }
     }
   }
 
   // Leaves a part's result; whoever comes last merges all parts, always in the same order.
-  void hand_in(const typename A::Tile& tile, const Task& task) {
+  void store_part(const typename A::Tile& tile, const Task& task) {
     const int d = attention.head_size;
     const size_t first = part_index(task, tile.kv_head, 0);
     const size_t mine = (first + task.part) * max_rows;
@@ -258,19 +255,19 @@ class Plan {
         const Factors f = attention.variant.merge(row, part_rows[other]);
         for (int j = 0; j < d; j++) o[j] = o[j] * f.mine + part_outputs[other * d + j] * f.theirs;
       }
-      attention.write_out(tile, r, o, attention.variant.finish(row));
+      attention.write_out(tile, r, o, attention.variant.epilogue(row));
     }
   }
 };
 
 template <class T>
-void attend(const Call& call) {
+void attend(const AttendCall& call) {
   static thread_local std::vector<Task> tasks;
   static thread_local Arena shared;
   Plan<VARIANT, T>(call, tasks, shared).run();
 }
 
-struct Write {
+struct WriteCall {
   CacheShape cache;
   const void *key, *value;  // [>= num_tokens, num_kv_heads, head_size], in the cache's format
   int64_t key_stride, value_stride;  // of a token, in elements
@@ -280,7 +277,7 @@ struct Write {
 };
 
 template <class T>
-void write(const Write& w) {
+void write(const WriteCall& w) {
   const Cache<T> cache(w.cache);
 #pragma omp parallel for num_threads(w.threads) if (w.num_tokens > 256) schedule(static)
   for (int64_t i = 0; i < w.num_tokens; i++)
@@ -309,11 +306,11 @@ int in_format(int32_t format, F&& f) {
 extern "C" {
 
 // 0, or 1 if memory ran out.
-int attnserve_attend(const Call* call) {
+int attnserve_attend(const AttendCall* call) {
   return in_format(call->cache_format, [&](auto t) { attend<decltype(t)>(*call); });
 }
 
-int attnserve_write(const Write* w) {
+int attnserve_write(const WriteCall* w) {
   return in_format(w->cache_format, [&](auto t) { write<decltype(t)>(*w); });
 }
 
@@ -326,6 +323,6 @@ int attnserve_attend_pruned(const PrunedCall* call) {
 
 // For the loader: a library whose structs differ from Python's must not be called.
 int attnserve_abi() {
-  return (int)(sizeof(Call) * 1000000 + sizeof(Write) * 1000 + sizeof(PrunedCall));
+  return (int)(sizeof(AttendCall) * 1000000 + sizeof(WriteCall) * 1000 + sizeof(PrunedCall));
 }
 }

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from attn_kernels.batch import Batch
 from attn_kernels.cpu.build import BuildError
-from attn_kernels.cpu.structs import FORMATS, CacheShape, Call, PrunedCall, Write, head_rows
+from attn_kernels.cpu.structs import (
+    FORMATS,
+    AttendCall,
+    CacheShape,
+    PrunedCall,
+    WriteCall,
+    head_rows,
+)
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.variant import Variant
 
@@ -36,7 +43,7 @@ class CPUKernel:
             self.library = ctypes.CDLL(str(library))
         except OSError as error:
             raise BuildError(f"{library} cannot be loaded ({error}): delete it") from None
-        sizes = ctypes.sizeof(Call), ctypes.sizeof(Write), ctypes.sizeof(PrunedCall)
+        sizes = ctypes.sizeof(AttendCall), ctypes.sizeof(WriteCall), ctypes.sizeof(PrunedCall)
         expected = sizes[0] * 1000000 + sizes[1] * 1000 + sizes[2]
         if self.library.attnserve_abi() != expected:
             raise BuildError(f"{library} does not fit this version of attnserve: delete it")
@@ -114,8 +121,8 @@ class CPULayer:
             self.head_size,
             num_kv_heads,
         )
-        self._write = Write(cache=shape, cache_format=FORMATS[kv_cache.dtype])
-        self._call = Call(
+        self._write = WriteCall(cache=shape, cache_format=FORMATS[kv_cache.dtype])
+        self._call = AttendCall(
             cache=shape,
             values=kernel.values,
             scale=scale,

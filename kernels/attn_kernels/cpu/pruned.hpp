@@ -62,9 +62,9 @@ class Pruned {
       scans.push_back({r, first, count, batch.seq_lens[r] - count, nullptr, nullptr});
       total += count;
     }
-    shared.reserve(Arena::bytes<int32_t>(total) + Arena::bytes<float>(total * padded));
-    int32_t* slots = shared.take<int32_t>(total);
-    float* penalties = shared.take<float>(total * padded);
+    int32_t* slots;
+    float* penalties;
+    shared.allocate(Array{slots, (size_t)total}, Array{penalties, (size_t)total * padded});
     for (Scan& scan : scans) {
       scan.slots = slots;
       scan.penalties = penalties;
@@ -79,10 +79,8 @@ class Pruned {
       static thread_local Arena arena;
       float *q = nullptr, *s = nullptr;
       try {
-        const size_t queries = (size_t)group_size * head_size, scores = (size_t)group_size * padded;
-        arena.reserve(Arena::bytes<float>(queries) + Arena::bytes<float>(scores));
-        q = arena.take<float>(queries);
-        s = arena.take<float>(scores);
+        const size_t rows = group_size;
+        arena.allocate(Array{q, rows * head_size}, Array{s, rows * padded});
       } catch (...) {
         failed = true;
       }
@@ -181,7 +179,7 @@ class Pruned {
       std::fill(scores + stored, scores + end, V::masked);
       typename V::Row row;
       variant.update(row, scores, end);
-      weigh(scores, v, stored, variant.finish(row), token, kv_head * group_size + r);
+      add_values(scores, v, stored, variant.epilogue(row), token, kv_head * group_size + r);
     }
   }
 
@@ -209,7 +207,7 @@ class Pruned {
     return horizontal_sum(sum);
   }
 
-  void weigh(const float* weights, const T* v, int stored, float factor, int token, int head) const {
+  void add_values(const float* weights, const T* v, int stored, float factor, int token, int head) const {
     constexpr int VECTORS = 4;
     alignas(64) float o[MAX_HEAD_SIZE + VECTORS * WIDTH];
     for (int d = 0; d < head_size; d += VECTORS * WIDTH) {

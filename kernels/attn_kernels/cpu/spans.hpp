@@ -27,11 +27,11 @@ class Spans {
 
   static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-  const Call& call;
+  const AttendCall& call;
   const Cache<T> cache;
   const int head_size, group_size;  // group_size: query heads of a KV head
 
-  explicit Spans(const Call& c)
+  explicit Spans(const AttendCall& c)
       : call(c),
         cache(c.cache),
         head_size(c.cache.head_size),

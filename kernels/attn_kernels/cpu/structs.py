@@ -24,8 +24,8 @@ class CacheShape(ctypes.Structure):
     )
 
 
-class Call(ctypes.Structure):
-    """`Call` of call.hpp."""
+class AttendCall(ctypes.Structure):
+    """`AttendCall` of call.hpp."""
 
     _fields_ = (
         ("cache", CacheShape),
@@ -45,8 +45,8 @@ class Call(ctypes.Structure):
     )
 
 
-class Write(ctypes.Structure):
-    """`Write` of kernel.cpp."""
+class WriteCall(ctypes.Structure):
+    """`WriteCall` of kernel.cpp."""
 
     _fields_ = (
         ("cache", CacheShape),

@@ -7,11 +7,12 @@
 //   update         turns `count` scores (a multiple of 16, in place) into weights that are exactly 0
 //                  where masked; returns the factor for what was summed up so far
 //   merge          of two parts of a split context; returns the factors of both parts' outputs
-//   finish         the factor of the output after the last key
+//   epilogue       the factor of the output after the last key
 //
 // unit_keys        the scores are also divided by |k|
-// two_pass         `observe` sees all scores first (and may change them, for `update`), `combine` adds
-//                  up parts of a split context and `settle` ends the pass
+// two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
+//                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends the
+//                  pass
 // stateful         each token has a float32 accumulator: `penalise` scores by it, then add `selection`
 //                  of head 0's score
 #pragma once

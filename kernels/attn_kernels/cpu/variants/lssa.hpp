@@ -35,5 +35,5 @@ struct LSSA : OnePass {
     return {1.f, 1.f};
   }
 
-  float finish(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
+  float epilogue(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
 };

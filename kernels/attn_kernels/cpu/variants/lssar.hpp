@@ -25,7 +25,7 @@ struct LSSAR : LSSA {
   };
 
   // First pass: scores become s, and the row gathers their sum and maximum.
-  void observe(Row& row, float* s, int count) const {
+  void update_statistics(Row& row, float* s, int count) const {
     Vec sum = {}, top = {};
     for (int i = 0; i < count; i += WIDTH) {
       const Vec w = softplus2(load(s + i));
@@ -37,12 +37,12 @@ struct LSSAR : LSSA {
     row.top = larger(row.top, horizontal_max(top));
   }
 
-  void combine(Row& row, const Row& other) const {
+  void merge_statistics(Row& row, const Row& other) const {
     row.total += other.total;
     row.top = larger(row.top, other.top);
   }
 
-  void settle(Row& row, float n) const {
+  void finish_statistics(Row& row, float n) const {
     row.mean = n <= 3.f ? 0.f : (float)(row.total / n);
     const float spread = row.top - row.mean;
     row.per_spread = spread <= 16 * 0x1p-23f * row.top ? 0.f : 1.f / spread;
@@ -54,15 +54,15 @@ struct LSSAR : LSSA {
     Vec sum = {};
     int i = 0;
     for (; i + SIDE_BY_SIDE * WIDTH <= count; i += SIDE_BY_SIDE * WIDTH)
-      sum += weigh<SIDE_BY_SIDE>(row, s + i);
-    for (; i < count; i += WIDTH) sum += weigh<1>(row, s + i);
+      sum += to_weights<SIDE_BY_SIDE>(row, s + i);
+    for (; i < count; i += WIDTH) sum += to_weights<1>(row, s + i);
     row.sum += sum;
     return 1.f;
   }
 
   // Turns N vectors of s into weights; returns their sum.
   template <int N>
-  Vec weigh(const Row& row, float* s) const {
+  Vec to_weights(const Row& row, float* s) const {
     Vec w[N], sum = {};
     for (int i = 0; i < N; i++) {
       const Vec x = load(s + i * WIDTH), base = (x - row.mean) * row.per_spread;
@@ -103,5 +103,5 @@ struct LSSAR : LSSA {
     return {1.f, 1.f};
   }
 
-  float finish(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
+  float epilogue(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
 };

@@ -39,5 +39,5 @@ struct Softmax : OnePass {
     return f;
   }
 
-  float finish(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
+  float epilogue(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
 };

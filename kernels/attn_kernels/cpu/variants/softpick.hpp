@@ -48,7 +48,7 @@ struct Softpick : OnePass {
     return f;
   }
 
-  float finish(const Row& row) const {
+  float epilogue(const Row& row) const {
     return 1.f / (horizontal_sum(row.sum) + eps * std::exp2(row.top - row.exponent));
   }
 };
