@@ -126,7 +126,7 @@ compile-kernels: $(READY)
 # of the kernels' tests, and what was tested in that time is what counts.
 gpu-check:
 	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n auto --dist loadgroup --session-timeout 400 \
-	  tests/gpu/test_served.py tests/gpu $(ARGS); tested=$$?; \
+	  --junitxml .run/gpu-tests.xml tests/gpu/test_served.py tests/gpu $(ARGS); tested=$$?; \
 	timeout 240 $(GPU_PYTHON) -m benchmarks.gpu && exit $$tested
 
 # Also where nothing is installed yet, or not wholly: then with any Python, and for what it can tell.
