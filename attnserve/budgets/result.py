@@ -158,7 +158,7 @@ class Found:
                 [Row.from_json(row) for row in fields["rows"]],
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of attnserve.budgets: {error!r}") from error
+            raise ValueError(f"{path} is not a result of attnserve budgets: {error!r}") from error
 
 
 def write_checkpoint(source: Path, budgets: Sequence[int], out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -81,16 +80,6 @@ def split(folder: Path | None = None) -> Split:
     if not train:
         raise FileNotFoundError(f"{folder} holds no book to train on: {WAYS}")
     return Split(train, validation, test)
-
-
-def add_books_option(parser: argparse.ArgumentParser) -> None:
-    """Add --books, which is None where the user does not name it: the fetched novels."""
-    parser.add_argument(
-        "--books",
-        type=Path,
-        metavar="DIR",
-        help="folder of the novels (default: where `attnserve books` puts them)",
-    )
 
 
 class Source(StrEnum):

@@ -386,5 +386,5 @@ def test_users_text(
 
 def test_not_a_result(tmp_path: Path) -> None:
     (tmp_path / "selective.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"selective.json is not a result of attnserve.budgets"):
+    with pytest.raises(ValueError, match=r"selective.json is not a result of attnserve budgets"):
         Found.read(tmp_path / "selective.json")

@@ -365,7 +365,7 @@ def test_budgets_without_a_reference(tmp_path: Path, commands: Commands) -> None
     alone.write(tmp_path / "world" / "budgets")
     run(commands, tmp_path / "world", tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "no result of attnserve.budgets of selective at 512 tokens" in text
+    assert "no result of attnserve budgets of selective at 512 tokens" in text
     section = text[text.index("`attnserve budgets` on selective, 512 tokens") :]
     section = section[: section.index("## ")]
     assert "has 4.0000 [3.9000, 4.1000] nats per token. The smallest" in section
@@ -389,7 +389,7 @@ def test_what_is_missing_is_named(tmp_path: Path, commands: Commands) -> None:
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not there: lssa, selective. Trained but not analyzed: ssmax." in text
     assert "no result length of lssa" in text and "No table of learning rates" in text
-    assert "no result of attnserve.budgets of selective at 512 tokens" in text
+    assert "no result of attnserve budgets of selective at 512 tokens" in text
     assert set(verdicts["LSSA (arXiv 2501.13428)"].values()) == {Verdict.MISSING}
     assert Verdict.AGREES in verdicts["LSSAR, p = 15 (arXiv 2501.13428)"].values()
 
