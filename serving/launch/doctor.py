@@ -35,6 +35,11 @@ from serving.launch.host_checks import (
 )
 from serving.launch.vllm_log import last_error
 
+VllmPort = Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="vLLM's TCP port.")]
+GatewayPort = Annotated[
+    int, typer.Option(metavar="PORT", min=1, max=65535, help="The gateway's TCP port.")
+]
+
 TRIED = {"torch": "2.13", "vllm": "0.32", "transformers": "5.19", "triton": "3.9"}
 """The minor versions that the project's own tests run with (its lock)."""
 
@@ -333,12 +338,8 @@ def checks(ports: dict[str, int]) -> Iterator[Check]:
 
 
 def doctor(
-    vllm_port: Annotated[
-        int, typer.Option(metavar="PORT", min=1, max=65535, help="vLLM's TCP port.")
-    ] = 8000,
-    gateway_port: Annotated[
-        int, typer.Option(metavar="PORT", min=1, max=65535, help="The gateway's TCP port.")
-    ] = 8080,
+    vllm_port: VllmPort = 8000,
+    gateway_port: GatewayPort = 8080,
     as_json: AsJson = False,
 ) -> None:
     """Check this environment and say what to do.
