@@ -20,14 +20,14 @@ from training.analyze.store import read
 
 @pytest.fixture(scope="module")
 def softpick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of a short context."""
+    """Return a random model of a short context."""
     folder = tmp_path_factory.mktemp("command") / "softpick"
     return tiny_checkpoint(folder, "softpick", max_position_embeddings=224)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The options that name small texts."""
+    """Return the options that name small texts."""
     books, evaluation = write_texts(tmp_path_factory.mktemp("texts"))
     return [f"--books={books}", f"--eval={evaluation}"]
 

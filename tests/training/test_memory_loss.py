@@ -33,8 +33,11 @@ def tokens(books: Path, tokenizer: PreTrainedTokenizerFast) -> Tokens:
 
 
 def naive_share(scores: list[Tensor]) -> Tensor:
-    """The term, token by token, from head 0's raw scores `[num_tokens, num_tokens]` of each layer
-    of one sequence."""
+    """Return the term, computed token by token.
+
+    Args:
+        scores: head 0's raw scores of each layer, `[num_tokens, num_tokens]`, of one sequence.
+    """
     total = torch.zeros((), dtype=torch.float64)
     n = len(scores[0])
     for x in scores:

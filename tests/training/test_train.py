@@ -74,7 +74,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 def steps_of(out: Path) -> int:
-    """Steps in the loss file, which is written after the state."""
+    """Return how many steps are in the loss file, which is written after the state."""
     path = out / "loss.csv"
     return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
