@@ -7,12 +7,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.hf_attn.conftest import one_thread  # noqa: F401  a fixture of this package too
-from training.recipe import Recipe
+from training.recipe import TrainingRecipe
 from training.tokenizer import train_tokenizer
 
 WORDS = "the cat sat on a mat and saw one old dog run to its home by night"
 
-TINY = Recipe(
+TINY = TrainingRecipe(
     hidden_size=32,
     layers=2,
     heads=2,

@@ -14,7 +14,7 @@ from tests.training.texts import write_texts
 from training.analyze import run
 from training.analyze.__main__ import analyze
 from training.analyze.attention import Attention
-from training.analyze.settings import Name, Settings
+from training.analyze.settings import AnalysisSettings, Name
 from training.analyze.store import read
 
 
@@ -160,5 +160,5 @@ def test_two_checkpoints_of_one_name(softpick: Path, texts: list[str], commands:
 
 
 def test_vllm_is_not_asked_for_maps() -> None:
-    chosen = run.measures(Settings(engine="vllm", limit=7), list(Name), 512)
+    chosen = run.measures(AnalysisSettings(engine="vllm", limit=7), list(Name), 512)
     assert Attention() not in chosen and Blimp(pairs=7) in chosen and len(chosen) == 5

@@ -20,7 +20,7 @@ from tests.conftest import Commands
 from tests.tiny import LICENSE
 from tests.training.conftest import TINY
 from training.arguments import variant_entry
-from training.recipe import Recipe
+from training.recipe import TrainingRecipe
 from training.run import Run
 from training.train import train
 
@@ -149,7 +149,7 @@ def test_a_half_written_state_is_not_read(
     ],
 )
 def test_another_run_in_the_folder_is_refused(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     variant: str,
     text: slice,
     message: str,

@@ -38,7 +38,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnalysisSettings:
     """How checkpoints are measured; the fields are options of the command."""
 
     engine: Annotated[
