@@ -250,7 +250,7 @@ def ours(name: str, inputs: Inputs, paging: Paging, device: str) -> Any:
     variant = get_variant(name)
     candidate = Ours(variant, functools.partial(TritonLayer, variant), inputs, paging, {})
     if device != "cuda":
-        candidate.layer.num_processors = 1  # a GPU's would make 32 parts; interpreting is slow
+        candidate.layer.num_multiprocessors = 1  # a GPU's would make 32 parts; interpreting is slow
     return candidate
 
 

@@ -146,7 +146,7 @@ class App:
     def _finish(self, exchange: Exchange) -> None:
         """Settle, count and log a request that is over."""
         seconds = time.perf_counter() - exchange.arrival
-        self._count(exchange, seconds, exchange.settle())
+        tokens = exchange.settle()
         log_it = self.state.config.logging.requests and log.isEnabledFor(logging.INFO)
         if log_it or exchange.span is not None:
             fields = exchange.log_fields(seconds)
@@ -154,6 +154,7 @@ class App:
                 log.info("request", extra=fields)
             if exchange.span is not None and self.tracer is not None:
                 self.tracer.end(exchange.span, fields)
+        self._count(exchange, seconds, tokens)
 
     def _count(self, exchange: Exchange, seconds: float, tokens: int) -> None:
         """Count a request by how it ended."""

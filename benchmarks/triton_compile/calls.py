@@ -137,7 +137,7 @@ def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pai
             layer.write_cache(new, new, torch.arange(REQUESTS))
         else:
             # 132 with 3 requests of 8 KV heads takes 16 parts, 1 none.
-            layer.num_processors = 132 if case["phase"] == SPLIT else 1
+            layer.num_multiprocessors = 132 if case["phase"] == SPLIT else 1
             batch = batch_of(case["phase"])
             tokens = int(batch.query_start_loc[-1])
             query = torch.empty(tokens, NUM_HEADS, case["head_dim"], dtype=query_dtype)

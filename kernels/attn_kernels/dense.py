@@ -18,7 +18,7 @@ from attn_kernels.variant import Variant
 def causal_mask(
     query_positions: Tensor, key_positions: Tensor, window: int | None = None
 ) -> Tensor:
-    """Bool `[..., num_queries, num_keys]`: the query sees the key.
+    """Return bool `[..., num_queries, num_keys]`: the query sees the key.
 
     Args:
         query_positions: `[..., num_queries]` integers.
@@ -33,7 +33,7 @@ def causal_mask(
 def selectable_mask(
     query_positions: Tensor, key_positions: Tensor, window: int | None = None
 ) -> Tensor:
-    """Bool `[..., num_queries, num_keys]`: the query may mask the key for later queries.
+    """Return bool `[..., num_queries, num_keys]`: the query may mask the key for later queries.
 
     That is a visible key other than the query's own and other than position 0, which is
     never masked.
@@ -54,7 +54,7 @@ def attend(
     learned: Mapping[str, Tensor] | None = None,
     penalty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention output and weights.
+    """Return the output of attention and its weights.
 
     Args:
         variant: the attention function.
@@ -146,14 +146,14 @@ def _check_arguments(
 
 
 def _misfit(what: str, **tensors: Tensor) -> ValueError:
-    """The error of shapes that do not fit, with the shapes."""
+    """Return the error of shapes that do not fit, with the shapes."""
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     return ValueError(f"{what}, not {shapes}")
 
 
 def _penalty_of_all(variant: Variant, q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """What a stateful variant's queries subtract, `[..., num_queries, num_keys]`, where query i is
-    key i's own and none came before."""
+    """Return what a stateful variant's queries subtract, `[..., num_queries, num_keys]`, where
+    query i is key i's own and none came before."""
     if variant.kv_budgets:
         raise ValueError(
             f"attend keeps all tokens: leave out {variant.name}'s kv_budgets, or evict with "
@@ -181,7 +181,7 @@ def _penalty_of_all(variant: Variant, q: Tensor, k: Tensor, mask: Tensor, scale:
 
 
 def masked_row_max(scores: Tensor, mask: Tensor) -> Tensor:
-    """The largest visible score of each row, `[..., 1]`; 0 for a row that sees no key.
+    """Return the largest visible score of each row, `[..., 1]`; 0 for a row that sees no key.
 
     Detached: every formula that shifts by its maximum is independent of the shift.
     """

@@ -26,7 +26,7 @@ QUERY_TILE = 256
 
 
 def accumulators(kv_cache: Tensor, head_size: int) -> Tensor:
-    """View `[num_blocks, block_size]` float32 of a stateful variant's accumulators."""
+    """Return a view `[num_blocks, block_size]` float32 of a stateful variant's accumulators."""
     return kv_cache[:, 0, :, 2 * head_size :].view(torch.float32)[..., 0]
 
 
@@ -63,7 +63,7 @@ def paged_attention(
     learned: Mapping[str, Tensor] | None = None,
     out: Tensor,
 ) -> None:
-    """Attention of a batch whose keys and values are in the cache, decode and prefill mixed.
+    """Attend with a batch whose keys and values are in the cache, decode and prefill mixed.
 
     A stateful variant's accumulators are advanced by these queries, so each query must come once
     and in order.
@@ -140,8 +140,8 @@ def _attend_tile(
     window: int | None,
     learned: Mapping[str, Tensor] | None,
 ) -> Tensor:
-    """Consecutive queries `[num_queries, num_heads, head_size]` of one request, the first at
-    position `query_start`; returns float32 of the same shape."""
+    """Attend with consecutive queries `[num_queries, num_heads, head_size]` of one request, the
+    first at position `query_start`, and return float32 of the same shape."""
     head_size, block_size = query.shape[-1], kv_cache.shape[2]
     num_keys = query_start + query.shape[0]
     # Blocks before the window may have been handed to another request: never read them.

@@ -24,7 +24,7 @@ from attn_kernels.dense import attend
 from attn_kernels.variant import LEAST_BUDGET, Variant
 
 FRACTION_BITS = 16
-"""Of an accumulator: an int32 in units of 2^-16, which stays at LARGEST rather than overflow."""
+"""Bits of an accumulator's fraction: it is an int32 in units of 2^-16 and stops at LARGEST."""
 
 LARGEST = 2**31 - 1
 
@@ -32,16 +32,16 @@ LARGEST_GPU_BUDGET = 4096
 """Slots that one program of the Triton kernels scans."""
 
 NUMBERS_BYTES = 8
-"""Of a slot's accumulator and position."""
+"""Bytes of a slot's accumulator and position."""
 
 
 @dataclass(frozen=True)
 class PageShape:
-    """What one layer keeps of one request, in numbers.
+    """The shape of a page: what one layer keeps of one request.
 
     Attributes:
         budget: slots of a page.
-        num_kv_heads, head_size: the layer's.
+        num_kv_heads, head_size: of the layer.
         dtype: of the keys and values.
 
     Raises:
@@ -59,7 +59,7 @@ class PageShape:
 
     @property
     def num_bytes(self) -> int:
-        """Of a page."""
+        """Bytes of a page."""
         return self.budget * slot_bytes(self.num_kv_heads, self.head_size, self.dtype)
 
 
@@ -81,7 +81,7 @@ class Page:
 
     @classmethod
     def view(cls, memory: Tensor, shape: PageShape) -> Page:
-        """A page in `memory`: `[shape.num_bytes]` uint8, whatever is in it.
+        """Return the page in `memory`: `[shape.num_bytes]` uint8, whatever is in it.
 
         Keys, values, accumulators and positions follow one another, each in the order of its shape.
         """
@@ -92,7 +92,7 @@ class Page:
 
 
 def slot_bytes(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a page for each token of its budget."""
+    """Return the bytes of a page for each token of its budget."""
     return 2 * num_kv_heads * head_size * dtype.itemsize + NUMBERS_BYTES
 
 
@@ -104,7 +104,7 @@ def fixed_point(x: Tensor) -> Tensor:
 def evict(
     accumulators: Tensor, positions: Tensor, stored: int, budget: int
 ) -> tuple[Tensor, Tensor]:
-    """The greedy scan.
+    """Find out which tokens are evicted, one after another.
 
     Args:
         accumulators: `[num_queries, stored + num_queries]` int64: of the stored tokens and then of
@@ -141,7 +141,7 @@ def evict(
 def attend_pruned(
     variant: Variant, q: Tensor, k: Tensor, v: Tensor, page: Page, num_tokens: int, scale: float
 ) -> Tensor:
-    """A chunk of a request's tokens against what its page keeps, and into the page with them.
+    """Attend with a chunk of a request's tokens to what its page keeps, and store them there.
 
     The result is that of one token at a time, however a text is cut into chunks.
 

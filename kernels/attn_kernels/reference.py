@@ -29,7 +29,7 @@ def attention(
     learned: Mapping[str, Tensor] | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of a chunk of queries, in float64.
+    """Compute causal attention of a chunk of queries, in float64.
 
     Args:
         variant: the attention function.
@@ -80,7 +80,7 @@ def decode(
     scale: float | None = None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same attention one token at a time, each against the keys before it and its own.
+    """Compute the same attention one token at a time, each against the keys before it and its own.
 
     Shapes are those of `attention`, with as many queries as keys.
     """

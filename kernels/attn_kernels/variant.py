@@ -39,9 +39,9 @@ class Variant(ABC):
         uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
         stateful: keeps a float32 accumulator for each cached token and defines `selection`.
         prunable: is a `PrunableVariant`, whose layers can keep a fixed number of tokens.
-        cpu_header: the C++ form of a variant of another package (what is in it:
+        cpu_header: the C++ header of a variant of another package (what is in it:
             `attn_kernels/cpu/variant.hpp`); None: `attn_kernels/cpu/variants/<name>.hpp`, if any.
-        triton_module: the module with its Triton form (what is in it:
+        triton_module: the module with its Triton functions (what is in it:
             `attn_kernels.triton.variants`); None: `attn_kernels.triton.variants.<name>`, if any.
     """
 
@@ -65,8 +65,8 @@ class Variant(ABC):
         return ()
 
     def numbers(self) -> list[float]:
-        """The parameters in the fields' order, as kernels take them: None is NaN, lists are left
-        out."""
+        """Return the parameters in the fields' order, as kernels take them: None is NaN, lists are
+        left out."""
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return [
             math.nan if value is None else float(value)
@@ -75,7 +75,8 @@ class Variant(ABC):
         ]
 
     def initial(self, learned_name: str) -> float:
-        """The value a learned per-head tensor starts from when a model is trained from scratch."""
+        """Return the value a learned per-head tensor starts from when a model is trained from
+        scratch."""
         raise KeyError(learned_name)
 
     def transform(
@@ -167,7 +168,7 @@ V = TypeVar("V", bound=type[Variant])
 
 
 def register(cls: V) -> V:
-    """Class decorator that adds a variant to the registry.
+    """Add a variant to the registry (class decorator).
 
     Raises:
         VariantError: another class has the name already, or it is no lower-case identifier.
@@ -191,14 +192,14 @@ def _load_all() -> None:
 
 
 def variant_names() -> tuple[str, ...]:
-    """The names of all registered variants, sorted."""
+    """Return the names of all registered variants, sorted."""
     _load_all()
     return tuple(sorted(_REGISTRY))
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """A value from `config.json` fits a parameter's annotation; a float may be a whole number, and
-    `tuple[X, ...]` stands for a list."""
+    """Return whether a value from `config.json` fits a parameter's annotation; a float may be a
+    whole number, and `tuple[X, ...]` stands for a list."""
     if get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and all(_is_a(x, get_args(hint)[0]) for x in value)
     kinds = get_args(hint) or (hint,)
@@ -208,7 +209,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def get_variant(name: str, /, **parameters: Any) -> Variant:
-    """The variant called `name`, with its default parameters unless some are given.
+    """Return the variant called `name`, with its default parameters unless some are given.
 
     Raises:
         VariantError: unknown name or parameter, or a parameter of the wrong type or out of range.
@@ -257,7 +258,7 @@ def nested_attention_variant(config: Any) -> str | None:
 
 
 def variant_from_config(config: Any) -> Variant | None:
-    """The variant that a checkpoint's configuration names.
+    """Return the variant that a checkpoint's configuration names.
 
     Args:
         config: a mapping or a transformers config. Its `attention_variant` is a mapping

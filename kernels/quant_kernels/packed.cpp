@@ -1,13 +1,15 @@
-// Products with weights of a few bits that stay packed in memory. Compiled with -DWEIGHT_BITS=2 to 8.
-// Plain C arguments; no exception leaves.
+// Products with weights of a few bits that stay packed in memory. Compiled with -DWEIGHT_BITS=2
+// to 8. Plain C arguments; no exception leaves.
 //
-// A weight [outputs, inputs] is kept in panels of sixteen outputs, `words[panel][word][16]`: lane n of
-// a panel is row `16 * panel + n` of the checkpoint, whose quantized values lie densely one after another, lowest
-// bits first. 32 values take exactly BITS words, so that a chunk of 32 inputs is BITS vectors, read
-// once and in order, and each value of a chunk is one shift away from all sixteen lanes.
+// A weight [outputs, inputs] is kept in panels of sixteen outputs, `words[panel][word][16]`: lane n
+// of a panel is row `16 * panel + n` of the checkpoint, whose quantized values lie densely one
+// after another, lowest bits first. 32 values take exactly BITS words, so that a chunk of 32 inputs
+// is BITS vectors, read once and in order, and each value of a chunk is one shift away from all
+// sixteen lanes.
 //
-// weight = (value - zero point) * scale, with one scale and zero point for each output and group of inputs:
-// `scales[panel][group][16]`, likewise zeros. A group is whole chunks; the last one may be shorter.
+// weight = (value - zero point) * scale, with one scale and zero point for each output and group of
+// inputs: `scales[panel][group][16]`, likewise zeros. A group is whole chunks; the last one may be
+// shorter.
 #include <omp.h>
 
 #include <algorithm>
@@ -22,7 +24,7 @@ constexpr int BITS = WEIGHT_BITS;
 static_assert(BITS >= 2 && BITS <= 8);
 constexpr int MIDPOINT = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
 
-constexpr int CHUNK = 32;  // values that take BITS words
+constexpr int CHUNK = 32;             // values that take BITS words
 constexpr int PARTS = PANEL / WIDTH;  // vectors of a panel
 
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE };
@@ -72,8 +74,8 @@ inline void store_as(void* p, int64_t at, float value, int32_t format) {
   }
 }
 
-// Quantized values as floats, less the midpoint: sums of such products are smaller, and symmetric weights
-// need no zero point.
+// Quantized values as floats, less the midpoint: sums of such products are smaller, and symmetric
+// weights need no zero point.
 struct QuantizedValues {
   Vec table[2];
 
@@ -123,9 +125,9 @@ void widen(const Call& c, int64_t row, float* to) {
 
 constexpr int FEW = 4;
 
-// Words from what is read to what is fetched meanwhile. The processor's own prefetcher stops at every
-// page, so where panels are short the next ones are fetched while these are multiplied; where they are
-// long, the words that follow.
+// Words from what is read to what is fetched meanwhile. The processor's own prefetcher stops at
+// every page, so where panels are short the next ones are fetched while these are multiplied; where
+// they are long, the words that follow.
 constexpr int64_t AHEAD = 512, NEXT_PANELS = 32768;
 
 // P panels from `panel` on times R rows; panels behind `last` are `last` again. `x`: R rows of
@@ -183,7 +185,8 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) store(out + (r * P + j / PARTS) * PANEL + j % PARTS * WIDTH, total[r][j]);
+    for (int j = 0; j < N; j++)
+      store(out + (r * P + j / PARTS) * PANEL + j % PARTS * WIDTH, total[r][j]);
 }
 
 template <int R>
@@ -211,8 +214,8 @@ void few_rows(const Call& c) {
     float out[R * P * PANEL];
     for (int64_t panel = begin; panel < end; panel += P) {
       multiply_few<R, P>(c, panel, end - 1, x, sums, out);
-      const int64_t columns = std::min(std::min<int64_t>(P, end - panel) * PANEL,
-                                       c.outputs - panel * PANEL);
+      const int64_t columns =
+          std::min(std::min<int64_t>(P, end - panel) * PANEL, c.outputs - panel * PANEL);
       for (int64_t r = 0; r < c.rows; r++)
         for (int64_t n = 0; n < columns; n++)
           store_as(c.out, r * c.outputs + panel * PANEL + n, out[r * P * PANEL + n], c.format);
@@ -220,8 +223,8 @@ void few_rows(const Call& c) {
   }
 }
 
-// ---- Many rows: a panel's weights become floats in the first-level cache, a piece of the inputs at
-// a time, and meet a block of rows there.
+// ---- Many rows: a panel's weights become floats in the first-level cache, a piece of the inputs
+// at a time, and meet a block of rows there.
 
 constexpr int DEPTH = 256;  // inputs of a piece
 constexpr int BLOCK = 240;  // rows of a block
@@ -246,8 +249,8 @@ void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float*
   }
 }
 
-// Rows of x for `multiply_strip`: whole strips of rows, a row a lane, [strip][padded][STRIP_ROWS]; zeros
-// where there is no row.
+// Rows of x for `multiply_strip`: whole strips of rows, a row a lane, [strip][padded][STRIP_ROWS];
+// zeros where there is no row.
 void widen_strip(const Call& c, int64_t first, int64_t rows, float* row, float* to) {
   for (int r = 0; r < STRIP_ROWS; r++) {
     if (r < rows) widen(c, first + r, row);
@@ -263,8 +266,7 @@ void multiply_strip(const float* x, const float* weights, int64_t depth, bool ad
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++)
-      sum[r][j] = add ? load(out + r * STRIP_WIDTH + j * WIDTH) : Vec{};
+    for (int j = 0; j < N; j++) sum[r][j] = add ? load(out + r * STRIP_WIDTH + j * WIDTH) : Vec{};
   for (int64_t k = 0; k < depth; k++) {
     Vec weight[N];
 #pragma GCC unroll 4
@@ -283,7 +285,8 @@ void multiply_strip(const float* x, const float* weights, int64_t depth, bool ad
 void many_rows(const Call& c) {
   static thread_local Arena memory;
   const int64_t padded = c.padded(), block = std::min<int64_t>(BLOCK, c.rows);
-  const int64_t row_strips = (block + STRIP_ROWS - 1) / STRIP_ROWS, strip_size = padded * STRIP_ROWS;
+  const int64_t row_strips = (block + STRIP_ROWS - 1) / STRIP_ROWS,
+                strip_size = padded * STRIP_ROWS;
   const int64_t strips = (c.panels() + STRIP_PANELS - 1) / STRIP_PANELS;
   // Of each thread: a row of x, weights, results.
   const int64_t own = padded + (DEPTH + row_strips * STRIP_ROWS) * STRIP_WIDTH;
@@ -308,8 +311,8 @@ void many_rows(const Call& c) {
             dequantize(c, std::min(panel + j, c.panels() - 1), k, k + depth, weights + j * PANEL);
           for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
             const auto run = [&](auto count) {
-              multiply_strip<decltype(count)::value>(x + r * padded + k * STRIP_ROWS, weights, depth,
-                                                    k > 0, out + r * STRIP_WIDTH);
+              multiply_strip<decltype(count)::value>(x + r * padded + k * STRIP_ROWS, weights,
+                                                     depth, k > 0, out + r * STRIP_WIDTH);
             };
             constexpr int THIRD = STRIP_ROWS / 3;
             if (rows - r <= THIRD)
@@ -330,8 +333,8 @@ void many_rows(const Call& c) {
   }
 }
 
-// ---- Many rows of bfloat16 on AMX tiles. Values less the midpoint are exact in bfloat16, so the tiles
-// multiply those, a group at a time, and scales and zero points come afterwards in float32.
+// ---- Many rows of bfloat16 on AMX tiles. Values less the midpoint are exact in bfloat16, so the
+// tiles multiply those, a group at a time, and scales and zero points come afterwards in float32.
 
 // A group's values of one panel, woven: [inputs / 2][16][2].
 void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* to) {
@@ -342,7 +345,8 @@ void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* t
     for (int i = 0; i < CHUNK; i += 2)
       for (int j = 0; j < PANEL; j += WIDTH) {
         const uint32_t* chunk = words + k / CHUNK * BITS * PANEL + j;
-        const UintVec first = (UintVec)quantized.at(chunk, i), second = (UintVec)quantized.at(chunk, i + 1);
+        const UintVec first = (UintVec)quantized.at(chunk, i),
+                      second = (UintVec)quantized.at(chunk, i + 1);
         const UintVec both = first >> 16 | (second & 0xffff0000u);
         std::memcpy(to + (k - begin + i) * PANEL + 2 * j, &both, sizeof both);
       }
@@ -366,7 +370,8 @@ void many_rows_amx(const Call& c) {
     {
       const AmxTiles tiles(TILE_ROWS);
       BFloat16* const woven = (BFloat16*)(others + omp_get_thread_num() * own);
-      float *const product = (float*)(woven + depth * WIDE), *const out = product + TILE_ROWS * WIDE;
+      float *const product = (float*)(woven + depth * WIDE), *const out =
+                                                                 product + TILE_ROWS * WIDE;
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < lines; r++) {
         BFloat16* const line = x + r * padded;
@@ -375,7 +380,8 @@ void many_rows_amx(const Call& c) {
         std::memset((void*)(line + there), 0, (padded - there) * 2);
         for (int64_t g = 0; g < groups; g++) {
           Vec sum = {};
-          for (int64_t k = g * c.group_size; k < std::min((g + 1) * c.group_size, padded); k += WIDTH)
+          for (int64_t k = g * c.group_size; k < std::min((g + 1) * c.group_size, padded);
+               k += WIDTH)
             sum += load(line + k);
           sums[r * groups + g] = horizontal_sum(sum);
         }
@@ -390,13 +396,14 @@ void many_rows_amx(const Call& c) {
           weave(c, other, k, end, woven + depth * PANEL);
           Vec scale[WIDE / WIDTH], zero[WIDE / WIDTH];
           for (int j = 0; j < WIDE / WIDTH; j++) {
-            const int64_t at = ((j < PARTS ? panel : other) * groups + g) * PANEL + j % PARTS * WIDTH;
+            const int64_t at =
+                ((j < PARTS ? panel : other) * groups + g) * PANEL + j % PARTS * WIDTH;
             scale[j] = load_as(c.scales, at, c.scale_format);
             zero[j] = zero_at(c, at);
           }
           for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-            amx_multiply<2, false>(x + r * padded + k, padded, woven, depth * PANEL, end - k, product,
-                                   WIDE, 0);
+            amx_multiply<2, false>(x + r * padded + k, padded, woven, depth * PANEL, end - k,
+                                   product, WIDE, 0);
             for (int64_t i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
               for (int j = 0; j < WIDE / WIDTH; j++) {
@@ -409,7 +416,8 @@ void many_rows_amx(const Call& c) {
         const int64_t columns = std::min<int64_t>(WIDE, c.outputs - panel * PANEL);
         for (int64_t r = 0; r < rows; r++)
           for (int64_t n = 0; n < columns; n++)
-            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * WIDE + n], c.format);
+            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * WIDE + n],
+                     c.format);
       }
     }
   }

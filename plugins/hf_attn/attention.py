@@ -37,7 +37,7 @@ def register_attention_functions() -> None:
 
 
 def bool_mask(*args: Any, mask_function: Any, config: Any = None, **kwargs: Any) -> Tensor:
-    """Bool `[batch, 1, num_queries, num_keys]`, True where the query sees the key.
+    """Return bool `[batch, 1, num_queries, num_keys]`, True where the query sees the key.
 
     Takes the arguments of transformers' mask functions and never returns None. A
     `VariantLlamaConfig` adds its sliding window, which Llama's own forward does not know.
@@ -62,7 +62,7 @@ def attention_forward(
     penalty: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with the variant called `name`, in the form transformers calls.
+    """Attend with the variant called `name`, as transformers calls it.
 
     Scores, weights and their sums are in float32 (float64 for float64 inputs), also under autocast.
 
@@ -138,7 +138,7 @@ def attention_forward(
 def selecting_head(
     query: Tensor, key: Tensor, mask: Tensor, own_key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What later queries must know of these tokens to compute a stateful variant's penalty.
+    """Return what later queries must know of these tokens to compute a stateful variant's penalty.
 
     Args:
         query: `[batch, num_heads, num_queries, head_size]`, after RoPE.
@@ -161,7 +161,8 @@ def selecting_head(
 def selection_penalty(
     variant: Variant, query: Tensor, key: Tensor, rows: Tensor, scaling: float
 ) -> Tensor:
-    """What the queries of some rows subtract from their scores, `[batch, len(rows), num_keys]`.
+    """Return what the queries of some rows subtract from their scores, `[batch, len(rows),
+    num_keys]`.
 
     The penalty of every earlier query is computed again: it costs `num_keys ** 2` per call and
     leaves nothing but keys and values to keep in step when a cache is cropped or reordered.
@@ -188,8 +189,8 @@ def pruned_penalty(
     scaling: float,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
-    """What `selection_penalty` gives, and who still sees what, where a layer keeps `budget` tokens
-    (`attn_kernels.pruning`).
+    """Return what `selection_penalty` gives, and who still sees what, where a layer keeps `budget`
+    tokens (`attn_kernels.pruning`).
 
     All tokens stay in the cache here: this shows what a server that drops them answers, and saves
     nothing. It is carried out again for the whole sequence at every call, token by token.

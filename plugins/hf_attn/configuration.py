@@ -59,8 +59,8 @@ class VariantLlamaConfig(LlamaConfig):
             raise ValueError(f"sliding_window must be at least 2, not {self.sliding_window}")
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedConfig.save_pretrained`, with the way to this package for those who have
-        not imported it (`AUTO_FILE`)."""
+        """Save as `PreTrainedConfig.save_pretrained` does, with the way to this package for those
+        who have not imported it (`AUTO_FILE`)."""
         if type(self) is VariantLlamaConfig:
             self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)

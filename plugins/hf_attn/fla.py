@@ -232,7 +232,7 @@ class TransformerPreTrainedModel(VariantLlamaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`.
+        """Load as `PreTrainedModel.from_pretrained` does.
 
         Raises:
             VariantError: the checkpoint does not fit its configuration (`check_tensors`).

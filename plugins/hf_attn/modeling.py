@@ -52,7 +52,7 @@ class VariantLlamaAttention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor],
         position_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Projected queries and keys, `[batch, heads, num_queries, head_size]` each, with RoPE."""
+        """Return queries and keys, `[batch, heads, num_queries, head_size]` each, with RoPE."""
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key
 
@@ -66,7 +66,7 @@ class VariantLlamaAttention(LlamaAttention):
         penalties: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of `hidden_states [batch, num_queries, hidden_size]`.
+        """Attend with `hidden_states [batch, num_queries, hidden_size]`.
 
         Args:
             hidden_states: the layer's normalised input.
@@ -137,7 +137,7 @@ class VariantLlamaPreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """The variant of the configuration, which is the only implementation there is.
+        """Return the variant of the configuration, which is the only implementation there is.
 
         Raises:
             ValueError: another one was asked for.
@@ -163,7 +163,7 @@ class VariantLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`.
+        """Load as `PreTrainedModel.from_pretrained` does.
 
         Raises:
             ValueError: the checkpoint lacks a learned tensor of its variant, which transformers

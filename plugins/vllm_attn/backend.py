@@ -137,8 +137,8 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
 
 
 def asks_for_something(argument: str, value: Any) -> bool:
-    """Whether an argument that a model passes through vLLM's layer changes its attention: most
-    models pass None, and Rnj-1 a `chunk_lookback` of -1, for what a layer does not have."""
+    """Return whether an argument that a model passes through vLLM's layer changes its attention:
+    most models pass None, and Rnj-1 a `chunk_lookback` of -1, for what a layer does not have."""
     if argument == "layer_idx":
         return False
     return value is not None and value is not False and (argument, value) != ("chunk_lookback", -1)
@@ -204,7 +204,7 @@ class VariantImpl(AttentionImpl[Batch]):
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
 
     def takes_soft_cap(self) -> bool:
-        """Only the GPU kernels cap scores."""
+        """Return whether the kernels cap scores: only those for GPUs do."""
         if not current_platform.is_cuda_alike():
             return False
         from attn_kernels import triton
@@ -237,7 +237,7 @@ class VariantImpl(AttentionImpl[Batch]):
                 )
 
     def bound(self, layer: Any, kv_cache: Tensor) -> Layer:
-        """`self.layer`, bound to this cache of vLLM's `layer`."""
+        """Return `self.layer`, bound to this cache of vLLM's `layer`."""
         if self.layer is None or self.cache is not kv_cache:
             self.cache = kv_cache
             common: dict[str, Any] = {
@@ -263,7 +263,7 @@ class VariantImpl(AttentionImpl[Batch]):
         return self.layer
 
     def bound_pruned(self, kv_cache: Tensor) -> pruned.PrunedLayer:
-        """`self.pruned_layer`, bound to these pages."""
+        """Return `self.pruned_layer`, bound to these pages."""
         if self.pruned_layer is None or self.cache is not kv_cache:
             assert self.budget is not None
             self.cache = kv_cache

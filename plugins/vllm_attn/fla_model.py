@@ -34,7 +34,7 @@ class TransformerAttention(VariantLlamaAttention):
             self.s = per_head_parameter(self.num_heads)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """Attention of `hidden_states [num_tokens, hidden_size]` at `positions [num_tokens]`."""
+        """Attend with `hidden_states [num_tokens, hidden_size]` at `positions [num_tokens]`."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.qk_norm:

@@ -15,7 +15,8 @@ from vllm_attn.report import StartupError
 
 
 def loaded() -> str | None:
-    """The name of the one that this process has loaded: `_C`, `_C_AVX512` or `_C_AVX2`."""
+    """Return the name of the library that this process has loaded: `_C`, `_C_AVX512` or
+    `_C_AVX2`."""
     names = re.findall(r"/vllm/(_C\w*)[.\w-]*\.so$", Path("/proc/self/maps").read_text(), re.M)
     return str(names[0]) if names else None
 

@@ -58,7 +58,7 @@ class VariantLlamaAttention(LlamaAttention):
 
 
 def per_head_parameter(num_heads: int) -> nn.Parameter:
-    """A learned tensor of this rank's heads, `[num_heads]`.
+    """Return a learned tensor of this rank's heads, `[num_heads]`.
 
     Float32 whatever the model's dtype: it multiplies every score.
     """

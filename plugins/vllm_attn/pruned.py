@@ -75,7 +75,7 @@ class PrunedAttention(Attention):
 
 
 def announce(vllm_config: VllmConfig, spec: PageSpec) -> None:
-    """One line: what a request costs and how many fit, against unpruned."""
+    """Log in one line what a request costs and how many fit, against unpruned."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
     variant = variant_from_config(model_config.hf_config)
     assert variant is not None
@@ -108,7 +108,7 @@ def bind(
     num_heads: int,
     scale: float,
 ) -> PrunedLayer:
-    """The fastest that this machine has for one layer.
+    """Bind one layer's pages to the fastest kernels that this machine has.
 
     Args:
         kv_cache: `[num_pages, 1, budget, content]`.

@@ -37,7 +37,7 @@ class StartupError(RuntimeError):
 
 
 def one_line(error: BaseException | None) -> str | None:
-    """Our message inside an uncaught error, or None if the error is not ours.
+    """Return our message inside an uncaught error, or None if the error is not ours.
 
     Looks through the causes of an error and into pydantic's wrapping of a ValueError.
     """
@@ -57,7 +57,8 @@ def one_line(error: BaseException | None) -> str | None:
 
 
 def unknown_backend(name: str) -> str:
-    """The line for an `--attention-backend` that vLLM does not know (it lists fifty names)."""
+    """Return the line for an `--attention-backend` that vLLM does not know (it lists fifty
+    names)."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     known = [member.lower() for member in AttentionBackendEnum.__members__]
@@ -67,12 +68,12 @@ def unknown_backend(name: str) -> str:
 
 
 def note() -> Path:
-    """The file in which a process of this server leaves its line."""
+    """Return the file in which a process of this server leaves its line."""
     return Path(tempfile.gettempdir()) / f"attnserve-{os.environ.get(RUN, os.getpid())}"
 
 
 def said() -> str | None:
-    """The line that another process of this server has left."""
+    """Return the line that another process of this server has left."""
     try:
         return note().read_text(encoding="utf-8")
     except OSError:

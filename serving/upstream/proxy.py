@@ -109,11 +109,15 @@ class Proxy:
         """
         replica = attempt.replica
         timeouts = replica.config.timeouts
+        left = timeouts.total - (time.perf_counter() - exchange.arrival)
         connection = await replica.pool.send(
-            self._head(exchange, replica, query, len(request.body)) + request.body,
-            timeouts.connect,
-            timeouts.read,
-            max(timeouts.total - (time.perf_counter() - exchange.arrival), 0.001),
+            "POST",
+            f"{exchange.route}?{query.decode('latin-1')}" if query else exchange.route,
+            self._headers_up(exchange, len(request.body)),
+            request.body,
+            connect_timeout=timeouts.connect,
+            read_timeout=timeouts.read,
+            total_timeout=max(left, 0.001),
         )
         try:
             if connection.status < 500 and is_event_stream(connection.headers):
@@ -126,17 +130,13 @@ class Proxy:
             raise
         replica.pool.put(connection)
 
-    def _head(self, exchange: Exchange, replica: Replica, query: bytes, length: int) -> bytes:
-        """Return the head of the request to the upstream."""
+    def _headers_up(self, exchange: Exchange, length: int) -> Headers:
+        """Return the headers of the request to a model server."""
         headers = [header for header in exchange.headers if header[0] not in NOT_SENT_UP]
         if exchange.span is not None and self.tracer is not None:
             own = self.tracer.headers(exchange.span)
             headers = [(n, v) for n, v in headers if n not in own] + list(own.items())
-        target = exchange.route
-        if query:
-            target += "?" + query.decode("latin-1")
-        headers += [exchange.id_header, JSON, (b"content-length", b"%d" % length)]
-        return replica.head("POST", target, headers)
+        return [*headers, exchange.id_header, JSON, (b"content-length", b"%d" % length)]
 
     async def _whole(
         self,

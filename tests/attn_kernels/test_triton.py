@@ -85,7 +85,7 @@ def make_layer(
     layer = TritonLayer(
         variant, cache.kv, num_heads=num_heads, scale=scale, window=window, learned=learned
     )
-    layer.num_processors = int(path)
+    layer.num_multiprocessors = int(path)
     # The harness calls a layer as on a CPU, without the batch's sizes.
     layer.attend = functools.partial(launch, layer)  # type: ignore[method-assign]
     return layer

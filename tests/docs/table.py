@@ -312,7 +312,7 @@ RULES: dict[str, Rule] = {
         slow=True,
     ),
     "make compile-kernels": Run(
-        "make compile-kernels ARGS='--no-save --match \"sm_90 64 bfloat16 softpick decode$$\"'",
+        "make compile-kernels ARGS='--no-save --match \"sm_90 64 bfloat16 softpick decode\"'",
         prints="softpick",
         slow=True,
         long=True,

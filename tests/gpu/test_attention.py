@@ -93,7 +93,7 @@ def test_equals_the_reference(setup: Setup, record_property: Callable[[str, obje
     paged = Paged(requests)
     errors: dict[str, float] = {}
     for phase, processors, spans in phases(setup.lengths, split_processors(setup.device)):
-        paged.layer.num_processors = processors
+        paged.layer.num_multiprocessors = processors
         error = paged.error(spans, paged.step(spans))
         errors[phase] = worse(error, errors.get(phase, 0.0))
     for phase, error in errors.items():

@@ -91,7 +91,7 @@ def test_replay(setup: Setup, split: bool) -> None:
     """Prefill, then four replays: as captured, later tokens, other blocks, other requests."""
     requests = PagedRequests(setup)
     paged = Paged(requests)
-    paged.layer.num_processors = split_processors(setup.device) if split else UNSPLIT
+    paged.layer.num_multiprocessors = split_processors(setup.device) if split else UNSPLIT
     ends = [n - 4 for n in setup.lengths]
     paged.step([(r, 0, end) for r, end in enumerate(ends)])
     decoder = Decoder(paged)
@@ -107,7 +107,7 @@ def test_replay(setup: Setup, split: bool) -> None:
 def test_stale_block_table_fails() -> None:
     """A replay that does not see the new block table reads NaN."""
     paged = Paged(PagedRequests(tiny("softmax")))
-    paged.layer.num_processors = UNSPLIT
+    paged.layer.num_multiprocessors = UNSPLIT
     ends = [n - 2 for n in paged.requests.setup.lengths]
     paged.step([(1, 0, ends[1])])
     decoder = Decoder(paged)

@@ -11,6 +11,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_attn import patches
 from vllm_attn.report import StartupError
 
+pytestmark = pytest.mark.vllm
+
 
 def test_every_point_is_there() -> None:
     assert patches.missing_points() == []

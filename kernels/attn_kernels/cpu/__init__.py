@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
-    """The kernels of `variant`, built if need be (a few seconds, once per machine).
+    """Return the kernels of `variant`, built if need be (some seconds, once a machine).
 
     Args:
         variant: the attention function; its C++ struct has the name of its class.
         isa: one of `usable_isas()`; `$ATTNSERVE_CPU_ISA`, else the best, if None.
 
     Returns:
-        None, after one warning that says why, if it has no C++ form or nothing can be built: serve
-        it with the torch operations of `attn_kernels.paged`.
+        None, after one warning that says why, if it has no C++ kernel or nothing can be built:
+        serve it with the torch operations of `attn_kernels.paged`.
 
     Raises:
         ValueError: this processor lacks the instruction set.
@@ -45,9 +45,9 @@ def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
 
 @functools.cache
 def _load(variant: Variant, isas: tuple[str, ...]) -> CPUKernel | None:
-    """The first of `isas` that the compiler knows."""
+    """Return the kernels for the first of `isas` that the compiler knows."""
     header = variant.cpu_header or HERE / "variants" / f"{variant.name}.hpp"
-    why = f"it has no C++ form ({header})"
+    why = f"it has no C++ kernel ({header})"
     for isa in isas if header.exists() else ():
         try:
             return CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa)
@@ -59,7 +59,7 @@ def _load(variant: Variant, isas: tuple[str, ...]) -> CPUKernel | None:
 
 @functools.cache
 def _warn(name: str, why: str) -> None:
-    """Once for each reason: there are many layers."""
+    """Warn, once for each reason: there are many layers."""
     logger.warning(
         "attnserve: %s attention runs in torch operations, many times slower than CPU kernels: %s",
         name,
@@ -76,7 +76,7 @@ def bind(
     window: int | None = None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> CPULayer | TorchLayer:
-    """The fastest that this machine has for one layer: the kernels, or the torch operations.
+    """Bind one layer's cache to the kernels or, where they cannot be used, to torch operations.
 
     The cache must be written and read by the same one; arguments as in `CPULayer`.
     """

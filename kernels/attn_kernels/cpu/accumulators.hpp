@@ -1,4 +1,5 @@
-// The float32 accumulators of stateful variants: one a token, in the cache behind KV head 0's values.
+// The float32 accumulators of stateful variants: one a token, in the cache behind KV head 0's
+// values.
 #pragma once
 #include "spans.hpp"
 #include "variant.hpp"
@@ -41,18 +42,20 @@ class Accumulators : public Spans<T> {
   void for_each_piece(int request, int begin, int end, F&& f) const {
     const int32_t* table = call.batch->block_table + request * call.batch->block_table_stride;
     for (int p = begin; p < end;) {
-      const int offset = p % cache.block_size, length = std::min(cache.block_size - offset, end - p);
+      const int offset = p % cache.block_size,
+                length = std::min(cache.block_size - offset, end - p);
       f(cache.accumulators(table[p / cache.block_size]) + offset, p - begin, length);
       p += length;
     }
   }
 
-  // What a query of head 0 adds to the accumulators of the span's columns [from, to): nothing to its
-  // own token's and nothing to the first's.
+  // What a query of head 0 adds to the accumulators of the span's columns [from, to): nothing to
+  // its own token's and nothing to the first's.
   void selection(int position, int begin, int from, int to, const float* s, float* added) const {
     std::fill_n(added, SPAN, 0.f);
     if constexpr (V::stateful)
-      for (int j = from / WIDTH * WIDTH; j < to; j += WIDTH) store(added + j, V::selection(load(s + j)));
+      for (int j = from / WIDTH * WIDTH; j < to; j += WIDTH)
+        store(added + j, V::selection(load(s + j)));
     for (int j = from / WIDTH * WIDTH; j < std::max(from, 1 - begin); j++) added[j] = 0.f;
     for (int j = std::max(0, std::min(to, position - begin)); j < SPAN; j++) added[j] = 0.f;
   }
@@ -101,11 +104,12 @@ class Accumulators : public Spans<T> {
     alignas(64) float state[SPAN];
     for_each_span(request, 0, begin, end, [&](const Span<T>& span) {
       load_state(request, span.begin, span.end, state);
-      accumulate(request, 0, queries_of(request), span, q, s, state, [&](int query, const float* now) {
-        if (query % tile == 0)
-          std::copy_n(now, span.end - span.begin,
-                      snapshots + query / tile * stride + span.begin);
-      });
+      accumulate(request, 0, queries_of(request), span, q, s, state,
+                 [&](int query, const float* now) {
+                   if (query % tile == 0)
+                     std::copy_n(now, span.end - span.begin,
+                                 snapshots + query / tile * stride + span.begin);
+                 });
       save_state(request, span.begin, span.end, state);
     });
   }

@@ -79,7 +79,8 @@ struct AmxTiles {
   explicit AmxTiles(int) {}
 };
 template <int NP, bool ADD>
-inline void amx_multiply(const BFloat16*, int, const BFloat16*, ptrdiff_t, int, float*, int, ptrdiff_t) {}
+inline void amx_multiply(const BFloat16*, int, const BFloat16*, ptrdiff_t, int, float*, int,
+                         ptrdiff_t) {}
 inline void round_panel(const float*, BFloat16*) {}
 constexpr bool HAS_AMX = false;
 #endif

@@ -4,8 +4,8 @@
 
 #include "accumulators.hpp"
 
-// A unit of work: the queries [first_query, first_query + num_queries) of a request against its keys
-// [key_begin, key_end), for one KV head or (stateful variants) for all.
+// A unit of work: the queries [first_query, first_query + num_queries) of a request against its
+// keys [key_begin, key_end), for one KV head or (stateful variants) for all.
 struct Task {
   int request, kv_head, first_query, num_queries;
   int key_begin, key_end;
@@ -19,10 +19,10 @@ class Attention : public Accumulators<V, T> {
  public:
   using Base = Accumulators<V, T>;
   using Base::add_values, Base::cache, Base::call, Base::first_position, Base::first_visible,
-      Base::for_each_span, Base::gather, Base::group_size,
-      Base::head_size, Base::load_state, Base::NARROW, Base::norms, Base::num_spans, Base::prepare,
-      Base::query_offset, Base::save_state, Base::scale, Base::score, Base::SCORES,
-      Base::selection, Base::SPAN, Base::TILES, Base::variant;
+      Base::for_each_span, Base::gather, Base::group_size, Base::head_size, Base::load_state,
+      Base::NARROW, Base::norms, Base::num_spans, Base::prepare, Base::query_offset,
+      Base::save_state, Base::scale, Base::score, Base::SCORES, Base::selection, Base::SPAN,
+      Base::TILES, Base::variant;
   template <class U>
   using Span = typename Base::template Span<U>;
   template <class U>
@@ -43,18 +43,18 @@ class Attention : public Accumulators<V, T> {
     int block;  // rows of a block
     bool amx;
     float *q, *o, *scores, *per_norm;
-    float *penalty, *state;              // stateful: [num_queries, keys], and of the span at hand
-    float* factor;                       // amx: of each row's scores
-    BFloat16 *narrow_q, *narrow_weights; // amx: [rows, WIDE] and [block, NARROW]
-    BFloat16* last_values;               // amx: the last values of a context, zeros behind them
+    float *penalty, *state;               // stateful: [num_queries, keys], and of the span at hand
+    float* factor;                        // amx: of each row's scores
+    BFloat16 *narrow_q, *narrow_weights;  // amx: [rows, WIDE] and [block, NARROW]
+    BFloat16* last_values;                // amx: the last values of a context, zeros behind them
     Float32 *wide_keys, *wide_values;
     Row* row;
   };
 
   // Tiles need bfloat16 on both sides, whole tiles of dims, and those of tokens within a block.
   bool uses_amx() const {
-    return TILES && call.query_format == BFLOAT16 &&
-           head_size % TILE_DEPTH == 0 && cache.block_size % TILE_DEPTH == 0 && amx_permitted();
+    return TILES && call.query_format == BFLOAT16 && head_size % TILE_DEPTH == 0 &&
+           cache.block_size % TILE_DEPTH == 0 && amx_permitted();
   }
 
   Tile make_tile(const Task& task, Arena& arena) const {
@@ -113,7 +113,7 @@ class Attention : public Accumulators<V, T> {
 
   // The columns of a span that the rows [first, first + count) see between them.
   struct Columns {
-    int from, to;            // visible to some row
+    int from, to;              // visible to some row
     int panel_from, panel_to;  // whole panels around them
   };
   Columns visible(const Tile& t, int begin, int end, int first, int count) const {
@@ -138,7 +138,7 @@ class Attention : public Accumulators<V, T> {
         const BFloat16* k = g.keys + (ptrdiff_t)(j - g.column) * head_size;
         if (last - j > PANEL)
           amx_multiply<2, false>(q, WIDE, k, (ptrdiff_t)head_size * PANEL, head_size, s + j, SCORES,
-                               g.ahead);
+                                 g.ahead);
         else
           amx_multiply<1, false>(q, WIDE, k, 0, head_size, s + j, SCORES, g.ahead);
       }
@@ -154,7 +154,8 @@ class Attention : public Accumulators<V, T> {
     for (int r = 0; r < count; r++) {
       BFloat16* weights = t.narrow_weights + r * NARROW;
       std::fill(weights + from, weights + c.panel_from, BFloat16{0});
-      for (int j = c.panel_from; j < c.panel_to; j += PANEL) round_panel(s + r * SCORES + j, weights + j);
+      for (int j = c.panel_from; j < c.panel_to; j += PANEL)
+        round_panel(s + r * SCORES + j, weights + j);
       std::fill(weights + c.panel_to, weights + to, BFloat16{0});
       if (rescale[r] != 1.f) scale(o + (ptrdiff_t)r * WIDE, head_size, rescale[r]);
     }
@@ -185,7 +186,8 @@ class Attention : public Accumulators<V, T> {
     std::copy_n(from, count / 2 * 2 * PANEL, to);
     std::fill(to + count / 2 * 2 * PANEL, to + TILE_DEPTH * PANEL, BFloat16{0});
     if (count % 2)
-      for (int j = 0; j < PANEL; j++) to[(count - 1) * PANEL + 2 * j] = from[(count - 1) * PANEL + 2 * j];
+      for (int j = 0; j < PANEL; j++)
+        to[(count - 1) * PANEL + 2 * j] = from[(count - 1) * PANEL + 2 * j];
   }
 
   void mask(const Tile& t, int begin, int first, int count, const Columns& c, float* s) const {
@@ -226,7 +228,7 @@ class Attention : public Accumulators<V, T> {
 
   template <class U>
   void output_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
-                   float* s) const {
+                    float* s) const {
     float rescale[MAX_BLOCK] = {};
     for (int r = 0; r < count; r++)
       rescale[r] = variant.update(t.row[first + r], s + r * SCORES + c.panel_from,
@@ -256,7 +258,7 @@ class Attention : public Accumulators<V, T> {
         if (pass & STATISTICS)
           for (int r = 0; r < count; r++)
             variant.update_statistics(t.row[first + r], s + r * SCORES + c.panel_from,
-                            c.panel_to - c.panel_from);
+                                      c.panel_to - c.panel_from);
       }
       if (pass & OUTPUT) output_block(t, span, first, count, c, s);
     }
@@ -288,7 +290,8 @@ class Attention : public Accumulators<V, T> {
 
   float* penalties(const Tile& t, int query, int position) const {
     const int first = t.key_begin / SPAN * SPAN;
-    return t.penalty + (ptrdiff_t)query * (round_up(t.key_end - t.key_begin, SPAN) + SPAN) + position - first;
+    return t.penalty + (ptrdiff_t)query * (round_up(t.key_end - t.key_begin, SPAN) + SPAN) +
+           position - first;
   }
 
   // The accumulators ahead of a tile, for its walk over a span.
@@ -301,7 +304,8 @@ class Attention : public Accumulators<V, T> {
 
   // A block's scores before penalties, of KV head 0: each query keeps the accumulators as its
   // penalties for all KV heads, then adds what its head 0 selects.
-  void select(const Tile& t, int begin, int first, int count, const Columns& c, const float* s) const {
+  void select(const Tile& t, int begin, int first, int count, const Columns& c,
+              const float* s) const {
     alignas(64) float added[SPAN];
     for (int row = round_up(first, group_size); row < first + count; row += group_size) {
       const int query = row / group_size, position = t.first_position + query;
@@ -323,8 +327,8 @@ class Attention : public Accumulators<V, T> {
   }
 
   void write_out(const Tile& t, int r, const float* o, float factor) const {
-    const int64_t token = call.batch->query_start_loc[t.request] + t.first_position + r / group_size -
-                          first_position(t.request);
+    const int64_t token = call.batch->query_start_loc[t.request] + t.first_position +
+                          r / group_size - first_position(t.request);
     const int64_t head = t.kv_head * group_size + r % group_size;
     const int64_t offset = token * call.out_stride + head * head_size;
     switch (call.out_format) {

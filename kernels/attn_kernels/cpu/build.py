@@ -55,7 +55,7 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def processor_features() -> frozenset[str]:
-    """Features that processor and operating system offer, in Linux' names; empty elsewhere."""
+    """Return the features of processor and operating system, in Linux' names; none elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -65,7 +65,7 @@ def processor_features() -> frozenset[str]:
 
 
 def usable_isas() -> tuple[str, ...]:
-    """The instruction sets that this processor has, best first."""
+    """Return the instruction sets that this processor has, best first."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     return tuple(
         isa
@@ -75,7 +75,7 @@ def usable_isas() -> tuple[str, ...]:
 
 
 def cache_folder() -> Path:
-    """`$ATTNSERVE_CACHE`, else `attnserve` in `$XDG_CACHE_HOME` or `~/.cache`.
+    """Return `$ATTNSERVE_CACHE`, else `attnserve` in `$XDG_CACHE_HOME` or `~/.cache`.
 
     Raises:
         BuildError: none of them is known.
@@ -90,7 +90,7 @@ def cache_folder() -> Path:
 
 
 def _compiler() -> tuple[list[str], str]:
-    """The command of the C++ compiler and what it says its version is."""
+    """Return the command of the C++ compiler and what it says its version is."""
     chosen = os.environ.get("CXX")
     for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
         command = shlex.split(name)
@@ -107,7 +107,7 @@ def _compiler() -> tuple[list[str], str]:
 
 @functools.cache
 def build_library(header: Path, struct: str, isa: str) -> Path:
-    """The shared library of the variant whose C++ struct is `struct` in `header`.
+    """Return the shared library of the variant whose C++ struct is `struct` in `header`.
 
     Raises:
         BuildError: see `compile_library`.
@@ -125,7 +125,7 @@ def build_library(header: Path, struct: str, isa: str) -> Path:
 def compile_library(
     source: Path, isa: str, *, name: str, define: str, reads: Set[Path], options: Sequence[str]
 ) -> Path:
-    """A shared library, built if no earlier one has the same sources, flags and compiler.
+    """Return a shared library, built if no earlier one has the same sources, flags and compiler.
 
     Several processes may ask at once: one builds, the others wait for it. Where there is no
     compiler, a library that any compiler has built of the same sources and flags is taken

@@ -31,7 +31,8 @@ struct Cache : CacheShape {
   const T* keys(int64_t index, int kv_head, int offset) const {
     return block(index, kv_head) + (ptrdiff_t)offset * head_size;
   }
-  // Where the token at `offset` (even) lies in the first panel; the next panel is value_panel() further.
+  // Where the token at `offset` (even) lies in the first panel; the next panel is value_panel()
+  // further.
   const T* values(int64_t index, int kv_head, int offset) const {
     return block(index, kv_head) + (ptrdiff_t)block_size * head_size + offset * PANEL;
   }

@@ -51,13 +51,16 @@ class Plan {
 
  public:
   Plan(const AttendCall& c, std::vector<Task>& t, Arena& a)
-      : attention(c), call(c), tasks(t), shared(a),
+      : attention(c),
+        call(c),
+        tasks(t),
+        shared(a),
         heads_per_task(V::stateful ? c.cache.num_kv_heads : 1) {}
 
   int tile_queries(int keys) const {
     int rows = MAX_TILE_ROWS;
-    if (V::two_pass) rows = std::clamp(TILE_FLOATS / keys / MAX_BLOCK * MAX_BLOCK, MAX_BLOCK,
-                                 MAX_TILE_ROWS);
+    if (V::two_pass)
+      rows = std::clamp(TILE_FLOATS / keys / MAX_BLOCK * MAX_BLOCK, MAX_BLOCK, MAX_TILE_ROWS);
     int queries = std::max(1, rows / attention.group_size);
     if (V::stateful) queries = std::min(queries, std::max(1, TILE_FLOATS / keys));
     return queries;
@@ -77,7 +80,8 @@ class Plan {
         // Few rows are bound by memory: four cost what one does.
         const int64_t cost = (int64_t)std::max(4, count * attention.group_size) * (end - begin);
         for (int h = 0; h < (V::stateful ? 1 : call.cache.num_kv_heads); h++) {
-          tasks.push_back({request, h, q, count, begin, end, 0, 1, 0, nullptr, cost * heads_per_task});
+          tasks.push_back(
+              {request, h, q, count, begin, end, 0, 1, 0, nullptr, cost * heads_per_task});
           total += cost * heads_per_task;
         }
       }
@@ -97,8 +101,8 @@ class Plan {
     for (size_t i = 0; i < whole; i++) {
       Task task = tasks[i];
       const int begin = task.key_begin / SPAN * SPAN, spans = A::num_spans(begin, task.key_end);
-      const int wanted = std::min<int64_t>((task.cost + target - 1) / target,
-                                           (task.key_end - begin) / MIN_PART);
+      const int wanted =
+          std::min<int64_t>((task.cost + target - 1) / target, (task.key_end - begin) / MIN_PART);
       if (wanted <= 1) continue;
       const int each = (spans + wanted - 1) / wanted, parts = (spans + each - 1) / each;
       if (parts <= 1) continue;
@@ -117,9 +121,9 @@ class Plan {
         else
           tasks[i] = task;
         if (V::two_pass)
-          scores_per_part = std::max(
-              scores_per_part, A::scores_size(task.num_queries * attention.group_size,
-                                              task.key_begin, task.key_end));
+          scores_per_part =
+              std::max(scores_per_part, A::scores_size(task.num_queries * attention.group_size,
+                                                       task.key_begin, task.key_end));
       }
     }
   }
@@ -231,7 +235,8 @@ class Plan {
       tile.scores = part_scores + part_index(task, task.kv_head, task.part) * scores_per_part;
       for (int part = 0; part < task.num_parts; part++) {
         const Row* seen = statistics + part_index(task, task.kv_head, part) * max_rows;
-        for (int r = 0; r < tile.rows; r++) attention.variant.merge_statistics(tile.row[r], seen[r]);
+        for (int r = 0; r < tile.rows; r++)
+          attention.variant.merge_statistics(tile.row[r], seen[r]);
       }
     }
   }

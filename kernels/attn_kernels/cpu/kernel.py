@@ -51,12 +51,13 @@ class CPUKernel:
         self.values = (c_float * max(1, len(numbers)))(*numbers)
 
     def head_size(self, content: int, dtype: torch.dtype) -> int:
-        """Of a cache whose slots have `content` elements."""
+        """Return the head size of a cache whose slots have `content` elements."""
         state = STATE_BYTES // dtype.itemsize if self.variant.stateful else 0
         return (content - state) // 2
 
     def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
-        """What keeps these kernels from serving a cache of this shape; None if nothing does."""
+        """Return what keeps these kernels from serving a cache of this shape; None if nothing
+        does."""
         if head_size not in HEAD_SIZES:
             return f"head size {head_size} (they take 32 to 256 in steps of 16)"
         if block_size % 16:
@@ -72,7 +73,7 @@ class CPUKernel:
         window: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
     ) -> CPULayer:
-        """The kernels bound to one layer's cache; see `CPULayer`."""
+        """Bind the kernels to one layer's cache; see `CPULayer`."""
         return CPULayer(
             self, kv_cache, num_heads=num_heads, scale=scale, window=window, learned=learned
         )
@@ -166,7 +167,7 @@ class CPULayer:
         batch: Batch,
         out: Tensor,
     ) -> None:
-        """Attention of a batch, decode and prefill mixed; see `attn_kernels.paged.paged_attention`.
+        """Attend with a batch, decode and prefill mixed; see `attn_kernels.paged.paged_attention`.
 
         Args:
             query: `[num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.

@@ -1,11 +1,11 @@
 // The one product that attention needs: C[rows, 16] += A[rows, depth] * panel[depth, 16].
-// With keys as panels of sixteen tokens and values as panels of sixteen dims, both q.K and weights.V
-// are this product over memory that is read once and in order.
+// With keys as panels of sixteen tokens and values as panels of sixteen dims, both q.K and
+// weights.V are this product over memory that is read once and in order.
 #pragma once
 #include "simd.hpp"
 
-// Rows of C that stay in registers. AVX-512: 12 rows of 2 panels, 24 of 32 registers; AVX2: 6 rows of
-// 1 panel (2 vectors each), 12 of 16.
+// Rows of C that stay in registers. AVX-512: 12 rows of 2 panels, 24 of 32 registers; AVX2: 6 rows
+// of 1 panel (2 vectors each), 12 of 16.
 constexpr int ROWS = REGISTERS == 32 ? 12 : 6;
 constexpr int PANELS = REGISTERS == 32 ? 2 : 1;
 constexpr int PARTS = PANEL / WIDTH;
@@ -17,12 +17,12 @@ constexpr int STREAMS = REGISTERS == 32 ? 4 : 1;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // C[R, NP * 16] = C * rescale[row] + A * panels. A's rows are LDA floats apart, C's LDC; panel p
-// starts at `panels + p * panel_stride`, at an even row. With ADD false, C is overwritten. `ahead` is
-// how many bytes behind a panel the memory lies that is to be fetched meanwhile: a few rows wait for
-// memory, and the processor's own prefetcher stops at every page.
+// starts at `panels + p * panel_stride`, at an even row. With ADD false, C is overwritten. `ahead`
+// is how many bytes behind a panel the memory lies that is to be fetched meanwhile: a few rows wait
+// for memory, and the processor's own prefetcher stops at every page.
 template <int R, int NP, int LDA, int LDC, bool ADD, class T>
-inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, ptrdiff_t depth, float* c,
-                     const float* rescale, ptrdiff_t ahead) {
+inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, ptrdiff_t depth,
+                     float* c, const float* rescale, ptrdiff_t ahead) {
   constexpr int N = NP * PARTS, PAIR = T::PAIR;
   // A row or two alone would wait for each addition: so many sums run side by side.
   constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4, STEP = CHAINS > PAIR ? CHAINS : PAIR;
@@ -79,12 +79,12 @@ template <int NP, int LDA, int LDC, bool ADD, class T>
 inline void multiply_rows(int rows, const float* a, const T* panels, ptrdiff_t panel_stride,
                           ptrdiff_t depth, float* c, const float* rescale, ptrdiff_t ahead) {
   switch (kernel_rows(rows)) {
-#define CASE(R)                                                                        \
-  case R:                                                                              \
-    return multiply<R, NP, LDA, LDC, ADD>(a, panels, panel_stride, depth, c, rescale, ahead);
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(6)
+#define CASE(R) \
+  case R: return multiply<R, NP, LDA, LDC, ADD>(a, panels, panel_stride, depth, c, rescale, ahead);
+    CASE(1)
+    CASE(2) CASE(3) CASE(4) CASE(6)
 #if defined(__AVX512F__)
-    CASE(8) CASE(12)
+        CASE(8) CASE(12)
 #endif
 #undef CASE
   }

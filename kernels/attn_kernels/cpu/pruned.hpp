@@ -1,6 +1,6 @@
-// Attention of a stateful variant within a budget: each request keeps at most `budget` tokens a layer,
-// in one page. The rule of eviction is that of attn_kernels/pruning.py, carried out token by token: a
-// page is small, so that a query meets `budget` keys however long its context is.
+// Attention of a stateful variant within a budget: each request keeps at most `budget` tokens a
+// layer, in one page. The rule of eviction is that of attn_kernels/pruning.py, carried out token by
+// token: a page is small, so that a query meets `budget` keys however long its context is.
 //
 // A page: keys [num_kv_heads][budget][head_size], values likewise, accumulators [budget] int32,
 // positions [budget] int32. Slots are in no order; the first min(tokens, budget) are taken.
@@ -14,12 +14,12 @@
 // Arguments of one call; attn_kernels/cpu/pruned.py has the same fields in the same order.
 struct PrunedCall {
   void* pages;
-  int64_t page_stride;  // in bytes
+  int64_t page_stride;              // in bytes
   const void *query, *key, *value;  // [num_tokens, heads, head_size]; key and value as in the page
   void* out;                        // [>= num_tokens, num_heads, head_size]
   int64_t query_stride, key_stride, value_stride, out_stride;  // of a token, in elements
-  const Batch* batch;               // the first entry of a request's block table is its page
-  const float* values;              // see Parameters
+  const Batch* batch;   // the first entry of a request's block table is its page
+  const float* values;  // see Parameters
   float scale;
   int32_t num_heads, num_kv_heads, head_size, budget;
   int32_t query_format, out_format, page_format;
@@ -27,7 +27,8 @@ struct PrunedCall {
 
 template <class V, class T>
 class Pruned {
-  static_assert(V::stateful && !V::two_pass && !V::unit_keys, "a one-pass variant with accumulators");
+  static_assert(V::stateful && !V::two_pass && !V::unit_keys,
+                "a one-pass variant with accumulators");
   static constexpr float FRACTION = 0x1p16f;  // of an accumulator
 
   const PrunedCall& call;
@@ -103,9 +104,7 @@ class Pruned {
   T* keys(const Scan& scan, int kv_head) const {
     return (T*)page(scan) + (ptrdiff_t)kv_head * budget * head_size;
   }
-  T* values(const Scan& scan, int kv_head) const {
-    return keys(scan, call.num_kv_heads + kv_head);
-  }
+  T* values(const Scan& scan, int kv_head) const { return keys(scan, call.num_kv_heads + kv_head); }
 
   // KV head 0: evicts, inserts, attends and accumulates.
   void select(const Scan& scan, float* q, float* s) const {
@@ -163,13 +162,16 @@ class Pruned {
   void attend(const Scan& scan, int kv_head, int i, float* q, float* s, F&& before) const {
     const int token = scan.first_token + i, stored = std::min(scan.num_before + i + 1, budget);
     T *k = keys(scan, kv_head), *v = values(scan, kv_head);
-    const ptrdiff_t place = (ptrdiff_t)scan.slots[i] * head_size, head = (ptrdiff_t)kv_head * head_size;
+    const ptrdiff_t place = (ptrdiff_t)scan.slots[i] * head_size,
+                    head = (ptrdiff_t)kv_head * head_size;
     std::copy_n((const T*)call.key + token * call.key_stride + head, head_size, k + place);
     std::copy_n((const T*)call.value + token * call.value_stride + head, head_size, v + place);
     const int end = round_up(stored, PANEL);
-    for (int r = 0; r < group_size; r++) prepare(token, kv_head * group_size + r, stored, q + r * head_size);
+    for (int r = 0; r < group_size; r++)
+      prepare(token, kv_head * group_size + r, stored, q + r * head_size);
     for (int j = 0; j < stored; j++)
-      for (int r = 0; r < group_size; r++) s[r * padded + j] = dot(q + r * head_size, k + (ptrdiff_t)j * head_size);
+      for (int r = 0; r < group_size; r++)
+        s[r * padded + j] = dot(q + r * head_size, k + (ptrdiff_t)j * head_size);
     before(s);
     const float* penalties = scan.penalties + (ptrdiff_t)i * padded;
     for (int r = 0; r < group_size; r++) {
@@ -207,7 +209,8 @@ class Pruned {
     return horizontal_sum(sum);
   }
 
-  void add_values(const float* weights, const T* v, int stored, float factor, int token, int head) const {
+  void add_values(const float* weights, const T* v, int stored, float factor, int token,
+                  int head) const {
     constexpr int VECTORS = 4;
     alignas(64) float o[MAX_HEAD_SIZE + VECTORS * WIDTH];
     for (int d = 0; d < head_size; d += VECTORS * WIDTH) {

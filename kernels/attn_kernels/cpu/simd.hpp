@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the processor's registers, in GCC's vector extensions (also clang's).
-// Intrinsics only where the extensions have no word for an instruction.
+// Vectors of floats as wide as the processor's registers, in GCC's vector extensions (also
+// clang's). Intrinsics only where the extensions have no word for an instruction.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -169,7 +169,8 @@ inline void convert(float x, Float16& out) {  // round to nearest even
   else if (magnitude < 0x1p-14f)
     out.bits = sign | (uint16_t)std::lrint(magnitude * 0x1p24f);
   else
-    out.bits = sign | (uint16_t)(((bits & 0x7fffffff) - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
+    out.bits =
+        sign | (uint16_t)(((bits & 0x7fffffff) - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
 // ---- powers of two. Scores are in units of log2(e), so that exponents are integers and rescaling
@@ -184,8 +185,8 @@ constexpr float ROUNDER = 0x1.8p23f;
 inline float nearest(float x) { return std::nearbyint(x); }
 inline float larger(float a, float b) { return a > b ? a : b; }  // std::fmax is a call
 
-// The nearest whole numbers n of y, and 2^(n - exponent); 0 where that is 2^-127. `exponent` is a whole
-// number, and -127 <= y - exponent <= 127.
+// The nearest whole numbers n of y, and 2^(n - exponent); 0 where that is 2^-127. `exponent` is a
+// whole number, and -127 <= y - exponent <= 127.
 struct Whole {
   Vec n, power;
   Whole(Vec y, float exponent) {

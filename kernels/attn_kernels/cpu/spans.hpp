@@ -18,8 +18,8 @@ static_assert(ROWS <= MAX_BLOCK && TILE_ROWS <= MAX_BLOCK);
 template <class T>
 class Spans {
  public:
-  // Keys whose scores are in flight at once: those of a block of rows stay in the first-level cache.
-  // Tiles multiply so fast that the rest of a span's work counts.
+  // Keys whose scores are in flight at once: those of a block of rows stay in the first-level
+  // cache. Tiles multiply so fast that the rest of a span's work counts.
   static constexpr bool TILES = HAS_AMX && std::is_same_v<T, BFloat16>;
   static constexpr int SPAN = TILES ? 256 : 128;
   static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
@@ -41,7 +41,9 @@ class Spans {
     return call.batch->query_start_loc[request + 1] - call.batch->query_start_loc[request];
   }
   // Position in its context of a request's first query of this call.
-  int first_position(int request) const { return call.batch->seq_lens[request] - queries_of(request); }
+  int first_position(int request) const {
+    return call.batch->seq_lens[request] - queries_of(request);
+  }
   // The first key that a query sees.
   int first_visible(int position) const {
     return call.window ? std::max(0, position - call.window + 1) : 0;
@@ -77,13 +79,16 @@ class Spans {
     Span<T> span{begin, end, 0, {}};
     const int32_t* table = call.batch->block_table + request * call.batch->block_table_stride;
     for (int p = begin; p < end;) {
-      const int offset = p % cache.block_size, length = std::min(cache.block_size - offset, end - p);
+      const int offset = p % cache.block_size,
+                length = std::min(cache.block_size - offset, end - p);
       const int block = p / cache.block_size;
       const bool last = (block + 1) * cache.block_size >= call.batch->seq_lens[request];
       const int64_t index = table[block], next = last ? index : table[block + 1];
       span.segments[span.count++] = {cache.keys(index, kv_head, offset),
-                                     cache.values(index, kv_head, offset), cache.value_panel(),
-                                     p - begin, length,
+                                     cache.values(index, kv_head, offset),
+                                     cache.value_panel(),
+                                     p - begin,
+                                     length,
                                      (next - index) * cache.block_stride * (ptrdiff_t)sizeof(T)};
       p += length;
     }
@@ -196,7 +201,8 @@ class Spans {
     for (int i = 0; i < span.count; i++) {
       const Segment<U>& g = span.segments[i];
       // An even row: the token before `from` is this request's too, and its weight is 0.
-      const int c = std::max(from / U::PAIR * U::PAIR, g.column), depth = std::min(to, g.column + g.length) - c;
+      const int c = std::max(from / U::PAIR * U::PAIR, g.column),
+                depth = std::min(to, g.column + g.length) - c;
       if (depth <= 0) continue;
       const U* v = g.values + (ptrdiff_t)(c - g.column) * PANEL;
       for (int d = 0; d < head_size; v += g.value_panel) {
@@ -211,7 +217,8 @@ class Spans {
           v += g.value_panel;
           d += PANELS * PANEL;
         } else {
-          multiply_rows<1, SCORES, WIDE, true>(rows, weights + c, v, 0, depth, o + d, rescale, g.ahead);
+          multiply_rows<1, SCORES, WIDE, true>(rows, weights + c, v, 0, depth, o + d, rescale,
+                                               g.ahead);
           d += PANEL;
         }
       }

@@ -89,8 +89,8 @@ class PrunedCall(ctypes.Structure):
 
 
 def head_rows(x: Tensor) -> tuple[Tensor, int]:
-    """`x` `[tokens, heads, head_size]` with its heads side by side in memory, copied if need be,
-    and the distance of its tokens in elements."""
+    """Return `x` `[tokens, heads, head_size]` with its heads side by side in memory, copied if need
+    be, and the distance of its tokens in elements."""
     token, head, dim = x.stride()
     if dim != 1 or head != x.shape[2]:
         x = x.contiguous()

@@ -1,28 +1,30 @@
-// What a variant's struct is. One file a variant in variants/, named as in config.json; the struct is
-// named as its Python class.
+// What a variant's struct is. One file a variant in variants/, named as in config.json; the struct
+// is named as its Python class.
 //
 //   scores, s      a row of q.k, times query_factor; `masked` where the query does not see the key
 //   query_factor   (head, n, |q|): what a query is multiplied with; n is how many keys it sees
 //   Row            what a query row carries along its keys, and how it starts
-//   update         turns `count` scores (a multiple of 16, in place) into weights that are exactly 0
+//   update         turns `count` scores (a multiple of 16, in place) into weights that are exactly
+//   0
 //                  where masked; returns the factor for what was summed up so far
 //   merge          of two parts of a split context; returns the factors of both parts' outputs
 //   epilogue       the factor of the output after the last key
 //
 // unit_keys        the scores are also divided by |k|
 // two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
-//                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends the
-//                  pass
-// stateful         each token has a float32 accumulator: `penalise` scores by it, then add `selection`
+//                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends
+//                  the pass
+// stateful         each token has a float32 accumulator: `penalise` scores by it, then add
+// `selection`
 //                  of head 0's score
 #pragma once
 #include "simd.hpp"
 
 struct Parameters {
-  float scale;                    // the model's, usually 1/sqrt(head_size)
+  float scale;  // the model's, usually 1/sqrt(head_size)
   int head_size;
-  const float* values;            // the Python dataclass's fields in order; None is NaN
-  const float* const* learned;    // each [num_heads], in the order of Variant.learned
+  const float* values;          // the Python dataclass's fields in order; None is NaN
+  const float* const* learned;  // each [num_heads], in the order of Variant.learned
 };
 
 struct Factors {

@@ -89,7 +89,7 @@ class Scratch:
         self.buffers: dict[str, list[Tensor]] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A float32 tensor that is good until the next `take` of this name.
+        """Return a float32 tensor that is good until the next `take` of this name.
 
         Raises:
             RuntimeError: it would have to grow while a CUDA graph is captured. Run the step once
@@ -106,13 +106,13 @@ class Scratch:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
+    """Return whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
 def scratch_of(device: torch.device) -> Scratch:
-    """The one of a device."""
+    """Return the scratch memory of a device."""
     return Scratch(device)
 
 
@@ -168,7 +168,7 @@ class TritonLayer:
         self.group = num_heads // num_kv_heads
         self.scale = scale
         self.scratch = scratch_of(kv_cache.device)
-        self.arch, self.num_processors = device_figures(kv_cache.device)
+        self.arch, self.num_multiprocessors = device_figures(kv_cache.device)
         self.arch = arch or self.arch
         tensors = [(learned or {})[name].float().contiguous() for name in variant.learned]
         self.learned = (*tensors, None, None)[:2]
@@ -213,7 +213,7 @@ class TritonLayer:
         )
 
     def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
-        """Attention of a batch, decode and prefill mixed.
+        """Attend with a batch, decode and prefill mixed.
 
         Args:
             query: `[>= num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.
@@ -233,12 +233,12 @@ class TritonLayer:
         run(tile)
 
     def _attend(self, phase: str, query: Tensor, batch: Batch, out: Tensor, tile: Tile) -> None:
-        """`attend` with a tile."""
+        """Launch the kernels with a tile."""
         num_reqs, num_tokens = batch.seq_lens.shape[0], query.shape[0]  # padding included
         decode = phase == DECODE
         queries = 1 if decode else tile.queries(self.group)
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
-        parts = parts_for(tiles * self.num_kv_heads, self.num_processors) if decode else 1
+        parts = parts_for(tiles * self.num_kv_heads, self.num_multiprocessors) if decode else 1
         rows = parts_outputs = statistics = snapshots = None
         if parts > 1:
             rows = self.scratch.take("part_rows", num_tokens, self.num_heads, parts, 2)
@@ -307,7 +307,7 @@ class TritonLayer:
             )
 
     def _select(self, query: Tensor, batch: Batch, tile: Tile, queries: int, tiles: int) -> Tensor:
-        """The accumulators ahead of each tile of queries, `[tiles, keys]`."""
+        """Compute the accumulators ahead of each tile of queries, `[tiles, keys]`."""
         keys = triton.cdiv(batch.max_seq_len, tile.keys) * tile.keys
         snapshots = self.scratch.take("snapshots", tiles, keys)
         select_kernel[(batch.seq_lens.shape[0], keys // tile.keys)](
@@ -335,13 +335,14 @@ class TritonLayer:
         return snapshots
 
     def _rows(self, x: Tensor) -> Tensor:
-        """`x` `[tokens, heads, head_size]` with its heads side by side in memory."""
+        """Return `x` `[tokens, heads, head_size]` with its heads side by side in memory."""
         return x if x.stride()[1:] == (self.head_size, 1) else x.contiguous()
 
 
 @functools.cache
 def device_figures(device: torch.device) -> tuple[str, int]:
-    """Architecture and number of multiprocessors; those of an H100 where the interpreter runs."""
+    """Return architecture and number of multiprocessors: those of an H100 where the interpreter
+    runs."""
     if device.type != "cuda":
         return "sm_90", 132
     properties = torch.cuda.get_device_properties(device)

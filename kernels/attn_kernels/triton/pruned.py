@@ -39,7 +39,7 @@ def load_source(
     new, pages, source, slot, offset, new_stride, page_offset, dim,
     HEAD_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The tokens `[slots, dims]` of a step (`new`) or a page, wherever each slot's is."""
+    """Return the tokens `[slots, dims]` of a step (`new`) or a page, wherever each slot's is."""
     inside = (dim < HEAD_SIZE)[None, :]
     own = tl.load(
         new + (offset + source.to(tl.int64))[:, None] * new_stride + dim[None, :],

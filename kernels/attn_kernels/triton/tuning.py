@@ -26,7 +26,7 @@ class Tile:
     num_stages: int = 2
 
     def queries(self, group: int) -> int:
-        """Queries of a tile if `group` heads share a KV head."""
+        """Return the queries of a tile if `group` heads share a KV head."""
         return self.rows // group
 
 
@@ -37,7 +37,7 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 
 
 def tile_for(phase: str, arch: str, head_size: int, element_size: int, group: int) -> Tile:
-    """The tile of a kernel.
+    """Return the tile of a kernel.
 
     Args:
         phase: DECODE (one query a request) or PREFILL.
@@ -63,11 +63,11 @@ def tile_for(phase: str, arch: str, head_size: int, element_size: int, group: in
     return Tile(max(least, rows), keys, num_warps, stages)
 
 
-def parts_for(num_programs: int, num_processors: int) -> int:
-    """Into how many parts to cut contexts so that a few requests fill the device: a power of 2."""
-    if num_programs >= 2 * num_processors:
+def parts_for(num_programs: int, num_multiprocessors: int) -> int:
+    """Return how many parts of a context let a few requests fill the device: a power of 2."""
+    if num_programs >= 2 * num_multiprocessors:
         return 1
-    return min(32, triton.next_power_of_2(triton.cdiv(2 * num_processors, num_programs)))
+    return min(32, triton.next_power_of_2(triton.cdiv(2 * num_multiprocessors, num_programs)))
 
 
 # ---- autotuning
@@ -79,7 +79,7 @@ _fastest: dict[Hashable, Tile] = {}
 
 
 def candidates(tile: Tile) -> Iterator[Tile]:
-    """Tiles around one, itself first."""
+    """Yield tiles around one, itself first."""
     yield tile
     rows = {tile.rows, tile.rows * 2} if tile.rows > 16 else {tile.rows}
     keys = {16, 32, 64, 128}
@@ -90,7 +90,7 @@ def candidates(tile: Tile) -> Iterator[Tile]:
 
 
 def fastest(key: Hashable, tile: Tile, run: Callable[[Tile], None], rounds: int = 5) -> Tile:
-    """The fastest of `candidates(tile)`, timed once for each `key`.
+    """Return the fastest of `candidates(tile)`, timed once for each `key`.
 
     Args:
         key: whatever a kernel's speed depends on.
@@ -104,7 +104,7 @@ def fastest(key: Hashable, tile: Tile, run: Callable[[Tile], None], rounds: int 
 
 
 def seconds(tile: Tile, run: Callable[[Tile], None], rounds: int) -> float:
-    """Of one run; infinite if the device cannot hold the tile."""
+    """Return the median time of a run; infinite if the device cannot hold the tile."""
     times = []
     try:
         run(tile)  # compiles

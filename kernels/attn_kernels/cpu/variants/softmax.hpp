@@ -33,7 +33,8 @@ struct Softmax : OnePass {
 
   Factors merge(Row& row, const Row& other) const {
     const float exponent = larger(row.exponent, other.exponent);
-    const Factors f = {power_of_two(row.exponent - exponent), power_of_two(other.exponent - exponent)};
+    const Factors f = {power_of_two(row.exponent - exponent),
+                       power_of_two(other.exponent - exponent)};
     row.sum = row.sum * f.mine + other.sum * f.theirs;
     row.exponent = exponent;
     return f;

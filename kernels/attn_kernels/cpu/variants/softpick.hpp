@@ -24,8 +24,8 @@ struct Softpick : OnePass {
     const float one = power_of_two(-exponent);
     Vec sum = {};
     for (int i = 0; i < count; i += WIDTH) {
-      // (2^y - 1) 2^-exponent = 2^(n - exponent) (2^r - 1) + (2^(n - exponent) - 2^-exponent): small
-      // scores lose nothing, for n = 0 the bracket is exactly 0.
+      // (2^y - 1) 2^-exponent = 2^(n - exponent) (2^r - 1) + (2^(n - exponent) - 2^-exponent):
+      // small scores lose nothing, for n = 0 the bracket is exactly 0.
       const Vec y = max(broadcast(exponent - 127.f), load(s + i));
       const Whole whole(y, exponent);
       const Vec p = exp2m1_fraction(y - whole.n) * whole.power + (whole.power - one);
@@ -41,7 +41,8 @@ struct Softpick : OnePass {
 
   Factors merge(Row& row, const Row& other) const {
     const float exponent = larger(row.exponent, other.exponent);
-    const Factors f = {power_of_two(row.exponent - exponent), power_of_two(other.exponent - exponent)};
+    const Factors f = {power_of_two(row.exponent - exponent),
+                       power_of_two(other.exponent - exponent)};
     row.sum = row.sum * f.mine + other.sum * f.theirs;
     row.exponent = exponent;
     row.top = larger(row.top, other.top);
