@@ -47,7 +47,7 @@ def loss_function(
 
 
 class Schedule(Protocol):
-    """How many steps there are, and how large they may be."""
+    """The number of steps, and how large each may be."""
 
     @property
     def steps(self) -> int:

@@ -39,7 +39,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """How checkpoints are measured; the fields are options of the command."""
+    """Settings of all measures; the fields are options of the command."""
 
     engine: Annotated[
         Literal["transformers", "vllm"],
