@@ -34,12 +34,12 @@ from attnserve.evaluation.checkpoint import begin_token, read_config
 from attnserve.files import replacing
 
 Use = Literal["calibration", "validation", "evaluation"]
-"""What a text is for. Texts of different uses are never the same, whatever their seeds."""
+"""The use of a text. Texts of different uses are never the same, whatever their seeds."""
 
 FORMAT = 1
 """Goes up when a change of the code changes the text, so that an older one is not taken for it."""
 BATCH = 32
-"""Sequences that are written at a time."""
+"""Sequences that are written at once."""
 SMALL = 20_000_000
 """Parameters below which a token takes so little work that threads wait for each other for most of
 the time: ten times as long with two of them, on two cores that others use too."""

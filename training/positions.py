@@ -28,19 +28,19 @@ from training.conversion import read_record, trained_length
 
 FIRST_BIN, WIDEST_BIN = 64, 2048
 KEYS = ["text", "start"]
-"""What tells one window from another."""
+"""Columns that tell one window from another."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one checkpoint reads."""
+    """A measurement of one checkpoint."""
 
     checkpoint: Path
     texts: tuple[Path, ...]
     length: int
     """Tokens of a window that are predicted."""
     windows: int
-    """In all; the texts take turns."""
+    """Number of windows in all; the texts take turns."""
     spacing: int
     """Tokens from a window's first to the next window's."""
     dtype: str

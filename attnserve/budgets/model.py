@@ -29,7 +29,7 @@ Losses = list[float]
 """Each sequence's mean loss in nats per token."""
 
 BATCH = 8
-"""Sequences that a layer takes at once: a few matrices of `BATCH * length ** 2` numbers."""
+"""Sequences of a batch: a layer holds a few matrices of `BATCH * length ** 2` numbers."""
 
 
 class Forward:

@@ -83,7 +83,7 @@ def split(folder: Path | None = None) -> Split:
 
 
 class Source(StrEnum):
-    """Where the novels are fetched from."""
+    """The servers that the novels are fetched from."""
 
     GITENBERG = "gitenberg"
     GUTENBERG = "gutenberg"

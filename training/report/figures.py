@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Condition:
-    """What must be so for a claim to be tested at all, for example that the control has sinks."""
+    """A condition under which a claim can be tested, for example that the control has sinks."""
 
     what: str
     estimate: Estimate
