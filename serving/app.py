@@ -15,7 +15,7 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.client import ClientLeftError, ClientWatch, read_body
+from serving.client import ClientLeftError, read_body, watching
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import Exchange
@@ -86,7 +86,7 @@ class App:
             exchange.span = self.tracer.start(name, exchange.headers)
         try:
             body = await self._read(exchange, scope, receive)
-            with ClientWatch(receive):
+            with watching(receive):
                 await handler(exchange, body)
         except ClientLeftError:
             exchange.aborted = True

@@ -1,8 +1,8 @@
 """The client's side of a request: its HTTP connection, its body, and whether it is still there."""
 
 import asyncio
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.types import Receive, Send
@@ -71,36 +71,32 @@ class ClientLeftError(Exception):
     """The client closed its connection before it had the whole answer."""
 
 
-class ClientWatch:
-    """A context in which the client is watched: when it leaves, what runs inside is cancelled, and
-    `ClientLeftError` comes out."""
+@contextmanager
+def watching(receive: Receive) -> Iterator[None]:
+    """Watch the client: when it leaves, what runs inside is cancelled.
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._left = self._over = False
+    Raises:
+        ClientLeftError: it has left.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    left = over = False
 
-    def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._watcher = asyncio.create_task(wait_until_left(self._receive))
-        self._watcher.add_done_callback(self._cancel_work)
+    def cancel_work(watcher: "asyncio.Task[None]") -> None:
+        nonlocal left
+        if not over and not watcher.cancelled():
+            left = True
+            task.cancel()
 
-    def _cancel_work(self, watcher: "asyncio.Task[None]") -> None:
-        if not self._over and not watcher.cancelled():
-            self._left = True
-            self._task.cancel()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over = True
-        self._watcher.cancel()
-        if self._left:
-            self._task.uncancel()
+    watcher = asyncio.create_task(wait_until_left(receive))
+    watcher.add_done_callback(cancel_work)
+    try:
+        yield
+    finally:
+        over = True
+        watcher.cancel()
+        if left:
+            task.uncancel()
             raise ClientLeftError from None
 
 
