@@ -122,11 +122,12 @@ bench-kernels: $(READY)
 compile-kernels: $(READY)
 	$(BIN)/python -m benchmarks.triton_compile $(ARGS)
 
-# Not in .venv, whose torch is for CPUs. The servers are tested first: the time may not suffice for all
-# of the kernels' tests, and what was tested in that time is what counts.
+# Not in .venv, whose torch is for CPUs. The 456 tests of attention come last: the time may not suffice
+# for all of them, and the first ones have seen something of everything.
 gpu-check:
 	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n auto --dist loadgroup --session-timeout 400 \
-	  tests/gpu/test_served.py tests/gpu $(ARGS); tested=$$?; \
+	  --junitxml .run/gpu-tests.xml $(addprefix tests/gpu/,test_served.py test_graph.py test_packed.py \
+	  test_attention.py) $(ARGS); tested=$$?; \
 	timeout 240 $(GPU_PYTHON) -m benchmarks.gpu && exit $$tested
 
 # Also where nothing is installed yet, or not wholly: then with any Python, and for what it can tell.

@@ -63,7 +63,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 class Verdict(StrEnum):
-    """What the measurements say of a claim."""
+    """A judgement of a claim by measurements."""
 
     AGREES = "agrees"
     DISAGREES = "does not agree"
@@ -73,7 +73,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Range:
-    """Where a figure lies if a claim is right, both ends included."""
+    """The range in which a figure lies if a claim is right, both ends included."""
 
     low: float = -math.inf
     high: float = math.inf

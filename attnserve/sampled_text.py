@@ -26,21 +26,20 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from attn_kernels.cpu.build import BuildError, cache_folder
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import read_config
+from attnserve.evaluation.checkpoint import begin_token, read_config
 from attnserve.files import replacing
 
 Use = Literal["calibration", "validation", "evaluation"]
-"""What a text is for. Texts of different uses are never the same, whatever their seeds."""
+"""The use of a text. Texts of different uses are never the same, whatever their seeds."""
 
 FORMAT = 1
 """Goes up when a change of the code changes the text, so that an older one is not taken for it."""
 BATCH = 32
-"""Sequences that are written at a time."""
+"""Sequences that are written at once."""
 SMALL = 20_000_000
 """Parameters below which a token takes so little work that threads wait for each other for most of
 the time: ten times as long with two of them, on two cores that others use too."""
@@ -133,18 +132,6 @@ def _alphabet(folder: Path) -> str:
 def _is_softmax(folder: Path) -> bool:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return (config.get("attention_variant") or {"name": "softmax"}).get("name") == "softmax"
-
-
-def begin_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that begins every text: begin-of-text, else end-of-text.
-
-    Raises:
-        UserError: the tokenizer has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError(f"the tokenizer of {folder} has no begin-of-text token: set its bos_token")
 
 
 @torch.inference_mode()

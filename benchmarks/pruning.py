@@ -107,7 +107,14 @@ def pruning(
     new_tokens: opt.NewTokens = 64,
     requests: Annotated[int, opt.count("Sent together in a round.")] = 128,
     rounds: Annotated[int, opt.count("Of each server.")] = 5,
-    kv_cache_memory_bytes: opt.CacheBytes | None = None,
+    kv_cache_memory_bytes: Annotated[
+        int | None,
+        opt.option(
+            "KV cache of each server (default: room for 4 unpruned requests of --max-model-len).",
+            parser=opt.size,
+            metavar="BYTES",
+        ),
+    ] = None,
     max_num_seqs: Annotated[int, opt.count("Of each server.")] = 256,
     max_model_len: Annotated[int, opt.count("Of each server, and the long answer's.")] = 512,
     dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
@@ -128,8 +135,7 @@ def pruning(
     the end each server generates one long answer: a pruned one must not take more memory as it
     grows.
 
-    The default KV cache has room for 4 unpruned requests of --max-model-len. What follows `--` is
-    passed on to `vllm serve`.
+    What follows `--` is passed on to `vllm serve`.
     """
     from benchmarks.servers import Server, ServerOptions, run, with_all
 

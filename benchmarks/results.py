@@ -45,8 +45,9 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as an aligned table without an index."""
     import pandas as pd
 
-    frame = pd.DataFrame(list(rows))
-    return frame.to_string(index=False, na_rep="") if len(frame) else "nothing was measured"
+    frame = pd.DataFrame(list(rows)).convert_dtypes().astype(object)
+    text = frame.where(frame.notna(), "").to_string(index=False)
+    return text if len(frame) else "nothing was measured"
 
 
 def draw(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from attnserve.errors import UserError
 from quant.schemes.registry import get_scheme
@@ -110,33 +111,19 @@ class SearchSpace:
 
     def configs(self) -> list[QuantConfig]:
         """Return the configs, each once, without the unquantized one."""
-        return list(dict.fromkeys(self._configs()))
+        each = itertools.product(self.targets, self.bits, self.schemes, self.group_sizes)
+        return list(dict.fromkeys(self._config(*values) for values in each))
 
-    def _configs(self) -> Iterator[QuantConfig]:
-        for target in self.targets:
-            tensors = target.split("+")
-            others = QuantConfig(
-                activations=self.activation_bits if "activations" in tensors else None,
-                kv=self.kv_bits if "kv" in tensors else None,
-                static=self.static and "activations" in tensors,
-                symmetric=self.symmetric and tensors != ["activations"],
-            )
-            for bits in self.bits:
-                if "weights" in tensors:
-                    yield from self._with_weights(others, bits)
-                elif "activations" in tensors:
-                    yield replace(others, activations=bits)
-                else:
-                    yield replace(others, kv=bits)
-
-    def _with_weights(self, others: QuantConfig, bits: int) -> Iterator[QuantConfig]:
-        for scheme in self.schemes:
-            for group_size in self.group_sizes:
-                yield replace(
-                    others,
-                    weights=bits,
-                    scheme=scheme,
-                    group_size=group_size,
-                    lm_head=self.lm_head,
-                    act_order=self.act_order and scheme == "gptq",
-                )
+    def _config(self, target: str, bits: int, scheme: str, group_size: int | None) -> QuantConfig:
+        weights, activations, kv = (name in target.split("+") for name in TENSORS)
+        return QuantConfig(
+            weights=bits if weights else None,
+            activations=(self.activation_bits if weights else bits) if activations else None,
+            kv=(self.kv_bits if weights or activations else bits) if kv else None,
+            scheme=scheme if weights else None,
+            group_size=group_size if weights else None,
+            symmetric=self.symmetric and (weights or kv),
+            act_order=self.act_order and weights and scheme == "gptq",
+            lm_head=self.lm_head and weights,
+            static=self.static and activations,
+        )

@@ -57,13 +57,10 @@ def plan(
         lm_eval_tasks.key(harness)  # refuses what cannot be done
     tasks = []
     for folder, its_sources in sources.for_checkpoints(folders).items():
-        checkpoint = Reader(folder, samples.length)
-        texts = sweep_texts(its_sources, checkpoint, samples)
-        common = (samples, texts, out, harness)
-        tasks += [
-            SweepTask(folder, checkpoint.digest, config, *common)
-            for config in (UNQUANTIZED, *configs)
-        ]
+        reader = Reader(folder, samples.length)
+        texts = sweep_texts(its_sources, reader, samples)
+        first = SweepTask(folder, reader.digest, UNQUANTIZED, samples, texts, out, harness)
+        tasks += [first, *(dataclasses.replace(first, config=config) for config in configs)]
     return tasks
 
 

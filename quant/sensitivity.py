@@ -53,7 +53,15 @@ def sensitivity(
     from quant.texts import Sources, explained
 
     settings = Settings(
-        bits, scheme, group_size, symmetric, lm_head, sequences, length, calibration, seed
+        bits=bits,
+        scheme=scheme,
+        group_size=group_size,
+        symmetric=symmetric,
+        lm_head=lm_head,
+        sequences=sequences,
+        length=length,
+        calibration=calibration,
+        seed=seed,
     )
     sources = Sources(text or (), calibration_text or (), books, writer=text_from)
     found = analyze(expanded(checkpoint), settings, sources, budget, out, force)

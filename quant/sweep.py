@@ -147,12 +147,12 @@ def sweep(
             "name a checkpoint's folder: only a checkout of the project has checkpoints of its own"
         )
     space = SearchSpace(
-        targets,
-        bits,
-        schemes,
-        group_sizes,
-        activation_bits,
-        kv_bits,
+        targets=targets,
+        bits=bits,
+        schemes=schemes,
+        group_sizes=group_sizes,
+        activation_bits=activation_bits,
+        kv_bits=kv_bits,
         symmetric=symmetric,
         act_order=act_order,
         lm_head=lm_head,

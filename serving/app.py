@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
@@ -32,8 +33,8 @@ log = logging.getLogger("attnserve")
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 COMPARE = "/v1/compare"
 
-Handler = Callable[[Exchange, bytes, bytes], Awaitable[None]]
-"""Answers a request by its exchange, body and query."""
+Handler = Callable[[Exchange, bytes], Awaitable[None]]
+"""Answers a request, whose body is the second argument."""
 
 
 class App:
@@ -48,7 +49,7 @@ class App:
         self.fastapi = make_routes(state, self._lifespan)
         self.handlers: dict[str, Handler] = {
             **dict.fromkeys((*GENERATING, "/v1/embeddings"), self._pass_on),
-            COMPARE: self._compare,
+            COMPARE: partial(compare, self.proxy),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +87,7 @@ class App:
         try:
             body = await self._read(exchange, scope, receive)
             with ClientWatch(receive):
-                await handler(exchange, body, scope["query_string"])
+                await handler(exchange, body)
         except ClientLeftError:
             exchange.aborted = True
             exchange.status = exchange.status or CLIENT_LEFT
@@ -123,7 +124,7 @@ class App:
         exchange.stage = "queue"
         return body
 
-    async def _pass_on(self, exchange: Exchange, raw: bytes, query: bytes) -> None:
+    async def _pass_on(self, exchange: Exchange, raw: bytes) -> None:
         """Pass a request on to a model server, as it came."""
         config = self.state.config
         request = read_request(raw, config.limits, config.routing.prefix_chars)
@@ -131,22 +132,18 @@ class App:
         exchange.reserve(request.tokens)
         shadow = config.shadow if exchange.route in GENERATING else None
         if shadow is None or not self.shadow.samples(shadow, request.model, raw):
-            await self.proxy.forward(exchange, request, query)
+            await self.proxy.forward(exchange, request)
             return
         request.body = with_token_ids(request.body)
         tap = Tap(exchange.send)
         exchange.send = tap.send
-        await self.proxy.forward(exchange, request, query)
+        await self.proxy.forward(exchange, request)
         self.shadow.offer(exchange, tap)
-
-    async def _compare(self, exchange: Exchange, raw: bytes, query: bytes) -> None:
-        """Compare models on the same tokens."""
-        await compare(self.proxy, exchange, raw)
 
     def _finish(self, exchange: Exchange) -> None:
         """Settle, count and log a request that is over."""
         seconds = time.perf_counter() - exchange.arrival
-        self._count(exchange, seconds, exchange.settle())
+        tokens = exchange.settle()
         log_it = self.state.config.logging.requests and log.isEnabledFor(logging.INFO)
         if log_it or exchange.span is not None:
             fields = exchange.log_fields(seconds)
@@ -154,6 +151,7 @@ class App:
                 log.info("request", extra=fields)
             if exchange.span is not None and self.tracer is not None:
                 self.tracer.end(exchange.span, fields)
+        self._count(exchange, seconds, tokens)
 
     def _count(self, exchange: Exchange, seconds: float, tokens: int) -> None:
         """Count a request by how it ended."""

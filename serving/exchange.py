@@ -30,6 +30,8 @@ class Exchange:
     """The request's id, for the client and for model servers."""
     send: Send
     """Takes the messages of the answer."""
+    query: bytes = b""
+    """What comes behind the route's "?"."""
     span: Any = None
     """The request's span, where there are traces."""
     arrival: float = field(default_factory=time.perf_counter)
@@ -66,7 +68,8 @@ class Exchange:
         headers: Headers = scope["headers"]
         given = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
-        return cls(scope["path"], headers, (b"x-request-id", request_id), send)
+        id_header = (b"x-request-id", request_id)
+        return cls(scope["path"], headers, id_header, send, scope["query_string"])
 
     def part(self, route: str, suffix: str) -> "Exchange":
         """Return an exchange of the gateway's own with a model server, to answer this one.
@@ -76,7 +79,7 @@ class Exchange:
         """
         name, own_id = self.id_header
         id_header = (name, own_id + suffix.encode("ascii"))
-        return Exchange(route, self.headers, id_header, self.send, self.span)
+        return Exchange(route, self.headers, id_header, self.send, span=self.span)
 
     def use_model(self, router: Router, name: str) -> None:
         """Look up the model that the request asks for.

@@ -86,8 +86,7 @@ async def all_models(state: GatewayState, authorization: bytes) -> list[dict[str
     passed = authorization and not state.keys
     headers = [(b"authorization", authorization)] if passed else []
     answers = await asyncio.gather(
-        *(served_models(model, headers) for model in models),
-        return_exceptions=True,
+        *(served_models(model, headers) for model in models), return_exceptions=True
     )
     found: dict[str, dict[str, Any]] = {}
     for model, answer in zip(models, answers, strict=True):

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random Llama checkpoint and its tokenizer."""
+    """Return a folder with a tiny random Llama checkpoint and its tokenizer."""
     from tests.tiny import write_tiny_llama
 
     return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
@@ -69,5 +69,5 @@ class Commands:
 
 @pytest.fixture
 def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
-    """What runs a command and returns what it prints."""
+    """Return what runs a command and returns what it prints."""
     return Commands(capsys)

@@ -48,7 +48,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on."""
+    """Return a TCP port of 127.0.0.1 that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -111,7 +111,7 @@ def wait_until_healthy(
 
 
 def vllm_command(ckpt: str | Path, *args: str, port: int) -> list[str]:
-    """The command line of `vllm serve` from the environment the tests run in."""
+    """Return the command line of `vllm serve` from the environment the tests run in."""
     vllm = Path(sys.executable).with_name("vllm")
     return [str(vllm), "serve", str(ckpt), *COMMON_ARGS, f"--port={port}", *args]
 

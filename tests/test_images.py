@@ -25,7 +25,7 @@ KUSTOMIZATIONS = sorted(path.parent for path in ROOT.glob("deploy/kubernetes/*/k
 
 
 def program(name: str) -> str:
-    """The path of a program; skips the test where it is not installed."""
+    """Return the path of a program; skips the test where it is not installed."""
     for place in (None, str(ROOT / ".venv-images/bin")):
         if path := shutil.which(name, path=place):
             return path
@@ -33,20 +33,20 @@ def program(name: str) -> str:
 
 
 def output(*command: str | Path) -> str:
-    """What a program prints; its errors are in the failure if it fails."""
+    """Return what a program prints; its errors are in the failure if it fails."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def rendered(folder: Path) -> list[dict[str, Any]]:
-    """The manifests of a kustomization."""
+    """Return the manifests of a kustomization."""
     text = output(program("kubectl"), "kustomize", folder)
     return [document for document in yaml.safe_load_all(text) if document]
 
 
 def instructions(dockerfile: Path) -> list[str]:
-    """A Dockerfile's instructions, each as one line."""
+    """Return a Dockerfile's instructions, each as one line."""
     lines = [x for x in dockerfile.read_text().splitlines() if not x.lstrip().startswith("#")]
     return [line for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line.strip()]
 

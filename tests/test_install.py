@@ -53,7 +53,7 @@ def test_usage(arguments: list[str]) -> None:
 
 
 def write_wheel(folder: Path, name: str) -> None:
-    """The smallest wheel of a distribution, version 1.0."""
+    """Return the smallest wheel of a distribution, version 1.0."""
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr(f"{name}.py", "")

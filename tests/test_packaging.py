@@ -68,7 +68,7 @@ def test_entry_points_resolve(group: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built wheel."""
+    """Return the built wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
     subprocess.run([*command, "--directory", folder], cwd=ROOT, check=True, timeout=120)
@@ -133,7 +133,7 @@ def closure(names: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
 
 
 def make_environment(folder: Path, python: str) -> Path:
-    """An empty environment; its Python."""
+    """Return an empty environment; its Python."""
     subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
     return folder / "bin/python"
 
@@ -146,8 +146,10 @@ def pip_install(python: Path, *arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel and no extra, as pip would make it: what the wheel asks for is
-    copied from this one, so that no network is needed."""
+    """Return an environment with the wheel and no extra, as pip would make it.
+
+    What the wheel asks for is copied from this one, so that no network is needed.
+    """
     folder = tmp_path_factory.mktemp("base")
     python = make_environment(folder, sys.executable)
     pip_install(python, "--no-deps", wheel)
@@ -219,7 +221,7 @@ def check_gateway_without_torch(folder: Path) -> None:
 
 @contextmanager
 def served(folder: Path, upstream: str) -> Iterator[str]:
-    """The URL of a gateway that runs in an environment."""
+    """Return the URL of a gateway that runs in an environment."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     settings = {"UPSTREAM_URL": upstream, "GATEWAY_PORT": str(port), "PYTHONPATH": ""}

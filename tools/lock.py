@@ -37,7 +37,7 @@ CPU_HEADER = """\
 
 
 def name_of(requirement: str) -> str:
-    """The normalised distribution name at the start of a requirement line."""
+    """Return the normalised distribution name at the start of a requirement line."""
     match = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", requirement)
     if match is None:
         raise SystemExit(f"lock: not a requirement: {requirement!r}")
@@ -45,7 +45,7 @@ def name_of(requirement: str) -> str:
 
 
 def pip_report(*arguments: str) -> list[dict[str, Any]]:
-    """What `pip install` would install, as its own report; nothing is installed."""
+    """Return what `pip install` would install, as its own report; nothing is installed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
@@ -62,13 +62,13 @@ def pins(entries: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def read_pins(lock: Path) -> list[str]:
-    """The versions in a lock, for pip to keep; not torch's, whose builds differ. Empty if new."""
+    """Return the versions in a lock, for pip to keep; not of torch, whose builds differ."""
     lines = lock.read_text().splitlines() if lock.exists() else []
     return [line for line in lines if line and not line.startswith(("#", "torch=="))]
 
 
 def asked_by(project: dict[str, Any], extras: Iterable[str]) -> list[str]:
-    """The requirements of extras, and of the extras that they name (`attnserve[torch]`)."""
+    """Return the requirements of extras, and of the extras that they name (`attnserve[torch]`)."""
     requirements: list[str] = []
     for extra in extras:
         for line in project["optional-dependencies"][extra]:

@@ -20,7 +20,7 @@ SECONDS = 900
 
 
 def fetch(url: str, body: object = None) -> bytes:
-    """The body of an answer; POST if there is something to send."""
+    """Return the body of an answer; POST if there is something to send."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:

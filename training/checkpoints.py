@@ -21,11 +21,11 @@ from attnserve.evaluation.tokens import read_tokens
 from attnserve.files import CHECKOUT
 from training.arguments import RUNS, Runs, variant_name
 from training.card import card
-from training.recipe import Recipe
+from training.recipe import TrainingRecipe
 from training.run import LOSSES, Run
 from training.tokenizer import train_tokenizer
 
-RECIPE = Recipe(precision="bf16")
+RECIPE = TrainingRecipe(precision="bf16")
 VOCAB_SIZE = 2048
 COMPILED = True
 EXTRA = {"selective_prunable": ("selective", dataclasses.replace(RECIPE, memory_loss=0.1))}
@@ -44,7 +44,7 @@ def shared_tokenizer(books: Split, runs: Path) -> PreTrainedTokenizerFast:
 
 
 def build(
-    name: str, books: Split, runs: Path, out: Path, recipe: Recipe | None = None
+    name: str, books: Split, runs: Path, out: Path, recipe: TrainingRecipe | None = None
 ) -> list[Score]:
     """Train and measure one checkpoint; its variant has its default parameters.
 

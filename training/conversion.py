@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from attn_kernels import Variant, get_variant, variant_from_config
 from attnserve import machine
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import read_config
+from attnserve.evaluation.checkpoint import begin_token, read_config
 from attnserve.evaluation.tokens import read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.finetune import FineTune
@@ -167,7 +167,7 @@ def write(
     }
     if tuning.steps:
         tokens = read_tokens(data, tokenizer)
-        bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        bos = begin_token(source, tokenizer)
         tune = FineTune(model.float(), tuning, tokens, bos, part, record)
         tune.run(compiled)
         record["finetuning"] = tuned_record(tune, data)

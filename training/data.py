@@ -52,7 +52,7 @@ class Batches:
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Sequences that fit, whatever the epoch's offset."""
+        """Return how many sequences fit, whatever the epoch's offset."""
         return len(self.tokens) // self.context - 1
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from attn_kernels.variants.softmax import Softmax
 from attn_kernels.variants.ssmax import SSMax
 from attnserve.errors import UserError
+from attnserve.evaluation.tiled import project
 from attnserve.evaluation.tokens import Tokens
 from hf_attn import VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
@@ -41,11 +42,7 @@ def fused_forward(
         position_embeddings: cosines and sines `[batch, num_tokens, head_size]`.
         kwargs: not used.
     """
-    shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    q, k, v = (
-        projection(hidden_states).view(shape).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    q, k, v = project(attention, hidden_states)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     n = torch.arange(1, q.shape[-2] + 1, device=q.device, dtype=torch.float32)[:, None]
     learned = {name: getattr(attention, name) for name in attention.variant.learned}

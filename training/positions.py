@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from attn_kernels import variant_from_config
 from attnserve import machine
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import read_config
+from attnserve.evaluation.checkpoint import begin_token, read_config
 from attnserve.evaluation.scorers import Item
 from attnserve.evaluation.tokens import read_tokens
 from attnserve.evaluation.vllm_scorer import VLLMScorer
@@ -28,19 +28,19 @@ from training.conversion import read_record, trained_length
 
 FIRST_BIN, WIDEST_BIN = 64, 2048
 KEYS = ["text", "start"]
-"""What tells one window from another."""
+"""Columns that tell one window from another."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one checkpoint reads."""
+    """A measurement of one checkpoint."""
 
     checkpoint: Path
     texts: tuple[Path, ...]
     length: int
     """Tokens of a window that are predicted."""
     windows: int
-    """In all; the texts take turns."""
+    """Number of windows in all; the texts take turns."""
     spacing: int
     """Tokens from a window's first to the next window's."""
     dtype: str
@@ -105,8 +105,7 @@ def measure(job: Job) -> None:
                 f"{job.csv} has rows of another checkpoint called {model['model']}: rename one"
             )
     tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
-    bos = tokenizer.bos_token_id
-    bos = tokenizer.eos_token_id if bos is None else bos
+    bos = begin_token(job.checkpoint, tokenizer)
     tokens = {text.name: read_tokens([text], tokenizer)[:-1] for text in job.texts}
     starts = [
         (start, text)

@@ -12,7 +12,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """The settings of one run. The same recipe on the same data and machine gives the same bits."""
 
     hidden_size: Annotated[int, Option(help="Width of the model.")] = 256

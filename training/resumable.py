@@ -47,7 +47,7 @@ def loss_function(
 
 
 class Schedule(Protocol):
-    """How many steps there are, and how large they may be."""
+    """The number of steps, and how large each may be."""
 
     @property
     def steps(self) -> int:
@@ -118,8 +118,9 @@ class Resumable:
                     f"{self.folder} holds an unfinished run with {name} = {found.get(name)}, not "
                     f"{value}: finish that, choose another folder or delete it"
                 )
+        weights = state["trained"] if "trained" in state else state["model"]  # as it was called
         for name, parameter in self.trained.items():
-            parameter.data.copy_(state["trained"][name])
+            parameter.data.copy_(weights[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.seconds = state["losses"], state["seconds"]
         self.memory = state.get("memory", [])

@@ -16,7 +16,7 @@ from attnserve.evaluation.tokens import Tokens
 from attnserve.files import write_text
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.data import Batches, fingerprint
-from training.recipe import Recipe
+from training.recipe import TrainingRecipe
 from training.resumable import Resumable, loss_function
 from training.tokenizer import complete
 
@@ -41,7 +41,7 @@ class Run(Resumable):
     def __init__(
         self,
         folder: Path,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         variant: dict[str, Any],
         tokenizer: PreTrainedTokenizerFast,
         tokens: Tokens,
@@ -83,7 +83,7 @@ class Run(Resumable):
             fused=True,
         )
         # A state that is older than a setting was made with its default.
-        defaults = dataclasses.asdict(Recipe())
+        defaults = dataclasses.asdict(TrainingRecipe())
         super().__init__(folder, identity, recipe, batches, trained, optimizer, defaults)
 
     def save(self) -> None:

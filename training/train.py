@@ -11,10 +11,10 @@ from typer import Option
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
 from training.arguments import Data, Variant, options_of
-from training.recipe import Recipe
+from training.recipe import TrainingRecipe
 
 
-@options_of(Recipe)
+@options_of(TrainingRecipe)
 @needs("train")
 def train(
     variant: Variant,
@@ -33,7 +33,7 @@ def train(
     ] = False,
     as_json: AsJson = False,
     *,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
 ) -> None:
     """Train a small Llama with an attention variant on text files.
 

@@ -23,7 +23,7 @@ SINKS = 4
 
 @dataclass(frozen=True)
 class Cache:
-    """What a rule may look at: one layer's tokens in a batch of sequences.
+    """One layer's tokens in a batch of sequences, as a rule of eviction sees them.
 
     Attributes:
         q: `[batch, num_heads, n, head_size]`, after RoPE.

@@ -20,6 +20,7 @@ from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
 from attnserve.budgets.texts import Texts
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.tiled import project
 from hf_attn import VariantLlamaForCausalLM
 
 Budgets = tuple[int, ...]
@@ -28,7 +29,7 @@ Losses = list[float]
 """Each sequence's mean loss in nats per token."""
 
 BATCH = 8
-"""Sequences that a layer takes at once: a few matrices of `BATCH * length ** 2` numbers."""
+"""Sequences of a batch: a layer holds a few matrices of `BATCH * length ** 2` numbers."""
 
 
 class Forward:
@@ -116,11 +117,7 @@ class Forward:
         attention = layer.self_attn
         positions = torch.arange(hidden.shape[1])[None]
         x = layer.input_layernorm(hidden)
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        q, k, v = (
-            projection(x).view(shape).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        q, k, v = project(attention, x)
         q, k = attention.rotate(q, k, self.model.model.rotary_emb(x, positions), positions)
         accumulated = (
             accumulate(self.variant, q, k, attention.scaling) if self.variant.prunable else None

@@ -27,7 +27,7 @@ from attnserve.files import CHECKOUT, json_lines, json_list, json_parts, write_t
 
 FOLDER = CHECKOUT / "training" / "results" / "budgets"
 ACCUMULATOR_BYTES = 4
-"""Of what H2O keeps for each token and KV head: a float32 sum of attention weights."""
+"""Bytes that H2O keeps for each token and KV head: a float32 sum of attention weights."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Found:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Return the tokens of a sequence."""
         return int(self.about["length"])
 
     def factor(self, budgets: Sequence[int]) -> float:
@@ -158,7 +158,7 @@ class Found:
                 [Row.from_json(row) for row in fields["rows"]],
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of attnserve.budgets: {error!r}") from error
+            raise ValueError(f"{path} is not a result of attnserve budgets: {error!r}") from error
 
 
 def write_checkpoint(source: Path, budgets: Sequence[int], out: Path) -> None:

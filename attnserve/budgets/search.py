@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 
 class Descent:
-    """Where a search is: budgets, and what each layer reads with them.
+    """The state of a search: budgets, and what each layer reads with them.
 
     Shrinking a layer changes only it and those above, so that what the layers below give is kept.
 
@@ -137,7 +137,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation text.
+    """The model and its reference on the validation text.
 
     Attributes:
         looked_at: the model on the sequences by which the search chooses.

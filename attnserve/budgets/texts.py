@@ -39,7 +39,7 @@ class Texts:
 
 
 class Counts(NamedTuple):
-    """How many sequences, and of how many tokens."""
+    """Numbers of sequences, and the tokens of each."""
 
     search: int
     judge: int

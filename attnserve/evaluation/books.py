@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -83,18 +82,8 @@ def split(folder: Path | None = None) -> Split:
     return Split(train, validation, test)
 
 
-def add_books_option(parser: argparse.ArgumentParser) -> None:
-    """Add --books, which is None where the user does not name it: the fetched novels."""
-    parser.add_argument(
-        "--books",
-        type=Path,
-        metavar="DIR",
-        help="folder of the novels (default: where `attnserve books` puts them)",
-    )
-
-
 class Source(StrEnum):
-    """Where the novels are fetched from."""
+    """The servers that the novels are fetched from."""
 
     GITENBERG = "gitenberg"
     GUTENBERG = "gutenberg"

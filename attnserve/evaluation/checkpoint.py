@@ -10,25 +10,38 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import hf_attn  # noqa: F401  registers the configuration
+from attnserve.errors import UserError
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """Return the configuration of a checkpoint.
 
     Raises:
-        ValueError: the folder holds none, or one that transformers cannot read; in one line.
+        UserError: the folder holds none, or one that transformers cannot read; in one line.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: name a checkpoint's folder")
+        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers lets anything through that a wrong file causes
-        raise ValueError(f"{folder} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
     """Return what an error says, in one line."""
     return (str(error) or repr(error)).partition("\n")[0]
+
+
+def begin_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that begins every text: begin-of-text, else end-of-text.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError(f"the tokenizer of {folder} has no begin-of-text token: set its bos_token")
 
 
 class Checkpoint:
@@ -39,7 +52,7 @@ class Checkpoint:
         context: tokens it was trained with; None: what `config.json` says.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
 
     def __init__(self, folder: Path, context: int | None = None) -> None:
@@ -49,7 +62,7 @@ class Checkpoint:
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} has no tokenizer: {first_line(error)}") from None
+            raise UserError(f"{folder} has no tokenizer: {first_line(error)}") from None
         self.context: int = context or self.config.max_position_embeddings
 
     @property
@@ -60,9 +73,8 @@ class Checkpoint:
 
     @property
     def bos(self) -> int:
-        """The token that starts every text."""
-        first = self.tokenizer.bos_token_id
-        return int(self.tokenizer.eos_token_id if first is None else first)
+        """Return the token that begins every text."""
+        return begin_token(self.folder, self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Return token ids without special tokens."""

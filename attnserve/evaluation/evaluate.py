@@ -12,7 +12,7 @@ from attnserve.evaluation.arguments import Books, CheckpointFolder, Texts
 from attnserve.evaluation.books import are_fetched, split
 
 TOKENS = 2**15
-"""Of each text that are read by default."""
+"""Tokens of each text that are read where nothing else is said."""
 
 
 @needs("train")

@@ -18,7 +18,7 @@ GUTENBERG = "https://www.gutenberg.org"
 TIMEOUT_S = 60.0
 TRIES = 4
 PAUSE_S = 2.0
-"""Before the second try; twice as long before each further one."""
+"""Pause before the second try, in seconds; it doubles before each further one."""
 
 STARTS = re.compile(r"\*\*\* ?START OF .*?\*\*\*", re.DOTALL)
 ENDS = re.compile(r"\*\*\* ?END OF ")

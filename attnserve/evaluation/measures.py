@@ -28,7 +28,7 @@ class Data:
 
     @property
     def sets(self) -> Path:
-        """The folder of the evaluation sets.
+        """Return the folder of the evaluation sets.
 
         Raises:
             FileNotFoundError: none is named.
@@ -43,12 +43,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Result:
-    """What a measure gives."""
+    """The figures of one measure."""
 
     summary: dict[str, Estimate]
     """Figures for the table."""
     units: dict[str, Any]
-    """What was measured on each text, for comparisons in pairs: lists and numbers."""
+    """Values of each text, for comparisons in pairs: lists and numbers."""
 
 
 @dataclass(frozen=True)

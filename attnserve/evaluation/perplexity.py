@@ -22,12 +22,12 @@ from attnserve.sampled_text import sampled_text
 TEXTS = ("validation", "test", "wikitext2")
 UNITS = ("token", "word", "byte")
 OWN_SEQUENCES, OWN_LENGTH = 16, 512
-"""How much a checkpoint writes where no text is at hand, in sequences and tokens of each."""
+"""Sequences that a checkpoint writes where no text is at hand, and the tokens of each."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text.
+    """A model's likelihood of a text.
 
     Attributes:
         model, text: names for the table.
@@ -65,7 +65,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Text:
-    """What a checkpoint reads.
+    """A text that a checkpoint reads.
 
     Attributes:
         name: for the table.

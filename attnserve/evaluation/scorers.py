@@ -36,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of a continuation's tokens, each given all tokens before it."""
+    """The likelihood of a continuation's tokens, each given all tokens before it."""
 
     logprobs: NDArray[np.float64]
     """`[num_tokens]`, natural logarithms."""
@@ -108,7 +108,7 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """See `Scorer`."""
+        """Score each item, in order; see `Scorer`."""
         found: dict[int, Scored] = {}
         with tqdm(total=len(items), desc=label, unit="text", disable=self.quiet) as bar:
             for batch in _batches(items):
@@ -127,7 +127,7 @@ class TransformersScorer:
         return [_read(row, item) for row, item in zip(logits, items, strict=True)]
 
     def close(self) -> None:
-        """See `Scorer`."""
+        """Give the model's memory and processes back."""
         del self.model
 
 

@@ -31,6 +31,14 @@ def attend_in_tiles(model: VariantLlamaForCausalLM) -> None:
         layer.self_attn.forward = functools.partial(_forward, layer.self_attn)
 
 
+def project(attention: VariantLlamaAttention, hidden: Tensor) -> list[Tensor]:
+    """Return queries, keys and values of `hidden [batch, n, hidden_size]` before RoPE, `[batch,
+    num_heads or num_kv_heads, n, head_size]`."""
+    shape = (*hidden.shape[:-1], -1, attention.head_dim)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return [projection(hidden).view(shape).transpose(1, 2) for projection in projections]
+
+
 def is_pruned(model: VariantLlamaForCausalLM) -> bool:
     """Return whether a model's layers keep a fixed number of tokens, which tiles cannot."""
     return any(layer.self_attn.budget is not None for layer in model.model.layers)
@@ -49,11 +57,7 @@ def _forward(
     `attention_mask` bool `[batch, 1, n, n]`."""
     if past_key_values is not None:
         raise ValueError("attention in tiles has no cache: pass use_cache=False")
-    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    q, k, v = (
-        projection(hidden_states).view(shape).transpose(1, 2)
-        for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    q, k, v = project(module, hidden_states)
     q, k = module.rotate(q, k, position_embeddings, position_ids)
     q, k, v = q.float(), k.float(), v.float()
     learned = {name: getattr(module, name).float() for name in module.variant.learned}

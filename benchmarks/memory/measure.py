@@ -119,7 +119,8 @@ async def measure(
         f"--max-num-seqs={sent}", "--no-enable-prefix-caching", "--load-format=measured",
         "--worker-extension-cls=benchmarks.memory.worker.Memory",
     )  # fmt: skip
-    server.environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc
+    # For /collective_rpc; and else it reads all steps that wait for it before it answers /metrics.
+    server.environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "1"}
     rng = np.random.default_rng(requests.seed)
     vocabulary = config_of(case.ckpt)["vocab_size"]
     prompts = rng.integers(1, vocabulary, (sent, requests.prompt_len)).tolist()

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,12 +54,31 @@ class Compiled:
     shared: int
 
 
-class DryDriver(DriverBase):
-    """Each architecture is a device of its own, because Triton keeps what it compiled by device."""
+class DryDriver:
+    """What Triton asks of a driver and of its library.
+
+    Each architecture is a device of its own, because Triton keeps what it compiled by device.
+    """
 
     def __init__(self) -> None:
-        self.utils = self  # what Triton asks of a device's driver library
+        self.utils = self
         self.device = 0
+
+    def get_current_target(self) -> GPUTarget:
+        """Return the GPU that is compiled for."""
+        return list(TARGETS.values())[self.device]
+
+    def get_current_device(self) -> int:
+        """Return its number."""
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        """Return any stream."""
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return those of any device; limits are checked later."""
+        return {"max_shared_mem": 2**31, "multiprocessor_count": 1, "warpSize": 32}
 
     def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
         """Return module, function, registers, spills, most threads: Triton uses the last."""
@@ -70,35 +87,9 @@ class DryDriver(DriverBase):
     def unload_module(self, module: int) -> None:
         """Do nothing: there is none."""
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return those of any device; limits are checked later."""
-        return {"max_shared_mem": 2**31, "multiprocessor_count": 1, "warpSize": 32}
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Return what launches a kernel: nothing."""
         return lambda *_: None
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return list(TARGETS.values())[self.device]
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:  # every driver must have one
-        raise NotImplementedError("nothing runs here")
 
 
 class DryCompiler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from attnserve.evaluation.intervals import Estimate
@@ -58,46 +59,25 @@ def section(
     """
     unquantized = [result for result in results if result.config == UNQUANTIZED]
     statistics, explanations = explain.statistics(unquantized), explain.explanations(results)
-    values = zip(*statistics.values(), strict=True)
-    return (
-        templates(TEMPLATES)
-        .get_template("section.md")
-        .render(
-            text=text_of(results),
-            paper=paper.table(results),
-            metrics=[(title, *by_checkpoint(results, name)) for name, title in METRICS.items()],
-            spread=spread(results),
-            plots=plots,
-            plot_folder=plot_folder,
-            in_short=explain.in_short(explanations),
-            outliers=(
-                ["", *statistics],
-                [
-                    [result.checkpoint, *(f"{value:.2f}" for value in own)]
-                    for result, own in zip(unquantized, values, strict=True)
-                ],
-            ),
-            level=explain.LEVEL,
-            tests=[
-                [
-                    e.target,
-                    e.statistic,
-                    f"{e.correlation:+.2f}",
-                    f"{e.chance:.3f}",
-                    f"**{e.verdict}**",
-                ]
-                for e in explanations
-            ],
-            results=results,
-            hashes=", ".join(
-                f"{name} {value}"
-                for name, value in {r.checkpoint: r.key["checkpoint"] for r in results}.items()
-            ),
-            minutes=f"{sum(result.seconds for result in results) / 60:.0f}",
-            **provenance(results),
-        )
-        .rstrip("\n")
+    values = np.array(list(statistics.values())).T
+    template = templates(TEMPLATES).get_template("section.md")
+    text = template.render(
+        results=results,
+        text=text_of(results),
+        paper=paper.table(results),
+        metrics=[(title, *by_checkpoint(results, name)) for name, title in METRICS.items()],
+        spread=spread(results),
+        plots=plots,
+        plot_folder=plot_folder,
+        statistics=statistics,
+        outliers=zip([result.checkpoint for result in unquantized], values, strict=True),
+        in_short=explain.in_short(explanations),
+        explanations=explanations,
+        level=explain.LEVEL,
+        hashes={result.checkpoint: result.key["checkpoint"] for result in results},
+        **provenance(results),
     )
+    return text.rstrip("\n")
 
 
 def by_checkpoint(results: Sequence[SweepResult], metric: str) -> tuple[list[str], list[list[str]]]:

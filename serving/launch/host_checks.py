@@ -39,16 +39,27 @@ LINK_OPENMP = '#include <omp.h>\nextern "C" int f() { return omp_get_max_threads
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was checked, how it is, what was found and what to do.
-
-    A warning serves, but not as it could; a problem does not serve, or wrongly, or many times
-    slower.
-    """
+    """One row: what was checked, how it is, what was found and what to do."""
 
     name: str
     state: Literal["ok", "warning", "problem"]
     found: str
     fix: str = ""
+
+
+def ok(name: str, found: str) -> Check:
+    """Return a check that found nothing wrong."""
+    return Check(name, "ok", found)
+
+
+def warning(name: str, found: str, fix: str) -> Check:
+    """Return a check that found something that serves, but not as it could."""
+    return Check(name, "warning", found, fix)
+
+
+def problem(name: str, found: str, fix: str) -> Check:
+    """Return a check that found what does not serve, or wrongly, or many times slower."""
+    return Check(name, "problem", found, fix)
 
 
 def before_install(venv: Path, python: str, ports: Mapping[str, int]) -> Iterator[Check]:
@@ -74,19 +85,19 @@ def check_environment(venv: Path) -> Check:
     fix = "make install"
     python = venv / "bin/python"
     if not venv.exists():
-        return Check(str(venv), "problem", "nothing is installed yet", fix)
+        return problem(str(venv), "nothing is installed yet", fix)
     if not python.exists():
-        return Check(str(venv), "problem", f"there is no {python}", f"make clean; {fix}")
+        return problem(str(venv), f"there is no {python}", f"make clean; {fix}")
     # Not from the present folder, where the packages lie whether installed or not.
     command = [str(python.absolute()), "-c", "import attnserve.cli, serving.app"]
     try:
         done = subprocess.run(command, cwd="/", stderr=subprocess.PIPE, text=True)
     except OSError as error:
-        return Check(str(venv), "problem", f"{python}: {error.strerror}", f"make clean; {fix}")
+        return problem(str(venv), f"{python}: {error.strerror}", f"make clean; {fix}")
     if done.returncode:
         why = last_line(done.stderr) or f"exit code {done.returncode}"
-        return Check(str(venv), "problem", f"the install is not complete: {why}", fix)
-    return Check(str(venv), "ok", "installed")
+        return problem(str(venv), f"the install is not complete: {why}", fix)
+    return ok(str(venv), "installed")
 
 
 def check_installer(python: str) -> Check:
@@ -94,18 +105,18 @@ def check_installer(python: str) -> Check:
     fix = "install Python 3.11 (Debian: apt install python3.11-venv), or name one: make PYTHON=PATH"
     program = "import sys; print('%d.%d.%d' % sys.version_info[:3]); import ensurepip, venv"
     if (path := shutil.which(python)) is None:
-        return Check("python", "problem", f"{python} not found", fix)
+        return problem("python", f"{python} not found", fix)
     done = subprocess.run([path, "-c", program], capture_output=True, text=True)
     version = done.stdout.strip()
     if not version:  # a shim of pyenv's, say
         why = (plain_lines(done.stderr) or ["does not run"])[0]
-        return Check("python", "problem", f"{path}: {why}", fix)
+        return problem("python", f"{path}: {why}", fix)
     if not version.startswith(("3.11.", "3.12.")):
         found = f"{path} is {version}, the lock is for 3.11 and 3.12"
-        return Check("python", "problem", found, fix)
+        return problem("python", found, fix)
     if done.returncode:
-        return Check("python", "problem", f"{path}: {last_line(done.stderr)}", fix)
-    return Check("python", "ok", f"{version}, {path}")
+        return problem("python", f"{path}: {last_line(done.stderr)}", fix)
+    return ok("python", f"{version}, {path}")
 
 
 def check_processor() -> Check:
@@ -115,11 +126,11 @@ def check_processor() -> Check:
     except OSError:
         known = ""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return Check("processor", "problem", platform.machine(), "the lock is for Linux on x86_64")
+        return problem("processor", platform.machine(), "the lock is for Linux on x86_64")
     if " avx2 " not in known:
-        return Check("processor", "problem", "no AVX2", "use a processor with AVX2")
+        return problem("processor", "no AVX2", "use a processor with AVX2")
     best = next((isa for isa in ("amx_bf16", "avx512f") if f" {isa}" in known), "avx2")
-    return Check("processor", "ok", f"x86_64 with {best}")
+    return ok("processor", f"x86_64 with {best}")
 
 
 def check_compiler() -> Check:
@@ -131,10 +142,10 @@ def check_compiler() -> Check:
             break
     else:
         fault = f"CXX={chosen} is not found" if chosen else "no g++, clang++ or c++"
-        return Check("compiler", "problem", fault, COMPILER_FIX)
+        return problem("compiler", fault, COMPILER_FIX)
     if fault := compiler_fault(command):
-        return Check("compiler", "problem", fault, COMPILER_FIX)
-    return Check("compiler", "ok", name)
+        return problem("compiler", fault, COMPILER_FIX)
+    return ok("compiler", name)
 
 
 def compiler_fault(compiler: Sequence[str]) -> str:
@@ -155,8 +166,8 @@ def check_libnuma() -> Check:
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError as error:
-        return Check("libnuma", "problem", str(error), "Debian: apt install libnuma1")
-    return Check("libnuma", "ok", "libnuma.so.1")
+        return problem("libnuma", str(error), "Debian: apt install libnuma1")
+    return ok("libnuma", "libnuma.so.1")
 
 
 def check_memory() -> Iterator[Check]:
@@ -182,17 +193,17 @@ def check_disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free"
     if free < INSTALL_GIB:
-        return Check("disk", "warning", found, f"an install takes up to {INSTALL_GIB:.0f} GiB")
-    return Check("disk", "ok", found)
+        return warning("disk", found, f"an install takes up to {INSTALL_GIB:.0f} GiB")
+    return ok("disk", found)
 
 
 def check_ports(ports: Mapping[str, int]) -> Iterator[Check]:
     """Check the ports of `attnserve serve`, by the variables of `make serve`."""
     for variable, port in ports.items():
         if fault := port_fault(port):
-            yield Check(f"port {port}", "problem", fault, f"choose another {variable}")
+            yield problem(f"port {port}", fault, f"choose another {variable}")
         else:
-            yield Check(f"port {port}", "ok", f"free ({variable})")
+            yield ok(f"port {port}", f"free ({variable})")
 
 
 def port_fault(port: int, host: str = "127.0.0.1") -> str:

@@ -18,6 +18,7 @@ from attnserve import command
 from attnserve.command import expanded
 from attnserve.errors import UserError
 from attnserve.files import CHECKOUT
+from serving.launch.doctor import GatewayPort, VllmPort
 from serving.launch.process import HOST, LaunchError, Service, check_port, fetch
 from serving.launch.progress import Progress
 
@@ -45,12 +46,8 @@ def serve(
             show_default=False,
         ),
     ] = "",
-    vllm_port: Annotated[
-        int, typer.Option(metavar="PORT", min=1, max=65535, help="vLLM's TCP port.")
-    ] = 8000,
-    gateway_port: Annotated[
-        int, typer.Option(metavar="PORT", min=1, max=65535, help="The gateway's TCP port.")
-    ] = 8080,
+    vllm_port: VllmPort = 8000,
+    gateway_port: GatewayPort = 8080,
     log_folder: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where the two servers' logs go.")
     ] = Path(".run"),

@@ -44,8 +44,7 @@ class Metrics:
             "Time from the arrival of a streamed request to the first event of its answer.",
         )
         self.itl = histogram(
-            "inter_token_latency_seconds",
-            "Time between two pieces of a stream that have tokens.",
+            "inter_token_latency_seconds", "Time between two pieces of a stream that have tokens."
         )
         self.duration = histogram(
             "request_duration_seconds",

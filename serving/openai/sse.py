@@ -115,13 +115,13 @@ class EventStream(EventParser):
             events = self._timed(piece)
             return write(events) if write and events else True
 
-        piece = events
-        while piece:
+        while True:
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
                 if self._last_token and (write := direct_writer(send)):
                     await self.connection.pour(write_piece)
-            piece = await self.connection.piece()
+            if not (piece := await self.connection.piece()):
+                break
             events = self._timed(piece)
         await send({"type": "http.response.body", "body": self.rest, "more_body": False})
 

@@ -260,7 +260,7 @@ class ConnectionPool:
     """The connections to one server. Idle ones are kept for `idle_seconds`, which must be less than
     the server keeps them (vLLM: 5 s)."""
 
-    def __init__(self, url: str, idle_seconds: float) -> None:
+    def __init__(self, url: str, idle_seconds: float, api_key: str | None = None) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -268,6 +268,8 @@ class ConnectionPool:
         self.port = parts.port or (443 if self.tls else 80)
         self.netloc = parts.netloc.encode("ascii")
         self.idle_seconds = idle_seconds
+        self.api_key = api_key
+        """Of the server; it takes the place of a client's."""
         self._idle: deque[Connection] = deque()  # the longest idle first
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -294,7 +296,15 @@ class ConnectionPool:
         return made
 
     async def send(
-        self, data: bytes, connect_timeout: float, read_timeout: float, total_timeout: float
+        self,
+        method: str,
+        target: str,
+        headers: Headers,
+        body: bytes,
+        *,
+        connect_timeout: float,
+        read_timeout: float,
+        total_timeout: float,
     ) -> Connection:
         """Send a request and return the connection once the answer's first bytes are here.
 
@@ -304,6 +314,13 @@ class ConnectionPool:
         Raises:
             UpstreamError: the server failed the request; nothing of an answer had come.
         """
+        start = f"{method} {target} HTTP/1.1\r\nhost: ".encode("ascii")
+        lines = [b"%b%b\r\n" % (start, self.netloc)]
+        if self.api_key is not None:
+            lines.append(b"authorization: Bearer %b\r\n" % self.api_key.encode("latin-1"))
+            headers = [header for header in headers if header[0] != b"authorization"]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        data = b"".join((*lines, b"\r\n", body))
         for fresh in (False, True):
             connection = await self.get(connect_timeout, fresh)
             try:

@@ -46,15 +46,15 @@ class Proxy:
         self.state = state
         self.tracer = tracer
 
-    async def forward(self, exchange: Exchange, request: ModelRequest, query: bytes = b"") -> None:
+    async def forward(self, exchange: Exchange, request: ModelRequest) -> None:
         """Send a request to a replica, and its answer to the client.
 
         Another replica is asked where one fails, while nothing has been sent to the client.
 
         Args:
-            exchange: has its model; its route and headers are sent; what becomes known is added.
+            exchange: has its model; its route, query and headers are sent; what becomes known is
+                added.
             request: what is sent.
-            query: what comes behind the route's "?", if anything.
 
         Raises:
             ApiError: there is no room for it, or the replicas that were tried have failed.
@@ -70,7 +70,7 @@ class Proxy:
         while True:
             exchange.replica = attempt.replica.url
             try:
-                await self._send(exchange, request, attempt, query)
+                await self._send(exchange, request, attempt)
                 return
             except UpstreamError as error:
                 attempt.failed()
@@ -99,9 +99,7 @@ class Proxy:
         usable = model.usable(tried)
         return model.choose(usable, b"") if usable else None
 
-    async def _send(
-        self, exchange: Exchange, request: ModelRequest, attempt: Attempt, query: bytes
-    ) -> None:
+    async def _send(self, exchange: Exchange, request: ModelRequest, attempt: Attempt) -> None:
         """Send the request to one replica, and its answer to the client.
 
         Raises:
@@ -109,11 +107,15 @@ class Proxy:
         """
         replica = attempt.replica
         timeouts = replica.config.timeouts
+        left = timeouts.total - (time.perf_counter() - exchange.arrival)
         connection = await replica.pool.send(
-            self._head(exchange, replica, query, len(request.body)) + request.body,
-            timeouts.connect,
-            timeouts.read,
-            max(timeouts.total - (time.perf_counter() - exchange.arrival), 0.001),
+            "POST",
+            exchange.route + (f"?{exchange.query.decode('latin-1')}" if exchange.query else ""),
+            self._headers_up(exchange, len(request.body)),
+            request.body,
+            connect_timeout=timeouts.connect,
+            read_timeout=timeouts.read,
+            total_timeout=max(left, 0.001),
         )
         try:
             if connection.status < 500 and is_event_stream(connection.headers):
@@ -126,17 +128,13 @@ class Proxy:
             raise
         replica.pool.put(connection)
 
-    def _head(self, exchange: Exchange, replica: Replica, query: bytes, length: int) -> bytes:
-        """Return the head of the request to the upstream."""
+    def _headers_up(self, exchange: Exchange, length: int) -> Headers:
+        """Return the headers of the request to a model server."""
         headers = [header for header in exchange.headers if header[0] not in NOT_SENT_UP]
         if exchange.span is not None and self.tracer is not None:
             own = self.tracer.headers(exchange.span)
             headers = [(n, v) for n, v in headers if n not in own] + list(own.items())
-        target = exchange.route
-        if query:
-            target += "?" + query.decode("latin-1")
-        headers += [exchange.id_header, JSON, (b"content-length", b"%d" % length)]
-        return replica.head("POST", target, headers)
+        return [*headers, exchange.id_header, JSON, (b"content-length", b"%d" % length)]
 
     async def _whole(
         self,

@@ -24,8 +24,7 @@ class Replica:
 
     def __init__(self, url: str, config: Config, api_key: str | None = None) -> None:
         self.url = url
-        self.api_key = api_key
-        self.pool = ConnectionPool(url, config.timeouts.idle)
+        self.pool = ConnectionPool(url, config.timeouts.idle, api_key)
         self.config = config
         self.in_flight = 0  # requests that this gateway has open here
         self.draining = False
@@ -101,25 +100,19 @@ class Replica:
             UpstreamError: there was no answer.
         """
         timeout = self.config.health.timeout
-        head = self.head("GET", path, headers or [])
-        connection = await self.pool.send(head, timeout, timeout, timeout)
+        connection = await self.pool.send(
+            "GET",
+            path,
+            headers or [],
+            b"",
+            connect_timeout=timeout,
+            read_timeout=timeout,
+            total_timeout=timeout,
+        )
         try:
             return connection.status, await connection.rest()
         finally:
             self.pool.put(connection)
-
-    def head(self, method: str, target: str, headers: Headers) -> bytes:
-        """Return the head of a request, with the server's own key if it has one."""
-        lines = [
-            b"%b %b HTTP/1.1\r\nhost: %b\r\n"
-            % (method.encode("ascii"), target.encode("ascii"), self.pool.netloc)
-        ]
-        if self.api_key is not None:
-            lines.append(b"authorization: Bearer %b\r\n" % self.api_key.encode("latin-1"))
-            headers = [(name, value) for name, value in headers if name != b"authorization"]
-        lines += [b"%b: %b\r\n" % header for header in headers]
-        lines.append(b"\r\n")
-        return b"".join(lines)
 
     # Load
 
@@ -169,7 +162,7 @@ class Replica:
     def configure(self, config: Config, api_key: str | None) -> None:
         """Take over another configuration."""
         self.config = config
-        self.api_key = api_key
+        self.pool.api_key = api_key
         self.pool.idle_seconds = config.timeouts.idle
         self.draining = False
 

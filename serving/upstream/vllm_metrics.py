@@ -152,7 +152,7 @@ def describe_server(entry: ModelEntry, info: ServerInfo) -> Description:
 
 
 def agrees(label: str, said: str) -> bool:
-    """Return whether a label may stand for what the server says: of several widths, a mean may."""
+    """Return whether a label may stand for what the server says: of mixed bits, a mean may."""
     if "," not in said:
         return label == said or numbers(label) == numbers(said) != []
     return bool(numbers(label)) and min(numbers(said)) <= numbers(label)[0] <= max(numbers(said))

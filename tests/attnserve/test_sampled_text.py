@@ -17,7 +17,7 @@ from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_llama
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which texts are kept, empty for each test."""
+    """Return the folder in which texts are kept, empty for each test."""
     monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sampled-text"
 

@@ -11,7 +11,7 @@ from tests.docs.clone import Clone, make_clone
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
-    """A fresh clone without a folder beside it, and with an empty home."""
+    """Return a fresh clone without a folder beside it, and with an empty home."""
     yield make_clone(tmp_path_factory.mktemp("stranger"))
 
 

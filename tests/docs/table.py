@@ -188,7 +188,7 @@ RULES: dict[str, Rule] = {
         "make test ARGS='-n 0 -k softpick tests/attn_kernels/test_registry.py'", r"\d passed"
     ),
     "make test-slow": Run(
-        "make test-slow ARGS='--collect-only -q tests/serving/test_kept.py'",
+        "make test-slow ARGS='--collect-only -q tests/serving/test_idle_connections.py'",
         prints=COLLECTED,
         slow=True,
         long=True,
@@ -292,7 +292,7 @@ RULES: dict[str, Rule] = {
             slow=True,
             long=True,
         )
-        for name in ("abort", "kept", "kill")
+        for name in ("abort", "idle_connections", "killed_servers")
     },
     "make soak": Run(
         "make soak ARGS='--streams 20 --seconds 10 --tokens 10 --pause-s 0.1'",
@@ -312,7 +312,7 @@ RULES: dict[str, Rule] = {
         slow=True,
     ),
     "make compile-kernels": Run(
-        "make compile-kernels ARGS='--no-save --match \"sm_90 64 bfloat16 softpick decode$$\"'",
+        "make compile-kernels ARGS='--no-save --match \"sm_90 64 bfloat16 softpick decode\"'",
         prints="softpick",
         slow=True,
         long=True,

@@ -3,7 +3,7 @@
 Every event of every stream is checked against its number: none may be missing, doubled, out of
 order or another stream's. The gateway's resident memory is read every second; it may not pass a
 limit, and after two lengths of a stream it may not grow. The model server is a small program that
-sends numbered events (tests/serving/numbered.py); only the gateway is under test.
+sends numbered events (tests/serving/numbered_events.py); only the gateway is under test.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main() -> None:
         folder = Path(name)
         arguments = [str(port), str(options.tokens), str(options.pause_s)]
         log = folder / "source.log"
-        source = spawn([sys.executable, "-m", "tests.serving.numbered", *arguments], log)
+        source = spawn([sys.executable, "-m", "tests.serving.numbered_events", *arguments], log)
         try:
             wait_until_healthy(url, source, log)
             with configured(folder, config) as gateway:

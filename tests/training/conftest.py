@@ -7,12 +7,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.hf_attn.conftest import one_thread  # noqa: F401  a fixture of this package too
-from training.recipe import Recipe
+from training.recipe import TrainingRecipe
 from training.tokenizer import train_tokenizer
 
 WORDS = "the cat sat on a mat and saw one old dog run to its home by night"
 
-TINY = Recipe(
+TINY = TrainingRecipe(
     hidden_size=32,
     layers=2,
     heads=2,
@@ -28,7 +28,7 @@ TINY = Recipe(
 
 @pytest.fixture(scope="session")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of books in which two words may follow each word, named as the real ones are."""
+    """Return a folder of books, named as the real ones, in which two words may follow each word."""
     folder = tmp_path_factory.mktemp("books")
     words = WORDS.split()
     for seed, name in enumerate(("first", "second", "emma", "great_expectations")):
@@ -40,5 +40,5 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(books: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on the two training books."""
+    """Return a tokenizer trained on the two training books."""
     return train_tokenizer([books / "first.txt", books / "second.txt"], 299, TINY.context)

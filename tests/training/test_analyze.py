@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A random softpick model."""
+    """Return a random softpick model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "softpick"
     return Checkpoint(tiny_checkpoint(folder, "softpick", max_position_embeddings=CONTEXT))
 

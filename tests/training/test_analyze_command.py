@@ -14,20 +14,20 @@ from tests.training.texts import write_texts
 from training.analyze import run
 from training.analyze.__main__ import analyze
 from training.analyze.attention import Attention
-from training.analyze.settings import Name, Settings
+from training.analyze.settings import AnalysisSettings, Name
 from training.analyze.store import read
 
 
 @pytest.fixture(scope="module")
 def softpick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of a short context."""
+    """Return a random model of a short context."""
     folder = tmp_path_factory.mktemp("command") / "softpick"
     return tiny_checkpoint(folder, "softpick", max_position_embeddings=224)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The options that name small texts."""
+    """Return the options that name small texts."""
     books, evaluation = write_texts(tmp_path_factory.mktemp("texts"))
     return [f"--books={books}", f"--eval={evaluation}"]
 
@@ -160,5 +160,5 @@ def test_two_checkpoints_of_one_name(softpick: Path, texts: list[str], commands:
 
 
 def test_vllm_is_not_asked_for_maps() -> None:
-    chosen = run.measures(Settings(engine="vllm", limit=7), list(Name), 512)
+    chosen = run.measures(AnalysisSettings(engine="vllm", limit=7), list(Name), 512)
     assert Attention() not in chosen and Blimp(pairs=7) in chosen and len(chosen) == 5

@@ -27,7 +27,7 @@ Change = Callable[[str], bytes | None]
 
 
 def edition(*body: str, encoding: str = "utf-8-sig") -> bytes:
-    """An e-book's file as Project Gutenberg writes it: wrapped, with notes, licence and CRLF."""
+    """Return an e-book's file as Project Gutenberg has it: wrapped, with notes, licence, CRLF."""
     lines = ["The Project Gutenberg EBook of Emma, by Nobody", "", "Title: Emma", ""]
     lines += ["*** START OF THIS PROJECT GUTENBERG", "EBOOK EMMA ***", "", "Produced by A. Person"]
     for paragraph in body:
@@ -67,7 +67,7 @@ class Server:
 
 @pytest.fixture
 def server(table: list[Novel]) -> Iterator[tuple[Server, str]]:
-    """It has the used edition of all novels and the newest one; and its URL."""
+    """Run a server that has both editions of all novels; yield it and its URL."""
     state = Server()
     for novel in table:
         state.files[gutenberg.used_edition(novel, "")] = edition(*BODY)

@@ -119,7 +119,7 @@ def test_every_step_is_the_best_one(folders: dict[str, Path], books: Path, tmp_p
 
 
 def command(folders: dict[str, Path], books: Path, out: Path, *more: str) -> list[str]:
-    """A search of seconds."""
+    """Return the arguments of a search that takes seconds."""
     return [
         str(folders["selective"]),
         *("--reference", str(folders["softmax"]), "--books", str(books)),
@@ -130,7 +130,7 @@ def command(folders: dict[str, Path], books: Path, out: Path, *more: str) -> lis
 
 
 def lines_of(runs: Path) -> dict[str, list[str]]:
-    """The evaluations' files."""
+    """Return the evaluations' files."""
     files = (runs / "budgets").iterdir()
     return {file.name: file.read_text().splitlines(keepends=True) for file in files}
 
@@ -386,5 +386,5 @@ def test_users_text(
 
 def test_not_a_result(tmp_path: Path) -> None:
     (tmp_path / "selective.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"selective.json is not a result of attnserve.budgets"):
+    with pytest.raises(ValueError, match=r"selective.json is not a result of attnserve budgets"):
         Found.read(tmp_path / "selective.json")

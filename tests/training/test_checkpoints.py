@@ -21,7 +21,7 @@ from training.run import Run
 
 @pytest.fixture(scope="module")
 def built(books: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Score]]:
-    """A softpick checkpoint trained for a few steps, and its scores."""
+    """Return a softpick checkpoint trained for a few steps, and its scores."""
     folder = tmp_path_factory.mktemp("built")
     recipe = dataclasses.replace(TINY, steps=40)
     with pytest.MonkeyPatch.context() as patch:

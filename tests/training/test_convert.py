@@ -38,7 +38,7 @@ LENGTH = 64
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose attention is far from uniform, with grouped heads; float32."""
+    """Return a Llama whose attention is far from uniform, with grouped heads; float32."""
     tokenizer = tiny_tokenizer(512)
     torch.manual_seed(0)
     config = LlamaConfig(

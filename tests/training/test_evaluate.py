@@ -23,14 +23,14 @@ from tests.tiny import tiny_checkpoint
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder: no novels, no sampled text."""
+    """Return an empty cache folder: no novels, no sampled text."""
     monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module", params=variant_names())
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny one of each variant, in the folder of its name."""
+    """Return a tiny checkpoint of each variant, in the folder of its name."""
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)
 
 

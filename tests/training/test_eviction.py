@@ -18,7 +18,7 @@ SELECTIVE = get_variant("selective")
 
 
 def page(budget: int, k: Tensor) -> Page:
-    """An empty page for keys like `k [num_kv_heads, n, head_size]`."""
+    """Return an empty page for keys like `k [num_kv_heads, n, head_size]`."""
     shape = PageShape(budget, k.shape[0], k.shape[-1], k.dtype)
     return Page.view(torch.zeros(shape.num_bytes, dtype=torch.uint8), shape)
 

@@ -33,8 +33,11 @@ def tokens(books: Path, tokenizer: PreTrainedTokenizerFast) -> Tokens:
 
 
 def naive_share(scores: list[Tensor]) -> Tensor:
-    """The term, token by token, from head 0's raw scores `[num_tokens, num_tokens]` of each layer
-    of one sequence."""
+    """Return the term, computed token by token.
+
+    Args:
+        scores: head 0's raw scores of each layer, `[num_tokens, num_tokens]`, of one sequence.
+    """
     total = torch.zeros((), dtype=torch.float64)
     n = len(scores[0])
     for x in scores:
@@ -176,6 +179,7 @@ def test_a_state_from_before_the_setting(
     run.train(save_every=12, quiet=True)
     state = torch.load(tmp_path / STATE, weights_only=True)
     del state["identity"]["memory_loss"], state["memory"]
+    state["model"] = state.pop("trained")
     torch.save(state, tmp_path / STATE)
     assert Run(tmp_path, TINY, SELECTIVE, tokenizer, tokens).losses == run.losses
     with pytest.raises(ValueError, match=r"memory_loss = 0.0, not 0.1"):

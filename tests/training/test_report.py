@@ -100,7 +100,7 @@ class World:
         return pd.DataFrame(rows)
 
     def pruning(self, length: int = 512) -> Found:
-        """A path to 16 tokens a layer, which costs 0.02 nats; softmax allows 0.05 more than
+        """Return a path to 16 tokens a layer, which costs 0.02 nats; softmax allows 0.05 more than
         selective's loss."""
         allowance = mean_interval(0.05 - self.loss.get("selective", 0.0) + self._noise(20))
         trained = "" if length == 512 else f"-{length}"
@@ -172,7 +172,7 @@ class World:
         return Result(summary, units)
 
     def lambada(self, name: str) -> Result:
-        """A thousand passages."""
+        """Return the result of a thousand passages."""
         hits = (np.arange(1000) < 1000 * self.hits.get(name, 0.3)).astype(int)
         return Result({"accuracy": mean_interval(hits)}, {"hits": hits.tolist()})
 
@@ -191,14 +191,14 @@ def as_the_papers_say(**changes: Any) -> World:
 
 
 def read(folder: Path) -> Evidence:
-    """A world's evidence."""
+    """Return a world's evidence."""
     parts = ("results", "checkpoints", "rates.csv", "budgets", "long.csv")
     return load(*(folder / part for part in parts))
 
 
 @pytest.fixture
 def verdicts(tmp_path: Path) -> Callable[[World], dict[str, Verdict]]:
-    """Writes a world, reads it, and judges every claim: `{"LSSA: equal loss at 1x": ...}`."""
+    """Return a function that judges a world's claims: `{"LSSA: equal loss at 1x": ...}`."""
 
     def judged(world: World) -> dict[str, Verdict]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -365,7 +365,7 @@ def test_budgets_without_a_reference(tmp_path: Path, commands: Commands) -> None
     alone.write(tmp_path / "world" / "budgets")
     run(commands, tmp_path / "world", tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "no result of attnserve.budgets of selective at 512 tokens" in text
+    assert "no result of attnserve budgets of selective at 512 tokens" in text
     section = text[text.index("`attnserve budgets` on selective, 512 tokens") :]
     section = section[: section.index("## ")]
     assert "has 4.0000 [3.9000, 4.1000] nats per token. The smallest" in section
@@ -389,7 +389,7 @@ def test_what_is_missing_is_named(tmp_path: Path, commands: Commands) -> None:
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not there: lssa, selective. Trained but not analyzed: ssmax." in text
     assert "no result length of lssa" in text and "No table of learning rates" in text
-    assert "no result of attnserve.budgets of selective at 512 tokens" in text
+    assert "no result of attnserve budgets of selective at 512 tokens" in text
     assert set(verdicts["LSSA (arXiv 2501.13428)"].values()) == {Verdict.MISSING}
     assert Verdict.AGREES in verdicts["LSSAR, p = 15 (arXiv 2501.13428)"].values()
 

@@ -20,7 +20,7 @@ from tests.conftest import Commands
 from tests.tiny import LICENSE
 from tests.training.conftest import TINY
 from training.arguments import variant_entry
-from training.recipe import Recipe
+from training.recipe import TrainingRecipe
 from training.run import Run
 from training.train import train
 
@@ -74,7 +74,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 def steps_of(out: Path) -> int:
-    """Steps in the loss file, which is written after the state."""
+    """Return how many steps are in the loss file, which is written after the state."""
     path = out / "loss.csv"
     return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
@@ -149,7 +149,7 @@ def test_a_half_written_state_is_not_read(
     ],
 )
 def test_another_run_in_the_folder_is_refused(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     variant: str,
     text: slice,
     message: str,

@@ -16,7 +16,7 @@ from tests.tiny import LICENSE
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:
-    """A folder of books and one of evaluation sets, of the licence's words; returns both."""
+    """Return a folder of books and one of evaluation sets, of the licence's words; returns both."""
     books, evaluation = folder / "books", folder / "eval"
     (evaluation / "blimp").mkdir(parents=True)
     books.mkdir()

@@ -11,11 +11,11 @@ from typer import Argument, Option
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import SETS, Books
-from training.analyze.settings import TITLES, Name, Settings
+from training.analyze.settings import TITLES, AnalysisSettings, Name
 from training.arguments import options_of
 
 
-@options_of(Settings)
+@options_of(AnalysisSettings)
 @needs("train")
 def analyze(
     checkpoints: Annotated[
@@ -35,7 +35,7 @@ def analyze(
     ] = None,
     as_json: AsJson = False,
     *,
-    settings: Settings,
+    settings: AnalysisSettings,
 ) -> None:
     """Measure what the papers of the variants report, on trained checkpoints.
 

@@ -89,7 +89,7 @@ class Attention(Measure):
 
 
 def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
-    """From the figures of all sequences: `first_column`, `zeros`, `quiet` and `silent`
+    """Summarise the figures of all sequences: `first_column`, `zeros`, `quiet` and `silent`
     `[sequences, layers, heads]`, `kurtosis`, `largest` and `median` `[sequences, layers + 1]`."""
     summary = {
         f"sink rate at {eps}": mean_interval((f["first_column"] > eps).mean((1, 2)))

@@ -18,7 +18,7 @@ from attnserve.evaluation.tasks import Blimp, Lambada
 from training.analyze.attention import Attention
 from training.analyze.length import Length, multiples
 from training.analyze.passkey import Passkey
-from training.analyze.settings import MULTIPLE, QUICK_LIMIT, QUICK_MULTIPLE, Name, Settings
+from training.analyze.settings import MULTIPLE, QUICK_LIMIT, QUICK_MULTIPLE, AnalysisSettings, Name
 from training.analyze.store import Stored, key_of, path_of, read, write
 
 MEASURES: dict[str, type[Measure]] = {
@@ -26,7 +26,7 @@ MEASURES: dict[str, type[Measure]] = {
 }
 
 
-def measures(settings: Settings, names: Iterable[str], context: int) -> list[Measure]:
+def measures(settings: AnalysisSettings, names: Iterable[str], context: int) -> list[Measure]:
     """Return the chosen measures with their settings, for a model of some training length.
 
     Raises:
@@ -56,7 +56,7 @@ def measures(settings: Settings, names: Iterable[str], context: int) -> list[Mea
 
 
 def to_do(
-    checkpoint: Checkpoint, chosen: Iterable[Measure], data: Data, settings: Settings
+    checkpoint: Checkpoint, chosen: Iterable[Measure], data: Data, settings: AnalysisSettings
 ) -> tuple[list[Stored], list[Measure]]:
     """Return what is there already, and what is to be measured.
 
@@ -82,7 +82,9 @@ def to_do(
     return present, missing
 
 
-def scorer_for(checkpoint: Checkpoint, missing: Sequence[Measure], settings: Settings) -> Scorer:
+def scorer_for(
+    checkpoint: Checkpoint, missing: Sequence[Measure], settings: AnalysisSettings
+) -> Scorer:
     """Return the model in the chosen engine."""
     if settings.engine == "transformers":
         return TransformersScorer(checkpoint.folder, settings.rope_theta_factor)
@@ -96,7 +98,9 @@ def scorer_for(checkpoint: Checkpoint, missing: Sequence[Measure], settings: Set
     )
 
 
-def analyze(folder: Path, names: Iterable[str], data: Data, settings: Settings) -> list[Stored]:
+def analyze(
+    folder: Path, names: Iterable[str], data: Data, settings: AnalysisSettings
+) -> list[Stored]:
     """Return all chosen measures of one checkpoint.
 
     Raises:

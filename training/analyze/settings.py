@@ -38,8 +38,8 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How checkpoints are measured; the fields are options of the command."""
+class AnalysisSettings:
+    """Settings of all measures; the fields are options of the command."""
 
     engine: Annotated[
         Literal["transformers", "vllm"],

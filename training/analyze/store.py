@@ -25,7 +25,7 @@ class Stored:
     engine: str
     rope_theta_factor: float
     key: dict[str, Any]
-    """What the result is good for: checkpoint's hash, settings, hashes of the texts."""
+    """All that the result depends on: the checkpoint's hash, settings, hashes of the texts."""
     machine: str
     seconds: float
     result: Result

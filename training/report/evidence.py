@@ -31,7 +31,7 @@ class Evidence:
         results: by checkpoint, measure, RoPE factor and engine.
         curves: training losses, one frame `step, learning_rate, loss` a checkpoint.
         rates: the table of `training.learning_rate`, or None.
-        pruning: results of `attnserve.budgets` by checkpoint.
+        pruning: results of `attnserve budgets` by checkpoint.
         long_context: the table of `training.long_context`, or None.
     """
 
@@ -107,7 +107,7 @@ def load(
         results: the folder that `training.analyze` writes.
         checkpoints: a folder of checkpoints with their `loss.csv`.
         rates: the table of `training.learning_rate`; need not exist.
-        budgets: the folder that `attnserve.budgets` writes.
+        budgets: the folder that `attnserve budgets` writes.
         long_context: the table of `training.long_context`; need not exist.
 
     Raises:

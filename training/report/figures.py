@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Condition:
-    """What must be so for a claim to be tested at all, for example that the control has sinks."""
+    """A condition under which a claim can be tested, for example that the control has sinks."""
 
     what: str
     estimate: Estimate
@@ -196,6 +196,6 @@ def less_memory(evidence: Evidence, name: str, length: int, **ends: float) -> Fi
         or found.about["reference"] not in controls
         or found.allowance is None
     ):
-        raise Missing(f"no result of attnserve.budgets of {name} at {length} tokens")
+        raise Missing(f"no result of attnserve budgets of {name} at {length} tokens")
     factor = Estimate(*(found.factor_within(rise) for rise in widened(found.allowance)))
     return decide("times less memory at softmax's validation loss", factor, Range(**ends), digits=1)

@@ -1,4 +1,4 @@
-"""python -m tests.serving.numbered PORT TOKENS PAUSE_S: the source of many streams.
+"""python -m tests.serving.numbered_events PORT TOKENS PAUSE_S: the source of many streams.
 
 Each answer is TOKENS events with the request's prompt and a number in them, PAUSE_S apart, each in
 a write of its own. Bare asyncio, because the machine is to be busy with what stands before it.
