@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -40,14 +39,14 @@ def last_level_cache() -> int:
 def compiler() -> str:
     """Return the first line of the C++ compiler's `--version`; empty if there is none.
 
-    It is the compiler that `attn_kernels.cpu` uses: CXX, else the first of g++, clang++ and c++.
+    It is the compiler that builds the kernels: CXX, else the first of g++, clang++ and c++.
     """
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]:
-        if command := shutil.which(name):
-            asked = [command, "--version"]
-            done = subprocess.run(asked, capture_output=True, text=True, check=False)
-            return done.stdout.partition("\n")[0]
-    return ""
+    from attn_kernels.cpu.build import BuildError, find_compiler
+
+    try:
+        return find_compiler()[1].partition("\n")[0]
+    except BuildError:
+        return ""
 
 
 def package(name: str) -> str:

@@ -243,7 +243,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_compiler_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It compiles, but its libraries cannot be linked with OpenMP (clang++, no libomp-dev)."""
     compiler = tmp_path / "cxx"
-    real = build._compiler()[0][0]
+    real = build.find_compiler()[0][0]
     compiler.write_text(
         '#!/bin/sh\ncase "$*" in *-fopenmp*) echo "error: no omp.h" >&2; exit 1;; esac\n'
         f'exec {real} "$@"\n'

@@ -185,5 +185,5 @@ def masked_row_max(scores: Tensor, mask: Tensor) -> Tensor:
 
     Detached: every formula that shifts by its maximum is independent of the shift.
     """
-    top = scores.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    return top.masked_fill(top == -torch.inf, 0.0)
+    row_max = scores.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    return row_max.masked_fill(row_max == -torch.inf, 0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from quant_kernels.library import FORMATS, Call, load
+from quant_kernels.library import FORMATS, ProductCall, load
 from quant_kernels.panels import Panels, dequantize
 
 # Compiled graphs hold these as operators, whose arguments are tensors and numbers; otherwise the
@@ -95,11 +95,11 @@ def _gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _call(weight: Panels, given: Tensor, out: Tensor, stride: int, count: int) -> Call:
+def _call(weight: Panels, given: Tensor, out: Tensor, stride: int, count: int) -> ProductCall:
     """Return what the C++ kernels take: `given` are `count` rows, `stride` elements apart, or
     `count` row numbers."""
     zeros = weight.zeros
-    return Call(
+    return ProductCall(
         weight.words.data_ptr(),
         weight.scales.data_ptr(),
         None if zeros is None else zeros.data_ptr(),

@@ -29,7 +29,7 @@ constexpr int PARTS = PANEL / WIDTH;  // vectors of a panel
 
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE };
 
-struct Call {
+struct ProductCall {
   const uint32_t* words;
   const void *scales, *zeros;
   const void* x;  // [rows, inputs], rows x_stride elements apart
@@ -108,12 +108,12 @@ struct QuantizedValues {
 };
 
 // Zero points of WIDTH lanes, less the midpoint.
-inline Vec zero_at(const Call& c, int64_t at) {
+inline Vec zero_at(const ProductCall& c, int64_t at) {
   return c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDPOINT;
 }
 
 // A row of x as floats, zeros behind its end, in padded() elements.
-void widen(const Call& c, int64_t row, float* to) {
+void widen(const ProductCall& c, int64_t row, float* to) {
   const int64_t start = row * c.x_stride;
   int64_t k = 0;
   for (; k + WIDTH <= c.inputs; k += WIDTH) store(to + k, load_as(c.x, start + k, c.format));
@@ -133,8 +133,8 @@ constexpr int64_t AHEAD = 512, NEXT_PANELS = 32768;
 // P panels from `panel` on times R rows; panels behind `last` are `last` again. `x`: R rows of
 // padded() floats; `sums`: of each row and group of x.
 template <int R, int P>
-void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, const float* sums,
-                  float* out) {
+void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float* x,
+                  const float* sums, float* out) {
   constexpr int N = P * PARTS;
   // A product waits for the one before it: so many sums run side by side.
   constexpr int CHAINS = R * N >= 4 ? 1 : R * N >= 2 ? 2 : 4;
@@ -190,7 +190,7 @@ void multiply_few(const Call& c, int64_t panel, int64_t last, const float* x, co
 }
 
 template <int R>
-void few_rows(const Call& c) {
+void few_rows(const ProductCall& c) {
   static thread_local Arena memory;
   const int64_t groups = c.groups(), padded = c.padded();
   float *x, *sums;
@@ -233,7 +233,7 @@ constexpr int STRIP_WIDTH = STRIP_PANELS * PANEL;
 static_assert(BLOCK % STRIP_ROWS == 0 && DEPTH % CHUNK == 0);
 
 // Inputs `begin` to `end` of a panel as floats [inputs][STRIP_WIDTH].
-void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float* to) {
+void dequantize(const ProductCall& c, int64_t panel, int64_t begin, int64_t end, float* to) {
   const QuantizedValues quantized;
   const int64_t chunks = c.chunks(), groups = c.groups();
   for (int64_t k = begin; k < end; k += CHUNK) {
@@ -251,7 +251,7 @@ void dequantize(const Call& c, int64_t panel, int64_t begin, int64_t end, float*
 
 // Rows of x for `multiply_strip`: whole strips of rows, a row a lane, [strip][padded][STRIP_ROWS];
 // zeros where there is no row.
-void widen_strip(const Call& c, int64_t first, int64_t rows, float* row, float* to) {
+void widen_strip(const ProductCall& c, int64_t first, int64_t rows, float* row, float* to) {
   for (int r = 0; r < STRIP_ROWS; r++) {
     if (r < rows) widen(c, first + r, row);
     for (int64_t k = 0; k < c.padded(); k++) to[k * STRIP_ROWS + r] = r < rows ? row[k] : 0.f;
@@ -282,7 +282,7 @@ void multiply_strip(const float* x, const float* weights, int64_t depth, bool ad
     for (int j = 0; j < N; j++) store(out + r * STRIP_WIDTH + j * WIDTH, sum[r][j]);
 }
 
-void many_rows(const Call& c) {
+void many_rows(const ProductCall& c) {
   static thread_local Arena memory;
   const int64_t padded = c.padded(), block = std::min<int64_t>(BLOCK, c.rows);
   const int64_t row_strips = (block + STRIP_ROWS - 1) / STRIP_ROWS,
@@ -337,7 +337,7 @@ void many_rows(const Call& c) {
 // tiles multiply those, a group at a time, and scales and zero points come afterwards in float32.
 
 // A group's values of one panel, woven: [inputs / 2][16][2].
-void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* to) {
+void weave(const ProductCall& c, int64_t panel, int64_t begin, int64_t end, BFloat16* to) {
   const QuantizedValues quantized;
   const uint32_t* words = c.words + panel * c.chunks() * BITS * PANEL;
   for (int64_t k = begin; k < end; k += CHUNK)
@@ -352,7 +352,7 @@ void weave(const Call& c, int64_t panel, int64_t begin, int64_t end, BFloat16* t
       }
 }
 
-void many_rows_amx(const Call& c) {
+void many_rows_amx(const ProductCall& c) {
   constexpr int WIDE = 2 * PANEL;
   static thread_local Arena memory;
   const int64_t padded = c.padded(), groups = c.groups(), depth = std::min(c.group_size, padded);
@@ -423,7 +423,7 @@ void many_rows_amx(const Call& c) {
   }
 }
 
-void multiply(const Call& c) {
+void multiply(const ProductCall& c) {
   if (c.rows == 0) return;
   if (c.rows == 1) return few_rows<1>(c);
   if (c.rows == 2) return few_rows<2>(c);
@@ -434,7 +434,7 @@ void multiply(const Call& c) {
 }
 
 // Rows of the weight, by number; false, and nothing read, if one of them is not there.
-bool gather(const Call& c, const int64_t* ids) {
+bool gather(const ProductCall& c, const int64_t* ids) {
   const int64_t groups = c.groups(), length = c.chunks() * BITS;
   for (int64_t r = 0; r < c.rows; r++)
     if (ids[r] < 0 || ids[r] >= c.outputs) return false;
@@ -461,7 +461,7 @@ bool gather(const Call& c, const int64_t* ids) {
 extern "C" {
 
 // out[rows, outputs] = x[rows, inputs] * weight^T; 0, or 1 if memory ran out.
-int attnserve_packed_multiply(const Call* c) {
+int attnserve_packed_multiply(const ProductCall* c) {
   try {
     multiply(*c);
     return 0;
@@ -471,8 +471,8 @@ int attnserve_packed_multiply(const Call* c) {
 }
 
 // out[rows, inputs] = weight[ids]; `x` holds the ids, int64. 0, or 1 if the weight has no such row.
-int attnserve_packed_gather(const Call* c) { return !gather(*c, (const int64_t*)c->x); }
+int attnserve_packed_gather(const ProductCall* c) { return !gather(*c, (const int64_t*)c->x); }
 
 // For the loader: a library whose struct differs from Python's must not be called.
-int attnserve_packed_abi() { return (int)sizeof(Call); }
+int attnserve_packed_abi() { return (int)sizeof(ProductCall); }
 }

@@ -277,7 +277,7 @@ def build_fault() -> str:
     from attn_kernels.cpu import build
 
     try:
-        return compiler_fault(build._compiler()[0])
+        return compiler_fault(build.find_compiler()[0])
     except build.BuildError as error:
         return str(error)
 

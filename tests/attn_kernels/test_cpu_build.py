@@ -70,7 +70,7 @@ class Place:
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
     forget()
-    place = Place(tmp_path / "cache", tmp_path / "compiler", build._compiler()[0][0])
+    place = Place(tmp_path / "cache", tmp_path / "compiler", build.find_compiler()[0][0])
     place.compile_with("")
     monkeypatch.setenv("ATTNSERVE_CACHE", str(place.cache))
     monkeypatch.setenv("ATTNSERVE_CPU_ISA", "portable")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from attn_kernels.cpu.build import HERE, BuildError, build_library, usable_isas
+from attn_kernels.cpu.build import HERE, BuildError, build_library, chosen_isas, usable_isas
 from attn_kernels.cpu.kernel import CPUKernel, CPULayer
 from attn_kernels.paged import TorchLayer
 from attn_kernels.variant import Variant
@@ -37,10 +36,7 @@ def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
     Raises:
         ValueError: this processor lacks the instruction set.
     """
-    chosen = isa or os.environ.get("ATTNSERVE_CPU_ISA")
-    if chosen and chosen not in usable_isas():
-        raise ValueError(f"this processor has no {chosen}: use one of {', '.join(usable_isas())}")
-    return _load(variant, (chosen,) if chosen else usable_isas())
+    return _load(variant, chosen_isas(isa))
 
 
 @functools.cache
@@ -87,8 +83,7 @@ def bind(
             kernel.head_size(content, kv_cache.dtype), block_size, kv_cache.dtype
         )
         if why is None:
-            return kernel.layer(
-                kv_cache, num_heads=num_heads, scale=scale, window=window, learned=learned
-            )
+            options = {"window": window, "learned": learned}
+            return kernel.layer(kv_cache, num_heads=num_heads, scale=scale, **options)
         _warn(variant.name, f"they do not support {why}")
     return TorchLayer(variant, kv_cache, scale=scale, window=window, learned=learned)

@@ -21,20 +21,9 @@ class Accumulators : public Spans<T> {
 
   // One head's query at a position, widened; returns what it is to be multiplied with.
   float prepare(int request, int position, int head, float* q) const {
-    const int64_t offset = query_offset(request, position, head);
-    switch (call.query_format) {
-      case FLOAT32: std::memcpy(q, (const Float32*)call.query + offset, head_size * 4); break;
-      case BFLOAT16: widen((const BFloat16*)call.query + offset, q); break;
-      case FLOAT16: widen((const Float16*)call.query + offset, q); break;
-    }
-    Vec squares = {};
-    for (int d = 0; d < head_size; d += WIDTH) squares += load(q + d) * load(q + d);
+    load_row(call.query_format, call.query, query_offset(request, position, head), head_size, q);
     const float n = position + 1 - first_visible(position);
-    return variant.query_factor(head, n, std::sqrt(horizontal_sum(squares)));
-  }
-  template <class U>
-  void widen(const U* from, float* to) const {
-    for (int d = 0; d < head_size; d++) to[d] = to_float(from[d]);
+    return variant.query_factor(head, n, norm(q, head_size));
   }
 
   // f(accumulators, column, length) for the pieces of the positions [begin, end) in each block.

@@ -321,21 +321,12 @@ class Attention : public Accumulators<V, T> {
 
   // ---- results
 
-  template <class O>
-  void narrow(const float* o, float factor, O* out) const {
-    for (int d = 0; d < head_size; d++) convert(o[d] * factor, out[d]);
-  }
-
   void write_out(const Tile& t, int r, const float* o, float factor) const {
     const int64_t token = call.batch->query_start_loc[t.request] + t.first_position +
                           r / group_size - first_position(t.request);
     const int64_t head = t.kv_head * group_size + r % group_size;
     const int64_t offset = token * call.out_stride + head * head_size;
-    switch (call.out_format) {
-      case FLOAT32: narrow(o, factor, (Float32*)call.out + offset); break;
-      case BFLOAT16: narrow(o, factor, (BFloat16*)call.out + offset); break;
-      case FLOAT16: narrow(o, factor, (Float16*)call.out + offset); break;
-    }
+    store_row(o, factor, head_size, call.out_format, call.out, offset);
   }
 
   void epilogue(const Tile& t) const {

@@ -74,6 +74,18 @@ def usable_isas() -> tuple[str, ...]:
     )
 
 
+def chosen_isas(isa: str | None = None) -> tuple[str, ...]:
+    """Return the instruction sets to try: `isa`, else `$ATTNSERVE_CPU_ISA`, else the usable ones.
+
+    Raises:
+        ValueError: this processor lacks the one that was chosen.
+    """
+    usable, chosen = usable_isas(), isa or os.environ.get("ATTNSERVE_CPU_ISA")
+    if chosen and chosen not in usable:
+        raise ValueError(f"this processor has no {chosen}: use one of {', '.join(usable)}")
+    return (chosen,) if chosen else usable
+
+
 def cache_folder() -> Path:
     """Return `$ATTNSERVE_CACHE`, else `attnserve` in `$XDG_CACHE_HOME` or `~/.cache`.
 
@@ -89,7 +101,7 @@ def cache_folder() -> Path:
     return Path(base) / "attnserve"
 
 
-def _compiler() -> tuple[list[str], str]:
+def find_compiler() -> tuple[list[str], str]:
     """Return the command of the C++ compiler and what it says its version is."""
     chosen = os.environ.get("CXX")
     for name in [chosen] if chosen else ["g++", "clang++", "c++"]:
@@ -150,7 +162,7 @@ def compile_library(
     folder = cache_folder()
     stem = f"{name}-{isa}-{key.hexdigest()[:16]}"
     try:
-        compiler, version = _compiler()
+        compiler, version = find_compiler()
     except BuildError:
         if built := sorted(folder.glob(f"{stem}-*.so")):
             return built[0]

@@ -30,4 +30,31 @@ struct AttendCall {
   int32_t query_format, out_format, cache_format;
 };
 
+// f(row) with the row at `offset` elements behind `p`, as a pointer of its format.
+template <class F>
+inline void with_row(int32_t format, const void* p, int64_t offset, F&& f) {
+  switch (format) {
+    case FLOAT32: return f((Float32*)p + offset);
+    case BFLOAT16: return f((BFloat16*)p + offset);
+    case FLOAT16: return f((Float16*)p + offset);
+  }
+}
+inline void load_row(int32_t format, const void* from, int64_t offset, int count, float* to) {
+  with_row(format, from, offset, [&](const auto* row) {
+    for (int d = 0; d < count; d += WIDTH) store(to + d, load(row + d));
+  });
+}
+// The length of a row of floats.
+inline float norm(const float* row, int count) {
+  Vec squares = {};
+  for (int d = 0; d < count; d += WIDTH) squares += load(row + d) * load(row + d);
+  return std::sqrt(horizontal_sum(squares));
+}
+inline void store_row(const float* from, float factor, int count, int32_t format, void* to,
+                      int64_t offset) {
+  with_row(format, to, offset, [&](auto* row) {
+    for (int d = 0; d < count; d++) convert(from[d] * factor, row[d]);
+  });
+}
+
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from ctypes import byref, c_float, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,19 +65,9 @@ class CPUKernel:
             return f"block size {block_size} (they take multiples of 16)"
         return None if dtype in FORMATS else f"a KV cache of {dtype}"
 
-    def layer(
-        self,
-        kv_cache: Tensor,
-        *,
-        num_heads: int,
-        scale: float,
-        window: int | None = None,
-        learned: Mapping[str, Tensor] | None = None,
-    ) -> CPULayer:
-        """Bind the kernels to one layer's cache; see `CPULayer`."""
-        return CPULayer(
-            self, kv_cache, num_heads=num_heads, scale=scale, window=window, learned=learned
-        )
+    def layer(self, kv_cache: Tensor, **options: Any) -> CPULayer:
+        """Bind the kernels to one layer's cache, with the options of `CPULayer`."""
+        return CPULayer(self, kv_cache, **options)
 
 
 class CPULayer:
@@ -167,7 +158,7 @@ class CPULayer:
         batch: Batch,
         out: Tensor,
     ) -> None:
-        """Attend with a batch, decode and prefill mixed; see `attn_kernels.paged.paged_attention`.
+        """Attend with a batch, decode and prefill mixed; see `attn_kernels.paged.TorchLayer`.
 
         Args:
             query: `[num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.

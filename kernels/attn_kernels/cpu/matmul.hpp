@@ -82,7 +82,9 @@ inline void multiply_rows(int rows, const float* a, const T* panels, ptrdiff_t p
 #define CASE(R) \
   case R: return multiply<R, NP, LDA, LDC, ADD>(a, panels, panel_stride, depth, c, rescale, ahead);
     CASE(1)
-    CASE(2) CASE(3) CASE(4) CASE(6)
+    CASE(2)
+    CASE(3)
+    CASE(4) CASE(6)
 #if defined(__AVX512F__)
         CASE(8) CASE(12)
 #endif

@@ -187,19 +187,9 @@ class Pruned {
 
   void prepare(int token, int head, int stored, float* q) const {
     const int64_t offset = token * call.query_stride + (int64_t)head * head_size;
-    switch (call.query_format) {
-      case FLOAT32: widen((const Float32*)call.query + offset, q); break;
-      case BFLOAT16: widen((const BFloat16*)call.query + offset, q); break;
-      case FLOAT16: widen((const Float16*)call.query + offset, q); break;
-    }
-    Vec squares = {};
-    for (int d = 0; d < head_size; d += WIDTH) squares += load(q + d) * load(q + d);
-    const float factor = variant.query_factor(head, stored, std::sqrt(horizontal_sum(squares)));
+    load_row(call.query_format, call.query, offset, head_size, q);
+    const float factor = variant.query_factor(head, stored, norm(q, head_size));
     for (int d = 0; d < head_size; d += WIDTH) store(q + d, load(q + d) * factor);
-  }
-  template <class U>
-  void widen(const U* from, float* to) const {
-    for (int d = 0; d < head_size; d += WIDTH) store(to + d, load(from + d));
   }
 
   // Always summed up in the same order, whatever else is in the call: evictions depend on it.
@@ -225,17 +215,9 @@ class Pruned {
         for (int j = 0; j < stored; j++)
           for (int n = 0; n < vectors; n++)
             sum[n] += weights[j] * load(v + (ptrdiff_t)j * head_size + d + n * WIDTH);
-      for (int n = 0; n < VECTORS; n++) store(o + d + n * WIDTH, sum[n] * factor);
+      for (int n = 0; n < VECTORS; n++) store(o + d + n * WIDTH, sum[n]);
     }
     const int64_t offset = token * call.out_stride + (int64_t)head * head_size;
-    switch (call.out_format) {
-      case FLOAT32: narrow(o, (Float32*)call.out + offset); break;
-      case BFLOAT16: narrow(o, (BFloat16*)call.out + offset); break;
-      case FLOAT16: narrow(o, (Float16*)call.out + offset); break;
-    }
-  }
-  template <class O>
-  void narrow(const float* o, O* out) const {
-    for (int d = 0; d < head_size; d++) convert(o[d], out[d]);
+    store_row(o, factor, head_size, call.out_format, call.out, offset);
   }
 };

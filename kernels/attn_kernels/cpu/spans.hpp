@@ -11,7 +11,7 @@ constexpr int MAX_HEAD_SIZE = 256;
 // rows do not share cache sets.
 constexpr int WIDE = MAX_HEAD_SIZE + PANEL;
 
-// Rows that are scored and weighed together.
+// Rows that are scored and turned into weights together.
 constexpr int MAX_BLOCK = 16;
 static_assert(ROWS <= MAX_BLOCK && TILE_ROWS <= MAX_BLOCK);
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +12,18 @@ from torch import Tensor
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Return a struct's fields of one type, as a line of C++ declares them."""
+    return [(name, kind) for name in names.split()]
+
+
 class CacheShape(ctypes.Structure):
     """`CacheShape` of cache.hpp."""
 
     _fields_ = (
-        ("data", c_void_p),
-        ("block_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_size", c_int32),
-        ("head_size", c_int32),
-        ("num_kv_heads", c_int32),
+        *fields(c_void_p, "data"),
+        *fields(c_int64, "block_stride head_stride"),
+        *fields(c_int32, "block_size head_size num_kv_heads"),
     )
 
 
@@ -28,20 +31,14 @@ class AttendCall(ctypes.Structure):
     """`AttendCall` of call.hpp."""
 
     _fields_ = (
-        ("cache", CacheShape),
-        ("query", c_void_p),
-        ("out", c_void_p),
-        ("query_stride", c_int64),
-        ("out_stride", c_int64),
-        ("batch", c_void_p),
-        ("values", POINTER(c_float)),
-        ("learned", POINTER(c_void_p)),
-        ("scale", c_float),
-        ("num_heads", c_int32),
-        ("window", c_int32),
-        ("query_format", c_int32),
-        ("out_format", c_int32),
-        ("cache_format", c_int32),
+        *fields(CacheShape, "cache"),
+        *fields(c_void_p, "query out"),
+        *fields(c_int64, "query_stride out_stride"),
+        *fields(c_void_p, "batch"),
+        *fields(POINTER(c_float), "values"),
+        *fields(POINTER(c_void_p), "learned"),
+        *fields(c_float, "scale"),
+        *fields(c_int32, "num_heads window query_format out_format cache_format"),
     )
 
 
@@ -49,15 +46,12 @@ class WriteCall(ctypes.Structure):
     """`WriteCall` of kernel.cpp."""
 
     _fields_ = (
-        ("cache", CacheShape),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("key_stride", c_int64),
-        ("value_stride", c_int64),
-        ("slot_mapping", c_void_p),
-        ("num_tokens", c_int64),
-        ("cache_format", c_int32),
-        ("threads", c_int32),
+        *fields(CacheShape, "cache"),
+        *fields(c_void_p, "key value"),
+        *fields(c_int64, "key_stride value_stride"),
+        *fields(c_void_p, "slot_mapping"),
+        *fields(c_int64, "num_tokens"),
+        *fields(c_int32, "cache_format threads"),
     )
 
 
@@ -65,26 +59,15 @@ class PrunedCall(ctypes.Structure):
     """`PrunedCall` of pruned.hpp."""
 
     _fields_ = (
-        ("pages", c_void_p),
-        ("page_stride", c_int64),
-        ("query", c_void_p),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("out", c_void_p),
-        ("query_stride", c_int64),
-        ("key_stride", c_int64),
-        ("value_stride", c_int64),
-        ("out_stride", c_int64),
-        ("batch", c_void_p),
-        ("values", POINTER(c_float)),
-        ("scale", c_float),
-        ("num_heads", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_size", c_int32),
-        ("budget", c_int32),
-        ("query_format", c_int32),
-        ("out_format", c_int32),
-        ("page_format", c_int32),
+        *fields(c_void_p, "pages"),
+        *fields(c_int64, "page_stride"),
+        *fields(c_void_p, "query key value out"),
+        *fields(c_int64, "query_stride key_stride value_stride out_stride"),
+        *fields(c_void_p, "batch"),
+        *fields(POINTER(c_float), "values"),
+        *fields(c_float, "scale"),
+        *fields(c_int32, "num_heads num_kv_heads head_size budget"),
+        *fields(c_int32, "query_format out_format page_format"),
     )
 
 

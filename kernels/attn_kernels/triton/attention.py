@@ -11,7 +11,7 @@ as many float32 accumulators, of which KV head 0's are used: rows of keys and va
 
 What is fixed when a kernel is compiled comes as named tuples: VARIANT (`Constants`), SHAPE
 (`Shape`) and TILE (`Tiling`). A variant's functions and parameters come one by one: Triton cannot
-write down a tuple of functions where a hook watches compilations, as vLLM's does, and before 3.7 it
+write down a tuple of functions where a hook watches compilations, as vLLM's does, and Triton 3.6
 cannot pass on a tuple inside a tuple.
 """
 
@@ -71,7 +71,7 @@ class Blocks(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The query rows of a tile: `q` `[rows, dims]`, all others `[rows]`."""
+    """The query rows of a tile: `q` and `selecting` `[rows, dims]`, all others `[rows]`."""
 
     q: Any
     selecting: Any

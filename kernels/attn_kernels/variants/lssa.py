@@ -39,5 +39,5 @@ class LSSA(Variant):
 
     def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
         s = self.positive_scores(scores, mask)
-        total = s.sum(-1, keepdim=True)
-        return s / total.masked_fill(total == 0.0, 1.0)
+        denominator = s.sum(-1, keepdim=True)
+        return s / denominator.masked_fill(denominator == 0.0, 1.0)

@@ -37,14 +37,14 @@ class LSSAR(LSSA):
     def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
         s = self.positive_scores(scores, mask)
         mean = (s.sum(-1, keepdim=True) / n.clamp_min(1.0)).masked_fill(n <= 3, 0.0)
-        top = s.amax(-1, keepdim=True)
-        spread = top - mean
+        row_max = s.amax(-1, keepdim=True)
+        spread = row_max - mean
         # Rounding leaves a few units in the last place between scores that are really equal, and
         # softplus(x) = e^x, far below 0, makes |x| times as many of them. (A BLAS may add up some
         # columns in another order. The kernels do not, so that their equal scores are the same.)
         info = torch.finfo(s.dtype)
-        units = 16 * (1 - top.detach().clamp(info.tiny, 1.0).log())
-        flat = spread <= units * info.eps * top
+        units = 16 * (1 - row_max.detach().clamp(info.tiny, 1.0).log())
+        flat = spread <= units * info.eps * row_max
         ratio = (s - mean).relu() / spread.masked_fill(flat, 1.0)
         a = torch.where(flat, torch.ones_like(s), ratio**self.power).masked_fill(~mask, 0.0)
         return a / a.sum(-1, keepdim=True).clamp_min(1.0)

@@ -16,7 +16,7 @@ FEW = 4
 
 
 @dataclass(frozen=True)
-class Tile:
+class ProductTile:
     """How a product is cut up and compiled. Guesses from the compiled code: nothing was timed.
 
     Args:
@@ -33,7 +33,7 @@ class Tile:
     num_stages: int = 1
 
 
-def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> Tile:
+def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> ProductTile:
     """Return the tile of a product.
 
     Args:
@@ -42,15 +42,15 @@ def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> Tile:
         dtype: of x.
     """
     if rows <= FEW:
-        return Tile(rows, PANEL, 32, num_warps=4)
+        return ProductTile(rows, PANEL, 32, num_warps=4)
     chunks = 2 if group_chunks % 2 == 0 else 1
     if rows <= 16:
-        return Tile(16, 32, chunks, num_warps=4)
+        return ProductTile(16, 32, chunks, num_warps=4)
     if dtype == torch.float32:  # multiplied by plain arithmetic, from registers
-        return Tile(32, 32, chunks, num_warps=4)
+        return ProductTile(32, 32, chunks, num_warps=4)
     if rows <= 32:
-        return Tile(32, 64, chunks, num_warps=4)
-    return Tile(64, 128, chunks, num_warps=8)
+        return ProductTile(32, 64, chunks, num_warps=4)
+    return ProductTile(64, 128, chunks, num_warps=8)
 
 
 def multiply(x: Tensor, weight: Panels) -> Tensor:

@@ -18,34 +18,34 @@ struct LSSAR : LSSA {
         least(std::exp2(-126.f / power)) {}
 
   struct Row {
-    double total = 0.;            // of s over the visible keys; its error is raised to the power
-    float top = 0.f, mean = 0.f;  // of s
-    float per_spread = 0.f;       // 1 / (top - mean); 0 says that all scores are equal
-    Vec sum = {};                 // of the weights
+    double row_sum = 0.;  // of s over the visible keys; its error is raised to the power
+    float row_max = 0.f, mean = 0.f;  // of s
+    float per_spread = 0.f;           // 1 / (row_max - mean); 0 says that all scores are equal
+    Vec sum = {};                     // of the weights
   };
 
   // First pass: scores become s, and the row gathers their sum and maximum.
   void update_statistics(Row& row, float* s, int count) const {
-    Vec sum = {}, top = {};
+    Vec sum = {}, row_max = {};
     for (int i = 0; i < count; i += WIDTH) {
       const Vec w = softplus2(load(s + i));
       store(s + i, w);
       sum += w;
-      top = max(top, w);
+      row_max = max(row_max, w);
     }
-    row.total += horizontal_sum(sum);
-    row.top = larger(row.top, horizontal_max(top));
+    row.row_sum += horizontal_sum(sum);
+    row.row_max = larger(row.row_max, horizontal_max(row_max));
   }
 
   void merge_statistics(Row& row, const Row& other) const {
-    row.total += other.total;
-    row.top = larger(row.top, other.top);
+    row.row_sum += other.row_sum;
+    row.row_max = larger(row.row_max, other.row_max);
   }
 
   void finish_statistics(Row& row, float n) const {
-    row.mean = n <= 3.f ? 0.f : (float)(row.total / n);
-    const float spread = row.top - row.mean;
-    row.per_spread = spread <= 16 * 0x1p-23f * row.top ? 0.f : 1.f / spread;
+    row.mean = n <= 3.f ? 0.f : (float)(row.row_sum / n);
+    const float spread = row.row_max - row.mean;
+    row.per_spread = spread <= 16 * 0x1p-23f * row.row_max ? 0.f : 1.f / spread;
   }
 
   // Second pass.

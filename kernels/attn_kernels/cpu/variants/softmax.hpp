@@ -16,9 +16,9 @@ struct Softmax : OnePass {
   };
 
   float update(Row& row, float* s, int count) const {
-    Vec top = load(s);
-    for (int i = WIDTH; i < count; i += WIDTH) top = max(top, load(s + i));
-    const float exponent = larger(row.exponent, nearest(horizontal_max(top)));
+    Vec maxima = load(s);
+    for (int i = WIDTH; i < count; i += WIDTH) maxima = max(maxima, load(s + i));
+    const float exponent = larger(row.exponent, nearest(horizontal_max(maxima)));
     Vec sum = {};
     for (int i = 0; i < count; i += WIDTH) {
       const Vec w = exp2(load(s + i), exponent);

@@ -11,16 +11,16 @@ struct Softpick : OnePass {
   float query_factor(int, float, float) const { return scale; }
 
   struct Row {
-    float exponent = 0.f;  // never below 0: a row without a positive score is 0 anyway
-    float top = 0.f;       // max(0, largest score), the unit of eps
+    float exponent = 0.f;     // never below 0: a row without a positive score is 0 anyway
+    float running_max = 0.f;  // max(0, largest score), the unit of eps
     Vec sum = {};
   };
 
   float update(Row& row, float* s, int count) const {
-    Vec tops = load(s);
-    for (int i = WIDTH; i < count; i += WIDTH) tops = max(tops, load(s + i));
-    const float top = horizontal_max(tops);
-    const float exponent = larger(row.exponent, nearest(top));
+    Vec maxima = load(s);
+    for (int i = WIDTH; i < count; i += WIDTH) maxima = max(maxima, load(s + i));
+    const float largest = horizontal_max(maxima);
+    const float exponent = larger(row.exponent, nearest(largest));
     const float one = power_of_two(-exponent);
     Vec sum = {};
     for (int i = 0; i < count; i += WIDTH) {
@@ -35,7 +35,7 @@ struct Softpick : OnePass {
     const float factor = power_of_two(row.exponent - exponent);
     row.sum = row.sum * factor + sum;
     row.exponent = exponent;
-    row.top = larger(row.top, top);
+    row.running_max = larger(row.running_max, largest);
     return factor;
   }
 
@@ -45,11 +45,11 @@ struct Softpick : OnePass {
                        power_of_two(other.exponent - exponent)};
     row.sum = row.sum * f.mine + other.sum * f.theirs;
     row.exponent = exponent;
-    row.top = larger(row.top, other.top);
+    row.running_max = larger(row.running_max, other.running_max);
     return f;
   }
 
   float epilogue(const Row& row) const {
-    return 1.f / (horizontal_sum(row.sum) + eps * std::exp2(row.top - row.exponent));
+    return 1.f / (horizontal_sum(row.sum) + eps * std::exp2(row.running_max - row.exponent));
   }
 };
