@@ -27,6 +27,8 @@ from attn_kernels.cpu import build
 from attn_kernels.paged import TorchLayer
 from tests.attn_kernels.test_paged import TORCH_TOLERANCE, Cache, relative_error
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 HEADER = build.HERE / "variants" / "softpick.hpp"
 REMEMBERED = (cpu._load, cpu._warn, build.build_library, build.processor_features)

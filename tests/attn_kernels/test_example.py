@@ -16,6 +16,8 @@ from attn_kernels import Variant, cpu, get_variant, reference, variant_names
 from attn_kernels import variant as registry
 from tests.attn_kernels import cases, paper_formulas, test_paged
 
+pytestmark = pytest.mark.integration
+
 DOCS = (Path(__file__).parents[2] / "docs/VARIANT.md").read_text()
 
 

@@ -15,6 +15,8 @@ import pytest
 
 from benchmarks.triton_compile.__main__ import violations
 
+pytestmark = pytest.mark.integration
+
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

@@ -30,7 +30,7 @@ from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_llama
 from tests.vllm_attn.loading import load, one_worker
 from vllm_attn.report import StartupError
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_attn import patches
 from vllm_attn.report import StartupError
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 
 def test_every_point_is_there() -> None:
