@@ -84,7 +84,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
 def check_bound(
     expected: type[cpu.CPULayer | TorchLayer], head_size: int = 32, block_size: int = 16
 ) -> None:
-    """Check that a softpick layer is bound to an object of this class, and it computes the reference."""
+    """Check that a softpick layer becomes an object of this class, equal to the reference."""
     torch.manual_seed(0)
     variant = get_variant("softpick")
     cache = Cache.make(variant, [40], 2, head_size, block_size, torch.float32)

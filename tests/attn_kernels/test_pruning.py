@@ -27,7 +27,7 @@ class Kept(NamedTuple):
 def one_by_one(
     q: Tensor, k: Tensor, v: Tensor, budget: int, scale: float
 ) -> tuple[Tensor, dict[int, int]]:
-    """Apply the rule as it is written, for one KV head: `(outputs, {position: last accumulator})`."""
+    """Apply the written rule to one KV head: `(outputs, {position: last accumulator})`."""
     stored: list[Kept] = []
     outputs = torch.empty_like(q)
     for i in range(q.shape[1]):
