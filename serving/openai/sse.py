@@ -108,11 +108,17 @@ class EventStream(EventParser):
 
     async def pass_on(self, events: bytes) -> None:
         """Send the first events to the client, and all that follow, each as soon as it is whole."""
-        send = self.exchange.send
+        send, feed, clock = self.exchange.send, self.feed, time.perf_counter
+        observe = self.metrics.itl.observe
         write = None
 
         def write_piece(piece: bytes) -> bool:
-            events = self._timed(piece)
+            """Do the same as the loop below, at once: nearly all tokens come this way."""
+            events, has_tokens = feed(piece)
+            if has_tokens:
+                now = clock()
+                observe(now - self._last_token)
+                self._last_token = now
             return write(events) if write and events else True
 
         while True:
