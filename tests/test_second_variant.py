@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
 
