@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from attnserve.files import replacing
 
 Use = Literal["calibration", "validation", "evaluation"]
 """The use of a text. Texts of different uses are never the same, whatever their seeds."""
+USES: tuple[Use, ...] = get_args(Use)
 
 FORMAT = 1
 """Goes up when a change of the code changes the text, so that an older one is not taken for it."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
-from attnserve.evaluation.checkpoint import digest
+from attnserve.evaluation.checkpoint import Checkpoint, digest
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.tasks import Blimp, Lambada
+from attnserve.evaluation.texts import Text, anywhere, beginning, evenly, fingerprint, read, written
 from attnserve.files import CHECKOUT
-from attnserve.sampled_text import Use, sampled_text, writers
-from quant.reader import Passages, Reader
+from attnserve.sampled_text import Use, writers
 
 CHECKPOINTS = CHECKOUT / "checkpoints"
 WIKITEXT = "wikitext2_test_raw.txt"
@@ -110,8 +108,8 @@ class SweepTexts:
         key: a hash of all of it.
     """
 
-    measured: dict[str, Passages]
-    calibration: Passages
+    measured: dict[str, Text]
+    calibration: Text
     sets: Path | None
     key: str
 
@@ -121,15 +119,15 @@ class SweepTexts:
         return {"measured": self.measured["test"].title, "calibration": self.calibration.title}
 
 
-def sweep_texts(sources: Sources, reader: Reader, samples: Samples) -> SweepTexts:
+def sweep_texts(sources: Sources, checkpoint: Checkpoint, samples: Samples) -> SweepTexts:
     """Return all texts for a checkpoint, sampled where none is given.
 
     Raises:
         UserError, FileNotFoundError, ValueError: one is missing or too short.
     """
     sets = [] if sources.sets is None else set_files(sources.sets)
-    measured = measured_texts(sources, reader, samples.sequences)
-    calibration = calibration_text(sources, reader, samples.calibration, samples.seed)
+    measured = measured_texts(sources, checkpoint, samples.sequences)
+    calibration = calibration_text(sources, checkpoint, samples.calibration, samples.seed)
     if sources.books is not None and sets:
         # As the committed results have it.
         books = split(sources.books)
@@ -139,7 +137,7 @@ def sweep_texts(sources: Sources, reader: Reader, samples: Samples) -> SweepText
     return SweepTexts(measured, calibration, sources.sets, key)
 
 
-def measured_texts(sources: Sources, reader: Reader, sequences: int) -> dict[str, Passages]:
+def measured_texts(sources: Sources, checkpoint: Checkpoint, sequences: int) -> dict[str, Text]:
     """Return the texts whose perplexity and divergence are measured; `test` is the main one.
 
     Raises:
@@ -148,17 +146,17 @@ def measured_texts(sources: Sources, reader: Reader, sequences: int) -> dict[str
     if sources.books is not None:
         books = split(sources.books)
         found = {
-            "validation": reader.beginning(VALIDATION_BOOK, books.validation, sequences),
-            "test": reader.beginning(TEST_BOOK, books.test, sequences),
+            "validation": beginning(checkpoint, VALIDATION_BOOK, books.validation, sequences),
+            "test": beginning(checkpoint, TEST_BOOK, books.test, sequences),
         }
     else:
-        found = {"test": _measured(sources, reader, sequences, reader.context)}
+        found = {"test": _measured(sources, checkpoint, sequences, checkpoint.context)}
     if sources.sets is not None:
-        found["wikitext2"] = reader.beginning("WikiText-2", sources.sets / WIKITEXT, sequences)
+        found["wikitext2"] = beginning(checkpoint, "WikiText-2", sources.sets / WIKITEXT, sequences)
     return found
 
 
-def held_out_texts(sources: Sources, reader: Reader, sequences: int) -> tuple[Passages, Passages]:
+def held_out_texts(sources: Sources, checkpoint: Checkpoint, sequences: int) -> tuple[Text, Text]:
     """Return a text to choose by, and one to measure the choice on, in pieces of one token less
     than the context.
 
@@ -167,50 +165,57 @@ def held_out_texts(sources: Sources, reader: Reader, sequences: int) -> tuple[Pa
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    count = (sequences, reader.context - 1)
+    count = (sequences, checkpoint.context - 1)
     if sources.books is not None:
         books = split(sources.books)
         return (
-            reader.evenly(VALIDATION_BOOK, [books.validation], *count),
-            reader.evenly(TEST_BOOK, [books.test], *count),
+            _evenly(checkpoint, [books.validation], *count, VALIDATION_BOOK),
+            _evenly(checkpoint, [books.test], *count, TEST_BOOK),
         )
     if files := sources.calibration_text:
-        choose = reader.evenly(_title(files), files, *count)
+        choose = _evenly(checkpoint, files, *count)
     else:
-        choose = _sampled(sources, reader, "validation", *count)
-    return choose, _measured(sources, reader, *count)
+        choose = _sampled(sources, checkpoint, "validation", *count)
+    return choose, _measured(sources, checkpoint, *count)
 
 
-def calibration_text(sources: Sources, reader: Reader, sequences: int, seed: int) -> Passages:
+def calibration_text(sources: Sources, checkpoint: Checkpoint, sequences: int, seed: int) -> Text:
     """Return what calibrated schemes and static scales are calibrated on, in pieces of one token
     less than the context. Text that is measured on is never read.
 
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    count = (sequences, reader.context - 1, seed)
+    count = (sequences, checkpoint.context - 1, seed)
     if sources.books is not None:
-        return reader.anywhere("training books", split(sources.books).train, *count)
+        return anywhere(checkpoint, "training books", split(sources.books).train, *count)
     if files := sources.calibration_text:
-        return reader.anywhere(_title(files), files, *count)
-    return _sampled(sources, reader, "calibration", *count)
+        return anywhere(checkpoint, _title(files), files, *count)
+    return _sampled(sources, checkpoint, "calibration", *count)
 
 
-def _measured(sources: Sources, reader: Reader, sequences: int, length: int) -> Passages:
+def _measured(sources: Sources, checkpoint: Checkpoint, sequences: int, length: int) -> Text:
     """Return the main text, where there are no books."""
     if files := sources.text:
-        return reader.evenly(_title(files), files, sequences, length)
-    return _sampled(sources, reader, "evaluation", sequences, length)
+        return _evenly(checkpoint, files, sequences, length)
+    return _sampled(sources, checkpoint, "evaluation", sequences, length)
+
+
+def _evenly(
+    checkpoint: Checkpoint, files: Sequence[Path], sequences: int, length: int, title: str = ""
+) -> Text:
+    parts = [checkpoint.encode(read(file)) for file in files]
+    return evenly(title or _title(files), checkpoint.bos, parts, sequences, length)
 
 
 def _sampled(
-    sources: Sources, reader: Reader, use: Use, sequences: int, length: int, seed: int = 0
-) -> Passages:
-    """Return pieces that a checkpoint writes. Their beginnings are the same for every reader, also
-    for one whose context is shorter."""
-    writer = Reader(sources.writer or reader.folder, reader.length)
-    rows = sampled_text(writer.folder, use, sequences, writer.context + 1, seed)
-    return Passages(SAMPLED + writer.name, reader.bos, rows[:, 1 : length + 1].tolist())
+    sources: Sources, checkpoint: Checkpoint, use: Use, sequences: int, length: int, seed: int = 0
+) -> Text:
+    """Return sequences that a checkpoint writes. Their beginnings are the same for every reader,
+    also for one whose context is shorter."""
+    writer = Checkpoint(sources.writer or checkpoint.folder, longest=checkpoint.longest)
+    text = written(SAMPLED + writer.name, writer, use, sequences, writer.context, seed)
+    return replace(text, sequences=[sequence[:length] for sequence in text.sequences])
 
 
 def _title(files: Sequence[Path]) -> str:
@@ -229,12 +234,6 @@ def explained(measured: str, calibration: str) -> str:
             "not that of a language; KL divergence and agreement mean what they always do."
         )
     return found
-
-
-def fingerprint(texts: Sequence[Passages]) -> str:
-    """Return a hash of texts' tokens."""
-    pieces = json.dumps([text.pieces for text in texts])
-    return hashlib.sha256(pieces.encode()).hexdigest()[:16]
 
 
 def set_files(sets: Path) -> list[Path]:

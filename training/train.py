@@ -42,7 +42,7 @@ def train(
     """
     from transformers import AutoTokenizer
 
-    from attnserve.evaluation.tokens import read_tokens
+    from attnserve.evaluation.texts import read_tokens
     from training.run import MODEL, Run
 
     if not (tokenizer / "tokenizer.json").is_file():

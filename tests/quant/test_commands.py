@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from attnserve.evaluation.checkpoint import digest
+from attnserve.evaluation.checkpoint import Checkpoint, digest
 from quant import runner, texts
 from quant.config import QuantConfig, SearchSpace
 from quant.quantize import quantize
-from quant.reader import Reader
 from quant.report.__main__ import report
 from quant.store import SweepResult, read_all
 from quant.sweep import sweep
@@ -160,7 +159,7 @@ def test_quantize_gives_the_sweeps_weights(softpick: Path, empty: Path) -> None:
     configs = SearchSpace(["weights"], schemes=["gptq"]).configs()
     task = runner.plan([softpick], configs, Samples(2, 48, 2, 2, 4), Sources(), empty)[-1]
     assert task.config == QuantConfig(weights=8, scheme="gptq", group_size=64)
-    text = calibration_text(Sources(writer=softpick), Reader(softpick, 48), 4, seed=0)
+    text = calibration_text(Sources(writer=softpick), Checkpoint(softpick, longest=48), 4, seed=0)
     assert text == task.texts.calibration
 
 
