@@ -67,7 +67,7 @@ serve: $(READY)
 	  --vllm-port "$(VLLM_PORT)" --gateway-port "$(GATEWAY_PORT)" -- $(VLLM_ARGS)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not integration" $(ARGS)
 
 # Two workers, a file each at a time: most of a test's time is one thread of one vLLM server.
 test: $(READY)

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         starters = {"vllm_server", "failed_start"} & set(vars(item.module))  # type: ignore[attr-defined]  # of functions
         fixtures = getattr(item, "fixturenames", ())
         if starters or "upstream" in fixtures:
-            item.add_marker("vllm")
+            item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")

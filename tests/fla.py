@@ -201,7 +201,7 @@ def fla_logits(folder: Path, tokens: list[int]) -> Tensor:
 
 @torch.no_grad()
 def fla_greedy(folder: Path, prompt: list[int], num_tokens: int) -> Greedy:
-    """The most likely tokens after a prompt, as `tests.reference_model.reference_greedy`."""
+    """Return the most likely tokens after a prompt, as `tests.reference_model.reference_greedy`."""
     model = FlaReferenceModel(folder)
     for token in prompt[:-1]:
         model.read(token)
@@ -215,7 +215,7 @@ def fla_greedy(folder: Path, prompt: list[int], num_tokens: int) -> Greedy:
 
 
 def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
-    """A random prompt, and the reference's greedy tokens after it, none of them a near tie."""
+    """Return a random prompt, and the reference's greedy tokens after it, none a near tie."""
     for seed in range(100):
         generator = torch.Generator().manual_seed(1000 * length + seed)
         prompt = torch.randint(2, 256, (length,), generator=generator).tolist()

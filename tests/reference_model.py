@@ -132,7 +132,7 @@ class ReferenceModel:
         return self._linear(output.flatten(), name + "o_proj")
 
     def _pruned(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Selective attention within a budget, as the rule is written (`attn_kernels.pruning`)."""
+        """Compute selective attention within a budget, as `attn_kernels.pruning` has the rule."""
         stored = self.stored[layer]
         if len(stored) == self.budgets[layer]:
             ranked = sorted(
@@ -167,7 +167,7 @@ class ReferenceModel:
 def reference_greedy(
     folder: Path, prompt: list[int], num_tokens: int, variant: dict[str, Any] | None = None
 ) -> Greedy:
-    """The `num_tokens` most likely tokens after the token ids of `prompt`, one after another.
+    """Return the `num_tokens` most likely tokens after the token ids of `prompt`, one by one.
 
     The end-of-text token is a token like any other (`ignore_eos`). `folder` and `variant` are
     those of `ReferenceModel`.
@@ -185,7 +185,7 @@ def reference_greedy(
 
 
 def clear_greedy(folder: Path, num_prompt_tokens: int, num_tokens: int) -> tuple[list[int], Greedy]:
-    """A random prompt of byte tokens, and the reference's greedy tokens after it.
+    """Return a random prompt of byte tokens, and the reference's greedy tokens after it.
 
     A prompt with a near tie among its answers, or among the tokens to evict, is passed over:
     float32 moves the logits of `tests.tiny.tiny_checkpoint` by less than 1e-4 and may decide a tie

@@ -22,7 +22,7 @@ from serving.launch.host_checks import (
 )
 from tests.servers import free_port
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
 LOCK = (ROOT / "requirements/cpu.txt").read_text().splitlines()

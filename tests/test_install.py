@@ -14,7 +14,7 @@ import pytest
 
 from tests.servers import COMMON_ENV, STARTUP_SECONDS, end_group, free_port
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
 TROUBLESHOOTING = (ROOT / "docs/TROUBLESHOOTING.md").read_text()

@@ -23,7 +23,7 @@ from tests.servers import end_group, free_port, spawn, wait_until_healthy
 from tests.serving.helpers import ask
 from tests.serving.standin import standin
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,7 +70,7 @@ def selection(x):
 EVALUATE = """
 from pathlib import Path
 import torch
-from attnserve.budgets.forward import Forward
+from attnserve.budgets.model import Forward
 from attnserve.evaluation.checkpoint import Checkpoint
 from tests.reference_model import ReferenceModel
 from tests.tiny import tiny_checkpoint

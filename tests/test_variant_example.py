@@ -10,7 +10,7 @@ import pytest
 
 from tests.attn_kernels.test_example import example
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
 

@@ -64,7 +64,7 @@ SHAPES = [
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of its own, so that no test depends on another."""
+    """Return a generator of its own, so that no test depends on another."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -83,7 +83,7 @@ class Inputs:
 
 
 def make_inputs(variant: Variant, shape: Shape, seed: int = 0, spread: float = 1.0) -> Inputs:
-    """Normal random inputs; `spread` multiplies the queries and so the raw scores."""
+    """Return normal random inputs; `spread` multiplies the queries and so the raw scores."""
     g = seeded(seed)
 
     def normal(*size: int) -> Tensor:
@@ -98,7 +98,7 @@ def make_inputs(variant: Variant, shape: Shape, seed: int = 0, spread: float = 1
 
 
 def make_learned(variant: Variant, heads: int, g: torch.Generator) -> dict[str, Tensor]:
-    """A tensor for each one that the variant learns, different in every head."""
+    """Return a tensor for each one that the variant learns, different in every head."""
     return {
         name: torch.rand(heads, generator=g, dtype=torch.float64) + 0.2 for name in variant.learned
     }
@@ -131,14 +131,14 @@ def by_paper_formula(
 
 
 def causal(length: int) -> Tensor:
-    """The plain causal mask `[length, length]`."""
+    """Return the plain causal mask `[length, length]`."""
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
 def penalties(
     variant: Variant, q: Tensor, k: Tensor, scale: float, window: int | None = None
 ) -> Tensor | None:
-    """What a stateful variant subtracts for a whole sequence, `[..., length, length]`."""
+    """Return what a stateful variant subtracts for a whole sequence, `[..., length, length]`."""
     if not variant.stateful:
         return None
     positions = torch.arange(q.shape[-2])

@@ -32,7 +32,7 @@ class Sequence:
     scores: dict[tuple[int, int, int], Decimal] = field(default_factory=dict)
 
     def kv_head(self, head: int) -> int:
-        """Grouped queries: consecutive query heads share a key-value head."""
+        """Return the KV head: consecutive query heads share a key-value head."""
         return head // (len(self.q) // len(self.k))
 
     def visible(self, i: int) -> range:
@@ -41,11 +41,11 @@ class Sequence:
         return range(first, i + 1)
 
     def n(self, i: int) -> int:
-        """The papers' N_i."""
+        """Return the papers' N_i."""
         return len(self.visible(i))
 
     def x(self, head: int, i: int, j: int) -> Decimal:
-        """The raw score scale * q_i . k_j."""
+        """Return the raw score scale * q_i . k_j."""
         at = head, i, j
         if at not in self.scores:
             self.scores[at] = self.scale * dot(self.q[head][i], self.k[self.kv_head(head)][j])
@@ -53,18 +53,18 @@ class Sequence:
 
 
 def dot(a: Vector, b: Vector) -> Decimal:
-    """a . b"""
+    """Return a . b."""
     return sum((x * y for x, y in zip(a, b, strict=True)), ZERO)
 
 
 def unit(a: Vector) -> Vector:
-    """a / |a|, and 0 for the zero vector."""
+    """Return a / |a|, and 0 for the zero vector."""
     norm = dot(a, a).sqrt()
     return [x / norm for x in a] if norm else a
 
 
 def shares(a: Vector) -> Vector:
-    """a divided by its sum."""
+    """Return a divided by its sum."""
     total = sum(a, ZERO)
     return [x / total for x in a]
 
@@ -146,7 +146,7 @@ FORMULAS: dict[str, Entry] = {
 
 
 def entry(name: str) -> Entry:
-    """The variant's entry.
+    """Return the variant's entry.
 
     Raises:
         AssertionError: a registered variant has none; the message says where to add it.
@@ -159,7 +159,7 @@ def entry(name: str) -> Entry:
 
 
 def decimals(nested: Any) -> Any:
-    """The exact Decimals of a nested list of floats."""
+    """Return the exact Decimals of a nested list of floats."""
     return [decimals(x) for x in nested] if isinstance(nested, list) else Decimal(nested)
 
 
@@ -208,7 +208,7 @@ def attention(
 
 
 def penalties(q: list[Any], k: list[Any], *, scale: float, window: int | None) -> list[list[float]]:
-    """Selective attention's F `[query][key]` for a whole sequence, 0 above the diagonal."""
+    """Return selective attention's F `[query][key]` for a whole sequence, 0 above the diagonal."""
     with localcontext() as context:
         context.prec = 40
         s = Sequence(decimals(q), decimals(k), [], Decimal(scale), window, {}, {})

@@ -27,6 +27,8 @@ from attn_kernels.cpu import build
 from attn_kernels.paged import TorchLayer
 from tests.attn_kernels.test_paged import TORCH_TOLERANCE, Cache, relative_error
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 HEADER = build.HERE / "variants" / "softpick.hpp"
 REMEMBERED = (cpu._load, cpu._warn, build.build_library, build.processor_features)
@@ -82,7 +84,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
 def check_bound(
     expected: type[cpu.CPULayer | TorchLayer], head_size: int = 32, block_size: int = 16
 ) -> None:
-    """A softpick layer is bound to an object of this class, and it computes the reference."""
+    """Check that a softpick layer becomes an object of this class, equal to the reference."""
     torch.manual_seed(0)
     variant = get_variant("softpick")
     cache = Cache.make(variant, [40], 2, head_size, block_size, torch.float32)
@@ -99,12 +101,12 @@ def check_bound(
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What was logged, but for the line before each compilation."""
+    """Return what was logged, but for the line before each compilation."""
     return [r for r in caplog.records if not r.getMessage().startswith("Compiling ")]
 
 
 def only_warning(caplog: pytest.LogCaptureFixture) -> str:
-    """The one warning that there is, a single line."""
+    """Return the one warning that there is, a single line."""
     (record,) = said(caplog)
     assert record.name == "attn_kernels.cpu" and record.levelname == "WARNING"
     message = record.getMessage()
@@ -127,7 +129,7 @@ check_bound(cpu.CPULayer)
 
 @pytest.fixture
 def start() -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Starts processes that bind and check a layer as soon as a line is written to them."""
+    """Start processes that bind and check a layer as soon as a line is written to them."""
     started: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:

@@ -16,11 +16,13 @@ from attn_kernels import Variant, cpu, get_variant, reference, variant_names
 from attn_kernels import variant as registry
 from tests.attn_kernels import cases, paper_formulas, test_paged
 
+pytestmark = pytest.mark.integration
+
 DOCS = (Path(__file__).parents[2] / "docs/VARIANT.md").read_text()
 
 
 def example(language: str, what: str) -> str:
-    """The one code block of docs/VARIANT.md in this language that has this text in it."""
+    """Return the one code block of docs/VARIANT.md in this language that has this text in it."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", DOCS, re.M | re.S)
     (block,) = (block for block in blocks if what in block)
     return str(block)
@@ -28,7 +30,7 @@ def example(language: str, what: str) -> str:
 
 @pytest.fixture
 def sigmoid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant]:
-    """The example, registered for one test."""
+    """Return the example, registered for one test."""
     variant_names()  # loads what there is, so that only the example is forgotten afterwards
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.syspath_prepend(tmp_path)

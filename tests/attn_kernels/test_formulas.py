@@ -31,7 +31,7 @@ from tests.attn_kernels.cases import (
 
 
 def row(variant: Variant, x: list[float], **learned: float) -> Tensor:
-    """The weights of one query whose raw scores over its visible keys are x."""
+    """Return the weights of one query whose raw scores over its visible keys are x."""
     q = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     k = torch.tensor([[[value, 0.0] for value in x]], dtype=torch.float64)
     _, weights = attend(

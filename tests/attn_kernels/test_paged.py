@@ -144,7 +144,7 @@ class Cache:
 
 @dataclass
 class Case:
-    """Requests of odd lengths, and what the reference makes of each."""
+    """Return requests of odd lengths, and what the reference makes of each."""
 
     variant: Variant
     seq_lens: list[int]
@@ -182,8 +182,8 @@ def make_case(name: str, shape: Shape, window: int | None, dtype: torch.dtype) -
 def error_against_reference(
     path: str, name: str, shape: Shape, window: int | None, dtype: torch.dtype, threads: int
 ) -> float:
-    """Requests of odd lengths, prefilled in chunks and decoded in one mixed batch; the largest
-    error relative to its request's largest output (and to what rounded scores allow)."""
+    """Run requests of odd lengths, prefilled in chunks and decoded in one mixed batch; return the
+    largest error relative to its request's largest output (and to what rounded scores allow)."""
     case = make_case(name, shape, window, dtype)
     variant, seq_lens, learned = case.variant, case.seq_lens, case.learned
     q, k, v = case.q, case.k, case.v
@@ -254,7 +254,7 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 def reference_of_rounded_scores(
     case: Case, request: list[Tensor], window: int | None, scale: float
 ) -> Iterator[Tensor]:
-    """The reference's outputs if each score is off by SCORE_ROUNDING, up or down at random."""
+    """Return the reference's outputs where each score is off by SCORE_ROUNDING, up or down."""
     variant = case.variant
     q, k, v = (x.double().transpose(0, 1) for x in request)
     positions = torch.arange(q.shape[1])

@@ -27,7 +27,7 @@ class Kept(NamedTuple):
 def one_by_one(
     q: Tensor, k: Tensor, v: Tensor, budget: int, scale: float
 ) -> tuple[Tensor, dict[int, int]]:
-    """The rule as it is written, for one KV head: `(outputs, {position: last accumulator})`."""
+    """Apply the written rule to one KV head: `(outputs, {position: last accumulator})`."""
     stored: list[Kept] = []
     outputs = torch.empty_like(q)
     for i in range(q.shape[1]):
@@ -70,7 +70,7 @@ def inputs(n: int, heads: int = 3, size: int = 8, spread: float = 1.0) -> tuple[
 def poisoned_page(
     budget: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
 ) -> pruning.Page:
-    """A page as another request left it: its numbers are wild, its keys and values NaN."""
+    """Return a page as another request left it: its numbers are wild, its keys and values NaN."""
     shape = pruning.PageShape(budget, num_kv_heads, head_size, dtype)
     memory = torch.full((shape.num_bytes,), 0x7F, dtype=torch.uint8)
     page = pruning.Page.view(memory, shape)

@@ -26,7 +26,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=CONFIGURATION_I
 def chunked(
     variant: Variant, inputs: Inputs, sizes: list[int], window: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The reference on consecutive chunks of queries, each against the keys up to its end."""
+    """Return the reference on consecutive chunks of queries, each against the keys to its end."""
     starts = [0]
     while starts[-1] < inputs.q.shape[-2]:
         size = sizes[(len(starts) - 1) % len(sizes)]

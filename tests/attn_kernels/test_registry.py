@@ -30,7 +30,7 @@ SIX = {"softmax", "softpick", "ssmax", "lssa", "lssar", "selective"}
 
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A registry to add to, forgotten after the test."""
+    """Return a registry to add to, forgotten after the test."""
     variant_names()
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     yield

@@ -20,7 +20,7 @@ class TorchKernel:
         self.isa = "torch"
 
     def spoil(self, out: Tensor, kv_cache: Tensor, before: Tensor) -> None:
-        """What a wrong kernel does; `before` is the cache before the call."""
+        """Return what a wrong kernel does; `before` is the cache before the call."""
 
     def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
         return None

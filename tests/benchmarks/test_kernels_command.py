@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "last_level_cache", lambda: 0)
 
 
+@pytest.mark.integration
 def test_end_to_end(tmp_path: Path, commands: Commands) -> None:
     results = tmp_path / "results" / "kernels.csv"
     shown = commands.run(kernels, *TINY, "--csv", results)

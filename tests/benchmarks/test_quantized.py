@@ -22,7 +22,7 @@ from tests.tiny import tiny_checkpoint
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint of 3 layers with hidden size 128, and its 4-bit form."""
+    """Return a checkpoint of 3 layers with hidden size 128, and its 4-bit form."""
     folder = tmp_path_factory.mktemp("packed")
     source = tiny_checkpoint(folder / "source", "softmax", tie_word_embeddings=True)
     quantize([str(source), str(folder / "w4"), "--bits=4", "--scheme=rtn", "--embeddings=8"])

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command, run to its end."""
+    """Return the command, run to its end."""
     command = [sys.executable, "-m", "benchmarks.rates", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -110,7 +110,7 @@ def test_defaults_fit_the_checkpoint(
 
 
 def ours() -> list[psutil.Process]:
-    """Processes of vLLM below this one or left behind by it; dead ones do not count."""
+    """Return processes of vLLM below this one or left behind by it; dead ones do not count."""
     alive = [p for p in psutil.process_iter(["name"]) if p.status() != psutil.STATUS_ZOMBIE]
     mine = {p.pid for p in psutil.Process().children(recursive=True)}
     return [p for p in alive if p.pid in mine and "vllm" in p.info["name"].lower()]

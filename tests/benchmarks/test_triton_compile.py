@@ -15,6 +15,8 @@ import pytest
 
 from benchmarks.triton_compile.__main__ import violations
 
+pytestmark = pytest.mark.integration
+
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -119,7 +121,7 @@ print(json.dumps({"rows": rows, "launched": [first, again, len(launched)]}))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What SCRIPT prints."""
+    """Return what SCRIPT prints."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     result: dict[str, Any] = json.loads(python(folder / "script.py", folder).splitlines()[-1])

@@ -11,7 +11,7 @@ from tests.docs.clone import Clone
 from tests.docs.rules import NotHere, Run
 from tests.docs.table import RULES
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 
 def cases() -> list[object]:

@@ -14,7 +14,7 @@ from attn_kernels import get_variant, variant_names
 from examples import train_llama
 from tests.docs.text import ROOT
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 
 @pytest.mark.parametrize("name", variant_names())

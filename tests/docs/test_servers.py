@@ -20,7 +20,7 @@ from tests.docs.table import RULES
 from tests.docs.text import Block, all_blocks
 from tests.servers import end_group, free_port, wait_until_healthy
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 GATEWAY, VLLM = "127.0.0.1:8080", "127.0.0.1:8000"
 """The addresses in the texts."""

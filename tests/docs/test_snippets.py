@@ -17,7 +17,7 @@ from tests.docs.table import YOUR_LLAMA
 from tests.docs.test_servers import GATEWAY
 from tests.docs.text import TEXTS, Block, all_blocks, blocks
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ELSEWHERE = {Path("docs/VARIANT.md"): "tests/attn_kernels/test_example.py"}
 OTHER_CARDS = set(CHECKPOINTS) - {"softpick"}

@@ -131,7 +131,7 @@ class Module(torch.nn.Module):
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values and the causal mask; 4 heads, 2 KV heads, 6 tokens."""
+    """Return queries, keys, values and the causal mask; 4 heads, 2 KV heads, 6 tokens."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, heads, 6, 8).to(dtype) for heads in (4, 2, 2))
     return q, k, v, torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()

@@ -36,6 +36,7 @@ def run(*arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.integration
 def test_without_the_import(tmp_path: Path) -> None:
     """transformers says which option to give, and it works; what is saved is as before."""
     folder = tiny_checkpoint(tmp_path / "model", "softpick")

@@ -86,7 +86,7 @@ def test_loss_of_a_model(name: str) -> None:
 def finite_difference(
     function: Callable[[], Tensor], parameters: list[Tensor], direction: list[Tensor]
 ) -> float:
-    """The central difference of `function` along `direction`, to fourth order."""
+    """Return the central difference of `function` along `direction`, to fourth order."""
 
     def at(distance: float) -> float:
         for p, d in zip(parameters, direction, strict=True):

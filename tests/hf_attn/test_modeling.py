@@ -159,6 +159,7 @@ def test_attention_weights_are_returned(name: str, tmp_path: Path) -> None:
         assert (layer.sum(-1) > 0.5).any()
 
 
+@pytest.mark.integration
 def test_importing_the_package_is_enough(tmp_path: Path) -> None:
     """In a fresh process; the transformers loader needs no remote code."""
     tiny_checkpoint(tmp_path, "softpick", **SMALL)

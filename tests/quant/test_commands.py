@@ -24,6 +24,8 @@ from tests.conftest import Commands
 from tests.quant.test_sweep import SMALL
 from tests.tiny import LICENSE, tiny_checkpoint
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 FEW = [*SMALL, "--what", "weights", "--schemes", "gptq", "--bits"]
 

@@ -15,6 +15,8 @@ from quant.schemes import registry
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme, installed
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
+pytestmark = pytest.mark.integration
+
 
 def needs(name: str) -> Scheme:
     """Return a scheme whose library is there; else skip the test."""

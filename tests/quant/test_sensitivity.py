@@ -60,6 +60,7 @@ def test_more_bits_that_are_worse_are_left_first() -> None:
     assert path(prices)[1] == {"a": 4, "b": 8}
 
 
+@pytest.mark.integration
 def test_command(softpick: Path, data: Data, tmp_path: Path, commands: Commands) -> None:
     argv = [str(softpick), f"--books={data.books}", f"--out={tmp_path}", "--length=48"]
     argv += ["--sequences=2", "--calibration=2", "--group=32", "--bits", "2", "4", "8"]

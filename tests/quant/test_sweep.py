@@ -41,6 +41,7 @@ def times(out: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_mtime_ns for path in out.glob("configs/*/*.json")}
 
 
+@pytest.mark.integration
 def test_results_reports_and_what_is_there_already(
     softpick: Path, texts: list[str], tmp_path: Path, commands: Commands
 ) -> None:
@@ -83,6 +84,7 @@ def test_results_reports_and_what_is_there_already(
     assert len(pd.read_csv(tmp_path / "configs.csv")) == 9
 
 
+@pytest.mark.integration
 def test_a_kill_loses_one_config(softpick: Path, tmp_path: Path, commands: Commands) -> None:
     """On sampled text, which is the same afterwards."""
     argv = [str(softpick), *SMALL, f"--out={tmp_path}", "--what", "kv", "--bits"]
@@ -256,6 +258,7 @@ def test_two_jobs(softpick: Path, texts: list[str], tmp_path: Path, commands: Co
             assert b.summary[name].value == pytest.approx(estimate.value, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.integration
 def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
     """Workers, which a terminal's Ctrl-C reaches too, say nothing; the command goes on later."""
     options = f"--bits 4 --schemes rtn --what weights --sequences 2 --length 64 --out {tmp_path}/r"

@@ -22,7 +22,7 @@ are no lookup."""
 
 
 def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) -> QuantizedWeight:
-    """A random one; zero points are integers, halves between them, or none."""
+    """Return a random one; zero points are integers, halves between them, or none."""
     generator = torch.Generator().manual_seed(bits)
     spec = QuantSpec(bits, group, zeros == "none")
     shape = outputs, spec.groups(inputs)
@@ -46,8 +46,10 @@ def reference(quantized: QuantizedWeight) -> Tensor:
 
 
 def in_panels(quantized: QuantizedWeight) -> Panels:
-    """What a checkpoint holds, in the kernels' order. Unused bits of the last words are set: they
-    are nobody's."""
+    """Return what a checkpoint holds, in the kernels' order.
+
+    Unused bits of the last words are set: nobody may read them.
+    """
     bits, columns = quantized.spec.bits, quantized.values.shape[1]
     packed = pack(quantized.values, bits)
     if used := columns * bits % 32:

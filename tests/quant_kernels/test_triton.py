@@ -36,7 +36,7 @@ CASES = [
 
 
 def multiply(x: Tensor, weight: Panels) -> Tensor:
-    """Imported when it is called: the interpreter must be on."""
+    """Import it when it is called: the interpreter must be on."""
     from quant_kernels import triton
 
     return triton.multiply(x, weight)

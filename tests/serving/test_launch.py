@@ -23,7 +23,7 @@ from serving.launch.vllm_log import IMPORTING, PHASES, last_error, notes, phase,
 from tests.servers import COMMON_ENV, STARTUP_SECONDS, end_group, free_port
 from tests.serving.standin import wait_for
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent.parent
 

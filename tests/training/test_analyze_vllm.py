@@ -14,7 +14,7 @@ from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 from training.analyze.store import read
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 SETTINGS = ("--limit=3", "--max-length=512", "--measures")
 MEASURES = ("length", "passkey", "lambada", "blimp", "perplexity")

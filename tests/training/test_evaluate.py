@@ -40,6 +40,7 @@ def scores(commands: Commands, *argv: object) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.integration
 def test_no_text_at_hand(checkpoint: Path, home: Path, commands: Commands) -> None:
     """The mean loss over what the checkpoint wrote, and the words that say what that is."""
     shown = commands.run(evaluate, checkpoint, "--sequences", 2)

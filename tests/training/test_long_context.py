@@ -47,6 +47,7 @@ def test_octaves_and_differences() -> None:
     assert octaves(wide)["loss"].tolist() == [1.5]
 
 
+@pytest.mark.integration
 def test_measured_through_vllm(tmp_path: Path, commands: Commands) -> None:
     """ssmax with another rotary base, beyond max_position_embeddings: transformers' losses."""
     source, ckpt, csv = tmp_path / "source", tmp_path / "ssmax", tmp_path / "table.csv"

@@ -37,8 +37,8 @@ def test_generates_the_references_tokens(folder: Path) -> None:
 
 
 def test_committed_results_are_of_these_checkpoints() -> None:
-    cells = CHECKPOINTS.parent / "quant" / "results" / "cells"
-    files = sorted(cells.glob("*/unquantized.json"))
+    results = CHECKPOINTS.parent / "quant" / "results" / "configs"
+    files = sorted(results.glob("*/unquantized.json"))
     assert files
     for file in files:
         key = json.loads(file.read_text())["key"]

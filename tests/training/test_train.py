@@ -42,6 +42,7 @@ def options(books: Path, tokenizer: Path, out: Path) -> list[str]:
     ]
 
 
+@pytest.mark.integration
 def test_killed_and_resumed_equals_uninterrupted(
     books: Path,
     tokenizer: PreTrainedTokenizerFast,

@@ -32,12 +32,12 @@ class Client:
         )
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """The whole answer at once."""
+        """Return the whole answer at once."""
         tokens: list[int] = self._create(prompt, num_tokens).choices[0].token_ids
         return tokens
 
     def greedy_streamed(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """The answer from a stream of events."""
+        """Return the answer from a stream of events."""
         tokens: list[int] = []
         for event in self._create(prompt, num_tokens, stream=True):
             tokens += event.choices[0].token_ids or []
@@ -64,7 +64,7 @@ class Client:
             return list(pool.map(lambda prompt: self.greedy(prompt, num_tokens), prompts))
 
     def server_info(self) -> ServerInfo:
-        """What the server says that it runs, as the gateway reads it."""
+        """Return what the server says that it runs, as the gateway reads it."""
         with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
             return parse_info(answer.read())
 

@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 
 @contextlib.contextmanager
 def one_worker(folder: Path) -> Iterator[None]:
-    """What a CPU worker sets up before it loads a model; `folder` gets a file."""
+    """Return what a CPU worker sets up before it loads a model; `folder` gets a file."""
     config = EngineArgs(str(folder), dtype="float32").create_engine_config()
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
@@ -35,7 +35,7 @@ def one_worker(folder: Path) -> Iterator[None]:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """The model, loaded and checked as a worker does it before it allocates a KV cache."""
+    """Return the model, loaded and checked as a worker does it before it allocates a KV cache."""
     config = EngineArgs(
         str(folder), dtype="float32", max_model_len=256, enforce_eager=True, **options
     ).create_engine_config()

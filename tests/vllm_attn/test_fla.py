@@ -79,7 +79,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(folder: Path, to: Path, without: str | None = None, **fields: Any) -> Path:
-    """The checkpoint with other fields in `config.json` and without a tensor."""
+    """Return the checkpoint with other fields in `config.json` and without a tensor."""
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text()) | fields
@@ -112,7 +112,7 @@ def test_the_checkpoint_chooses(attn_impl: str, tmp_path: Path) -> None:
 
 
 def refusal(folder: Path, **options: Any) -> str:
-    """The one line with which vLLM's start-up ends."""
+    """Return the one line with which vLLM's start-up ends."""
     with pytest.raises((StartupError, ValueError)) as error:
         make_config(folder, **options)
     message = one_line(error.value)

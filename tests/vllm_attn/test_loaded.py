@@ -30,12 +30,12 @@ from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_llama
 from tests.vllm_attn.loading import load, one_worker
 from vllm_attn.report import StartupError
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock model with experts."""
+    """Return a stock model with experts."""
     folder = tmp_path_factory.mktemp("mixtral")
     config = MixtralConfig(
         vocab_size=512,
@@ -77,7 +77,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def changed(source: Path, folder: Path, tensors: dict[str, Tensor | None]) -> Path:
-    """A copy with other tensors; None: without them."""
+    """Return a copy with other tensors; None: without them."""
     shutil.copytree(source, folder)
     content = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -93,7 +93,7 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def refused_without(source: Path, name: str, folder: Path, **options: Any) -> None:
-    """The line names the tensor that is not there."""
+    """Check that the line names the tensor that is not there."""
     copy = changed(source, folder, {name: None})
     with pytest.raises(StartupError, match=rf"has no tensor {re.escape(name)}(,|:| )"):
         load(copy, **options)

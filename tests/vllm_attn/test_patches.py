@@ -11,7 +11,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_attn import patches
 from vllm_attn.report import StartupError
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 
 def test_every_point_is_there() -> None:
@@ -26,7 +26,7 @@ def test_loaders_take_what_is_passed_on() -> None:
 
 
 def platform(**members: Any) -> Any:
-    """A subclass of vLLM's CPU platform."""
+    """Return a subclass of vLLM's CPU platform."""
     base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "")
     return type("Platform", (base,), members)
 

@@ -24,7 +24,7 @@ from vllm_attn.backend import VariantBackend, VariantMetadataBuilder
 from vllm_attn.preflight import check_layer
 from vllm_attn.report import StartupError, one_line
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.integration
 
 register()
 

@@ -65,7 +65,7 @@ class Served:
     expected: list[list[int]]
 
     def sample(self, work: Future[Any], *metrics: str) -> list[tuple[float, ...]]:
-        """The metrics' values while `work` goes on."""
+        """Return the metrics' values while `work` goes on."""
         values = []
         while not work.done():
             values.append(self.client.metrics(*metrics))

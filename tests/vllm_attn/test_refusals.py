@@ -99,7 +99,7 @@ def test_vllm_serve_stops(
 
 
 def make_config(checkpoint: Path, **options: object) -> Any:
-    """What vLLM does before it starts an engine."""
+    """Return what vLLM does before it starts an engine."""
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(
@@ -217,7 +217,7 @@ OTHERS = [name for name in variant_names() if name != "softmax"]
 
 
 def declaring(source: Path, folder: Path, **fields: object) -> Path:
-    """A copy of a checkpoint with other fields in its config.json."""
+    """Return a copy of a checkpoint with other fields in its config.json."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))

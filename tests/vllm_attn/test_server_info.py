@@ -32,7 +32,7 @@ BUDGETS = {"name": "selective", "kv_budgets": [8, 4, 12]}
 
 
 def make_config(checkpoint: Path, **options: Any) -> Any:
-    """What vLLM does before it starts an engine."""
+    """Return what vLLM does before it starts an engine."""
     from vllm.engine.arg_utils import EngineArgs
 
     options = {"dtype": "float32", "max_model_len": 256, "served_model_name": "m", **options}
@@ -40,7 +40,7 @@ def make_config(checkpoint: Path, **options: Any) -> Any:
 
 
 def quantized(folder: Path, entry: dict[str, Any], **fields: Any) -> Path:
-    """A checkpoint whose config.json says that it is quantized; nothing loads its weights."""
+    """Return a checkpoint whose config.json says it is quantized; nothing loads its weights."""
     tiny_checkpoint(folder, "softpick", **fields)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
@@ -48,7 +48,7 @@ def quantized(folder: Path, entry: dict[str, Any], **fields: Any) -> Path:
 
 
 def group(bits: int, *targets: str) -> dict[str, Any]:
-    """A group of compressed-tensors."""
+    """Return a group of compressed-tensors."""
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 64}
     return {"targets": list(targets), "weights": weights | {"symmetric": True, "dynamic": False}}
 

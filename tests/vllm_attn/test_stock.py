@@ -35,13 +35,13 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained model: 9 heads, 3 KV heads, float32."""
+    """Return a pretrained model: 9 heads, 3 KV heads, float32."""
     return write_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="module")
 def tiny_softmax(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that names softmax: the only variant that vLLM's own attention may serve."""
+    """Return a checkpoint that names softmax: vLLM's own attention may serve no other."""
     return tiny_checkpoint(tmp_path_factory.mktemp("softmax"), "softmax")
 
 
@@ -65,7 +65,7 @@ def test_same_tokens_as_stock(checkpoint: str, request: pytest.FixtureRequest) -
 
 @pytest.fixture(scope="module")
 def plain_llama(tiny_softmax: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights as a checkpoint that has never heard of variants."""
+    """Return the same weights as a checkpoint that has never heard of variants."""
     folder = tmp_path_factory.mktemp("llama")
     for file in tiny_softmax.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

@@ -79,15 +79,14 @@ template <int NP, int LDA, int LDC, bool ADD, class T>
 inline void multiply_rows(int rows, const float* a, const T* panels, ptrdiff_t panel_stride,
                           ptrdiff_t depth, float* c, const float* rescale, ptrdiff_t ahead) {
   switch (kernel_rows(rows)) {
+    // clang-format off
 #define CASE(R) \
   case R: return multiply<R, NP, LDA, LDC, ADD>(a, panels, panel_stride, depth, c, rescale, ahead);
-    CASE(1)
-    CASE(2)
-    CASE(3)
-    CASE(4) CASE(6)
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(6)
 #if defined(__AVX512F__)
-        CASE(8) CASE(12)
+    CASE(8) CASE(12)
 #endif
 #undef CASE
+    // clang-format on
   }
 }
