@@ -26,7 +26,7 @@ from quant.mixed import LayerBits, Price, Prices, spread, total, within
 from quant.model import empty_model, linears, put
 from quant.schemes.hessian import watched
 from quant.schemes.registry import get_scheme
-from quant.texts import Sources, calibration_text, held_out_texts
+from quant.texts import Sources, calibration_text, text_for
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 CHOICES = 9
@@ -133,7 +133,8 @@ def analyze(
         scheme.check(spec, {layer.in_features for layer in planned})
     checkpoint = Checkpoint(folder, longest=settings.length)
     sources = sources.for_checkpoints([folder])[folder]
-    chosen, measured = held_out_texts(sources, checkpoint, settings.sequences)
+    count = (sources, checkpoint, settings.sequences, checkpoint.context - 1)
+    chosen, measured = text_for("validation", *count), text_for("evaluation", *count)
     calibration = calibration_text(sources, checkpoint, settings.calibration, settings.seed)
     key = {
         "checkpoint": checkpoint.digest,

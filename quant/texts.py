@@ -18,8 +18,6 @@ from attnserve.sampled_text import Use, writers
 CHECKPOINTS = CHECKOUT / "checkpoints"
 WIKITEXT = "wikitext2_test_raw.txt"
 SAMPLED = "text sampled from "
-VALIDATION_BOOK, TEST_BOOK = "validation book", "test book"
-"""*Emma* and *Great Expectations*, which are no training texts of the reference checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,25 @@ class Sources:
                 f"{min(twice)} would be measured on after it was calibrated on: give another text "
                 "to calibrate on, or leave out --calibration-text"
             )
+
+    def files(self, use: Use) -> tuple[str, Sequence[Path]]:
+        """Return title and files of a text; no files: a checkpoint writes it.
+
+        Validation is by what is chosen: the validation book, else what is calibrated on, at other
+        places.
+        """
+        if self.books is not None:
+            books = split(self.books)
+            found: dict[Use, tuple[str, Sequence[Path]]] = {
+                "calibration": ("training books", books.train),
+                "validation": ("validation book", [books.validation]),
+                "evaluation": ("test book", [books.test]),
+            }
+            return found[use]
+        files = self.text if use == "evaluation" else self.calibration_text
+        if len(files) > 3:
+            return f"{files[0].name} and {len(files) - 1} more", files
+        return ", ".join(file.name for file in files), files
 
     def for_checkpoints(self, folders: Sequence[Path]) -> dict[Path, Sources]:
         """Return the sources of each checkpoint: who writes depends on all of them.
@@ -143,86 +160,50 @@ def measured_texts(sources: Sources, checkpoint: Checkpoint, sequences: int) -> 
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
+    found = {}
     if sources.books is not None:
-        books = split(sources.books)
-        found = {
-            "validation": beginning(checkpoint, VALIDATION_BOOK, books.validation, sequences),
-            "test": beginning(checkpoint, TEST_BOOK, books.test, sequences),
-        }
+        uses: dict[str, Use] = {"validation": "validation", "test": "evaluation"}
+        for name, use in uses.items():
+            title, (file,) = sources.files(use)
+            found[name] = beginning(checkpoint, title, file, sequences)
     else:
-        found = {"test": _measured(sources, checkpoint, sequences, checkpoint.context)}
+        found["test"] = text_for("evaluation", sources, checkpoint, sequences, checkpoint.context)
     if sources.sets is not None:
         found["wikitext2"] = beginning(checkpoint, "WikiText-2", sources.sets / WIKITEXT, sequences)
     return found
 
 
-def held_out_texts(sources: Sources, checkpoint: Checkpoint, sequences: int) -> tuple[Text, Text]:
-    """Return a text to choose by, and one to measure the choice on, in pieces of one token less
-    than the context.
-
-    The text to choose by is the validation book, else what calibration texts are, at other places.
-
-    Raises:
-        UserError, FileNotFoundError: a text is missing or too short.
-    """
-    count = (sequences, checkpoint.context - 1)
-    if sources.books is not None:
-        books = split(sources.books)
-        return (
-            _evenly(checkpoint, [books.validation], *count, VALIDATION_BOOK),
-            _evenly(checkpoint, [books.test], *count, TEST_BOOK),
-        )
-    if files := sources.calibration_text:
-        choose = _evenly(checkpoint, files, *count)
-    else:
-        choose = _sampled(sources, checkpoint, "validation", *count)
-    return choose, _measured(sources, checkpoint, *count)
-
-
 def calibration_text(sources: Sources, checkpoint: Checkpoint, sequences: int, seed: int) -> Text:
-    """Return what calibrated schemes and static scales are calibrated on, in pieces of one token
+    """Return what calibrated schemes and static scales are calibrated on, in sequences of one token
     less than the context. Text that is measured on is never read.
 
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    count = (sequences, checkpoint.context - 1, seed)
-    if sources.books is not None:
-        return anywhere(checkpoint, "training books", split(sources.books).train, *count)
-    if files := sources.calibration_text:
-        return anywhere(checkpoint, _title(files), files, *count)
-    return _sampled(sources, checkpoint, "calibration", *count)
+    return text_for("calibration", sources, checkpoint, sequences, checkpoint.context - 1, seed)
 
 
-def _measured(sources: Sources, checkpoint: Checkpoint, sequences: int, length: int) -> Text:
-    """Return the main text, where there are no books."""
-    if files := sources.text:
-        return _evenly(checkpoint, files, sequences, length)
-    return _sampled(sources, checkpoint, "evaluation", sequences, length)
-
-
-def _evenly(
-    checkpoint: Checkpoint, files: Sequence[Path], sequences: int, length: int, title: str = ""
+def text_for(
+    use: Use, sources: Sources, checkpoint: Checkpoint, sequences: int, length: int, seed: int = 0
 ) -> Text:
-    parts = [checkpoint.encode(read(file)) for file in files]
-    return evenly(title or _title(files), checkpoint.bos, parts, sequences, length)
+    """Return sequences of `length` tokens for a use: from anywhere to calibrate on, else at even
+    distances.
 
+    Where a checkpoint writes them, their beginnings are the same for every reader, also for one
+    whose context is shorter.
 
-def _sampled(
-    sources: Sources, checkpoint: Checkpoint, use: Use, sequences: int, length: int, seed: int = 0
-) -> Text:
-    """Return sequences that a checkpoint writes. Their beginnings are the same for every reader,
-    also for one whose context is shorter."""
+    Raises:
+        UserError, FileNotFoundError: a text is missing or too short.
+    """
+    title, files = sources.files(use)
+    if files and use == "calibration":
+        return anywhere(checkpoint, title, files, sequences, length, seed)
+    if files:
+        parts = [checkpoint.encode(read(file)) for file in files]
+        return evenly(title, checkpoint.bos, parts, sequences, length)
     writer = Checkpoint(sources.writer or checkpoint.folder, longest=checkpoint.longest)
     text = written(SAMPLED + writer.name, writer, use, sequences, writer.context, seed)
     return replace(text, sequences=[sequence[:length] for sequence in text.sequences])
-
-
-def _title(files: Sequence[Path]) -> str:
-    """Return the title of a user's text."""
-    if len(files) > 3:
-        return f"{files[0].name} and {len(files) - 1} more"
-    return ", ".join(file.name for file in files)
 
 
 def explained(measured: str, calibration: str) -> str:

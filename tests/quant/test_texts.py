@@ -11,17 +11,19 @@ from attnserve.errors import UserError
 from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
+from attnserve.sampled_text import Use
 from quant.texts import (
     Sources,
     calibration_text,
     explained,
-    held_out_texts,
     measured_texts,
     set_files,
+    text_for,
 )
 from tests.tiny import LICENSE, tiny_checkpoint
 
 LENGTH = 40
+HELD_OUT: tuple[Use, ...] = ("validation", "evaluation")
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_books(reader: Checkpoint, data: Data) -> None:
     assert set(measured) == {"validation", "test"} and measured["test"].title == "test book"
     tokens = reader.encode(held_out.test.read_text())
     assert measured["test"].tokens == tokens[: 3 * LENGTH]
-    chosen, spread = held_out_texts(sources, reader, 3)
+    chosen, spread = (text_for(use, sources, reader, 3, LENGTH - 1) for use in HELD_OUT)
     assert spread.sequences[0] == tokens[: LENGTH - 1]
     assert chosen.sequences[0] == reader.encode(held_out.validation.read_text())[: LENGTH - 1]
     rows = spread.rows
@@ -99,7 +101,7 @@ def test_sampled_texts_differ_by_use(softpick: Path, reader: Checkpoint) -> None
     sources = Sources()
     measured = measured_texts(sources, reader, 3)["test"]
     calibration = calibration_text(sources, reader, 3, seed=0)
-    chosen, again = held_out_texts(sources, reader, 3)
+    chosen, again = (text_for(use, sources, reader, 3, LENGTH - 1) for use in HELD_OUT)
     beginnings = {tuple(t.sequences[0][:20]) for t in (measured, calibration, chosen)}
     assert len(beginnings) == 3
     assert [len(piece) for piece in measured.sequences] == [LENGTH] * 3
