@@ -194,3 +194,11 @@ def main(
     app = application()
     add(app, name, function, others)
     run(app, name, arguments)
+
+
+def run_package(name: str, about: str, *functions: Function) -> NoReturn:
+    """Run functions as commands of one program, which lists them where none is named."""
+    app = application(about)
+    for function in functions:
+        add(app, function.__name__, function)
+    run(app, name, sys.argv[1:] or ["--help"])

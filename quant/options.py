@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from attnserve.evaluation.arguments import text_file
+
 OUT = Path("runs") / "quant"
 """Where the commands write and read results if no folder is named, in the current folder."""
 BITS = [2, 3, 4, 8]
@@ -48,18 +50,11 @@ Length = Annotated[
 ]
 Calibration = Annotated[int, typer.Option(min=1, help="Sequences of text to calibrate on.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration text.")]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="UTF-8 text to measure on, in any number of files. Default: the unquantized "
-        "checkpoint writes it.",
-    ),
-]
 CalibrationText = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
+        parser=text_file,
         help="UTF-8 text to calibrate on. Default: the unquantized checkpoint writes it.",
     ),
 ]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from attnserve.command import AsJson, expanded, main, needs
+from attnserve.evaluation.arguments import Texts
 from quant import options
 from quant.schemes.registry import SCHEMES
 
@@ -29,7 +30,7 @@ def sensitivity(
     length: options.Length = 512,
     calibration: options.Calibration = 16,
     seed: options.Seed = 0,
-    text: options.Text = None,
+    text: Texts = None,
     calibration_text: options.CalibrationText = None,
     books: options.Books = None,
     text_from: options.TextFrom = None,

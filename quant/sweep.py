@@ -12,6 +12,7 @@ import typer
 
 from attnserve.command import AsJson, expanded, main, needs
 from attnserve.errors import UserError
+from attnserve.evaluation.arguments import Texts
 from quant import options
 from quant.schemes.registry import SCHEMES, installed
 
@@ -75,7 +76,7 @@ def sweep(
     passages: Annotated[int, typer.Option(min=1, help="Passages of LAMBADA, with --eval.")] = 100,
     calibration: options.Calibration = 16,
     seed: options.Seed = 0,
-    text: options.Text = None,
+    text: Texts = None,
     calibration_text: options.CalibrationText = None,
     books: options.Books = None,
     text_from: options.TextFrom = None,

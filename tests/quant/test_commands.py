@@ -178,7 +178,7 @@ def test_the_list_of_commands() -> None:
         [sys.executable, "-m", "quant"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for command in ("sweep", "quantize", "sensitivity", "report"):
-        (line,) = [row for row in done.stdout.splitlines() if f"-m quant.{command} " in row]
+        (line,) = [row for row in done.stdout.splitlines() if row.startswith(f"  {command} ")]
         assert len(line.split()) > 6
     assert subprocess.run([sys.executable, "-m", "quant", "sweeep"], cwd=ROOT).returncode == 2
 

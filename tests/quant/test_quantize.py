@@ -177,7 +177,7 @@ REFUSALS = [
     (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
     (
         ["--bits=4", "--scheme=gptq", "--calibration-text", "nowhere.txt"],
-        "nowhere.txt is not there",
+        "no file nowhere.txt",
     ),
     (["--bits=4", "--scheme=gptq", "--text-from=nowhere"], "nowhere has no config.json"),
 ]
