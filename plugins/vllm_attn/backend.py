@@ -32,8 +32,7 @@ from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES, TorchLayer
 from attn_kernels.pruning import PageShape
 from vllm_attn import names, pruned
-from vllm_attn.budgets import KV_CACHE_DTYPES
-from vllm_attn.preflight import FP8_DTYPES
+from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
 from vllm_attn.pruned import PageSpec
 from vllm_attn.report import StartupError
 
