@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,17 +29,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES, TorchLayer
+from attn_kernels.paged import STATE_BYTES, Layer
 from attn_kernels.pruning import PageShape
 from vllm_attn import names, pruned
 from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
 from vllm_attn.pruned import PageSpec
 from vllm_attn.report import StartupError
-
-if TYPE_CHECKING:
-    from attn_kernels.triton import TritonLayer
-
-    Layer = cpu.CPULayer | TorchLayer | TritonLayer
 
 
 class VariantBackend(AttentionBackend):
