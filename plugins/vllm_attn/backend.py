@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES, Layer
-from attn_kernels.pruning import PageShape
+from attn_kernels.pruning import PageShape, PrunedLayer
 from vllm_attn import names, pruned
 from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
 from vllm_attn.pruned import PageSpec
@@ -192,7 +192,7 @@ class VariantImpl(AttentionImpl[Batch]):
         self.soft_cap = logits_soft_cap or None
         self.budget: int | None = None
         """Tokens of a request that the layer keeps; None: all. The model class sets it."""
-        self.pruned_layer: pruned.PrunedLayer | None = None
+        self.pruned_layer: PrunedLayer | None = None
         """In place of `layer` where there is a budget."""
         self.layer: Layer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
@@ -256,7 +256,7 @@ class VariantImpl(AttentionImpl[Batch]):
                 )
         return self.layer
 
-    def bound_pruned(self, kv_cache: Tensor) -> pruned.PrunedLayer:
+    def bound_pruned(self, kv_cache: Tensor) -> PrunedLayer:
         """Return `self.pruned_layer`, bound to these pages."""
         if self.pruned_layer is None or self.cache is not kv_cache:
             assert self.budget is not None

@@ -34,17 +34,15 @@ QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 class Functions(NamedTuple):
     """A variant's functions and constants (`variants/__init__.py`)."""
 
-    query_factor: Any
-    update: Any
-    merge: Any
-    epilogue: Any
+    attend: dict[str, Any]
+    """What every kernel that attends takes of it."""
+    merge: dict[str, Any]
+    """What the kernel takes that adds up the parts of a context."""
     update_statistics: Any
     """None: the variant needs no pass for statistics."""
     finish_statistics: Any
     selection: Any
     """None: the variant is not stateful."""
-    params: tuple[float, ...]
-    constants: Constants
 
 
 @functools.cache
@@ -61,16 +59,19 @@ def functions(variant: Variant) -> Functions:
         if error.name != name:
             raise
         raise ValueError(f"{variant.name} has no Triton kernel ({name})") from None
+    constants = Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned))
+    last = {"EPILOGUE": module.epilogue, "PARAMS": tuple(variant.numbers())}
     return Functions(
-        module.query_factor,
-        module.update,
-        module.merge,
-        module.epilogue,
+        {
+            **last,
+            "QUERY_FACTOR": module.query_factor,
+            "UPDATE": module.update,
+            "VARIANT": constants,
+        },
+        {**last, "MERGE": module.merge},
         getattr(module, "update_statistics", None),
         getattr(module, "finish_statistics", None),
         module.selection if variant.stateful else None,
-        tuple(variant.numbers()),
-        Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
     )
 
 
@@ -242,14 +243,10 @@ class TritonLayer(Layer):
             *self.kv_cache.stride()[:2],
             batch.block_table.stride(0),
             0 if snapshots is None else snapshots.stride(0),
-            QUERY_FACTOR=self.functions.query_factor,
-            UPDATE=self.functions.update,
-            EPILOGUE=self.functions.epilogue,
+            **self.functions.attend,
             UPDATE_STATISTICS=self.functions.update_statistics,
             FINISH_STATISTICS=self.functions.finish_statistics,
             SELECTION=self.functions.selection,
-            PARAMS=self.functions.params,
-            VARIANT=self.functions.constants,
             SHAPE=self.shape,
             TILE=Tiling(tile.rows, queries, tile.keys, parts),
             enable_fp_fusion=True,
@@ -269,9 +266,7 @@ class TritonLayer(Layer):
                 batch.query_start_loc,
                 num_reqs,
                 out.stride(0),
-                MERGE=self.functions.merge,
-                EPILOGUE=self.functions.epilogue,
-                PARAMS=self.functions.params,
+                **self.functions.merge,
                 SHAPE=self.shape,
                 SPLITS=parts,
                 enable_fp_fusion=True,
