@@ -113,7 +113,9 @@ def test_figures_are_those_of_the_reference(gateway: Running) -> None:
     for side in (reference, model):
         times = side["generation"]
         assert 0 < times["ttft_ms"] < times["duration_ms"]
-        assert 0 < times["itl_ms"] <= times["itl_max_ms"] and side["score_ms"] > 0
+        assert side["score_ms"] > 0
+        if times["itl_ms"] is not None:  # on a busy machine all tokens may come in one piece
+            assert 0 < times["itl_ms"] <= times["itl_max_ms"]
         # Keys and values of 4 layers with 4 heads of 64 dims, in float32; a context of 512 tokens.
         assert side["kv"]["bytes_per_token"] == 2 * 4 * 4 * 64 * 4
         assert side["kv"]["bytes_per_request"] == 512 * side["kv"]["bytes_per_token"]
