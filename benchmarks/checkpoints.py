@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,7 @@ class ServerCase:
         ckpt: the checkpoint's folder.
         variant: its attention.
         weights: for example `float32`, or `w4-g64-e8` (`packed_name`).
+        dtype: of activations, caches, and weights that are not packed.
         kv_budgets: tokens that each layer keeps; none: all.
         backend: vLLM's --attention-backend; none: as config.json says.
     """
@@ -157,6 +159,7 @@ class ServerCase:
     ckpt: Path
     variant: str
     weights: str
+    dtype: str = "float32"
     kv_budgets: tuple[int, ...] = ()
     backend: str = ""
 
@@ -184,25 +187,37 @@ class ServerCase:
 
 
 def cases_of(
-    ckpts: Sequence[Path], packed: Sequence[Path], kv_budgets: Sequence[int], dtype: str
+    ckpts: Sequence[Path],
+    packed: Sequence[Path],
+    kv_budgets: Sequence[int],
+    dtypes: Sequence[str],
+    packed_dtypes: Sequence[str] = (),
+    backends: Sequence[str] = ("",),
 ) -> list[ServerCase]:
-    """Return one case a checkpoint, and of a prunable variant another within its budgets.
+    """Return one case a checkpoint, dtype and backend, and of a prunable variant another within its
+    budgets.
 
     Args:
         ckpts: folders of checkpoints as they were trained.
         packed: folders that quant.quantize has written.
         kv_budgets: of each layer; 0: those of config.json.
-        dtype: of weights that are not packed.
+        dtypes: that checkpoints which are not packed are served in.
+        packed_dtypes: that packed ones are served in; none: the first of `dtypes`.
+        backends: vLLM's --attention-backend; an empty one: as config.json says, or vLLM's own.
 
     Raises:
         UserError: a folder is not what it should be, or two have the same name.
     """
+    folders = [(folder, dtype) for dtype in dtypes for folder in ckpts]
+    folders += [(folder, dtype) for dtype in packed_dtypes or dtypes[:1] for folder in packed]
     cases: list[ServerCase] = []
-    for folder in [*ckpts, *packed]:
+    for (folder, dtype), backend in product(folders, backends):
         variant, config = variant_of(folder), config_of(folder)
-        weights = packed_name(folder) if folder in packed else dtype
-        name = variant.name if variant else "softmax"
-        case = ServerCase(folder.resolve().name, folder, name, weights)
+        weights = packed_name(folder) if folder in packed else str(dtype)
+        parts = [folder.resolve().name, backend, dtype if dtype != dtypes[0] else ""]
+        case = ServerCase(" ".join(filter(None, parts)), folder,
+                          variant.name if variant else "softmax", weights, str(dtype),
+                          backend=backend or ("" if variant else "cpu_attn"))  # fmt: skip
         cases.append(case)
         if variant is not None and variant.prunable:
             layers = config["num_hidden_layers"]

@@ -61,7 +61,7 @@ def memory(
     from benchmarks.memory.measure import RequestShape
     from benchmarks.servers import ServerOptions, run
 
-    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], dtype)
+    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], [dtype])
     requests = RequestShape(prompt_len, new_tokens, seed)
     options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip

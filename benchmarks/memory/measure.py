@@ -126,12 +126,12 @@ async def measure(
     prompts = rng.integers(1, vocabulary, (sent, requests.prompt_len)).tolist()
 
     async def work() -> dict[str, Any]:
-        await server.round(prompts[:1], 4)
+        await server.generate(prompts[:1], 4)
         taken, blocks = await taken_by(server)
         idle = rss(server)
         pss = sum(process.memory_full_info().pss for process in processes(server))
-        _, alone = await watch(server, server.round(prompts[:1], requests.new_tokens))
-        _, full = await watch(server, server.round(prompts, requests.new_tokens))
+        _, alone = await watch(server, server.generate(prompts[:1], requests.new_tokens))
+        _, full = await watch(server, server.generate(prompts, requests.new_tokens))
         taken_blocks = round(max(alone.usage) * (blocks - 1))  # one block is vLLM's own
         request = taken_blocks * taken["allocated"] / blocks
         return {
@@ -149,4 +149,4 @@ async def measure(
     async with started([server]) as failed:
         if failed:
             raise failed[server]
-        return await while_alive([server.service], work())
+        return await while_alive(server.service, work())

@@ -16,7 +16,7 @@ from benchmarks.memory.__main__ import memory, plot, row_of, table
 from benchmarks.memory.measure import QUANTITIES, RequestShape, predict, requests_of
 from benchmarks.results import append_csv
 from benchmarks.servers import ServerOptions
-from tests.benchmarks.test_rates import ours
+from tests.benchmarks.conftest import ours
 from tests.conftest import Commands
 from tests.quantized import quantize
 
@@ -26,7 +26,7 @@ LAYERS, KV_HEADS, HEAD = 3, 2, 32
 def cases(folder: Path, kv_budgets: tuple[int, ...] = (8, 4, 12)) -> list[ServerCase]:
     """Return those of all checkpoints: softmax, selective, selective within budgets, packed."""
     return cases_of(
-        [folder / "softmax", folder / "selective"], [folder / "w4"], kv_budgets, "float32"
+        [folder / "softmax", folder / "selective"], [folder / "w4"], kv_budgets, ["float32"]
     )
 
 
