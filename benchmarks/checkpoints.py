@@ -167,7 +167,8 @@ class ServerCase:
         """Return those of `vllm serve`."""
         from attn_kernels import get_variant
 
-        arguments = [f"--attention-backend={self.backend}"] if self.backend else []
+        arguments = [f"--dtype={self.dtype}"]
+        arguments += [f"--attention-backend={self.backend}"] * bool(self.backend)
         if get_variant(self.variant).prunable:  # with these budgets, whatever config.json says
             variant: dict[str, Any] = {"name": self.variant}
             variant |= {"kv_budgets": self.kv_budgets} if self.kv_budgets else {}
@@ -181,6 +182,7 @@ class ServerCase:
             "model": self.ckpt.resolve().name,
             "variant": self.variant,
             "weights": self.weights,
+            "dtype": self.dtype,
             "kv_budgets": " ".join(map(str, self.kv_budgets)),
             "backend": self.backend or self.variant,
         }

@@ -32,7 +32,6 @@ class ServerOptions:
     """What all servers of a run have in common.
 
     Attributes:
-        dtype: of activations, caches, and weights that are not packed.
         kv_cache_memory_bytes: of each server.
         threads: OpenMP threads.
         enforce_eager: the models are not compiled.
@@ -41,7 +40,6 @@ class ServerOptions:
         vllm_args: further arguments of `vllm serve`.
     """
 
-    dtype: str
     kv_cache_memory_bytes: int
     threads: int
     enforce_eager: bool
@@ -51,7 +49,7 @@ class ServerOptions:
 
     def arguments(self) -> list[str]:
         """Return those of `vllm serve`."""
-        found = [f"--dtype={self.dtype}", f"--kv-cache-memory-bytes={self.kv_cache_memory_bytes}"]
+        found = [f"--kv-cache-memory-bytes={self.kv_cache_memory_bytes}"]
         return found + ["--enforce-eager"] * self.enforce_eager
 
     def described(self, **more: Any) -> dict[str, Any]:
@@ -59,7 +57,6 @@ class ServerOptions:
         return {
             **machine.described(),
             "threads": self.threads,
-            "dtype": self.dtype,
             "mode": "eager" if self.enforce_eager else "compiled",
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             **more,
@@ -218,3 +215,14 @@ def run(
         raise KeyboardInterrupt from None
     except LaunchError as error:
         fail(name, str(error), error.code)
+
+
+def interrupted(work: Coroutine[Any, Any, object], name: str) -> bool:
+    """Run a benchmark's work (`run`) and return whether a signal ended it, in which case what was
+    measured until then is still to be saved."""
+    try:
+        run(work, name)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the servers are stopped", file=sys.stderr)
+        return True
+    return False

@@ -132,7 +132,7 @@ def serve(
     from benchmarks.serve import rows
     from benchmarks.serve.load import LEVELS, Load, LoadClient
     from benchmarks.serve.load import level as level_of
-    from benchmarks.servers import ServerOptions, run
+    from benchmarks.servers import ServerOptions, interrupted
 
     levels = [level_of(text) for text in level or map(str, LEVELS)]
     rates = request_rates or ([] if concurrency else [4.0, 16.0, float("inf")])
@@ -141,7 +141,7 @@ def serve(
     cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], kinds,
                      packed_dtypes or [], backends or [""])  # fmt: skip
     length = prompt_len + new_tokens + SLACK
-    options = ServerOptions(kinds[0], kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
+    options = ServerOptions(kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     subjects = subjects_of(cases, options, length, gateway, stock=not (no_stock or backends))
     save = results.checked(csv, no_save)
@@ -153,15 +153,8 @@ def serve(
     )
     runs: Runs = {}
     failed: dict[str, str] = {}
-    interrupted = False
-    try:
-        run(
-            measure(subjects, client, loads, rounds, seed, runs, failed),
-            "python -m benchmarks.serve",
-        )
-    except KeyboardInterrupt:
-        interrupted = True
-        print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)
+    work = measure(subjects, client, loads, rounds, seed, runs, failed)
+    stopped = interrupted(work, "python -m benchmarks.serve")
     found = rows.rows_of(subjects, loads, levels, runs, failed)
     if found and save is not None:
         title = f"{about['machine']}, {about['cores']} cores, vLLM {about['vllm']}, {about['mode']}"
@@ -174,7 +167,7 @@ def serve(
         lines.append(f"most requests/s that met {name}: {met}")
     print(json.dumps({**about, "most_requests_per_s": most, "rows": found})
           if as_json else "\n".join(lines))  # fmt: skip
-    return INTERRUPTED if interrupted else int(bool(failed))
+    return INTERRUPTED if stopped else int(bool(failed))
 
 
 def subjects_of(
@@ -203,7 +196,7 @@ def subjects_of(
     def subject(case: ServerCase) -> Subject:
         # Random prompts share no prefix, and a stateful variant has no cache of them: off for all.
         more = [f"--max-model-len={length}", "--no-enable-prefix-caching", *case.arguments()]
-        server = Server(case.name, case.ckpt, replace(options, dtype=case.dtype), *more)
+        server = Server(case.name, case.ckpt, options, *more)
         if case.backend == "cpu_attn" and case.weights == case.dtype and not variant_of(case.ckpt):
             server.environment["VLLM_PLUGINS"] = ""  # vLLM serves it without this project
         return Subject(case, server)

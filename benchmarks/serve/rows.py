@@ -68,7 +68,7 @@ def rows_of(
     rows = []
     for subject in subjects:
         case = subject.case
-        columns: results.Row = {**case.columns(), "case": subject.name, "dtype": case.dtype}
+        columns: results.Row = {**case.columns(), "case": subject.name}
         columns["path"] = "gateway" if subject.through_gateway else "direct"
         for load in loads:
             if rounds := runs.get((subject.name, load)):

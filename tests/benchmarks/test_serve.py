@@ -39,7 +39,7 @@ RECORDED = Path(__file__).with_name("data") / "vllm_bench_serve.json"
 """What `vllm bench serve` 0.32 wrote of sixteen requests to checkpoints/softmax, less texts."""
 
 
-OPTIONS = ServerOptions("float32", 1 << 20, 1, True, 60, Path(".run"))
+OPTIONS = ServerOptions(1 << 20, 1, True, 60, Path(".run"))
 
 
 def cases(folder: Path, *packed: Path) -> list[ServerCase]:
