@@ -17,16 +17,6 @@ from attnserve.files import CHECKOUT
 from benchmarks import RESULTS
 from benchmarks import options as opt
 
-COMMANDS = (
-    "benchmarks.kernels",
-    "benchmarks.serve",
-    "benchmarks.memory",
-    "benchmarks.packed_products",
-    "benchmarks.gateway",
-    "benchmarks.smollm2",
-    "benchmarks.triton_compile",
-    "benchmarks.gpu",
-)
 CHECKPOINTS = CHECKOUT / "checkpoints"
 PACKED = Path(".run/softpick-w4")
 PACK = [

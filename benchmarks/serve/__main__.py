@@ -126,8 +126,7 @@ def serve(
 
         python -m benchmarks.serve --ckpts DIR --backends cpu_attn softmax --concurrency 1 8
         python -m benchmarks.serve --ckpts DIR --packed w4 --dtypes float32 bfloat16 --concurrency 1
-        python -m benchmarks.serve --ckpts DIR --no-stock --running --request-rates inf \\
-            --kv-cache-memory-bytes 8M
+        python -m benchmarks.serve --ckpts DIR --no-stock --running --request-rates inf
     """  # fmt: skip
     from benchmarks.serve import rows
     from benchmarks.serve.load import LEVELS, Load, LoadClient
