@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 BUNDLED = tuple(CHECKOUT / "checkpoints" / name for name in ("softmax", "softpick", "selective"))
 
-SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What safetensors calls our dtypes."""
-
 STORED = {"I8": 1, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by safetensors' names."""
 
@@ -103,6 +100,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     """
     import math
 
+    import torch
     from safetensors import safe_open
 
     total = 0
@@ -110,7 +108,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  it has no iterator
                 tensor = opened.get_slice(name)
-                size, item = math.prod(tensor.get_shape()), STORED[SAFETENSORS[dtype]]
+                size, item = math.prod(tensor.get_shape()), getattr(torch, dtype).itemsize
                 kind, stored = name.rpartition(".")[2], tensor.get_dtype()
                 if kind == "weight_shape":
                     continue

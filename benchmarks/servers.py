@@ -47,11 +47,6 @@ class ServerOptions:
     log_folder: Path
     vllm_args: Sequence[str] = ()
 
-    def arguments(self) -> list[str]:
-        """Return those of `vllm serve`."""
-        found = [f"--kv-cache-memory-bytes={self.kv_cache_memory_bytes}"]
-        return found + ["--enforce-eager"] * self.enforce_eager
-
     def described(self, **more: Any) -> dict[str, Any]:
         """Return what the run is made on and with: the columns that all its rows share."""
         return {
@@ -80,8 +75,9 @@ class Server:
         port = self.service.url.rpartition(":")[2]
         vllm = Path(sys.executable).with_name("vllm")
         self.command = [str(vllm), "serve", str(ckpt), f"--host={HOST}", f"--port={port}"]
-        self.command += [f"--served-model-name={MODEL}", *options.arguments(), *arguments]
-        self.command += options.vllm_args
+        self.command += [f"--served-model-name={MODEL}", *arguments, *options.vllm_args]
+        self.command += [f"--kv-cache-memory-bytes={options.kv_cache_memory_bytes}"]
+        self.command += ["--enforce-eager"] * options.enforce_eager
         self.environment = {"OMP_NUM_THREADS": str(options.threads), **ENVIRONMENT}
 
     async def start(self) -> None:
