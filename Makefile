@@ -5,8 +5,8 @@
 #   make test         the tests of every day (under 30 minutes on 2 cores)
 #   make test-slow    the tests that take longer than a minute each
 #   make test-gpu     the tests that need a GPU; needs GPU_PYTHON=
-#   make lint         ruff and mypy
-#   make format       ruff: mend what it can, lay out the code
+#   make lint         ruff, mypy and clang-format
+#   make format       ruff: mend what it can, lay out the code; clang-format: lay out the C++
 #   make conformance  suites of others (openai-python's tests, llm-comply, schemathesis) against the gateway
 #   make soak         the gateway under 1000 streams for 5 minutes
 #   make install      only the environment
@@ -44,6 +44,7 @@ ARGS ?=
 GPU_PYTHON ?= python3
 
 PACKAGES := $(wildcard attnserve kernels/attn_kernels kernels/quant_kernels plugins/vllm_attn plugins/vllm_quant plugins/hf_attn serving training quant benchmarks)
+CPP = $(shell git ls-files '*.cpp' '*.hpp')
 
 export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
@@ -101,10 +102,12 @@ lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy $(PACKAGES) tools tests
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(READY)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 checkpoints: $(READY)
 	$(BIN)/python -m training.checkpoints $(ARGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class _Batch(ctypes.Structure):
     )
 
 
-@dataclass(init=False, eq=False)
+@dataclass(eq=False)
 class Batch:
     """One step's batch. Made once a step for all layers: what a layer does in Python, it does as
     often as there are layers.
@@ -43,30 +43,20 @@ class Batch:
     block_table: Tensor
     query_start_loc: Tensor
     seq_lens: Tensor
-    slot_mapping: Tensor
-    max_query_len: int
-    max_seq_len: int
-    struct: _Batch
+    slot_mapping: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    _: KW_ONLY
+    max_query_len: int = 0
+    max_seq_len: int = 0
+    struct: _Batch = field(init=False)
     """The same for C++; it points into the tensors."""
-    address: int
+    address: int = field(init=False)
     """Of `struct`."""
 
-    def __init__(
-        self,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        seq_lens: Tensor,
-        slot_mapping: Tensor | None = None,
-        *,
-        max_query_len: int = 0,
-        max_seq_len: int = 0,
-    ) -> None:
-        self.block_table = block_table.int()
-        self.query_start_loc = query_start_loc.int()
-        self.seq_lens = seq_lens.int()
-        self.slot_mapping = seq_lens.new_empty(0) if slot_mapping is None else slot_mapping
+    def __post_init__(self) -> None:
+        self.block_table = self.block_table.int()
+        self.query_start_loc = self.query_start_loc.int()
+        self.seq_lens = self.seq_lens.int()
         self.slot_mapping = self.slot_mapping.long()
-        self.max_query_len, self.max_seq_len = max_query_len, max_seq_len
         self.struct = _Batch(
             self.block_table.data_ptr(),
             self.block_table.stride(0),

@@ -1,14 +1,15 @@
-"""Paged attention for any variant in torch operations: correct everywhere, fast nowhere.
+"""Paged attention: what all kernels have in common, and torch operations for any variant, which are
+correct everywhere and fast nowhere: the serving path where no kernel is built.
 
-The serving path where no kernel is built. The cache of one layer is
-`[num_blocks, num_kv_heads, block_size, content]`, in any memory order with contiguous content:
-`head_size` keys (after RoPE), `head_size` values and, for a stateful variant, one float32
-accumulator, of which KV head 0's is used. Scores and sums are float32 whatever the cache's dtype.
+The cache of one layer is `[num_blocks, num_kv_heads, block_size, content]`: `head_size` keys (after
+RoPE), `head_size` values and, for a stateful variant, one float32 accumulator, of which KV head 0's
+is used. Scores and sums are float32 whatever the cache's dtype.
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -25,16 +26,29 @@ QUERY_TILE = 256
 """Queries whose scores are materialised at once, which bounds the memory of a long prefill."""
 
 
-class TorchLayer:
-    """One layer's attention in torch operations; `cpu.CPULayer` and `triton.TritonLayer` have the
-    same methods, and another order inside the cache's blocks.
+def head_size_of(variant: Variant, kv_cache: Tensor) -> int:
+    """Return the head size of a variant's cache."""
+    state = STATE_BYTES // kv_cache.dtype.itemsize if variant.stateful else 0
+    return (kv_cache.shape[-1] - state) // 2
+
+
+class Layer(ABC):
+    """One layer's attention, bound to its cache.
+
+    Each subclass has an order of its own inside the blocks of each KV head: a cache is written and
+    read by the same one.
 
     Args:
         variant: the attention function.
         kv_cache: the layer's cache; slots that no query sees may hold anything.
+        num_heads: query heads, a multiple of `num_kv_heads`.
         scale: factor of the raw scores, where the variant uses it.
         window: sliding window in tokens, the query's own included.
-        learned: the variant's per-head tensors, each `[num_heads]`.
+        learned: the variant's per-head tensors, each `[num_heads]`, as they are now.
+
+    Raises:
+        ValueError: the kernels do not support such a cache.
+        KeyError: a learned tensor is missing.
     """
 
     def __init__(
@@ -42,22 +56,47 @@ class TorchLayer:
         variant: Variant,
         kv_cache: Tensor,
         *,
+        num_heads: int,
         scale: float,
         window: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.variant, self.kv_cache = variant, kv_cache
-        self.scale, self.window, self.learned = scale, window, learned
-        state = STATE_BYTES // kv_cache.dtype.itemsize if variant.stateful else 0
-        self.head_size = (kv_cache.shape[-1] - state) // 2
+        self.variant, self.kv_cache, self.num_heads = variant, kv_cache, num_heads
+        self.scale, self.window = scale, window
+        self.learned = {name: (learned or {})[name] for name in variant.learned}
+        self.head_size = head_size_of(variant, kv_cache)
 
+    @abstractmethod
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store keys and values of new tokens, in place; their accumulators start at 0.
 
         Args:
             key, value: `[>= num_tokens, num_kv_heads, head_size]`.
-            slot_mapping: `[num_tokens]`, `block * block_size + offset`, or -1 for padding.
+            slot_mapping: `[num_tokens]` int64, `block * block_size + offset`, or -1 for padding.
         """
+
+    @abstractmethod
+    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+        """Attend with a batch whose keys and values are in the cache, decode and prefill mixed.
+
+        A stateful variant's accumulators are advanced by these queries, so each query must come
+        once and in order.
+
+        Args:
+            query: `[>= num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.
+            batch: its requests; on a GPU `max_query_len` and `max_seq_len` are given.
+            out: `[>= num_tokens, num_heads, head_size]`, written in place; its heads side by side.
+
+        Raises:
+            MemoryError: no memory for scratch space.
+        """
+
+
+class TorchLayer(Layer):
+    """One layer's attention in torch operations; the cache has any order of memory with contiguous
+    content."""
+
+    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         num_tokens, block_size = slot_mapping.shape[0], self.kv_cache.shape[2]
         content = torch.cat([key[:num_tokens], value[:num_tokens]], -1).to(self.kv_cache.dtype)
         real = slot_mapping >= 0
@@ -68,16 +107,6 @@ class TorchLayer:
             self.accumulators[blocks, offsets] = 0.0
 
     def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
-        """Attend with a batch whose keys and values are in the cache, decode and prefill mixed.
-
-        A stateful variant's accumulators are advanced by these queries, so each query must come
-        once and in order.
-
-        Args:
-            query: `[num_tokens, num_heads, head_size]`.
-            batch: its requests.
-            out: `[>= num_tokens, num_heads, head_size]`, written in place.
-        """
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         for request, (start, end) in enumerate(itertools.pairwise(starts)):
             for tile in range(start, end, QUERY_TILE):

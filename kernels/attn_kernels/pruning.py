@@ -14,6 +14,7 @@ For F to be the same in any order of additions it is a fixed-point integer.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -184,22 +185,27 @@ def attend_pruned(
     return output
 
 
-class TorchPrunedLayer:
-    """`attend_pruned` bound to one layer's pages, in torch operations: correct and slow.
+class PrunedLayer(ABC):
+    """One layer's attention within a budget, bound to its pages.
 
     Args:
         variant: a prunable variant.
         pages: `[num_pages, shape.num_bytes]` uint8.
         shape: of each page.
+        num_heads: the layer's query heads.
         scale: factor of the raw scores.
+
+    Raises:
+        ValueError: the kernels do not support this shape.
     """
 
-    def __init__(self, variant: Variant, pages: Tensor, shape: PageShape, *, scale: float) -> None:
-        self.variant = variant
-        self.pages = pages
-        self.shape = shape
-        self.scale = scale
+    def __init__(
+        self, variant: Variant, pages: Tensor, shape: PageShape, *, num_heads: int, scale: float
+    ) -> None:
+        self.variant, self.pages, self.shape = variant, pages, shape
+        self.num_heads, self.scale = num_heads, scale
 
+    @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
         """Store a step's tokens and attend.
 
@@ -209,7 +215,16 @@ class TorchPrunedLayer:
                 dtype.
             batch: its requests; the first entry of a request's block table is its page.
             out: `[>= num_tokens, num_heads, head_size]`, written in place.
+
+        Raises:
+            MemoryError: no memory for scratch space.
         """
+
+
+class TorchPrunedLayer(PrunedLayer):
+    """`attend_pruned` bound to one layer's pages, in torch operations: correct and slow."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         for request, (start, stop) in enumerate(itertools.pairwise(starts)):
             if start == stop:

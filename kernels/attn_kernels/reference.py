@@ -8,6 +8,7 @@ the keys and a tail of keys that no query sees are all the same call.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,18 +72,12 @@ def attention(
 
 
 def decode(
-    variant: Variant,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-    learned: Mapping[str, Tensor] | None = None,
+    variant: Variant, q: Tensor, k: Tensor, v: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the same attention one token at a time, each against the keys before it and its own.
 
-    Shapes are those of `attention`, with as many queries as keys.
+    Shapes are those of `attention`, with as many queries as keys; `options` are its `window`,
+    `scale` and `learned`.
     """
     state: Tensor | None = None
     outputs = []
@@ -92,10 +87,8 @@ def decode(
             q[..., i : i + 1, :],
             k[..., : i + 1, :],
             v[..., : i + 1, :],
-            window=window,
-            scale=scale,
-            learned=learned,
             state=state,
+            **options,
         )
         outputs.append(output)
     return torch.cat(outputs, -2), state

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from attn_kernels.cpu.build import HERE as ATTENTION
-from attn_kernels.cpu.build import BuildError, chosen_isas, compile_library
+from attn_kernels.cpu.build import BuildError, chosen_isas, compile_library, open_library
 from attn_kernels.cpu.structs import fields
 
 HERE = Path(__file__).parent
@@ -59,7 +59,8 @@ def _load(bits: int, isas: tuple[str, ...]) -> ctypes.CDLL | None:
     why = ""
     for isa in isas:
         try:
-            return _opened(build(bits, isa))
+            size = ctypes.sizeof(ProductCall)
+            return open_library(build(bits, isa), "attnserve_packed_abi", size)
         except BuildError as error:
             why = str(error)
     logger.warning(
@@ -69,14 +70,3 @@ def _load(bits: int, isas: tuple[str, ...]) -> ctypes.CDLL | None:
         why,
     )
     return None
-
-
-def _opened(path: Path) -> ctypes.CDLL:
-    """Return the library, if it fits `ProductCall`."""
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} cannot be loaded ({error}): delete it") from None
-    if library.attnserve_packed_abi() != ctypes.sizeof(ProductCall):
-        raise BuildError(f"{path} does not fit this version of attnserve: delete it")
-    return library

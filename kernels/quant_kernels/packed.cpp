@@ -112,6 +112,26 @@ inline Vec zero_at(const ProductCall& c, int64_t at) {
   return c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDPOINT;
 }
 
+// Results [rows, stride] of the outputs from `panel` on, at most `count` of them.
+void store_results(const ProductCall& c, int64_t first, int64_t rows, int64_t panel, int64_t count,
+                   const float* from, int64_t stride) {
+  const int64_t columns = std::min(count, c.outputs - panel * PANEL);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t n = 0; n < columns; n++)
+      store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, from[r * stride + n], c.format);
+}
+
+// The sums of each group of a row of padded() elements.
+template <class T>
+void sum_groups(const ProductCall& c, const T* x, float* sums) {
+  for (int64_t g = 0; g < c.groups(); g++) {
+    const int64_t end = std::min((g + 1) * c.group_size, c.padded());
+    Vec sum = {};
+    for (int64_t k = g * c.group_size; k < end; k += WIDTH) sum += load(x + k);
+    sums[g] = horizontal_sum(sum);
+  }
+}
+
 // A row of x as floats, zeros behind its end, in padded() elements.
 void widen(const ProductCall& c, int64_t row, float* to) {
   const int64_t start = row * c.x_stride;
@@ -199,12 +219,7 @@ void few_rows(const ProductCall& c) {
   std::fill_n(sums, R * groups, 0.f);
   for (int64_t r = 0; r < c.rows; r++) {
     widen(c, r, x + r * padded);
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t end = std::min((g + 1) * c.group_size, padded);
-      Vec sum = {};
-      for (int64_t k = g * c.group_size; k < end; k += WIDTH) sum += load(x + r * padded + k);
-      sums[r * groups + g] = horizontal_sum(sum);
-    }
+    sum_groups(c, x + r * padded, sums + r * groups);
   }
 #pragma omp parallel num_threads(c.threads)
   {
@@ -214,11 +229,8 @@ void few_rows(const ProductCall& c) {
     float out[R * P * PANEL];
     for (int64_t panel = begin; panel < end; panel += P) {
       multiply_few<R, P>(c, panel, end - 1, x, sums, out);
-      const int64_t columns =
-          std::min(std::min<int64_t>(P, end - panel) * PANEL, c.outputs - panel * PANEL);
-      for (int64_t r = 0; r < c.rows; r++)
-        for (int64_t n = 0; n < columns; n++)
-          store_as(c.out, r * c.outputs + panel * PANEL + n, out[r * P * PANEL + n], c.format);
+      const int64_t count = std::min<int64_t>(P, end - panel) * PANEL;
+      store_results(c, 0, c.rows, panel, count, out, P * PANEL);
     }
   }
 }
@@ -323,11 +335,7 @@ void many_rows(const ProductCall& c) {
               run(std::integral_constant<int, STRIP_ROWS>{});
           }
         }
-        const int64_t columns = std::min<int64_t>(STRIP_WIDTH, c.outputs - panel * PANEL);
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t n = 0; n < columns; n++)
-            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * STRIP_WIDTH + n],
-                     c.format);
+        store_results(c, first, rows, panel, STRIP_WIDTH, out, STRIP_WIDTH);
       }
     }
   }
@@ -378,13 +386,7 @@ void many_rows_amx(const ProductCall& c) {
         const int64_t there = r < rows ? c.inputs : 0;
         std::memcpy((void*)line, (const BFloat16*)c.x + (first + r) * c.x_stride, there * 2);
         std::memset((void*)(line + there), 0, (padded - there) * 2);
-        for (int64_t g = 0; g < groups; g++) {
-          Vec sum = {};
-          for (int64_t k = g * c.group_size; k < std::min((g + 1) * c.group_size, padded);
-               k += WIDTH)
-            sum += load(line + k);
-          sums[r * groups + g] = horizontal_sum(sum);
-        }
+        sum_groups(c, line, sums + r * groups);
       }
 #pragma omp for schedule(static)
       for (int64_t panel = 0; panel < c.panels(); panel += 2) {
@@ -413,11 +415,7 @@ void many_rows_amx(const ProductCall& c) {
               }
           }
         }
-        const int64_t columns = std::min<int64_t>(WIDE, c.outputs - panel * PANEL);
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t n = 0; n < columns; n++)
-            store_as(c.out, (first + r) * c.outputs + panel * PANEL + n, out[r * WIDE + n],
-                     c.format);
+        store_results(c, first, rows, panel, WIDE, out, WIDE);
       }
     }
   }

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from attn_kernels import VariantError
 from hf_attn.configuration import VariantLlamaConfig
 from hf_attn.modeling import (
+    Pair,
     VariantLlamaAttention,
     VariantLlamaForCausalLM,
     VariantLlamaModel,
@@ -200,16 +201,10 @@ class TransformerAttention(VariantLlamaAttention):
         if config.implementation.scaled:
             self.s = nn.Parameter(torch.empty(config.num_attention_heads, 1))
 
-    def rotate(
-        self,
-        query: Tensor,
-        key: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        position_ids: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def rotate(self, query: Tensor, key: Tensor, cos_sin: Pair, position_ids: Tensor) -> Pair:
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = super().rotate(query, key, position_embeddings, position_ids)
+        query, key = super().rotate(query, key, cos_sin, position_ids)
         if self.config.implementation.scaled:
             # In float32, like the scores: `[batch, num_heads, num_queries, 1]`.
             factor = self.s.float()[:, None] * (position_ids + 2).float().log()[:, None, :, None]
@@ -230,17 +225,10 @@ class TransformerPreTrainedModel(VariantLlamaPreTrainedModel):
         if isinstance(module, TransformerAttention) and module.config.implementation.scaled:
             init.constant_(module.s, 0.3)
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as `PreTrainedModel.from_pretrained` does.
-
-        Raises:
-            VariantError: the checkpoint does not fit its configuration (`check_tensors`).
-        """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        names = model.state_dict().keys() - info["missing_keys"] | info["unexpected_keys"]
-        model.config.check_tensors(name.replace(".self_attn.", ".attn.") for name in names)
-        return (model, info) if output_loading_info else model
+    def check_loaded(self, info: dict[str, Any]) -> None:
+        super().check_loaded(info)
+        names = self.state_dict().keys() - info["missing_keys"] | info["unexpected_keys"]
+        self.config.check_tensors(name.replace(".self_attn.", ".attn.") for name in names)
 
 
 class TransformerModel(TransformerPreTrainedModel, VariantLlamaModel):

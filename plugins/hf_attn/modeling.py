@@ -23,6 +23,8 @@ from hf_attn.attention import (
 )
 from hf_attn.configuration import VariantLlamaConfig
 
+Pair = tuple[Tensor, Tensor]
+
 
 class VariantLlamaAttention(LlamaAttention):
     """Llama's attention with a variant's formula and learned tensors.
@@ -45,27 +47,21 @@ class VariantLlamaAttention(LlamaAttention):
         for name in self.variant.learned:
             setattr(self, name, nn.Parameter(torch.empty(config.num_attention_heads)))
 
-    def rotate(
-        self,
-        query: Tensor,
-        key: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        position_ids: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def rotate(self, query: Tensor, key: Tensor, cos_sin: Pair, position_ids: Tensor) -> Pair:
         """Return queries and keys, `[batch, heads, num_queries, head_size]` each, with RoPE."""
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = apply_rotary_pos_emb(query, key, *cos_sin)
         return query, key
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Pair,
         attention_mask: Tensor,
         position_ids: Tensor,
         past_key_values: Cache | None = None,
         penalties: list[Tensor] | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Pair:
         """Attend with `hidden_states [batch, num_queries, hidden_size]`.
 
         Args:
@@ -166,18 +162,26 @@ class VariantLlamaPreTrainedModel(PreTrainedModel):
         """Load as `PreTrainedModel.from_pretrained` does.
 
         Raises:
-            ValueError: the checkpoint lacks a learned tensor of its variant, which transformers
-                would fill with its initial value.
+            ValueError: the checkpoint does not fit its configuration (`check_loaded`).
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        learned = model.config.variant.learned
-        lacking = sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in learned)
+        model.check_loaded(info)
+        return (model, info) if output_loading_info else model
+
+    def check_loaded(self, info: dict[str, Any]) -> None:
+        """Refuse a checkpoint that lacks a learned tensor of its variant, which transformers would
+        fill with its initial value.
+
+        Args:
+            info: what transformers says of the loading: its missing and unexpected tensors.
+        """
+        variant = self.config.variant
+        lacking = [key for key in info["missing_keys"] if key.rpartition(".")[2] in variant.learned]
         if lacking:
             raise ValueError(
-                f"the checkpoint lacks {lacking[0]} (of {len(lacking)} missing), which "
-                f"{model.config.variant.name} attention learns: it was not trained with it"
+                f"the checkpoint lacks {min(lacking)} (of {len(lacking)} missing), which "
+                f"{variant.name} attention learns: it was not trained with it"
             )
-        return (model, info) if output_loading_info else model
 
 
 class VariantLlamaModel(VariantLlamaPreTrainedModel, LlamaModel):

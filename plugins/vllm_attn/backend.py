@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,18 +29,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES, TorchLayer
-from attn_kernels.pruning import PageShape
+from attn_kernels.paged import STATE_BYTES, Layer
+from attn_kernels.pruning import PageShape, PrunedLayer
 from vllm_attn import names, pruned
-from vllm_attn.budgets import KV_CACHE_DTYPES
-from vllm_attn.preflight import FP8_DTYPES
+from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
 from vllm_attn.pruned import PageSpec
 from vllm_attn.report import StartupError
-
-if TYPE_CHECKING:
-    from attn_kernels.triton import TritonLayer
-
-    Layer = cpu.CPULayer | TorchLayer | TritonLayer
 
 
 class VariantBackend(AttentionBackend):
@@ -198,9 +192,7 @@ class VariantImpl(AttentionImpl[Batch]):
         self.soft_cap = logits_soft_cap or None
         self.budget: int | None = None
         """Tokens of a request that the layer keeps; None: all. The model class sets it."""
-        self.pruned_layer: pruned.PrunedLayer | None = None
-        """In place of `layer` where there is a budget."""
-        self.layer: Layer | None = None
+        self.layer: Layer | PrunedLayer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
 
     def takes_soft_cap(self) -> bool:
@@ -236,45 +228,26 @@ class VariantImpl(AttentionImpl[Batch]):
                     '\'{"attention_variant": {"name": "%s", ...}}\'' % self.variant.name
                 )
 
-    def bound(self, layer: Any, kv_cache: Tensor) -> Layer:
-        """Return `self.layer`, bound to this cache of vLLM's `layer`."""
-        if self.layer is None or self.cache is not kv_cache:
-            self.cache = kv_cache
-            common: dict[str, Any] = {
-                "num_heads": self.num_heads,
-                "scale": self.scale,
-                "window": self.sliding_window,
-                "learned": self.learned,
-            }
-            if kv_cache.device.type == "cpu":
-                self.layer = cpu.bind(self.variant, kv_cache, **common)
-            else:
-                from attn_kernels.triton import TritonLayer
+    def bind(self, layer: Any, kv_cache: Tensor) -> Layer | PrunedLayer:
+        """Return attention bound to the cache of vLLM's `layer`."""
+        options: dict[str, Any] = {"num_heads": self.num_heads, "scale": self.scale}
+        if self.budget is not None:
+            shape = PageShape(self.budget, self.num_kv_heads, self.head_size, kv_cache.dtype)
+            return pruned.bind(self.variant, kv_cache, shape, **options)
+        options |= {"window": self.sliding_window, "learned": self.learned}
+        if kv_cache.device.type == "cpu":
+            return cpu.bind(self.variant, kv_cache, **options)
+        from attn_kernels.triton import TritonLayer
 
-                quantized = self.kv_cache_dtype in FP8_DTYPES
-                self.layer = TritonLayer(
-                    self.variant,
-                    kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache,
-                    soft_cap=self.soft_cap,
-                    key_scale=layer._k_scale,
-                    value_scale=layer._v_scale,
-                    **common,
-                )
-        return self.layer
-
-    def bound_pruned(self, kv_cache: Tensor) -> pruned.PrunedLayer:
-        """Return `self.pruned_layer`, bound to these pages."""
-        if self.pruned_layer is None or self.cache is not kv_cache:
-            assert self.budget is not None
-            self.cache = kv_cache
-            self.pruned_layer = pruned.bind(
-                self.variant,
-                kv_cache,
-                PageShape(self.budget, self.num_kv_heads, self.head_size, kv_cache.dtype),
-                num_heads=self.num_heads,
-                scale=self.scale,
-            )
-        return self.pruned_layer
+        quantized = self.kv_cache_dtype in FP8_DTYPES
+        return TritonLayer(
+            self.variant,
+            kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache,
+            soft_cap=self.soft_cap,
+            key_scale=layer._k_scale,
+            value_scale=layer._v_scale,
+            **options,
+        )
 
     def forward(
         self,
@@ -303,13 +276,14 @@ class VariantImpl(AttentionImpl[Batch]):
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:
             return output.zero_()
-        if self.budget is not None:
-            self.bound_pruned(kv_cache).attend(query, key, value, attn_metadata, output)
+        if self.layer is None or self.cache is not kv_cache:
+            self.layer, self.cache = self.bind(layer, kv_cache), kv_cache
+        if isinstance(self.layer, PrunedLayer):
+            self.layer.attend(query, key, value, attn_metadata, output)
             return output
-        bound = self.bound(layer, kv_cache)
         if self.owns_cache:
-            bound.write_cache(key, value, attn_metadata.slot_mapping)
-        bound.attend(query, attn_metadata, output)
+            self.layer.write_cache(key, value, attn_metadata.slot_mapping)
+        self.layer.attend(query, attn_metadata, output)
         return output
 
 

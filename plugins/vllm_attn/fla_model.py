@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper
 
 from hf_attn.fla import DERIVED, QK_NORM_EPS, RENAMINGS
 from vllm_attn.model import VariantLlamaAttention, VariantLlamaForCausalLM, per_head_parameter
+from vllm_attn.weights import noted
 
 TO_LLAMA = WeightsMapper(
     orig_to_new_renaming=RENAMINGS, orig_to_new_suffix={f".{name}": None for name in DERIVED}
@@ -49,29 +49,14 @@ class TransformerAttention(VariantLlamaAttention):
         return output
 
 
-class TransformerDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer with `TransformerAttention`."""
-
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(vllm_config, prefix, attn_layer_type=TransformerAttention, **kwargs)
-
-
 class TransformerForCausalLM(VariantLlamaForCausalLM):
     """Model class of checkpoints with `"architectures": ["TransformerForCausalLM"]`."""
 
+    attention_class = TransformerAttention
     hf_to_vllm_mapper = TO_LLAMA | LlamaForCausalLM.hf_to_vllm_mapper
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=TransformerDecoderLayer)
-
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        names = set()
-
-        def noted() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                names.add(name)
-                yield name, tensor
-
-        loaded = super().load_weights(TO_LLAMA.apply(noted()))
+        names: set[str] = set()
+        loaded = super().load_weights(TO_LLAMA.apply(noted(weights, names)))
         self.config.check_tensors(names)
         return loaded

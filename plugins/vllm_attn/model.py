@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,23 +84,13 @@ def load_this_rank(param: nn.Parameter, loaded: Tensor) -> None:
     param.data.copy_(loaded.flatten()[start : start + param.shape[0]])
 
 
-class VariantLlamaDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer with `VariantLlamaAttention`."""
-
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(vllm_config, prefix, attn_layer_type=VariantLlamaAttention, **kwargs)
-
-
 class VariantLlamaForCausalLM(LlamaForCausalLM):
     """Model class of checkpoints with `"architectures": ["VariantLlamaForCausalLM"]`."""
 
-    def __init__(
-        self,
-        *,
-        vllm_config: VllmConfig,
-        prefix: str = "",
-        layer_type: type[LlamaDecoderLayer] = VariantLlamaDecoderLayer,
-    ) -> None:
+    attention_class: ClassVar[type[VariantLlamaAttention]] = VariantLlamaAttention
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer_type = functools.partial(LlamaDecoderLayer, attn_layer_type=self.attention_class)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

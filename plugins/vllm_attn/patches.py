@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -168,13 +168,7 @@ def checked(load_weights: Callable[..., None]) -> Callable[..., None]:
 
         def load_and_check(tensors: Iterable[tuple[str, Tensor]]) -> Any:
             seen: set[str] = set()
-
-            def noted() -> Iterator[tuple[str, Tensor]]:
-                for name, tensor in tensors:
-                    seen.add(name)
-                    yield name, tensor
-
-            names = of_model(noted())
+            names = of_model(weights.noted(tensors, seen))
             weights.check(model, names, seen)
             return names
 

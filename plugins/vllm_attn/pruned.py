@@ -9,7 +9,7 @@ subclass says how large it is. Layers of different sizes share one block table
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec
 from attn_kernels import Variant, cpu, variant_from_config
 from attn_kernels.cpu.pruned import PrunedCPULayer
 from attn_kernels.paged import STATE_BYTES
-from attn_kernels.pruning import PageShape, TorchPrunedLayer, slot_bytes
-
-if TYPE_CHECKING:
-    from attn_kernels.triton.pruned_layer import TritonPrunedLayer
-
-    PrunedLayer = PrunedCPULayer | TorchPrunedLayer | TritonPrunedLayer
+from attn_kernels.pruning import PageShape, PrunedLayer, TorchPrunedLayer, slot_bytes
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -100,26 +95,20 @@ def announce(vllm_config: VllmConfig, spec: PageSpec) -> None:
     )
 
 
-def bind(
-    variant: Variant,
-    kv_cache: Tensor,
-    shape: PageShape,
-    *,
-    num_heads: int,
-    scale: float,
-) -> PrunedLayer:
+def bind(variant: Variant, kv_cache: Tensor, shape: PageShape, **options: Any) -> PrunedLayer:
     """Bind one layer's pages to the fastest kernels that this machine has.
 
     Args:
         kv_cache: `[num_pages, 1, budget, content]`.
         shape: of each page.
+        options: those of `PrunedLayer`.
     """
     pages = kv_cache.flatten(1).view(torch.uint8)
     if kv_cache.device.type != "cpu":
         from attn_kernels.triton.pruned_layer import TritonPrunedLayer
 
-        return TritonPrunedLayer(variant, pages, shape, num_heads=num_heads, scale=scale)
+        return TritonPrunedLayer(variant, pages, shape, **options)
     kernel = cpu.load(variant)
     if kernel is not None and kernel.unsupported(shape.head_size, 16, shape.dtype) is None:
-        return PrunedCPULayer(kernel, pages, shape, num_heads=num_heads, scale=scale)
-    return TorchPrunedLayer(variant, pages, shape, scale=scale)
+        return PrunedCPULayer(kernel, pages, shape, **options)
+    return TorchPrunedLayer(variant, pages, shape, **options)

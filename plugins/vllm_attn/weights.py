@@ -9,7 +9,7 @@ fills it overwrites, and looked at afterwards (`patches.check_every_load`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -125,6 +125,13 @@ def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
             f"the checkpoint has no {lacking(model, missing[0], seen)}{more}: it is incomplete, or "
             "not of the model that its config.json describes"
         )
+
+
+def noted(tensors: Iterable[tuple[str, Tensor]], seen: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint's tensors on, and add their names to `seen`."""
+    for name, tensor in tensors:
+        seen.add(name)
+        yield name, tensor
 
 
 def lacks_a_part(model: Any, name: str, seen: set[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,29 +18,20 @@ from vllm.model_executor.parameter import (
 )
 
 from quant_kernels import Panels, panels
-from quant_kernels.pack import unpack
+from quant_kernels.pack import unpack, words
+from quant_kernels.weight import QuantSpec
 from vllm_attn.report import StartupError
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(QuantSpec):
     """How a weight is stored.
 
     Args:
-        bits: of a quantized value, 2 to 8.
-        group_size: columns that share a scale; None: a whole row.
-        symmetric: no zero points.
         zero_dtype: of zero points: float16 as it is, else integers, packed like the weight's.
     """
 
-    bits: int
-    group_size: int | None
-    symmetric: bool
-    zero_dtype: torch.dtype
-
-    def groups(self, columns: int) -> int:
-        """Return the groups of a row; the last one may be shorter."""
-        return 1 if self.group_size is None else math.ceil(columns / self.group_size)
+    zero_dtype: torch.dtype = torch.int8
 
     def create(
         self,
@@ -68,10 +58,10 @@ class Format:
         place = {"output_dim": 0}
         if self.group_size is not None:
             scale, place = GroupQuantScaleParameter, {"output_dim": 0, "input_dim": 1}
-        words = torch.empty(rows, math.ceil(columns * self.bits / 32), dtype=torch.int32)
+        packed = torch.empty(rows, words(columns, self.bits), dtype=torch.int32)
         scales = torch.empty(rows, self.groups(columns), dtype=torch.float32)
         layer.weight_packed = ModelWeightParameter(
-            data=words, input_dim=1, output_dim=0, weight_loader=fitting(layer, loader)
+            data=packed, input_dim=1, output_dim=0, weight_loader=fitting(layer, loader)
         )
         layer.weight_scale = scale(data=scales, weight_loader=loader, **place)
         layer.weight_shape = BasevLLMParameter(
@@ -79,10 +69,10 @@ class Format:
         )
         layer.weight_zero_point = None
         if not self.symmetric:
-            packed = self.zero_dtype != torch.float16
+            as_it_is = self.zero_dtype == torch.float16
             layer.weight_zero_point = scale(
-                data=scales.to(torch.int16 if packed else torch.float16),
-                weight_loader=self.unpacking(loader, stored_rows) if packed else loader,
+                data=scales.to(torch.float16 if as_it_is else torch.int16),
+                weight_loader=loader if as_it_is else self.unpacking(loader, stored_rows),
                 **place,
             )
 

@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from attn_kernels import Variant, causal_mask, cpu, get_variant, reference, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES, TorchLayer
+from attn_kernels.paged import STATE_BYTES, Layer, TorchLayer
 
 ISAS = cpu.usable_isas()
 PATHS = ("torch", *ISAS)
@@ -123,23 +124,12 @@ class Cache:
         blocks = self.block_table[request][positions // block_size]
         return (blocks * block_size + positions % block_size).long()
 
-    def layer(
-        self,
-        path: str,
-        variant: Variant,
-        num_heads: int,
-        *,
-        scale: float,
-        window: int | None,
-        learned: Mapping[str, Tensor],
-    ) -> cpu.CPULayer | TorchLayer:
+    def layer(self, path: str, variant: Variant, num_heads: int, **options: Any) -> Layer:
         if path == "torch":
-            return TorchLayer(variant, self.kv, scale=scale, window=window, learned=learned)
+            return TorchLayer(variant, self.kv, num_heads=num_heads, **options)
         kernel = cpu.load(variant, path)
         assert kernel is not None, f"{variant.name} has no kernels for {path}"
-        return kernel.layer(
-            self.kv, num_heads=num_heads, scale=scale, window=window, learned=learned
-        )
+        return kernel.layer(self.kv, num_heads=num_heads, **options)
 
 
 @dataclass

@@ -135,11 +135,12 @@ def expected(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
 
 def make_layer(kind: str, shape: Shape, dtype: torch.dtype) -> Any:
     pages, page = pages_of(shape, dtype), shape.page(dtype)
+    options: dict[str, Any] = {"num_heads": shape.heads, "scale": shape.scale}
     if kind == "torch":
-        return pruning.TorchPrunedLayer(shape.variant, pages, page, scale=shape.scale)
+        return pruning.TorchPrunedLayer(shape.variant, pages, page, **options)
     kernel = cpu.load(shape.variant, kind)
     assert kernel is not None
-    return PrunedCPULayer(kernel, pages, page, num_heads=shape.heads, scale=shape.scale)
+    return PrunedCPULayer(kernel, pages, page, **options)
 
 
 # Portable code is compiled from the same source and runs everywhere; the best is what serves.

@@ -7,7 +7,7 @@ The interpreter multiplies bit patterns where matrices are bfloat16; here they a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -69,22 +69,13 @@ def launch(layer: TritonLayer, query: Tensor, batch: Batch, out: Tensor) -> None
 
 
 def make_layer(
-    cache: paged.Cache,
-    path: str,
-    variant: Variant,
-    num_heads: int,
-    *,
-    scale: float,
-    window: int | None,
-    learned: Mapping[str, Tensor],
+    cache: paged.Cache, path: str, variant: Variant, num_heads: int, **options: Any
 ) -> Any:
     """In place of `Cache.layer`. `path`: processors of the device, which decide into how many parts
     a context is cut."""
     from attn_kernels.triton import TritonLayer
 
-    layer = TritonLayer(
-        variant, cache.kv, num_heads=num_heads, scale=scale, window=window, learned=learned
-    )
+    layer = TritonLayer(variant, cache.kv, num_heads=num_heads, **options)
     layer.num_multiprocessors = int(path)
     # The harness calls a layer as on a CPU, without the batch's sizes.
     layer.attend = functools.partial(launch, layer)  # type: ignore[method-assign]

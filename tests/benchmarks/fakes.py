@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,39 +25,18 @@ class TorchKernel:
     def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
         return None
 
-    def layer(
-        self,
-        kv_cache: Tensor,
-        *,
-        num_heads: int,
-        scale: float,
-        window: int | None = None,
-        learned: Mapping[str, Tensor] | None = None,
-    ) -> SpoiledLayer:
-        return SpoiledLayer(self, kv_cache, scale=scale, window=window, learned=learned)
+    def layer(self, kv_cache: Tensor, **options: Any) -> SpoiledLayer:
+        return SpoiledLayer(self, kv_cache, **options)
 
 
 class SpoiledLayer(TorchLayer):
     """The torch path, spoiled by its kernel."""
 
-    def __init__(
-        self,
-        kernel: TorchKernel,
-        kv_cache: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        learned: Mapping[str, Tensor] | None,
-    ) -> None:
-        super().__init__(kernel.variant, kv_cache, scale=scale, window=window, learned=learned)
+    def __init__(self, kernel: TorchKernel, kv_cache: Tensor, **options: Any) -> None:
+        super().__init__(kernel.variant, kv_cache, **options)
         self.kernel = kernel
 
-    def attend(
-        self,
-        query: Tensor,
-        batch: Batch,
-        out: Tensor,
-    ) -> None:
+    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
         before = self.kv_cache.clone()
         super().attend(query, batch, out)
         self.kernel.spoil(out, self.kv_cache, before)

@@ -17,7 +17,7 @@ from attn_kernels import variant_from_config, variant_names
 from tests.quantized import quantize
 from tests.servers import failed_start
 from tests.tiny import tiny_checkpoint
-from vllm_attn.budgets import check_budgets
+from vllm_attn.preflight import check_budgets
 from vllm_attn.report import StartupError
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from attn_kernels.cpu.build import HERE, BuildError, build_library, chosen_isas, usable_isas
 from attn_kernels.cpu.kernel import CPUKernel, CPULayer
-from attn_kernels.paged import TorchLayer
+from attn_kernels.paged import Layer, TorchLayer, head_size_of
 from attn_kernels.variant import Variant
 
 __all__ = ["BuildError", "CPUKernel", "CPULayer", "bind", "load", "usable_isas"]
@@ -63,27 +63,14 @@ def _warn(name: str, why: str) -> None:
     )
 
 
-def bind(
-    variant: Variant,
-    kv_cache: Tensor,
-    *,
-    num_heads: int,
-    scale: float,
-    window: int | None = None,
-    learned: Mapping[str, Tensor] | None = None,
-) -> CPULayer | TorchLayer:
-    """Bind one layer's cache to the kernels or, where they cannot be used, to torch operations.
-
-    The cache must be written and read by the same one; arguments as in `CPULayer`.
-    """
+def bind(variant: Variant, kv_cache: Tensor, **options: Any) -> Layer:
+    """Bind one layer's cache to the kernels or, where they cannot be used, to torch operations;
+    with the options of `Layer`."""
     kernel = load(variant)
-    block_size, content = kv_cache.shape[2:]
     if kernel is not None:
-        why = kernel.unsupported(
-            kernel.head_size(content, kv_cache.dtype), block_size, kv_cache.dtype
-        )
+        head_size, block_size = head_size_of(variant, kv_cache), kv_cache.shape[2]
+        why = kernel.unsupported(head_size, block_size, kv_cache.dtype)
         if why is None:
-            options = {"window": window, "learned": learned}
-            return kernel.layer(kv_cache, num_heads=num_heads, scale=scale, **options)
+            return kernel.layer(kv_cache, **options)
         _warn(variant.name, f"they do not support {why}")
-    return TorchLayer(variant, kv_cache, scale=scale, window=window, learned=learned)
+    return TorchLayer(variant, kv_cache, **options)

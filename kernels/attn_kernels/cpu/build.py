@@ -8,6 +8,7 @@ ever chosen. Its file name holds a hash of the sources and the flags, and one of
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -190,6 +191,26 @@ def compile_library(
             "that can be written"
         ) from None
     return target
+
+
+def open_library(path: Path, abi: str, expected: int) -> ctypes.CDLL:
+    """Return a library, loaded.
+
+    Args:
+        path: of the library.
+        abi: its function that says what the structs of its calls are.
+        expected: what that is in this version.
+
+    Raises:
+        BuildError: it does not load, or is of another version.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded ({error}): delete it") from None
+    if getattr(library, abi)() != expected:
+        raise BuildError(f"{path} does not fit this version of attnserve: delete it")
+    return library
 
 
 def _compile(command: list[str], target: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import triton
 from torch import Tensor
 
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES
+from attn_kernels.paged import Layer
 from attn_kernels.triton import attention, tuning
 from attn_kernels.triton.attention import (
     Constants,
@@ -35,17 +34,15 @@ QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 class Functions(NamedTuple):
     """A variant's functions and constants (`variants/__init__.py`)."""
 
-    query_factor: Any
-    update: Any
-    merge: Any
-    epilogue: Any
+    attend: dict[str, Any]
+    """What every kernel that attends takes of it."""
+    merge: dict[str, Any]
+    """What the kernel takes that adds up the parts of a context."""
     update_statistics: Any
     """None: the variant needs no pass for statistics."""
     finish_statistics: Any
     selection: Any
     """None: the variant is not stateful."""
-    params: tuple[float, ...]
-    constants: Constants
 
 
 @functools.cache
@@ -62,16 +59,19 @@ def functions(variant: Variant) -> Functions:
         if error.name != name:
             raise
         raise ValueError(f"{variant.name} has no Triton kernel ({name})") from None
+    constants = Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned))
+    last = {"EPILOGUE": module.epilogue, "PARAMS": tuple(variant.numbers())}
     return Functions(
-        module.query_factor,
-        module.update,
-        module.merge,
-        module.epilogue,
+        {
+            **last,
+            "QUERY_FACTOR": module.query_factor,
+            "UPDATE": module.update,
+            "VARIANT": constants,
+        },
+        {**last, "MERGE": module.merge},
         getattr(module, "update_statistics", None),
         getattr(module, "finish_statistics", None),
         module.selection if variant.stateful else None,
-        tuple(variant.numbers()),
-        Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
     )
 
 
@@ -116,28 +116,20 @@ def scratch_of(device: torch.device) -> Scratch:
     return Scratch(device)
 
 
-class TritonLayer:
+class TritonLayer(Layer):
     """One layer's attention on a GPU. No call waits for the device.
 
-    Inside each block of each KV head lie all keys, then all values, then the accumulators: fill the
-    cache with `write_cache` only.
+    Inside each block of each KV head lie all keys, then all values, then the accumulators.
 
     Args:
         variant: the attention function.
-        kv_cache: `[num_blocks, num_kv_heads, block_size, content]`, the last two dimensions
-            contiguous; float32, bfloat16, float16, or (with scales) float8_e4m3fn or int8.
-        num_heads: query heads, a multiple of `num_kv_heads`.
-        scale: factor of the raw scores, where the variant uses it.
-        window: sliding window in tokens, the query's own included.
+        kv_cache: the layer's cache, the last two dimensions contiguous; float32, bfloat16, float16,
+            or (with scales) float8_e4m3fn or int8.
         soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`.
-        learned: the variant's per-head tensors, each `[num_heads]`.
         key_scale, value_scale: `[1]` float32: a quantized cache holds keys and values divided by
             them.
         arch: "sm_90", "gfx942"; the device's if None.
-
-    Raises:
-        ValueError: the kernels do not support this.
-        KeyError: a learned tensor is missing.
+        options: those of `Layer`.
     """
 
     def __init__(
@@ -145,15 +137,13 @@ class TritonLayer:
         variant: Variant,
         kv_cache: Tensor,
         *,
-        num_heads: int,
-        scale: float,
-        window: int | None = None,
         soft_cap: float | None = None,
-        learned: Mapping[str, Tensor] | None = None,
         key_scale: Tensor | None = None,
         value_scale: Tensor | None = None,
         arch: str | None = None,
+        **options: Any,
     ) -> None:
+        super().__init__(variant, kv_cache, **options)
         num_kv_heads, block_size, content = kv_cache.shape[1:]
         if kv_cache.stride()[2:] != (content, 1):
             raise ValueError("the interior of the cache's blocks must be contiguous")
@@ -162,16 +152,12 @@ class TritonLayer:
         self.quantized = kv_cache.dtype in QUANTIZED
         if self.quantized and (key_scale is None or value_scale is None):
             raise ValueError(f"a cache of {kv_cache.dtype} needs key_scale and value_scale")
-        self.variant, self.kv_cache, self.num_heads = variant, kv_cache, num_heads
-        state = STATE_BYTES // kv_cache.dtype.itemsize if variant.stateful else 0
-        self.num_kv_heads, self.head_size = num_kv_heads, (content - state) // 2
-        self.group = num_heads // num_kv_heads
-        self.scale = scale
+        self.num_kv_heads, self.group = num_kv_heads, self.num_heads // num_kv_heads
         self.scratch = scratch_of(kv_cache.device)
         self.arch, self.num_multiprocessors = device_figures(kv_cache.device)
         self.arch = arch or self.arch
-        tensors = [(learned or {})[name].float().contiguous() for name in variant.learned]
-        self.learned = (*tensors, None, None)[:2]
+        tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
+        self.two_learned = (*tensors, None, None)[:2]
         self.scales = (key_scale, value_scale) if self.quantized else (None, None)
         self.functions = functions(variant)
         self.shape = Shape(
@@ -180,18 +166,12 @@ class TritonLayer:
             self.head_size,
             triton.next_power_of_2(self.head_size),
             block_size,
-            window or 0,
+            self.window or 0,
             soft_cap or 0.0,
             self.quantized,
         )
 
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Store keys and values of new tokens, in place; their accumulators start at 0.
-
-        Args:
-            key, value: `[>= num_tokens, num_kv_heads, head_size]`.
-            slot_mapping: `[num_tokens]` int64, `block * block_size + offset`, or -1 for padding.
-        """
         if slot_mapping.shape[0] == 0:
             return
         key, value = self._rows(key), self._rows(value)
@@ -213,13 +193,6 @@ class TritonLayer:
         )
 
     def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
-        """Attend with a batch, decode and prefill mixed.
-
-        Args:
-            query: `[>= num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.
-            batch: its requests, `max_query_len` and `max_seq_len` given.
-            out: `[>= num_tokens, num_heads, head_size]`, written in place; its heads side by side.
-        """
         query = self._rows(query)
         if query.shape[0] == 0:
             return
@@ -257,7 +230,7 @@ class TritonLayer:
             batch.block_table,
             batch.query_start_loc,
             batch.seq_lens,
-            *self.learned,
+            *self.two_learned,
             snapshots,
             statistics,
             rows,
@@ -270,14 +243,10 @@ class TritonLayer:
             *self.kv_cache.stride()[:2],
             batch.block_table.stride(0),
             0 if snapshots is None else snapshots.stride(0),
-            QUERY_FACTOR=self.functions.query_factor,
-            UPDATE=self.functions.update,
-            EPILOGUE=self.functions.epilogue,
+            **self.functions.attend,
             UPDATE_STATISTICS=self.functions.update_statistics,
             FINISH_STATISTICS=self.functions.finish_statistics,
             SELECTION=self.functions.selection,
-            PARAMS=self.functions.params,
-            VARIANT=self.functions.constants,
             SHAPE=self.shape,
             TILE=Tiling(tile.rows, queries, tile.keys, parts),
             enable_fp_fusion=True,
@@ -297,9 +266,7 @@ class TritonLayer:
                 batch.query_start_loc,
                 num_reqs,
                 out.stride(0),
-                MERGE=self.functions.merge,
-                EPILOGUE=self.functions.epilogue,
-                PARAMS=self.functions.params,
+                **self.functions.merge,
                 SHAPE=self.shape,
                 SPLITS=parts,
                 enable_fp_fusion=True,

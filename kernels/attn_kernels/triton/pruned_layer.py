@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from attn_kernels.batch import Batch
-from attn_kernels.pruning import LARGEST_GPU_BUDGET, PageShape
+from attn_kernels.pruning import LARGEST_GPU_BUDGET, PageShape, PrunedLayer
 from attn_kernels.triton.layer import device_figures, functions, scratch_of
 from attn_kernels.triton.pruned import PagedSlots, attend_kernel, scan_kernel, store_kernel
 from attn_kernels.triton.tuning import DECODE, tile_for
 from attn_kernels.variant import Variant
 
 
-class TritonPrunedLayer:
+class TritonPrunedLayer(PrunedLayer):
     """One layer's attention within a budget on a GPU. No call waits for the device, and what is
-    launched depends on the numbers of tokens and requests only.
+    launched depends on the numbers of tokens and requests only."""
 
-    Args:
-        variant: a stateful variant.
-        pages: `[num_pages, shape.num_bytes]` uint8, each a page of `attn_kernels.pruning`.
-        shape: of each page.
-        num_heads: the layer's query heads.
-        scale: factor of the raw scores.
-
-    Raises:
-        ValueError: the budget is too large for one program.
-    """
-
-    def __init__(
-        self,
-        variant: Variant,
-        pages: Tensor,
-        shape: PageShape,
-        *,
-        num_heads: int,
-        scale: float,
-    ) -> None:
+    def __init__(self, variant: Variant, pages: Tensor, shape: PageShape, **options: Any) -> None:
+        super().__init__(variant, pages.view(shape.dtype), shape, **options)
         if shape.budget > LARGEST_GPU_BUDGET:
             raise ValueError(
                 f"the GPU kernels take budgets to {LARGEST_GPU_BUDGET}, not {shape.budget}"
             )
-        self.pages = pages.view(shape.dtype)
-        self.dtype, self.scale = shape.dtype, scale
         self.scratch = scratch_of(pages.device)
         arch, _ = device_figures(pages.device)
         self.page = PagedSlots(
             shape.num_kv_heads,
-            num_heads // shape.num_kv_heads,
+            self.num_heads // shape.num_kv_heads,
             shape.head_size,
             triton.next_power_of_2(shape.head_size),
             shape.budget,
@@ -58,13 +40,12 @@ class TritonPrunedLayer:
         self.functions = functions(variant)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
-        """Store a step's tokens and attend; see `attn_kernels.pruning.TorchPrunedLayer`."""
         num_tokens, num_reqs = query.shape[0], batch.seq_lens.shape[0]
         if num_tokens == 0:
             return
         query, key, value = (
             x if x.stride()[1:] == (self.page.head_size, 1) else x.contiguous()
-            for x in (query, key.to(self.dtype), value.to(self.dtype))
+            for x in (query, key.to(self.shape.dtype), value.to(self.shape.dtype))
         )
         slots = self.page.slots
         sources = self.scratch.take("sources", num_tokens, slots).view(torch.int32)
@@ -107,11 +88,7 @@ class TritonPrunedLayer:
             out.stride(0),
             page_stride,
             table_stride,
-            QUERY_FACTOR=self.functions.query_factor,
-            UPDATE=self.functions.update,
-            EPILOGUE=self.functions.epilogue,
-            PARAMS=self.functions.params,
-            VARIANT=self.functions.constants,
+            **self.functions.attend,
             PAGE=self.page,
             ROWS=self.tile.rows,
             KEYS=min(slots, self.tile.keys),

@@ -3,9 +3,13 @@
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import FIRST_MAX, UNIT_KEYS, epilogue, merge, update
-
-__all__ = ["FIRST_MAX", "UNIT_KEYS", "epilogue", "merge", "query_factor", "update"]
+from attn_kernels.triton.variants.softmax import (  # noqa: F401 (this variant's, too)
+    FIRST_MAX,
+    UNIT_KEYS,
+    epilogue,
+    merge,
+    update,
+)
 
 
 @triton.jit
