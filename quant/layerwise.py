@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,46 +21,17 @@ from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.files import write_text
+from quant.config import Settings
 from quant.measure import NUMERICS
 from quant.mixed import LayerBits, Price, Prices, spread, total, within
 from quant.model import empty_model, linears, put
 from quant.schemes.hessian import watched
 from quant.schemes.registry import get_scheme
 from quant.texts import Sources, calibration_text, text_for
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant_kernels.weight import QuantizedWeight
 
 CHOICES = 9
 """Of the greedy path that are measured, at even distances in bytes, both ends included."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What single layers are measured with.
-
-    Args:
-        bits: of a layer, each of them.
-        scheme, group_size, symmetric, lm_head: as in `QuantConfig`.
-        sequences: of each text that is measured on.
-        length: tokens of a sequence; at most the training length is used.
-        calibration: sequences to calibrate on.
-        seed: of the calibration text.
-    """
-
-    bits: Sequence[int]
-    scheme: str
-    group_size: int | None
-    symmetric: bool
-    lm_head: bool
-    sequences: int
-    length: int
-    calibration: int
-    seed: int
-
-    @property
-    def specs(self) -> list[QuantSpec]:
-        """How a layer is quantized, with fewer bits first."""
-        bits = sorted(set(self.bits))
-        return [QuantSpec(each, self.group_size, self.symmetric) for each in bits]
 
 
 @dataclass(frozen=True)

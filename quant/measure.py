@@ -24,13 +24,13 @@ from attnserve.evaluation.scorers import load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant import lm_eval_tasks
 from quant.activations import cache_bytes, quantize_cache, quantize_inputs
-from quant.config import UNQUANTIZED, QuantConfig
+from quant.config import UNQUANTIZED, QuantConfig, Samples
 from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
 from quant.store import SweepResult, path_of
-from quant.texts import Samples, SweepTexts
+from quant.texts import SweepTexts
 
 NUMERICS = 1
 """Goes up when a change of the code changes results, so that older ones are not taken for new."""

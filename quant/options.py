@@ -11,10 +11,7 @@ from attnserve.evaluation.arguments import text_file
 
 OUT = Path("runs") / "quant"
 """Where the commands write and read results if no folder is named, in the current folder."""
-BITS = [2, 3, 4, 8]
-SCHEMES = ["rtn", "hqq", "gptq"]
-TARGETS = ["weights", "weights+activations", "kv"]
-GROUP_SIZES: list[int] = [64]
+COLUMNS = "Columns of the weights that share a scale, or channel for a whole row."
 
 
 def columns(text: str | int) -> int | None:
@@ -37,7 +34,7 @@ GroupSize = Annotated[
         "--group",
         parser=columns,
         metavar="N",
-        help="Columns of the weights that share a scale, or channel for a whole row.",
+        help=COLUMNS,
     ),
 ]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="Use no zero points.")]

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from quant import lm_eval_tasks, pool, store
-from quant.config import UNQUANTIZED, QuantConfig
+from quant.config import UNQUANTIZED, QuantConfig, Samples
 from quant.lm_eval_tasks import Harness
 from quant.measure import SweepTask, measure
 from quant.model import empty_model, linears
 from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
-from quant.texts import Samples, Sources, sweep_texts
+from quant.texts import Sources, sweep_texts
 
 WORKER_BYTES = 700 * 2**20
 """What a worker holds besides its model: mostly torch and transformers."""

@@ -14,6 +14,7 @@ from attnserve.evaluation.tasks import Blimp, Lambada
 from attnserve.evaluation.texts import Text, anywhere, beginning, evenly, fingerprint, read, written
 from attnserve.files import CHECKOUT
 from attnserve.sampled_text import Use, writers
+from quant.config import Samples
 
 CHECKPOINTS = CHECKOUT / "checkpoints"
 WIKITEXT = "wikitext2_test_raw.txt"
@@ -91,27 +92,6 @@ class Sources:
 def bundled_checkpoints() -> list[Path]:
     """Return the checkpoints that come with a checkout of the project; none without one."""
     return sorted(file.parent for file in CHECKPOINTS.glob("*/config.json"))
-
-
-@dataclass(frozen=True)
-class Samples:
-    """How much is measured.
-
-    Args:
-        sequences: of each text, for perplexity and divergence.
-        length: tokens of a sequence; at most the training length is used.
-        pairs: of each BLiMP set.
-        passages: of LAMBADA.
-        calibration: sequences of text for GPTQ and static scales.
-        seed: of the calibration text.
-    """
-
-    sequences: int
-    length: int
-    pairs: int
-    passages: int
-    calibration: int
-    seed: int = 0
 
 
 @dataclass(frozen=True)

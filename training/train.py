@@ -8,9 +8,9 @@ from typing import Annotated
 
 from typer import Option
 
-from attnserve.command import AsJson, main, needs
+from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
-from training.arguments import Data, Variant, options_of
+from training.arguments import Data, Variant
 from training.recipe import TrainingRecipe
 
 

@@ -13,12 +13,12 @@ import pytest
 
 from attnserve.evaluation.checkpoint import Checkpoint, digest
 from quant import runner, texts
-from quant.config import QuantConfig, SearchSpace
+from quant.config import QuantConfig, Samples, SearchSpace
 from quant.quantize import quantize
 from quant.report.__main__ import report
 from quant.store import SweepResult, read_all
 from quant.sweep import sweep
-from quant.texts import Samples, Sources, bundled_checkpoints, calibration_text
+from quant.texts import Sources, bundled_checkpoints, calibration_text
 from tests.conftest import Commands
 from tests.quant.test_sweep import SMALL
 from tests.tiny import LICENSE, tiny_checkpoint

@@ -19,14 +19,14 @@ from attnserve.evaluation.perplexity import Perplexity
 from attnserve.evaluation.scorers import TransformersScorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant.activations import cache_bytes
-from quant.config import QuantConfig, SearchSpace
+from quant.config import QuantConfig, Samples, SearchSpace
 from quant.measure import SweepTask, changes, measure
 from quant.model import linears, put, quantize, stored_bytes
 from quant.outliers import figures
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
 from quant.store import SweepResult
-from quant.texts import Samples, Sources, sweep_texts
+from quant.texts import Sources, sweep_texts
 from quant_kernels.weight import QuantSpec
 from tests.tiny import tiny_checkpoint
 
