@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from attn_kernels import Variant, get_variant, variant_from_config
 from attnserve import machine
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import begin_token, read_config
+from attnserve.evaluation.checkpoint import Checkpoint, read_config
 from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.finetune import FineTune
@@ -167,7 +167,7 @@ def write(
     }
     if tuning.steps:
         tokens = read_tokens(data, tokenizer)
-        bos = begin_token(source, tokenizer)
+        bos = Checkpoint(source).bos
         tune = FineTune(model.float(), tuning, tokens, bos, part, record)
         tune.run(compiled)
         record["finetuning"] = tuned_record(tune, data)

@@ -13,14 +13,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from attn_kernels import variant_from_config
 from attnserve import machine
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import begin_token, read_config
+from attnserve.evaluation import texts
+from attnserve.evaluation.checkpoint import Checkpoint, read_config
 from attnserve.evaluation.scorers import Item
-from attnserve.evaluation.texts import read_tokens
 from attnserve.evaluation.vllm_scorer import VLLMScorer
 from attnserve.files import write_text
 from attnserve.reports import save_figure
@@ -104,9 +103,8 @@ def measure(job: Job) -> None:
             raise UserError(
                 f"{job.csv} has rows of another checkpoint called {model['model']}: rename one"
             )
-    tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
-    bos = begin_token(job.checkpoint, tokenizer)
-    tokens = {text.name: read_tokens([text], tokenizer)[:-1] for text in job.texts}
+    checkpoint = Checkpoint(job.checkpoint)
+    tokens = {file.name: checkpoint.encode(texts.read(file)) for file in job.texts}
     starts = [
         (start, text)
         for text, content in tokens.items()
@@ -122,7 +120,7 @@ def measure(job: Job) -> None:
     with closing(VLLMScorer(job.checkpoint, job.length + 1, job.dtype, quiet=True)) as scorer:
         for text, start in tqdm(missing, desc=job.checkpoint.name, unit="window"):
             window = tokens[text][start : start + job.length]
-            (scored,) = scorer.score([Item([bos], window.tolist())], text)
+            (scored,) = scorer.score([Item([checkpoint.bos], window)], text)
             losses = -scored.logprobs
             place = {"text": text, "start": start}
             rows = [

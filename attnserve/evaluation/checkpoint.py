@@ -32,18 +32,6 @@ def first_line(error: Exception) -> str:
     return (str(error) or repr(error)).partition("\n")[0]
 
 
-def begin_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the token that begins every text: begin-of-text, else end-of-text.
-
-    Raises:
-        UserError: the tokenizer has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError(f"the tokenizer of {folder} has no begin-of-text token: set its bos_token")
-
-
 class Checkpoint:
     """A Hugging Face folder.
 
@@ -78,8 +66,17 @@ class Checkpoint:
 
     @property
     def bos(self) -> int:
-        """Return the token that begins every text."""
-        return begin_token(self.folder, self.tokenizer)
+        """The id of the token that begins every text: begin-of-text, else end-of-text.
+
+        Raises:
+            UserError: the tokenizer has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise UserError(
+            f"the tokenizer of {self.folder} has no begin-of-text token: set its bos_token"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return token ids without special tokens."""
