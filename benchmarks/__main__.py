@@ -14,21 +14,9 @@ from typing import Annotated, TextIO
 
 from attnserve.command import INTERRUPTED, AsJson, main
 from attnserve.files import CHECKOUT
+from benchmarks import RESULTS
 from benchmarks import options as opt
 
-COMMANDS = (
-    "benchmarks.kernels",
-    "benchmarks.serve",
-    "benchmarks.memory",
-    "benchmarks.rates",
-    "benchmarks.pruning",
-    "benchmarks.quantized",
-    "benchmarks.packed_products",
-    "benchmarks.gateway",
-    "benchmarks.smollm2",
-    "benchmarks.triton_compile",
-    "benchmarks.gpu",
-)
 CHECKPOINTS = CHECKOUT / "checkpoints"
 PACKED = Path(".run/softpick-w4")
 PACK = [
@@ -56,9 +44,10 @@ STANDARD = {
         *("--request-rates", "8", "inf"),
     ],
     Benchmark.PRUNING: [
-        *("benchmarks.pruning", f"--ckpt={CHECKPOINTS / 'selective'}"),
-        *("--kv-budgets", "8", "8", "12", "16", "--kv-cache-memory-bytes=8M"),
-        *("--requests=64", "--prompt-len=128", "--new-tokens=128", "--rounds=3"),
+        *("benchmarks.serve", "--enforce-eager", f"--ckpts={CHECKPOINTS / 'selective'}"),
+        *("--no-stock", "--gateway=none", "--request-rates=inf", "--running"),
+        *("--kv-cache-memory-bytes=8M", "--requests=64", "--new-tokens=128"),
+        f"--csv={RESULTS / 'serve_pruned_cpu.csv'}",
     ],
     Benchmark.GATEWAY: ["benchmarks.gateway", "--rounds=3"],
 }
@@ -79,11 +68,11 @@ def benchmarks(
       kernels   benchmarks.kernels --quick
       memory    benchmarks.memory; with softpick in 4 bits too, which quant.quantize writes first
       serve     benchmarks.serve, the same servers, at 8 requests/s and all at once
-      pruning   benchmarks.pruning, 64 requests in 8 MiB of KV cache
+      pruning   benchmarks.serve, selective within budgets and not, 64 requests in 8 MiB of cache
       gateway   benchmarks.gateway, 3 rounds
 
-    Others, each alone: benchmarks.rates, benchmarks.quantized, benchmarks.packed_products,
-    benchmarks.smollm2, benchmarks.triton_compile, benchmarks.gpu.
+    Others, each alone: benchmarks.packed_products, benchmarks.smollm2, benchmarks.triton_compile,
+    benchmarks.gpu.
     """
     from attnserve import machine
     from benchmarks import results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from attn_kernels import Variant
 
 BUNDLED = tuple(CHECKOUT / "checkpoints" / name for name in ("softmax", "softpick", "selective"))
-
-SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What safetensors calls our dtypes."""
 
 STORED = {"I8": 1, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by safetensors' names."""
@@ -102,6 +100,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     """
     import math
 
+    import torch
     from safetensors import safe_open
 
     total = 0
@@ -109,7 +108,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  it has no iterator
                 tensor = opened.get_slice(name)
-                size, item = math.prod(tensor.get_shape()), STORED[SAFETENSORS[dtype]]
+                size, item = math.prod(tensor.get_shape()), getattr(torch, dtype).itemsize
                 kind, stored = name.rpartition(".")[2], tensor.get_dtype()
                 if kind == "weight_shape":
                     continue
@@ -149,6 +148,7 @@ class ServerCase:
         ckpt: the checkpoint's folder.
         variant: its attention.
         weights: for example `float32`, or `w4-g64-e8` (`packed_name`).
+        dtype: of activations, caches, and weights that are not packed.
         kv_budgets: tokens that each layer keeps; none: all.
         backend: vLLM's --attention-backend; none: as config.json says.
     """
@@ -157,6 +157,7 @@ class ServerCase:
     ckpt: Path
     variant: str
     weights: str
+    dtype: str = "float32"
     kv_budgets: tuple[int, ...] = ()
     backend: str = ""
 
@@ -164,7 +165,8 @@ class ServerCase:
         """Return those of `vllm serve`."""
         from attn_kernels import get_variant
 
-        arguments = [f"--attention-backend={self.backend}"] if self.backend else []
+        arguments = [f"--dtype={self.dtype}"]
+        arguments += [f"--attention-backend={self.backend}"] * bool(self.backend)
         if get_variant(self.variant).prunable:  # with these budgets, whatever config.json says
             variant: dict[str, Any] = {"name": self.variant}
             variant |= {"kv_budgets": self.kv_budgets} if self.kv_budgets else {}
@@ -178,31 +180,44 @@ class ServerCase:
             "model": self.ckpt.resolve().name,
             "variant": self.variant,
             "weights": self.weights,
+            "dtype": self.dtype,
             "kv_budgets": " ".join(map(str, self.kv_budgets)),
             "backend": self.backend or self.variant,
         }
 
 
 def cases_of(
-    ckpts: Sequence[Path], packed: Sequence[Path], kv_budgets: Sequence[int], dtype: str
+    ckpts: Sequence[Path],
+    packed: Sequence[Path],
+    kv_budgets: Sequence[int],
+    dtypes: Sequence[str],
+    packed_dtypes: Sequence[str] = (),
+    backends: Sequence[str] = ("",),
 ) -> list[ServerCase]:
-    """Return one case a checkpoint, and of a prunable variant another within its budgets.
+    """Return one case a checkpoint, dtype and backend, and of a prunable variant another within its
+    budgets.
 
     Args:
         ckpts: folders of checkpoints as they were trained.
         packed: folders that quant.quantize has written.
         kv_budgets: of each layer; 0: those of config.json.
-        dtype: of weights that are not packed.
+        dtypes: that checkpoints which are not packed are served in.
+        packed_dtypes: that packed ones are served in; none: the first of `dtypes`.
+        backends: vLLM's --attention-backend; an empty one: as config.json says, or vLLM's own.
 
     Raises:
         UserError: a folder is not what it should be, or two have the same name.
     """
+    folders = [(folder, dtype) for dtype in dtypes for folder in ckpts]
+    folders += [(folder, dtype) for dtype in packed_dtypes or dtypes[:1] for folder in packed]
     cases: list[ServerCase] = []
-    for folder in [*ckpts, *packed]:
+    for (folder, dtype), backend in product(folders, backends):
         variant, config = variant_of(folder), config_of(folder)
-        weights = packed_name(folder) if folder in packed else dtype
-        name = variant.name if variant else "softmax"
-        case = ServerCase(folder.resolve().name, folder, name, weights)
+        weights = packed_name(folder) if folder in packed else str(dtype)
+        parts = [folder.resolve().name, backend, dtype if dtype != dtypes[0] else ""]
+        case = ServerCase(" ".join(filter(None, parts)), folder,
+                          variant.name if variant else "softmax", weights, str(dtype),
+                          backend=backend or ("" if variant else "cpu_attn"))  # fmt: skip
         cases.append(case)
         if variant is not None and variant.prunable:
             layers = config["num_hidden_layers"]

@@ -128,10 +128,7 @@ def known(csv: Any, about: dict[str, Any], case: Case, seed: int) -> list[result
     """Return the rows that a CSV has of a case, measured on the same GPU with the same software."""
     if not csv.exists():
         return []
-    frame = results.read_csv(csv)
-    same = {name: str(value) for name, value in about.items() if name != "date"}
-    for name, value in {**same, "case": str(case), "seed": str(seed)}.items():
-        frame = frame[frame[name] == value]
+    frame = results.rows_with(csv, {**about, "case": case, "seed": seed})
     numbers = ("us_", "ratio_", "kv_gb", "tflops", "error")
     return [
         {k: (float(v) if v else None) if str(k).startswith(numbers) else v for k, v in row.items()}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attn_kernels import Variant
+    from attn_kernels.batch import Batch
     from benchmarks.kernels.case import Inputs, Paging
 
 SEGMENTS, SMALLEST_GRID = 16, 128
@@ -118,43 +119,81 @@ def vllm_flash_attention(inputs: Inputs, paging: Paging) -> Peer:
     return softmax(run)
 
 
+def call_unified(
+    call: Callable[..., Any],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    batch: Batch,
+    descale: Tensor | None = None,
+    **parts: Any,
+) -> None:
+    """Call vLLM's `unified_attention` for causal softmax.
+
+    Args:
+        call: the function.
+        query, out: `[tokens, num_heads, head_dim]`.
+        keys, values: `[num_blocks, block_size, num_kv_heads, head_dim]`.
+        batch: the step's requests.
+        descale: factor of keys and values, `[num_reqs, num_kv_heads]`.
+        parts: scratch memory for contexts that are cut, and where they are cut.
+    """
+    call(
+        q=query,
+        k=keys,
+        v=values,
+        out=out,
+        cu_seqlens_q=batch.query_start_loc,
+        max_seqlen_q=batch.max_query_len,
+        seqused_k=batch.seq_lens,
+        max_seqlen_k=batch.max_seq_len,
+        softmax_scale=query.shape[-1] ** -0.5,
+        causal=True,
+        window_size=(-1, -1),
+        block_table=batch.block_table,
+        softcap=0.0,
+        q_descale=None,
+        k_descale=descale,
+        v_descale=descale,
+        **parts,
+    )
+
+
+def scratch(rows: int, num_heads: int, head_dim: int, threshold: int) -> dict[str, Any]:
+    """Return what makes vLLM's kernel cut contexts of at most `threshold` requests."""
+    import torch
+
+    shape = (rows, num_heads, SEGMENTS)
+    return {
+        "seq_threshold_3D": threshold,
+        "num_par_softmax_segments": SEGMENTS,
+        "softmax_segm_output": torch.empty(*shape, 1 << (head_dim - 1).bit_length()),
+        "softmax_segm_max": torch.empty(shape),
+        "softmax_segm_expsum": torch.empty(shape),
+    }
+
+
 def unified_attention(inputs: Inputs, paging: Paging) -> Peer:
     """Return vLLM's Triton kernel, with the scratch memory that makes it cut long contexts."""
-    import torch
+    from attn_kernels.batch import Batch
 
     call = of_vllm(inputs, "vllm.v1.attention.ops.triton_unified_attention", "unified_attention")
     keys, values = paged(inputs, paging)
     out = inputs.query.new_zeros(inputs.query.shape)
     case = inputs.case
     threshold = SMALLEST_GRID // case.num_kv_heads
-    shape = (max(threshold, case.batch), case.num_heads, SEGMENTS)
-    parts = torch.empty(*shape, 1 << (case.head_dim - 1).bit_length())
-    largest, sums = torch.empty(shape), torch.empty(shape)
+    parts = scratch(max(threshold, case.batch), case.num_heads, case.head_dim, threshold)
+    batch = Batch(
+        paging.tables[0],
+        inputs.query_start_loc,
+        inputs.seq_lens,
+        max_query_len=case.new_tokens,
+        max_seq_len=case.seq_len,
+    )
 
     def run() -> Tensor:
-        call(
-            q=inputs.query,
-            k=keys,
-            v=values,
-            out=out,
-            cu_seqlens_q=inputs.query_start_loc,
-            max_seqlen_q=case.new_tokens,
-            seqused_k=inputs.seq_lens,
-            max_seqlen_k=case.seq_len,
-            softmax_scale=inputs.scale,
-            causal=True,
-            window_size=(-1, -1),
-            block_table=paging.tables[0],
-            softcap=0,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-            seq_threshold_3D=threshold,
-            num_par_softmax_segments=SEGMENTS,
-            softmax_segm_output=parts,
-            softmax_segm_max=largest,
-            softmax_segm_expsum=sums,
-        )
+        call_unified(call, inputs.query, keys, values, out, batch, **parts)
         return out
 
     return softmax(run)

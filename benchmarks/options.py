@@ -68,7 +68,6 @@ class Phase(StrEnum):
 ModelDtype = Annotated[
     Dtype, option("Type of activations, caches, and weights that are not packed.")
 ]
-Ckpt = Annotated[Path, folder("The checkpoint's folder.")]
 Threads = Annotated[int, count("OpenMP threads of a server, or of what is timed.")]
 Seed = Annotated[int, option("Seed of what is random.")]
 NewTokens = Annotated[int, count("Tokens of an answer.")]

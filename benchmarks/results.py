@@ -90,6 +90,13 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
+def rows_with(path: Path, values: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a CSV file's rows (`read_csv`) that have these values; `date` may be another."""
+    frame = read_csv(path)
+    same = {name: str(value) for name, value in values.items() if name != "date"}
+    return frame[(frame[list(same)] == list(same.values())).all(axis=1)]
+
+
 def checked(path: Path, no_save: bool) -> Path | None:
     """Return the CSV file that rows are added to; None if none is written.
 
@@ -110,20 +117,17 @@ def checked(path: Path, no_save: bool) -> Path | None:
     return path
 
 
-def append_csv(
-    path: Path, about: Mapping[str, Any], rows: Sequence[Row], leave_out: Sequence[str] = ()
-) -> None:
+def append_csv(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Add rows to a CSV file. What is in it stays as it is; columns that it lacks come last.
 
     Args:
         path: the file; made if missing.
         about: columns that all rows share, first in a new file.
         rows: the rows.
-        leave_out: their columns that are not written.
     """
     import pandas as pd
 
-    added = pd.DataFrame([{**about, **row} for row in rows]).drop(columns=list(leave_out))
+    added = pd.DataFrame([{**about, **row} for row in rows])
     if path.exists():
         added = pd.concat([read_csv(path), added])
     with replacing(path) as partial:
@@ -137,7 +141,6 @@ def report(
     *,
     csv: Path | None,
     as_json: bool,
-    leave_out: Sequence[str] = (),
 ) -> None:
     """Save what was measured and print it.
 
@@ -147,8 +150,7 @@ def report(
         text: the table for people.
         csv: rows are added to it; None: nowhere.
         as_json: print `about` and the rows as one JSON object instead.
-        leave_out: columns that the CSV does not have.
     """
     if csv is not None and rows:
-        append_csv(csv, about, rows, leave_out)
+        append_csv(csv, about, rows)
     print(json.dumps({**about, "rows": rows}) if as_json else text)

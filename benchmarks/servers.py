@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,6 @@ class ServerOptions:
     """What all servers of a run have in common.
 
     Attributes:
-        dtype: of activations, caches, and weights that are not packed.
         kv_cache_memory_bytes: of each server.
         threads: OpenMP threads.
         enforce_eager: the models are not compiled.
@@ -43,7 +40,6 @@ class ServerOptions:
         vllm_args: further arguments of `vllm serve`.
     """
 
-    dtype: str
     kv_cache_memory_bytes: int
     threads: int
     enforce_eager: bool
@@ -51,32 +47,16 @@ class ServerOptions:
     log_folder: Path
     vllm_args: Sequence[str] = ()
 
-    def arguments(self) -> list[str]:
-        """Return those of `vllm serve`."""
-        found = [f"--dtype={self.dtype}", f"--kv-cache-memory-bytes={self.kv_cache_memory_bytes}"]
-        return found + ["--enforce-eager"] * self.enforce_eager
-
     def described(self, **more: Any) -> dict[str, Any]:
         """Return what the run is made on and with: the columns that all its rows share."""
         return {
             **machine.described(),
             "threads": self.threads,
-            "dtype": self.dtype,
             "mode": "eager" if self.enforce_eager else "compiled",
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             **more,
             "vllm_args": " ".join(self.vllm_args),
         }
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prompt's answer: when it was sent and when each token came, in s."""
-
-    sent: float
-    tokens: list[float]
-    cached_tokens: int
-    """Of the prompt; vLLM tells it for one prompt of a batch, so it is the same for all."""
 
 
 class Server:
@@ -95,8 +75,9 @@ class Server:
         port = self.service.url.rpartition(":")[2]
         vllm = Path(sys.executable).with_name("vllm")
         self.command = [str(vllm), "serve", str(ckpt), f"--host={HOST}", f"--port={port}"]
-        self.command += [f"--served-model-name={MODEL}", *options.arguments(), *arguments]
-        self.command += options.vllm_args
+        self.command += [f"--served-model-name={MODEL}", *arguments, *options.vllm_args]
+        self.command += [f"--kv-cache-memory-bytes={options.kv_cache_memory_bytes}"]
+        self.command += ["--enforce-eager"] * options.enforce_eager
         self.environment = {"OMP_NUM_THREADS": str(options.threads), **ENVIRONMENT}
 
     async def start(self) -> None:
@@ -110,7 +91,7 @@ class Server:
         await self.service.start(self.command, self.environment)
         try:
             async with asyncio.timeout(self.start_timeout):
-                await while_alive([self.service], self.service.ready("/health"))
+                await while_alive(self.service, self.service.ready("/health"))
         except TimeoutError:
             raise LaunchError(f"{self.name} did not start in {self.start_timeout} s") from None
         self.signal(signal.SIGSTOP)
@@ -126,46 +107,29 @@ class Server:
         self.signal(signal.SIGCONT)
         await self.service.stop()
 
-    async def round(self, prompts: list[list[int]], n: int) -> list[Answer]:
-        """Send all prompts at once and return their streamed greedy answers of `n` tokens.
-
-        They are one request, so that they reach the scheduler together: on separate connections the
-        first may end before the last is read. The connection is new: vLLM closes idle ones.
+    async def generate(self, prompts: list[list[int]], n: int) -> None:
+        """Send all prompts as one request, so that they reach the scheduler together, and wait for
+        their greedy answers of `n` tokens. Whatever happens, its processes are stopped then.
 
         Raises:
             LaunchError: an answer is not what was asked for.
         """
         body = {"model": MODEL, "prompt": prompts, "max_tokens": n, "temperature": 0.0}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {"ignore_eos": True}
         url = f"{self.service.url}/v1/completions"
-        times: list[list[float]] = [[] for _ in prompts]
-        usage: dict[str, Any] = {}
         timeout = aiohttp.ClientTimeout(total=None)
         self.signal(signal.SIGCONT)
         try:
-            sent = time.perf_counter()
             async with aiohttp.request("POST", url, json=body, timeout=timeout) as answer:
                 if answer.status != 200:
                     raise self.service.failed(f"answered {answer.status}")
-                async for line in answer.content:
-                    if not line.startswith(b"data: {"):
-                        continue
-                    now = time.perf_counter()
-                    event = json.loads(line.removeprefix(b"data: "))
-                    if "error" in event:
-                        raise self.service.failed("broke off an answer")
-                    for choice in event["choices"]:
-                        times[choice["index"]] += [now] * len(choice["token_ids"] or ())
-                    usage = event.get("usage") or usage
+                tokens = (await answer.json())["usage"]["completion_tokens"]
         except aiohttp.ClientError as error:
             raise self.service.failed(f"broke the connection ({error})") from error
         finally:
             self.signal(signal.SIGSTOP)
-        if {len(tokens) for tokens in times} != {n}:
+        if tokens != n * len(prompts):
             raise self.service.failed(f"did not answer each prompt with {n} tokens")
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        return [Answer(sent, tokens, cached) for tokens in times]
 
 
 def free_port() -> int:
@@ -176,17 +140,17 @@ def free_port() -> int:
         return port
 
 
-async def while_alive(services: Sequence[Service], work: Awaitable[T]) -> T:
-    """Do the work, unless a server ends meanwhile.
+async def while_alive(service: Service, work: Awaitable[T]) -> T:
+    """Do the work, unless the server ends meanwhile.
 
     Raises:
         LaunchError: what that server says.
     """
     tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work)]
-    tasks += [asyncio.ensure_future(service.ended()) for service in services]
+    tasks.append(asyncio.ensure_future(service.ended()))
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        result: T = next(task for task in tasks if task in done).result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        result: T = next(task for task in tasks if task.done()).result()
         return result
     finally:
         for task in tasks:
@@ -214,19 +178,6 @@ async def started(servers: Sequence[Server]) -> AsyncIterator[dict[Server, Launc
         yield failed
     finally:
         await asyncio.gather(*(server.stop() for server in servers))
-
-
-async def with_all(servers: Sequence[Server], work: Coroutine[Any, Any, T]) -> T:
-    """Do the work once all servers answer, and end them whatever happens.
-
-    Raises:
-        LaunchError: a server does not start, or ends.
-    """
-    with contextlib.closing(work):  # if it is never awaited
-        async with started(servers) as failed:
-            for error in failed.values():
-                raise error
-            return await while_alive([server.service for server in servers], work)
 
 
 def run(
@@ -260,3 +211,14 @@ def run(
         raise KeyboardInterrupt from None
     except LaunchError as error:
         fail(name, str(error), error.code)
+
+
+def interrupted(work: Coroutine[Any, Any, object], name: str) -> bool:
+    """Run a benchmark's work (`run`) and return whether a signal ended it, in which case what was
+    measured until then is still to be saved."""
+    try:
+        run(work, name)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the servers are stopped", file=sys.stderr)
+        return True
+    return False

@@ -102,7 +102,7 @@ def kernels(
     from tqdm import tqdm
 
     from benchmarks.kernels.candidates import load_vllm
-    from benchmarks.kernels.case import FULL, QUICK
+    from benchmarks.kernels.case import FULL, QUICK, label
     from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
 
     if num_heads % num_kv_heads:
@@ -224,13 +224,6 @@ def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int)
         )
 
 
-def label(row: Mapping[str, Any]) -> str:
-    """Return a row's case without its phase and dtype."""
-    if row["phase"] == "decode":
-        return f"D{row['head_dim']} ctx {row['ctx']} x{row['batch']}"
-    return f"D{row['head_dim']} {row['ctx']}+{row['new_tokens']}"
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return one line a row, aligned."""
 
@@ -271,6 +264,8 @@ def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a PNG: each variant's time by vLLM's softmax, a panel for each phase and dtype."""
     import pandas as pd
+
+    from benchmarks.kernels.case import label
 
     frame = pd.DataFrame([{**row, "case": label(row)} for row in rows])
     panels = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,15 +61,15 @@ class Case:
         pairs = self.new_tokens * (first + self.seq_len) // 2
         return 4 * self.batch * self.num_heads * self.head_dim * pairs
 
-    @property
-    def label(self) -> str:
-        """Short name without phase and dtype."""
-        if self.phase == "decode":
-            return f"D{self.head_dim} ctx {self.ctx} x{self.batch}"
-        return f"D{self.head_dim} {self.ctx}+{self.new_tokens}"
-
     def __str__(self) -> str:
-        return f"{self.phase} {self.dtype} {self.label}"
+        return f"{self.phase} {self.dtype} {label(vars(self))}"
+
+
+def label(case: Mapping[str, Any]) -> str:
+    """Return a short name, without phase and dtype, of a case or of its row."""
+    if case["phase"] == "decode":
+        return f"D{case['head_dim']} ctx {case['ctx']} x{case['batch']}"
+    return f"D{case['head_dim']} {case['ctx']}+{case['new_tokens']}"
 
 
 @dataclass(frozen=True)

@@ -59,27 +59,23 @@ def memory(
         python -m benchmarks.memory --enforce-eager --packed w4
     """
     from benchmarks.memory.measure import RequestShape
-    from benchmarks.servers import ServerOptions, run
+    from benchmarks.servers import ServerOptions, interrupted
 
-    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], dtype)
+    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], [dtype])
     requests = RequestShape(prompt_len, new_tokens, seed)
-    options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
+    options = ServerOptions(kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
     check(cases, requests, options)
     save = results.checked(csv, no_save)
     about = options.described(prompt_len=prompt_len, new_tokens=new_tokens, seed=seed)
     rows: list[results.Row] = []
-    interrupted = False
-    try:
-        run(measure_all(cases, requests, options, rows), "python -m benchmarks.memory")
-    except KeyboardInterrupt:
-        interrupted = True
-        print("benchmarks.memory: interrupted; the server is stopped", file=sys.stderr)
+    work = measure_all(cases, requests, options, rows)
+    stopped = interrupted(work, "python -m benchmarks.memory")
     if rows and save is not None:
         title = f"{about['machine']}, vLLM {about['vllm']}, {dtype}"
         plot(save.with_suffix(".png"), title, rows)
     results.report(about, rows, table(rows), csv=save, as_json=as_json)
-    return INTERRUPTED if interrupted else int(any(row["error"] for row in rows))
+    return INTERRUPTED if stopped else int(any(row["error"] for row in rows))
 
 
 def check(cases: Sequence[ServerCase], requests: RequestShape, options: ServerOptions) -> None:

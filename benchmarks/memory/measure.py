@@ -56,7 +56,7 @@ def predict(case: ServerCase, requests: RequestShape, options: ServerOptions) ->
     token is per request by the request's tokens. The cache has as many whole blocks as fit; one of
     them is vLLM's own.
     """
-    config, dtype = config_of(case.ckpt), getattr(torch, options.dtype)
+    config, dtype = config_of(case.ckpt), getattr(torch, case.dtype)
     blocks_of_request = -(-requests.length // BLOCK_SIZE)
     token = token_bytes(config, dtype, get_variant(case.variant).stateful)
     request = blocks_of_request * BLOCK_SIZE * token
@@ -65,7 +65,7 @@ def predict(case: ServerCase, requests: RequestShape, options: ServerOptions) ->
         request = pruned_bytes(config, dtype, case.kv_budgets, requests.length)
     block = request // blocks_of_request
     blocks = options.kv_cache_memory_bytes // block
-    weights = weight_bytes(case.ckpt, options.dtype)
+    weights = weight_bytes(case.ckpt, case.dtype)
     groups = config.get("quantization_config", {}).get("config_groups", {})
     if len(groups) < 2:  # quant.quantize's second group are the embeddings
         # vLLM 0.32 on a CPU packs unquantized embeddings and the head for oneDNN, each of them,
@@ -126,12 +126,12 @@ async def measure(
     prompts = rng.integers(1, vocabulary, (sent, requests.prompt_len)).tolist()
 
     async def work() -> dict[str, Any]:
-        await server.round(prompts[:1], 4)
+        await server.generate(prompts[:1], 4)
         taken, blocks = await taken_by(server)
         idle = rss(server)
         pss = sum(process.memory_full_info().pss for process in processes(server))
-        _, alone = await watch(server, server.round(prompts[:1], requests.new_tokens))
-        _, full = await watch(server, server.round(prompts, requests.new_tokens))
+        _, alone = await watch(server, server.generate(prompts[:1], requests.new_tokens))
+        _, full = await watch(server, server.generate(prompts, requests.new_tokens))
         taken_blocks = round(max(alone.usage) * (blocks - 1))  # one block is vLLM's own
         request = taken_blocks * taken["allocated"] / blocks
         return {
@@ -149,4 +149,4 @@ async def measure(
     async with started([server]) as failed:
         if failed:
             raise failed[server]
-        return await while_alive([server.service], work())
+        return await while_alive(server.service, work())

@@ -16,10 +16,10 @@ from attnserve.command import INTERRUPTED, AsJson, main
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
-from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
+from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room, variant_of
 
 if TYPE_CHECKING:
-    from benchmarks.serve.load import LoadClient, Runs, Subject
+    from benchmarks.serve.load import Load, LoadClient, Runs, Subject
     from benchmarks.servers import ServerOptions
 
 CSV = RESULTS / "serve_cpu.csv"
@@ -32,6 +32,24 @@ def serve(
     ckpts: opt.Ckpts = None,
     packed: opt.Packed = None,
     kv_budgets: opt.Budgets = None,
+    backends: Annotated[
+        list[str] | None,
+        opt.option(
+            "Attention backends, a case each (default: as config.json says, or vLLM's own). The "
+            "peer is then the first case."
+        ),
+    ] = None,
+    dtypes: Annotated[
+        list[opt.Dtype] | None,
+        opt.option(
+            "Types of activations, caches, and weights that are not packed, a case each "
+            "(default: float32)."
+        ),
+    ] = None,
+    packed_dtypes: Annotated[
+        list[opt.Dtype] | None,
+        opt.option("The same, of packed checkpoints (default: the first of --dtypes)."),
+    ] = None,
     gateway: Annotated[
         Literal["none", "one", "all"],
         opt.option(
@@ -41,10 +59,22 @@ def serve(
     no_stock: Annotated[bool, opt.option("No peer of stock vLLM.", "--no-stock")] = False,
     request_rates: Annotated[
         list[float] | None,
-        opt.option("Offered, in requests/s (default: 4 16 inf; inf: all at once).", min=1e-9),
+        opt.option(
+            "Loads, offered in requests/s (default, without --concurrency: 4 16 inf; inf: "
+            "all at once).",
+            min=1e-9,
+        ),
     ] = None,
+    concurrency: Annotated[
+        list[int] | None,
+        opt.count("Loads, of so many requests at a time, the next when one has ended."),
+    ] = None,
+    running: Annotated[
+        bool,
+        opt.option("Also ask the servers, ten times a second, how many requests run.", "--running"),
+    ] = False,
     requests: Annotated[int, opt.count("Of each load.")] = 48,
-    rounds: Annotated[int, opt.count("Loads of each case and rate.")] = 3,
+    rounds: Annotated[int, opt.count("Of each case and load.")] = 3,
     prompt_len: opt.PromptLen = 128,
     new_tokens: opt.NewTokens = 32,
     level: Annotated[
@@ -54,7 +84,6 @@ def serve(
             "interactive=500:30 server=2000:100)."
         ),
     ] = None,
-    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
     threads: opt.Threads = opt.CORES,
     kv_cache_memory_bytes: opt.CacheBytes = 256 << 20,
     enforce_eager: opt.EnforceEager = False,
@@ -67,17 +96,19 @@ def serve(
 ) -> int:
     """Measure throughput and latency of `vllm serve` under load.
 
-    Each case is a real server: every checkpoint, packed (--packed) or not; selective attention with
-    and without budgets (--kv-budgets); directly or through this project's gateway (--gateway). The
-    peer is stock vLLM's own CPU attention on the first softmax checkpoint. All servers are up at
-    once and take turns at `vllm bench serve` (random prompts, Poisson arrivals, one seed a round);
-    whoever is not measured is stopped. Ratios are to the peer in the same round: tokens/s above 1
-    are more, TTFT and TPOT below 1 are faster.
+    Each case is a real server: every checkpoint, packed (--packed) or not, by backend (--backends)
+    and type (--dtypes); selective attention with and without budgets (--kv-budgets); directly or
+    through this project's gateway (--gateway). The peer is stock vLLM's own CPU attention on the
+    first softmax checkpoint. All servers are up at once and take turns at `vllm bench serve`
+    (random prompts, Poisson arrivals or --concurrency, one seed a round); whoever is not measured
+    is stopped. Ratios are to the peer in the same round: tokens/s above 1 are more, TTFT and TPOT
+    below 1 are faster.
 
-      TTFT     time to first token
-      TPOT     time per output token after the first, a mean over the request
-      ITL      time between two tokens
-      goodput  requests/s whose TTFT and TPOT are within a level's limits
+      TTFT       time to first token; with --concurrency 1 that of reading a prompt
+      TPOT       time per output token after the first, a mean over the request
+      ITL        time between two tokens
+      goodput    requests/s whose TTFT and TPOT are within a level's limits
+      in flight  the most requests that a server ran at once (--running)
 
     A load meets a level (* in the table) if the 99th percentiles of TTFT and TPOT are within its
     limits. The levels are those of MLPerf Inference for Llama 3.1 8B, which suit a model of a few
@@ -90,21 +121,30 @@ def serve(
         python -m benchmarks.serve --enforce-eager
         python -m quant.quantize checkpoints/softpick w4 --bits 4 --scheme gptq --embeddings 8
         python -m benchmarks.serve --enforce-eager --packed w4 --gateway all
+
+    Backends, packed weights and budgets alone, with requests one at a time or all at once:
+
+        python -m benchmarks.serve --ckpts DIR --backends cpu_attn softmax --concurrency 1 8
+        python -m benchmarks.serve --ckpts DIR --packed w4 --dtypes float32 bfloat16 --concurrency 1
+        python -m benchmarks.serve --ckpts DIR --no-stock --running --request-rates inf
     """  # fmt: skip
     from benchmarks.serve import rows
-    from benchmarks.serve.load import LEVELS, LoadClient
+    from benchmarks.serve.load import LEVELS, Load, LoadClient
     from benchmarks.serve.load import level as level_of
-    from benchmarks.servers import ServerOptions, run
+    from benchmarks.servers import ServerOptions, interrupted
 
     levels = [level_of(text) for text in level or map(str, LEVELS)]
-    rates = request_rates or [4.0, 16.0, float("inf")]
-    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], dtype)
+    rates = request_rates or ([] if concurrency else [4.0, 16.0, float("inf")])
+    loads = [Load(rate) for rate in rates] + [Load(concurrency=n) for n in concurrency or []]
+    kinds = dtypes or [opt.Dtype.FLOAT32]
+    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], kinds,
+                     packed_dtypes or [], backends or [""])  # fmt: skip
     length = prompt_len + new_tokens + SLACK
-    options = ServerOptions(dtype, kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
+    options = ServerOptions(kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
                             log_folder, context.args)  # fmt: skip
-    subjects = subjects_of(cases, options, length, gateway, stock=not no_stock)
+    subjects = subjects_of(cases, options, length, gateway, stock=not (no_stock or backends))
     save = results.checked(csv, no_save)
-    client = LoadClient(requests, prompt_len, new_tokens, log_folder / "bench-serve")
+    client = LoadClient(requests, prompt_len, new_tokens, log_folder / "bench-serve", running)
     shutil.rmtree(client.folder, ignore_errors=True)
     client.folder.mkdir(parents=True)
     about = options.described(
@@ -112,16 +152,9 @@ def serve(
     )
     runs: Runs = {}
     failed: dict[str, str] = {}
-    interrupted = False
-    try:
-        run(
-            measure(subjects, client, rates, rounds, seed, runs, failed),
-            "python -m benchmarks.serve",
-        )
-    except KeyboardInterrupt:
-        interrupted = True
-        print("benchmarks.serve: interrupted; all servers are stopped", file=sys.stderr)
-    found = rows.rows_of(subjects, rates, levels, runs, failed)
+    work = measure(subjects, client, loads, rounds, seed, runs, failed)
+    stopped = interrupted(work, "python -m benchmarks.serve")
+    found = rows.rows_of(subjects, loads, levels, runs, failed)
     if found and save is not None:
         title = f"{about['machine']}, {about['cores']} cores, vLLM {about['vllm']}, {about['mode']}"
         rows.plot(save.with_suffix(".png"), title, found, levels)
@@ -133,7 +166,7 @@ def serve(
         lines.append(f"most requests/s that met {name}: {met}")
     print(json.dumps({**about, "most_requests_per_s": most, "rows": found})
           if as_json else "\n".join(lines))  # fmt: skip
-    return INTERRUPTED if interrupted else int(bool(failed))
+    return INTERRUPTED if stopped else int(bool(failed))
 
 
 def subjects_of(
@@ -162,16 +195,21 @@ def subjects_of(
     def subject(case: ServerCase) -> Subject:
         # Random prompts share no prefix, and a stateful variant has no cache of them: off for all.
         more = [f"--max-model-len={length}", "--no-enable-prefix-caching", *case.arguments()]
-        return Subject(case, Server(case.name, case.ckpt, options, *more))
+        server = Server(case.name, case.ckpt, options, *more)
+        if case.backend == "cpu_attn" and case.weights == case.dtype and not variant_of(case.ckpt):
+            server.environment["VLLM_PLUGINS"] = ""  # vLLM serves it without this project
+        return Subject(case, server)
 
     for case in cases:
         check_room(case.ckpt, length)
     subjects = []
     if stock:
-        plain = [c for c in cases if c.variant == "softmax" and c.weights == options.dtype]
+        plain = [c for c in cases if c.variant == "softmax" and c.weights == c.dtype]
         if not plain:
             raise UserError("stock vLLM needs a softmax checkpoint; give one, or --no-stock")
-        subjects.append(subject(replace(plain[0], name="stock", backend="cpu_attn")))
+        for case in (c for c in plain if c.ckpt == plain[0].ckpt):  # in each dtype
+            name = case.name.replace(case.ckpt.resolve().name, "stock", 1)
+            subjects.append(subject(replace(case, name=name, backend="cpu_attn")))
     for index, case in enumerate(cases):
         direct = subject(case)
         subjects.append(direct)
@@ -183,20 +221,20 @@ def subjects_of(
 async def measure(
     subjects: Sequence[Subject],
     client: LoadClient,
-    rates: Sequence[float],
+    loads: Sequence[Load],
     rounds: int,
     seed: int,
     runs: Runs,
     failed: dict[str, str],
 ) -> None:
-    """Measure all rounds of all rates, the subjects in turn, the order of the turn reversed every
+    """Measure all rounds of all loads, the subjects in turn, the order of the turn reversed every
     other round. Who fails is left out from then on.
 
     Args:
         subjects: to measure.
         client: sends the loads.
-        rates: of requests.
-        rounds: of each rate.
+        loads: to send to each.
+        rounds: of each load.
         seed: of the first load.
         runs: gets what was measured, as it comes.
         failed: gets the reasons, by subjects' names.
@@ -214,26 +252,26 @@ async def measure(
     async with started(servers) as not_started:
         for server in servers:
             if server not in not_started:
-                warm_up = server.round([[1] * client.prompt_len] * 2, 4)
+                warm_up = server.generate([[1] * client.prompt_len] * 2, 4)
                 try:  # the first prompt of a length takes longer than others
-                    await while_alive([server.service], warm_up)
+                    await while_alive(server.service, warm_up)
                 except LaunchError as error:
                     not_started[server] = error
         for subject in subjects:
             if subject.server in not_started:
                 fail(subject, not_started[subject.server])
-        with tqdm(total=rounds * len(rates) * len(subjects), unit="load", mininterval=5) as bar:
+        with tqdm(total=rounds * len(loads) * len(subjects), unit="load", mininterval=5) as bar:
             for index in range(rounds):
-                for which, rate in enumerate(rates):
-                    own = seed + index * len(rates) + which
+                for which, load in enumerate(loads):
+                    own = seed + index * len(loads) + which
                     for subject in subjects[:: -1 if index % 2 else 1]:
-                        bar.set_description(f"{subject.name}, {rate:g}/s")
-                        name = f"{subject.name.replace(' ', '-')}-{rate:g}-{index}"
+                        bar.set_description(f"{subject.name}, {load}")
+                        name = f"{subject.name} {load} {index}".translate({32: "-", 47: "-"})
                         if subject.name not in failed:
                             try:
                                 async with subject.awake(client.folder) as url:
-                                    found = await client.load(subject.server, url, rate, own, name)
-                                runs.setdefault((subject.name, rate), {})[index] = found
+                                    found = await client.send(subject.server, url, load, own, name)
+                                runs.setdefault((subject.name, load), {})[index] = found
                             except LaunchError as error:
                                 fail(subject, error)
                         bar.update()

@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,28 @@ from numpy.typing import NDArray
 
 from benchmarks.checkpoints import ServerCase
 from benchmarks.servers import MODEL, Server, free_port, while_alive
+from benchmarks.watch import watch
 from serving.launch.process import HOST, LaunchError, Service
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests arrive.
+
+    Attributes:
+        rate: requests/s, at random times (Poisson); infinite: all at once.
+        concurrency: requests at a time at most, the next when one has ended; 0: any number.
+    """
+
+    rate: float = float("inf")
+    concurrency: int = 0
+
+    def __str__(self) -> str:
+        if self.concurrency:
+            return f"{self.concurrency} at a time"
+        return "all at once" if self.rate == float("inf") else f"{self.rate:g}/s"
 
 
 @dataclass(frozen=True)
@@ -61,26 +80,28 @@ def level(text: str) -> Level:
 
 @dataclass(frozen=True)
 class LoadClient:
-    """What `vllm bench serve` sends: random prompts at random times (Poisson).
+    """What `vllm bench serve` sends: random prompts.
 
     Attributes:
         requests: how many.
         prompt_len, new_tokens: tokens of each prompt and answer.
         folder: for its results and its log.
+        sample: also ask the server's metrics how many requests run.
     """
 
     requests: int
     prompt_len: int
     new_tokens: int
     folder: Path
+    sample: bool = False
 
-    async def load(self, server: Server, url: str, rate: float, seed: int, name: str) -> LoadResult:
+    async def send(self, server: Server, url: str, load: Load, seed: int, name: str) -> LoadResult:
         """Send requests to `url`, and return their latencies.
 
         Args:
             server: behind the URL; its checkpoint has the tokenizer.
             url: of the server, or of a gateway before it.
-            rate: requests/s; infinite: all at once.
+            load: how they arrive.
             seed: of prompts and times.
             name: of the result's file.
 
@@ -93,17 +114,23 @@ class LoadClient:
         command += [f"--model={MODEL}", f"--tokenizer={server.ckpt}", "--dataset-name=random"]
         command += [f"--random-input-len={self.prompt_len}", "--temperature=0", "--ignore-eos"]
         command += [f"--random-output-len={self.new_tokens}", f"--num-prompts={self.requests}"]
-        command += [f"--request-rate={rate:g}", f"--seed={seed}", "--disable-tqdm"]
+        command += [f"--request-rate={load.rate:g}", f"--seed={seed}", "--disable-tqdm"]
+        command += [f"--max-concurrency={load.concurrency}"] * bool(load.concurrency)
         command += ["--save-result", "--save-detailed"]
         command += [f"--result-dir={result.parent}", f"--result-filename={result.name}"]
         client = Service("client", free_port(), self.folder)
         try:
             await client.start(command, {"OMP_NUM_THREADS": "1", "VLLM_PLUGINS": ""})
             assert client.process is not None
-            code = await while_alive([server.service], client.process.wait())
+            work, running = while_alive(server.service, client.process.wait()), None
+            if self.sample:
+                code, seen = await watch(server, work)
+                running = int(max(seen.running))
+            else:
+                code = await work
             if code:
                 raise client.failed(f"ended with exit code {code}", code)
-            return read(result)
+            return replace(read(result), running=running)
         finally:
             await client.stop()
 
@@ -118,6 +145,7 @@ class LoadResult:
         ttft: time to first token `[requests]`, ms.
         tpot: time per output token after the first `[requests]`, ms; 0 for answers of one token.
         itl: ms between two events of a stream `[events]`.
+        running: the most requests that ran at once, if the server was asked.
     """
 
     seconds: float
@@ -125,6 +153,7 @@ class LoadResult:
     ttft: Floats
     tpot: Floats
     itl: Floats
+    running: int | None = None
 
     def good(self, level: Level) -> int:
         """Return how many requests are within a level's limits."""
@@ -136,8 +165,8 @@ class LoadResult:
         return bool(ttft <= level.ttft_ms and tpot <= level.tpot_ms)
 
 
-Runs = dict[tuple[str, float], dict[int, LoadResult]]
-"""By a subject's name and the rate, then by the round."""
+Runs = dict[tuple[str, Load], dict[int, LoadResult]]
+"""By a subject's name and the load, then by the round."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +196,7 @@ class Subject:
             environment = {"GATEWAY_HOST": HOST, "GATEWAY_PORT": port}
             environment["UPSTREAM_URL"] = self.server.service.url
             await gateway.start([sys.executable, "-m", "serving"], environment)
-            await while_alive([gateway], gateway.ready("/v1/models"))
+            await while_alive(gateway, gateway.ready("/v1/models"))
             yield gateway.url
         finally:
             await gateway.stop()
@@ -198,8 +227,13 @@ def read(path: Path) -> LoadResult:
 
 def together(rounds: Sequence[LoadResult]) -> LoadResult:
     """Return all rounds as one, one after another."""
+    samples = ("ttft", "tpot", "itl")
+    ttft, tpot, itl = (np.concatenate([getattr(r, name) for r in rounds]) for name in samples)
     return LoadResult(
         sum(each.seconds for each in rounds),
         sum(each.tokens for each in rounds),
-        *(np.concatenate([getattr(r, name) for r in rounds]) for name in ("ttft", "tpot", "itl")),
+        ttft,
+        tpot,
+        itl,
+        max((each.running for each in rounds if each.running is not None), default=None),
     )

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import results
-from benchmarks.serve.load import Level, LoadResult, Runs, Subject, together
+from benchmarks.checkpoints import weight_bytes
+from benchmarks.serve.load import Level, Load, LoadResult, Runs, Subject, together
 
 
 def figures(requests: LoadResult) -> dict[str, float]:
@@ -24,16 +25,17 @@ def figures(requests: LoadResult) -> dict[str, float]:
 
 
 def row_of(
-    rate: float,
+    load: Load,
     rounds: dict[int, LoadResult],
     peer: dict[int, LoadResult],
     levels: Sequence[Level],
 ) -> results.Row:
-    """Return a subject's figures at one rate: percentiles over the requests of all rounds; ratios
+    """Return a subject's figures of one load: percentiles over the requests of all rounds; ratios
     to the peer in the same round, their median and range."""
     every = together(list(rounds.values()))
     total = len(every.ttft)
-    row: results.Row = {"request_rate": "inf" if rate == float("inf") else rate}
+    row: results.Row = {"request_rate": "inf" if load.rate == float("inf") else load.rate}
+    row |= {"concurrency": load.concurrency or None, "running": every.running}
     row |= {"requests": total, "requests_per_s": total / every.seconds}
     row["tokens_per_s"] = median(figures(one)["tokens_per_s"] for one in rounds.values())
     for name in ("ttft", "tpot", "itl"):
@@ -56,25 +58,32 @@ def row_of(
 
 def rows_of(
     subjects: Sequence[Subject],
-    rates: Sequence[float],
+    loads: Sequence[Load],
     levels: Sequence[Level],
     runs: Runs,
     failed: dict[str, str],
 ) -> list[results.Row]:
-    """Return one row a subject and rate, and of one that failed a row that says why. The first
+    """Return one row a subject and load, and of one that failed a row that says why. The first
     subject is the peer."""
     rows = []
     for subject in subjects:
-        columns = {**subject.case.columns(), "case": subject.name}
+        case = subject.case
+        columns: results.Row = {**case.columns(), "case": subject.name}
         columns["path"] = "gateway" if subject.through_gateway else "direct"
-        for rate in rates:
-            if rounds := runs.get((subject.name, rate)):
-                peer = runs.get((subjects[0].name, rate), {})
-                row = row_of(rate, rounds, peer, levels)
+        for load in loads:
+            if rounds := runs.get((subject.name, load)):
+                peer = runs.get((subjects[0].name, load), {})
+                row = row_of(load, rounds, peer, levels)
+                row["weight_bytes"] = weight_bytes(case.ckpt, case.dtype)
                 rows.append({**columns, "rounds": len(rounds), **row, "error": ""})
         if subject.name in failed:
             rows.append({**columns, "error": failed[subject.name]})
     return rows
+
+
+def load_of(row: dict[str, Any]) -> str:
+    """Return the load of a row, for people."""
+    return str(Load(float(row["request_rate"]), row["concurrency"] or 0))
 
 
 def table(rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> str:
@@ -89,7 +98,8 @@ def table(rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> str:
     return results.table(
         {
             "case": row["case"],
-            "rate": f"{float(row['request_rate']):g}",
+            "load": load_of(row),
+            **({} if row["running"] is None else {"in flight": row["running"]}),
             "req/s": f"{row['requests_per_s']:.2f}",
             "tokens/s": f"{row['tokens_per_s']:.0f}",
             "x peer": ratio(row, "tokens_per_s"),
@@ -120,17 +130,17 @@ def capacity(rows: Sequence[dict[str, Any]], level: Level) -> dict[str, float]:
 
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> None:
-    """Write a PNG: tokens/s, then the goodput of each level, by the requests/s offered."""
+    """Write a PNG: tokens/s, then the goodput of each level, by the load."""
     frame = pd.DataFrame([row for row in rows if not row["error"]])
     if frame.empty:
         return
-    frame["rate"] = [f"{float(rate):g}" for rate in frame["request_rate"]]
+    frame["load"] = [load_of(row) for row in rows if not row["error"]]
     panels = {"tokens_per_s": "tokens/s"}
     for each in levels:
         panels[f"{each.name}_goodput"] = f"requests/s within {each}"
     values = {
-        text: frame.pivot(index="rate", columns="case", values=column).loc[
-            frame["rate"].unique(), frame["case"].unique()
+        text: frame.pivot(index="load", columns="case", values=column).loc[
+            frame["load"].unique(), frame["case"].unique()
         ]
         for column, text in panels.items()
     }

@@ -107,15 +107,14 @@ def compile_all(
     from tqdm import tqdm
 
     rows: list[results.Row] = []
-    kept = results.read_csv(csv) if csv is not None and csv.exists() else None
+    resumed = csv is not None and csv.exists() and not about["commit"].endswith("-dirty")
     progress = tqdm(todo, unit="call", disable=None)
     for case in progress:
         progress.set_postfix_str(" ".join(map(str, case.values())))
-        if kept is not None and not about["commit"].endswith("-dirty"):
-            same = {k: str(v) for k, v in {**about, **case}.items() if k != "date"}
-            mine = kept[(kept[list(same)] == list(same.values())).all(axis=1)]
-            if len(mine):
-                rows += mine.drop(columns=list(about)).to_dict("records")
+        if csv is not None and resumed:
+            kept = results.rows_with(csv, {**about, **case}).drop(columns=list(about))
+            if len(kept):
+                rows += kept.to_dict("records")
                 continue
         try:
             found = [row_of(case, *pair) for pair in compile_one(compiler, case)]

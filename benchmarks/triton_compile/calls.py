@@ -17,6 +17,7 @@ from attn_kernels import get_variant, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.triton import TritonLayer
+from benchmarks.gpu_peers import call_unified, scratch
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
 from quant_kernels import Panels
 from quant_kernels import triton as packed
@@ -28,9 +29,6 @@ OUTPUTS, INPUTS, GROUP_SIZE = 4096, 2048, 64
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE, CONTEXT, REQUESTS = 32, 8, 16, 4096, 3
 CACHE_BYTES = 2**31 + 2**24
 """A served cache has more than 2 GiB, and AMD's code for smaller ones is another. Never touched."""
-
-SEGMENTS = 16
-"""Parts of a context in "decode-split", vLLM's number and ours here."""
 
 PEER_VARIANTS, PEER_DTYPES = ("softmax", "softpick", "ssmax"), ("bfloat16", "float16")
 """What is compared with vLLM's softmax. In float32 vLLM multiplies in TF32; float8 it scales
@@ -182,13 +180,8 @@ class Vllm:
         # As vLLM's backend TRITON_ATTN takes its cache apart.
         keys, values = empty_cache(dim, dtype).transpose(1, 2).split(dim, dim=-1)
         descale = torch.ones(1).expand(batch.seq_lens.shape[0], keys.shape[2])
-        parts: dict[str, Any] = {}
-        if case["phase"] == SPLIT:
-            rows = (tokens, NUM_HEADS, SEGMENTS)
-            parts = {"seq_threshold_3D": tokens, "num_par_softmax_segments": SEGMENTS}
-            parts |= {"softmax_segm_output": torch.empty(*rows, dim)}
-            parts |= {"softmax_segm_max": torch.empty(rows)}
-            parts |= {"softmax_segm_expsum": torch.empty(rows)}
+        split = case["phase"] == SPLIT
+        parts = scratch(tokens, NUM_HEADS, dim, tokens) if split else {}
         group_rows = ours.constants["ROWS"]
         tile = {"BLOCK_M": group_rows, "BLOCK_Q": group_rows // ours.constants["GROUP"]}
         tile |= {"TILE_SIZE": ours.constants["KEYS"]}
@@ -203,25 +196,9 @@ class Vllm:
         )
         try:
             with compiler.target(case["arch"]) as found:
-                self.module.unified_attention(
-                    q=query,
-                    k=keys,
-                    v=values,
-                    out=torch.empty_like(query),
-                    cu_seqlens_q=batch.query_start_loc,
-                    max_seqlen_q=batch.max_query_len,
-                    seqused_k=batch.seq_lens,
-                    max_seqlen_k=batch.max_seq_len,
-                    softmax_scale=dim**-0.5,
-                    causal=True,
-                    window_size=(-1, -1),
-                    block_table=batch.block_table,
-                    softcap=0.0,
-                    q_descale=None,
-                    k_descale=descale,
-                    v_descale=descale,
-                    **parts,
-                )
+                out = torch.empty_like(query)
+                call = self.module.unified_attention
+                call_unified(call, query, keys, values, out, batch, descale, **parts)
         finally:
             self.module.current_platform = platform
             self.module.kernel_unified_attention = self.kernel

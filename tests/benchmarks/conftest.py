@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.quantized import quantize
@@ -19,3 +20,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoint(folder / "selective", "selective")
     quantize([str(source), str(folder / "w4"), "--bits=4", "--scheme=rtn", "--embeddings=8"])
     return folder
+
+
+def ours() -> list[psutil.Process]:
+    """Return processes of vLLM below this one or left behind by it; dead ones do not count."""
+    alive = [p for p in psutil.process_iter(["name"]) if p.status() != psutil.STATUS_ZOMBIE]
+    mine = {p.pid for p in psutil.Process().children(recursive=True)}
+    return [p for p in alive if p.pid in mine and "vllm" in p.info["name"].lower()]

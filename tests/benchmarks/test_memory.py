@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from benchmarks.memory.__main__ import memory, plot, row_of, table
 from benchmarks.memory.measure import QUANTITIES, RequestShape, predict, requests_of
 from benchmarks.results import append_csv
 from benchmarks.servers import ServerOptions
-from tests.benchmarks.test_rates import ours
+from tests.benchmarks.conftest import ours
 from tests.conftest import Commands
 from tests.quantized import quantize
 
@@ -26,18 +27,16 @@ LAYERS, KV_HEADS, HEAD = 3, 2, 32
 def cases(folder: Path, kv_budgets: tuple[int, ...] = (8, 4, 12)) -> list[ServerCase]:
     """Return those of all checkpoints: softmax, selective, selective within budgets, packed."""
     return cases_of(
-        [folder / "softmax", folder / "selective"], [folder / "w4"], kv_budgets, "float32"
+        [folder / "softmax", folder / "selective"], [folder / "w4"], kv_budgets, ["float32"]
     )
 
 
-def options(dtype: str = "float32") -> ServerOptions:
-    """Return those of servers with 2 MB of KV cache."""
-    return ServerOptions(dtype, 2_000_000, 1, True, 60, Path(".run"))
+OPTIONS = ServerOptions(2_000_000, 1, True, 60, Path(".run"))
 
 
 def test_predictions(folder: Path) -> None:
     requests = RequestShape(200, 56)
-    softmax, selective, pruned, packed = (predict(c, requests, options()) for c in cases(folder))
+    softmax, selective, pruned, packed = (predict(c, requests, OPTIONS) for c in cases(folder))
     token = LAYERS * KV_HEADS * 2 * HEAD * 4
     assert softmax["kv_bytes_per_token"] == token
     assert softmax["kv_bytes_per_request"] == 256 * token
@@ -58,17 +57,17 @@ def test_predictions(folder: Path) -> None:
 def test_a_request_takes_whole_blocks_and_no_budget_is_longer_than_it(folder: Path) -> None:
     requests = RequestShape(200, 57)
     found = cases(folder, (8, 4, 1000))
-    softmax, _, pruned, _ = (predict(case, requests, options()) for case in found)
+    softmax, _, pruned, _ = (predict(case, requests, OPTIONS) for case in found)
     assert softmax["kv_bytes_per_request"] == 384 * LAYERS * KV_HEADS * 2 * HEAD * 4
     assert pruned["kv_bytes_per_request"] == (8 + 4 + 257) * (KV_HEADS * 2 * HEAD * 4 + 8)
     token = LAYERS * KV_HEADS * 2 * HEAD * 2
-    half = predict(found[0], RequestShape(200, 56), options("bfloat16"))
+    half = predict(replace(found[0], dtype="bfloat16"), RequestShape(200, 56), OPTIONS)
     assert half["kv_bytes_per_token"] == token
 
 
 def test_rows(folder: Path, tmp_path: Path) -> None:
     case, other, *_ = cases(folder)
-    predicted = predict(case, RequestShape(200, 56), options())
+    predicted = predict(case, RequestShape(200, 56), OPTIONS)
     found = {name: 2 * value for name, value in predicted.items()}
     good = row_of(case, predicted, {**found, "blocks": 9, "rss_bytes": 3e6})
     bad = row_of(other, predicted, {}, "ended with exit code 1")

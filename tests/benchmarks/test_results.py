@@ -16,16 +16,14 @@ def test_csv_keeps_what_is_in_it(tmp_path: Path) -> None:
     assert checked(path, False) == path and checked(path, True) is None
     path.write_text("variant,retired,ratio\nsoftpick,1.50,\nlssa,007,0.4000\n")
     checked(path, False)
-    append_csv(
-        path, {"commit": "abc"}, [{"variant": "ssmax", "ratio": 0.5, "long": [1, 2]}], ["long"]
-    )
+    append_csv(path, {"commit": "abc"}, [{"variant": "ssmax", "ratio": 0.5}])
     append_csv(path, {"commit": "def"}, [{"variant": "ssmax", "ratio": None, "note": "a, b"}])
     rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     assert [row["variant"] for row in rows] == ["softpick", "lssa", "ssmax", "ssmax"]
     assert [row["retired"] for row in rows] == ["1.50", "007", "", ""]
     assert [row["ratio"] for row in rows] == ["", "0.4000", "0.5", ""]
     assert [row["commit"] for row in rows] == ["", "", "abc", "def"]
-    assert rows[3]["note"] == "a, b" and "long" not in rows[3]
+    assert rows[3]["note"] == "a, b"
 
 
 def test_csv_that_cannot_be_written_is_found_before_the_run(tmp_path: Path) -> None:

@@ -7,31 +7,44 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import typer
 
-from benchmarks.checkpoints import ServerCase, cases_of
+from benchmarks.__main__ import STANDARD, Benchmark
+from benchmarks.checkpoints import ServerCase, cases_of, weight_bytes
 from benchmarks.serve.__main__ import serve, subjects_of
-from benchmarks.serve.load import LEVELS, Level, LoadResult, Runs, Subject, level, read, together
+from benchmarks.serve.load import (
+    LEVELS,
+    Level,
+    Load,
+    LoadResult,
+    Runs,
+    Subject,
+    level,
+    read,
+    together,
+)
 from benchmarks.serve.rows import capacity, plot, rows_of, table
 from benchmarks.servers import ServerOptions
 from serving.launch.process import LaunchError
-from tests.benchmarks.test_rates import ours
+from tests.benchmarks.conftest import ours
 from tests.conftest import Commands
+from tests.tiny import write_tiny_llama
 
 RECORDED = Path(__file__).with_name("data") / "vllm_bench_serve.json"
 """What `vllm bench serve` 0.32 wrote of sixteen requests to checkpoints/softmax, less texts."""
 
 
-OPTIONS = ServerOptions("float32", 1 << 20, 1, True, 60, Path(".run"))
+OPTIONS = ServerOptions(1 << 20, 1, True, 60, Path(".run"))
 
 
 def cases(folder: Path, *packed: Path) -> list[ServerCase]:
     """Return those of both checkpoints, with budgets that fit them, and of packed ones."""
-    return cases_of([folder / "softmax", folder / "selective"], packed, [8, 4, 12], "float32")
+    return cases_of([folder / "softmax", folder / "selective"], packed, [8, 4, 12], ["float32"])
 
 
 def subjects(folder: Path) -> list[Subject]:
@@ -63,10 +76,12 @@ def test_failed_requests_are_no_measurement(tmp_path: Path) -> None:
         read(tmp_path / "nothing.json")
 
 
-def requests(seconds: float, ttft: float, tpot: float, count: int = 100) -> LoadResult:
+def requests(
+    seconds: float, ttft: float, tpot: float, count: int = 100, running: int | None = None
+) -> LoadResult:
     """As many requests of ten tokens, all the same."""
     same = np.full(count, 1.0)
-    return LoadResult(seconds, 10 * count, same * ttft, same * tpot, same * tpot)
+    return LoadResult(seconds, 10 * count, same * ttft, same * tpot, same * tpot, running)
 
 
 def test_a_level_is_met_by_the_99th_percentile() -> None:
@@ -113,30 +128,65 @@ def test_cases(folder: Path) -> None:
     assert [subject.name for subject in bare] == direct[1:4]
 
 
+def test_backends_and_dtypes(folder: Path) -> None:
+    """A case each, the first the peer; packed ones in a dtype of their own."""
+    backends, packed = ["cpu_attn", "softmax"], [folder / "w4"]
+    found = cases_of([folder / "softmax"], packed, [0], ["float32", "bfloat16"], (), backends)
+    assert [(case.name, case.weights, case.dtype) for case in found] == [
+        ("softmax cpu_attn", "float32", "float32"),
+        ("softmax softmax", "float32", "float32"),
+        ("softmax cpu_attn bfloat16", "bfloat16", "bfloat16"),
+        ("softmax softmax bfloat16", "bfloat16", "bfloat16"),
+        ("w4 cpu_attn", "w4-g64-e8", "float32"),
+        ("w4 softmax", "w4-g64-e8", "float32"),
+    ]
+    third = subjects_of(found, OPTIONS, 200, "none", stock=False)[2].server.command
+    assert "--dtype=bfloat16" in third and "--attention-backend=cpu_attn" in third
+    kinds = cases_of([folder / "softmax"], packed, [0], ["float32", "bfloat16"], ["bfloat16"])
+    names = ["stock", "stock bfloat16", "softmax", "softmax bfloat16", "w4 bfloat16"]
+    assert [each.name for each in subjects_of(kinds, OPTIONS, 200, "none")] == names
+
+
+def test_a_plain_llama_has_a_peer_without_our_plugins(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    cases = cases_of([tmp_path], [], [0], ["float32"], (), ["cpu_attn", "softmax"])
+    found = subjects_of(cases, OPTIONS, 200, "none", stock=False)
+    plugins = [each.server.environment.get("VLLM_PLUGINS") for each in found]
+    assert plugins == ["", None]
+
+
 def test_rows(folder: Path, tmp_path: Path) -> None:
     """Ratios are made inside a round; what failed has a row that says why."""
-    inf = float("inf")
+    slow, eight = Load(4.0), Load(concurrency=8)
     runs: Runs = {
-        ("stock", 4.0): {0: requests(1.0, 100, 20), 1: requests(2.0, 200, 40)},
-        ("softmax", 4.0): {0: requests(0.5, 100, 10), 1: requests(2.0, 100, 10)},
-        ("stock", inf): {0: requests(1.0, 100, 20)},
-        ("selective", 4.0): {1: requests(1.0, 900, 20)},
+        ("stock", slow): {0: requests(1.0, 100, 20), 1: requests(2.0, 200, 40)},
+        ("softmax", slow): {0: requests(0.5, 100, 10), 1: requests(2.0, 100, 10)},
+        ("stock", Load()): {0: requests(1.0, 100, 20)},
+        ("selective", slow): {1: requests(1.0, 900, 20)},
+        ("softmax", eight): {
+            0: requests(1.0, 100, 20, running=7),
+            1: requests(1.0, 9, 2, running=8),
+        },
     }
     failed = {"selective": "ended with exit code 1", "selective pruned": "did not start in 3 s"}
-    rows = rows_of(subjects(folder), [4.0, inf], LEVELS, runs, failed)
-    names = ["stock", "stock", "softmax", "selective", "selective", "selective pruned"]
+    rows = rows_of(subjects(folder), [slow, Load(), eight], LEVELS, runs, failed)
+    names = ["stock", "stock", "softmax", "softmax", "selective", "selective", "selective pruned"]
     assert [row["case"] for row in rows] == names
-    assert [row["error"] for row in rows[4:]] == list(failed.values())
-    assert [row.get("request_rate") for row in rows] == [4.0, "inf", 4.0, 4.0, None, None]
-    softmax, selective = rows[2], rows[3]
+    assert [row["error"] for row in rows[5:]] == list(failed.values())
+    assert [row.get("request_rate") for row in rows] == [4.0, "inf", 4.0, "inf", 4.0, None, None]
+    assert [row.get("concurrency") for row in rows] == [None, None, None, 8, None, None, None]
+    assert [row.get("running") for row in rows[2:4]] == [None, 8]
+    stored = weight_bytes(folder / "softmax", "float32")
+    assert rows[2]["weight_bytes"] == stored
+    softmax, selective = rows[2], rows[4]
     assert (softmax["tokens_per_s_ratio_min"], softmax["tokens_per_s_ratio_max"]) == (1.0, 2.0)
     assert (softmax["ttft_ms_ratio"], softmax["tpot_ms_ratio"]) == (0.75, 0.375)
     assert (selective["rounds"], selective["tokens_per_s_ratio"]) == (1, 2.0)
     assert softmax["interactive_met"] and softmax["interactive_goodput"] == 200 / 2.5
     assert not selective["interactive_met"] and selective["server_share"] == 1.0
     # The peer's slower round at 4/s took 40 ms a token.
-    assert capacity(rows, LEVELS[0]) == {"stock": 100.0, "softmax": 80.0, "selective": 0.0}
-    assert len(table(rows, LEVELS).splitlines()) == 5
+    assert capacity(rows, LEVELS[0]) == {"stock": 100.0, "softmax": 100.0, "selective": 0.0}
+    assert len(table(rows, LEVELS).splitlines()) == 6
     plot(tmp_path / "plot.png", "title", rows, LEVELS)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     json.dumps(rows, allow_nan=False)
@@ -144,8 +194,8 @@ def test_rows(folder: Path, tmp_path: Path) -> None:
 
 def test_without_a_peer(folder: Path) -> None:
     """What the peer did not measure has no ratio."""
-    runs: Runs = {("softmax", 4.0): {0: requests(1.0, 100, 20)}}
-    rows = rows_of(subjects(folder), [4.0], LEVELS, runs, {"stock": "ended"})
+    runs: Runs = {("softmax", Load(4.0)): {0: requests(1.0, 100, 20)}}
+    rows = rows_of(subjects(folder), [Load(4.0)], LEVELS, runs, {"stock": "ended"})
     assert [row["error"] for row in rows] == ["ended", ""]
     assert rows[1]["tokens_per_s_ratio"] is None
     assert "softmax" in table(rows, LEVELS)
@@ -160,6 +210,8 @@ def test_without_a_peer(folder: Path) -> None:
         (["--ckpts=nowhere"], "nowhere is not a checkpoint"),
         (["--level=chat"], "'chat' is not like interactive=500:30 (ms)"),
         (["--request-rates=0"], "'--request-rates'"),
+        (["--concurrency=0"], "'--concurrency'"),
+        (["--kv-cache-memory-bytes=2T"], "'2T' is not a number of bytes above 0, like 256M"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -182,30 +234,67 @@ def test_refusals_of_checkpoints(folder: Path, tmp_path: Path, commands: Command
     assert "folders are called softmax: rename one" in line
 
 
+def bench(folder: Path, *arguments: str | Path) -> tuple[int, dict[str, Any], str]:
+    """Run the command to its end; return its code, its JSON object and its stderr."""
+    command = [sys.executable, "-m", *map(str, arguments), "--json", "--rounds=1"]
+    command += [f"--log-folder={folder}", f"--csv={folder / 'serve.csv'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    assert not ours()
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+SMALL = ("--requests=6", "--prompt-len=64", "--new-tokens=8", "--enforce-eager", "--threads=1",
+         "--kv-cache-memory-bytes=64M")  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_run_with_a_case_that_fails(folder: Path, tmp_path: Path) -> None:
     """Two servers measured, one also through the gateway; one without weights does not start."""
     broken = shutil.copytree(folder / "softmax", tmp_path / "broken")
     (broken / "model.safetensors").unlink()
-    csv = tmp_path / "serve.csv"
-    command = [sys.executable, "-m", "benchmarks.serve", "--ckpts", str(folder / "softmax")]
-    command += [str(broken), "--request-rates", "inf", "--rounds=1", "--requests=6", f"--csv={csv}"]
-    command += ["--prompt-len=64", "--new-tokens=8", "--enforce-eager", f"--log-folder={tmp_path}"]
-    command += [f"--kv-cache-memory-bytes={64 << 20}", "--threads=1", "--level=any=60000:60000"]
-    command += ["--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    last = json.loads(done.stdout)
-    rows = {row["case"]: row for row in last["rows"]}
+    checkpoints = ("--ckpts", folder / "softmax", broken)
+    load = ("--request-rates", "inf", "--level=any=60000:60000")
+    code, found, errors = bench(tmp_path, "benchmarks.serve", *checkpoints, *load, *SMALL)
+    assert code == 1
+    rows = {row["case"]: row for row in found["rows"]}
     assert list(rows) == ["stock", "softmax", "softmax + gateway", "broken"]
-    assert "broken failed: bench-broken ended with exit code" in done.stderr
+    assert "broken failed: bench-broken ended with exit code" in errors
     assert rows["broken"]["error"]
     for name in ("stock", "softmax", "softmax + gateway"):
         row = rows[name]
         assert (row["rounds"], row["requests"], row["any_share"]) == (1, 6, 1.0)
         assert row["tokens_per_s"] > 0 and row["ttft_ms_p99"] >= row["ttft_ms_p50"] > 0
         assert row["any_goodput"] == pytest.approx(row["requests_per_s"])
-        assert last["most_requests_per_s"]["any"][name] == row["requests_per_s"]
+        assert found["most_requests_per_s"]["any"][name] == row["requests_per_s"]
+    csv = tmp_path / "serve.csv"
     assert list(pd.read_csv(csv)["path"]) == ["direct", "direct", "gateway", "direct"]
     assert csv.with_suffix(".png").exists()
-    assert not ours()
+
+
+@pytest.mark.slow
+def test_a_run_by_backend_and_batch(folder: Path, tmp_path: Path) -> None:
+    """Packed weights beside unpacked ones; the backend that may not serve them says why."""
+    given = ("--ckpts", folder / "softmax", "--packed", folder / "w4", "--gateway=none")
+    loads = ("--backends", "softmax", "softpick", "--concurrency", "1", "2")
+    code, found, errors = bench(tmp_path, "benchmarks.serve", *given, *loads, *SMALL)
+    assert code == 1
+    rows = [row for row in found["rows"] if not row["error"]]
+    measured = [(row["case"], row["concurrency"]) for row in rows]
+    assert measured == [(f"{name} softmax", n) for name in ("softmax", "w4") for n in (1, 2)]
+    assert rows[0]["weight_bytes"] > 2 * rows[2]["weight_bytes"]
+    failed = [row for row in found["rows"] if row["error"]]
+    assert [row["case"] for row in failed] == ["softmax softpick", "w4 softpick"]
+    assert all("was trained with softmax" in row["error"] for row in failed)
+    assert "Engine core initialization failed" not in errors
+
+
+@pytest.mark.slow
+def test_a_run_within_budgets(tmp_path: Path) -> None:
+    """Memory for a few unpruned requests, or for all pruned ones. A bundled checkpoint, since a
+    smaller model answers faster than the API server counts what runs."""
+    code, found, errors = bench(tmp_path, *STANDARD[Benchmark.PRUNING])
+    assert code == 0, errors
+    unpruned, pruned = found["rows"]
+    assert unpruned["running"] < pruned["running"] == 64
+    assert unpruned["tokens_per_s_ratio"] == 1.0

@@ -16,7 +16,6 @@ from benchmarks.__main__ import PACK, STANDARD, benchmarks
 from benchmarks.gateway.__main__ import gateway
 from benchmarks.kernels.__main__ import kernels
 from benchmarks.memory.__main__ import memory
-from benchmarks.pruning import pruning
 from benchmarks.serve.__main__ import serve
 from quant import quantize
 from tests.conftest import Commands
@@ -27,7 +26,6 @@ def test_every_command_is_understood() -> None:
         "benchmarks.kernels": kernels,
         "benchmarks.memory": memory,
         "benchmarks.serve": serve,
-        "benchmarks.pruning": pruning,
         "benchmarks.gateway": gateway,
     }
     assert PACK[0] == quantize.__name__

@@ -131,29 +131,6 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.rates --ckpt DIR": Run(
-        "python -m benchmarks.rates --ckpt checkpoints/softmax --backends softmax --prompt-lens 16 "
-        "--batches 1 --new-tokens 4 --rounds 1 --prefill-rounds 1 --enforce-eager --no-save",
-        prints="decode tokens/s",
-        slow=True,
-        long=True,
-    ),
-    "python -m benchmarks.pruning --ckpt DIR": Run(
-        "python -m benchmarks.pruning --ckpt checkpoints/selective --requests 8 --rounds 1 "
-        "--new-tokens 16 --no-save -- --enforce-eager",
-        prints="kv_bytes_per_request",
-        slow=True,
-        long=True,
-    ),
-    "python -m benchmarks.quantized --ckpt DIR --packed DIR": Run(
-        "python -m quant.quantize checkpoints/softmax bench-4bit --bits 4 --scheme rtn && "
-        "python -m benchmarks.quantized --ckpt checkpoints/softmax --packed bench-4bit "
-        "--packed-dtypes float32 --peer-backend softmax --prompt-lens 16 --batches 1 "
-        "--new-tokens 4 --rounds 1 --prefill-rounds 1 --enforce-eager --no-save",
-        prints="weights MB",
-        slow=True,
-        long=True,
-    ),
     "python -m benchmarks.gateway": Run(
         "python -m benchmarks.gateway --gateways attnserve --requests 8 --rounds 1 "
         "--concurrency 2 --tokens 4 --no-save",
@@ -165,6 +142,35 @@ RULES: dict[str, Rule] = {
         "--no-stock --requests 4 --rounds 1 --request-rates inf --prompt-len 16 --new-tokens 4 "
         "--no-save",
         prints="tokens/s",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.serve --ckpts DIR --backends cpu_attn softmax --concurrency 1 8": Run(
+        "python -m benchmarks.serve --ckpts checkpoints/softmax --backends softmax "
+        "--concurrency 1 2 --requests 4 --rounds 1 --prompt-len 16 --new-tokens 4 --gateway none "
+        "--enforce-eager --no-save",
+        prints="2 at a time",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.serve --ckpts DIR --packed w2 w3 w4 w8 --dtypes float32 bfloat16 "
+    "--no-stock --gateway none --concurrency 1 --prompt-len 64 --new-tokens 64 --rounds 11 "
+    "--threads 1": Run(
+        "python -m quant.quantize checkpoints/softmax bench-4bit --bits 4 --scheme rtn && "
+        "python -m benchmarks.serve --ckpts checkpoints/softmax --packed bench-4bit "
+        "--dtypes float32 --concurrency 1 --requests 4 --rounds 1 --prompt-len 16 --new-tokens 4 "
+        "--gateway none --enforce-eager --no-save",
+        prints="bench-4bit",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.serve --ckpts DIR --no-stock --gateway none --request-rates inf "
+    "--running --kv-cache-memory-bytes 20M --requests 240 --prompt-len 64 --new-tokens 416 "
+    "-- --max-num-seqs 512": Run(
+        "python -m benchmarks.serve --ckpts checkpoints/selective --no-stock --gateway none "
+        "--request-rates inf --running --kv-cache-memory-bytes 8M --requests 16 --rounds 1 "
+        "--new-tokens 64 --enforce-eager --no-save -- --max-num-seqs 512",
+        prints="in flight",
         slow=True,
         long=True,
     ),

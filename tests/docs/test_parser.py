@@ -10,7 +10,9 @@ def test_script_lines() -> None:
 
 def test_inline_commands() -> None:
     assert inline_command("make\n  bench") == "make bench"
-    assert inline_command("benchmarks.rates --ckpt DIR") == "python -m benchmarks.rates --ckpt DIR"
+    assert (
+        inline_command("benchmarks.serve --ckpts DIR") == "python -m benchmarks.serve --ckpts DIR"
+    )
     assert inline_command("HF_HUB_OFFLINE=1 python -m x") == "HF_HUB_OFFLINE=1 python -m x"
     for other in (
         "vllm",
