@@ -7,6 +7,7 @@ help: paragraphs that are indented stay as they are, and what follows a form fee
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from packaging.requirements import Requirement
@@ -109,6 +110,42 @@ def needs(extra: str) -> Callable[[Function], Function]:
     return decorate
 
 
+def options_of(*kinds: type[Any]) -> Callable[[Function], Function]:
+    """Return a decorator that gives a command an option for each field of dataclasses.
+
+    The fields' annotations are typer's, and all have defaults; the options replace the command's
+    parameters of these types, which get the values.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function, eval_str=True)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        holders, parameters = {}, []
+        for parameter in signature.parameters.values():
+            if parameter.annotation not in kinds:
+                parameters.append(parameter.replace(kind=keyword))
+                continue
+            kind = holders[parameter.name] = parameter.annotation
+            hints = get_type_hints(kind, include_extras=True)
+            parameters += [
+                inspect.Parameter(name, keyword, default=default, annotation=hints[name])
+                for name, default in vars(kind()).items()
+            ]
+
+        @functools.wraps(function)
+        def run(**given: Any) -> Any:
+            for name, kind in holders.items():
+                fields = [field.name for field in dataclasses.fields(kind)]
+                given[name] = kind(**{field: given.pop(field) for field in fields})
+            return function(**given)
+
+        vars(run)["__signature__"] = signature.replace(parameters=parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
 def add(app: typer.Typer, name: str, function: Function, others: bool = False) -> None:
     """Add a command.
 
@@ -194,3 +231,11 @@ def main(
     app = application()
     add(app, name, function, others)
     run(app, name, arguments)
+
+
+def run_package(name: str, about: str, *functions: Function) -> NoReturn:
+    """Run functions as commands of one program, which lists them where none is named."""
+    app = application(about)
+    for function in functions:
+        add(app, function.__name__, function)
+    run(app, name, sys.argv[1:] or ["--help"])

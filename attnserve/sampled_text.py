@@ -13,28 +13,24 @@ import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from attn_kernels.cpu.build import BuildError, cache_folder
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import begin_token, read_config
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.files import replacing
 
 Use = Literal["calibration", "validation", "evaluation"]
 """The use of a text. Texts of different uses are never the same, whatever their seeds."""
+USES: tuple[Use, ...] = get_args(Use)
 
 FORMAT = 1
 """Goes up when a change of the code changes the text, so that an older one is not taken for it."""
@@ -63,8 +59,7 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
     Raises:
         UserError: there is no checkpoint, or its tokenizer has no token to begin with.
     """
-    read_config(folder)
-    begin = begin_token(folder, AutoTokenizer.from_pretrained(folder))
+    begin = Checkpoint(folder).bos
     settings = [FORMAT, checkpoint_hash(folder), begin, use, sequences, length, seed]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     try:
@@ -105,9 +100,10 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
     Raises:
         UserError: `chosen` has another tokenizer than one of the checkpoints.
     """
-    alphabets = {folder: _alphabet(folder) for folder in folders}
+    checkpoints = {folder: Checkpoint(folder) for folder in folders}
+    alphabets = {folder: _alphabet(checkpoint) for folder, checkpoint in checkpoints.items()}
     if chosen is not None:
-        wanted = _alphabet(chosen)
+        wanted = _alphabet(Checkpoint(chosen))
         for folder, alphabet in alphabets.items():
             if alphabet != wanted:
                 raise UserError(
@@ -115,23 +111,15 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
                     "name a checkpoint with the same one, or leave it out"
                 )
         return dict.fromkeys(folders, chosen)
-    found: dict[str, Path] = {}
-    for folder in sorted(folders, key=lambda one: not _is_softmax(one)):  # stable
+    found: dict[Hashable, Path] = {}
+    for folder in sorted(folders, key=lambda one: checkpoints[one].variant != "softmax"):  # stable
         found.setdefault(alphabets[folder], folder)
     return {folder: found[alphabet] for folder, alphabet in alphabets.items()}
 
 
-def _alphabet(folder: Path) -> str:
+def _alphabet(checkpoint: Checkpoint) -> Hashable:
     """Return what tells whether two tokenizers give a token id the same meaning."""
-    read_config(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    entries = [begin_token(folder, tokenizer), sorted(tokenizer.get_vocab().items())]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-def _is_softmax(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return (config.get("attention_variant") or {"name": "softmax"}).get("name") == "softmax"
+    return checkpoint.bos, frozenset(checkpoint.tokenizer.get_vocab().items())
 
 
 @torch.inference_mode()

@@ -1,10 +1,13 @@
-"""List the commands of this package."""
+"""The commands of this package under one name; each is also `python -m quant.COMMAND`."""
 
 from __future__ import annotations
 
-from attnserve.commands import list_commands
-
-COMMANDS = ("quant.sweep", "quant.quantize", "quant.sensitivity", "quant.report")
+from attnserve.command import run_package
+from quant.quantize import quantize
+from quant.report.__main__ import report
+from quant.sensitivity import sensitivity
+from quant.sweep import sweep
 
 if __name__ == "__main__":
-    list_commands("quant", "What 2 to 8 bits cost each attention variant.", COMMANDS)
+    about = "What 2 to 8 bits cost each attention variant."
+    run_package("python -m quant", about, sweep, quantize, sensitivity, report)

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from attnserve.errors import UserError
 from attnserve.evaluation.scorers import load
+from attnserve.evaluation.texts import Text
 from quant.model import HEAD, empty_model, linears, quantize
-from quant.reader import Passages
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack
@@ -153,7 +153,7 @@ def tables_of(model: PreTrainedModel, recipe: Recipe) -> list[str]:
 
 
 def quantize_checkpoint(
-    folder: Path, out: Path, recipe: Recipe, calibration: Passages | None, card: str
+    folder: Path, out: Path, recipe: Recipe, calibration: Text | None, card: str
 ) -> tuple[PreTrainedModel, pd.DataFrame]:
     """Quantize a checkpoint and write it; the new folder appears when it is complete.
 

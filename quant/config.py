@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
 
 from attnserve.errors import UserError
-from quant.schemes.registry import get_scheme
-from quant_kernels.weight import QuantSpec
+from quant import options
+from quant.schemes.registry import SCHEMES, get_scheme
+
+if TYPE_CHECKING:
+    from quant_kernels.weight import QuantSpec
+
+SCHEME_TITLES = "; ".join(f"{name}: {scheme.title}" for name, scheme in SCHEMES.items())
 
 TENSORS = ("weights", "activations", "kv")
 """What can be quantized: weights, inputs of linear layers, keys and values in the cache."""
@@ -64,6 +71,8 @@ class QuantConfig:
     @property
     def spec(self) -> QuantSpec:
         """How the weights are quantized, for a scheme."""
+        from quant_kernels.weight import QuantSpec  # with torch
+
         assert self.weights is not None
         return QuantSpec(self.weights, self.group_size, self.symmetric)
 
@@ -73,30 +82,47 @@ UNQUANTIZED = QuantConfig()
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The configs of a sweep: every combination of targets, bits, schemes and group sizes.
-
-    Args:
-        targets: names of `TENSORS`, each or several joined by `+`.
-        bits: of the first tensor of each target.
-        schemes: of weights.
-        group_sizes: of weights; None: all columns of a row.
-        activation_bits, kv_bits: where activations or the cache are not the first tensor.
-        symmetric, act_order, lm_head, static: as in `QuantConfig`, where they mean something.
+    """The configs of a sweep: every combination of targets, bits, schemes and group sizes. The
+    fields are options of the command.
 
     Raises:
         UserError: there is no such tensor or scheme.
     """
 
-    targets: Sequence[str] = ("weights", "weights+activations", "kv")
-    bits: Sequence[int] = (2, 3, 4, 8)
-    schemes: Sequence[str] = ("rtn", "hqq", "gptq")
-    group_sizes: Sequence[int | None] = (64,)
-    activation_bits: int = 8
-    kv_bits: int = 8
-    symmetric: bool = False
-    act_order: bool = False
-    lm_head: bool = False
-    static: bool = False
+    targets: Annotated[
+        list[str],
+        Option(
+            "--targets",
+            "--what",
+            metavar="TARGET",
+            help="What is quantized: weights, activations (the inputs of linear layers), kv (the "
+            "cache), or several joined by +.",
+        ),
+    ] = field(default_factory=lambda: ["weights", "weights+activations", "kv"])
+    bits: Annotated[
+        list[int], Option(min=2, max=8, help="Bits of the first tensor of each target.")
+    ] = field(default_factory=lambda: [2, 3, 4, 8])
+    schemes: Annotated[
+        list[str], Option(metavar="SCHEME", help=f"How weights are quantized. {SCHEME_TITLES}.")
+    ] = field(default_factory=lambda: ["rtn", "hqq", "gptq"])
+    group_sizes: Annotated[
+        list[int],
+        Option(
+            "--group-sizes", "--groups", parser=options.columns, metavar="N", help=options.COLUMNS
+        ),
+    ] = field(default_factory=lambda: [64])
+    symmetric: options.Symmetric = False
+    act_order: options.ActOrder = False
+    lm_head: options.LmHead = False
+    static: Annotated[
+        bool, Option("--static", help="Calibrate scales of activations; else one for each token.")
+    ] = False
+    activation_bits: Annotated[
+        int, Option(min=2, max=8, help="Bits of activations beside weights.")
+    ] = 8
+    kv_bits: Annotated[
+        int, Option(min=2, max=8, help="Bits of the cache beside other tensors.")
+    ] = 8
 
     def __post_init__(self) -> None:
         for scheme in self.schemes:
@@ -127,3 +153,42 @@ class SearchSpace:
             lm_head=self.lm_head and weights,
             static=self.static and activations,
         )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How much is measured. The fields are options of the command."""
+
+    sequences: Annotated[
+        int, Option(min=1, help="Sequences of each text, for perplexity and KL divergence.")
+    ] = 16
+    length: options.Length = 512
+    pairs: Annotated[int, Option(min=1, help="Pairs of each BLiMP set, with --eval.")] = 50
+    passages: Annotated[int, Option(min=1, help="Passages of LAMBADA, with --eval.")] = 100
+    calibration: options.Calibration = 16
+    seed: options.Seed = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What single layers are measured with. The fields are options of the command."""
+
+    bits: Annotated[list[int], Option(min=2, max=8, help="Bits of a layer.")] = field(
+        default_factory=lambda: [2, 3, 4, 8]
+    )
+    scheme: Annotated[str, Option(help=f"One of {', '.join(SCHEMES)}.")] = "gptq"
+    group_size: options.GroupSize = 64
+    symmetric: options.Symmetric = False
+    lm_head: options.LmHead = False
+    sequences: Annotated[int, Option(min=1, help="Sequences of each text.")] = 8
+    length: options.Length = 512
+    calibration: options.Calibration = 16
+    seed: options.Seed = 0
+
+    @property
+    def specs(self) -> list[QuantSpec]:
+        """How a layer is quantized, with fewer bits first."""
+        from quant_kernels.weight import QuantSpec  # with torch
+
+        bits = sorted(set(self.bits))
+        return [QuantSpec(each, self.group_size, self.symmetric) for each in bits]

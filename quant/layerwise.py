@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,50 +16,22 @@ from tqdm import tqdm
 
 from attnserve import machine
 from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.scorers import load
+from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.files import write_text
+from quant.config import Settings
 from quant.measure import NUMERICS
 from quant.mixed import LayerBits, Price, Prices, spread, total, within
 from quant.model import empty_model, linears, put
-from quant.reader import Passages, Reader
 from quant.schemes.hessian import watched
 from quant.schemes.registry import get_scheme
-from quant.texts import Sources, calibration_text, fingerprint, held_out_texts
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant.texts import Sources, calibration_text, text_for
+from quant_kernels.weight import QuantizedWeight
 
 CHOICES = 9
 """Of the greedy path that are measured, at even distances in bytes, both ends included."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What single layers are measured with.
-
-    Args:
-        bits: of a layer, each of them.
-        scheme, group_size, symmetric, lm_head: as in `QuantConfig`.
-        sequences: of each text that is measured on.
-        length: tokens of a sequence; at most the training length is used.
-        calibration: sequences to calibrate on.
-        seed: of the calibration text.
-    """
-
-    bits: Sequence[int]
-    scheme: str
-    group_size: int | None
-    symmetric: bool
-    lm_head: bool
-    sequences: int
-    length: int
-    calibration: int
-    seed: int
-
-    @property
-    def specs(self) -> list[QuantSpec]:
-        """How a layer is quantized, with fewer bits first."""
-        bits = sorted(set(self.bits))
-        return [QuantSpec(each, self.group_size, self.symmetric) for each in bits]
 
 
 @dataclass(frozen=True)
@@ -130,18 +102,19 @@ def analyze(
     planned = linears(empty_model(folder), settings.lm_head).values()
     for spec in settings.specs:
         scheme.check(spec, {layer.in_features for layer in planned})
-    reader = Reader(folder, settings.length)
+    checkpoint = Checkpoint(folder, longest=settings.length)
     sources = sources.for_checkpoints([folder])[folder]
-    chosen, measured = held_out_texts(sources, reader, settings.sequences)
-    calibration = calibration_text(sources, reader, settings.calibration, settings.seed)
+    count = (sources, checkpoint, settings.sequences, checkpoint.context - 1)
+    chosen, measured = text_for("validation", *count), text_for("evaluation", *count)
+    calibration = calibration_text(sources, checkpoint, settings.calibration, settings.seed)
     key = {
-        "checkpoint": reader.digest,
+        "checkpoint": checkpoint.digest,
         "texts": fingerprint([chosen, measured, calibration]),
         "numerics": NUMERICS,
         **{k: value for k, value in vars(settings).items() if k != "bits"},
     }
     titles = (chosen.title, measured.title, calibration.title)
-    found = Sensitivity(reader.name, key, *titles, prices={}, choices=[])
+    found = Sensitivity(checkpoint.name, key, *titles, prices={}, choices=[])
     journal = Journal(out / f"{found.name}.jsonl", key, force)
     model = MixedModel(folder, settings, calibration)
     prices = price_layers(model, journal, Divergence(model.model, chosen), settings)
@@ -196,7 +169,7 @@ class MixedModel:
         calibration: for calibrated schemes.
     """
 
-    def __init__(self, folder: Path, settings: Settings, calibration: Passages) -> None:
+    def __init__(self, folder: Path, settings: Settings, calibration: Text) -> None:
         self.model = load(folder)
         self.layers: Mapping[str, nn.Linear] = linears(self.model, settings.lm_head)
         self.original = {name: layer.weight for name, layer in self.layers.items()}
@@ -231,7 +204,7 @@ class MixedModel:
 class Divergence:
     """KL divergence of a changed model from what it was, on a text."""
 
-    def __init__(self, model: nn.Module, text: Passages) -> None:
+    def __init__(self, model: nn.Module, text: Text) -> None:
         self.model, self.rows = model, text.rows
         self.reference = [self._logprobs(row) for row in self.rows]
 

@@ -24,14 +24,13 @@ from attnserve.evaluation.scorers import load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant import lm_eval_tasks
 from quant.activations import cache_bytes, quantize_cache, quantize_inputs
-from quant.config import UNQUANTIZED, QuantConfig
+from quant.config import UNQUANTIZED, QuantConfig, Samples
 from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
-from quant.reader import Reader
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
 from quant.store import SweepResult, path_of
-from quant.texts import Samples, SweepTexts
+from quant.texts import SweepTexts
 
 NUMERICS = 1
 """Goes up when a change of the code changes results, so that older ones are not taken for new."""
@@ -104,9 +103,9 @@ class SweepTask:
 
 
 @functools.lru_cache(maxsize=1)
-def checkpoint_of(folder: Path, length: int, digest: str) -> Reader:
+def checkpoint_of(folder: Path, length: int, digest: str) -> Checkpoint:
     """Return a checkpoint; the last one is kept, and its digest tells when it has changed."""
-    return Reader(folder, length)
+    return Checkpoint(folder, longest=length)
 
 
 def measure(task: SweepTask) -> SweepResult:
@@ -181,7 +180,7 @@ def score(
     summary: dict[str, Estimate] = {}
     units: dict[str, Any] = {"perplexity": {}}
     for name, text in task.texts.measured.items():
-        figures, units["perplexity"][name] = score_text(checkpoint, scorer, name, text.pieces)
+        figures, units["perplexity"][name] = score_text(checkpoint, scorer, name, text)
         summary |= {f"perplexity: {figure}": value for figure, value in figures.items()}
     if task.texts.sets is not None:
         data = Data(task.texts.sets, task.texts.sets)  # they have no books

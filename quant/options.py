@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
+from attnserve.evaluation.arguments import text_file
+
 OUT = Path("runs") / "quant"
 """Where the commands write and read results if no folder is named, in the current folder."""
-BITS = [2, 3, 4, 8]
-SCHEMES = ["rtn", "hqq", "gptq"]
-TARGETS = ["weights", "weights+activations", "kv"]
-GROUP_SIZES: list[int] = [64]
+COLUMNS = "Columns of the weights that share a scale, or channel for a whole row."
 
 
 def columns(text: str | int) -> int | None:
@@ -35,7 +34,7 @@ GroupSize = Annotated[
         "--group",
         parser=columns,
         metavar="N",
-        help="Columns of the weights that share a scale, or channel for a whole row.",
+        help=COLUMNS,
     ),
 ]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="Use no zero points.")]
@@ -48,18 +47,11 @@ Length = Annotated[
 ]
 Calibration = Annotated[int, typer.Option(min=1, help="Sequences of text to calibrate on.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration text.")]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="UTF-8 text to measure on, in any number of files. Default: the unquantized "
-        "checkpoint writes it.",
-    ),
-]
 CalibrationText = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
+        parser=text_file,
         help="UTF-8 text to calibrate on. Default: the unquantized checkpoint writes it.",
     ),
 ]

@@ -65,8 +65,8 @@ def quantize(
     calibrated on text that the checkpoint writes itself, if no --calibration-text is given. What is
     written is compressed-tensors' format; docs/QUANT.md says who can read it.
     """
+    from attnserve.evaluation.checkpoint import Checkpoint
     from quant import checkpoint as checkpoints
-    from quant.reader import Reader
     from quant.texts import Sources
     from quant.texts import calibration_text as read_calibration_text
 
@@ -80,7 +80,7 @@ def quantize(
     if recipe.calibrated:
         given = Sources((), calibration_text or (), books, writer=text_from)
         sources = given.for_checkpoints([folder])[folder]
-        text = read_calibration_text(sources, Reader(folder, length), calibration, seed)
+        text = read_calibration_text(sources, Checkpoint(folder, longest=length), calibration, seed)
         said += f" --calibration {calibration} --length {length} --seed {seed}"
     card = f"`python -m quant.quantize {said}`" + (f", calibrated on: {text.title}" if text else "")
     _, sizes = checkpoints.quantize_checkpoint(folder, out, recipe, text, card)

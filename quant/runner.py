@@ -12,15 +12,15 @@ import torch
 from tqdm import tqdm
 
 from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import Checkpoint
 from quant import lm_eval_tasks, pool, store
-from quant.config import UNQUANTIZED, QuantConfig
+from quant.config import UNQUANTIZED, QuantConfig, Samples
 from quant.lm_eval_tasks import Harness
 from quant.measure import SweepTask, measure
 from quant.model import empty_model, linears
-from quant.reader import Reader
 from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
-from quant.texts import Samples, Sources, sweep_texts
+from quant.texts import Sources, sweep_texts
 
 WORKER_BYTES = 700 * 2**20
 """What a worker holds besides its model: mostly torch and transformers."""
@@ -57,9 +57,9 @@ def plan(
         lm_eval_tasks.key(harness)  # refuses what cannot be done
     tasks = []
     for folder, its_sources in sources.for_checkpoints(folders).items():
-        reader = Reader(folder, samples.length)
-        texts = sweep_texts(its_sources, reader, samples)
-        first = SweepTask(folder, reader.digest, UNQUANTIZED, samples, texts, out, harness)
+        checkpoint = Checkpoint(folder, longest=samples.length)
+        texts = sweep_texts(its_sources, checkpoint, samples)
+        first = SweepTask(folder, checkpoint.digest, UNQUANTIZED, samples, texts, out, harness)
         tasks += [first, *(dataclasses.replace(first, config=config) for config in configs)]
     return tasks
 

@@ -8,28 +8,23 @@ from typing import Annotated
 
 import typer
 
-from attnserve.command import AsJson, expanded, main, needs
+from attnserve.command import AsJson, expanded, main, needs, options_of
+from attnserve.evaluation.arguments import Texts
 from quant import options
-from quant.schemes.registry import SCHEMES
+from quant.config import Settings
 
 
+@options_of(Settings)
 @needs("quant")
 def sensitivity(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
-    bits: Annotated[list[int], typer.Option(min=2, max=8, help="Bits of a layer.")] = options.BITS,
-    scheme: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEMES)}.")] = "gptq",
-    group_size: options.GroupSize = 64,
-    symmetric: options.Symmetric = False,
-    lm_head: options.LmHead = False,
+    *,
+    settings: Settings,
     budget: Annotated[
         int | None,
         typer.Option(min=1, metavar="BYTES", help="Bytes of the quantized layers to fit into."),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of each text.")] = 8,
-    length: options.Length = 512,
-    calibration: options.Calibration = 16,
-    seed: options.Seed = 0,
-    text: options.Text = None,
+    text: Texts = None,
     calibration_text: options.CalibrationText = None,
     books: options.Books = None,
     text_from: options.TextFrom = None,
@@ -48,21 +43,10 @@ def sensitivity(
     unquantized checkpoint writes both. What has been measured is in a journal under --out, and is
     not measured again.
     """
-    from quant.layerwise import Settings, analyze
+    from quant.layerwise import analyze
     from quant.report.sensitivity import plot_layers, tables
     from quant.texts import Sources, explained
 
-    settings = Settings(
-        bits=bits,
-        scheme=scheme,
-        group_size=group_size,
-        symmetric=symmetric,
-        lm_head=lm_head,
-        sequences=sequences,
-        length=length,
-        calibration=calibration,
-        seed=seed,
-    )
     sources = Sources(text or (), calibration_text or (), books, writer=text_from)
     found = analyze(expanded(checkpoint), settings, sources, budget, out, force)
     written, plot = found.write(out), out / f"{found.name}.png"

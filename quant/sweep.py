@@ -10,14 +10,15 @@ from typing import Annotated
 
 import typer
 
-from attnserve.command import AsJson, expanded, main, needs
+from attnserve.command import AsJson, expanded, main, needs, options_of
 from attnserve.errors import UserError
+from attnserve.evaluation.arguments import Texts
 from quant import options
-from quant.schemes.registry import SCHEMES, installed
+from quant.config import UNQUANTIZED, Samples, SearchSpace
+from quant.schemes.registry import installed
 
-SCHEME_TITLES = "; ".join(f"{name}: {scheme.title}" for name, scheme in SCHEMES.items())
 
-
+@options_of(SearchSpace, Samples)
 @needs("quant")
 def sweep(
     checkpoints: Annotated[
@@ -26,56 +27,10 @@ def sweep(
             help="Hugging Face folders. Default: every checkpoint that comes with the project."
         ),
     ] = None,
-    bits: Annotated[
-        list[int], typer.Option(min=2, max=8, help="Bits of the first tensor of each target.")
-    ] = options.BITS,
-    schemes: Annotated[
-        list[str],
-        typer.Option(metavar="SCHEME", help=f"How weights are quantized. {SCHEME_TITLES}."),
-    ] = options.SCHEMES,
-    targets: Annotated[
-        list[str],
-        typer.Option(
-            "--targets",
-            "--what",
-            metavar="TARGET",
-            help="What is quantized: weights, activations (the inputs of linear layers), kv (the "
-            "cache), or several joined by +.",
-        ),
-    ] = options.TARGETS,
-    group_sizes: Annotated[
-        list[int],
-        typer.Option(
-            "--group-sizes",
-            "--groups",
-            parser=options.columns,
-            metavar="N",
-            help="Columns of the weights that share a scale, or channel for a whole row.",
-        ),
-    ] = options.GROUP_SIZES,
-    symmetric: options.Symmetric = False,
-    act_order: options.ActOrder = False,
-    lm_head: options.LmHead = False,
-    static: Annotated[
-        bool,
-        typer.Option("--static", help="Calibrate scales of activations; else one for each token."),
-    ] = False,
-    activation_bits: Annotated[
-        int, typer.Option(min=2, max=8, help="Bits of activations beside weights.")
-    ] = 8,
-    kv_bits: Annotated[
-        int, typer.Option(min=2, max=8, help="Bits of the cache beside other tensors.")
-    ] = 8,
-    sequences: Annotated[
-        int,
-        typer.Option(min=1, help="Sequences of each text, for perplexity and KL divergence."),
-    ] = 16,
-    length: options.Length = 512,
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs of each BLiMP set, with --eval.")] = 50,
-    passages: Annotated[int, typer.Option(min=1, help="Passages of LAMBADA, with --eval.")] = 100,
-    calibration: options.Calibration = 16,
-    seed: options.Seed = 0,
-    text: options.Text = None,
+    *,
+    space: SearchSpace,
+    samples: Samples,
+    text: Texts = None,
     calibration_text: options.CalibrationText = None,
     books: options.Books = None,
     text_from: options.TextFrom = None,
@@ -134,34 +89,21 @@ def sweep(
     if ray and not installed("ray"):
         raise UserError("--ray needs the library ray, which is not installed: leave it out")
     from quant import runner, store
-    from quant.config import UNQUANTIZED, SearchSpace
     from quant.lm_eval_tasks import Harness
     from quant.report.frame import table
     from quant.report.write import write
     from quant.store import SweepResult
-    from quant.texts import Samples, Sources, bundled_checkpoints, explained
+    from quant.texts import Sources, bundled_checkpoints, explained
 
     folders = [expanded(folder) for folder in checkpoints or bundled_checkpoints()]
     if not folders:
         raise UserError(
             "name a checkpoint's folder: only a checkout of the project has checkpoints of its own"
         )
-    space = SearchSpace(
-        targets=targets,
-        bits=bits,
-        schemes=schemes,
-        group_sizes=group_sizes,
-        activation_bits=activation_bits,
-        kv_bits=kv_bits,
-        symmetric=symmetric,
-        act_order=act_order,
-        lm_head=lm_head,
-        static=static,
-    )
     tasks = runner.plan(
         folders,
         space.configs(),
-        Samples(sequences, length, pairs, passages, calibration, seed),
+        samples,
         Sources(text or (), calibration_text or (), books, evaluation, text_from),
         out,
         Harness.asked(lm_eval or (), lm_eval_include, lm_eval_limit),

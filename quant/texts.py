@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
-from attnserve.evaluation.checkpoint import digest
+from attnserve.evaluation.checkpoint import Checkpoint, digest
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.tasks import Blimp, Lambada
+from attnserve.evaluation.texts import Text, anywhere, beginning, evenly, fingerprint, read, written
 from attnserve.files import CHECKOUT
-from attnserve.sampled_text import Use, sampled_text, writers
-from quant.reader import Passages, Reader
+from attnserve.sampled_text import Use, writers
+from quant.config import Samples
 
 CHECKPOINTS = CHECKOUT / "checkpoints"
 WIKITEXT = "wikitext2_test_raw.txt"
 SAMPLED = "text sampled from "
-VALIDATION_BOOK, TEST_BOOK = "validation book", "test book"
-"""*Emma* and *Great Expectations*, which are no training texts of the reference checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,25 @@ class Sources:
                 "to calibrate on, or leave out --calibration-text"
             )
 
+    def files(self, use: Use) -> tuple[str, Sequence[Path]]:
+        """Return title and files of a text; no files: a checkpoint writes it.
+
+        Validation is by what is chosen: the validation book, else what is calibrated on, at other
+        places.
+        """
+        if self.books is not None:
+            books = split(self.books)
+            found: dict[Use, tuple[str, Sequence[Path]]] = {
+                "calibration": ("training books", books.train),
+                "validation": ("validation book", [books.validation]),
+                "evaluation": ("test book", [books.test]),
+            }
+            return found[use]
+        files = self.text if use == "evaluation" else self.calibration_text
+        if len(files) > 3:
+            return f"{files[0].name} and {len(files) - 1} more", files
+        return ", ".join(file.name for file in files), files
+
     def for_checkpoints(self, folders: Sequence[Path]) -> dict[Path, Sources]:
         """Return the sources of each checkpoint: who writes depends on all of them.
 
@@ -79,27 +95,6 @@ def bundled_checkpoints() -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """How much is measured.
-
-    Args:
-        sequences: of each text, for perplexity and divergence.
-        length: tokens of a sequence; at most the training length is used.
-        pairs: of each BLiMP set.
-        passages: of LAMBADA.
-        calibration: sequences of text for GPTQ and static scales.
-        seed: of the calibration text.
-    """
-
-    sequences: int
-    length: int
-    pairs: int
-    passages: int
-    calibration: int
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class SweepTexts:
     """What a checkpoint is measured and calibrated on.
 
@@ -110,8 +105,8 @@ class SweepTexts:
         key: a hash of all of it.
     """
 
-    measured: dict[str, Passages]
-    calibration: Passages
+    measured: dict[str, Text]
+    calibration: Text
     sets: Path | None
     key: str
 
@@ -121,15 +116,15 @@ class SweepTexts:
         return {"measured": self.measured["test"].title, "calibration": self.calibration.title}
 
 
-def sweep_texts(sources: Sources, reader: Reader, samples: Samples) -> SweepTexts:
+def sweep_texts(sources: Sources, checkpoint: Checkpoint, samples: Samples) -> SweepTexts:
     """Return all texts for a checkpoint, sampled where none is given.
 
     Raises:
         UserError, FileNotFoundError, ValueError: one is missing or too short.
     """
     sets = [] if sources.sets is None else set_files(sources.sets)
-    measured = measured_texts(sources, reader, samples.sequences)
-    calibration = calibration_text(sources, reader, samples.calibration, samples.seed)
+    measured = measured_texts(sources, checkpoint, samples.sequences)
+    calibration = calibration_text(sources, checkpoint, samples.calibration, samples.seed)
     if sources.books is not None and sets:
         # As the committed results have it.
         books = split(sources.books)
@@ -139,85 +134,56 @@ def sweep_texts(sources: Sources, reader: Reader, samples: Samples) -> SweepText
     return SweepTexts(measured, calibration, sources.sets, key)
 
 
-def measured_texts(sources: Sources, reader: Reader, sequences: int) -> dict[str, Passages]:
+def measured_texts(sources: Sources, checkpoint: Checkpoint, sequences: int) -> dict[str, Text]:
     """Return the texts whose perplexity and divergence are measured; `test` is the main one.
 
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
+    found = {}
     if sources.books is not None:
-        books = split(sources.books)
-        found = {
-            "validation": reader.beginning(VALIDATION_BOOK, books.validation, sequences),
-            "test": reader.beginning(TEST_BOOK, books.test, sequences),
-        }
+        uses: dict[str, Use] = {"validation": "validation", "test": "evaluation"}
+        for name, use in uses.items():
+            title, (file,) = sources.files(use)
+            found[name] = beginning(checkpoint, title, file, sequences)
     else:
-        found = {"test": _measured(sources, reader, sequences, reader.context)}
+        found["test"] = text_for("evaluation", sources, checkpoint, sequences, checkpoint.context)
     if sources.sets is not None:
-        found["wikitext2"] = reader.beginning("WikiText-2", sources.sets / WIKITEXT, sequences)
+        found["wikitext2"] = beginning(checkpoint, "WikiText-2", sources.sets / WIKITEXT, sequences)
     return found
 
 
-def held_out_texts(sources: Sources, reader: Reader, sequences: int) -> tuple[Passages, Passages]:
-    """Return a text to choose by, and one to measure the choice on, in pieces of one token less
-    than the context.
-
-    The text to choose by is the validation book, else what calibration texts are, at other places.
-
-    Raises:
-        UserError, FileNotFoundError: a text is missing or too short.
-    """
-    count = (sequences, reader.context - 1)
-    if sources.books is not None:
-        books = split(sources.books)
-        return (
-            reader.evenly(VALIDATION_BOOK, [books.validation], *count),
-            reader.evenly(TEST_BOOK, [books.test], *count),
-        )
-    if files := sources.calibration_text:
-        choose = reader.evenly(_title(files), files, *count)
-    else:
-        choose = _sampled(sources, reader, "validation", *count)
-    return choose, _measured(sources, reader, *count)
-
-
-def calibration_text(sources: Sources, reader: Reader, sequences: int, seed: int) -> Passages:
-    """Return what calibrated schemes and static scales are calibrated on, in pieces of one token
+def calibration_text(sources: Sources, checkpoint: Checkpoint, sequences: int, seed: int) -> Text:
+    """Return what calibrated schemes and static scales are calibrated on, in sequences of one token
     less than the context. Text that is measured on is never read.
 
     Raises:
         UserError, FileNotFoundError: a text is missing or too short.
     """
-    count = (sequences, reader.context - 1, seed)
-    if sources.books is not None:
-        return reader.anywhere("training books", split(sources.books).train, *count)
-    if files := sources.calibration_text:
-        return reader.anywhere(_title(files), files, *count)
-    return _sampled(sources, reader, "calibration", *count)
+    return text_for("calibration", sources, checkpoint, sequences, checkpoint.context - 1, seed)
 
 
-def _measured(sources: Sources, reader: Reader, sequences: int, length: int) -> Passages:
-    """Return the main text, where there are no books."""
-    if files := sources.text:
-        return reader.evenly(_title(files), files, sequences, length)
-    return _sampled(sources, reader, "evaluation", sequences, length)
+def text_for(
+    use: Use, sources: Sources, checkpoint: Checkpoint, sequences: int, length: int, seed: int = 0
+) -> Text:
+    """Return sequences of `length` tokens for a use: from anywhere to calibrate on, else at even
+    distances.
 
+    Where a checkpoint writes them, their beginnings are the same for every reader, also for one
+    whose context is shorter.
 
-def _sampled(
-    sources: Sources, reader: Reader, use: Use, sequences: int, length: int, seed: int = 0
-) -> Passages:
-    """Return pieces that a checkpoint writes. Their beginnings are the same for every reader, also
-    for one whose context is shorter."""
-    writer = Reader(sources.writer or reader.folder, reader.length)
-    rows = sampled_text(writer.folder, use, sequences, writer.context + 1, seed)
-    return Passages(SAMPLED + writer.name, reader.bos, rows[:, 1 : length + 1].tolist())
-
-
-def _title(files: Sequence[Path]) -> str:
-    """Return the title of a user's text."""
-    if len(files) > 3:
-        return f"{files[0].name} and {len(files) - 1} more"
-    return ", ".join(file.name for file in files)
+    Raises:
+        UserError, FileNotFoundError: a text is missing or too short.
+    """
+    title, files = sources.files(use)
+    if files and use == "calibration":
+        return anywhere(checkpoint, title, files, sequences, length, seed)
+    if files:
+        parts = [checkpoint.encode(read(file)) for file in files]
+        return evenly(title, checkpoint.bos, parts, sequences, length)
+    writer = Checkpoint(sources.writer or checkpoint.folder, longest=checkpoint.longest)
+    text = written(SAMPLED + writer.name, writer, use, sequences, writer.context, seed)
+    return replace(text, sequences=[sequence[:length] for sequence in text.sequences])
 
 
 def explained(measured: str, calibration: str) -> str:
@@ -229,12 +195,6 @@ def explained(measured: str, calibration: str) -> str:
             "not that of a language; KL divergence and agreement mean what they always do."
         )
     return found
-
-
-def fingerprint(texts: Sequence[Passages]) -> str:
-    """Return a hash of texts' tokens."""
-    pieces = json.dumps([text.pieces for text in texts])
-    return hashlib.sha256(pieces.encode()).hexdigest()[:16]
 
 
 def set_files(sets: Path) -> list[Path]:

@@ -10,8 +10,9 @@ import pytest
 
 from attnserve.files import CHECKOUT
 from tests.tiny import LICENSE
-from training.__main__ import COMMANDS as TRAINING
+from training.__main__ import COMMANDS
 
+TRAINING = {command.__module__.removesuffix(".__main__") for command in COMMANDS}
 WRONG = {
     "attnserve.evaluation.evaluate": "{bad}",
     "training.train": "--variant softpick --data {text} --tokenizer {bad} --out {out}",
@@ -71,7 +72,8 @@ def test_wrong_path(
     places = {"bad": bad, "out": out, "file": file, "text": LICENSE}
     monkeypatch.setattr(sys, "argv", [module, *WRONG[module].format(**places).split()])
     monkeypatch.setenv("ATTNSERVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delitem(sys.modules, module, raising=False)
+    for name in (module, f"{module}.__main__"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert ended.value.code not in (0, None)

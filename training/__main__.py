@@ -1,21 +1,19 @@
-"""List the commands of this package."""
+"""The commands of this package under one name; each is also `python -m training.COMMAND`."""
 
 from __future__ import annotations
 
-from attnserve.commands import list_commands
+from attnserve.command import run_package
+from training.analyze.__main__ import analyze
+from training.checkpoints import checkpoints
+from training.convert import convert
+from training.learning_rate import learning_rate
+from training.long_context import long_context
+from training.report.__main__ import report
+from training.tokenizer import tokenizer
+from training.train import train
 
-COMMANDS = (
-    "training.train",
-    "training.tokenizer",
-    "training.convert",
-    "training.long_context",
-    "training.analyze",
-    "training.report",
-    "training.checkpoints",
-    "training.learning_rate",
-)
+COMMANDS = (train, tokenizer, convert, long_context, analyze, report, checkpoints, learning_rate)
 
 if __name__ == "__main__":
-    list_commands(
-        "training", "Train and measure small models of every attention variant.", COMMANDS
-    )
+    about = "Train and measure small models of every attention variant."
+    run_package("python -m training", about, *COMMANDS)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -48,40 +44,6 @@ def variant_name(text: str) -> str:
         typer.BadParameter: there is none of that name.
     """
     return str(variant_entry(text)["name"])
-
-
-def options_of(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that gives a command an option for each field of a dataclass.
-
-    The fields' annotations are typer's; the options replace the command's last parameter, which
-    gets the value.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(function, eval_str=True)
-        *own, last = signature.parameters.values()
-        hints = get_type_hints(kind, include_extras=True)
-        added = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=hints[field.name],
-            )
-            for field in dataclasses.fields(kind)
-        ]
-        parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *added]
-
-        @functools.wraps(function)
-        def run(**given: Any) -> Any:
-            value = kind(**{parameter.name: given.pop(parameter.name) for parameter in added})
-            return function(**given, **{last.name: value})
-
-        vars(run)["__signature__"] = signature.replace(parameters=parameters)
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return run
-
-    return decorate
 
 
 Variant = Annotated[

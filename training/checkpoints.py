@@ -16,8 +16,8 @@ from attnserve.command import AsJson, main, needs
 from attnserve.evaluation.arguments import Books
 from attnserve.evaluation.books import Split, split
 from attnserve.evaluation.checkpoint import Checkpoint
-from attnserve.evaluation.perplexity import Score, evaluate, held_out, table
-from attnserve.evaluation.tokens import read_tokens
+from attnserve.evaluation.perplexity import Score, evaluate, table
+from attnserve.evaluation.texts import held_out, read_tokens
 from attnserve.files import CHECKOUT
 from training.arguments import RUNS, Runs, variant_name
 from training.card import card

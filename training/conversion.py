@@ -17,7 +17,7 @@ from attn_kernels import Variant, get_variant, variant_from_config
 from attnserve import machine
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import begin_token, read_config
-from attnserve.evaluation.tokens import read_tokens
+from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.finetune import FineTune
 from training.recipe import FineTuning

@@ -8,10 +8,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from attnserve.command import AsJson, main, needs
+from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import Texts, positive
-from training.arguments import Variant, options_of
+from training.arguments import Variant
 from training.recipe import FineTuning
 
 

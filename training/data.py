@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 
 from attnserve.errors import UserError
-from attnserve.evaluation.tokens import Tokens, sequence
+from attnserve.evaluation.texts import Tokens
 
 
 def fingerprint(tokens: Tokens) -> str:
     """Return a hash that tells whether two runs train on the same tokens."""
     return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+
+
+def sequence(tokens: Tokens, start: int, context: int, bos: int) -> tuple[Tokens, Tokens]:
+    """Return inputs and targets, both at most `[context]`.
+
+    A model reads the begin-of-text token and predicts `tokens[start : start + context]` from it
+    and from one another.
+    """
+    targets = tokens[start : start + context]
+    return np.concatenate(([bos], targets[:-1])), targets
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from attn_kernels.variants.softmax import Softmax
 from attn_kernels.variants.ssmax import SSMax
 from attnserve.errors import UserError
+from attnserve.evaluation.texts import Tokens
 from attnserve.evaluation.tiled import project
-from attnserve.evaluation.tokens import Tokens
 from hf_attn import VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 from training.data import Batches, fingerprint

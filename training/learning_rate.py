@@ -18,7 +18,7 @@ from attnserve.command import AsJson, main, needs
 from attnserve.evaluation.arguments import Books
 from attnserve.evaluation.books import split
 from attnserve.evaluation.scorers import Item, TransformersScorer
-from attnserve.evaluation.tokens import Tokens, read_tokens
+from attnserve.evaluation.texts import Tokens, read_tokens
 from attnserve.files import CHECKOUT, write_text
 from training.arguments import RUNS, Runs, variant_name
 from training.checkpoints import COMPILED, RECIPE, shared_tokenizer

@@ -20,7 +20,7 @@ from attnserve import machine
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import begin_token, read_config
 from attnserve.evaluation.scorers import Item
-from attnserve.evaluation.tokens import read_tokens
+from attnserve.evaluation.texts import read_tokens
 from attnserve.evaluation.vllm_scorer import VLLMScorer
 from attnserve.files import write_text
 from attnserve.reports import save_figure

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from attnserve.errors import UserError
-from attnserve.evaluation.tokens import Tokens
+from attnserve.evaluation.texts import Tokens
 from attnserve.files import write_text
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.data import Batches, fingerprint

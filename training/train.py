@@ -8,9 +8,9 @@ from typing import Annotated
 
 from typer import Option
 
-from attnserve.command import AsJson, main, needs
+from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
-from training.arguments import Data, Variant, options_of
+from training.arguments import Data, Variant
 from training.recipe import TrainingRecipe
 
 
@@ -42,7 +42,7 @@ def train(
     """
     from transformers import AutoTokenizer
 
-    from attnserve.evaluation.tokens import read_tokens
+    from attnserve.evaluation.texts import read_tokens
     from training.run import MODEL, Run
 
     if not (tokenizer / "tokenizer.json").is_file():

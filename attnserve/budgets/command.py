@@ -99,9 +99,9 @@ def budgets(
     Every evaluation is kept: the same command goes on where it was after a kill at any moment.
     """
     from attn_kernels.variant import LEAST_BUDGET
-    from attnserve.budgets import texts
     from attnserve.budgets.result import FOLDER, text_table, write_checkpoint
     from attnserve.budgets.run import prunable_checkpoint, reference_of, run
+    from attnserve.budgets.texts import Counts, parts_of
 
     own = prunable_checkpoint(checkpoint)
     softmax = reference_of(own, reference)
@@ -110,13 +110,9 @@ def budgets(
         raise UserError(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(kept)}")
     if write is not None and write.exists():
         raise UserError(f"{write} exists: name another folder or delete it")
-    counts = texts.Counts(sequences, judge, test_sequences, length or own.context)
-    if text:
-        parts = texts.of_users_text(own, text, counts)
-    elif books or are_fetched():
-        parts = texts.of_novels(own, split(books), counts)
-    else:
-        parts = texts.of_itself(own, counts)
+    counts = Counts(sequences, judge, test_sequences, length or own.context)
+    novels = split(books) if not text and (books or are_fetched()) else None
+    parts = parts_of(own, counts, text or (), novels)
     found = run(
         own,
         softmax,

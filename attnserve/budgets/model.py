@@ -17,9 +17,9 @@ from attn_kernels import attend, get_variant, variant_from_config
 from attn_kernels.pruning import FRACTION_BITS
 from attn_kernels.variants.softmax import Softmax
 from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
-from attnserve.budgets.texts import Texts
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.evaluation.tiled import project
 from hf_attn import VariantLlamaForCausalLM
 
@@ -101,12 +101,12 @@ class Forward:
             found += each.view(wanted.shape).double().mean(1).tolist()
         return found
 
-    def __call__(self, text: Texts, budgets: Sequence[int], rule: str) -> Losses:
+    def __call__(self, text: Text, budgets: Sequence[int], rule: str) -> Losses:
         """Return each sequence's loss with these budgets, one a layer."""
-        hidden = self.embed(text.inputs)
+        hidden = self.embed(text.rows[:, :-1])
         for index, budget in enumerate(budgets):
             hidden = self.layer(index, hidden, budget, rule)
-        return self.losses(hidden, text.targets)
+        return self.losses(hidden, text.rows[:, 1:])
 
     @staticmethod
     def _batches(hidden: Tensor) -> list[tuple[int, Tensor]]:
@@ -156,11 +156,11 @@ class Measured:
             never mixed.
     """
 
-    def __init__(self, forward: Forward, text: Texts, folder: Path) -> None:
+    def __init__(self, forward: Forward, text: Text, folder: Path) -> None:
         self.forward, self.text, self.checkpoint = forward, text, forward.checkpoint
-        about = {"checkpoint": self.checkpoint.digest, **text.about}
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        name = f"{self.checkpoint.name}-{text.name.replace(' ', '_')}-{key}.jsonl"
+        key = hashlib.sha256(f"{self.checkpoint.digest}{fingerprint([text])}".encode())
+        title = text.title.replace(" ", "_")
+        name = f"{self.checkpoint.name}-{title}-{key.hexdigest()[:12]}.jsonl"
         self.path = folder / name
         self._found: dict[tuple[str, Budgets], Losses] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ class Measured:
     @property
     def full(self) -> Budgets:
         """Budgets that keep everything."""
-        return (self.text.inputs.shape[1],) * self.forward.layers
+        return (len(self.text.sequences[0]),) * self.forward.layers
 
     def losses(
         self, rule: str, budgets: Budgets, measure: Callable[[], Losses] | None = None

@@ -107,7 +107,7 @@ def run(
     if not limits:
         raise UserError("there is no target: give --rise or --max-loss")
     targets, path = find(validation, limits)
-    length = parts.test.inputs.shape[1]
+    length = len(parts.test.sequences[0])
     budgets = sorted((one for one in uniform if one < length), reverse=True)
     rows = compare(
         Measured(model, parts.test, runs),

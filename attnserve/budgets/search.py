@@ -81,14 +81,14 @@ class Descent:
     def _run(self, layer: int, budgets: Budgets) -> Losses:
         forward, text = self.measured.forward, self.measured.text
         if not self._reads:
-            self._reads.append(forward.embed(text.inputs))
+            self._reads.append(forward.embed(text.rows[:, :-1]))
         for below in range(len(self._reads) - 1, layer):
             own = self.budgets[below]
             self._reads.append(forward.layer(below, self._reads[below], own, RULE))
         hidden = self._reads[layer]
         for above in range(layer, len(budgets)):
             hidden = forward.layer(above, hidden, budgets[above], RULE)
-        return forward.losses(hidden, text.targets)
+        return forward.losses(hidden, text.rows[:, 1:])
 
 
 def search(descent: Descent, step: int, limit: float) -> Iterator[Point]:

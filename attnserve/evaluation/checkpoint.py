@@ -50,12 +50,15 @@ class Checkpoint:
     Args:
         folder: the folder; its name is the checkpoint's.
         context: tokens it was trained with; None: what `config.json` says.
+        longest: tokens of a sequence that it reads, if these are fewer; `context` is that then.
 
     Raises:
         UserError: it is none.
     """
 
-    def __init__(self, folder: Path, context: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, context: int | None = None, longest: int | None = None
+    ) -> None:
         self.folder = folder
         self.name = folder.resolve().name
         self.config = read_config(folder)
@@ -63,7 +66,9 @@ class Checkpoint:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} has no tokenizer: {first_line(error)}") from None
-        self.context: int = context or self.config.max_position_embeddings
+        trained: int = context or self.config.max_position_embeddings
+        self.longest = longest
+        self.context = min(trained, longest or trained)
 
     @property
     def variant(self) -> str:

@@ -13,6 +13,8 @@ from attnserve.evaluation.books import are_fetched, split
 
 TOKENS = 2**15
 """Tokens of each text that are read where nothing else is said."""
+OWN_TEXT, OWN_SEQUENCES, OWN_LENGTH = "own text", 16, 512
+"""What a checkpoint writes where no text is at hand: sequences, and the tokens of each."""
 
 
 @needs("train")
@@ -49,7 +51,7 @@ def evaluate(
     """
     import transformers
 
-    from attnserve.evaluation import perplexity
+    from attnserve.evaluation import perplexity, texts
     from attnserve.evaluation.checkpoint import Checkpoint
 
     transformers.utils.logging.disable_progress_bar()
@@ -57,17 +59,19 @@ def evaluate(
     own = Checkpoint(checkpoint)
     most = None if whole else sequences or max(1, TOKENS // own.context)
     if text:
-        texts = [perplexity.file_text(own, file.name, file, most) for file in text]
+        found = [texts.beginning(own, file.name, file, most) for file in text]
     elif books or are_fetched():
-        texts = perplexity.held_out(own, split(books), most)
+        found = texts.held_out(own, split(books), most)
     else:
-        texts = [perplexity.own_text(own, most)]
-    scores = perplexity.evaluate(own, texts, train)
+        count = min(most or OWN_SEQUENCES, OWN_SEQUENCES)
+        length = min(own.context, OWN_LENGTH)
+        found = [texts.written(OWN_TEXT, own, "evaluation", count, length)]
+    scores = perplexity.evaluate(own, found, train)
     if as_json:
         print(json.dumps({"scores": [score.json() for score in scores]}))
         return
     print(perplexity.table(scores))
-    if texts[0].name == "own text":
+    if found[0].title == OWN_TEXT:
         print(
             "The checkpoint wrote this text itself: the perplexity is the entropy of its own "
             "sampling and says\nnothing about its English. For a real text: --text FILE, or the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from attnserve.evaluation.tokens import Tokens
+from attnserve.evaluation.texts import Tokens
 
 Probabilities = NDArray[np.float64]
 

@@ -17,11 +17,7 @@ from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval, mean_share_interval, share_interval
 from attnserve.evaluation.measures import Data, Measure, Result
 from attnserve.evaluation.scorers import Item, Scorer
-
-
-def spread(count: int, of: int) -> list[int]:
-    """`count` indices below `of` at even distances; all of them if there are no more."""
-    return [int(i) for i in np.linspace(0, of - 1, min(count, of)).round()]
+from attnserve.evaluation.texts import spread
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ RULES: dict[str, Rule] = {
     "make analyze": Run(
         "make analyze ARGS='--measures perplexity --limit 1'", prints=BOOKS, code=2, long=True
     ),
-    "python -m training": Run(prints="training.convert"),
+    "python -m training": Run(prints="convert"),
     "attnserve evaluate checkpoints/softpick --text README.md": Run(prints="README"),
     "attnserve evaluate CKPT": Run(
         "attnserve evaluate checkpoints/softpick --sequences 2",

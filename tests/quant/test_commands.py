@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
-from attnserve.evaluation.checkpoint import digest
+from attnserve.evaluation.checkpoint import Checkpoint, digest
 from quant import runner, texts
-from quant.config import QuantConfig, SearchSpace
+from quant.config import QuantConfig, Samples, SearchSpace
 from quant.quantize import quantize
-from quant.reader import Reader
 from quant.report.__main__ import report
 from quant.store import SweepResult, read_all
 from quant.sweep import sweep
-from quant.texts import Samples, Sources, bundled_checkpoints, calibration_text
+from quant.texts import Sources, bundled_checkpoints, calibration_text
 from tests.conftest import Commands
 from tests.quant.test_sweep import SMALL
 from tests.tiny import LICENSE, tiny_checkpoint
@@ -160,7 +159,7 @@ def test_quantize_gives_the_sweeps_weights(softpick: Path, empty: Path) -> None:
     configs = SearchSpace(["weights"], schemes=["gptq"]).configs()
     task = runner.plan([softpick], configs, Samples(2, 48, 2, 2, 4), Sources(), empty)[-1]
     assert task.config == QuantConfig(weights=8, scheme="gptq", group_size=64)
-    text = calibration_text(Sources(writer=softpick), Reader(softpick, 48), 4, seed=0)
+    text = calibration_text(Sources(writer=softpick), Checkpoint(softpick, longest=48), 4, seed=0)
     assert text == task.texts.calibration
 
 
@@ -179,7 +178,7 @@ def test_the_list_of_commands() -> None:
         [sys.executable, "-m", "quant"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for command in ("sweep", "quantize", "sensitivity", "report"):
-        (line,) = [row for row in done.stdout.splitlines() if f"-m quant.{command} " in row]
+        (line,) = [row for row in done.stdout.splitlines() if row.startswith(f"  {command} ")]
         assert len(line.split()) > 6
     assert subprocess.run([sys.executable, "-m", "quant", "sweeep"], cwd=ROOT).returncode == 2
 

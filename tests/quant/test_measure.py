@@ -13,20 +13,20 @@ import torch
 from attn_kernels import variant_names
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.perplexity import Perplexity
 from attnserve.evaluation.scorers import TransformersScorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant.activations import cache_bytes
-from quant.config import QuantConfig, SearchSpace
+from quant.config import QuantConfig, Samples, SearchSpace
 from quant.measure import SweepTask, changes, measure
 from quant.model import linears, put, quantize, stored_bytes
 from quant.outliers import figures
-from quant.reader import Reader
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
 from quant.store import SweepResult
-from quant.texts import Samples, Sources, sweep_texts
+from quant.texts import Sources, sweep_texts
 from quant_kernels.weight import QuantSpec
 from tests.tiny import tiny_checkpoint
 
@@ -39,7 +39,7 @@ MEASURES = [Perplexity(SAMPLES.sequences), Blimp(SAMPLES.pairs), Lambada(SAMPLES
 def measured(
     folder: Path, config: QuantConfig, data: Data, records: Path, baseline: Any = None
 ) -> SweepResult:
-    reader = Reader(folder, SAMPLES.length)
+    reader = Checkpoint(folder, longest=SAMPLES.length)
     texts = sweep_texts(Sources(books=data.books, sets=data.evaluation), reader, SAMPLES)
     return measure(
         SweepTask(folder, reader.digest, config, SAMPLES, texts, records, baseline=baseline)
@@ -54,7 +54,7 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
     exact = measured(folder, QuantConfig(), data, tmp_path)
     assert exact.variant == variant and exact.size["quantized_bytes"] == 0
     # The same measures through training.analyze's own scorer.
-    checkpoint = Reader(folder, SAMPLES.length)
+    checkpoint = Checkpoint(folder, longest=SAMPLES.length)
     scorer = TransformersScorer(folder, quiet=True)
     for one in MEASURES:
         for name, estimate in one.run(checkpoint, data, scorer).summary.items():
@@ -85,7 +85,7 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_divergence_is_that_of_the_definition(softpick: Path, data: Data, tmp_path: Path) -> None:
-    checkpoint, perplexity = Reader(softpick, 48), MEASURES[0]
+    checkpoint, perplexity = Checkpoint(softpick, longest=48), MEASURES[0]
     model = load(softpick)
     record = Recorder(tmp_path / "record")
     perplexity.run(checkpoint, data, WatchedScorer(model, record))

@@ -15,11 +15,11 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import load
 from quant.model import quantize
 from quant.quantize import quantize as command
-from quant.reader import Reader
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.texts import Sources, calibration_text
 from quant_kernels.pack import unpack
@@ -72,7 +72,7 @@ def test_files_hold_the_sweeps_weights(
     scheme = get_scheme(arguments[0].removeprefix("--scheme="))
     model, texts = load(softpick), torch.empty(0, dtype=torch.long)
     if scheme.calibrated:
-        reader, sources = Reader(softpick, 512), Sources(books=data.books)
+        reader, sources = Checkpoint(softpick, longest=512), Sources(books=data.books)
         texts = calibration_text(sources, reader, 16, 0).rows
     spec = QuantSpec(bits, args["group_size"], args["symmetric"])
     found = quantize(model, scheme, spec, texts, act_order="--act-order" in arguments)
@@ -177,7 +177,7 @@ REFUSALS = [
     (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
     (
         ["--bits=4", "--scheme=gptq", "--calibration-text", "nowhere.txt"],
-        "nowhere.txt is not there",
+        "no file nowhere.txt",
     ),
     (["--bits=4", "--scheme=gptq", "--text-from=nowhere"], "nowhere has no config.json"),
 ]

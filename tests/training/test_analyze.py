@@ -22,9 +22,10 @@ from attnserve.evaluation.intervals import (
     share_interval,
 )
 from attnserve.evaluation.measures import Data
-from attnserve.evaluation.perplexity import Perplexity, evaluate, held_out
+from attnserve.evaluation.perplexity import Perplexity, evaluate
 from attnserve.evaluation.scorers import Item, TransformersScorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
+from attnserve.evaluation.texts import held_out
 from tests.fla import fla_checkpoint
 from tests.tiny import tiny_checkpoint, write_tiny_llama
 from tests.training.texts import Copier, write_lines, write_texts

@@ -22,9 +22,10 @@ from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import FOLDER, Found
 from attnserve.budgets.run import BUNDLED
 from attnserve.budgets.search import FREE, Descent, search
-from attnserve.budgets.texts import Counts, of_file, of_itself, of_users_text
+from attnserve.budgets.texts import Counts, parts_of
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.scorers import Item, TransformersScorer
+from attnserve.evaluation.texts import Text, evenly, read
 from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint
 from tests.training.test_eviction import page
@@ -43,13 +44,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def measured(folder: Path, books: Path, runs: Path, sequences: int = 5) -> Measured:
     forward = Forward(Checkpoint(folder))
-    text = of_file(forward.checkpoint, books / "emma.txt", LENGTH, sequences)
-    return Measured(forward, text, runs)
+    return Measured(forward, of_file(forward.checkpoint, books / "emma.txt", sequences), runs)
+
+
+def of_file(checkpoint: Checkpoint, file: Path, sequences: int) -> Text:
+    tokens = checkpoint.encode(read(file))
+    return evenly(file.stem, checkpoint.bos, [tokens], sequences, LENGTH, last=False)
 
 
 def of_transformers(folder: Path, own: Measured) -> list[float]:
     """Each sequence's loss as transformers computes it."""
-    items = [Item([own.checkpoint.bos], row.tolist()) for row in own.text.targets]
+    items = [Item([own.checkpoint.bos], row) for row in own.text.sequences]
     scores = TransformersScorer(folder, quiet=True).score(items, "")
     return [-scored.total / LENGTH for scored in scores]
 
@@ -171,7 +176,7 @@ def test_result_and_checkpoint(
     choices = {tuple(row.budgets): row.choice for row in found.rows if row.rule == "selective"}
     for target in found.targets:
         assert target.name in choices[tuple(target.budgets)].split(", ")
-    held_out = of_file(own.checkpoint, books / "great_expectations.txt", LENGTH, 4)
+    held_out = of_file(own.checkpoint, books / "great_expectations.txt", 4)
     test = Measured(own.forward, held_out, tmp_path)
     for row in found.rows:
         assert row.factor == pytest.approx(3 * LENGTH / sum(row.budgets), abs=1e-3)
@@ -348,10 +353,9 @@ def test_no_text_at_hand(
     assert len(set(found.about["texts"].values())) == 3
     assert [target.name for target in found.targets] == ["+1 %"]
 
-    parts = of_itself(Checkpoint(folders["selective"]), Counts(3, 6, 4, LENGTH))
+    parts = parts_of(Checkpoint(folders["selective"]), Counts(3, 6, 4, LENGTH))
     assert (len(parts.search), len(parts.judge), len(parts.test)) == (3, 6, 4)
-    assert (parts.judge.inputs[:, 1:] == parts.judge.targets[:, :-1]).all()
-    assert (parts.judge.inputs[:, 0] == 0).all()
+    assert parts.judge.rows.shape == (6, 1 + LENGTH) and (parts.judge.rows[:, 0] == 0).all()
     for name, losses in (("selective", found.unpruned), ("softmax", None)):
         forward = Forward(Checkpoint(folders[name]))
         mean = float(np.mean(forward(parts.judge, FULL, "none")))
@@ -373,10 +377,10 @@ def test_users_text(
     assert [target.name for target in found.targets] == ["softmax", "+1 %"]
     own = Checkpoint(folders["selective"])
     tokens = own.encode(LICENSE.read_text())
-    parts = of_users_text(own, [LICENSE], Counts(3, 6, 4, LENGTH))
-    assert parts.judge.targets[0].tolist() == tokens[:LENGTH]
+    parts = parts_of(own, Counts(3, 6, 4, LENGTH), [LICENSE])
+    assert parts.judge.sequences[0] == tokens[:LENGTH]
     middle = len(tokens) // 2
-    assert parts.test.targets[0].tolist() == tokens[middle : middle + LENGTH]
+    assert parts.test.sequences[0] == tokens[middle : middle + LENGTH]
     (tmp_path / "short.txt").write_text("too short")
     argv[4] = str(tmp_path / "short.txt")
     assert "fewer than two sequences of 24" in commands.refused(budgets, *argv)

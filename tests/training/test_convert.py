@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from attn_kernels import get_variant, variant_names
 from attnserve.errors import UserError
-from attnserve.evaluation.tokens import read_tokens
+from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaForCausalLM
 from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attnserve.evaluation.books import split
-from attnserve.evaluation.tokens import read_tokens, sequence
+from attnserve.evaluation.texts import read_tokens
 from tests.conftest import Commands
-from training.data import Batches, fingerprint
+from training.data import Batches, fingerprint, sequence
 from training.tokenizer import PARAGRAPHS, train_tokenizer
 from training.tokenizer import tokenizer as command
 

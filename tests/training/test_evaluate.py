@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from attn_kernels import variant_names
-from attnserve.evaluation import perplexity
+from attnserve.evaluation import perplexity, texts
 from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.evaluate import evaluate
@@ -80,8 +80,7 @@ def test_novels_and_baselines(books: Path, tmp_path: Path, home: Path, commands:
     assert [row for row in rows if row["model"] == "tiny"] == named
     assert {row["model"] for row in rows} == {"tiny", "trigram", "unigram"}
     own = Checkpoint(folder)
-    texts = perplexity.held_out(own, split())
-    scored = perplexity.evaluate(own, texts, split().train, quiet=True)
+    scored = perplexity.evaluate(own, texts.held_out(own, split()), split().train, quiet=True)
     assert [score.log_likelihood for score in scored] == [row["log_likelihood"] for row in rows]
 
 

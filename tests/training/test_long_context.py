@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnserve.evaluation.tokens import read_tokens
+from attnserve.evaluation.texts import read_tokens
 from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint
 from training.convert import convert

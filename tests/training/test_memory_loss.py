@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from attn_kernels import get_variant
-from attnserve.evaluation.tokens import Tokens, read_tokens
+from attnserve.evaluation.texts import Tokens, read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 from tests.conftest import Commands

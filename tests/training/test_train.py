@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from attn_kernels import variant_names
-from attnserve.evaluation.tokens import Tokens, read_tokens
+from attnserve.evaluation.texts import Tokens, read_tokens
 from tests.conftest import Commands
 from tests.tiny import LICENSE
 from tests.training.conftest import TINY

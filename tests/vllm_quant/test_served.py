@@ -13,9 +13,9 @@ from openai import APIStatusError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
 from quant.checkpoint import Recipe, quantize_checkpoint
-from quant.reader import Reader
 from quant.texts import Sources, calibration_text
 from tests.servers import failed_start, vllm_server
 from tests.tiny import tiny_checkpoint
@@ -41,7 +41,11 @@ def quantized(
     fields = {"intermediate_size": 176, "initializer_range": 0.08} | overrides
     source = tiny_checkpoint(tmp_path / "source", variant, **fields)
     sources = Sources(books=data.books)
-    text = calibration_text(sources, Reader(source, 512), 16, seed=0) if recipe.calibrated else None
+    text = (
+        calibration_text(sources, Checkpoint(source, longest=512), 16, seed=0)
+        if recipe.calibrated
+        else None
+    )
     model, sizes = quantize_checkpoint(source, tmp_path / "out", recipe, text, "a test")
     assert sizes.loc["linear", "after"] < sizes.loc["linear", "before"]
     return tmp_path / "out", model

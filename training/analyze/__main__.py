@@ -8,11 +8,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from attnserve.command import AsJson, main, needs
+from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import SETS, Books
 from training.analyze.settings import TITLES, AnalysisSettings, Name
-from training.arguments import options_of
 
 
 @options_of(AnalysisSettings)

@@ -21,8 +21,7 @@ from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval
 from attnserve.evaluation.measures import Data, Measure, Result
 from attnserve.evaluation.scorers import Scorer, load
-from attnserve.evaluation.tasks import spread
-from attnserve.evaluation.tokens import read_tokens
+from attnserve.evaluation.texts import read_tokens, spread
 
 SINK_EPS = (0.2, 0.3)
 QUIET = 0.01

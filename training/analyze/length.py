@@ -14,7 +14,7 @@ from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval
 from attnserve.evaluation.measures import Data, Measure, Result
 from attnserve.evaluation.scorers import Item, Scorer
-from attnserve.evaluation.tokens import Tokens, read_tokens
+from attnserve.evaluation.texts import Tokens, read_tokens
 
 BINS = 4
 """Bins that a training length is cut into."""
