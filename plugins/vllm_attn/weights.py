@@ -116,7 +116,9 @@ def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
     missing = []
     for name, module, parameter in expected(model):
         layer = getattr(module, "quant_method", None) is not None
-        by_name = loaded is not None and (name not in loaded or lacks_a_part(model, name, seen))
+        found = [part in seen for part in parts_of(model, name)]
+        one_part = any(found) and not all(found)
+        by_name = loaded is not None and (name not in loaded or one_part)
         if untouched(parameter) if layer and marked_places(parameter) else by_name:
             missing.append(name)
     if missing:
@@ -134,24 +136,18 @@ def noted(tensors: Iterable[tuple[str, Tensor]], seen: set[str]) -> Iterator[tup
         yield name, tensor
 
 
-def lacks_a_part(model: Any, name: str, seen: set[str]) -> bool:
-    """Return whether the checkpoint has one part of a fused parameter and not another."""
+def parts_of(model: Any, name: str) -> list[str]:
+    """Return the tensors of a checkpoint that are fused in a parameter."""
     layer, _, tensor = name.rpartition(".")
     parent, _, leaf = layer.rpartition(".")
-    parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [])
-    found = [f"{parent}.{part}.{tensor}" in seen for part in parts]
-    return any(found) and not all(found)
+    parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
+    return [".".join(word for word in (parent, part, tensor) if word) for part in parts]
 
 
 def lacking(model: Any, name: str, seen: set[str]) -> str:
     """Return what a parameter lacks, by its name in the checkpoint: of a fused one, the first
     missing part. vLLM has names of its own for experts, and for what it computes from a tensor."""
-    layer, _, tensor = name.rpartition(".")
-    parent, _, leaf = layer.rpartition(".")
-    if all(other.rpartition(".")[2] != tensor for other in seen):
+    if all(other.rpartition(".")[2] != name.rpartition(".")[2] for other in seen):
         return f"tensor, or not all of them, for vLLM's {name}"
-    for part in getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf]):
-        candidate = ".".join(word for word in (parent, part, tensor) if word)
-        if candidate not in seen:
-            return f"tensor {candidate}"
-    return f"tensor {name}"
+    missing = [part for part in parts_of(model, name) if part not in seen]
+    return f"tensor {missing[0] if missing else name}"

@@ -4,9 +4,8 @@
 //   scores, s      a row of q.k, times query_factor; `masked` where the query does not see the key
 //   query_factor   (head, n, |q|): what a query is multiplied with; n is how many keys it sees
 //   Row            what a query row carries along its keys, and how it starts
-//   update         turns `count` scores (a multiple of 16, in place) into weights that are exactly
-//   0
-//                  where masked; returns the factor for what was summed up so far
+//   update         turns `count` scores (a multiple of 16, in place) into weights, exactly 0 where
+//                  masked; returns the factor for what was summed up so far
 //   merge          of two parts of a split context; returns the factors of both parts' outputs
 //   epilogue       the factor of the output after the last key
 //
@@ -15,8 +14,7 @@
 //                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends
 //                  the pass
 // stateful         each token has a float32 accumulator: `penalise` scores by it, then add
-// `selection`
-//                  of head 0's score
+//                  `selection` of head 0's score
 #pragma once
 #include "simd.hpp"
 
@@ -38,3 +36,14 @@ struct OnePass {
 };
 
 inline float reciprocal(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+
+// Adds up two parts of a row whose sums are in units of 2^exponent.
+template <class Row>
+Factors merge_sums(Row& row, const Row& other) {
+  const float exponent = larger(row.exponent, other.exponent);
+  const Factors f = {power_of_two(row.exponent - exponent),
+                     power_of_two(other.exponent - exponent)};
+  row.sum = row.sum * f.mine + other.sum * f.theirs;
+  row.exponent = exponent;
+  return f;
+}

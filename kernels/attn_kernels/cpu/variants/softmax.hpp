@@ -31,14 +31,7 @@ struct Softmax : OnePass {
     return factor;
   }
 
-  Factors merge(Row& row, const Row& other) const {
-    const float exponent = larger(row.exponent, other.exponent);
-    const Factors f = {power_of_two(row.exponent - exponent),
-                       power_of_two(other.exponent - exponent)};
-    row.sum = row.sum * f.mine + other.sum * f.theirs;
-    row.exponent = exponent;
-    return f;
-  }
+  Factors merge(Row& row, const Row& other) const { return merge_sums(row, other); }
 
   float epilogue(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
 };

@@ -40,13 +40,8 @@ struct Softpick : OnePass {
   }
 
   Factors merge(Row& row, const Row& other) const {
-    const float exponent = larger(row.exponent, other.exponent);
-    const Factors f = {power_of_two(row.exponent - exponent),
-                       power_of_two(other.exponent - exponent)};
-    row.sum = row.sum * f.mine + other.sum * f.theirs;
-    row.exponent = exponent;
     row.running_max = larger(row.running_max, other.running_max);
-    return f;
+    return merge_sums(row, other);
   }
 
   float epilogue(const Row& row) const {
