@@ -97,6 +97,7 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
 @pytest.mark.parametrize("name", ["softpick", "lssar", "selective"])
+@pytest.mark.integration
 def test_groups_of_any_size(name: str, shape: paged.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
     assert paged.error_against_reference("16", name, shape, None, torch.float32, 1) <= TOLERANCE

@@ -21,6 +21,8 @@ from tests.servers import Server
 from tests.serving.helpers import MODEL, Running, ask, error_of, running
 from tests.serving.standin import StandIn, standin, wait_for
 
+pytestmark = pytest.mark.integration  # a browser
+
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 
 
