@@ -228,6 +228,6 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             """Refuse, as `load` does before: no such task gets here."""
-            raise NotImplementedError
+            raise NotImplementedError("tasks that write text are refused when they are loaded")
 
     return Model()

@@ -28,7 +28,8 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that start vLLM through tests/servers.py; others that do so say it."""
     for item in items:
-        starters = {"vllm_server", "failed_start"} & set(vars(item.module))  # type: ignore[attr-defined]  # of functions
+        names = set(vars(getattr(item, "module", item)))
+        starters = names & {"vllm_server", "failed_start"}
         fixtures = getattr(item, "fixturenames", ())
         if starters or "upstream" in fixtures:
             item.add_marker("integration")

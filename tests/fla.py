@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attn_kernels import get_variant
 from attn_kernels.reference import attention
-from tests.reference_model import Greedy, ReferenceModel
+from tests.reference_model import Greedy, ReferenceModel, decode_greedily
 from tests.tiny import tiny_checkpoint
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -199,19 +199,9 @@ def fla_logits(folder: Path, tokens: list[int]) -> Tensor:
     return torch.stack([model.read(token) for token in tokens])
 
 
-@torch.no_grad()
 def fla_greedy(folder: Path, prompt: list[int], num_tokens: int) -> Greedy:
     """Return the most likely tokens after a prompt, as `tests.reference_model.reference_greedy`."""
-    model = FlaReferenceModel(folder)
-    for token in prompt[:-1]:
-        model.read(token)
-    token, tokens, margins = prompt[-1], [], []
-    for _ in range(num_tokens):
-        best = model.read(token).topk(2)
-        token = int(best.indices[0])
-        tokens.append(token)
-        margins.append(float(best.values[0] - best.values[1]))
-    return Greedy(tokens, margins)
+    return decode_greedily(FlaReferenceModel(folder), prompt, num_tokens)
 
 
 def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:

@@ -163,7 +163,6 @@ class ReferenceModel:
         return (weights @ values.repeat_interleave(group, 0))[:, 0]
 
 
-@torch.no_grad()
 def reference_greedy(
     folder: Path, prompt: list[int], num_tokens: int, variant: dict[str, Any] | None = None
 ) -> Greedy:
@@ -172,7 +171,12 @@ def reference_greedy(
     The end-of-text token is a token like any other (`ignore_eos`). `folder` and `variant` are
     those of `ReferenceModel`.
     """
-    model = ReferenceModel(folder, variant)
+    return decode_greedily(ReferenceModel(folder, variant), prompt, num_tokens)
+
+
+@torch.no_grad()
+def decode_greedily(model: ReferenceModel, prompt: list[int], num_tokens: int) -> Greedy:
+    """Return the `num_tokens` most likely tokens after the token ids of `prompt`, one by one."""
     for token in prompt[:-1]:
         model.read(token)
     token, tokens, margins = prompt[-1], [], []

@@ -74,6 +74,9 @@ def test_times_what_is_right_and_goes_on(
     assert "out of time, run again for: decode fp32" in commands.printed.err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="it is the refusal of a machine without a GPU, and here is one",
+)
 def test_no_gpu_is_one_line(commands: Commands) -> None:
     assert "finds no GPU; in an environment with CUDA's torch" in commands.refused(gpu.gpu)

@@ -61,8 +61,8 @@ def dequantize(packed: Path, plain: Path) -> None:
             if zeros is not None:
                 # Packed along the rows: a column of zero points is consecutive.
                 zeros = unpack(zeros.T.contiguous(), spec.bits, rows).T.contiguous()
-            codes = unpack(words, spec.bits, columns)
-            weight = QuantizedWeight(codes, stored[f"{layer}.weight_scale"], zeros, spec)
+            values = unpack(words, spec.bits, columns)
+            weight = QuantizedWeight(values, stored[f"{layer}.weight_scale"], zeros, spec)
             tensors[f"{layer}.weight"] = weight.dequantize()
     plain.mkdir()
     save_file(tensors, plain / "model.safetensors")

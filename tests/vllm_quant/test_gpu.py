@@ -48,7 +48,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(bits: int, group: int | None, zeros: str = "none") -> PackedConfig:
-    """Return a checkpoint's. `zeros`: codes, halves between them, or none."""
+    """Return a checkpoint's configuration; `zeros` names its zero points: quantized values
+    ("codes"), halves between them, or none."""
     weights: dict[str, Any] = {
         "num_bits": bits,
         "type": "int",
