@@ -177,7 +177,7 @@ REFUSALS = [
     (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
     (
         ["--bits=4", "--scheme=gptq", "--calibration-text", "nowhere.txt"],
-        "no file nowhere.txt",
+        "nowhere.txt is not there",
     ),
     (["--bits=4", "--scheme=gptq", "--text-from=nowhere"], "nowhere has no config.json"),
 ]
