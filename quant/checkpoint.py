@@ -19,10 +19,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import read_config
 from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
 from attnserve.files import replacing
-from quant.model import HEAD, empty_model, linears, quantize
+from quant.model import HEAD, columns, empty_model, linears, quantize
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack
@@ -102,8 +103,7 @@ def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
     Raises:
         UserError: it cannot.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
+    read_config(folder)
     if _is_quantized(folder):
         raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
     if not any(folder.glob("*.safetensors")):
@@ -130,8 +130,7 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
         UserError: the scheme cannot do a layer, or the checkpoint has other tensors.
     """
     model = empty_model(folder)
-    columns = {layer.in_features for layer in linears(model).values()}
-    get_scheme(recipe.scheme).check(recipe.spec, columns)
+    get_scheme(recipe.scheme).check(recipe.spec, columns(model))
     stored: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
