@@ -31,11 +31,7 @@ INTERRUPTED = 130
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path whose `~`, which may have been quoted, is a home folder's.
-
-    Raises:
-        UserError: there is no such user.
-    """
+    """Return a path whose `~`, which may have been quoted, is a home folder's."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -44,9 +44,6 @@ class Recipe:
         bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
         embeddings: bits of the token embeddings and the head; None: they stay as they are.
         activations: vLLM rounds the inputs of linear layers to 8 bits.
-
-    Raises:
-        UserError: this cannot be written or served.
     """
 
     bits: int
@@ -98,11 +95,7 @@ class Recipe:
 
 def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
     """Check that a checkpoint can be quantized and its new folder be written, and that nothing is
-    overwritten that was not asked to be, or was not made here.
-
-    Raises:
-        UserError: it cannot.
-    """
+    overwritten that was not asked to be, or was not made here."""
     read_config(folder)
     if _is_quantized(folder):
         raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
@@ -124,11 +117,7 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def check_layers(folder: Path, recipe: Recipe) -> None:
-    """Check before its weights are read that a recipe can be applied to a checkpoint.
-
-    Raises:
-        UserError: the scheme cannot do a layer, or the checkpoint has other tensors.
-    """
+    """Check before its weights are read that a recipe can be applied to a checkpoint."""
     model = empty_model(folder)
     get_scheme(recipe.scheme).check(recipe.spec, columns(model))
     stored: set[str] = set()
@@ -252,7 +241,13 @@ def write_checkpoint(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(quantized, tables, int8)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _add_to_card(out / "README.md", source.resolve().name, card)
+    readme = out / "README.md"
+    old = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.exists() else ""
+    readme.write_text(
+        f"{old}## Quantized\n\n`{source.resolve().name}` with attnserve's {card}. What is said "
+        "above of weights, sizes and results is of the original.\n",
+        encoding="utf-8",
+    )
     return sizes
 
 
@@ -285,10 +280,20 @@ def quantization_config(
     """Return the entry of `config.json`: a group for linear layers, another for embeddings and
     head."""
     linear = next(weight for layer, weight in quantized.items() if layer not in tables)
-    groups = {"group_0": _config_group(["Linear"], linear, int8)}
+    of_targets = [(["Linear"], linear)]
     if tables:
         # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
-        groups["group_1"] = _config_group(["Embedding", HEAD], quantized[tables[0]], int8)
+        of_targets.append((["Embedding", HEAD], quantized[tables[0]]))
+    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    groups = {
+        f"group_{place}": {
+            "targets": targets,
+            "weights": _weights_entry(weight),
+            "input_activations": token if int8 else None,
+            "output_activations": None,
+        }
+        for place, (targets, weight) in enumerate(of_targets)
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if int8 else "pack-quantized",
@@ -299,10 +304,9 @@ def quantization_config(
     }
 
 
-def _config_group(targets: list[str], weight: QuantizedWeight, int8: bool) -> dict[str, Any]:
-    """Return what some layers have in common."""
+def _weights_entry(weight: QuantizedWeight) -> dict[str, Any]:
     spec = weight.spec
-    weights: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "num_bits": spec.bits,
         "type": "int",
         "symmetric": spec.symmetric,
@@ -311,21 +315,5 @@ def _config_group(targets: list[str], weight: QuantizedWeight, int8: bool) -> di
         "dynamic": False,
     }
     if weight.zeros is not None and weight.zeros.dtype != torch.uint8:
-        weights["zp_dtype"] = str(weight.zeros.dtype)
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": token if int8 else None,
-        "output_activations": None,
-    }
-
-
-def _add_to_card(file: Path, name: str, made_by: str) -> None:
-    """Say in README.md how the checkpoint was made."""
-    old = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
-    file.write_text(
-        f"{old}## Quantized\n\n`{name}` with attnserve's {made_by}. What is said above of weights, "
-        "sizes and results is of the original.\n",
-        encoding="utf-8",
-    )
+        entry["zp_dtype"] = str(weight.zeros.dtype)
+    return entry

@@ -83,11 +83,7 @@ UNQUANTIZED = QuantConfig()
 @dataclass(frozen=True)
 class SearchSpace:
     """The configs of a sweep: every combination of targets, bits, schemes and group sizes. The
-    fields are options of the command.
-
-    Raises:
-        UserError: there is no such tensor or scheme.
-    """
+    fields are options of the command."""
 
     targets: Annotated[
         list[str],

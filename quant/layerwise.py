@@ -97,11 +97,7 @@ def analyze(
     force: bool,
 ) -> Sensitivity:
     """Measure a checkpoint's layers and choices of their bits. What has been measured is in a
-    journal under `out` and is not measured again.
-
-    Raises:
-        UserError, ValueError, OSError: something will not do.
-    """
+    journal under `out` and is not measured again."""
     scheme = get_scheme(settings.scheme)
     planned = columns(empty_model(folder), settings.lm_head)
     for spec in settings.specs:

@@ -72,11 +72,7 @@ class SweepTask:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the result depends on.
-
-        Raises:
-            UserError: lm-eval cannot do what is asked of it.
-        """
+        """What the result depends on."""
         harness = self.harness
         asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
         return {
@@ -109,11 +105,7 @@ def checkpoint_of(folder: Path, length: int, digest: str) -> Checkpoint:
 
 
 def measure(task: SweepTask) -> SweepResult:
-    """Measure a config.
-
-    Raises:
-        ValueError: the texts are too short.
-    """
+    """Measure a config."""
     start = time.monotonic()
     torch.manual_seed(task.samples.seed)
     checkpoint = checkpoint_of(task.folder, task.samples.length, task.digest)
@@ -125,7 +117,9 @@ def measure(task: SweepTask) -> SweepResult:
     summary, units = score(task, checkpoint, WatchedScorer(model, watcher))
     compared, details = watcher.finish()
     if unquantized:
-        compared, details = outliers(model, task)
+        layers = linears(model)
+        compared, inputs = input_outliers(model, layers, task.texts.calibration.rows)
+        details = {"weight outliers": weight_outliers(layers), "input outliers": inputs}
     elif task.baseline is not None:
         compared |= changes(units, task.baseline)
     return SweepResult(
@@ -183,7 +177,7 @@ def score(
         figures, units["perplexity"][name] = score_text(checkpoint, scorer, name, text)
         summary |= {f"perplexity: {figure}": value for figure, value in figures.items()}
     if task.texts.sets is not None:
-        data = Data(task.texts.sets, task.texts.sets)  # they have no books
+        data = Data(evaluation=task.texts.sets)
         for one in (Blimp(task.samples.pairs), Lambada(task.samples.passages)):
             result = one.run(checkpoint, data, scorer)
             summary |= {f"{one.name}: {figure}": value for figure, value in result.summary.items()}
@@ -192,14 +186,6 @@ def score(
         figures, units[lm_eval_tasks.NAME] = lm_eval_tasks.run(task.harness, checkpoint, scorer)
         summary |= figures
     return summary, units
-
-
-def outliers(model: PreTrainedModel, task: SweepTask) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """Return the outliers of an unquantized model's weights and linear inputs, on calibration
-    texts."""
-    layers = linears(model)
-    summary, inputs = input_outliers(model, layers, task.texts.calibration.rows)
-    return summary, {"weight outliers": weight_outliers(layers), "input outliers": inputs}
 
 
 def changes(units: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Estimate]:

@@ -56,11 +56,7 @@ def path(prices: Prices) -> list[LayerBits]:
 
 
 def within(prices: Prices, budget: int) -> LayerBits:
-    """Return the first choice of the path that fits into a number of bytes.
-
-    Raises:
-        UserError: not even the smallest does.
-    """
+    """Return the first choice of the path that fits into a number of bytes."""
     steps = path(prices)
     for choice in steps:
         if total(prices, choice) <= budget:

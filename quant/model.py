@@ -37,11 +37,7 @@ def columns(model: nn.Module, lm_head: bool = False) -> set[int]:
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
-    """Return a checkpoint's model without its weights, for shapes.
-
-    Raises:
-        UserError: there is no checkpoint.
-    """
+    """Return a checkpoint's model without its weights, for shapes."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder))
     return model

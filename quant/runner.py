@@ -44,9 +44,6 @@ def plan(
         sources: where text comes from.
         out: the folder of results.
         harness: lm-eval's tasks.
-
-    Raises:
-        UserError, ValueError, OSError: a checkpoint, scheme or text will not do.
     """
     names = [folder.resolve().name for folder in folders]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -65,11 +62,7 @@ def plan(
 
 
 def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
-    """Check that every scheme can do its configs of a checkpoint.
-
-    Raises:
-        UserError, ValueError: one cannot, or there is no checkpoint.
-    """
+    """Check that every scheme can do its configs of a checkpoint."""
     model = empty_model(folder)
     for config in configs:
         if config.scheme is not None:
@@ -93,11 +86,7 @@ def prepare(jobs: int) -> None:
 
 
 def is_there(task: SweepTask) -> bool:
-    """Return whether a task's result is there already.
-
-    Raises:
-        UserError: the file holds a result of other weights, texts or samples.
-    """
+    """Return whether a task's result is there already."""
     if not task.path.exists():
         return False
     stored, key = store.read(task.path), task.key

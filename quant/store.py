@@ -80,11 +80,7 @@ def write(path: Path, result: SweepResult) -> None:
 
 
 def read(path: Path) -> SweepResult:
-    """Read a result.
-
-    Raises:
-        UserError: the file is none.
-    """
+    """Read a result."""
     try:
         fields = {"texts": TITLES} | json.loads(path.read_text(encoding="utf-8"))
         fields["summary"] = {k: Estimate.from_json(v) for k, v in fields["summary"].items()}
@@ -96,11 +92,7 @@ def read(path: Path) -> SweepResult:
 
 
 def read_all(folder: Path) -> list[SweepResult]:
-    """Read all results, in the order of tables.
-
-    Raises:
-        UserError: a file is none, or there is no result.
-    """
+    """Read all results, in the order of tables."""
     found = [read(path) for path in folder.glob("configs/*/*.json")]
     if not found:
         raise UserError(f"{folder} holds no results: run python -m quant.sweep")

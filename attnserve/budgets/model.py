@@ -36,9 +36,6 @@ class Forward:
     Args:
         checkpoint: of a prunable variant, or of softmax.
         seed: of random eviction.
-
-    Raises:
-        UserError: the checkpoint is another model.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:

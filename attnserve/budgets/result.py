@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,11 +140,7 @@ class Found:
 
     @classmethod
     def read(cls, path: Path) -> Found:
-        """Return what `write` wrote.
-
-        Raises:
-            ValueError: the file is something else.
-        """
+        """Return what `write` wrote."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             allowance = fields["validation"]["allowance"]
@@ -182,29 +177,10 @@ def slots(checkpoint: Checkpoint, rule: str) -> int:
     return 2 * math.prod(size[:2]) * torch.bfloat16.itemsize + numbers
 
 
-def ways(
-    selective: Measured,
-    softmax: Measured | None,
-    uniform: Iterable[int],
-    searched: dict[Budgets, str],
-) -> Iterator[tuple[Measured, str, str, Budgets]]:
-    """Yield everything that is compared: model, rule, how the budgets were chosen, and they."""
-    if softmax is not None:
-        yield softmax, "none", "unpruned", softmax.full
-    yield selective, "none", "unpruned", selective.full
-    for budgets, choice in searched.items():
-        yield selective, "selective", choice, budgets
-    rules = [(selective, rule) for rule in ("selective", "recent", "random")]
-    if softmax is not None:
-        rules += [(softmax, rule) for rule in ("streaming", "heavy hitters")]
-    for (measured, rule), budget in itertools.product(rules, uniform):
-        yield measured, rule, "uniform", (budget,) * measured.forward.layers
-
-
 def compare(
     selective: Measured,
     softmax: Measured | None,
-    uniform: Iterable[int],
+    uniform: Collection[int],
     searched: dict[Budgets, str],
 ) -> list[Row]:
     """Measure every way of keeping the cache small.
@@ -214,11 +190,20 @@ def compare(
         uniform: budgets that every layer gets.
         searched: budgets with how they were chosen.
     """
+    rules = [(selective, rule) for rule in ("selective", "recent", "random")]
+    ways = [(selective, "none", "unpruned", selective.full)]
+    if softmax is not None:
+        rules += [(softmax, rule) for rule in ("streaming", "heavy hitters")]
+        ways.insert(0, (softmax, "none", "unpruned", softmax.full))
+    ways += [(selective, "selective", choice, budgets) for budgets, choice in searched.items()]
+    ways += [
+        (measured, rule, "uniform", (budget,) * measured.forward.layers)
+        for measured, rule in rules
+        for budget in uniform
+    ]
     reference = None if softmax is None else np.array(softmax.losses("none", softmax.full))
     rows = []
-    for measured, rule, choice, budgets in tqdm(
-        list(ways(selective, softmax, uniform, searched)), desc="table", unit="row"
-    ):
+    for measured, rule, choice, budgets in tqdm(ways, desc="table", unit="row"):
         losses = np.array(measured.losses(rule, budgets))
         tokens = sum(budgets)
         rows.append(

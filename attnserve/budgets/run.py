@@ -21,11 +21,7 @@ BUNDLED = CHECKOUT / "checkpoints" / "softmax"
 
 
 def prunable_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint of a prunable variant.
-
-    Raises:
-        ValueError: there is none, or it cannot be pruned.
-    """
+    """Return a checkpoint of a prunable variant."""
     checkpoint = Checkpoint(folder)
     if not get_variant(checkpoint.variant).prunable:
         raise UserError(f"{folder} has {checkpoint.variant} attention, which cannot be pruned")
@@ -34,11 +30,7 @@ def prunable_checkpoint(folder: Path) -> Checkpoint:
 
 def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
     """Return the reference that is named, else the bundled one; None where that is not there or
-    has another tokenizer.
-
-    Raises:
-        ValueError: the one that is named does not fit.
-    """
+    has another tokenizer."""
     if named is None and not (BUNDLED / "config.json").is_file():
         return None
     reference = Checkpoint(named or BUNDLED)
@@ -80,9 +72,6 @@ def run(
         step: tokens that a layer gives up at a time.
         uniform: budgets for the comparison, tokens a layer.
         seed: of random eviction.
-
-    Raises:
-        UserError: a checkpoint cannot be measured, or there is no target.
     """
     model = Forward(own, seed)
     softmax = None if reference is None else Forward(reference, seed)

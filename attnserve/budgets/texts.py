@@ -47,11 +47,7 @@ def parts_of(
     checkpoint: Checkpoint, counts: Counts, files: Sequence[Path] = (), books: Split | None = None
 ) -> Parts:
     """Return the texts: of a user's files the first half is for search and judgement and the second
-    for the test, of the novels one each; without either the checkpoint writes all three.
-
-    Raises:
-        UserError: a text is shorter than two sequences.
-    """
+    for the test, of the novels one each; without either the checkpoint writes all three."""
     length = counts.length
     if files:
         tokens = read_tokens(files, checkpoint.tokenizer)[:-1].tolist()

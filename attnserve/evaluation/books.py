@@ -77,9 +77,6 @@ def fetch(folder: Path, server: str = GITENBERG) -> None:
     Args:
         folder: to write. Meanwhile the novels are in `folder.part`.
         server: GITenberg's, or one that has its files under the same paths.
-
-    Raises:
-        UserError: the folder holds something else, a download failed, or a text is another.
     """
     from tqdm import tqdm
 

@@ -72,9 +72,6 @@ def evaluate(
         texts: what it reads, as training sees text: in sequences that each start anew.
         train: the files that the baselines are counted on; without them there are none.
         quiet: no progress bars.
-
-    Raises:
-        UserError: a text has no words.
     """
     scorer = TransformersScorer(checkpoint.folder, quiet=quiet)
     tokenizer = checkpoint.tokenizer
@@ -136,11 +133,7 @@ class Perplexity(Measure):
 def losses_of(
     checkpoint: Checkpoint, scorer: Scorer, name: str, text: Text
 ) -> tuple[list[float], tuple[int, int, int]]:
-    """Return the losses of a text's sequences in nats, and the text's tokens, words and bytes.
-
-    Raises:
-        UserError: it has no words.
-    """
+    """Return the losses of a text's sequences in nats, and the text's tokens, words and bytes."""
     content = checkpoint.tokenizer.decode(text.tokens)
     if not content.split():
         raise UserError(f"{text.title} has no words: name another text")
@@ -161,9 +154,6 @@ def score_text(
         scorer: of that checkpoint.
         name: begins the figures' names.
         text: what is read.
-
-    Raises:
-        UserError: it has no words.
     """
     losses, sizes = losses_of(checkpoint, scorer, name, text)
     # The last sequence may be short: its loss counts for as many tokens as it has.

@@ -59,11 +59,7 @@ def fingerprint(texts: Sequence[Text]) -> str:
 
 
 def read(file: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        UserError: it is not there, or no text.
-    """
+    """Return a file's text."""
     if not file.is_file():
         raise UserError(f"{file} is not there: name a text file")
     try:
@@ -132,9 +128,6 @@ def evenly(
         sequences: how many.
         length: tokens of a sequence.
         last: take the last sequence too.
-
-    Raises:
-        UserError: there are not even two, which an interval needs.
     """
     whole = [cut(part[: len(part) // length * length], length) for part in parts]
     found = [sequence for part in whole for sequence in part]
@@ -154,11 +147,7 @@ def anywhere(
     length: int,
     seed: int,
 ) -> Text:
-    """Return sequences of `length` tokens from anywhere in any of the files.
-
-    Raises:
-        UserError: a file is too short.
-    """
+    """Return sequences of `length` tokens from anywhere in any of the files."""
     generator = np.random.default_rng(seed)
     contents = [read(file) for file in files]
     window = length * CHARACTERS_A_TOKEN

@@ -46,14 +46,6 @@ class Explanation:
             return f"cannot be told with fewer than {FEWEST} checkpoints"
         return "explains it" if self.chance < LEVEL else "does not explain it"
 
-    def __str__(self) -> str:
-        """Return the explanation as a sentence."""
-        return (
-            f"{self.target}: {self.statistic} (mean of the layers) has rank correlation "
-            f"{self.correlation:+.2f} with the cost over {self.checkpoints} checkpoints, chance "
-            f"{self.chance:.3f}: {self.verdict}."
-        )
-
 
 def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
     """Return the rank correlation, 0 if one of them is constant, and the share of all orders of `b`

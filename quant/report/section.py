@@ -36,9 +36,6 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
         folder: of results (`quant.store`).
         figures: folder for the PNG files.
         plot_folder: the same, as seen from the document.
-
-    Raises:
-        UserError: a file of results is none.
     """
     if not any(folder.glob("configs/*/*.json")):
         return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."

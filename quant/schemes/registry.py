@@ -77,9 +77,6 @@ class Scheme:
         Args:
             spec: what is asked for.
             columns: of all matrices.
-
-        Raises:
-            UserError: the scheme cannot do this, or its library is missing.
         """
         if spec.bits not in self.bits:
             possible = ", ".join(map(str, self.bits))
@@ -171,11 +168,7 @@ SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
 
 
 def get_scheme(name: str) -> Scheme:
-    """Return a scheme by name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return a scheme by name."""
     if name not in SCHEMES:
         raise UserError(f"unknown scheme {name!r}: use one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
