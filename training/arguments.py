@@ -15,11 +15,7 @@ EXAMPLE = '{"name": "lssar", "power": 3}'
 
 
 def variant_entry(text: str) -> dict[str, Any]:
-    """Return the config entry of `softpick`, or of JSON with parameters like `EXAMPLE`.
-
-    Raises:
-        typer.BadParameter: there is no such variant or parameter.
-    """
+    """Return the config entry of `softpick`, or of JSON with parameters like `EXAMPLE`."""
     from attn_kernels import VariantError, get_variant
 
     try:
@@ -37,11 +33,7 @@ def variant_entry(text: str) -> dict[str, Any]:
 
 
 def variant_name(text: str) -> str:
-    """Return the name of a registered variant.
-
-    Raises:
-        typer.BadParameter: there is none of that name.
-    """
+    """Return the name of a registered variant."""
     return str(variant_entry(text)["name"])
 
 
