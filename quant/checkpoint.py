@@ -38,21 +38,17 @@ PARTS = ["linear", "embeddings", "rest"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is quantized.
+    """How a checkpoint is quantized."""
 
-    Args:
-        bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
-        embeddings: bits of the token embeddings and the head; None: they stay as they are.
-        activations: vLLM rounds the inputs of linear layers to 8 bits.
-    """
-
+    # bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
     bits: int
     scheme: str
     group_size: int | None = 64
     symmetric: bool = False
     act_order: bool = False
+    # Bits of the token embeddings and the head; None: they stay as they are.
     embeddings: int | None = None
-    activations: bool = False
+    activations: bool = False  # vLLM rounds the inputs of linear layers to 8 bits
 
     def __post_init__(self) -> None:
         get_scheme(self.scheme)

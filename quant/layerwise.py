@@ -35,43 +35,28 @@ CHOICES = 9
 
 @dataclass(frozen=True)
 class Choice:
-    """Bits for each layer, measured.
+    """Bits for each layer, measured."""
 
-    Args:
-        kind: `uniform`, `mixed` or `budget`.
-        size: bytes of the quantized layers.
-        bits: mean stored bits of a weight.
-        divergence: nats per token.
-        layer_bits: the bits of each layer.
-    """
-
-    kind: str
-    size: int
-    bits: float
-    divergence: Estimate
-    layer_bits: LayerBits
+    kind: str  # `uniform`, `mixed` or `budget`
+    size: int  # bytes of the quantized layers
+    bits: float  # mean stored bits of a weight
+    divergence: Estimate  # nats per token
+    layer_bits: LayerBits  # the bits of each layer
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was found for a checkpoint.
+    """What was found for a checkpoint."""
 
-    Args:
-        checkpoint: its name.
-        key: what the figures depend on.
-        chosen, measured, calibration: titles of the texts that bits were chosen on, that choices
-            were measured on, and that schemes were calibrated on.
-        prices: of single layers.
-        choices: by kind, with the most bytes first.
-    """
-
-    checkpoint: str
-    key: dict[str, Any]
+    checkpoint: str  # its name
+    key: dict[str, Any]  # what the figures depend on
+    # chosen, measured, calibration: titles of the texts that bits were chosen on, that
+    # choices were measured on, and that schemes were calibrated on.
     chosen: str
     measured: str
     calibration: str
-    prices: Prices
-    choices: list[Choice]
+    prices: Prices  # of single layers
+    choices: list[Choice]  # by kind, with the most bytes first
 
     @property
     def name(self) -> str:

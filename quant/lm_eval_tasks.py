@@ -31,17 +31,11 @@ SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
 @dataclass(frozen=True)
 class Harness:
-    """Which tasks, and how much of them.
+    """Which tasks, and how much of them."""
 
-    Args:
-        tasks: their names.
-        include: a folder with tasks of one's own (YAML).
-        limit: documents of a task; None: all.
-    """
-
-    tasks: tuple[str, ...]
-    include: Path | None = None
-    limit: int | None = None
+    tasks: tuple[str, ...]  # their names
+    include: Path | None = None  # a folder with tasks of one's own (YAML)
+    limit: int | None = None  # documents of a task; None: all
 
 
 @functools.cache

@@ -38,27 +38,16 @@ NUMERICS = 1
 
 @dataclass(frozen=True)
 class SweepTask:
-    """A config of a checkpoint, with all that is needed to measure it in another process.
+    """A config of a checkpoint, with all that is needed to measure it in another process."""
 
-    Args:
-        folder: the checkpoint.
-        digest: a hash of it.
-        config: what to quantize, and how.
-        samples: how much to measure.
-        texts: what to measure and calibrate on.
-        out: the folder of results.
-        harness: lm-eval's tasks; None: none.
-        baseline: the unquantized model's `units`; None if this is it.
-    """
-
-    folder: Path
-    digest: str
-    config: QuantConfig
-    samples: Samples
-    texts: SweepTexts
-    out: Path
-    harness: lm_eval_tasks.Harness | None = None
-    baseline: dict[str, Any] | None = None
+    folder: Path  # the checkpoint
+    digest: str  # a hash of it
+    config: QuantConfig  # what to quantize, and how
+    samples: Samples  # how much to measure
+    texts: SweepTexts  # what to measure and calibrate on
+    out: Path  # the folder of results
+    harness: lm_eval_tasks.Harness | None = None  # lm-eval's tasks; None: none
+    baseline: dict[str, Any] | None = None  # the unquantized model's `units`; None if this is it
 
     @property
     def checkpoint(self) -> str:

@@ -23,21 +23,14 @@ SAMPLED = "text sampled from "
 
 @dataclass(frozen=True)
 class Sources:
-    """Where text comes from; a checkpoint writes what is not given.
+    """Where text comes from; a checkpoint writes what is not given."""
 
-    Args:
-        text: files to measure on.
-        calibration_text: files to calibrate on.
-        books: a folder for both, as `attnserve.evaluation.books.split` splits it.
-        sets: a folder with WikiText-2, BLiMP and LAMBADA, which are measured only from there.
-        writer: the checkpoint that writes; None: the one that reads.
-    """
-
-    text: Sequence[Path] = ()
-    calibration_text: Sequence[Path] = ()
-    books: Path | None = None
+    text: Sequence[Path] = ()  # files to measure on
+    calibration_text: Sequence[Path] = ()  # files to calibrate on
+    books: Path | None = None  # a folder for both, as `attnserve.evaluation.books.split` splits it
+    # A folder with WikiText-2, BLiMP and LAMBADA, which are measured only from there.
     sets: Path | None = None
-    writer: Path | None = None
+    writer: Path | None = None  # the checkpoint that writes; None: the one that reads
 
     def __post_init__(self) -> None:
         if self.books is not None and (self.text or self.calibration_text):
@@ -89,19 +82,12 @@ def bundled_checkpoints() -> list[Path]:
 
 @dataclass(frozen=True)
 class SweepTexts:
-    """What a checkpoint is measured and calibrated on.
+    """What a checkpoint is measured and calibrated on."""
 
-    Args:
-        measured: by name; `test` is the main one.
-        calibration: for calibrated schemes, static scales and outliers.
-        sets: the folder of BLiMP and LAMBADA; None: they are not measured.
-        key: a hash of all of it.
-    """
-
-    measured: dict[str, Text]
-    calibration: Text
-    sets: Path | None
-    key: str
+    measured: dict[str, Text]  # by name; `test` is the main one
+    calibration: Text  # for calibrated schemes, static scales and outliers
+    sets: Path | None  # the folder of BLiMP and LAMBADA; None: they are not measured
+    key: str  # a hash of all of it
 
     @property
     def titles(self) -> dict[str, str]:

@@ -31,27 +31,18 @@ ACCUMULATOR_BYTES = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One way of keeping a cache small, on the test text.
+    """One way of keeping a cache small, on the test text."""
 
-    Attributes:
-        model: the checkpoint's name.
-        rule: of eviction (`attnserve.budgets.eviction`); "none" keeps everything.
-        choice: "uniform", "searched", or the name of the target that the budgets were searched for.
-        budgets: tokens that each layer keeps.
-        factor: memory of the unpruned cache over this one's, in tokens.
-        bytes: of a request that has the whole length, in a bfloat16 cache.
-        loss: nats per token.
-        over_reference: nats per token more than the reference, sequence by sequence; None: there
-            is no reference.
-    """
-
-    model: str
-    rule: str
+    model: str  # the checkpoint's name
+    rule: str  # of eviction (`attnserve.budgets.eviction`); "none" keeps everything
+    # "uniform", "searched", or the name of the target that the budgets were searched for.
     choice: str
-    budgets: list[int]
-    factor: float
-    bytes: int
-    loss: Estimate
+    budgets: list[int]  # tokens that each layer keeps
+    factor: float  # memory of the unpruned cache over this one's, in tokens
+    bytes: int  # of a request that has the whole length, in a bfloat16 cache
+    loss: Estimate  # nats per token
+    # Nats per token more than the reference, sequence by sequence; None: there is no
+    # reference.
     over_reference: Estimate | None
 
     def json(self) -> dict[str, Any]:
@@ -70,25 +61,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Found:
-    """All of it.
+    """All of it."""
 
-    Attributes:
-        about: checkpoint, texts, settings, machine.
-        unpruned: the model's loss on the judged sequences of the validation text.
-        allowance: by how much the reference's is above it, sequence by sequence; None: there is no
-            reference.
-        targets: what was searched for, the main one first.
-        path: budgets on the way, with the rise of the loss over the unpruned model's on the
-            sequences that the search looks at.
-        rows: the comparison on the test text.
-    """
-
-    about: dict[str, Any]
-    unpruned: Estimate
+    about: dict[str, Any]  # checkpoint, texts, settings, machine
+    unpruned: Estimate  # the model's loss on the judged sequences of the validation text
+    # By how much the reference's is above it, sequence by sequence; None: there is no
+    # reference.
     allowance: Estimate | None
-    targets: list[Target]
+    targets: list[Target]  # what was searched for, the main one first
+    # Budgets on the way, with the rise of the loss over the unpruned model's on the sequences
+    # that the search looks at.
     path: list[tuple[Budgets, float]]
-    rows: list[Row]
+    rows: list[Row]  # the comparison on the test text
 
     @property
     def length(self) -> int:

@@ -24,23 +24,15 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """Texts by what they are for.
+    """Texts by what they are for."""
 
-    Attributes:
-        kind: the two held-out novels, a user's files, or what the checkpoint writes itself.
-        source: the same for people.
-        digests: a hash of each text.
-        search: by which layers to shrink are chosen.
-        judge: by which a target counts as reached.
-        test: for the table.
-    """
-
+    # The two held-out novels, a user's files, or what the checkpoint writes itself.
     kind: Literal["novels", "files", "own"]
-    source: str
-    digests: dict[str, str]
-    search: Text
-    judge: Text
-    test: Text
+    source: str  # the same for people
+    digests: dict[str, str]  # a hash of each text
+    search: Text  # by which layers to shrink are chosen
+    judge: Text  # by which a target counts as reached
+    test: Text  # for the table
 
 
 def parts_of(

@@ -26,17 +26,14 @@ UNITS = ("token", "word", "byte")
 
 @dataclass(frozen=True)
 class Score:
-    """A model's likelihood of a text.
+    """A model's likelihood of a text."""
 
-    Attributes:
-        model, text: names for the table.
-        log_likelihood: sum over the tokens, natural logarithms.
-        tokens, words, bytes: the text's size; words are split by white space, bytes are UTF-8's.
-    """
-
+    # model, text: names for the table.
     model: str
     text: str
-    log_likelihood: float
+    log_likelihood: float  # sum over the tokens, natural logarithms
+    # tokens, words, bytes: the text's size; words are split by white space, bytes are
+    # UTF-8's.
     tokens: int
     words: int
     bytes: int
@@ -103,16 +100,12 @@ def table(scores: Sequence[Score]) -> str:
 @dataclass(frozen=True)
 class Perplexity(Measure):
     """Perplexity per token, word and byte of the held-out books and of WikiText-2's test text, from
-    their beginnings, as training sees text: in sequences that each start anew.
-
-    Args:
-        sequences: of each text, of the training length.
-    """
+    their beginnings, as training sees text: in sequences that each start anew."""
 
     name: ClassVar[str] = "perplexity"
     counts: ClassVar[tuple[str, ...]] = ("sequences",)
 
-    sequences: int = 128
+    sequences: int = 128  # of each text, of the training length
 
     def files(self, data: Data) -> list[Path]:
         """Return the two held-out books and WikiText-2's test text."""

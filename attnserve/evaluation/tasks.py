@@ -23,16 +23,12 @@ from attnserve.evaluation.texts import spread
 @dataclass(frozen=True)
 class Lambada(Measure):
     """Accuracy (every token of the word is the likeliest) and perplexity per word, as lm-eval has
-    them, on passages at even distances.
-
-    Args:
-        passages: of the 5153 of the test set.
-    """
+    them, on passages at even distances."""
 
     name: ClassVar[str] = "lambada"
     counts: ClassVar[tuple[str, ...]] = ("passages",)
 
-    passages: int = 1000
+    passages: int = 1000  # of the 5153 of the test set
 
     def files(self, data: Data) -> list[Path]:
         """Return the texts that it reads."""
@@ -65,16 +61,12 @@ class Lambada(Measure):
 
 @dataclass(frozen=True)
 class Blimp(Measure):
-    """Share of minimal pairs whose grammatical sentence is the more likely one as a whole.
-
-    Args:
-        pairs: of the 1000 of each set, at even distances.
-    """
+    """Share of minimal pairs whose grammatical sentence is the more likely one as a whole."""
 
     name: ClassVar[str] = "blimp"
     counts: ClassVar[tuple[str, ...]] = ("pairs",)
 
-    pairs: int = 200
+    pairs: int = 200  # of the 1000 of each set, at even distances
 
     def files(self, data: Data) -> list[Path]:
         """Return the texts that it reads."""

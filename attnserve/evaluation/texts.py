@@ -26,17 +26,11 @@ CHARACTERS_A_TOKEN = 16
 
 @dataclass(frozen=True)
 class Text:
-    """Sequences of a text, each of which a model reads after the begin-of-text token.
+    """Sequences of a text, each of which a model reads after the begin-of-text token."""
 
-    Args:
-        title: for people.
-        bos: the begin-of-text token.
-        sequences: token ids without that token; the last sequence may be shorter.
-    """
-
-    title: str
-    bos: int
-    sequences: list[list[int]]
+    title: str  # for people
+    bos: int  # the begin-of-text token
+    sequences: list[list[int]]  # token ids without that token; the last sequence may be shorter
 
     def __len__(self) -> int:
         return len(self.sequences)
