@@ -167,13 +167,8 @@ def compare(
     uniform: Collection[int],
     searched: dict[Budgets, str],
 ) -> list[Row]:
-    """Measure every way of keeping the cache small.
-
-    Args:
-        selective, softmax: the model and its reference, if any, on the same sequences.
-        uniform: budgets that every layer gets.
-        searched: budgets with how they were chosen.
-    """
+    """Measure every way of keeping the cache small: uniform budgets, those that were searched
+    (with how they were chosen), and none; of the model and its reference, on the same sequences."""
     rules = [(selective, rule) for rule in ("selective", "recent", "random")]
     ways = [(selective, "none", "unpruned", selective.full)]
     if softmax is not None:

@@ -61,12 +61,8 @@ class Scheme:
     requirement: str | None = None  # what pip calls it, with the version that it was tried with
 
     def check(self, spec: QuantSpec, columns: set[int]) -> None:
-        """Check before any work that a scheme can do what is asked.
-
-        Args:
-            spec: what is asked for.
-            columns: of all matrices.
-        """
+        """Check before any work that a scheme can do what is asked of matrices with these
+        columns."""
         if spec.bits not in self.bits:
             possible = ", ".join(map(str, self.bits))
             raise UserError(f"scheme {self.name} cannot do {spec.bits} bits: it has {possible}")
