@@ -60,7 +60,6 @@ class Sensitivity:
 
     @property
     def name(self) -> str:
-        """The name of its files."""
         group_size = self.key["group_size"] or "channel"
         return f"{self.checkpoint}-{self.key['scheme']}-g{group_size}"
 

@@ -153,8 +153,6 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Model(TemplateLM):
-        """A scorer."""
-
         @property
         def eot_token_id(self) -> int:
             """What stands before a text that has nothing before it."""

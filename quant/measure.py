@@ -51,7 +51,6 @@ class SweepTask:
 
     @property
     def checkpoint(self) -> str:
-        """The checkpoint's name."""
         return self.folder.resolve().name
 
     @property
@@ -75,7 +74,6 @@ class SweepTask:
 
     @property
     def path(self) -> Path:
-        """The file of the result."""
         return path_of(self.out, self.checkpoint, self.config)
 
     @property

@@ -35,7 +35,6 @@ class WatchedScorer(TransformersScorer):
         self._index: dict[int, int] = {}
 
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """Score items, as `Scorer` says."""
         measure, _, text = label.partition(", ")
         self._text = text if measure == Perplexity.name else ""
         self._index = {id(item): index for index, item in enumerate(items)}

@@ -48,15 +48,14 @@ class Row:
     def json(self) -> dict[str, Any]:
         """Return the row as `from_json` takes it."""
         fields = dataclasses.asdict(self) | {"factor": round(self.factor, 3)}
-        over = None if self.over_reference is None else self.over_reference.json()
+        over = self.over_reference and self.over_reference.json()
         return fields | {"loss": self.loss.json(), "over_reference": over}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Row:
-        """Return the row that `json` gave."""
         over = fields["over_reference"]
-        over = None if over is None else Estimate.from_json(over)
-        return cls(**fields | {"loss": Estimate.from_json(fields["loss"]), "over_reference": over})
+        estimates = {"loss": Estimate.from_json(fields["loss"])}
+        return cls(**fields | estimates | {"over_reference": over and Estimate.from_json(over)})
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Found:
     def write(self, folder: Path = FOLDER) -> Path:
         """Write the result and return its file."""
         path = folder / f"{self.about['checkpoint']}.json"
-        allowance = None if self.allowance is None else self.allowance.json()
+        allowance = self.allowance and self.allowance.json()
         parts = {
             "about": json.dumps(self.about, indent=1),
             "validation": json_lines({"unpruned": self.unpruned.json(), "allowance": allowance}),
@@ -131,7 +130,7 @@ class Found:
             return cls(
                 fields["about"],
                 Estimate.from_json(fields["validation"]["unpruned"]),
-                None if allowance is None else Estimate.from_json(allowance),
+                allowance and Estimate.from_json(allowance),
                 [Target(**target) for target in fields["targets"]],
                 [(tuple(budgets), rise) for budgets, rise in fields["path"]],
                 [Row.from_json(row) for row in fields["rows"]],

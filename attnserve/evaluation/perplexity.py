@@ -45,12 +45,10 @@ class Score:
 
     @property
     def per_word(self) -> float:
-        """Perplexity per word."""
         return math.exp(-self.log_likelihood / self.words)
 
     @property
     def per_byte(self) -> float:
-        """Perplexity per byte."""
         return math.exp(-self.log_likelihood / self.bytes)
 
     def json(self) -> dict[str, Any]:
@@ -104,12 +102,10 @@ class Perplexity(Measure):
     sequences: int = 128  # of each text, of the training length
 
     def files(self, data: Data) -> list[Path]:
-        """Return the two held-out books and WikiText-2's test text."""
         books = split(data.books)
         return [books.validation, books.test, data.sets / "wikitext2_test_raw.txt"]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         summary: dict[str, Estimate] = {}
         units: dict[str, Any] = {}
         for name, file in zip(TEXTS, self.files(data), strict=True):

@@ -104,7 +104,6 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """Score each item, in order; see `Scorer`."""
         found: dict[int, Scored] = {}
         with tqdm(total=len(items), desc=label, unit="text", disable=self.quiet) as bar:
             for batch in _batches(items):
@@ -134,7 +133,6 @@ class TransformersScorer:
         return Scored(own[:, 0].double().numpy(), (rivals == 1).numpy())
 
     def close(self) -> None:
-        """Give the model's memory and processes back."""
         del self.model
 
 
