@@ -33,6 +33,7 @@ CHUNK = 32
 """Group sizes are multiples of it, so that a group starts with a 32-bit word at all bits."""
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
 """Tokenizer, generation settings, card, code that `auto_map` names."""
+TABLES = ("model.embed_tokens", HEAD)
 PARTS = ["linear", "embeddings", "rest"]
 
 
@@ -128,11 +129,11 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
             )
 
 
-def tables_of(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
     """Return the names of embeddings and head, if they are quantized; tied ones are one."""
     if recipe.embeddings is None:
-        return []
-    return ["model.embed_tokens", *([] if model.config.tie_word_embeddings else [HEAD])]
+        return ()
+    return TABLES[:1] if model.config.tie_word_embeddings else TABLES
 
 
 def quantize_checkpoint(
@@ -149,60 +150,32 @@ def quantize_checkpoint(
         The model in float32 with dequantized weights, and the sizes that `write_checkpoint` gives.
     """
     model = load(folder)
+    tables, scheme = tables_of(model, recipe), get_scheme(recipe.scheme)
     texts = torch.empty(0, dtype=torch.long) if calibration is None else calibration.rows
-    quantized = quantize_model(model, recipe, texts)
-    tables = tables_of(model, recipe)
+    quantized: dict[str, QuantizedWeight] = {}
+    with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
+        for name in tables:  # first, so that calibrated schemes see them
+            assert recipe.embeddings is not None
+            weight = model.get_submodule(name).weight
+            spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
+            quantized[name] = rtn(weight.data, spec)
+            weight.data = quantized[name].dequantize()  # a tied head's too
+            bar.update()
+        quantized |= quantize(
+            model, scheme, recipe.spec, texts, act_order=recipe.act_order, on_layer=bar.update
+        )
     with replacing(out) as new:
-        sizes = write_checkpoint(folder, new, quantized, tables, recipe.activations, card)
+        sizes = write_checkpoint(folder, new, quantized, recipe.activations, card)
         if out.exists():
             shutil.rmtree(out)
     return model, sizes
 
 
-def quantize_model(
-    model: PreTrainedModel, recipe: Recipe, texts: Tensor
-) -> dict[str, QuantizedWeight]:
-    """Quantize a float32 model in place: embeddings first, so that calibrated schemes see them.
-
-    It computes with the dequantized weights afterwards. Calibrated schemes are calibrated on
-    texts `[sequences, tokens]`, token ids.
-
-    Returns:
-        What is stored, by layer.
-    """
-    found: dict[str, QuantizedWeight] = {}
-    tables = tables_of(model, recipe)
-    with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
-        for name in tables:
-            assert recipe.embeddings is not None
-            weight = model.get_submodule(name).weight
-            spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
-            found[name] = rtn(weight.data, spec)
-            weight.data = found[name].dequantize()  # a tied head's too
-            bar.update()
-        scheme = get_scheme(recipe.scheme)
-        return found | quantize(
-            model, scheme, recipe.spec, texts, act_order=recipe.act_order, on_layer=bar.update
-        )
-
-
 def write_checkpoint(
-    source: Path,
-    out: Path,
-    quantized: Mapping[str, QuantizedWeight],
-    tables: Sequence[str],
-    int8: bool,
-    card: str,
+    source: Path, out: Path, quantized: Mapping[str, QuantizedWeight], int8: bool, card: str
 ) -> pd.DataFrame:
-    """Write a folder like `source` with quantized weights packed.
-
-    Args:
-        source: the checkpoint.
-        out: a folder that is not there yet.
-        quantized: by layer.
-        tables: which of them are embeddings or heads.
-        int8: write signed bytes for vLLM's int8 kernel, instead of packed values.
-        card: what the model card says of how it was made.
+    """Write a folder like `source` with quantized weights packed, or as signed bytes for vLLM's
+    int8 kernel.
 
     Returns:
         How many numbers linear layers, embeddings, the rest and all of it have, and their bytes
@@ -218,7 +191,7 @@ def write_checkpoint(
             if layer in quantized:
                 stored = stored_tensors(quantized[layer], int8)
                 new = {f"{layer}.{key}": value for key, value in stored.items()}
-                part = "embeddings" if layer in tables else "linear"
+                part = "embeddings" if layer in TABLES else "linear"
             after = sum(value.nbytes for value in new.values())
             rows.append((part, tensor.numel(), tensor.nbytes, after))
             tensors |= new
@@ -231,7 +204,7 @@ def write_checkpoint(
             if file.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(file, out)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(quantized, tables, int8)
+    config["quantization_config"] = quantization_config(quantized, int8)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     readme = out / "README.md"
     old = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.exists() else ""
@@ -261,16 +234,15 @@ def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(
-    quantized: Mapping[str, QuantizedWeight], tables: Sequence[str], int8: bool
-) -> dict[str, Any]:
+def quantization_config(quantized: Mapping[str, QuantizedWeight], int8: bool) -> dict[str, Any]:
     """Return the entry of `config.json`: a group for linear layers, another for embeddings and
     head."""
-    linear = next(weight for layer, weight in quantized.items() if layer not in tables)
+    tables = [weight for layer, weight in quantized.items() if layer in TABLES]
+    linear = next(weight for layer, weight in quantized.items() if layer not in TABLES)
     of_targets = [(["Linear"], linear)]
     if tables:
         # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
-        of_targets.append((["Embedding", HEAD], quantized[tables[0]]))
+        of_targets.append((["Embedding", HEAD], tables[0]))
     token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     groups = {
         f"group_{place}": {
