@@ -16,17 +16,7 @@ FOLDER = CHECKOUT / "training" / "results" / "analysis"
 QUICK_LIMIT, QUICK_MULTIPLE, MULTIPLE = 4, 2, 16
 
 
-class Name(StrEnum):
-    """Names of the measures."""
-
-    ATTENTION = "attention"
-    LENGTH = "length"
-    PASSKEY = "passkey"
-    LAMBADA = "lambada"
-    BLIMP = "blimp"
-    PERPLEXITY = "perplexity"
-
-
+Name = StrEnum("Name", ["ATTENTION", "LENGTH", "PASSKEY", "LAMBADA", "BLIMP", "PERPLEXITY"])
 TITLES = {
     Name.ATTENTION: "attention sinks, outliers, zeros, dead heads",
     Name.LENGTH: "loss by position up to many training lengths",
@@ -78,9 +68,5 @@ class AnalysisSettings:
             "The SSMax paper has 50.",
         ),
     ] = 1.0
-    seed: Annotated[int, Option(help="Seed of the passkeys.")] = 0
-    kv_cache_memory_bytes: Annotated[int, Option(min=1, help="vLLM's paged cache, in bytes.")] = (
-        2**30
-    )
     out: Annotated[Path, Option(help="Folder of the results.")] = FOLDER
     force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False
