@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_kernels.batch import Batch
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -144,16 +146,18 @@ class Inputs:
         """Factor of the raw scores."""
         return float(self.case.head_dim**-0.5)
 
+    def batch(self, block_table: Tensor) -> Batch:
+        """Return the batch whose tokens are in the blocks of a table `[batch, blocks]`."""
+        case = self.case
+        return Batch(block_table, self.query_start_loc, self.seq_lens,
+                     max_query_len=case.new_tokens, max_seq_len=case.seq_len)  # fmt: skip
+
 
 class Paging:
     """Copies of a case's batch scattered over one pool of blocks: as many layers of a model.
 
     Calls that take the copies in turn find none of it in the processor's caches, as in serving,
-    where the other layers come in between.
-
-    Args:
-        case: the case.
-        copies: block tables, which share no block.
+    where the other layers come in between. The copies' block tables share no block.
     """
 
     def __init__(self, case: Case, copies: int) -> None:

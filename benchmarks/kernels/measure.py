@@ -57,11 +57,8 @@ class Limit:
 
 
 def read_bandwidth(last_level_cache: int) -> Limit:
-    """Return GB/s of reading a float32 buffer much larger than the caches, with all threads.
-
-    Args:
-        last_level_cache: bytes.
-    """
+    """Return GB/s of reading a float32 buffer much larger than the last-level cache (bytes), with
+    all threads."""
     columns = 4096
     buffer = torch.ones(max(READ_BYTES, 4 * last_level_cache) // 4 // columns, columns)
     vector, flat = torch.ones(columns), buffer.view(-1)
@@ -86,11 +83,8 @@ def interleave(
 ) -> NDArray[np.float64]:
     """Time the candidates in turn, A B C A B C ..., so that all see the same noise.
 
-    Args:
-        candidates: in the order of a round; each has been called before (no warm-up here).
-        seconds: no further round begins after this time, `prepare` included,
-        min_rounds: unless there were fewer rounds than this.
-        max_rounds: rounds at most.
+    Each has been called before: there is no warm-up here. After `min_rounds`, no round begins when
+    `seconds` are over, in which is what `prepare` takes.
 
     Returns:
         Seconds `[rounds, candidates]`.
@@ -190,8 +184,7 @@ def row(
         case: the case.
         times: seconds of each round, of every candidate that was timed.
         why: why a candidate was not timed, empty for others.
-        unit: of `limit`: GB/s for decode, GFLOP/s (float32) for prefill.
-        limit: the machine's rate around this case.
+        unit, limit: the machine's rate around this case, GB/s for decode, GFLOP/s for prefill.
     """
     found: dict[str, Any] = {"variant": name, "phase": case.phase, "dtype": case.dtype}
     for field in ("head_dim", "ctx", "batch", "new_tokens", "num_heads", "num_kv_heads"):

@@ -74,10 +74,10 @@ def serve(
     Each case is a real server: every checkpoint, packed (--packed) or not, by backend (--backends)
     and type (--dtypes); selective attention with and without budgets (--kv-budgets); directly or
     through this project's gateway (--gateway). The peer is stock vLLM's own CPU attention on the
-    first softmax checkpoint; with --backends or --no-stock, the first case. All servers are up at once and take turns at `vllm bench serve`
-    (random prompts, Poisson arrivals or --concurrency, one seed a round); whoever is not measured
-    is stopped. Ratios are to the peer in the same round: tokens/s above 1 are more, TTFT and TPOT
-    below 1 are faster.
+    first softmax checkpoint; with --backends or --no-stock, the first case. All servers are up at
+    once and take turns at `vllm bench serve` (random prompts, Poisson arrivals or --concurrency,
+    one seed a round); whoever is not measured is stopped. Ratios are to the peer in the same round:
+    tokens/s above 1 are more, TTFT and TPOT below 1 are faster.
 
       TTFT       time to first token; with --concurrency 1 that of reading a prompt
       TPOT       time per output token after the first, a mean over the request
