@@ -27,14 +27,8 @@ T = TypeVar("T")
 
 
 class Server:
-    """One `vllm serve`.
-
-    Args:
-        name: of its log.
-        ckpt: the checkpoint's folder.
-        options: of all servers.
-        arguments: further ones of `vllm serve`.
-    """
+    """One `vllm serve` of a checkpoint, with the options of all servers and arguments of its own;
+    its log has its name."""
 
     def __init__(self, name: str, ckpt: Path, options: ServerOptions, *arguments: str) -> None:
         self.name, self.ckpt, self.start_timeout = name, ckpt, options.start_timeout
@@ -141,14 +135,9 @@ def run(
     name: str,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> T:
-    """Run a benchmark's work to its end; SIGTERM and SIGHUP are Ctrl-C, and where a server does not
-    start, or ends, so does this process, with its last words.
-
-    Args:
-        work: ends its servers when it is cancelled.
-        name: of the command, which begins its messages.
-        loop_factory: makes another event loop than asyncio's.
-    """
+    """Run a benchmark's work to its end, which ends its servers when it is cancelled; SIGTERM and
+    SIGHUP are Ctrl-C. Where a server does not start, or ends, so does this process, with its last
+    words."""
 
     async def main() -> T:
         task = asyncio.current_task()

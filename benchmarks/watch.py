@@ -23,13 +23,8 @@ T = TypeVar("T")
 
 @dataclass
 class Watched:
-    """What was seen while requests ran.
-
-    Attributes:
-        running: requests in flight.
-        usage: share of the KV cache in use.
-        rss: resident bytes of all processes.
-    """
+    """What was seen while requests ran: how many, the share of the KV cache in use, and resident
+    bytes of all processes."""
 
     running: list[float] = field(default_factory=list)
     usage: list[float] = field(default_factory=list)

@@ -77,17 +77,8 @@ def measure(
     spacing: int,
     dtype: str,
 ) -> None:
-    """Measure what the table lacks of one checkpoint.
-
-    Args:
-        folder: the checkpoint's.
-        files: texts, which take turns.
-        csv: the table.
-        length: tokens of a window that are predicted.
-        windows: how many in all.
-        spacing: tokens from a window's first to the next window's.
-        dtype: of weights, activations and cache.
-    """
+    """Measure what the table lacks of one checkpoint: windows of `length` predicted tokens, so many
+    in all, `spacing` tokens from the beginning of one to the next; the texts take turns."""
     model = describe(folder) | {"dtype": dtype}
     old = read(csv)
     if len(old):

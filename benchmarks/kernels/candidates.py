@@ -74,15 +74,10 @@ class CopyPool:
 
 
 class Ours:
-    """One variant's kernel.
+    """One variant's kernel; `bind` makes the layer of a cache, as `CPUKernel.layer` does.
 
-    Args:
-        variant: the variant.
-        bind: makes the layer of a cache, as `CPUKernel.layer` does.
-        inputs: the case.
-        paging: where its copies lie.
-        pools: made so far for this case. Variants without state pack blocks alike, so they share a
-            pool, and take its copies in turn.
+    `pools` are those made so far for this case: variants without state pack blocks alike, so they
+    share one, and take its copies in turn.
     """
 
     def __init__(
@@ -123,8 +118,8 @@ class Ours:
 
 
 class VllmSoftmax:
-    """vLLM's `cpu_attention_with_kv_cache` (`load_vllm`); its scheduler's metadata are made once, as
-    vLLM makes them once for all layers."""
+    """vLLM's `cpu_attention_with_kv_cache` (`load_vllm`); its scheduler's metadata are made once,
+    as vLLM does for all layers."""
 
     def __init__(self, inputs: Inputs, paging: Paging, isa: str) -> None:
         from vllm import _custom_ops as ops

@@ -27,13 +27,9 @@ MOST_ROUNDS = 400
 
 
 class Limit:
-    """A rate of the machine that is measured again and again while other things are measured.
-
-    Args:
-        unit: of the rate: 1e9 bytes or operations per second.
-        amount: bytes or operations of a method's call.
-        methods: ways to do it, by name; the best one counts.
-    """
+    """A rate of the machine, in 1e9 bytes or operations (`unit`) per second, that is measured again
+    and again while other things are measured; `amount` is what each method's call takes, and the
+    best method counts."""
 
     def __init__(
         self, unit: str, amount: float, methods: Mapping[str, Callable[[], object]]
@@ -114,13 +110,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return the CSV's rows of one case: one a variant.
 
-    Args:
-        case: the case.
-        kernels: `CPUKernel` by the variant's name.
-        peer_isa: for vLLM's kernel, in this dtype.
-        limit: of the machine, probed before and after.
-        cold_bytes: a decode case's keys and values are copied until they take this much.
-        seconds, min_rounds: see `interleave`.
+    `kernels` has `CPUKernel` by the variant's name. A decode case's keys and values are copied
+    until they take `cold_bytes`. The machine's `limit` is probed before and after; for `seconds`
+    and `min_rounds` see `interleave`.
     """
     inputs = Inputs.make(case)
     copies = copies_needed(case, cold_bytes)
@@ -177,15 +169,9 @@ def row(
     unit: str,
     limit: float,
 ) -> dict[str, Any]:
-    """Return a variant's row.
-
-    Args:
-        name: of the variant.
-        case: the case.
-        times: seconds of each round, of every candidate that was timed.
-        why: why a candidate was not timed, empty for others.
-        unit, limit: the machine's rate around this case, GB/s for decode, GFLOP/s for prefill.
-    """
+    """Return a variant's row from the seconds of each round of every candidate that was timed, and
+    why others were not (empty: they were). `limit` is the machine's rate around this case, GB/s for
+    decode and GFLOP/s for prefill."""
     found: dict[str, Any] = {"variant": name, "phase": case.phase, "dtype": case.dtype}
     for field in ("head_dim", "ctx", "batch", "new_tokens", "num_heads", "num_kv_heads"):
         found[field] = getattr(case, field)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -138,8 +137,8 @@ def serve(
     for name, best in most.items():
         met = ", ".join(f"{case} {value:.2f}" for case, value in best.items())
         lines.append(f"most requests/s that met {name}: {met}")
-    print(json.dumps({**about, "most_requests_per_s": most, "rows": found})
-          if as_json else "\n".join(lines))  # fmt: skip
+    about["most_requests_per_s"] = most
+    results.report(about, found, "\n".join(lines), csv=None, as_json=as_json)
     return INTERRUPTED if stopped else int(bool(failed))
 
 

@@ -36,37 +36,22 @@ class AnalysisSettings:
         Option(help="What runs the model, in float32; vllm leaves out `attention`."),
     ] = "transformers"
     limit: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Cap on every sample size: windows, sequences, passages, pairs. Default: none.",
-        ),
+        int | None, Option(min=1, help="Cap on windows, sequences, passages, pairs. Default: none.")
     ] = None
     max_length: Annotated[
-        int,
-        Option(min=1, help=f"Tokens of the longest context; {MULTIPLE} training lengths at most."),
+        int, Option(min=1, help=f"Longest context in tokens; {MULTIPLE} training lengths at most.")
     ] = 16384
     context: Annotated[
         int | None,
-        Option(
-            min=1,
-            help="Training length in tokens. Default: max_position_embeddings of config.json.",
-        ),
+        Option(min=1, help="Training length in tokens. Default: max_position_embeddings."),
     ] = None
     quick: Annotated[
         bool,
-        Option(
-            "--quick",
-            help=f"--limit {QUICK_LIMIT} and {QUICK_MULTIPLE} training lengths: does it run?",
-        ),
+        Option("--quick", help=f"--limit {QUICK_LIMIT} and {QUICK_MULTIPLE} training lengths."),
     ] = False
     rope_theta_factor: Annotated[
         float,
-        Option(
-            parser=positive,
-            help="Multiply RoPE's theta; with another than 1 only length and passkey are measured. "
-            "The SSMax paper has 50.",
-        ),
+        Option(parser=positive, help="Of RoPE; unless 1, only length and passkey are measured."),
     ] = 1.0
     out: Annotated[Path, Option(help="Folder of the results.")] = FOLDER
     force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False
