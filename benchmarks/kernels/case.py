@@ -93,14 +93,12 @@ class Grid:
     def cases(self, num_heads: int, num_kv_heads: int, block_size: int) -> Iterable[Case]:
         """Yield all cases, decode first, in the order of the fields."""
         heads = (num_heads, num_kv_heads, block_size)
-        each = product(self.dtypes, self.head_dims)
-        for phase, (dtype, head_dim) in product(self.phases, list(each)):
+        for phase, dtype, head_dim in product(self.phases, self.dtypes, self.head_dims):
+            sizes = product(self.context, (1,), self.new_tokens)
             if phase == "decode":
-                for ctx, batch in product(self.ctx, self.batch):
-                    yield Case(phase, dtype, head_dim, ctx, batch, 1, *heads)
-            else:
-                for ctx, new_tokens in product(self.context, self.new_tokens):
-                    yield Case(phase, dtype, head_dim, ctx, 1, new_tokens, *heads)
+                sizes = product(self.ctx, self.batch, (1,))
+            for size in sizes:
+                yield Case(phase, dtype, head_dim, *size, *heads)
 
 
 FULL = Grid()

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.checkpoints import ServerCase
 from benchmarks.options import RequestOptions
-from benchmarks.servers import MODEL, Server, free_port, while_alive
-from benchmarks.watch import watch
+from benchmarks.servers import MODEL, Server, free_port, watch, while_alive
 from serving.launch.process import HOST, LaunchError, Service
 
 Floats = NDArray[np.float64]
