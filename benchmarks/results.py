@@ -119,12 +119,7 @@ def append_csv(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> Non
 
 
 def report(
-    about: Mapping[str, Any],
-    rows: Sequence[Row],
-    text: str,
-    *,
-    csv: Path | None,
-    as_json: bool,
+    about: Mapping[str, Any], rows: Sequence[Row], text: str, *, csv: Path | None, as_json: bool
 ) -> None:
     """Add what was measured to a CSV file, if one is named, and print it: the text, a table for
     people, or one JSON object of `about`, what the run was made on and with, and the rows."""

@@ -39,8 +39,7 @@ def variant_name(text: str) -> str:
 
 
 Variant = Annotated[
-    Any,
-    Option(metavar="NAME", parser=variant_entry, help=f"A name, or JSON: '{EXAMPLE}'."),
+    Any, Option(metavar="NAME", parser=variant_entry, help=f"A name, or JSON: '{EXAMPLE}'.")
 ]
 Data = Annotated[
     list[Path],

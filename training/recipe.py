@@ -91,8 +91,7 @@ class Conversion:
     """What a conversion says or changes beside the attention variant."""
 
     train_length: Annotated[
-        int | None,
-        Option(min=1, help="SRC's, in tokens. Default: SRC's max_position_embeddings."),
+        int | None, Option(min=1, help="SRC's, in tokens. Default: SRC's max_position_embeddings.")
     ] = None
     rope_theta: Annotated[
         float | None, Option(parser=positive, help="Base of the rotary embedding. Default: SRC's.")

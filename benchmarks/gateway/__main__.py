@@ -6,12 +6,12 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,16 +81,10 @@ class Gateway:
 
 @options_of(GatewayLoad)
 def gateway(
-    gateways: Annotated[
-        list[GatewayName] | None,
-        opt.option("Which, beside the model server itself (default: all)."),
-    ] = None,
+    gateways: Annotated[list[GatewayName] | None, opt.option("Which (default: all).")] = None,
     vllm_router: Annotated[
         Path | None,
-        opt.folder(
-            "The command vllm-router (default: beside this Python, in the conformance tests' "
-            "environment, or on PATH; where there is none it is not measured)."
-        ),
+        opt.folder("The command vllm-router (default: of `make conformance`, or on PATH)."),
     ] = None,
     csv: opt.Csv = CSV,
     no_save: opt.NoSave = False,
@@ -138,16 +132,11 @@ def find_router() -> Path | None:
 
 
 def router_version(router: Path | None) -> str:
-    """Return the version that the Python beside the command knows; empty if there is none."""
+    """Return the version of the package beside the command; empty if there is none."""
     if router is None:
         return ""
-    code = f"import importlib.metadata as m; print(m.version('{ROUTER}'))"
-    asked = [str(router.with_name("python")), "-c", code]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip()
+    folders = [str(path) for path in router.parent.parent.glob("lib/python*/site-packages")]
+    return next((found.version for found in distributions(name=ROUTER, path=folders)), "")
 
 
 def command(
@@ -196,14 +185,12 @@ async def load(url: str, mode: str, plan: GatewayLoad) -> list[float]:
 
     left = iter(range(plan.requests))
     found: list[float] = []
-    timeout = aiohttp.ClientTimeout(total=120)
-    connector = aiohttp.TCPConnector(limit=0)
+    apart = plan.tokens * plan.pause_ms / 1000 / plan.concurrency if mode == "spread" else 0.0
+    timeout, connector = aiohttp.ClientTimeout(total=120), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def client(index: int) -> None:
-            if mode == "spread":
-                answer = plan.tokens * plan.pause_ms / 1000
-                await asyncio.sleep(index * answer / plan.concurrency)
+            await asyncio.sleep(index * apart)
             for _ in left:
                 found.append(await one(session, url, mode != "whole", plan.tokens))
 

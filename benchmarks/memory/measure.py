@@ -12,13 +12,7 @@ import numpy as np
 import torch
 
 from attn_kernels import get_variant
-from benchmarks.checkpoints import (
-    ServerCase,
-    config_of,
-    pruned_bytes,
-    token_bytes,
-    weight_bytes,
-)
+from benchmarks.checkpoints import ServerCase, config_of, pruned_bytes, token_bytes, weight_bytes
 from benchmarks.options import RequestOptions, ServerOptions
 from benchmarks.servers import Server, started, watch, while_alive
 

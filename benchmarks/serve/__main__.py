@@ -31,16 +31,13 @@ def serve(
     what: CaseOptions,
     gateway: Annotated[
         Literal["none", "one", "all"],
-        opt.option(
-            "Which servers are also measured through the gateway. one: the first that is ours."
-        ),
+        opt.option("Which are also measured through the gateway. one: the first that is ours."),
     ] = "one",
     no_stock: Annotated[bool, opt.option("No peer of stock vLLM.", "--no-stock")] = False,
     request_rates: Annotated[
         list[float] | None,
         opt.option(
-            "Loads, offered in requests/s (default, without --concurrency: 4 16 inf; inf: "
-            "all at once).",
+            "Loads in requests/s, inf: all at once (default, without --concurrency: 4 16 inf).",
             min=1e-9,
         ),
     ] = None,
@@ -49,8 +46,7 @@ def serve(
         opt.count("Loads, of so many requests at a time, the next when one has ended."),
     ] = None,
     running: Annotated[
-        bool,
-        opt.option("Also ask the servers, ten times a second, how many requests run.", "--running"),
+        bool, opt.option("Also ask, ten times a second, how many requests run.", "--running")
     ] = False,
     requests: Annotated[int, opt.count("Of each load.")] = 48,
     rounds: Annotated[int, opt.count("Of each case and load.")] = 3,

@@ -25,10 +25,7 @@ def figures(requests: LoadResult) -> dict[str, float]:
 
 
 def row_of(
-    load: Load,
-    rounds: dict[int, LoadResult],
-    peer: dict[int, LoadResult],
-    levels: Sequence[Level],
+    load: Load, rounds: dict[int, LoadResult], peer: dict[int, LoadResult], levels: Sequence[Level]
 ) -> results.Row:
     """Return a subject's figures of one load: percentiles over the requests of all rounds; ratios
     to the peer in the same round, their median and range."""
