@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.client import ClientLeftError, read_body, watching
 from serving.compare.handler import compare
@@ -65,12 +65,18 @@ class App:
         exchange = Exchange.begin(scope, send)
         self.state.in_flight += 1
         try:
-            if handler := self.handlers.get(scope["path"]):
+            if preflight := self._preflight(scope):
+                await self._run_asgi(preflight, exchange, scope, receive)
+            elif handler := self.handlers.get(scope["path"]):
                 await self._run(handler, exchange, scope, receive)
             else:
-                await self._run_fastapi(exchange, scope, receive)
+                await self._run_asgi(self.fastapi, exchange, scope, receive)
         finally:
             self.state.in_flight -= 1
+
+    def _preflight(self, scope: Scope) -> ASGIApp | None:
+        """Return the answer to a browser that asks first, for every route."""
+        return self.state.access.preflight(scope) if scope["method"] == "OPTIONS" else None
 
     async def _run(
         self, handler: Handler, exchange: Exchange, scope: Scope, receive: Receive
@@ -107,15 +113,21 @@ class App:
         """Return the request's body, once its key is known to be good.
 
         Raises:
-            ApiError: 405 no POST; 401 no good key; 408 or 413 for the body.
+            ApiError: 400 a wrong host, or a header twice; 405 no POST; 401 no good key; 415 no
+                JSON; 408 or 413 for the body.
         """
         state = self.state
+        once = self._check(exchange)
         if scope["method"] != "POST":
             message = f"Not allowed to {scope['method']} on {exchange.route}"
             raise ApiError(405, message, code="method_not_supported")
         if state.keys:
-            exchange.account = state.keys.account(dict(exchange.headers).get(b"authorization", b""))
+            exchange.account = state.keys.account(once.get(b"authorization", b""))
             exchange.headers = [h for h in exchange.headers if h[0] != b"authorization"]
+        # As vLLM does it: a web page can send anything else without asking first.
+        if once.get(b"content-type", b"").lower().split(b";", 1)[0] != b"application/json":
+            message = "Unsupported Media Type: Only 'application/json' is allowed"
+            raise ApiError(415, message, code="unsupported_media_type")
         try:
             async with asyncio.timeout(state.config.timeouts.body):
                 body = await read_body(receive, state.config.limits.max_body_bytes)
@@ -123,6 +135,13 @@ class App:
             raise ApiError(408, "The request's body did not come in time.") from None
         exchange.stage = "queue"
         return body
+
+    def _check(self, exchange: Exchange) -> dict[bytes, bytes]:
+        """Return the headers that may stand once, of a request that is let in."""
+        access = self.state.access
+        once = access.check(exchange.headers)
+        exchange.cors = access.cors_headers(once)
+        return once
 
     async def _pass_on(self, exchange: Exchange, raw: bytes) -> None:
         """Pass a request on to a model server, as it came."""
@@ -170,23 +189,30 @@ class App:
         if exchange.code is not None:
             metrics.errors.labels(*labels, exchange.code).inc()
 
-    async def _run_fastapi(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
-        """Answer a request by a route of FastAPI's; count it, and give it its id."""
-        status = CLIENT_LEFT
+    async def _run_asgi(
+        self, app: ASGIApp, exchange: Exchange, scope: Scope, receive: Receive
+    ) -> None:
+        """Answer a request by a route of FastAPI's, or a preflight; count it, and give it its
+        id."""
 
         async def send(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = [*message["headers"], exchange.id_header]
+                exchange.status = message["status"]
+                cors = exchange.cors if app is self.fastapi else []
+                headers = [*message["headers"], exchange.id_header, *cors]
                 message = {**message, "headers": headers}
             await exchange.send(message)
 
         try:
-            await self.fastapi(scope, receive, send)
+            self._check(exchange)
+            await app(scope, receive, send)
+        except ApiError as error:
+            self.state.metrics.errors.labels("", "", "", error.code).inc()
+            await exchange.fail(error)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self.state.metrics.requests.labels(route, "", "", "", str(status)).inc()
+            status = str(exchange.status or CLIENT_LEFT)
+            self.state.metrics.requests.labels(route, "", "", "", status).inc()
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:

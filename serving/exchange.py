@@ -30,6 +30,8 @@ class Exchange:
     """The request's id, for the client and for model servers."""
     send: Send
     """Takes the messages of the answer."""
+    cors: Headers = field(default_factory=list)
+    """What the answer says to a browser."""
     query: bytes = b""
     """What comes behind the route's "?"."""
     span: Any = None
@@ -69,7 +71,7 @@ class Exchange:
         given = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         id_header = (b"x-request-id", request_id)
-        return cls(scope["path"], headers, id_header, send, scope["query_string"])
+        return cls(scope["path"], headers, id_header, send, query=scope["query_string"])
 
     def part(self, route: str, suffix: str) -> "Exchange":
         """Return an exchange of the gateway's own with a model server, to answer this one.
@@ -98,7 +100,7 @@ class Exchange:
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the answer."""
         self.status = status
-        headers = [*headers, self.id_header]
+        headers = [*headers, self.id_header, *self.cors]
         if self.account is not None:
             headers += self.account.headers()
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
