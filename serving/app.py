@@ -147,8 +147,10 @@ class App:
         """Pass a request on to a model server, as it came."""
         config = self.state.config
         request = read_request(raw, config.limits, config.routing.prefix_chars)
-        exchange.use_model(self.state.router, request.model)
-        exchange.reserve(request.tokens)
+        model = exchange.use_model(self.state.router, request.model)
+        prompt = request.prompt_tokens
+        cost = model.entry.cost(prompt, request.tokens - prompt)
+        await exchange.reserve(request.tokens, cost)
         shadow = config.shadow if exchange.route in GENERATING else None
         if shadow is None or not self.shadow.samples(shadow, request.model, raw):
             await self.proxy.forward(exchange, request)

@@ -97,6 +97,12 @@ class ModelEntry(Section):
     replicas: tuple[Url, ...] = Field(min_length=1)
     """The servers' addresses; a /v1 at the end is taken off."""
 
+    prompt_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Price of a million tokens of prompts, for `cost_per_day`."""
+
+    completion_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Price of a million tokens of answers."""
+
     api_key_env: str | None = None
     """The environment variable that has the servers' own API key."""
 
@@ -114,6 +120,15 @@ class ModelEntry(Section):
     def api_key(self) -> str | None:
         """The servers' own API key, which is in the environment and never in the file."""
         return os.environ[self.api_key_env] if self.api_key_env else None
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Return what so many tokens cost."""
+        prompt, completion = self.prompt_price or 0.0, self.completion_price or 0.0
+        return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
+
+    def most_cost(self, tokens: int) -> float:
+        """Return what so many tokens cost at most, whichever they are."""
+        return max(self.cost(tokens, 0), self.cost(0, tokens))
 
     @field_validator("replicas")
     @classmethod
@@ -147,6 +162,9 @@ class KeyEntry(Section):
 
     tokens_per_day: int | None = Field(None, gt=0)
     """The same in a day. Counted anew after a restart. None: no limit."""
+
+    cost_per_day: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """What its tokens may cost in a day, by the models' prices. None: no limit."""
 
     max_concurrent: int | None = Field(None, gt=0)
     """Requests at a time. None: no limit."""
@@ -335,6 +353,10 @@ class Config(Section):
         for key in self.keys:
             if hashes.count(key.sha256) > 1:
                 raise ValueError(f"keys has the key of {key.name} twice")
+            if key.cost_per_day and any(
+                None in (m.prompt_price, m.completion_price) for m in self.models
+            ):
+                raise ValueError(f"cost_per_day of {key.name} needs a price for every model")
         served = {m.name for m in self.models}
         for name in (self.shadow.reference, *self.shadow.models) if self.shadow else ():
             if name not in served and EVERY not in served:

@@ -11,7 +11,7 @@ from starlette.types import Scope, Send
 
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import ApiError
-from serving.rate_limit import Account
+from serving.rate_limit import Account, Reservation
 from serving.upstream.http import Headers
 from serving.upstream.router import Model, Router
 
@@ -39,8 +39,8 @@ class Exchange:
     arrival: float = field(default_factory=time.perf_counter)
     account: Account | None = None
     """What the client's key has used; None where no key is needed."""
-    reserved: int | None = None
-    """Tokens that the account has reserved for the request."""
+    reservation: Reservation | None = None
+    """What the account has reserved for the request."""
     model: Model | None = None
     model_name: str = ""
     metrics: ModelMetrics | None = None
@@ -60,6 +60,8 @@ class Exchange:
     """Seconds from its arrival to the first event with tokens."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost: float = 0.0
+    """What its tokens cost, by the models' prices."""
     usage_known: bool = False
     parts: list["Exchange"] = field(default_factory=list)
     """The gateway's own requests to models to answer this one."""
@@ -83,14 +85,15 @@ class Exchange:
         id_header = (name, own_id + suffix.encode("ascii"))
         return Exchange(route, self.headers, id_header, self.send, span=self.span)
 
-    def use_model(self, router: Router, name: str) -> None:
-        """Look up the model that the request asks for.
+    def use_model(self, router: Router, name: str) -> Model:
+        """Look up and return the model that the request asks for.
 
         Raises:
             ApiError: 404; there is none of this name.
         """
         self.model, self.model_name = router.model(name), name
         self.metrics = self.model.metrics(name)
+        return self.model
 
     @property
     def request_id(self) -> str:
@@ -120,15 +123,14 @@ class Exchange:
         else:
             await self.answer(error.status, [JSON, *error.headers()], body)
 
-    def reserve(self, tokens: int) -> None:
-        """Reserve the most tokens that the request can take, where its client has a key.
+    async def reserve(self, tokens: int, cost: float) -> None:
+        """Reserve the most that the request can take, where its client has a key.
 
         Raises:
             ApiError: 429; the key's limits do not allow it.
         """
         if self.account is not None:
-            self.account.reserve(tokens)
-            self.reserved = tokens
+            self.reservation = await self.account.reserve(tokens, cost)
 
     def note_usage(self, usage: tuple[int, int] | None) -> None:
         """Take over the tokens of prompt and answer, if a server has said them."""
@@ -144,11 +146,13 @@ class Exchange:
             if part.metrics is not None:
                 part.metrics.prompt_tokens.inc(prompt)
                 part.metrics.completion_tokens.inc(completion)
+            if part.model is not None:
+                self.cost += part.model.entry.cost(prompt, completion)
         self.prompt_tokens = sum(prompt for prompt, _ in used)
         self.completion_tokens = sum(completion for _, completion in used)
         tokens = self.prompt_tokens + self.completion_tokens
-        if self.account is not None and self.reserved is not None:
-            self.account.settle(self.reserved, tokens)
+        if self.account is not None and self.reservation is not None:
+            self.account.settle(self.reservation, tokens, self.cost)
         return tokens
 
     def used(self) -> tuple[int, int]:
@@ -177,6 +181,7 @@ class Exchange:
             "duration_ms": milliseconds(seconds),
             "prompt_tokens": self.prompt_tokens or None,
             "completion_tokens": self.completion_tokens or None,
+            "cost": self.cost or None,
         }
 
 

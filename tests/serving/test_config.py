@@ -59,6 +59,7 @@ def write(folder: Path, text: str | dict[str, Any]) -> Path:
         ({**GOOD, "keys": []}, "keys is empty; `open: true` lets every client in"),
         ({**GOOD, "protect_metrics": True}, "protect_metrics needs keys"),
         ({**GOOD, "open": True, "keys": [KEY]}, "open: true and keys contradict each other"),
+        ({**GOOD, "keys": [{**KEY, "cost_per_day": 1}]}, "cost_per_day of a needs a price"),
         ({**GOOD, "keys": [KEY, {**KEY, "name": "b"}]}, "keys has the key of a twice"),
         ({**GOOD, "cors_origins": ["https://x/y"]}, "must be an origin like"),
     ],
