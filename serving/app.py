@@ -100,9 +100,7 @@ class App:
         except ApiError as error:
             await exchange.fail(error)
         except asyncio.CancelledError:
-            # uvicorn's, when a request is not done `timeouts.drain` seconds after SIGTERM.
-            message = "The gateway is shutting down."
-            await exchange.fail(ApiError(503, message, code="shutting_down", retry_after=1.0))
+            await exchange.fail(why_cancelled(exchange))
         except Exception:
             log.exception("the gateway failed", extra={"request_id": exchange.request_id})
             await exchange.fail(ApiError(500, "The gateway failed."))
@@ -123,6 +121,7 @@ class App:
             raise ApiError(405, message, code="method_not_supported")
         if state.keys:
             exchange.account = state.keys.account(once.get(b"authorization", b""))
+            exchange.account.running.add(asyncio.current_task())
             exchange.headers = [h for h in exchange.headers if h[0] != b"authorization"]
         # As vLLM does it: a web page can send anything else without asking first.
         if once.get(b"content-type", b"").lower().split(b";", 1)[0] != b"application/json":
@@ -184,6 +183,7 @@ class App:
             if exchange.queued is not None:
                 of_model.queue.observe(exchange.queued)
         if exchange.account is not None:
+            exchange.account.running.discard(asyncio.current_task())
             metrics.key_requests.labels(exchange.account.name).inc()
             metrics.key_tokens.labels(exchange.account.name).inc(tokens)
         if exchange.aborted:
@@ -224,3 +224,12 @@ class App:
             yield
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
+
+
+def why_cancelled(exchange: Exchange) -> ApiError:
+    """Return the error of a request whose task has been cancelled from outside."""
+    if exchange.account is not None and exchange.account.revoked:
+        return ApiError(401, "The API key has been revoked.", code="key_revoked")
+    # uvicorn's, when a request is not done `timeouts.drain` seconds after SIGTERM.
+    message = "The gateway is shutting down."
+    return ApiError(503, message, code="shutting_down", retry_after=1.0)

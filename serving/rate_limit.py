@@ -1,8 +1,9 @@
 """What one key may use: requests, tokens and cost per time, and requests at a time."""
 
+import asyncio
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serving.config import KeyEntry
 from serving.openai.errors import ApiError
@@ -80,6 +81,16 @@ class Account:
         self.max_concurrent: int | None = None
         self.in_flight = 0
         self.buckets = [Bucket(limit.seconds) for limit in LIMITS]
+        self.running: set[asyncio.Task[Any] | None] = set()
+        """The tasks of the key's requests, which end when it is revoked."""
+        self.revoked = False
+
+    def revoke(self) -> None:
+        """End what runs, and have nothing begin any more."""
+        self.revoked = True
+        for task in self.running:
+            if task is not None:
+                task.cancel()
 
     def set(self, entry: KeyEntry) -> None:
         """Take over the limits of a configuration."""

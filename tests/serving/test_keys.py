@@ -1,6 +1,7 @@
 """Keys and what they may use: hashes only, limits per key, rotation, nothing secret in logs."""
 
 import asyncio
+import http.client
 import json
 import logging
 import math
@@ -11,7 +12,16 @@ import pytest
 from serving.auth import digest, new_key
 from serving.config import KeyEntry
 from serving.rate_limit import Account, Bucket, duration
-from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
+from tests.serving.helpers import (
+    HttpAnswer,
+    Running,
+    ask,
+    error_of,
+    leave,
+    metric,
+    open_request,
+    running,
+)
 from tests.serving.standin import standin, wait_for
 
 BODY = {"model": "m", "prompt": "x" * 40, "max_tokens": 10}  # 10 + 10 tokens by the guess
@@ -101,6 +111,52 @@ def test_rotation() -> None:
         assert [complete(gateway, k).status for k in (ALICE, BOB)] == [401, 200]
 
 
+def held(gateway: Running, key: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+    """Send a request, and return its answer when its head is here."""
+    connection = open_request(gateway.url, {**BODY, **body}, authorization=f"Bearer {key}")
+    return connection.getresponse()
+
+
+def test_revoked_key_ends_what_runs() -> None:
+    """Streams with an error event, what waits with 401; other keys' streams go on."""
+    keys = [entry(ALICE, "alice"), entry(BOB, "bob")]
+    with standin("m") as upstream, standin("whole") as whole:
+        models = [
+            {"name": "m", "replicas": [upstream.url]},
+            {"name": "whole", "replicas": [whole.url]},
+        ]
+        limits = {"max_concurrent_per_replica": 2}
+        with running(models=models, keys=keys, limits=limits) as gateway:
+            upstream.between_s = 0.2
+            stream = {"stream": True, "max_tokens": 100}
+            bobs, alices = (held(gateway, key, stream) for key in (BOB, ALICE))
+            assert alices.readline() and bobs.readline()
+            whole.before_s = 60.0
+            waiting = [
+                open_request(gateway.url, {**BODY, **body}, authorization=f"Bearer {ALICE}")
+                for body in ({"stream": True}, {"model": "whole"})  # for room, for the answer
+            ]
+            wait_for(lambda: gateway.metric("attnserve_queue_length") == 1, "one waits for room")
+            wait_for(lambda: whole.running == 1, "one runs")
+
+            gateway.apply(models=models, keys=keys, limits=limits)  # changes nothing
+            assert alices.readline() is not None
+            gateway.apply(models=models, keys=keys[1:], limits=limits)
+            *_, last = alices.read().strip().split(b"\n\n")
+            assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "key_revoked"
+            for connection in waiting:
+                answer = HttpAnswer(connection.getresponse())
+                assert (answer.status, error_of(answer)["code"]) == (401, "key_revoked")
+            wait_for(lambda: upstream.aborted == whole.aborted == 1, "the servers are freed")
+            assert upstream.running == 1 and bobs.readline() is not None
+            codes = 'code="key_revoked"'
+            assert metric(gateway.url, "attnserve_errors_total{", codes) == 3
+            assert gateway.metric("attnserve_aborts_total{") == 0
+            assert complete(gateway).status == 401
+            gateway.apply(models=models, keys=keys[:1], limits=limits)
+            assert b"key_revoked" in bobs.read()
+
+
 def test_requests_per_minute() -> None:
     keys = [entry(ALICE, "alice", requests_per_minute=2), entry(BOB, "bob")]
     with standin() as upstream, running(upstream.url, keys=keys) as gateway:
@@ -126,13 +182,13 @@ def test_tokens_are_reserved_and_settled(stream: bool) -> None:
     keys = [entry(ALICE, "alice", tokens_per_minute=100)]
     with standin() as upstream, running(upstream.url, keys=keys) as gateway:
         upstream.before_s = 60.0
-        held = open_request(
+        running_one = open_request(
             gateway.url, {**BODY, "max_tokens": 85}, authorization=f"Bearer {ALICE}"
         )
         wait_for(lambda: upstream.running == 1, "it runs")
         answer = complete(gateway, stream=stream)  # 95 are reserved
         assert (answer.status, error_of(answer)["type"]) == (429, "tokens")
-        leave(held)
+        leave(running_one)
         wait_for(lambda: gateway.metric("attnserve_aborts_total{") == 1, "it has left")
         upstream.before_s = 0.0
         answer = complete(gateway, stream=stream)  # only the prompt of the other is charged
@@ -255,12 +311,12 @@ def test_concurrency() -> None:
     keys = [entry(ALICE, "alice", max_concurrent=1)]
     with standin() as upstream, running(upstream.url, keys=keys) as gateway:
         upstream.before_s = 60.0
-        held = open_request(gateway.url, BODY, authorization=f"Bearer {ALICE}")
+        first = open_request(gateway.url, BODY, authorization=f"Bearer {ALICE}")
         wait_for(lambda: upstream.running == 1, "it runs")
         answer = complete(gateway)
         assert (answer.status, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
         assert answer.headers["retry-after-ms"] == "1000"
-        leave(held)
+        leave(first)
         upstream.before_s = 0.0
         wait_for(lambda: complete(gateway).status == 200, "there is room again")
 
