@@ -26,8 +26,7 @@ from attnserve.errors import UserError
 
 Function = Callable[..., Any]
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def expanded(path: str | Path) -> Path:

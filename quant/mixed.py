@@ -22,8 +22,7 @@ class Price:
     size: int  # bytes of the layer, packed
 
 
-Prices = Mapping[str, Mapping[int, Price]]
-"""Prices by layer and bits."""
+Prices = Mapping[str, Mapping[int, Price]]  # prices by layer and bits
 LayerBits = dict[str, int]
 
 

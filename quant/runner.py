@@ -22,8 +22,7 @@ from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
 from quant.texts import Sources, sweep_texts
 
-WORKER_BYTES = 700 * 2**20
-"""What a worker holds besides its model: mostly torch and transformers."""
+WORKER_BYTES = 700 * 2**20  # what a worker holds besides its model: mostly torch and transformers
 BATCH_TOKENS = 2048
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from attn_kernels import Variant
 from attn_kernels.pruning import LARGEST, fixed_point
 
-SINKS = 4
-"""First tokens that StreamingLLM keeps."""
+SINKS = 4  # first tokens that StreamingLLM keeps
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.sampled_text import Use, sampled_text
 
 Tokens = NDArray[np.int64]
-CHARACTERS_A_TOKEN = 16
-"""More than any text needs, so that a window of a text has tokens enough."""
+CHARACTERS_A_TOKEN = 16  # more than any text needs, so that a window of a text has tokens enough
 
 
 @dataclass(frozen=True)

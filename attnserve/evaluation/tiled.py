@@ -18,8 +18,7 @@ from attn_kernels import attend, selectable_mask
 from hf_attn import VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 
-TILE_SCORES = 2**19
-"""Scores of all heads in a tile: 2 MB in float32."""
+TILE_SCORES = 2**19  # scores of all heads in a tile: 2 MB in float32
 
 
 def attend_in_tiles(model: VariantLlamaForCausalLM) -> None:

@@ -15,8 +15,7 @@ from quant.config import UNQUANTIZED, QuantConfig
 from quant.outliers import FIGURES
 from quant.store import SweepResult
 
-FEWEST = 4
-"""Checkpoints: with fewer, no order of them has a probability below 5 %."""
+FEWEST = 4  # checkpoints: with fewer, no order of them has a probability below 5 %
 LEVEL = 0.05
 
 

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
-DAMPING = 0.01
-"""Of the Hessian's mean diagonal, added to the diagonal, as in the paper."""
-BLOCK = 128
-"""Columns whose corrections of the later ones are made at once; the result is the same."""
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to the diagonal, as in the paper
+BLOCK = 128  # columns whose corrections of the later ones are made at once; the result is the same
 
 
 def gptq(

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-LINE_SECONDS = 15.0
-"""Where there is no terminal, a phase that lasts is named again after this time."""
+LINE_SECONDS = 15.0  # where there is no terminal, a phase that lasts is named again after this time
 
 
 class Progress:
