@@ -155,12 +155,10 @@ def tables_of(model: PreTrainedModel, recipe: Recipe) -> list[str]:
 def quantize_checkpoint(
     folder: Path, out: Path, recipe: Recipe, calibration: Text | None, card: str
 ) -> tuple[PreTrainedModel, pd.DataFrame]:
-    """Quantize a checkpoint and write it; the new folder appears when it is complete.
+    """Quantize a checkpoint and write it; the new folder replaces `out` when it is complete.
 
     Args:
-        folder: the checkpoint.
-        out: the folder to write; what is there is replaced.
-        recipe: how.
+        folder, out, recipe: from where, to where, and how.
         calibration: text that a calibrated scheme is calibrated on.
         card: what the model card says of how it was made.
 
@@ -187,10 +185,8 @@ def quantize_model(
 ) -> dict[str, QuantizedWeight]:
     """Quantize a float32 model in place: embeddings first, so that calibrated schemes see them.
 
-    Args:
-        model: computes with the dequantized weights afterwards.
-        recipe: how.
-        texts: token ids `[sequences, tokens]` that a calibrated scheme is calibrated on.
+    It computes with the dequantized weights afterwards. Calibrated schemes are calibrated on
+    texts `[sequences, tokens]`, token ids.
 
     Returns:
         What is stored, by layer.
@@ -271,13 +267,8 @@ def write_checkpoint(
 
 
 def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
-    """Return a layer's tensors by name.
-
-    Args:
-        weight: the layer's.
-        int8: in the format `int-quantized` (8 bits, symmetric, a scale for each row), instead of
-            `pack-quantized`.
-    """
+    """Return a layer's tensors by name, in the format `int-quantized` (8 bits, symmetric, a
+    scale for each row) or `pack-quantized`."""
     bits, zeros = weight.spec.bits, weight.zeros
     if int8:
         signed = (weight.values.short() - weight.spec.midpoint).to(torch.int8)

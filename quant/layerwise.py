@@ -161,13 +161,7 @@ class MixedModel:
     """A model whose layers can each be set to some bits.
 
     Calibrated schemes see the unquantized model's inputs in every layer, so that each layer's
-    weights are the same in any mixture.
-
-    Args:
-        folder: the checkpoint.
-        settings: how its layers are quantized.
-        calibration: for calibrated schemes.
-    """
+    weights are the same in any mixture."""
 
     def __init__(self, folder: Path, settings: Settings, calibration: Text) -> None:
         self.model = load(folder)

@@ -35,19 +35,8 @@ def plan(
     out: Path,
     harness: Harness | None = None,
 ) -> list[SweepTask]:
-    """Return the tasks of all checkpoints, checked; whatever text is not given is sampled.
-
-    Args:
-        folders: the checkpoints.
-        configs: of each, beside the unquantized one.
-        samples: how much is measured.
-        sources: where text comes from.
-        out: the folder of results.
-        harness: lm-eval's tasks.
-
-    Raises:
-        UserError, ValueError, OSError: a checkpoint, scheme or text will not do.
-    """
+    """Return the tasks of all checkpoints, checked: the unquantized model and `configs` of each.
+    Whatever text is not given is sampled."""
     names = [folder.resolve().name for folder in folders]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two checkpoints are called {min(twice)}: their results would clash")
@@ -120,11 +109,8 @@ def run(
 ) -> dict[str, str]:
     """Measure tasks, the unquantized models first, and write each result when it is done.
 
-    Args:
-        tasks: what is not measured yet.
-        jobs: processes of this machine.
-        ray: on a Ray cluster instead.
-        show: called with each result.
+    It is done by `jobs` processes of this machine, or on a Ray cluster; `show` is called with
+    each result.
 
     Returns:
         The names of failed tasks, and why they failed.

@@ -35,12 +35,8 @@ class Watcher(Protocol):
 
 
 class WatchedScorer(TransformersScorer):
-    """Scores with a model that is there already.
-
-    Args:
-        model: in float32.
-        watcher: sees what `Perplexity` scores.
-    """
+    """Scores with a float32 model that is there already; a watcher sees what `Perplexity`
+    scores."""
 
     def __init__(self, model: PreTrainedModel, watcher: Watcher) -> None:
         # Not TransformersScorer's, which loads a model and makes it attend in tiles, without cache.
@@ -78,11 +74,8 @@ def file_of(folder: Path, text: str, index: int) -> Path:
 
 
 class Recorder:
-    """Writes a model's log-probabilities in float16, and its likeliest tokens, whole or not at all.
-
-    Args:
-        folder: where they will be after `finish`.
-    """
+    """Writes a model's log-probabilities in float16, and its likeliest tokens, whole or not at
+    all: they are in the folder after `finish`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

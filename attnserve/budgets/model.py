@@ -33,15 +33,7 @@ BATCH = 8
 
 
 class Forward:
-    """A model in float32.
-
-    Args:
-        checkpoint: of a prunable variant, or of softmax.
-        seed: of random eviction.
-
-    Raises:
-        UserError: the checkpoint is another model.
-    """
+    """A model in float32, of a prunable variant or of softmax; `seed` is of random eviction."""
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
         config = checkpoint.config
@@ -62,11 +54,8 @@ class Forward:
 
     @torch.no_grad()
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what the first layer reads, `[sequences, n, hidden_size]`.
-
-        Args:
-            inputs: token ids `[sequences, n]`.
-        """
+        """Return what the first layer reads of token ids `[sequences, n]`: `[sequences, n,
+        hidden_size]`."""
         embedded: Tensor = self.model.model.embed_tokens(inputs)
         return embedded
 
@@ -87,12 +76,8 @@ class Forward:
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, targets: Tensor) -> Losses:
-        """Return each sequence's loss.
-
-        Args:
-            hidden: what the last layer gives, `[sequences, n, hidden_size]`.
-            targets: token ids `[sequences, n]`.
-        """
+        """Return each sequence's loss, from what the last layer gives, `[sequences, n,
+        hidden_size]`, and the token ids `[sequences, n]` to predict."""
         found: Losses = []
         for start, part in self._batches(hidden):
             logits = self.model.lm_head(self.model.model.norm(part))
@@ -145,16 +130,10 @@ class Forward:
 
 
 class Measured:
-    """A model on a text: losses by rule of eviction and budgets, one line of a file each.
+    """A model on a text: losses by rule of eviction and budgets, each of which is kept.
 
-    The file is whole after a kill at any moment.
-
-    Args:
-        forward: the model.
-        text: the sequences.
-        folder: of the file, whose name has a hash of checkpoint and text, so that others' are
-            never mixed.
-    """
+    They are in a journal in `folder`, whose name tells checkpoint and text, so that others' are
+    never mixed."""
 
     def __init__(self, forward: Forward, text: Text, folder: Path) -> None:
         self.forward, self.text, self.checkpoint = forward, text, forward.checkpoint
@@ -181,13 +160,8 @@ class Measured:
     def losses(
         self, rule: str, budgets: Budgets, measure: Callable[[], Losses] | None = None
     ) -> Losses:
-        """Return each sequence's loss with these budgets.
-
-        Args:
-            rule: of eviction; "none" keeps everything.
-            budgets: one a layer.
-            measure: how to measure it, if there is a shorter way than a whole forward pass.
-        """
+        """Return each sequence's loss with these budgets, one a layer; the rule "none" keeps
+        everything. `measure` measures it where there is a shorter way than a whole forward pass."""
         rule_key = f"random {self.forward.seed}" if rule == "random" else rule
         key = rule_key, budgets
         if key not in self._found:

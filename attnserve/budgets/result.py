@@ -209,13 +209,8 @@ def compare(
     uniform: Iterable[int],
     searched: dict[Budgets, str],
 ) -> list[Row]:
-    """Measure every way of keeping the cache small.
-
-    Args:
-        selective, softmax: the model and its reference, if any, on the same sequences.
-        uniform: budgets that every layer gets.
-        searched: budgets with how they were chosen.
-    """
+    """Measure every way of keeping the cache small: uniform budgets, those that were searched
+    (with how they were chosen), and none; of the model and its reference, on the same sequences."""
     reference = None if softmax is None else np.array(softmax.losses("none", softmax.full))
     rows = []
     for measured, rule, choice, budgets in tqdm(

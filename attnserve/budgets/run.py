@@ -138,13 +138,9 @@ def run(
 def chosen(
     targets: Collection[Target], path: Collection[Budgets], sizes: Collection[int]
 ) -> dict[Budgets, str]:
-    """Return the searched budgets to compare and how they were chosen, the largest first.
-
-    Args:
-        targets: those that were reached are chosen.
-        path: all budgets on the way.
-        sizes: tokens of all layers; the nearest point of the path to each is chosen too.
-    """
+    """Return the searched budgets to compare and how they were chosen, the largest first: those
+    of the targets that were reached, and the points of the path nearest to some sizes (tokens of
+    all layers)."""
     found: dict[Budgets, str] = {}
     for target in targets:
         if target.reached:

@@ -42,13 +42,10 @@ class Point(NamedTuple):
 
 
 class Descent:
-    """The state of a search: budgets, and what each layer reads with them.
+    """The state of a search: budgets, full at first, and what each layer reads with them.
 
-    Shrinking a layer changes only it and those above, so that what the layers below give is kept.
-
-    Args:
-        measured: the model on held-out text. Its budgets are full at first.
-    """
+    Shrinking a layer changes only it and those above, so that what the layers below give is
+    kept."""
 
     def __init__(self, measured: Measured) -> None:
         self.measured, self.budgets = measured, measured.full
@@ -93,13 +90,7 @@ class Descent:
 
 def search(descent: Descent, step: int, limit: float) -> Iterator[Point]:
     """Yield the path from full budgets, that point first, to the last one with a mean loss of at
-    most `limit` nats per token.
-
-    Args:
-        descent: at its beginning.
-        step: tokens that one layer gives up at a time.
-        limit: see above.
-    """
+    most `limit` nats per token; `step` is how many tokens a layer gives up at a time."""
     point = descent.measure(0, descent.budgets[0])
     yield point
     size = step
@@ -194,12 +185,8 @@ class Validation:
 def find(
     validation: Validation, limits: Sequence[tuple[str, float]]
 ) -> tuple[list[Target], dict[Budgets, float]]:
-    """Return all targets and the rise of the loss at each point of all paths.
-
-    Args:
-        validation: the text.
-        limits: `(name, max_loss)` of each target.
-    """
+    """Return all targets, of which `limits` has `(name, max_loss)`, and the rise of the loss at
+    each point of all paths."""
     reached = [validation.reach(name, limit) for name, limit in limits]
     farthest = max(0.0, *(limit - validation.unpruned.value for _, limit in limits)) + BEYOND
     points = [point for _, path in reached for point in path] + validation.path(farthest)

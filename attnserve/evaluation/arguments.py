@@ -29,11 +29,7 @@ def text_file(name: str) -> Path:
 
 
 def positive(text: str) -> float:
-    """Return a finite number above 0.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
+    """Return a finite number above 0."""
     try:
         number = float(text)
     except ValueError:

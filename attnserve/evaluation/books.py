@@ -62,11 +62,8 @@ def are_fetched() -> bool:
 
 
 def split(folder: Path | None = None) -> Split:
-    """Return the text files: all of the folder are for training but the two of `VALIDATION` and
-    `TEST`.
-
-    Args:
-        folder: of `*.txt`; None: the fetched novels.
+    """Return the text files of a folder (None: the fetched novels): all are for training but the
+    two of `VALIDATION` and `TEST`.
 
     Raises:
         FileNotFoundError: one of the two, or everything else, is not there.
@@ -98,18 +95,8 @@ SOURCES = {
 def fetch(folder: Path, source: Source, server: str = "", keep_changed: bool = False) -> list[str]:
     """Download the novels that the folder lacks; it is there with all of them or not at all.
 
-    Args:
-        folder: to write. Meanwhile the novels are in `folder.part`.
-        source: the edition.
-        server: another one that has the files of the source under the same paths.
-        keep_changed: keep texts whose hash is not that of `novels.tsv`.
-
-    Returns:
-        The files whose hash is not that of `novels.tsv`.
-
-    Raises:
-        UserError: the folder holds something else, a download failed, or a text is another.
-    """
+    Meanwhile they are in `folder.part`. The server is GITenberg's, or one that has its files
+    under the same paths."""
     from tqdm import tqdm
 
     folder = folder.resolve()

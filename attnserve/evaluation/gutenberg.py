@@ -85,12 +85,9 @@ def download(url: str) -> bytes:
 
 
 def clean(edition: bytes) -> str:
-    """Return an e-book's text, a paragraph a line with a blank line between: without the licence,
-    the editors' notes and the line breaks inside paragraphs.
-
-    Args:
-        edition: the plain text file, in UTF-8 or, as old ones, in Latin-1.
-    """
+    """Return the text of an e-book's plain text file, UTF-8 or, as old ones, Latin-1: a
+    paragraph a line with a blank line between, without the licence, the editors' notes and the
+    line breaks inside paragraphs."""
     try:
         text = edition.decode("utf-8-sig")
     except UnicodeDecodeError:

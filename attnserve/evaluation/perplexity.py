@@ -67,15 +67,8 @@ def evaluate(
 ) -> list[Score]:
     """Return the scores of a checkpoint, run in float32, and of the two baselines on each text.
 
-    Args:
-        checkpoint: what is measured.
-        texts: what it reads, as training sees text: in sequences that each start anew.
-        train: the files that the baselines are counted on; without them there are none.
-        quiet: no progress bars.
-
-    Raises:
-        UserError: a text has no words.
-    """
+    Sequences each start anew, as training sees text. The baselines are counted on the files of
+    `train`; without them there are none."""
     scorer = TransformersScorer(checkpoint.folder, quiet=quiet)
     tokenizer = checkpoint.tokenizer
     baselines: dict[str, Trigram | Unigram] = {}
@@ -154,17 +147,7 @@ def score_text(
     checkpoint: Checkpoint, scorer: Scorer, name: str, text: Text
 ) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """Return perplexity per token, word and byte of a text with its loss, and the losses of its
-    sequences (nats per token) with the text's size.
-
-    Args:
-        checkpoint: whose tokens they are.
-        scorer: of that checkpoint.
-        name: begins the figures' names.
-        text: what is read.
-
-    Raises:
-        UserError: it has no words.
-    """
+    sequences (nats per token) with the text's size; `name` begins the figures' names."""
     losses, sizes = losses_of(checkpoint, scorer, name, text)
     # The last sequence may be short: its loss counts for as many tokens as it has.
     loss = mean_interval([value * len(text) / sizes[0] for value in losses])

@@ -53,12 +53,8 @@ class Scorer(Protocol):
     """A model that scores items. Computes in float32, whatever the checkpoint's dtype."""
 
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """Score each item, in order.
-
-        Args:
-            items: no longer than the scorer's longest.
-            label: what the progress bar says.
-        """
+        """Score items that are no longer than the scorer's longest, in order; the progress bar
+        says `label`."""
         ...
 
     def close(self) -> None:

@@ -96,14 +96,8 @@ def cut(tokens: Sequence[int], length: int) -> list[list[int]]:
 
 
 def beginning(checkpoint: Checkpoint, title: str, file: Path, sequences: int | None = None) -> Text:
-    """Return a file's text from its beginning, as training sees it.
-
-    Args:
-        checkpoint: whose tokens they are, in sequences of its context.
-        title: of the text.
-        file: the text.
-        sequences: at most so many; None: all.
-    """
+    """Return a file's text from its beginning, as training sees it: in sequences of the
+    checkpoint's context, and at most so many."""
     most = None if sequences is None else sequences * checkpoint.context
     tokens = checkpoint.encode(read(file))[:most]
     return Text(title, checkpoint.bos, cut(tokens, checkpoint.context))

@@ -72,15 +72,8 @@ class Scheme:
     requirement: str | None = None
 
     def check(self, spec: QuantSpec, columns: set[int]) -> None:
-        """Check before any work that a scheme can do what is asked.
-
-        Args:
-            spec: what is asked for.
-            columns: of all matrices.
-
-        Raises:
-            UserError: the scheme cannot do this, or its library is missing.
-        """
+        """Check before any work that a scheme can do what is asked of matrices with these
+        columns."""
         if spec.bits not in self.bits:
             possible = ", ".join(map(str, self.bits))
             raise UserError(f"scheme {self.name} cannot do {spec.bits} bits: it has {possible}")

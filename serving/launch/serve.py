@@ -93,11 +93,7 @@ def checkpoint_folder(named: Path | None) -> Path:
 
 
 def vllm_command(ckpt: Path, backend: str, port: int, arguments: Sequence[str]) -> list[str]:
-    """Return the command line of `vllm serve`; what the user adds comes last and wins.
-
-    Raises:
-        LaunchError: vLLM is not installed.
-    """
+    """Return the command line of `vllm serve`; what the user adds comes last and wins."""
     try:
         on_cpu = "cpu" in version("vllm")
     except PackageNotFoundError:
@@ -115,11 +111,7 @@ def vllm_command(ckpt: Path, backend: str, port: int, arguments: Sequence[str]) 
 
 
 async def run_until_signal(vllm: Service, gateway: Service, arguments: Sequence[str]) -> None:
-    """Run both until a signal comes or one of them fails; leave nothing running.
-
-    Raises:
-        LaunchError: which one ended, and why.
-    """
+    """Run both until a signal comes or one of them fails; leave nothing running."""
     with contextlib.closing(Progress()) as progress:
         running = asyncio.ensure_future(run(vllm, gateway, arguments, progress))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
