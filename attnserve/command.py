@@ -31,11 +31,7 @@ INTERRUPTED = 130
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path whose `~`, which may have been quoted, is a home folder's.
-
-    Raises:
-        UserError: there is no such user.
-    """
+    """Return a path whose `~`, which may have been quoted, is a home folder's."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -54,7 +50,6 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line."""
         others: list[str] = []
         if ctx.allow_extra_args and "--" in args:
             at = args.index("--")
@@ -207,7 +202,6 @@ def hint(error: TyperException, path: str, given: Sequence[str]) -> str:
 
 
 def fail(name: str, message: str, code: int) -> NoReturn:
-    """End with one line on standard error."""
     print(f"{name}: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -17,7 +17,7 @@ from quant import lm_eval_tasks, pool, store
 from quant.config import UNQUANTIZED, QuantConfig, Samples
 from quant.lm_eval_tasks import Harness
 from quant.measure import SweepTask, measure
-from quant.model import empty_model, linears
+from quant.model import columns, empty_model
 from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
 from quant.texts import Sources, sweep_texts
@@ -54,18 +54,11 @@ def plan(
 
 
 def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
-    """Check that every scheme can do its configs of a checkpoint.
-
-    Raises:
-        UserError, ValueError: one cannot, or there is no checkpoint.
-    """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
+    """Check that every scheme can do its configs of a checkpoint."""
     model = empty_model(folder)
     for config in configs:
         if config.scheme is not None:
-            layers = linears(model, config.lm_head).values()
-            get_scheme(config.scheme).check(config.spec, {layer.in_features for layer in layers})
+            get_scheme(config.scheme).check(config.spec, columns(model, config.lm_head))
 
 
 def affordable(jobs: int, folders: Sequence[Path]) -> int:
@@ -85,11 +78,7 @@ def prepare(jobs: int) -> None:
 
 
 def is_there(task: SweepTask) -> bool:
-    """Return whether a task's result is there already.
-
-    Raises:
-        UserError: the file holds a result of other weights, texts or samples.
-    """
+    """Return whether a task's result is there already."""
     if not task.path.exists():
         return False
     stored, key = store.read(task.path), task.key

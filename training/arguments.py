@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from attnserve.evaluation.arguments import text_file
 from attnserve.files import CHECKOUT
 
 EXAMPLE = '{"name": "lssar", "power": 3}'
@@ -41,9 +40,6 @@ def variant_name(text: str) -> str:
 Variant = Annotated[
     Any, Option(metavar="NAME", parser=variant_entry, help=f"A name, or JSON: '{EXAMPLE}'.")
 ]
-Data = Annotated[
-    list[Path],
-    Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
-]
+Data = Annotated[list[Path], Option(metavar="FILE", help="UTF-8 text files.", show_default=False)]
 Runs = Annotated[Path, Option(metavar="DIR", help="Folder of the training states.")]
 RUNS = CHECKOUT / "runs"

@@ -109,38 +109,24 @@ def search(descent: Descent, step: int, limit: float) -> Iterator[Point]:
 
 @dataclass(frozen=True)
 class Target:
-    """The smallest budgets that the search found for an allowed loss.
+    """The smallest budgets that the search found for an allowed loss."""
 
-    Attributes:
-        name: the reference's name, "+1 %" (perplexity over the unpruned model's) or "max-loss".
-        max_loss: nats per token on the judged sequences of the validation text.
-        budgets: one a layer; the whole length where even the unpruned model is above `max_loss`.
-        loss: with them, on the judged sequences.
-        reached: it is at most `max_loss`.
-    """
-
-    name: str
-    max_loss: float
+    name: str  # the reference's name, "+1 %" (perplexity over the unpruned model's) or "max-loss"
+    max_loss: float  # nats per token on the judged sequences of the validation text
+    # One a layer; the whole length where even the unpruned model is above `max_loss`.
     budgets: list[int]
-    loss: float
-    reached: bool
+    loss: float  # with them, on the judged sequences
+    reached: bool  # it is at most `max_loss`
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The model and its reference on the validation text.
+    """The model and its reference on the validation text."""
 
-    Attributes:
-        looked_at: the model on the sequences by which the search chooses.
-        judged: the model on more of them, by which a target counts as reached.
-        reference: the reference on the sequences of `judged`; None: there is none.
-        step: the search's.
-    """
-
-    looked_at: Measured
-    judged: Measured
-    reference: Measured | None
-    step: int
+    looked_at: Measured  # the model on the sequences by which the search chooses
+    judged: Measured  # the model on more of them, by which a target counts as reached
+    reference: Measured | None  # the reference on the sequences of `judged`; None: there is none
+    step: int  # the search's
 
     @property
     def unpruned(self) -> Estimate:

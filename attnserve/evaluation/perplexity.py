@@ -26,17 +26,14 @@ UNITS = ("token", "word", "byte")
 
 @dataclass(frozen=True)
 class Score:
-    """A model's likelihood of a text.
+    """A model's likelihood of a text."""
 
-    Attributes:
-        model, text: names for the table.
-        log_likelihood: sum over the tokens, natural logarithms.
-        tokens, words, bytes: the text's size; words are split by white space, bytes are UTF-8's.
-    """
-
+    # model, text: names for the table.
     model: str
     text: str
-    log_likelihood: float
+    log_likelihood: float  # sum over the tokens, natural logarithms
+    # tokens, words, bytes: the text's size; words are split by white space, bytes are
+    # UTF-8's.
     tokens: int
     words: int
     bytes: int
@@ -48,12 +45,10 @@ class Score:
 
     @property
     def per_word(self) -> float:
-        """Perplexity per word."""
         return math.exp(-self.log_likelihood / self.words)
 
     @property
     def per_byte(self) -> float:
-        """Perplexity per byte."""
         return math.exp(-self.log_likelihood / self.bytes)
 
     def json(self) -> dict[str, Any]:
@@ -99,24 +94,18 @@ def table(scores: Sequence[Score]) -> str:
 @dataclass(frozen=True)
 class Perplexity(Measure):
     """Perplexity per token, word and byte of the held-out books and of WikiText-2's test text, from
-    their beginnings, as training sees text: in sequences that each start anew.
-
-    Args:
-        sequences: of each text, of the training length.
-    """
+    their beginnings, as training sees text: in sequences that each start anew."""
 
     name: ClassVar[str] = "perplexity"
     counts: ClassVar[tuple[str, ...]] = ("sequences",)
 
-    sequences: int = 128
+    sequences: int = 128  # of each text, of the training length
 
     def files(self, data: Data) -> list[Path]:
-        """Return the two held-out books and WikiText-2's test text."""
         books = split(data.books)
         return [books.validation, books.test, data.sets / "wikitext2_test_raw.txt"]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         summary: dict[str, Estimate] = {}
         units: dict[str, Any] = {}
         for name, file in zip(TEXTS, self.files(data), strict=True):
@@ -129,11 +118,7 @@ class Perplexity(Measure):
 def losses_of(
     checkpoint: Checkpoint, scorer: Scorer, name: str, text: Text
 ) -> tuple[list[float], tuple[int, int, int]]:
-    """Return the losses of a text's sequences in nats, and the text's tokens, words and bytes.
-
-    Raises:
-        UserError: it has no words.
-    """
+    """Return the losses of a text's sequences in nats, and the text's tokens, words and bytes."""
     content = checkpoint.tokenizer.decode(text.tokens)
     if not content.split():
         raise UserError(f"{text.title} has no words: name another text")

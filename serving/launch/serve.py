@@ -74,11 +74,7 @@ def serve(
 
 
 def checkpoint_folder(named: Path | None) -> Path:
-    """Return the checkpoint to serve: the one named (`~` may be quoted), else the bundled one.
-
-    Raises:
-        UserError: it is none (nothing is downloaded), or there is no bundled one.
-    """
+    """Return the checkpoint to serve: the one named (`~` may be quoted), else the bundled one."""
     if named is not None:
         folder = expanded(named)
         if not (folder / "config.json").is_file():

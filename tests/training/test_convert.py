@@ -349,7 +349,7 @@ def test_refused_in_one_line(
         (["--variant", "softpik"], "did you mean 'softpick'"),
         (["--rope-theta", "0"], "0 is not a number above 0"),
         (["--positions", "-1"], "greater than or equal to 1"),
-        (["--data", "nowhere.txt"], "no file nowhere.txt"),
+        (["--steps", "1", "--data", "nowhere.txt"], "nowhere.txt is not there"),
     ],
 )
 def test_wrong_options(
