@@ -44,6 +44,10 @@ def train_tokenizer(
     from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
+    from attnserve.evaluation.texts import read
+
+    for file in files:
+        read(file)  # refuses what is no text
     smallest = 256 + len((BOS, EOS))
     if vocab_size < smallest:
         raise UserError(f"vocab_size must be at least {smallest}, not {vocab_size}")
