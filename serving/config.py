@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -58,6 +59,22 @@ def origin(value: str) -> str:
     return value
 
 
+def redis_url(value: SecretStr) -> SecretStr:
+    """Return the address of a Redis.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        parts = urlsplit(value.get_secret_value())
+        good = parts.port != 0 and bool(parts.hostname or parts.path)
+    except ValueError:
+        good = False
+    if not good or parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("must be an address like redis://127.0.0.1:6379")
+    return value
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a name or address is that of this machine to itself."""
     if host == "localhost" or host.endswith(".localhost"):
@@ -70,6 +87,7 @@ def is_loopback(host: str) -> bool:
 
 Url = Annotated[str, AfterValidator(server_url)]
 Origin = Annotated[str, AfterValidator(origin)]
+RedisUrl = Annotated[SecretStr, AfterValidator(redis_url)]
 
 EVERY = "*"
 """The name of a model entry that takes every model that no other entry names."""
@@ -325,6 +343,14 @@ class Config(Section):
 
     cors_origins: tuple[Origin, ...] = ()
     """Origins of web pages that may use the gateway from a browser; "*": any."""
+
+    redis: RedisUrl | None = None
+    """Redis or Valkey that has what keys have used, for several gateways with one budget:
+    redis://HOST:6379, rediss: (TLS) or unix:; needs a restart."""
+
+    redis_down: Literal["refuse", "local"] = "refuse"
+    """What becomes of requests of keys with limits while that is gone: 503, or each gateway holds
+    them to the limits by itself."""
 
     playground: bool = True
     """The web page at /playground. It has no rights of its own: it asks its user for a key."""
