@@ -191,6 +191,10 @@ class KeyEntry(Section):
 class Limits(Section):
     """What the gateway takes, and when it makes requests wait or turns them away."""
 
+    max_connections: int | None = Field(None, gt=0)
+    """Connections of clients at a time. None: half of the descriptors that the process may have
+    (`ulimit -n`), less 64."""
+
     max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
     """Largest request body; larger ones get 413."""
 
@@ -225,6 +229,10 @@ class Limits(Section):
 class Timeouts(Section):
     """Times in seconds."""
 
+    head: float = Field(10.0, gt=0)
+    """Longest time for a client to send a request's head, from its first byte or, if it is the
+    first, from the connection; then 408."""
+
     body: float = Field(30.0, gt=0)
     """Longest time for the client to send its request's body; then 408."""
 
@@ -235,7 +243,14 @@ class Timeouts(Section):
     """Longest wait for the next byte of an answer; without streaming, that is the whole of it."""
 
     total: float = Field(3600.0, gt=0)
-    """Longest time for one answer."""
+    """Longest time for one answer, also if the client does not read it."""
+
+    send: float = Field(60.0, gt=0)
+    """How long a client may read nothing of an answer that waits for it; then it is cut off."""
+
+    keep_alive: float = Field(75.0, gt=0)
+    """How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load
+    balancer 60 s), so that it is they who close it and none sends into one just being closed."""
 
     idle: float = Field(4.0, gt=0)
     """How long a connection to a server is kept: less than the server does (vLLM: 5 s), because a
