@@ -1,5 +1,7 @@
 """The gateway's configuration: from a YAML file, or from environment variables."""
 
+import contextlib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -32,14 +34,23 @@ def server_url(value: str) -> str:
     Raises:
         ValueError: it is none, or has a user, a query, a fragment or another path.
     """
+    if not re.fullmatch(r"[\x21-\x7e]+", value):  # urlsplit takes some of it out, and says nothing
+        raise ValueError("must not have spaces, nor what is not ASCII")
     parts = urlsplit(value)
-    extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
-    is_http = parts.scheme in ("http", "https") and parts.hostname
+    extra = parts.query or parts.fragment or "@" in parts.netloc
+    is_http = parts.scheme in ("http", "https") and is_host(parts.hostname or "")
     if not is_http or extra or parts.port == 0:  # port may raise, too
         raise ValueError("must be an address like http://127.0.0.1:8000")
     if parts.path.rstrip("/") not in ("", "/v1"):
         raise ValueError(f"must end after the port or after /v1, not with {parts.path}")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def is_host(name: str) -> bool:
+    """Return whether a name can be looked up: an IP address, or labels of 1 to 63 characters."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return len(name) <= 253 and bool(re.fullmatch(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?", name))
 
 
 Url = Annotated[str, AfterValidator(server_url)]
@@ -123,6 +134,9 @@ class Limits(Section):
 
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
+
+    max_answer_bytes: int = Field(128 * 1024 * 1024, gt=0)
+    """Largest answer of a server that is not streamed; for a larger one the client gets 502."""
 
     max_compare_tokens: int = Field(4096, gt=0)
     """Longest prompt and answer of /v1/compare together, in tokens."""
