@@ -301,6 +301,7 @@ class Connection(asyncio.Protocol):
         """End a connection on which something has come that cannot be used."""
         self.keep = False
         self._fail(error)
+        self._wake()  # also for an answer that was complete before that
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
