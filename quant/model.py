@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import hf_attn  # noqa: F401  registers the model classes
+from attnserve.evaluation.checkpoint import read_config
 from quant.schemes.hessian import inputs_of, layer_by_layer
 from quant.schemes.registry import Scheme
 from quant_kernels.weight import QuantizedWeight, QuantSpec
@@ -30,12 +31,15 @@ def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
     }
 
 
+def columns(model: nn.Module, lm_head: bool = False) -> set[int]:
+    """Return the columns that the matrices of `linears` have."""
+    return {layer.in_features for layer in linears(model, lm_head).values()}
+
+
 def empty_model(folder: Path) -> PreTrainedModel:
     """Return a checkpoint's model without its weights, for shapes."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder)
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder))
     return model
 
 
@@ -82,13 +86,8 @@ def put(layer: nn.Linear, quantized: QuantizedWeight) -> None:
 def stored_bytes(
     model: PreTrainedModel, quantized: Mapping[str, QuantizedWeight], item: int
 ) -> int:
-    """Return the bytes of all parameters: quantized ones packed, the others `item` bytes a number.
-
-    Args:
-        model: with the quantized weights in place.
-        quantized: by layer.
-        item: bytes of a number in the checkpoint.
-    """
+    """Return the bytes of all parameters of a model with quantized weights in place: these
+    packed, the others `item` bytes a number."""
     packed = {f"{name}.weight" for name in quantized}
     plain = sum(p.numel() for name, p in model.named_parameters() if name not in packed)
     return plain * item + sum(weight.packed_bytes for weight in quantized.values())

@@ -7,19 +7,13 @@ from typing import Annotated
 
 import typer
 
-from attnserve.evaluation.arguments import text_file
-
 OUT = Path("runs") / "quant"
 """Where the commands write and read results if no folder is named, in the current folder."""
 COLUMNS = "Columns of the weights that share a scale, or channel for a whole row."
 
 
 def columns(text: str | int) -> int | None:
-    """Return the columns of a group, None for `channel`.
-
-    Raises:
-        typer.BadParameter: it is neither.
-    """
+    """Return the columns of a group, None for `channel`."""
     if text == "channel":
         return None
     if not str(text).isdecimal() or int(text) < 1:
@@ -51,7 +45,6 @@ CalibrationText = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
-        parser=text_file,
         help="UTF-8 text to calibrate on. Default: the unquantized checkpoint writes it.",
     ),
 ]

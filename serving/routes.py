@@ -71,9 +71,11 @@ def make_routes(state: GatewayState, lifespan: Any) -> FastAPI:
     @app.get("/metrics")
     async def prometheus(request: Request) -> Response:
         """Return the gateway's metrics in Prometheus' text format."""
-        if state.config.protect_metrics:
+        if state.config.metrics_need_key:
             check_key(request)
-        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        pages = state.pages
+        page = pages.page() if pages else generate_latest(state.metrics.registry)
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     add_playground(app, state)
     describe_proxied(app)

@@ -7,9 +7,11 @@ import random
 import signal
 from pathlib import Path
 
+from serving.access import Access
 from serving.auth import Keys
 from serving.config import Config, ConfigError, load
 from serving.observability.metrics import Metrics
+from serving.observability.pages import MetricsPages
 from serving.upstream.replica import Replica
 from serving.upstream.router import Model, Router
 
@@ -22,9 +24,14 @@ RELOAD_SECONDS = 1.0
 class GatewayState:
     """The state behind the routes; an async context manager around what runs in the background."""
 
-    def __init__(self, config: Config, path: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, path: Path | None = None, metrics_file: Path | None = None
+    ) -> None:
+        """Begin with a configuration, the file that it is from, and where there are several
+        workers, the file for the metrics of this one."""
         self.path = path
         self.metrics = Metrics()
+        self.pages = MetricsPages(metrics_file, self.metrics.registry) if metrics_file else None
         self.router = Router()
         self.in_flight = 0
         self.replicas: dict[str, Replica] = {}
@@ -33,11 +40,18 @@ class GatewayState:
         self._health_checks: dict[Replica, asyncio.Task[None]] = {}
         self._signature = signature(path)
         self.config = config
+        self.bound = config.host
         self.apply(config)
 
     def apply(self, config: Config) -> None:
         """Use a configuration from now on: what it still names goes on as it is, replicas that it
-        does not name any more finish what they have."""
+        does not name any more finish what they have.
+
+        Raises:
+            ConfigError: it has no keys any more, and does not say that this is meant.
+        """
+        if self.keys and not config.keys and not config.open:
+            raise ConfigError("there are no keys any more; `open: true` lets every client in")
         old = self.replicas
         self.replicas = {}
         models = {}
@@ -52,6 +66,7 @@ class GatewayState:
         self.router.models = models
         self._update_models()
         self.keys = Keys(config.keys, self.keys)
+        self.access = Access(config, self.bound)
         self.config = config
         log.setLevel(config.logging.level.upper())
         for url in old.keys() - self.replicas.keys():
@@ -84,7 +99,9 @@ class GatewayState:
 
     async def __aenter__(self) -> "GatewayState":
         self._start_health_checks()
-        self._reloader = asyncio.create_task(self._reload_on_change())
+        self._tasks = [asyncio.create_task(self._reload_on_change())]
+        if self.pages is not None:
+            self._tasks.append(asyncio.create_task(self.pages.keep_writing()))
         if self.path is not None:
             with contextlib.suppress(ValueError, NotImplementedError):  # not in the main thread
                 loop = asyncio.get_running_loop()
@@ -92,12 +109,14 @@ class GatewayState:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [self._reloader, *self._health_checks.values()]
+        tasks = [*self._tasks, *self._health_checks.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for replica in self.replicas.values():
             replica.pool.close()
+        if self.pages is not None:
+            self.pages.write()
 
     def _start_health_checks(self) -> None:
         """Have one task check each replica of the configuration, and no other."""

@@ -31,9 +31,6 @@ def long_context(
         Literal["float32", "bfloat16", "float16"], Option(help="Of weights, activations and cache.")
     ] = "float32",
     csv: Annotated[Path, Option(help="The table.")] = CSV,
-    plot: Annotated[
-        Path | None, Option(metavar="PNG", help="Also draw what the table has.")
-    ] = None,
     texts: Texts = None,
     books: Books = None,
     as_json: AsJson = False,
@@ -59,9 +56,8 @@ def long_context(
         novels = split(books)
         texts = [novels.validation, novels.test]
     for checkpoint in chosen:
-        positions.measure(
-            positions.Job(checkpoint, tuple(texts or ()), length, windows, spacing, dtype, csv)
-        )
+        positions.measure(checkpoint, texts or (), csv, length=length, windows=windows,
+                          spacing=spacing, dtype=dtype)  # fmt: skip
     table = positions.read(csv)
     table = table[table["dtype"] == dtype] if len(table) else table
     if table.empty:
@@ -69,8 +65,6 @@ def long_context(
     names = [checkpoint.name for checkpoint in chosen] or list(table["model"].unique())
     table = table[table["model"].isin(names)]
     summary = positions.against(positions.octaves(table), "octave", names[0])
-    if plot:
-        positions.plot(table, names[0], plot)
     if as_json:
         print(json.dumps({"rows": json.loads(summary.round(5).to_json(orient="records"))}))
     else:

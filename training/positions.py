@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from attn_kernels import variant_from_config
@@ -22,28 +21,11 @@ from attnserve.evaluation.checkpoint import Checkpoint, read_config
 from attnserve.evaluation.scorers import Item
 from attnserve.evaluation.vllm_scorer import VLLMScorer
 from attnserve.files import write_text
-from attnserve.reports import save_figure
 from training.conversion import read_record, trained_length
 
 FIRST_BIN, WIDEST_BIN = 64, 2048
 KEYS = ["text", "start"]
 """Columns that tell one window from another."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A measurement of one checkpoint."""
-
-    checkpoint: Path
-    texts: tuple[Path, ...]
-    length: int
-    """Tokens of a window that are predicted."""
-    windows: int
-    """Number of windows in all; the texts take turns."""
-    spacing: int
-    """Tokens from a window's first to the next window's."""
-    dtype: str
-    csv: Path
 
 
 def edges(length: int) -> list[int]:
@@ -62,11 +44,7 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def describe(checkpoint: Path) -> dict[str, Any]:
-    """Return the columns that say which model a row is of.
-
-    Raises:
-        UserError: the folder holds no checkpoint.
-    """
+    """Return the columns that say which model a row is of."""
     config = read_config(checkpoint)
     variant = variant_from_config(config)
     made = read_record(checkpoint)
@@ -89,57 +67,60 @@ def read(csv: Path) -> pd.DataFrame:
     return pd.read_csv(csv, keep_default_na=False) if csv.exists() else pd.DataFrame()
 
 
-def measure(job: Job) -> None:
-    """Measure what the table lacks of one checkpoint.
-
-    Raises:
-        UserError: no checkpoint, no window in the texts, or another checkpoint's rows.
-    """
-    model = describe(job.checkpoint) | {"dtype": job.dtype}
-    old = read(job.csv)
+def measure(
+    folder: Path,
+    files: Sequence[Path],
+    csv: Path,
+    *,
+    length: int,
+    windows: int,
+    spacing: int,
+    dtype: str,
+) -> None:
+    """Measure what the table lacks of one checkpoint: windows of `length` predicted tokens, so many
+    in all, `spacing` tokens from the beginning of one to the next; the texts take turns."""
+    model = describe(folder) | {"dtype": dtype}
+    old = read(csv)
     if len(old):
-        old = old[(old["model"] == model["model"]) & (old["dtype"] == job.dtype)]
+        old = old[(old["model"] == model["model"]) & (old["dtype"] == dtype)]
         if (old["fingerprint"] != model["fingerprint"]).any():
             raise UserError(
-                f"{job.csv} has rows of another checkpoint called {model['model']}: rename one"
+                f"{csv} has rows of another checkpoint called {model['model']}: rename one"
             )
-    checkpoint = Checkpoint(job.checkpoint)
-    tokens = {file.name: checkpoint.encode(texts.read(file)) for file in job.texts}
+    checkpoint = Checkpoint(folder)
+    tokens = {file.name: checkpoint.encode(texts.read(file)) for file in files}
     starts = [
         (start, text)
         for text, content in tokens.items()
-        for start in range(0, len(content) - job.length + 1, job.spacing)
+        for start in range(0, len(content) - length + 1, spacing)
     ]
     if not starts:
-        raise UserError(f"no text has {job.length} tokens: name longer ones or less --length")
-    windows = sorted(starts, key=lambda place: place[0])[: job.windows]
+        raise UserError(f"no text has {length} tokens: name longer ones or less --length")
+    chosen = sorted(starts, key=lambda place: place[0])[:windows]
     have = old.groupby(KEYS)["seen_to"].max().to_dict() if len(old) else {}
-    missing = [(t, start) for start, t in windows if have.get((t, start), 0) < job.length]
+    missing = [(t, start) for start, t in chosen if have.get((t, start), 0) < length]
     if not missing:
         return
-    with closing(VLLMScorer(job.checkpoint, job.length + 1, job.dtype, quiet=True)) as scorer:
-        for text, start in tqdm(missing, desc=job.checkpoint.name, unit="window"):
-            window = tokens[text][start : start + job.length]
+    with closing(VLLMScorer(folder, length + 1, dtype, quiet=True)) as scorer:
+        for text, start in tqdm(missing, desc=folder.name, unit="window"):
+            window = tokens[text][start : start + length]
             (scored,) = scorer.score([Item([checkpoint.bos], window)], text)
             losses = -scored.logprobs
             place = {"text": text, "start": start}
             rows = [
                 {**model, **place, "seen_from": a + 1, "seen_to": b, "loss": losses[a:b].mean()}
-                for a, b in pairwise(edges(job.length))
+                for a, b in pairwise(edges(length))
                 if a >= have.get((text, start), 0)
             ]
             about = machine.described()
             del about["load_average"]
-            table = pd.concat([read(job.csv), pd.DataFrame([row | about for row in rows])])
-            write_text(job.csv, table.to_csv(index=False, lineterminator="\n"))
+            table = pd.concat([read(csv), pd.DataFrame([row | about for row in rows])])
+            write_text(csv, table.to_csv(index=False, lineterminator="\n"))
 
 
 def octaves(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean loss of every model, window and doubling of the position.
-
-    Returns:
-        `model, octave, *KEYS, loss`; `octave` is the greatest number of tokens seen before.
-    """
+    """Return the mean loss of every model, window and doubling of the position: `model, octave,
+    *KEYS, loss`; `octave` is the greatest number of tokens seen before."""
     rows = table.assign(
         tokens=table["seen_to"] - table["seen_from"] + 1,
         octave=2 ** np.ceil(np.log2(table["seen_to"])).astype(int),
@@ -150,12 +131,13 @@ def octaves(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def against(rows: pd.DataFrame, place: str, baseline: str) -> pd.DataFrame:
-    """Return mean loss and its change from the baseline's, with standard errors over windows.
+    """Return mean loss and its change from the baseline's in the windows that both have read, with
+    standard errors over windows.
 
     Args:
         rows: `model, place, *KEYS, loss`.
         place: the column that says where in a window.
-        baseline: the model that all are compared with, in the windows that both have read.
+        baseline: the model that all are compared with.
 
     Returns:
         `model, place, windows, loss, loss_error, change, change_error`.
@@ -190,25 +172,3 @@ def text_table(summary: pd.DataFrame, baseline: str) -> str:
         for row in summary.itertuples()
     ]
     return pd.DataFrame(lines).to_string(index=False)
-
-
-def plot(table: pd.DataFrame, baseline: str, path: Path) -> None:
-    """Draw loss by position, and its difference to the baseline's; bands are standard errors."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    absolute, relative = figure.subplots(1, 2)
-    rows = table.assign(middle=(table["seen_from"] + table["seen_to"]) / 2)
-    summary = against(rows[["model", "middle", *KEYS, "loss"]], "middle", baseline)
-    for model, line in summary.sort_values("middle").groupby("model", sort=False):
-        for axes, name in ((absolute, "loss"), (relative, "change")):
-            x, y, error = line["middle"], line[name], line[f"{name}_error"]
-            axes.plot(x, y, marker=".", label=model)
-            axes.fill_between(x, y - error, y + error, alpha=0.2)
-    for axes, label in ((absolute, "nats per token"), (relative, f"nats more than {baseline}")):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens seen before")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        for length in table["train_length"].unique():
-            axes.axvline(length, color="gray", linestyle=":")
-    absolute.legend(fontsize="small")
-    save_figure(figure, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from attnserve.files import replacing
 from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches
 from training.memory_loss import memory_share
+from training.recipe import FineTuning, TrainingRecipe
 
 STATE = "state.pt"
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -26,13 +27,10 @@ def loss_function(
     model: VariantLlamaForCausalLM, precision: str, compiled: bool = False, memory: bool = False
 ) -> Loss:
     """Return a function of inputs and targets, `[batch, context]` each, that gives the mean cross
-    entropy in nats, and `memory_share` or None.
+    entropy in nats, and `memory_share` (of a stateful variant, if asked for) or None.
 
-    Args:
-        model: a causal language model.
-        precision: "fp32", or "bf16" to run matrix products outside attention in bfloat16.
-        compiled: compile it, which fuses attention's elementwise operations.
-        memory: give the share of memory too; for a stateful variant.
+    "bf16" runs matrix products outside attention in bfloat16. Compiling fuses attention's
+    elementwise operations.
     """
 
     def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -46,40 +44,18 @@ def loss_function(
     return torch.compile(loss, dynamic=False) if compiled else loss
 
 
-class Schedule(Protocol):
-    """The number of steps, and how large each may be."""
-
-    @property
-    def steps(self) -> int:
-        """Steps in all."""
-
-    @property
-    def clip(self) -> float:
-        """Largest norm of the gradient."""
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return a step's learning rate."""
-
-
 class Resumable:
-    """A training in a folder.
+    """A training in a folder: it goes on from the state, `state.pt`, if there is one.
 
     Args:
-        folder: holds `state.pt`; made if absent. If it holds a state, the training goes on from it.
         identity: what a continued training must have in common with the first.
-        schedule: of the steps.
-        batches: inputs and targets of each step.
         trained: the parameters to train, by name.
-        optimizer: of these.
         defaults: the identity's entries that an older state lacks.
 
     Attributes:
         losses: mean cross entropy of every step so far, in nats per token.
         memory: `memory_share` of every step, if it is trained on.
         seconds: time of the steps.
-
-    Raises:
-        UserError: the folder holds another training.
     """
 
     memory_loss = 0.0
@@ -89,7 +65,7 @@ class Resumable:
         self,
         folder: Path,
         identity: Mapping[str, Any],
-        schedule: Schedule,
+        schedule: TrainingRecipe | FineTuning,
         batches: Batches,
         trained: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
@@ -139,13 +115,7 @@ class Resumable:
             torch.save(state, temporary)
 
     def take_steps(self, loss_of: Loss, is_due: Callable[[], bool], quiet: bool = False) -> None:
-        """Take the remaining steps.
-
-        Args:
-            loss_of: what `loss_function` gives.
-            is_due: whether to save the state after a step; after the last it is saved anyway.
-            quiet: no progress bar.
-        """
+        """Take the remaining steps; save the state where it `is_due`, and after the last."""
         steps = self.schedule.steps
         started = time.monotonic() - self.seconds
         with tqdm(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.evaluation.tiled import project
+from attnserve.files import Journal
 from hf_attn import VariantLlamaForCausalLM
 
 Budgets = tuple[int, ...]
@@ -33,15 +31,7 @@ BATCH = 8
 
 
 class Forward:
-    """A model in float32.
-
-    Args:
-        checkpoint: of a prunable variant, or of softmax.
-        seed: of random eviction.
-
-    Raises:
-        UserError: the checkpoint is another model.
-    """
+    """A model in float32, of a prunable variant or of softmax; `seed` is of random eviction."""
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
         config = checkpoint.config
@@ -62,11 +52,8 @@ class Forward:
 
     @torch.no_grad()
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what the first layer reads, `[sequences, n, hidden_size]`.
-
-        Args:
-            inputs: token ids `[sequences, n]`.
-        """
+        """Return what the first layer reads of token ids `[sequences, n]`: `[sequences, n,
+        hidden_size]`."""
         embedded: Tensor = self.model.model.embed_tokens(inputs)
         return embedded
 
@@ -87,12 +74,8 @@ class Forward:
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, targets: Tensor) -> Losses:
-        """Return each sequence's loss.
-
-        Args:
-            hidden: what the last layer gives, `[sequences, n, hidden_size]`.
-            targets: token ids `[sequences, n]`.
-        """
+        """Return each sequence's loss, from what the last layer gives, `[sequences, n,
+        hidden_size]`, and the token ids `[sequences, n]` to predict."""
         found: Losses = []
         for start, part in self._batches(hidden):
             logits = self.model.lm_head(self.model.model.norm(part))
@@ -145,33 +128,16 @@ class Forward:
 
 
 class Measured:
-    """A model on a text: losses by rule of eviction and budgets, one line of a file each.
+    """A model on a text: losses by rule of eviction and budgets, each of which is kept.
 
-    The file is whole after a kill at any moment.
-
-    Args:
-        forward: the model.
-        text: the sequences.
-        folder: of the file, whose name has a hash of checkpoint and text, so that others' are
-            never mixed.
-    """
+    They are in a journal in `folder`, whose name tells checkpoint and text, so that others' are
+    never mixed."""
 
     def __init__(self, forward: Forward, text: Text, folder: Path) -> None:
         self.forward, self.text, self.checkpoint = forward, text, forward.checkpoint
-        key = hashlib.sha256(f"{self.checkpoint.digest}{fingerprint([text])}".encode())
-        title = text.title.replace(" ", "_")
-        name = f"{self.checkpoint.name}-{title}-{key.hexdigest()[:12]}.jsonl"
-        self.path = folder / name
-        self._found: dict[tuple[str, Budgets], Losses] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:  # killed while writing the last line
-                os.truncate(self.path, len(whole))
-            for line in whole.splitlines():
-                entry = json.loads(line)
-                self._found[entry["rule"], tuple(entry["budgets"])] = entry["losses"]
+        key = {"checkpoint": self.checkpoint.digest, "text": fingerprint([text])}
+        names = (self.checkpoint.name, text.title.replace(" ", "_"), *key.values())
+        self.journal = Journal(folder / f"{'-'.join(names)}.jsonl", key)
 
     @property
     def full(self) -> Budgets:
@@ -181,21 +147,11 @@ class Measured:
     def losses(
         self, rule: str, budgets: Budgets, measure: Callable[[], Losses] | None = None
     ) -> Losses:
-        """Return each sequence's loss with these budgets.
-
-        Args:
-            rule: of eviction; "none" keeps everything.
-            budgets: one a layer.
-            measure: how to measure it, if there is a shorter way than a whole forward pass.
-        """
-        rule_key = f"random {self.forward.seed}" if rule == "random" else rule
-        key = rule_key, budgets
-        if key not in self._found:
-            losses = measure() if measure else self.forward(self.text, budgets, rule)
-            entry = {"rule": rule_key, "budgets": budgets, "losses": losses}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self._found[key] = losses
-        return self._found[key]
+        """Return each sequence's loss with these budgets, one a layer; the rule "none" keeps
+        everything. `measure` measures it where there is a shorter way than a whole forward pass."""
+        seed = [self.forward.seed] if rule == "random" else []
+        found: Losses = self.journal.get(
+            " ".join(map(str, (rule, *seed, budgets))),
+            measure or (lambda: self.forward(self.text, budgets, rule)),
+        )
+        return found

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("novels.tsv")
 GITENBERG = "https://raw.githubusercontent.com/GITenberg"
-GUTENBERG = "https://www.gutenberg.org"
 TIMEOUT_S = 60.0
 TRIES = 4
 PAUSE_S = 2.0
@@ -28,24 +27,18 @@ checkpoints were trained without them."""
 
 
 class Novel(NamedTuple):
-    """One row of novels.tsv.
+    """One row of novels.tsv."""
 
-    Attributes:
-        file: name of the cleaned text.
-        id: Project Gutenberg's number of the e-book.
-        author, title: of the novel.
-        repository, commit, path: the edition that was used, as GITenberg keeps it on GitHub.
-        sha256: of the cleaned text.
-    """
-
-    file: str
-    id: int
+    file: str  # name of the cleaned text
+    id: int  # Project Gutenberg's number of the e-book
+    # author, title: of the novel.
     author: str
     title: str
+    # repository, commit, path: the edition that was used, as GITenberg keeps it on GitHub.
     repository: str
     commit: str
     path: str
-    sha256: str
+    sha256: str  # of the cleaned text
 
 
 def novels() -> list[Novel]:
@@ -55,14 +48,9 @@ def novels() -> list[Novel]:
         return [Novel(id=int(row.pop("id")), **row) for row in rows]
 
 
-def used_edition(novel: Novel, server: str = GITENBERG) -> str:
+def url_of(novel: Novel, server: str = GITENBERG) -> str:
     """Return the URL of the very bytes that the reference checkpoints' text was made of."""
     return f"{server}/{novel.repository}_{novel.id}/{novel.commit}/{novel.path}"
-
-
-def newest_edition(novel: Novel, server: str = GUTENBERG) -> str:
-    """Return the URL of Project Gutenberg's own file, which it revises now and then."""
-    return f"{server}/cache/epub/{novel.id}/pg{novel.id}.txt"
 
 
 def download(url: str) -> bytes:
@@ -85,12 +73,9 @@ def download(url: str) -> bytes:
 
 
 def clean(edition: bytes) -> str:
-    """Return an e-book's text, a paragraph a line with a blank line between: without the licence,
-    the editors' notes and the line breaks inside paragraphs.
-
-    Args:
-        edition: the plain text file, in UTF-8 or, as old ones, in Latin-1.
-    """
+    """Return the text of an e-book's plain text file, UTF-8 or, as old ones, Latin-1: a
+    paragraph a line with a blank line between, without the licence, the editors' notes and the
+    line breaks inside paragraphs."""
     try:
         text = edition.decode("utf-8-sig")
     except UnicodeDecodeError:

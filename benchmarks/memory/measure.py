@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -12,15 +12,9 @@ import numpy as np
 import torch
 
 from attn_kernels import get_variant
-from benchmarks.checkpoints import (
-    ServerCase,
-    config_of,
-    pruned_bytes,
-    token_bytes,
-    weight_bytes,
-)
-from benchmarks.servers import Server, ServerOptions, started, while_alive
-from benchmarks.watch import metrics, processes, rss, watch
+from benchmarks.checkpoints import ServerCase, config_of, pruned_bytes, token_bytes, weight_bytes
+from benchmarks.options import RequestOptions, ServerOptions
+from benchmarks.servers import Server, started, watch, while_alive
 
 BLOCK_SIZE = 128
 """Tokens of vLLM's blocks on a CPU."""
@@ -35,21 +29,7 @@ QUANTITIES = {
 """What is predicted and measured, and how people call it."""
 
 
-@dataclass(frozen=True)
-class RequestShape:
-    """The random requests that are sent: tokens of their prompts and answers, and their seed."""
-
-    prompt_len: int
-    new_tokens: int
-    seed: int = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and answer."""
-        return self.prompt_len + self.new_tokens
-
-
-def predict(case: ServerCase, requests: RequestShape, options: ServerOptions) -> dict[str, float]:
+def predict(case: ServerCase, requests: RequestOptions, options: ServerOptions) -> dict[str, float]:
     """Return all quantities of `QUANTITIES`.
 
     A request takes whole blocks in every layer, or one KV page of fixed size within budgets. Per
@@ -86,18 +66,14 @@ def requests_of(predicted: dict[str, float]) -> int:
 
 
 async def taken_by(server: Server) -> tuple[dict[str, int], int]:
-    """Return what the worker says of its memory, and how many blocks its cache has.
-
-    Raises:
-        LaunchError: it does not say.
-    """
+    """Return what the worker says of its memory, and how many blocks its cache has."""
     url = f"{server.service.url}/collective_rpc"
     server.signal(signal.SIGCONT)
     try:
         async with aiohttp.ClientSession(raise_for_status=True) as session:
             async with session.post(url, json={"method": "memory_taken"}) as answer:
                 taken: dict[str, int] = (await answer.json())["results"][0]
-            found = re.search(r'num_gpu_blocks="(\d+)"', await metrics(session, server))
+            found = re.search(r'num_gpu_blocks="(\d+)"', await server.metrics(session))
     except aiohttp.ClientError as error:
         raise server.service.failed(f"does not tell its memory ({error})") from error
     assert found is not None
@@ -105,19 +81,15 @@ async def taken_by(server: Server) -> tuple[dict[str, int], int]:
 
 
 async def measure(
-    case: ServerCase, requests: RequestShape, options: ServerOptions
+    case: ServerCase, requests: RequestOptions, options: ServerOptions, vllm_args: Sequence[str]
 ) -> dict[str, Any]:
-    """Start a case's server and measure what was predicted, with the same names, and more.
-
-    Raises:
-        LaunchError: it does not start, or ends.
-    """
+    """Start a case's server and measure what was predicted, with the same names, and more."""
     sent = requests_of(predict(case, requests, options))
     # With the worker's own measurements; nothing but the KV cache limits how many requests run.
     server = Server(
         case.name, case.ckpt, options, *case.arguments(), f"--max-model-len={requests.length}",
         f"--max-num-seqs={sent}", "--no-enable-prefix-caching", "--load-format=measured",
-        "--worker-extension-cls=benchmarks.memory.worker.Memory",
+        "--worker-extension-cls=benchmarks.memory.worker.Memory", *vllm_args,
     )  # fmt: skip
     # For /collective_rpc; and else it reads all steps that wait for it before it answers /metrics.
     server.environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "1"}
@@ -128,8 +100,8 @@ async def measure(
     async def work() -> dict[str, Any]:
         await server.generate(prompts[:1], 4)
         taken, blocks = await taken_by(server)
-        idle = rss(server)
-        pss = sum(process.memory_full_info().pss for process in processes(server))
+        idle = server.rss()
+        pss = sum(process.memory_full_info().pss for process in server.processes())
         _, alone = await watch(server, server.generate(prompts[:1], requests.new_tokens))
         _, full = await watch(server, server.generate(prompts, requests.new_tokens))
         taken_blocks = round(max(alone.usage) * (blocks - 1))  # one block is vLLM's own

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -21,8 +22,8 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.checkpoints import ServerCase
-from benchmarks.servers import MODEL, Server, free_port, while_alive
-from benchmarks.watch import watch
+from benchmarks.options import RequestOptions
+from benchmarks.servers import MODEL, Server, free_port, watch, while_alive
 from serving.launch.process import HOST, LaunchError, Service
 
 Floats = NDArray[np.float64]
@@ -62,59 +63,34 @@ LEVELS = (Level("interactive", 500, 30), Level("server", 2000, 100))
 
 
 def level(text: str) -> Level:
-    """Read `NAME=ttft_ms:tpot_ms`.
-
-    Raises:
-        typer.BadParameter: it is not like that.
-    """
-    name, _, limits = text.partition("=")
-    ttft, _, tpot = limits.partition(":")
-    try:
-        found = Level(name, float(ttft), float(tpot))
-    except ValueError:
-        found = Level("", 0, 0)
-    if not name.isidentifier() or not (found.ttft_ms > 0 and found.tpot_ms > 0):
+    """Read `NAME=ttft_ms:tpot_ms`."""
+    found = re.fullmatch(r"([A-Za-z]\w*)=(\d+\.?\d*):(\d+\.?\d*)", text)
+    if found is None or not (float(found[2]) > 0 and float(found[3]) > 0):
         raise typer.BadParameter(f"{text!r} is not like interactive=500:30 (ms)")
-    return found
+    return Level(found[1], float(found[2]), float(found[3]))
 
 
 @dataclass(frozen=True)
 class LoadClient:
-    """What `vllm bench serve` sends: random prompts.
+    """What `vllm bench serve` sends: so many random requests, with a folder for its results and its
+    log. With `sample` the server's metrics are asked, too, how many run."""
 
-    Attributes:
-        requests: how many.
-        prompt_len, new_tokens: tokens of each prompt and answer.
-        folder: for its results and its log.
-        sample: also ask the server's metrics how many requests run.
-    """
-
+    shape: RequestOptions
     requests: int
-    prompt_len: int
-    new_tokens: int
     folder: Path
     sample: bool = False
 
     async def send(self, server: Server, url: str, load: Load, seed: int, name: str) -> LoadResult:
-        """Send requests to `url`, and return their latencies.
-
-        Args:
-            server: behind the URL; its checkpoint has the tokenizer.
-            url: of the server, or of a gateway before it.
-            load: how they arrive.
-            seed: of prompts and times.
-            name: of the result's file.
-
-        Raises:
-            LaunchError: the server or the client ended, or a request failed.
-        """
+        """Send requests to `url`, the server or a gateway before it, and return their latencies.
+        The seed is that of prompts and times; the result's file gets the name."""
         result = self.folder / f"{name}.json"
         command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve"]
         command += ["--backend=openai", f"--base-url={url}", "--endpoint=/v1/completions"]
         command += [f"--model={MODEL}", f"--tokenizer={server.ckpt}", "--dataset-name=random"]
-        command += [f"--random-input-len={self.prompt_len}", "--temperature=0", "--ignore-eos"]
-        command += [f"--random-output-len={self.new_tokens}", f"--num-prompts={self.requests}"]
-        command += [f"--request-rate={load.rate:g}", f"--seed={seed}", "--disable-tqdm"]
+        command += [f"--num-prompts={self.requests}", f"--seed={seed}", "--temperature=0"]
+        command += [f"--random-input-len={self.shape.prompt_len}", "--ignore-eos"]
+        command += [f"--random-output-len={self.shape.new_tokens}", "--disable-tqdm"]
+        command += [f"--request-rate={load.rate:g}"]
         command += [f"--max-concurrency={load.concurrency}"] * bool(load.concurrency)
         command += ["--save-result", "--save-detailed"]
         command += [f"--result-dir={result.parent}", f"--result-filename={result.name}"]
@@ -204,11 +180,7 @@ class Subject:
 
 
 def read(path: Path) -> LoadResult:
-    """Read what `vllm bench serve --save-result --save-detailed` has written.
-
-    Raises:
-        LaunchError: it has written nothing, or a request failed.
-    """
+    """Read what `vllm bench serve --save-result --save-detailed` has written."""
     try:
         found = json.loads(path.read_text())
     except OSError as error:
@@ -227,13 +199,8 @@ def read(path: Path) -> LoadResult:
 
 def together(rounds: Sequence[LoadResult]) -> LoadResult:
     """Return all rounds as one, one after another."""
-    samples = ("ttft", "tpot", "itl")
-    ttft, tpot, itl = (np.concatenate([getattr(r, name) for r in rounds]) for name in samples)
-    return LoadResult(
-        sum(each.seconds for each in rounds),
-        sum(each.tokens for each in rounds),
-        ttft,
-        tpot,
-        itl,
-        max((each.running for each in rounds if each.running is not None), default=None),
-    )
+    names = ("ttft", "tpot", "itl")
+    ttft, tpot, itl = (np.concatenate([getattr(r, name) for r in rounds]) for name in names)
+    running = max((each.running for each in rounds if each.running is not None), default=None)
+    seconds, tokens = sum(each.seconds for each in rounds), sum(each.tokens for each in rounds)
+    return LoadResult(seconds, tokens, ttft, tpot, itl, running)

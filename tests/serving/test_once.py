@@ -13,7 +13,7 @@ import pytest
 from serving.upstream.http import Connection, ConnectionPool
 from tests.serving.helpers import HttpAnswer, ask, error_of, open_request, running
 from tests.serving.scripted import BODY, OK, Next, listening
-from tests.serving.standin import StandIn, standin, wait_for
+from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 
 
 @pytest.fixture
@@ -147,7 +147,8 @@ def test_request_that_kills_servers_gets_two_of_them_at_most(
     with running(*(s.url for s in three), routing=routing) as gateway:
         client = open_request(gateway.url, {**BODY, "stream": stream})
         for victim in three[:killed]:
-            wait_for(lambda v=victim: v.running == 1, "it runs")
+            wait_for_value(lambda: sum(s.running for s in three), 1, "it runs")
+            assert victim.running == 1
             victim.kill()
         answer = HttpAnswer(client.getresponse())
         assert (answer.status, error_of(answer)["code"]) == (502, "upstream_broken")

@@ -85,16 +85,43 @@ def test_silent_upstream_times_out() -> None:
     assert (answer.status, error_of(answer)["code"]) == (504, "upstream_timeout")
 
 
-@pytest.mark.parametrize("body", [b"Internal Server Error", b'{"detail": "x"}', b"\xff", b""])
-def test_error_bodies_of_any_kind_get_openais_shape(body: bytes) -> None:
+VALIDATION = b'{"detail": [{"loc": ["body", "input"], "msg": "Field required", "type": "missing"}]}'
+EMBEDDINGS = b'{"detail": "Not Found"}'
+"""What vLLM answers to /v1/embeddings where the model cannot."""
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "kind", "param"),
+    [
+        (b"Bad Request", "Bad Request", "invalid_request_error", None),
+        (b"\xff", "\ufffd", "invalid_request_error", None),
+        (b"", "Bad Request", "invalid_request_error", None),
+        (b"x" * 100_000, "x" * 4096, "invalid_request_error", None),
+        (EMBEDDINGS, "Not Found", "invalid_request_error", None),
+        (VALIDATION, "Field required", "invalid_request_error", "input"),
+        (b'{"error": {"message": "a", "type": "T", "code": 400}}', "a", "T", None),
+        (b'{"object": "error", "message": "a", "type": "T", "code": 400}', "a", "T", None),
+        (b'{"error": "a", "error_type": "T"}', "a", "invalid_request_error", None),
+        (b'{"message": "a"}', "a", "invalid_request_error", None),
+        (b'{"error": {"message": 7}}', '{"error": {"message": 7}}', "invalid_request_error", None),
+        (b'{"detail": []}', '{"detail": []}', "invalid_request_error", None),
+        (b'{"detail": [[]]}', '{"detail": [[]]}', "invalid_request_error", None),
+        (b"[" * 2000, "[" * 2000, "invalid_request_error", None),
+    ],
+)
+def test_error_bodies_of_any_kind_get_openais_shape(
+    body: bytes, message: str, kind: str, param: str | None
+) -> None:
     async def fail(
         following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await following()
-        writer.write(b"HTTP/1.1 500 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        writer.write(b"HTTP/1.1 400 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
 
     (answer,) = through_gateway(fail, 0)
-    assert (answer.status, error_of(answer)["type"]) == (500, "server_error")
+    error = error_of(answer)
+    assert (answer.status, error["message"], error["type"]) == (400, message, kind)
+    assert (error["param"], error["code"]) == (param, None)
 
 
 def test_no_upstream() -> None:
