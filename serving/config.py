@@ -36,9 +36,10 @@ def server_url(value: str) -> str:
     """
     try:
         parts = urlsplit(value)
-        extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
-        good = parts.scheme in ("http", "https") and parts.hostname and not extra
-        good = good and parts.port != 0
+        extra = parts.query or parts.fragment or "@" in parts.netloc
+        good = parts.scheme in ("http", "https") and is_host(parts.hostname or "") and not extra
+        # urlsplit takes spaces and line ends out, and does not say so.
+        good = good and parts.port != 0 and bool(re.fullmatch(r"[\x21-\x7e]+", value))
     except ValueError:  # its text has parts of the address, which may be secret
         good = False
     if not good:
@@ -46,6 +47,14 @@ def server_url(value: str) -> str:
     if parts.path.rstrip("/") not in ("", "/v1"):
         raise ValueError("must end after the port or after /v1, not with another path")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def is_host(name: str) -> bool:
+    """Return whether a name can be looked up: an IP address, or labels of 1 to 63 characters."""
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return len(name) <= 253 and bool(re.fullmatch(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?", name))
 
 
 def origin(value: str) -> str:
@@ -200,6 +209,9 @@ class Limits(Section):
 
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
+
+    max_answer_bytes: int = Field(128 * 1024 * 1024, gt=0)
+    """Largest answer of a server that is not streamed; for a larger one the client gets 502."""
 
     max_compare_tokens: int = Field(4096, gt=0)
     """Longest prompt and answer of /v1/compare together, in tokens."""
