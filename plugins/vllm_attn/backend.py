@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.platforms import current_platform
@@ -97,16 +97,10 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, kv_cache_spec: AttentionSpec, *others: Any, **named: Any) -> None:
+        super().__init__(kv_cache_spec, *others, **named)
         if isinstance(kv_cache_spec, PageSpec):
-            pruned.announce(vllm_config, kv_cache_spec)
+            pruned.announce(self.vllm_config, kv_cache_spec)
 
     def build(
         self,

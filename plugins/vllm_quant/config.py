@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from quant_kernels.library import load
+from quant_kernels.ops import load
 from quant_kernels.panels import CHUNK
 from vllm_attn.patches import check_every_load
 from vllm_attn.report import StartupError
