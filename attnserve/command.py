@@ -5,8 +5,6 @@ function imports what it needs. It raises `UserError` for what it refuses. Its d
 help: paragraphs that are indented stay as they are, and what follows a form feed is left out.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

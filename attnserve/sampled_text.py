@@ -6,8 +6,6 @@ how well it models a language; divergence and agreement of a changed model mean 
 any other text. An end-of-text token is kept and the text goes on after it, as training text does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Write a checkpoint with packed weights, in compressed-tensors' formats."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 lm-eval is not in the lock (`pip install -e '.[lm-eval]'`): it is imported where it is asked for.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -6,8 +6,6 @@ with only that layer quantized, as if divergences added up; what a choice of bit
 measured afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

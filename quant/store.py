@@ -1,7 +1,5 @@
 """Results as files: a JSON file for each config, `FOLDER/configs/CHECKPOINT/CONFIG.json`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

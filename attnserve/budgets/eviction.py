@@ -5,8 +5,6 @@ holds `budget` tokens throws one out. Here that is a mask: `[batch, 1 or num_hea
 where query i still has token j.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

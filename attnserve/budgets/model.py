@@ -1,7 +1,5 @@
 """A model whose layers keep a budget of tokens, and its losses, each of which is measured once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

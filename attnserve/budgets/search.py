@@ -7,8 +7,6 @@ of a long context is free. And at the limit it is halved until no layer can give
 So searches with several limits have all but their ends in common.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The novels as Project Gutenberg's e-books: where they are, and their text without the rest."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import re

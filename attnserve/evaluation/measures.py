@@ -1,7 +1,5 @@
 """What a measure is, and the texts that it reads."""
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

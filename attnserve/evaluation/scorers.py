@@ -1,7 +1,5 @@
 """The one question that measures ask a model: how likely is this text after that one?"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Texts that a model reads: files, or what a checkpoint writes itself, cut into sequences."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ over. Here the same model attends tile by tile, each against the keys up to its 
 twentieth of the memory at 8192 tokens, and faster, since a tile stays in the processor's cache.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

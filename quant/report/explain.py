@@ -1,7 +1,5 @@
 """Do outliers explain which checkpoint loses most? Rank correlation over checkpoints."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

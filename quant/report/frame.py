@@ -1,7 +1,5 @@
 """Results as tables: one row a config."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

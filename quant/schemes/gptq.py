@@ -5,8 +5,6 @@ still to come, as the layer's inputs X tell: with `H = 2 X X^T` and U the upper 
 its inverse, `w_k -= (w_j - q_j) / U_jj * U_jk` for k > j.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

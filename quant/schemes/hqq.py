@@ -9,8 +9,6 @@ proximal step of the p-norm, `e = shrink(w - w_r)` with
 Errors are in steps here, so that the result does not depend on the weights' unit.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

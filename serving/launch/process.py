@@ -4,8 +4,6 @@ Ctrl-C reaches only the launcher, which then ends the groups of its servers, vLL
 included. A guard does the same where the launcher can not, because it was killed itself.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -3,8 +3,6 @@
 On a terminal the present phase is one line that moves; elsewhere each phase is a line of its own.
 """
 
-from __future__ import annotations
-
 import time
 
 from rich.console import Console
