@@ -164,11 +164,9 @@ def set_files(sets: Path) -> list[Path]:
     """Return the files of the evaluation sets."""
     data = Data(evaluation=sets)
     files = [sets / WIKITEXT, *Blimp().files(data), *Lambada().files(data)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is not there: name its folder with --eval, or leave it out")
+    missing = [file for file in files if not file.is_file()]
     if len(files) < 3:
-        raise UserError(
-            f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out"
-        )
+        missing.append(sets / "blimp" / "*.jsonl")
+    if missing:
+        raise UserError(f"{missing[0]} is not there: name its folder with --eval, or leave it out")
     return files
