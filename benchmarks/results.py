@@ -50,21 +50,31 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return text if len(frame) else "nothing was measured"
 
 
+Point = tuple[str, str, str, float | None]
+"""Of a plot: its panel, its place along the axis, its line or bar, and its value."""
+
+
 def draw(
-    path: Path, title: str, panels: Mapping[str, pd.DataFrame], *, across: int = 0, **settings: Any
+    path: Path, title: str, points: Iterable[Point], *, across: int = 0, **settings: Any
 ) -> None:
-    """Write a PNG with a panel for each frame, `across` side by side (0: all): a line or bars a
-    column, along the frame's index. Settings are those of `DataFrame.plot`."""
+    """Write a PNG of points, if there are any, with panels `across` side by side (0: all). Settings
+    are those of `DataFrame.plot`."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
+    names = ["panel", "place", "line", "value"]
+    panels = dict(list(pd.DataFrame(points, columns=names).groupby("panel", sort=False)))
+    if not panels:
+        return
     columns = min(across or len(panels), len(panels))
-    rows = -(-len(panels) // max(1, columns))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.5 * columns, 4.2 * rows))
     figure.suptitle(title, fontsize=9)
-    for index, (name, frame) in enumerate(panels.items()):
+    for index, (name, inside) in enumerate(panels.items()):
+        frame = inside.pivot(index="place", columns="line", values="value").astype(float)
+        frame = frame.loc[inside["place"].unique(), inside["line"].unique()]
         axes = figure.add_subplot(rows, columns, index + 1)
         line = {"marker": "o", "linestyle": ":"} if settings.get("kind", "line") == "line" else {}
-        frame = frame.astype(float)
         frame.plot(ax=axes, title=name, legend=index == 0, xlabel="", **line, **settings)
         axes.set_xticks(range(len(frame)), frame.index, rotation=60, ha="right", fontsize=7)
     figure.tight_layout()
