@@ -22,22 +22,19 @@ Row = dict[str, Any]
 
 def spread(prefix: str, samples: ArrayLike) -> dict[str, float | None]:
     """Return columns `<prefix>_p20`, `<prefix>_median` and `<prefix>_p80`; None without samples."""
-    given = np.asarray(samples)
-    values = np.percentile(given, (20, 50, 80)) if given.size else (None, None, None)
+    values: list[float | None] = [None] * 3
+    if len(given := np.asarray(samples)):
+        values = [float(f"{value:.6g}") for value in np.percentile(given, (20, 50, 80))]
     names = (f"{prefix}_{name}" for name in ("p20", "median", "p80"))
-    return {
-        name: None if value is None else float(f"{value:.6g}")
-        for name, value in zip(names, values, strict=True)
-    }
+    return dict(zip(names, values, strict=True))
 
 
-def shown(row: Mapping[str, Any], prefix: str, digits: int, ends: str = "p20 p80") -> str:
-    """Return `median (low-high)` of a row's columns; "-" where there is none."""
-    low, high = ends.split()
-    values = [row[f"{prefix}_{name}"] for name in ("median", low, high)]
-    if values[0] is None:
+def shown(row: Mapping[str, Any], prefix: str, digits: int) -> str:
+    """Return `median (p20-p80)` of a row's columns; "-" where there is none."""
+    if row[f"{prefix}_median"] is None:
         return "-"
-    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    names = ("median", "p20", "p80")
+    middle, low, high = (f"{row[f'{prefix}_{name}']:.{digits}f}" for name in names)
     return f"{middle} ({low}-{high})"
 
 
