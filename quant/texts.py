@@ -1,10 +1,9 @@
 """What is measured and calibrated on: the user's text, the recipe's books, or sampled text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
@@ -60,7 +59,7 @@ class Sources:
             return f"{files[0].name} and {len(files) - 1} more", files
         return ", ".join(file.name for file in files), files
 
-    def for_checkpoints(self, folders: Sequence[Path]) -> dict[Path, Sources]:
+    def for_checkpoints(self, folders: Sequence[Path]) -> dict[Path, Self]:
         """Return the sources of each checkpoint: who writes depends on all of them.
 
         Where a bundled checkpoint is among them, all bundled ones count, so that it reads the same

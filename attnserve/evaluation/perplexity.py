@@ -26,12 +26,10 @@ UNITS = ("token", "word", "byte")
 class Score:
     """A model's likelihood of a text."""
 
-    # model, text: names for the table.
     model: str
     text: str
     log_likelihood: float  # sum over the tokens, natural logarithms
-    # tokens, words, bytes: the text's size; words are split by white space, bytes are
-    # UTF-8's.
+    # tokens, words, bytes: the text's size; words are split by white space, bytes are UTF-8's.
     tokens: int
     words: int
     bytes: int
