@@ -94,7 +94,8 @@ class MixedModel:
     """A model whose layers can each be set to some bits.
 
     Calibrated schemes see the unquantized model's inputs in every layer, so that each layer's
-    weights are the same in any mixture."""
+    weights are the same in any mixture.
+    """
 
     def __init__(self, folder: Path, settings: LayerSettings, calibration: Text) -> None:
         self.model = load(folder)

@@ -63,7 +63,8 @@ class Sources:
         """Return the sources of each checkpoint: who writes depends on all of them.
 
         Where a bundled checkpoint is among them, all bundled ones count, so that it reads the same
-        text alone as beside the others."""
+        text alone as beside the others.
+        """
         if self.books is not None or (self.text and self.calibration_text):
             if self.writer is not None:
                 raise UserError("--text-from: all text is given, none is written: leave it out")
@@ -136,7 +137,8 @@ def text_for(
     distances.
 
     Where a checkpoint writes them, their beginnings are the same for every reader, also for one
-    whose context is shorter."""
+    whose context is shorter.
+    """
     title, files = sources.files(use)
     if files and use == "calibration":
         return anywhere(checkpoint, title, files, sequences, length, seed)

@@ -62,7 +62,8 @@ def fetch(folder: Path, server: str = GITENBERG) -> None:
     """Download the novels that the folder lacks; it is there with all of them or not at all.
 
     Meanwhile they are in `folder.part`. The server is GITenberg's, or one that has its files
-    under the same paths."""
+    under the same paths.
+    """
     from tqdm import tqdm
 
     folder = folder.resolve()

@@ -59,7 +59,8 @@ def evaluate(
     """Return the scores of a checkpoint, run in float32, and of the two baselines on each text.
 
     Sequences each start anew, as training sees text. The baselines are counted on the files of
-    `train`; without them there are none."""
+    `train`; without them there are none.
+    """
     scorer = TransformersScorer(checkpoint.folder, quiet=quiet)
     tokenizer = checkpoint.tokenizer
     baselines: dict[str, Trigram | Unigram] = {}

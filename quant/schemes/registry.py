@@ -96,10 +96,7 @@ class Scheme:
 
 
 OWN, LIBRARIES = "quant.schemes", "quant.schemes.libraries"
-BITSANDBYTES: dict[str, Any] = {
-    "library": "bitsandbytes",
-    "requirement": "bitsandbytes==0.50.2",
-}
+BITSANDBYTES: dict[str, Any] = {"library": "bitsandbytes", "requirement": "bitsandbytes==0.50.2"}
 BLOCKWISE = BITSANDBYTES | {"bits": (4,), "wants": wants_blocks}
 SCHEMES = {
     scheme.name: scheme
