@@ -118,8 +118,8 @@ class KeyEntry(Section):
 class Limits(Section):
     """What the gateway takes, and when it makes requests wait or turns them away."""
 
-    max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
-    """Largest request body; larger ones get 413."""
+    max_body_bytes: int = Field(4 * 1024 * 1024, gt=0)
+    """Largest request body; larger ones get 413. Images need more."""
 
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
@@ -130,8 +130,9 @@ class Limits(Section):
     max_compare_total: int = Field(16384, gt=0)
     """Most tokens that all models of a comparison, the reference too, read together."""
 
-    default_max_tokens: int = Field(512, gt=0)
-    """Tokens reserved for an answer whose request has no max_tokens (chat)."""
+    default_max_tokens: int = Field(2048, gt=0)
+    """Tokens reserved for a chat's answer whose request sets no limit; for a key with a limit of
+    tokens, that is as long as the answer gets."""
 
     max_concurrent_per_replica: int | None = Field(None, gt=0)
     """Requests that this gateway has open at one server. None: no limit."""

@@ -56,6 +56,11 @@ class Account:
         self.tokens = Bucket(MINUTE)
         self.days_tokens = Bucket(DAY)
 
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether there is any limit of tokens."""
+        return self.tokens.limit is not None or self.days_tokens.limit is not None
+
     def set(self, entry: KeyEntry) -> None:
         """Take over the limits of a configuration."""
         now = time.monotonic()
