@@ -124,7 +124,9 @@ def test_every_text_counts_for_the_longest_prompt() -> None:
 
 def test_answers_of_keys_with_a_budget_end() -> None:
     """An answer is not longer than what is reserved for it."""
-    for fields in ({"messages": []}, {"messages": [], "stream": True, "max_tokens": None}):
+    bodies: list[dict[str, Any]] = [{}, {"stream": True, "max_tokens": None}]
+    for fields in bodies:
+        fields["messages"] = []
         assert "max_completion_tokens" not in json.loads(request(**fields).body)
         sent = json.loads(request(limit_answer=True, **fields).body)
         assert sent["max_completion_tokens"] == Limits().default_max_tokens
