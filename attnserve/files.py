@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from attnserve.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 """The folder of the checkout; where attnserve was installed from a wheel, site-packages."""
@@ -15,11 +18,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, which becomes `path` at the end; after an error
-    `path` is what it was.
+    """Yield a path beside `path` to write a file or make a folder at, which becomes `path` at the
+    end; after an error `path` is what it was.
 
     Raises:
-        OSError: the folder cannot be made, or the file cannot be written.
+        OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -27,6 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -55,3 +60,34 @@ def json_list(values: Iterable[Any]) -> str:
 def json_parts(parts: dict[str, str]) -> str:
     """Return a JSON object of entries that are JSON already."""
     return "{\n" + ",\n".join(f'"{name}": {part}' for name, part in parts.items()) + "\n}\n"
+
+
+class Journal:
+    """Measured values by name, a JSON line each, after a line that says what they depend on.
+
+    It is whole after a kill at any moment: a line that one cut short is left out.
+
+    Raises:
+        UserError: the file has values of something else.
+    """
+
+    def __init__(self, file: Path, key: dict[str, Any], force: bool = False) -> None:
+        self.file = file
+        lines = [] if force or not file.exists() else file.read_text().splitlines(keepends=True)
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        if whole and whole[0] != key:
+            differing = ", ".join(name for name in key if key[name] != whole[0].get(name))
+            raise UserError(
+                f"{file} has values that differ in {differing}: --force measures again, --out DIR "
+                "writes elsewhere"
+            )
+        self.values: dict[str, Any] = dict(whole[1:])
+        write_text(file, "".join(json.dumps(line) + "\n" for line in (key, *self.values.items())))
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return a value; if it is not there, call `measure()` and keep what it gives."""
+        if name not in self.values:
+            self.values[name] = measure()
+            with self.file.open("a") as file:
+                file.write(json.dumps([name, self.values[name]]) + "\n")
+        return self.values[name]

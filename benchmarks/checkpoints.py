@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from attnserve.errors import UserError
 from attnserve.files import CHECKOUT
+from benchmarks import options as opt
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,7 @@ STORED = {"I8": 1, "I32": 4, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json.
-
-    Raises:
-        UserError: there is none, or it is no language model's.
-    """
+    """Return a checkpoint's config.json."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -40,11 +37,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def variant_of(folder: Path) -> Variant | None:
-    """Return the attention that a checkpoint's config.json names; None if it names none.
-
-    Raises:
-        UserError: it is no checkpoint, or there is no such variant.
-    """
+    """Return the attention that a checkpoint's config.json names; None if it names none."""
     from attn_kernels import VariantError, variant_from_config
 
     try:
@@ -54,11 +47,7 @@ def variant_of(folder: Path) -> Variant | None:
 
 
 def check_room(folder: Path, tokens: int) -> None:
-    """Refuse now what would fail after minutes.
-
-    Raises:
-        UserError: the model does not take so many tokens of prompt and answer.
-    """
+    """Refuse now what would fail after minutes."""
     limit = config_of(folder)["max_position_embeddings"]
     if tokens > limit:
         raise UserError(f"prompt and answer take {tokens} tokens, {folder.resolve().name} {limit}")
@@ -124,9 +113,6 @@ def weight_bytes(folder: Path, dtype: str) -> int:
 def packed_name(folder: Path) -> str:
     """Return for example `w4-g64-e8`: bits and group size of the linear layers, bits of the
     embeddings.
-
-    Raises:
-        UserError: it is no packed checkpoint.
     """
     try:
         groups = config_of(folder)["quantization_config"]["config_groups"]
@@ -186,47 +172,62 @@ class ServerCase:
         }
 
 
-def cases_of(
-    ckpts: Sequence[Path],
-    packed: Sequence[Path],
-    kv_budgets: Sequence[int],
-    dtypes: Sequence[str],
-    packed_dtypes: Sequence[str] = (),
-    backends: Sequence[str] = ("",),
-) -> list[ServerCase]:
-    """Return one case a checkpoint, dtype and backend, and of a prunable variant another within its
-    budgets.
+@dataclass(frozen=True)
+class CaseOptions:
+    """What is served: a case for each checkpoint, type and backend, and of a prunable variant
+    another within its budgets."""
 
-    Args:
-        ckpts: folders of checkpoints as they were trained.
-        packed: folders that quant.quantize has written.
-        kv_budgets: of each layer; 0: those of config.json.
-        dtypes: that checkpoints which are not packed are served in.
-        packed_dtypes: that packed ones are served in; none: the first of `dtypes`.
-        backends: vLLM's --attention-backend; an empty one: as config.json says, or vLLM's own.
+    ckpts: Annotated[
+        list[Path] | None,
+        opt.folder("Folders of checkpoints as they were trained (default: softmax, softpick and "
+                   "selective of checkpoints/)."),
+    ] = None  # fmt: skip
+    packed: Annotated[list[Path] | None, opt.folder("Folders that quant.quantize has written.")] = (
+        None
+    )
+    kv_budgets: Annotated[
+        list[int] | None,
+        opt.option("Tokens that each layer of a selective checkpoint keeps (default: 8 8 12 16; 0: "
+                   "those of config.json).", min=0),
+    ] = None  # fmt: skip
+    dtypes: Annotated[
+        list[opt.Dtype] | None,
+        opt.option("Types of activations, caches, and weights that are not packed (default: "
+                   "float32)."),
+    ] = None  # fmt: skip
+    packed_dtypes: Annotated[
+        list[opt.Dtype] | None,
+        opt.option("The same, of packed checkpoints (default: the first of --dtypes)."),
+    ] = None
+    backends: Annotated[
+        list[str] | None,
+        opt.option("Attention backends (default: as config.json says, or vLLM's own)."),
+    ] = None
 
-    Raises:
-        UserError: a folder is not what it should be, or two have the same name.
-    """
-    folders = [(folder, dtype) for dtype in dtypes for folder in ckpts]
-    folders += [(folder, dtype) for dtype in packed_dtypes or dtypes[:1] for folder in packed]
-    cases: list[ServerCase] = []
-    for (folder, dtype), backend in product(folders, backends):
-        variant, config = variant_of(folder), config_of(folder)
-        weights = packed_name(folder) if folder in packed else str(dtype)
-        parts = [folder.resolve().name, backend, dtype if dtype != dtypes[0] else ""]
-        case = ServerCase(" ".join(filter(None, parts)), folder,
-                          variant.name if variant else "softmax", weights, str(dtype),
-                          backend=backend or ("" if variant else "cpu_attn"))  # fmt: skip
-        cases.append(case)
-        if variant is not None and variant.prunable:
-            layers = config["num_hidden_layers"]
-            budgets = tuple(variant.kv_budgets if 0 in kv_budgets else kv_budgets)
-            if budgets and len(budgets) != layers:
-                raise UserError(f"{len(budgets)} budgets; {folder} has {layers} layers")
-            if budgets:
-                cases.append(replace(case, name=f"{case.name} pruned", kv_budgets=budgets))
-    names = [case.name for case in cases]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"two checkpoints' folders are called {twice.pop()}: rename one")
-    return cases
+    def cases(self) -> list[ServerCase]:
+        """Return all of them, those of packed checkpoints last."""
+        dtypes = [str(dtype) for dtype in self.dtypes or [opt.Dtype.FLOAT32]]
+        packed, kv_budgets = self.packed or [], self.kv_budgets or [8, 8, 12, 16]
+        folders = [(folder, dtype) for dtype in dtypes for folder in self.ckpts or BUNDLED]
+        for dtype in self.packed_dtypes or dtypes[:1]:
+            folders += [(folder, str(dtype)) for folder in packed]
+        cases: list[ServerCase] = []
+        for (folder, dtype), backend in product(folders, self.backends or [""]):
+            variant, config = variant_of(folder), config_of(folder)
+            weights = packed_name(folder) if folder in packed else dtype
+            parts = [folder.resolve().name, backend, dtype if dtype != dtypes[0] else ""]
+            case = ServerCase(" ".join(filter(None, parts)), folder,
+                              variant.name if variant else "softmax", weights, dtype,
+                              backend=backend or ("" if variant else "cpu_attn"))  # fmt: skip
+            cases.append(case)
+            if variant is not None and variant.prunable:
+                layers = config["num_hidden_layers"]
+                budgets = tuple(variant.kv_budgets if 0 in kv_budgets else kv_budgets)
+                if budgets and len(budgets) != layers:
+                    raise UserError(f"{len(budgets)} budgets; {folder} has {layers} layers")
+                if budgets:
+                    cases.append(replace(case, name=f"{case.name} pruned", kv_budgets=budgets))
+        names = [case.name for case in cases]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"two checkpoints' folders are called {twice.pop()}: rename one")
+        return cases

@@ -41,11 +41,7 @@ class Peer:
 
 
 def of_vllm(inputs: Inputs, module: str, name: str) -> Callable[..., Any]:
-    """Return a function of vLLM's CUDA build.
-
-    Raises:
-        MissingError: it is not installed.
-    """
+    """Return a function of vLLM's CUDA build."""
     found = machine.package("vllm")
     if inputs.query.device.type != "cuda" or not found or found.endswith("+cpu"):
         raise MissingError(f"vLLM for CUDA is not installed (found {found or 'none'})")
@@ -53,11 +49,7 @@ def of_vllm(inputs: Inputs, module: str, name: str) -> Callable[..., Any]:
 
 
 def imported(module: str, name: str) -> Callable[..., Any]:
-    """Return a function of a package that may be missing.
-
-    Raises:
-        MissingError: it is.
-    """
+    """Return a function of a package that may be missing."""
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +31,7 @@ def folder(text: str) -> Any:
 
 
 def size(given: str | int) -> int:
-    """Return a number of bytes from `1500000` or `256M`; K, M and G are powers of 1024.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
+    """Return a number of bytes from `1500000` or `256M`; K, M and G are powers of 1024."""
     text = str(given)  # a default is a number
     number, unit = text.rstrip("KMG"), text[len(text.rstrip("KMG")) :]
     if not (number.isascii() and number.isdigit() and int(number) > 0 and len(unit) < 2):
@@ -42,56 +39,57 @@ def size(given: str | int) -> int:
     return int(number) * 1024 ** " KMG".index(unit or " ")
 
 
-class Dtype(StrEnum):
-    """Type of a model's weights, activations and cache."""
+# typer takes lists of enums, and none of literals.
+Dtype = StrEnum("Dtype", ["FLOAT32", "BFLOAT16", "FLOAT16"])
+ShortDtype = StrEnum("ShortDtype", ["FP32", "BF16", "FP16"])
+Phase = StrEnum("Phase", ["DECODE", "PREFILL"])
 
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class ShortDtype(StrEnum):
-    """The same, as the benchmarks of kernels call them."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
-class Phase(StrEnum):
-    """What a call of attention is for."""
-
-    DECODE = "decode"
-    PREFILL = "prefill"
-
-
-ModelDtype = Annotated[
-    Dtype, option("Type of activations, caches, and weights that are not packed.")
-]
 Threads = Annotated[int, count("OpenMP threads of a server, or of what is timed.")]
-Seed = Annotated[int, option("Seed of what is random.")]
-NewTokens = Annotated[int, count("Tokens of an answer.")]
 PromptLen = Annotated[int, count("Tokens of a prompt.")]
+NewTokens = Annotated[int, count("Tokens of an answer.")]
+Seed = Annotated[int, option("Seed of what is random.")]
 CacheBytes = Annotated[
     int, option("KV cache of each server, in bytes or as 256M.", parser=size, metavar="BYTES")
 ]
-StartTimeout = Annotated[int, count("Longest start of the servers, in s.")]
-EnforceEager = Annotated[
-    bool,
-    option("Do not compile the models. Compiling takes minutes of CPU per server at each start.",
-           "--enforce-eager"),
-]  # fmt: skip
 Csv = Annotated[Path, folder("Rows are added to this file.")]
 NoSave = Annotated[bool, option("Write no results.", "--no-save")]
 LogFolder = Annotated[Path, folder("Folder of the servers' logs.")]
-Ckpts = Annotated[
-    list[Path] | None,
-    folder("Folders of checkpoints as they were trained (default: softmax, softpick and selective "
-           "of checkpoints/)."),
-]  # fmt: skip
-Packed = Annotated[list[Path] | None, folder("Folders that quant.quantize has written.")]
-Budgets = Annotated[
-    list[int] | None,
-    option("Tokens that each layer of a selective checkpoint keeps (default: 8 8 12 16; 0: those "
-           "of config.json).", min=0),
-]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """The random requests that are sent."""
+
+    prompt_len: PromptLen = 128
+    new_tokens: NewTokens = 32
+    seed: Seed = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.prompt_len + self.new_tokens
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What all servers of a run have in common."""
+
+    threads: Threads = CORES
+    kv_cache_memory_bytes: CacheBytes = 256 << 20
+    enforce_eager: Annotated[
+        bool,
+        option("Do not compile the models. Compiling takes minutes of CPU per server at each "
+               "start.", "--enforce-eager"),
+    ] = False  # fmt: skip
+    start_timeout: Annotated[int, count("Longest start of the servers, in s.")] = 1800
+    log_folder: LogFolder = Path(".run")
+
+    def described(self, **more: Any) -> dict[str, Any]:
+        """Return what the run is made on and with: the columns that all its rows share."""
+        return {
+            **machine.described(),
+            "threads": self.threads,
+            "mode": "eager" if self.enforce_eager else "compiled",
+            "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            **more,
+        }

@@ -98,11 +98,7 @@ def rows_with(path: Path, values: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def checked(path: Path, no_save: bool) -> Path | None:
-    """Return the CSV file that rows are added to; None if none is written.
-
-    Raises:
-        UserError: rows cannot be added to it, which is found out now, not after the run.
-    """
+    """Return the CSV file that rows are added to; None if none is written."""
     if no_save:
         return None
     try:

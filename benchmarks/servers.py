@@ -10,14 +10,13 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 
-from attnserve import machine
 from attnserve.command import fail
+from benchmarks.options import ServerOptions
 from serving.launch.process import HOST, LaunchError, Service
 
 MODEL = "model"
@@ -27,38 +26,6 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """What all servers of a run have in common.
-
-    Attributes:
-        kv_cache_memory_bytes: of each server.
-        threads: OpenMP threads.
-        enforce_eager: the models are not compiled.
-        start_timeout: longest start of a server, in s.
-        log_folder: where their logs go.
-        vllm_args: further arguments of `vllm serve`.
-    """
-
-    kv_cache_memory_bytes: int
-    threads: int
-    enforce_eager: bool
-    start_timeout: int
-    log_folder: Path
-    vllm_args: Sequence[str] = ()
-
-    def described(self, **more: Any) -> dict[str, Any]:
-        """Return what the run is made on and with: the columns that all its rows share."""
-        return {
-            **machine.described(),
-            "threads": self.threads,
-            "mode": "eager" if self.enforce_eager else "compiled",
-            "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
-            **more,
-            "vllm_args": " ".join(self.vllm_args),
-        }
-
-
 class Server:
     """One `vllm serve`.
 
@@ -66,7 +33,7 @@ class Server:
         name: of its log.
         ckpt: the checkpoint's folder.
         options: of all servers.
-        arguments: of this one.
+        arguments: further ones of `vllm serve`.
     """
 
     def __init__(self, name: str, ckpt: Path, options: ServerOptions, *arguments: str) -> None:
@@ -75,17 +42,13 @@ class Server:
         port = self.service.url.rpartition(":")[2]
         vllm = Path(sys.executable).with_name("vllm")
         self.command = [str(vllm), "serve", str(ckpt), f"--host={HOST}", f"--port={port}"]
-        self.command += [f"--served-model-name={MODEL}", *arguments, *options.vllm_args]
+        self.command += [f"--served-model-name={MODEL}", *arguments]
         self.command += [f"--kv-cache-memory-bytes={options.kv_cache_memory_bytes}"]
         self.command += ["--enforce-eager"] * options.enforce_eager
         self.environment = {"OMP_NUM_THREADS": str(options.threads), **ENVIRONMENT}
 
     async def start(self) -> None:
-        """Start it, wait until it answers, and stop it until its turn comes.
-
-        Raises:
-            LaunchError: it does not start in time.
-        """
+        """Start it, wait until it answers, and stop it until its turn comes."""
         log = self.service.log_file
         print(f"starting {self.name} (log: {log})", file=sys.stderr, flush=True)
         await self.service.start(self.command, self.environment)
@@ -110,9 +73,6 @@ class Server:
     async def generate(self, prompts: list[list[int]], n: int) -> None:
         """Send all prompts as one request, so that they reach the scheduler together, and wait for
         their greedy answers of `n` tokens. Whatever happens, its processes are stopped then.
-
-        Raises:
-            LaunchError: an answer is not what was asked for.
         """
         body = {"model": MODEL, "prompt": prompts, "max_tokens": n, "temperature": 0.0}
         body |= {"ignore_eos": True}
@@ -141,11 +101,7 @@ def free_port() -> int:
 
 
 async def while_alive(service: Service, work: Awaitable[T]) -> T:
-    """Do the work, unless the server ends meanwhile.
-
-    Raises:
-        LaunchError: what that server says.
-    """
+    """Do the work, unless the server ends meanwhile."""
     tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work)]
     tasks.append(asyncio.ensure_future(service.ended()))
     try:
@@ -185,16 +141,13 @@ def run(
     name: str,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> T:
-    """Run a benchmark's work to its end; SIGTERM and SIGHUP are Ctrl-C.
+    """Run a benchmark's work to its end; SIGTERM and SIGHUP are Ctrl-C, and where a server does not
+    start, or ends, so does this process, with its last words.
 
     Args:
         work: ends its servers when it is cancelled.
         name: of the command, which begins its messages.
         loop_factory: makes another event loop than asyncio's.
-
-    Raises:
-        KeyboardInterrupt: a signal ended it.
-        SystemExit: a server does not start, or ends; its last words are printed.
     """
 
     async def main() -> T:

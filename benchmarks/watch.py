@@ -55,11 +55,7 @@ async def metrics(session: aiohttp.ClientSession, server: Server) -> str:
 
 
 async def watch(server: Server, work: Coroutine[Any, Any, T]) -> tuple[T, Watched]:
-    """Do the work on a server; return its result and what was seen meanwhile.
-
-    Raises:
-        LaunchError: nothing was seen of it.
-    """
+    """Do the work on a server; return its result and what was seen meanwhile."""
     seen = Watched()
 
     async def sample() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,19 @@ from typing import Any
 
 import pandas as pd
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import read_config
 from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
-from quant.model import HEAD, empty_model, linears, quantize
+from attnserve.files import replacing
+from quant.model import HEAD, columns, empty_model, linears, quantize
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack
@@ -32,7 +33,6 @@ CHUNK = 32
 """Group sizes are multiples of it, so that a group starts with a 32-bit word at all bits."""
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
 """Tokenizer, generation settings, card, code that `auto_map` names."""
-INDEX = "model.safetensors.index.json"
 PARTS = ["linear", "embeddings", "rest"]
 
 
@@ -103,8 +103,7 @@ def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
     Raises:
         UserError: it cannot.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
+    read_config(folder)
     if _is_quantized(folder):
         raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
     if not any(folder.glob("*.safetensors")):
@@ -131,8 +130,7 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
         UserError: the scheme cannot do a layer, or the checkpoint has other tensors.
     """
     model = empty_model(folder)
-    columns = {layer.in_features for layer in linears(model).values()}
-    get_scheme(recipe.scheme).check(recipe.spec, columns)
+    get_scheme(recipe.scheme).check(recipe.spec, columns(model))
     stored: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -170,15 +168,11 @@ def quantize_checkpoint(
     model = load(folder)
     texts = torch.empty(0, dtype=torch.long) if calibration is None else calibration.rows
     quantized = quantize_model(model, recipe, texts)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        new = Path(temporary) / "new"
-        sizes = write_checkpoint(
-            folder, new, quantized, tables_of(model, recipe), recipe.activations, card
-        )
+    tables = tables_of(model, recipe)
+    with replacing(out) as new:
+        sizes = write_checkpoint(folder, new, quantized, tables, recipe.activations, card)
         if out.exists():
-            shutil.move(out, Path(temporary) / "old")
-        os.replace(new, out)
+            shutil.rmtree(out)
     return model, sizes
 
 
@@ -235,34 +229,26 @@ def write_checkpoint(
     """
     out.mkdir()
     rows: list[tuple[str, int, int, int]] = []
-    weight_map: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
-        tensors: dict[str, Tensor] = {}
         for name, tensor in load_file(file).items():
             layer = name.removesuffix(".weight")
             new, part = {name: tensor}, "rest"
             if layer in quantized:
                 stored = stored_tensors(quantized[layer], int8)
-                new = {f"{layer}.{key}": value.contiguous() for key, value in stored.items()}
+                new = {f"{layer}.{key}": value for key, value in stored.items()}
                 part = "embeddings" if layer in tables else "linear"
             after = sum(value.nbytes for value in new.values())
             rows.append((part, tensor.numel(), tensor.nbytes, after))
             tensors |= new
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
+    save_torch_state_dict(tensors, out)
     sizes = pd.DataFrame(rows, columns=["part", "numbers", "before", "after"])
     sizes = sizes.groupby("part").sum().reindex(PARTS).dropna().astype(int)
     sizes.loc["all"] = sizes.sum()
     for pattern in COPIED:
         for file in source.glob(pattern):
-            if file.name not in ("config.json", INDEX):
+            if file.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(file, out)
-    if (source / INDEX).exists():
-        index = {
-            "metadata": {"total_size": int(sizes.loc["all", "after"])},
-            "weight_map": weight_map,
-        }
-        (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(quantized, tables, int8)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

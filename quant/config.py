@@ -170,7 +170,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Settings:
+class LayerSettings:
     """What single layers are measured with. The fields are options of the command."""
 
     bits: Annotated[list[int], Option(min=2, max=8, help="Bits of a layer.")] = field(

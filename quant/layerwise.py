@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attnserve import machine
-from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text, fingerprint
-from attnserve.files import write_text
-from quant.config import Settings
+from attnserve.files import Journal, write_text
+from quant.config import LayerSettings
 from quant.measure import NUMERICS
 from quant.mixed import LayerBits, Price, Prices, spread, total, within
-from quant.model import empty_model, linears, put
+from quant.model import columns, empty_model, linears, put
 from quant.schemes.hessian import watched
 from quant.schemes.registry import get_scheme
 from quant.texts import Sources, calibration_text, text_for
@@ -90,7 +89,12 @@ class Sensitivity:
 
 
 def analyze(
-    folder: Path, settings: Settings, sources: Sources, budget: int | None, out: Path, force: bool
+    folder: Path,
+    settings: LayerSettings,
+    sources: Sources,
+    budget: int | None,
+    out: Path,
+    force: bool,
 ) -> Sensitivity:
     """Measure a checkpoint's layers and choices of their bits. What has been measured is in a
     journal under `out` and is not measured again.
@@ -99,9 +103,9 @@ def analyze(
         UserError, ValueError, OSError: something will not do.
     """
     scheme = get_scheme(settings.scheme)
-    planned = linears(empty_model(folder), settings.lm_head).values()
+    planned = columns(empty_model(folder), settings.lm_head)
     for spec in settings.specs:
-        scheme.check(spec, {layer.in_features for layer in planned})
+        scheme.check(spec, planned)
     checkpoint = Checkpoint(folder, longest=settings.length)
     sources = sources.for_checkpoints([folder])[folder]
     count = (sources, checkpoint, settings.sequences, checkpoint.context - 1)
@@ -117,33 +121,33 @@ def analyze(
     found = Sensitivity(checkpoint.name, key, *titles, prices={}, choices=[])
     journal = Journal(out / f"{found.name}.jsonl", key, force)
     model = MixedModel(folder, settings, calibration)
-    prices = price_layers(model, journal, Divergence(model.model, chosen), settings)
+
+    def values(what: str, choice: LayerBits, divergence: Divergence) -> list[float]:
+        name = f"{what} " + "".join(str(choice.get(layer, "-")) for layer in model.layers)
+        found: list[float] = journal.get(name, lambda: model.measure(choice, divergence))
+        return found
+
+    divergence = Divergence(model.model, chosen)
+    prices: dict[str, dict[int, Price]] = {}
+    for layer, weights in tqdm(model.quantized.items(), desc="layers"):
+        prices[layer] = {
+            bits: Price(
+                float(np.mean(values("layers", {layer: bits}, divergence))), weight.packed_bytes
+            )
+            for bits, weight in weights.items()
+        }
     divergence = Divergence(model.model, measured)
     numbers = sum(weight.numel() for weight in model.original.values())
     choices = []
     for kind, choice in tqdm(choices_of(prices, settings, budget), desc="mixtures"):
-        values = journal.get(model.label("mixtures", choice), model.measure, choice, divergence)
         size = total(prices, choice)
-        choices.append(Choice(kind, size, 8 * size / numbers, mean_interval(values), choice))
+        estimate = mean_interval(values("mixtures", choice, divergence))
+        choices.append(Choice(kind, size, 8 * size / numbers, estimate, choice))
     return dataclasses.replace(found, prices=prices, choices=choices)
 
 
-def price_layers(
-    model: MixedModel, journal: Journal, divergence: Divergence, settings: Settings
-) -> Prices:
-    """Return what each layer alone costs with each of the bits."""
-    prices: dict[str, dict[int, Price]] = {}
-    for layer, weights in tqdm(model.quantized.items(), desc="layers"):
-        prices[layer] = {}
-        for bits, weight in weights.items():
-            choice = {layer: bits}
-            values = journal.get(model.label("layers", choice), model.measure, choice, divergence)
-            prices[layer][bits] = Price(float(np.mean(values)), weight.packed_bytes)
-    return prices
-
-
 def choices_of(
-    prices: Prices, settings: Settings, budget: int | None
+    prices: Prices, settings: LayerSettings, budget: int | None
 ) -> list[tuple[str, LayerBits]]:
     """Return the choices to measure and their kinds: uniform ones, beside each what mixing gives in
     no more bytes, some of the greedy path, and what fits into the budget."""
@@ -169,7 +173,7 @@ class MixedModel:
         calibration: for calibrated schemes.
     """
 
-    def __init__(self, folder: Path, settings: Settings, calibration: Text) -> None:
+    def __init__(self, folder: Path, settings: LayerSettings, calibration: Text) -> None:
         self.model = load(folder)
         self.layers: Mapping[str, nn.Linear] = linears(self.model, settings.lm_head)
         self.original = {name: layer.weight for name, layer in self.layers.items()}
@@ -185,10 +189,6 @@ class MixedModel:
             }
             for name, layer in tqdm(self.layers.items(), desc="quantize", unit="layer")
         }
-
-    def label(self, what: str, choice: LayerBits) -> str:
-        """Return a journal's name for a choice: a digit a layer."""
-        return f"{what} " + "".join(str(choice.get(layer, "-")) for layer in self.layers)
 
     def measure(self, choice: LayerBits, divergence: Divergence) -> list[float]:
         """Return the divergence with these layers quantized and all others not."""
@@ -220,33 +220,3 @@ class Divergence:
     def _logprobs(self, row: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
         return logits.float().log_softmax(-1)
-
-
-class Journal:
-    """Measured values by name, a JSON line each, after a line that says what they depend on.
-
-    Raises:
-        UserError: the file has values of something else.
-    """
-
-    def __init__(self, file: Path, key: dict[str, Any], force: bool) -> None:
-        self.file = file
-        lines = [] if force or not file.exists() else file.read_text().splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        if whole and whole[0] != key:
-            differing = ", ".join(name for name in key if key[name] != whole[0].get(name))
-            raise UserError(
-                f"{file} has values that differ in {differing}: --force measures again, --out DIR "
-                "writes elsewhere"
-            )
-        self.values: dict[str, list[float]] = dict(whole[1:])
-        # A line that a kill cut short is left out.
-        write_text(file, "".join(json.dumps(line) + "\n" for line in (key, *self.values.items())))
-
-    def get(self, name: str, measure: Any, *arguments: Any) -> list[float]:
-        """Return a value; if it is not there, call `measure(*arguments)` and keep what it gives."""
-        if name not in self.values:
-            self.values[name] = measure(*arguments)
-            with self.file.open("a") as file:
-                file.write(json.dumps([name, self.values[name]]) + "\n")
-        return self.values[name]

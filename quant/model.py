@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import hf_attn  # noqa: F401  registers the model classes
+from attnserve.evaluation.checkpoint import read_config
 from quant.schemes.hessian import inputs_of, layer_by_layer
 from quant.schemes.registry import Scheme
 from quant_kernels.weight import QuantizedWeight, QuantSpec
@@ -30,12 +31,19 @@ def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
     }
 
 
+def columns(model: nn.Module, lm_head: bool = False) -> set[int]:
+    """Return the columns that the matrices of `linears` have."""
+    return {layer.in_features for layer in linears(model, lm_head).values()}
+
+
 def empty_model(folder: Path) -> PreTrainedModel:
-    """Return a checkpoint's model without its weights, for shapes."""
+    """Return a checkpoint's model without its weights, for shapes.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder)
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder))
     return model
 
 

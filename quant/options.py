@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from attnserve.evaluation.arguments import text_file
-
 OUT = Path("runs") / "quant"
 """Where the commands write and read results if no folder is named, in the current folder."""
 COLUMNS = "Columns of the weights that share a scale, or channel for a whole row."
@@ -51,7 +49,6 @@ CalibrationText = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
-        parser=text_file,
         help="UTF-8 text to calibrate on. Default: the unquantized checkpoint writes it.",
     ),
 ]

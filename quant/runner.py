@@ -17,7 +17,7 @@ from quant import lm_eval_tasks, pool, store
 from quant.config import UNQUANTIZED, QuantConfig, Samples
 from quant.lm_eval_tasks import Harness
 from quant.measure import SweepTask, measure
-from quant.model import empty_model, linears
+from quant.model import columns, empty_model
 from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
 from quant.texts import Sources, sweep_texts
@@ -70,13 +70,10 @@ def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
     Raises:
         UserError, ValueError: one cannot, or there is no checkpoint.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
     model = empty_model(folder)
     for config in configs:
         if config.scheme is not None:
-            layers = linears(model, config.lm_head).values()
-            get_scheme(config.scheme).check(config.spec, {layer.in_features for layer in layers})
+            get_scheme(config.scheme).check(config.spec, columns(model, config.lm_head))
 
 
 def affordable(jobs: int, folders: Sequence[Path]) -> int:

@@ -11,15 +11,15 @@ import typer
 from attnserve.command import AsJson, expanded, main, needs, options_of
 from attnserve.evaluation.arguments import Texts
 from quant import options
-from quant.config import Settings
+from quant.config import LayerSettings
 
 
-@options_of(Settings)
+@options_of(LayerSettings)
 @needs("quant")
 def sensitivity(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
     *,
-    settings: Settings,
+    settings: LayerSettings,
     budget: Annotated[
         int | None,
         typer.Option(min=1, metavar="BYTES", help="Bytes of the quantized layers to fit into."),

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,10 +17,6 @@ from attnserve.errors import UserError
 
 if TYPE_CHECKING:
     from serving.config import Config
-
-KEEP_ALIVE_SECONDS = 75
-"""How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load
-balancer 60 s), so that it is they who close it and none sends into one just being closed."""
 
 keys = command.application("Make keys for clients of the gateway.")
 
@@ -39,6 +33,16 @@ def gateway(
             metavar="FILE", help="YAML; docs/GATEWAY.md describes it.", show_default=False
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            envvar="GATEWAY_WORKERS",
+            help="Processes that share the port; each has connections, queues and circuits of its "
+            "own, so a limit of one replica or queue holds for each of them.",
+        ),
+    ] = 1,
     check_config: Annotated[
         bool, typer.Option("--check-config", help="Say whether FILE is good, and run nothing.")
     ] = False,
@@ -61,6 +65,7 @@ def gateway(
       GATEWAY_DRAIN_SECONDS=10            How long running requests may go on after SIGTERM.
     """
     from serving.config import from_environment, load
+    from serving.run import run
 
     if check_config and config is None:
         raise UserError("--check-config needs --config FILE")
@@ -70,37 +75,7 @@ def gateway(
     if check_config:
         print_config(found, str(config), as_json)
     else:
-        run(found, config)
-
-
-def run(config: Config, path: Path | None) -> None:
-    """Run the gateway until SIGINT or SIGTERM, then let what runs finish."""
-    import uvicorn
-
-    from serving.app import App
-    from serving.client import Protocol
-    from serving.observability.logging import configure
-    from serving.state import GatewayState
-
-    configure(config.logging.level)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
-    app = App(GatewayState(config, path))
-    # What is there by now stays: a full collection that looked through it would hold up every
-    # stream for some 70 ms.
-    gc.collect()
-    gc.freeze()
-    uvicorn.run(
-        app,
-        host=config.host,
-        port=config.port,
-        http=Protocol,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=config.timeouts.drain,
-    )
+        run(found, config, workers)
 
 
 def print_config(config: Config, path: str, as_json: bool) -> None:

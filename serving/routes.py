@@ -73,7 +73,9 @@ def make_routes(state: GatewayState, lifespan: Any) -> FastAPI:
         """Return the gateway's metrics in Prometheus' text format."""
         if state.config.protect_metrics:
             check_key(request)
-        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        pages = state.pages
+        page = pages.page() if pages else generate_latest(state.metrics.registry)
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     add_playground(app, state)
     describe_proxied(app)

@@ -10,6 +10,7 @@ from pathlib import Path
 from serving.auth import Keys
 from serving.config import Config, ConfigError, load
 from serving.observability.metrics import Metrics
+from serving.observability.pages import MetricsPages
 from serving.upstream.replica import Replica
 from serving.upstream.router import Model, Router
 
@@ -22,9 +23,14 @@ RELOAD_SECONDS = 1.0
 class GatewayState:
     """The state behind the routes; an async context manager around what runs in the background."""
 
-    def __init__(self, config: Config, path: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, path: Path | None = None, metrics_file: Path | None = None
+    ) -> None:
+        """Begin with a configuration, the file that it is from, and where there are several
+        workers, the file for the metrics of this one."""
         self.path = path
         self.metrics = Metrics()
+        self.pages = MetricsPages(metrics_file, self.metrics.registry) if metrics_file else None
         self.router = Router()
         self.in_flight = 0
         self.replicas: dict[str, Replica] = {}
@@ -84,7 +90,9 @@ class GatewayState:
 
     async def __aenter__(self) -> "GatewayState":
         self._start_health_checks()
-        self._reloader = asyncio.create_task(self._reload_on_change())
+        self._tasks = [asyncio.create_task(self._reload_on_change())]
+        if self.pages is not None:
+            self._tasks.append(asyncio.create_task(self.pages.keep_writing()))
         if self.path is not None:
             with contextlib.suppress(ValueError, NotImplementedError):  # not in the main thread
                 loop = asyncio.get_running_loop()
@@ -92,12 +100,14 @@ class GatewayState:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [self._reloader, *self._health_checks.values()]
+        tasks = [*self._tasks, *self._health_checks.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for replica in self.replicas.values():
             replica.pool.close()
+        if self.pages is not None:
+            self.pages.write()
 
     def _start_health_checks(self) -> None:
         """Have one task check each replica of the configuration, and no other."""

@@ -9,18 +9,13 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from attnserve.evaluation.arguments import text_file
 from attnserve.files import CHECKOUT
 
 EXAMPLE = '{"name": "lssar", "power": 3}'
 
 
 def variant_entry(text: str) -> dict[str, Any]:
-    """Return the config entry of `softpick`, or of JSON with parameters like `EXAMPLE`.
-
-    Raises:
-        typer.BadParameter: there is no such variant or parameter.
-    """
+    """Return the config entry of `softpick`, or of JSON with parameters like `EXAMPLE`."""
     from attn_kernels import VariantError, get_variant
 
     try:
@@ -38,11 +33,7 @@ def variant_entry(text: str) -> dict[str, Any]:
 
 
 def variant_name(text: str) -> str:
-    """Return the name of a registered variant.
-
-    Raises:
-        typer.BadParameter: there is none of that name.
-    """
+    """Return the name of a registered variant."""
     return str(variant_entry(text)["name"])
 
 
@@ -55,9 +46,6 @@ Variant = Annotated[
         show_default=False,
     ),
 ]
-Data = Annotated[
-    list[Path],
-    Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
-]
+Data = Annotated[list[Path], Option(metavar="FILE", help="UTF-8 text files.", show_default=False)]
 Runs = Annotated[Path, Option(metavar="DIR", help="Folder of the training states.")]
 RUNS = CHECKOUT / "runs"

@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer import Argument, Option
 
-from attn_kernels import variant_names
 from attnserve.command import AsJson, main, needs
 from attnserve.evaluation.arguments import Books
 from attnserve.evaluation.books import Split, split
-from attnserve.evaluation.checkpoint import Checkpoint
-from attnserve.evaluation.perplexity import Score, evaluate, table
-from attnserve.evaluation.texts import held_out, read_tokens
 from attnserve.files import CHECKOUT
 from training.arguments import RUNS, Runs, variant_name
-from training.card import card
 from training.recipe import TrainingRecipe
-from training.run import LOSSES, Run
-from training.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from attnserve.evaluation.perplexity import Score
+    from training.run import Run
 
 RECIPE = TrainingRecipe(precision="bf16")
 VOCAB_SIZE = 2048
@@ -35,6 +34,10 @@ EXTRA = {"selective_prunable": ("selective", dataclasses.replace(RECIPE, memory_
 def shared_tokenizer(books: Split, runs: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of every reference checkpoint, which the first call trains and keeps in
     `runs`."""
+    from transformers import AutoTokenizer
+
+    from training.tokenizer import train_tokenizer
+
     if not (runs / "tokenizer").exists():
         made = train_tokenizer(books.train, VOCAB_SIZE, RECIPE.context)
         made.save_pretrained(runs / "tokenizer.tmp")
@@ -58,6 +61,11 @@ def build(
     Returns:
         The checkpoint's scores and its baselines'.
     """
+    from attnserve.evaluation.checkpoint import Checkpoint
+    from attnserve.evaluation.perplexity import evaluate
+    from attnserve.evaluation.texts import held_out, read_tokens
+    from training.run import LOSSES, Run
+
     tokenizer = shared_tokenizer(books, runs)
     tokens = read_tokens(books.train, tokenizer)
     variant, own_recipe = EXTRA.get(name, (name, RECIPE))
@@ -76,12 +84,33 @@ def build(
     return scores
 
 
-def checkpoint_name(text: str) -> str:
-    """Return the name of a checkpoint: a registered variant's or one of `EXTRA`.
+def card(name: str, run: Run, scores: Sequence[Score], train_files: Sequence[Path]) -> str:
+    """Return a checkpoint's model card, from `card.md.j2`."""
+    from attnserve import machine
+    from attnserve.evaluation.perplexity import table
+    from attnserve.reports import templates
 
-    Raises:
-        typer.BadParameter: it is neither.
-    """
+    recipe = run.recipe
+    settings = dataclasses.asdict(recipe).items()
+    template = templates(Path(__file__).parent).get_template("card.md.j2")
+    return template.render(
+        name=name,
+        run=run,
+        recipe=recipe,
+        variant=run.model.config.variant,
+        size=sum(p.numel() for p in run.model.parameters()) / 1e6,
+        text=len(run.batches.tokens),
+        seen=recipe.steps * recipe.batch * recipe.context,
+        last=run.losses[-100:],
+        settings=[(setting.replace("_", " "), value) for setting, value in settings],
+        books=", ".join(f"`{file.name}`" for file in train_files),
+        machine=machine.summary(),
+        scores=table(scores),
+    )
+
+
+def checkpoint_name(text: str) -> str:
+    """Return the name of a checkpoint, if there is one of that name (`variant_name`)."""
     return text if text in EXTRA else variant_name(text)
 
 
@@ -92,8 +121,7 @@ def checkpoints(
         Argument(
             metavar="NAME",
             parser=checkpoint_name,
-            help=f"Any of {', '.join(variant_names())} (default: all of these) or "
-            f"{', '.join(EXTRA)}.",
+            help=f"Variants (default: every one), or {', '.join(EXTRA)}.",
         ),
     ] = None,
     books: Books = None,
@@ -106,6 +134,9 @@ def checkpoints(
     Trains the tokenizer and each model, measures it, and writes a Hugging Face folder with a model
     card. What is interrupted goes on where it was when the command is given again.
     """
+    from attn_kernels import variant_names
+    from attnserve.evaluation.perplexity import table
+
     novels = split(books)
     runs.mkdir(parents=True, exist_ok=True)
     results = {}

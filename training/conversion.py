@@ -20,29 +20,21 @@ from attnserve.evaluation.checkpoint import Checkpoint, read_config
 from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.finetune import FineTune
-from training.recipe import FineTuning
+from training.recipe import Conversion, FineTuning
 from training.tokenizer import complete
 
 RECORD = "conversion.json"
 
 
 def initial_scale(train_length: int) -> float:
-    """Return 1 / mean(ln n over n = 1 ... train_length), the scale that replaces softmax.
-
-    Raises:
-        UserError: a length below 2, of which the mean is 0.
-    """
+    """Return 1 / mean(ln n over n = 1 ... train_length), the scale that replaces softmax."""
     if train_length < 2:
         raise UserError(f"a training length of {train_length} is too short: at least 2 tokens")
     return train_length / math.lgamma(train_length + 1)  # lgamma(n + 1) = ln n!
 
 
 def convertible_config(source: Path, target: Variant | None) -> PreTrainedConfig:
-    """Return the configuration of a folder that can be converted.
-
-    Raises:
-        UserError: it is no Llama of softmax or of `target` itself.
-    """
+    """Return the configuration of a folder that can be converted."""
     config = read_config(source)
     variant = variant_from_config(config)
     if config.model_type not in ("llama", "variant_llama"):
@@ -67,39 +59,25 @@ def trained_length(source: Path, config: PreTrainedConfig) -> int:
     return int(read_record(source).get("train_length") or config.max_position_embeddings)
 
 
-def convert(
-    source: Path,
-    variant: dict[str, Any],
-    *,
-    train_length: int | None = None,
-    rope_theta: float | None = None,
-    rope_theta_factor: float = 1.0,
-    positions: int | None = None,
-) -> VariantLlamaForCausalLM:
+def convert(source: Path, variant: dict[str, Any], change: Conversion) -> VariantLlamaForCausalLM:
     """Return a softmax checkpoint's weights, in its dtype, under another attention variant.
 
     Args:
         source: a Hugging Face folder of a softmax Llama, or of one with that variant already: it
-            keeps its learned tensors, and only the other arguments change anything.
+            keeps its learned tensors, and only `change` changes anything.
         variant: `{"name": "ssmax", **parameters}`.
-        train_length: tokens of the sequences that it was trained on; None: its
-            `max_position_embeddings`.
-        rope_theta: base of the rotary embedding's wavelengths; None: the source's.
-        rope_theta_factor: multiplies it.
-        positions: the result's `max_position_embeddings`; None: the source's.
-
-    Raises:
-        UserError: the source is no such Llama, or a number makes no sense.
+        change: what else differs from the source.
     """
     config = convertible_config(source, variant_from_config({"attention_variant": variant}))
-    scale = initial_scale(train_length or trained_length(source, config))
+    scale = initial_scale(change.train_length or trained_length(source, config))
     rope = dict(config.rope_parameters)
-    rope["rope_theta"] = float(rope_theta or rope["rope_theta"]) * rope_theta_factor
+    rope["rope_theta"] = float(change.rope_theta or rope["rope_theta"])
+    rope["rope_theta"] *= change.rope_theta_factor
     values = config.to_dict()
     for name in ("model_type", "architectures", "_name_or_path"):
         values.pop(name, None)
     values |= {"attention_variant": variant, "rope_parameters": rope}
-    values["max_position_embeddings"] = positions or config.max_position_embeddings
+    values["max_position_embeddings"] = change.positions or config.max_position_embeddings
     trained = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     model = VariantLlamaForCausalLM(VariantLlamaConfig(**values)).to(trained.dtype)
     result = model.load_state_dict(trained.state_dict(), strict=False)
@@ -142,16 +120,13 @@ def write(
         model: what `convert` gives.
         source: the folder that it was made of.
         out: folder to write; it is there whole or not at all. Meanwhile there is `out.part`.
-        train_length: as `convert` has it.
+        train_length: as `Conversion` has it.
         tuning: settings of the fine-tuning.
         data: text files for it.
         compiled: use torch.compile.
 
     Returns:
         What conversion.json holds.
-
-    Raises:
-        UserError: see `FineTune`.
     """
     part = out.with_name(out.name + ".part")
     tokenizer = AutoTokenizer.from_pretrained(source)

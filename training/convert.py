@@ -10,12 +10,12 @@ from typer import Argument, Option
 
 from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
-from attnserve.evaluation.arguments import Texts, positive
+from attnserve.evaluation.arguments import Texts
 from training.arguments import Variant
-from training.recipe import FineTuning
+from training.recipe import Conversion, FineTuning
 
 
-@options_of(FineTuning)
+@options_of(Conversion, FineTuning)
 @needs("train")
 def convert(
     source: Annotated[
@@ -26,31 +26,6 @@ def convert(
         Argument(metavar="OUT", help="Folder to write, which must not exist.", show_default=False),
     ],
     variant: Variant,
-    train_length: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Tokens of the sequences that SRC was trained on. Default: SRC's "
-            "max_position_embeddings.",
-        ),
-    ] = None,
-    rope_theta: Annotated[
-        float | None, Option(parser=positive, help="Base of the rotary embedding. Default: SRC's.")
-    ] = None,
-    rope_theta_factor: Annotated[
-        float,
-        Option(
-            parser=positive, help="Multiplies it; the SSMax paper measures long contexts with 50."
-        ),
-    ] = 1.0,
-    positions: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="max_position_embeddings of OUT, in tokens, which is how long vLLM lets a context "
-            "get. Default: SRC's.",
-        ),
-    ] = None,
     data: Texts = None,
     compiled: Annotated[
         bool,
@@ -62,6 +37,7 @@ def convert(
     ] = False,
     as_json: AsJson = False,
     *,
+    change: Conversion,
     tuning: FineTuning,
 ) -> None:
     """Turn a softmax Llama into a checkpoint of another attention variant.
@@ -84,15 +60,8 @@ def convert(
         raise UserError(f"{out} is there already: choose another folder or delete it")
     if bool(tuning.steps) != bool(data):
         raise UserError("--steps and --data go together: give both or neither")
-    model = conversion.convert(
-        source,
-        variant,
-        train_length=train_length,
-        rope_theta=rope_theta,
-        rope_theta_factor=rope_theta_factor,
-        positions=positions,
-    )
-    record = conversion.write(model, source, out, train_length, tuning, data or [], compiled)
+    model = conversion.convert(source, variant, change)
+    record = conversion.write(model, source, out, change.train_length, tuning, data or [], compiled)
     if as_json:
         print(json.dumps(record))
         return

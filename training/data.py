@@ -42,9 +42,6 @@ class Batches:
         batch: sequences in a batch.
         bos: the begin-of-text token, which starts every sequence.
         seed: of the order.
-
-    Raises:
-        UserError: the text is shorter than two sequences.
     """
 
     tokens: Tokens

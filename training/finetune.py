@@ -78,9 +78,6 @@ class FineTune(Resumable):
         folder: holds `state.pt`; made if missing.
         origin: whatever else a continued run must have in common with the first.
         save_seconds: shortest time between two saved states.
-
-    Raises:
-        UserError: nothing to train, too little text, or another run's state.
     """
 
     def __init__(
@@ -126,11 +123,7 @@ class FineTune(Resumable):
 
 
 def trainable(model: VariantLlamaForCausalLM, train: str) -> Iterable[tuple[str, nn.Parameter]]:
-    """Yield the parameters to train, by name.
-
-    Raises:
-        UserError: "scale", and the variant learns no tensors.
-    """
+    """Yield the parameters to train, by name."""
     variant = model.config.variant
     if train == "scale" and not variant.learned:
         raise UserError(f"{variant.name} learns no per-head tensors: use --train all")

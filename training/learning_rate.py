@@ -7,22 +7,20 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
-from transformers import PreTrainedTokenizerFast
 from typer import Argument, Option
 
-from attn_kernels import variant_names
 from attnserve.command import AsJson, main, needs
 from attnserve.evaluation.arguments import Books
 from attnserve.evaluation.books import split
-from attnserve.evaluation.scorers import Item, TransformersScorer
-from attnserve.evaluation.texts import Tokens, read_tokens
 from attnserve.files import CHECKOUT, write_text
 from training.arguments import RUNS, Runs, variant_name
 from training.checkpoints import COMPILED, RECIPE, shared_tokenizer
-from training.run import Run
+
+if TYPE_CHECKING:
+    from attnserve.evaluation.texts import Tokens
+    from training.run import Run
 
 RATES = (1e-3, 2e-3, 4e-3)
 SHORT = dataclasses.replace(RECIPE, steps=120, warmup=20)
@@ -31,31 +29,23 @@ SEQUENCES = 96
 TABLE = CHECKOUT / "training" / "results" / "learning_rate.csv"
 
 
-def measure(
-    name: str, rate: float, folder: Path, train: Tokens, held: Tokens, tok: PreTrainedTokenizerFast
-) -> dict[str, str | float | int]:
-    """Return a row of the table, measured by one short run.
+def measure(run: Run, held: Tokens) -> dict[str, str | float | int]:
+    """Return the table's row of a finished run, judged on tokens that it was not trained on."""
+    import pandas as pd
 
-    Args:
-        name: the variant.
-        rate: peak learning rate.
-        folder: of the run's state.
-        train: tokens to train on.
-        held: tokens to measure on.
-        tok: their tokenizer.
-    """
-    recipe = dataclasses.replace(SHORT, learning_rate=rate)
-    run = Run(folder, recipe, {"name": name}, tok, train)
-    run.train(save_every=20, compiled=COMPILED)
+    from attnserve.evaluation.scorers import Item, TransformersScorer
+
+    recipe, name = run.recipe, run.model.config.variant.name
     count = min(SEQUENCES, len(held) // recipe.context)
     pieces = held[: count * recipe.context].reshape(count, recipe.context)
-    items = [Item([tok.bos_token_id], piece.tolist()) for piece in pieces]
-    scores = TransformersScorer(run.model.eval()).score(items, f"{name} at {rate:g}")
+    items = [Item([run.batches.bos], piece.tolist()) for piece in pieces]
+    label = f"{name} at {recipe.learning_rate:g}"
+    scores = TransformersScorer(run.model.eval()).score(items, label)
     losses = pd.Series([-scored.logprobs.mean() for scored in scores])
     loss, error = float(losses.mean()), float(losses.sem())
     return {
         "variant": name,
-        "learning_rate": rate,
+        "learning_rate": recipe.learning_rate,
         "steps": recipe.steps,
         "tokens": recipe.steps * recipe.batch * recipe.context,
         "seed": recipe.seed,
@@ -86,6 +76,12 @@ def learning_rate(
     measures each on the validation book. What is interrupted goes on where it was; a result that is
     in the table already is not measured again.
     """
+    import pandas as pd
+
+    from attn_kernels import variant_names
+    from attnserve.evaluation.texts import read_tokens
+    from training.run import Run
+
     novels = split(books)
     tokenizer = shared_tokenizer(novels, runs)
     train, held = read_tokens(novels.train, tokenizer), read_tokens([novels.validation], tokenizer)
@@ -94,7 +90,10 @@ def learning_rate(
     for name, rate in itertools.product(variants or variant_names(), rates or RATES):
         if (name, rate) not in done:
             folder = runs / "learning_rate" / f"{name}-{rate:g}"
-            rows.append(measure(name, rate, folder, train, held, tokenizer))
+            recipe = dataclasses.replace(SHORT, learning_rate=rate)
+            run = Run(folder, recipe, {"name": name}, tokenizer, train)
+            run.train(save_every=20, compiled=COMPILED)
+            rows.append(measure(run, held))
             write_text(csv, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
     if as_json:
         print(json.dumps({"rows": rows}))

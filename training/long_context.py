@@ -59,9 +59,8 @@ def long_context(
         novels = split(books)
         texts = [novels.validation, novels.test]
     for checkpoint in chosen:
-        positions.measure(
-            positions.Job(checkpoint, tuple(texts or ()), length, windows, spacing, dtype, csv)
-        )
+        positions.measure(checkpoint, texts or (), csv, length=length, windows=windows,
+                          spacing=spacing, dtype=dtype)  # fmt: skip
     table = positions.read(csv)
     table = table[table["dtype"] == dtype] if len(table) else table
     if table.empty:

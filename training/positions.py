@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,6 @@ KEYS = ["text", "start"]
 """Columns that tell one window from another."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A measurement of one checkpoint."""
-
-    checkpoint: Path
-    texts: tuple[Path, ...]
-    length: int
-    """Tokens of a window that are predicted."""
-    windows: int
-    """Number of windows in all; the texts take turns."""
-    spacing: int
-    """Tokens from a window's first to the next window's."""
-    dtype: str
-    csv: Path
-
-
 def edges(length: int) -> list[int]:
     """Return 0, 64, 128, 256 ... 2048, then every 2048, and `length` at the end."""
     doubling = [FIRST_BIN << k for k in range(20) if FIRST_BIN << k < min(length, WIDEST_BIN)]
@@ -62,11 +46,7 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def describe(checkpoint: Path) -> dict[str, Any]:
-    """Return the columns that say which model a row is of.
-
-    Raises:
-        UserError: the folder holds no checkpoint.
-    """
+    """Return the columns that say which model a row is of."""
     config = read_config(checkpoint)
     variant = variant_from_config(config)
     made = read_record(checkpoint)
@@ -89,49 +69,64 @@ def read(csv: Path) -> pd.DataFrame:
     return pd.read_csv(csv, keep_default_na=False) if csv.exists() else pd.DataFrame()
 
 
-def measure(job: Job) -> None:
+def measure(
+    folder: Path,
+    files: Sequence[Path],
+    csv: Path,
+    *,
+    length: int,
+    windows: int,
+    spacing: int,
+    dtype: str,
+) -> None:
     """Measure what the table lacks of one checkpoint.
 
-    Raises:
-        UserError: no checkpoint, no window in the texts, or another checkpoint's rows.
+    Args:
+        folder: the checkpoint's.
+        files: texts, which take turns.
+        csv: the table.
+        length: tokens of a window that are predicted.
+        windows: how many in all.
+        spacing: tokens from a window's first to the next window's.
+        dtype: of weights, activations and cache.
     """
-    model = describe(job.checkpoint) | {"dtype": job.dtype}
-    old = read(job.csv)
+    model = describe(folder) | {"dtype": dtype}
+    old = read(csv)
     if len(old):
-        old = old[(old["model"] == model["model"]) & (old["dtype"] == job.dtype)]
+        old = old[(old["model"] == model["model"]) & (old["dtype"] == dtype)]
         if (old["fingerprint"] != model["fingerprint"]).any():
             raise UserError(
-                f"{job.csv} has rows of another checkpoint called {model['model']}: rename one"
+                f"{csv} has rows of another checkpoint called {model['model']}: rename one"
             )
-    checkpoint = Checkpoint(job.checkpoint)
-    tokens = {file.name: checkpoint.encode(texts.read(file)) for file in job.texts}
+    checkpoint = Checkpoint(folder)
+    tokens = {file.name: checkpoint.encode(texts.read(file)) for file in files}
     starts = [
         (start, text)
         for text, content in tokens.items()
-        for start in range(0, len(content) - job.length + 1, job.spacing)
+        for start in range(0, len(content) - length + 1, spacing)
     ]
     if not starts:
-        raise UserError(f"no text has {job.length} tokens: name longer ones or less --length")
-    windows = sorted(starts, key=lambda place: place[0])[: job.windows]
+        raise UserError(f"no text has {length} tokens: name longer ones or less --length")
+    chosen = sorted(starts, key=lambda place: place[0])[:windows]
     have = old.groupby(KEYS)["seen_to"].max().to_dict() if len(old) else {}
-    missing = [(t, start) for start, t in windows if have.get((t, start), 0) < job.length]
+    missing = [(t, start) for start, t in chosen if have.get((t, start), 0) < length]
     if not missing:
         return
-    with closing(VLLMScorer(job.checkpoint, job.length + 1, job.dtype, quiet=True)) as scorer:
-        for text, start in tqdm(missing, desc=job.checkpoint.name, unit="window"):
-            window = tokens[text][start : start + job.length]
+    with closing(VLLMScorer(folder, length + 1, dtype, quiet=True)) as scorer:
+        for text, start in tqdm(missing, desc=folder.name, unit="window"):
+            window = tokens[text][start : start + length]
             (scored,) = scorer.score([Item([checkpoint.bos], window)], text)
             losses = -scored.logprobs
             place = {"text": text, "start": start}
             rows = [
                 {**model, **place, "seen_from": a + 1, "seen_to": b, "loss": losses[a:b].mean()}
-                for a, b in pairwise(edges(job.length))
+                for a, b in pairwise(edges(length))
                 if a >= have.get((text, start), 0)
             ]
             about = machine.described()
             del about["load_average"]
-            table = pd.concat([read(job.csv), pd.DataFrame([row | about for row in rows])])
-            write_text(job.csv, table.to_csv(index=False, lineterminator="\n"))
+            table = pd.concat([read(csv), pd.DataFrame([row | about for row in rows])])
+            write_text(csv, table.to_csv(index=False, lineterminator="\n"))
 
 
 def octaves(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from typer import Option
 
+from attnserve.evaluation.arguments import positive
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -98,3 +100,34 @@ class FineTuning:
         warmup = max(1, round(WARMUP * self.steps))
         rise, fall = (step + 1) / warmup, (self.steps - step) / (self.steps + 1 - warmup)
         return self.learning_rate * min(rise, fall)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion says or changes beside the attention variant."""
+
+    train_length: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Tokens of the sequences that SRC was trained on. Default: SRC's "
+            "max_position_embeddings.",
+        ),
+    ] = None
+    rope_theta: Annotated[
+        float | None, Option(parser=positive, help="Base of the rotary embedding. Default: SRC's.")
+    ] = None
+    rope_theta_factor: Annotated[
+        float,
+        Option(
+            parser=positive, help="Multiplies it; the SSMax paper measures long contexts with 50."
+        ),
+    ] = 1.0
+    positions: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="max_position_embeddings of OUT, in tokens, which is how long vLLM lets a context "
+            "get. Default: SRC's.",
+        ),
+    ] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from attnserve.files import replacing
 from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches
 from training.memory_loss import memory_share
+from training.recipe import FineTuning, TrainingRecipe
 
 STATE = "state.pt"
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -46,21 +47,6 @@ def loss_function(
     return torch.compile(loss, dynamic=False) if compiled else loss
 
 
-class Schedule(Protocol):
-    """The number of steps, and how large each may be."""
-
-    @property
-    def steps(self) -> int:
-        """Steps in all."""
-
-    @property
-    def clip(self) -> float:
-        """Largest norm of the gradient."""
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return a step's learning rate."""
-
-
 class Resumable:
     """A training in a folder.
 
@@ -77,9 +63,6 @@ class Resumable:
         losses: mean cross entropy of every step so far, in nats per token.
         memory: `memory_share` of every step, if it is trained on.
         seconds: time of the steps.
-
-    Raises:
-        UserError: the folder holds another training.
     """
 
     memory_loss = 0.0
@@ -89,7 +72,7 @@ class Resumable:
         self,
         folder: Path,
         identity: Mapping[str, Any],
-        schedule: Schedule,
+        schedule: TrainingRecipe | FineTuning,
         batches: Batches,
         trained: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,

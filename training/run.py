@@ -32,10 +32,6 @@ class Run(Resumable):
         variant: `{"name": ..., **parameters}`.
         tokenizer: of the text; saved with the model.
         tokens: the text.
-
-    Raises:
-        UserError: the folder holds a run with other settings or other text, or the recipe's
-            `memory_loss` is of no use to the variant.
     """
 
     def __init__(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from typer import Option
 
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from training.arguments import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
 
@@ -42,10 +43,10 @@ def train_tokenizer(
         vocab_size: tokens at most, among them the 256 bytes, `<s>` (put before every text) and
             `</s>`.
         max_length: `model_max_length` of the tokenizer, in tokens.
-
-    Raises:
-        UserError: `vocab_size` is too small to hold every byte.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     smallest = 256 + len((BOS, EOS))
     if vocab_size < smallest:
         raise UserError(f"vocab_size must be at least {smallest}, not {vocab_size}")

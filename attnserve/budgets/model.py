@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.evaluation.tiled import project
+from attnserve.files import Journal
 from hf_attn import VariantLlamaForCausalLM
 
 Budgets = tuple[int, ...]
@@ -145,33 +143,20 @@ class Forward:
 
 
 class Measured:
-    """A model on a text: losses by rule of eviction and budgets, one line of a file each.
-
-    The file is whole after a kill at any moment.
+    """A model on a text: losses by rule of eviction and budgets, each of which is kept.
 
     Args:
         forward: the model.
         text: the sequences.
-        folder: of the file, whose name has a hash of checkpoint and text, so that others' are
-            never mixed.
+        folder: of the journal, whose name tells checkpoint and text, so that others' are never
+            mixed.
     """
 
     def __init__(self, forward: Forward, text: Text, folder: Path) -> None:
         self.forward, self.text, self.checkpoint = forward, text, forward.checkpoint
-        key = hashlib.sha256(f"{self.checkpoint.digest}{fingerprint([text])}".encode())
-        title = text.title.replace(" ", "_")
-        name = f"{self.checkpoint.name}-{title}-{key.hexdigest()[:12]}.jsonl"
-        self.path = folder / name
-        self._found: dict[tuple[str, Budgets], Losses] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:  # killed while writing the last line
-                os.truncate(self.path, len(whole))
-            for line in whole.splitlines():
-                entry = json.loads(line)
-                self._found[entry["rule"], tuple(entry["budgets"])] = entry["losses"]
+        key = {"checkpoint": self.checkpoint.digest, "text": fingerprint([text])}
+        names = (self.checkpoint.name, text.title.replace(" ", "_"), *key.values())
+        self.journal = Journal(folder / f"{'-'.join(names)}.jsonl", key)
 
     @property
     def full(self) -> Budgets:
@@ -188,14 +173,9 @@ class Measured:
             budgets: one a layer.
             measure: how to measure it, if there is a shorter way than a whole forward pass.
         """
-        rule_key = f"random {self.forward.seed}" if rule == "random" else rule
-        key = rule_key, budgets
-        if key not in self._found:
-            losses = measure() if measure else self.forward(self.text, budgets, rule)
-            entry = {"rule": rule_key, "budgets": budgets, "losses": losses}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self._found[key] = losses
-        return self._found[key]
+        seed = [self.forward.seed] if rule == "random" else []
+        found: Losses = self.journal.get(
+            " ".join(map(str, (rule, *seed, budgets))),
+            measure or (lambda: self.forward(self.text, budgets, rule)),
+        )
+        return found

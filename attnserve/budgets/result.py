@@ -23,7 +23,7 @@ from attnserve.budgets.model import Budgets, Measured
 from attnserve.budgets.search import Target
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate, mean_interval
-from attnserve.files import CHECKOUT, json_lines, json_list, json_parts, write_text
+from attnserve.files import CHECKOUT, json_lines, json_list, json_parts, replacing, write_text
 
 FOLDER = CHECKOUT / "training" / "results" / "budgets"
 ACCUMULATOR_BYTES = 4
@@ -164,13 +164,11 @@ class Found:
 def write_checkpoint(source: Path, budgets: Sequence[int], out: Path) -> None:
     """Copy a checkpoint and give its `attention_variant` these `kv_budgets`; the copy is there
     whole or not at all."""
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-    config["attention_variant"]["kv_budgets"] = list(budgets)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(out)
+    with replacing(out) as new:
+        shutil.copytree(source, new)
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
+        config["attention_variant"]["kv_budgets"] = list(budgets)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def slots(checkpoint: Checkpoint, rule: str) -> int:

@@ -12,22 +12,6 @@ SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
 """What a folder of evaluation sets holds."""
 
 
-def text_file(name: str) -> Path:
-    """Return the path of a UTF-8 text file.
-
-    Raises:
-        typer.BadParameter: there is none, or it is something else.
-    """
-    path = Path(name)
-    try:
-        path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise typer.BadParameter(f"no file {name} ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise typer.BadParameter(f"{name} is not UTF-8 text") from None
-    return path
-
-
 def positive(text: str) -> float:
     """Return a finite number above 0.
 
@@ -55,6 +39,5 @@ Books = Annotated[
     ),
 ]
 Texts = Annotated[
-    list[Path] | None,
-    Option(metavar="FILE", parser=text_file, help="UTF-8 text files.", show_default=False),
+    list[Path] | None, Option(metavar="FILE", help="UTF-8 text files.", show_default=False)
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -11,17 +10,7 @@ from typer import Option
 
 from attnserve.command import AsJson, expanded, main, needs
 from attnserve.errors import UserError
-from attnserve.evaluation.gutenberg import (
-    GITENBERG,
-    GUTENBERG,
-    Novel,
-    clean,
-    download,
-    newest_edition,
-    novels,
-    sha256,
-    used_edition,
-)
+from attnserve.evaluation.gutenberg import GITENBERG, clean, download, novels, sha256, url_of
 from attnserve.files import write_text
 
 VALIDATION, TEST = "emma.txt", "great_expectations.txt"
@@ -82,30 +71,12 @@ def split(folder: Path | None = None) -> Split:
     return Split(train, validation, test)
 
 
-class Source(StrEnum):
-    """The servers that the novels are fetched from."""
-
-    GITENBERG = "gitenberg"
-    GUTENBERG = "gutenberg"
-
-
-SOURCES = {
-    Source.GITENBERG: (used_edition, GITENBERG),
-    Source.GUTENBERG: (newest_edition, GUTENBERG),
-}
-
-
-def fetch(folder: Path, source: Source, server: str = "", keep_changed: bool = False) -> list[str]:
+def fetch(folder: Path, server: str = GITENBERG) -> None:
     """Download the novels that the folder lacks; it is there with all of them or not at all.
 
     Args:
         folder: to write. Meanwhile the novels are in `folder.part`.
-        source: the edition.
-        server: another one that has the files of the source under the same paths.
-        keep_changed: keep texts whose hash is not that of `novels.tsv`.
-
-    Returns:
-        The files whose hash is not that of `novels.tsv`.
+        server: GITenberg's, or one that has its files under the same paths.
 
     Raises:
         UserError: the folder holds something else, a download failed, or a text is another.
@@ -113,41 +84,30 @@ def fetch(folder: Path, source: Source, server: str = "", keep_changed: bool = F
     from tqdm import tqdm
 
     folder = folder.resolve()
-    url_of, usual = SOURCES[source]
     wanted = novels()
     if folder.exists() and any(folder.iterdir()):
         if missing := [novel.file for novel in wanted if not (folder / novel.file).is_file()]:
             raise UserError(f"{folder} is there and has no {missing[0]}: name another --out")
-        return [novel.file for novel in wanted if not unchanged(folder / novel.file, novel)]
+        return
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    changed = []
     for novel in tqdm(wanted, desc="novels", unit="novel"):
         path = part / novel.file
-        if unchanged(path, novel):
+        if path.is_file() and sha256(path.read_text(encoding="utf-8")) == novel.sha256:
             continue
-        url = url_of(novel, server or usual)
+        url = url_of(novel, server)
         try:
             text = clean(download(url))
         except OSError as error:
             raise UserError(f"{error}; what came is kept, run the command again") from None
         if sha256(text) != novel.sha256:
-            if not keep_changed:
-                raise UserError(
-                    f"{url} is not the text of {novel.title} that was used: it has another "
-                    "SHA-256. --keep-changed takes it, and results will differ"
-                )
-            changed.append(novel.file)
+            raise UserError(
+                f"{url} is not the text of {novel.title} that was used: it has another SHA-256"
+            )
         write_text(path, text)
     if folder.exists():
         folder.rmdir()
     part.rename(folder)
-    return changed
-
-
-def unchanged(path: Path, novel: Novel) -> bool:
-    """Return whether a file is there and holds the novel's text, as it was used."""
-    return path.is_file() and sha256(path.read_text(encoding="utf-8")) == novel.sha256
 
 
 @needs("train")
@@ -160,20 +120,7 @@ def books(
             "$ATTNSERVE_CACHE, else attnserve in $XDG_CACHE_HOME or ~/.cache.",
         ),
     ] = None,
-    source: Annotated[
-        Source, Option(help="The editions that were used, or today's.")
-    ] = Source.GITENBERG,
-    server: Annotated[
-        str,
-        Option(
-            metavar="URL",
-            help=f"A mirror of the source. Default: {GITENBERG} or {GUTENBERG}.",
-            show_default=False,
-        ),
-    ] = "",
-    keep_changed: Annotated[
-        bool, Option("--keep-changed", help="Keep texts with another SHA-256.")
-    ] = False,
+    server: Annotated[str, Option(metavar="URL", help="A mirror of the source.")] = GITENBERG,
     as_json: AsJson = False,
 ) -> None:
     """Fetch the novels that the checkpoints learned from.
@@ -181,19 +128,12 @@ def books(
     The reference checkpoints were trained and measured on them. They are thirteen e-books of
     Project Gutenberg, in the public domain, 21 MB in all. Gutenberg revises its files, so the
     editions that were used come from GITenberg's copies on GitHub, which are fixed by a commit.
-    --source gutenberg asks www.gutenberg.org for today's files instead; a changed one is refused
-    unless --keep-changed is given.
 
     An interrupted download is kept: the same command goes on from there.
     """
     folder = expanded(out) if out else books_folder()
-    changed = fetch(folder, source, server, keep_changed)
-    if as_json:
-        print(json.dumps({"folder": str(folder), "changed": changed}))
-        return
-    print(f"The novels are in {folder}")
-    if changed:
-        print(f"Not the texts that were used, so results will differ: {', '.join(changed)}")
+    fetch(folder, server)
+    print(json.dumps({"folder": str(folder)}) if as_json else f"The novels are in {folder}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("novels.tsv")
 GITENBERG = "https://raw.githubusercontent.com/GITenberg"
-GUTENBERG = "https://www.gutenberg.org"
 TIMEOUT_S = 60.0
 TRIES = 4
 PAUSE_S = 2.0
@@ -55,14 +54,9 @@ def novels() -> list[Novel]:
         return [Novel(id=int(row.pop("id")), **row) for row in rows]
 
 
-def used_edition(novel: Novel, server: str = GITENBERG) -> str:
+def url_of(novel: Novel, server: str = GITENBERG) -> str:
     """Return the URL of the very bytes that the reference checkpoints' text was made of."""
     return f"{server}/{novel.repository}_{novel.id}/{novel.commit}/{novel.path}"
-
-
-def newest_edition(novel: Novel, server: str = GUTENBERG) -> str:
-    """Return the URL of Project Gutenberg's own file, which it revises now and then."""
-    return f"{server}/cache/epub/{novel.id}/pg{novel.id}.txt"
 
 
 def download(url: str) -> bytes:

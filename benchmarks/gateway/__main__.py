@@ -194,11 +194,7 @@ def command(name: str, upstream: str, port: int, plan: GatewayLoad) -> tuple[lis
 
 
 async def one(session: aiohttp.ClientSession, url: str, stream: bool, tokens: int) -> float:
-    """Send one request; return the milliseconds to its first bytes.
-
-    Raises:
-        LaunchError: the answer is not what the model server sent.
-    """
+    """Send one request; return the milliseconds to its first bytes."""
     from serving.launch.process import LaunchError
 
     body = {"model": "m", "prompt": PROMPT, "max_tokens": tokens, "stream": stream}

@@ -173,10 +173,6 @@ def load_kernels(names: Sequence[str] | None, isa: str | None) -> dict[str, Any]
     Args:
         names: variants; None is all that have a kernel.
         isa: their instruction set; None is the best.
-
-    Raises:
-        UserError: a variant that was named has no kernel here, or none has one.
-        ValueError: there is no such variant, or the processor lacks the instruction set.
     """
     from attn_kernels import get_variant, variant_names
     from attn_kernels.cpu import load, usable_isas
@@ -199,9 +195,6 @@ def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int)
         cases: all cases.
         kernels: names of the variants.
         cold_bytes: see `copies_needed`.
-
-    Raises:
-        UserError: a case needs more memory than is free.
     """
     import psutil
 

@@ -254,9 +254,6 @@ def load_vllm(isa: str) -> str:
 
     Returns:
         The file name of the library that vLLM chose for this processor.
-
-    Raises:
-        UserError: vLLM for CPU is not installed, or this processor cannot run it.
     """
     # torch has no public name for either. Without the second call, the first tile instruction of a
     # process may be SIGILL.

@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from attnserve.command import INTERRUPTED, AsJson, main
+from attnserve.command import INTERRUPTED, AsJson, main, options_of
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
-from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room
-
-if TYPE_CHECKING:
-    from benchmarks.memory.measure import RequestShape
-    from benchmarks.servers import ServerOptions
+from benchmarks.checkpoints import CaseOptions, ServerCase, check_room
 
 CSV = RESULTS / "memory_cpu.csv"
 
 
+@dataclass(frozen=True)
+class MemoryRequests(opt.RequestOptions):
+    """Requests that are long enough to be seen while they run."""
+
+    prompt_len: opt.PromptLen = 400
+    new_tokens: opt.NewTokens = 112
+
+
+@dataclass(frozen=True)
+class MemoryServers(opt.ServerOptions):
+    """Servers whose cache a few of these requests fill."""
+
+    kv_cache_memory_bytes: opt.CacheBytes = 16 << 20
+
+
+@options_of(CaseOptions, MemoryRequests, MemoryServers)
 def memory(
     context: typer.Context,
-    ckpts: opt.Ckpts = None,
-    packed: opt.Packed = None,
-    kv_budgets: opt.Budgets = None,
-    prompt_len: opt.PromptLen = 400,
-    new_tokens: opt.NewTokens = 112,
-    dtype: opt.ModelDtype = opt.Dtype.FLOAT32,
-    threads: opt.Threads = opt.CORES,
-    kv_cache_memory_bytes: opt.CacheBytes = 16 << 20,
-    enforce_eager: opt.EnforceEager = False,
-    seed: opt.Seed = 0,
-    start_timeout: opt.StartTimeout = 1800,
+    what: CaseOptions,
+    requests: MemoryRequests,
+    servers: MemoryServers,
     csv: opt.Csv = CSV,
     no_save: opt.NoSave = False,
-    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
 ) -> int:
     """Measure the memory of `vllm serve`: what config.json says it must be, and what it is.
@@ -58,44 +62,31 @@ def memory(
 
         python -m benchmarks.memory --enforce-eager --packed w4
     """
-    from benchmarks.memory.measure import RequestShape
-    from benchmarks.servers import ServerOptions, interrupted
+    from benchmarks.memory.measure import predict
+    from benchmarks.servers import interrupted
 
-    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], [dtype])
-    requests = RequestShape(prompt_len, new_tokens, seed)
-    options = ServerOptions(kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
-                            log_folder, context.args)  # fmt: skip
-    check(cases, requests, options)
+    cases = what.cases()
+    for case in cases:
+        check_room(case.ckpt, requests.length)
+        if not predict(case, requests, servers)["requests_in_flight"]:
+            raise UserError(f"--kv-cache-memory-bytes has no room for a request of {case.name}")
     save = results.checked(csv, no_save)
-    about = options.described(prompt_len=prompt_len, new_tokens=new_tokens, seed=seed)
+    about = servers.described(**asdict(requests), vllm_args=" ".join(context.args))
     rows: list[results.Row] = []
-    work = measure_all(cases, requests, options, rows)
+    work = measure_all(cases, requests, servers, context.args, rows)
     stopped = interrupted(work, "python -m benchmarks.memory")
     if rows and save is not None:
-        title = f"{about['machine']}, vLLM {about['vllm']}, {dtype}"
+        title = f"{about['machine']}, vLLM {about['vllm']}, {cases[0].dtype}"
         plot(save.with_suffix(".png"), title, rows)
     results.report(about, rows, table(rows), csv=save, as_json=as_json)
     return INTERRUPTED if stopped else int(any(row["error"] for row in rows))
 
 
-def check(cases: Sequence[ServerCase], requests: RequestShape, options: ServerOptions) -> None:
-    """Refuse now what would fail after a minute.
-
-    Raises:
-        UserError: a request is too long for a model, or for its KV cache.
-    """
-    from benchmarks.memory.measure import predict
-
-    for case in cases:
-        check_room(case.ckpt, requests.length)
-        if not predict(case, requests, options)["requests_in_flight"]:
-            raise UserError(f"--kv-cache-memory-bytes has no room for a request of {case.name}")
-
-
 async def measure_all(
     cases: Sequence[ServerCase],
-    requests: RequestShape,
-    options: ServerOptions,
+    requests: opt.RequestOptions,
+    servers: opt.ServerOptions,
+    vllm_args: Sequence[str],
     rows: list[results.Row],
 ) -> None:
     """Measure every case, one after another, into `rows` as they come."""
@@ -105,9 +96,10 @@ async def measure_all(
     from serving.launch.process import LaunchError
 
     for case in tqdm(cases, unit="case"):
-        predicted = predict(case, requests, options)
+        predicted = predict(case, requests, servers)
         try:
-            rows.append(row_of(case, predicted, await measure(case, requests, options)))
+            found = await measure(case, requests, servers, vllm_args)
+            rows.append(row_of(case, predicted, found))
         except LaunchError as error:
             print(f"benchmarks.memory: {case.name} failed: {error}", file=sys.stderr)
             rows.append(row_of(case, predicted, {}, str(error)))

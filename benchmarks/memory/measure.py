@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -19,7 +19,8 @@ from benchmarks.checkpoints import (
     token_bytes,
     weight_bytes,
 )
-from benchmarks.servers import Server, ServerOptions, started, while_alive
+from benchmarks.options import RequestOptions, ServerOptions
+from benchmarks.servers import Server, started, while_alive
 from benchmarks.watch import metrics, processes, rss, watch
 
 BLOCK_SIZE = 128
@@ -35,21 +36,7 @@ QUANTITIES = {
 """What is predicted and measured, and how people call it."""
 
 
-@dataclass(frozen=True)
-class RequestShape:
-    """The random requests that are sent: tokens of their prompts and answers, and their seed."""
-
-    prompt_len: int
-    new_tokens: int
-    seed: int = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and answer."""
-        return self.prompt_len + self.new_tokens
-
-
-def predict(case: ServerCase, requests: RequestShape, options: ServerOptions) -> dict[str, float]:
+def predict(case: ServerCase, requests: RequestOptions, options: ServerOptions) -> dict[str, float]:
     """Return all quantities of `QUANTITIES`.
 
     A request takes whole blocks in every layer, or one KV page of fixed size within budgets. Per
@@ -86,11 +73,7 @@ def requests_of(predicted: dict[str, float]) -> int:
 
 
 async def taken_by(server: Server) -> tuple[dict[str, int], int]:
-    """Return what the worker says of its memory, and how many blocks its cache has.
-
-    Raises:
-        LaunchError: it does not say.
-    """
+    """Return what the worker says of its memory, and how many blocks its cache has."""
     url = f"{server.service.url}/collective_rpc"
     server.signal(signal.SIGCONT)
     try:
@@ -105,19 +88,15 @@ async def taken_by(server: Server) -> tuple[dict[str, int], int]:
 
 
 async def measure(
-    case: ServerCase, requests: RequestShape, options: ServerOptions
+    case: ServerCase, requests: RequestOptions, options: ServerOptions, vllm_args: Sequence[str]
 ) -> dict[str, Any]:
-    """Start a case's server and measure what was predicted, with the same names, and more.
-
-    Raises:
-        LaunchError: it does not start, or ends.
-    """
+    """Start a case's server and measure what was predicted, with the same names, and more."""
     sent = requests_of(predict(case, requests, options))
     # With the worker's own measurements; nothing but the KV cache limits how many requests run.
     server = Server(
         case.name, case.ckpt, options, *case.arguments(), f"--max-model-len={requests.length}",
         f"--max-num-seqs={sent}", "--no-enable-prefix-caching", "--load-format=measured",
-        "--worker-extension-cls=benchmarks.memory.worker.Memory",
+        "--worker-extension-cls=benchmarks.memory.worker.Memory", *vllm_args,
     )  # fmt: skip
     # For /collective_rpc; and else it reads all steps that wait for it before it answers /metrics.
     server.environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "1"}

@@ -38,11 +38,7 @@ def anonymous() -> int:
 
 
 def resident(storage: torch.UntypedStorage) -> int:
-    """Return the bytes of a tensor's memory that are resident: not pages that nobody wrote to.
-
-    Raises:
-        OSError: mincore(2) fails.
-    """
+    """Return the bytes of a tensor's memory that are resident: not pages that nobody wrote to."""
     page = mmap.PAGESIZE
     begin = storage.data_ptr() // page * page
     pages = -(-(storage.data_ptr() + storage.nbytes() - begin) // page)

@@ -6,50 +6,30 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from attnserve.command import INTERRUPTED, AsJson, main
+from attnserve.command import INTERRUPTED, AsJson, main, options_of
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
-from benchmarks.checkpoints import BUNDLED, ServerCase, cases_of, check_room, variant_of
+from benchmarks.checkpoints import CaseOptions, ServerCase, check_room, variant_of
+from benchmarks.options import RequestOptions, ServerOptions
 
 if TYPE_CHECKING:
     from benchmarks.serve.load import Load, LoadClient, Runs, Subject
-    from benchmarks.servers import ServerOptions
 
 CSV = RESULTS / "serve_cpu.csv"
 SLACK = 32
 """Random tokens become text, which may be some tokens longer when it is encoded again."""
 
 
+@options_of(CaseOptions, RequestOptions, ServerOptions)
 def serve(
     context: typer.Context,
-    ckpts: opt.Ckpts = None,
-    packed: opt.Packed = None,
-    kv_budgets: opt.Budgets = None,
-    backends: Annotated[
-        list[str] | None,
-        opt.option(
-            "Attention backends, a case each (default: as config.json says, or vLLM's own). The "
-            "peer is then the first case."
-        ),
-    ] = None,
-    dtypes: Annotated[
-        list[opt.Dtype] | None,
-        opt.option(
-            "Types of activations, caches, and weights that are not packed, a case each "
-            "(default: float32)."
-        ),
-    ] = None,
-    packed_dtypes: Annotated[
-        list[opt.Dtype] | None,
-        opt.option("The same, of packed checkpoints (default: the first of --dtypes)."),
-    ] = None,
+    what: CaseOptions,
     gateway: Annotated[
         Literal["none", "one", "all"],
         opt.option(
@@ -75,8 +55,6 @@ def serve(
     ] = False,
     requests: Annotated[int, opt.count("Of each load.")] = 48,
     rounds: Annotated[int, opt.count("Of each case and load.")] = 3,
-    prompt_len: opt.PromptLen = 128,
-    new_tokens: opt.NewTokens = 32,
     level: Annotated[
         list[str] | None,
         opt.option(
@@ -84,22 +62,19 @@ def serve(
             "interactive=500:30 server=2000:100)."
         ),
     ] = None,
-    threads: opt.Threads = opt.CORES,
-    kv_cache_memory_bytes: opt.CacheBytes = 256 << 20,
-    enforce_eager: opt.EnforceEager = False,
-    seed: opt.Seed = 0,
-    start_timeout: opt.StartTimeout = 1800,
     csv: opt.Csv = CSV,
     no_save: opt.NoSave = False,
-    log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
+    *,
+    shape: RequestOptions,
+    servers: ServerOptions,
 ) -> int:
     """Measure throughput and latency of `vllm serve` under load.
 
     Each case is a real server: every checkpoint, packed (--packed) or not, by backend (--backends)
     and type (--dtypes); selective attention with and without budgets (--kv-budgets); directly or
     through this project's gateway (--gateway). The peer is stock vLLM's own CPU attention on the
-    first softmax checkpoint. All servers are up at once and take turns at `vllm bench serve`
+    first softmax checkpoint; with --backends or --no-stock, the first case. All servers are up at once and take turns at `vllm bench serve`
     (random prompts, Poisson arrivals or --concurrency, one seed a round); whoever is not measured
     is stopped. Ratios are to the peer in the same round: tokens/s above 1 are more, TTFT and TPOT
     below 1 are faster.
@@ -131,28 +106,27 @@ def serve(
     from benchmarks.serve import rows
     from benchmarks.serve.load import LEVELS, Load, LoadClient
     from benchmarks.serve.load import level as level_of
-    from benchmarks.servers import ServerOptions, interrupted
+    from benchmarks.servers import interrupted
 
     levels = [level_of(text) for text in level or map(str, LEVELS)]
     rates = request_rates or ([] if concurrency else [4.0, 16.0, float("inf")])
     loads = [Load(rate) for rate in rates] + [Load(concurrency=n) for n in concurrency or []]
-    kinds = dtypes or [opt.Dtype.FLOAT32]
-    cases = cases_of(ckpts or BUNDLED, packed or [], kv_budgets or [8, 8, 12, 16], kinds,
-                     packed_dtypes or [], backends or [""])  # fmt: skip
-    length = prompt_len + new_tokens + SLACK
-    options = ServerOptions(kv_cache_memory_bytes, threads, enforce_eager, start_timeout,
-                            log_folder, context.args)  # fmt: skip
-    subjects = subjects_of(cases, options, length, gateway, stock=not (no_stock or backends))
+    cases = what.cases()
+    length = shape.length + SLACK
+    for case in cases:
+        check_room(case.ckpt, length)
+    # Random prompts share no prefix, and a stateful variant has no cache of them: off for all.
+    vllm_args = [f"--max-model-len={length}", "--no-enable-prefix-caching", *context.args]
+    stock = not (no_stock or what.backends)
+    subjects = subjects_of(cases, servers, vllm_args, gateway, stock=stock)
     save = results.checked(csv, no_save)
-    client = LoadClient(requests, prompt_len, new_tokens, log_folder / "bench-serve", running)
+    client = LoadClient(shape, requests, servers.log_folder / "bench-serve", running)
     shutil.rmtree(client.folder, ignore_errors=True)
     client.folder.mkdir(parents=True)
-    about = options.described(
-        requests=requests, prompt_len=prompt_len, new_tokens=new_tokens, seed=seed
-    )
+    about = servers.described(requests=requests, **asdict(shape), vllm_args=" ".join(context.args))
     runs: Runs = {}
     failed: dict[str, str] = {}
-    work = measure(subjects, client, loads, rounds, seed, runs, failed)
+    work = measure(subjects, client, loads, rounds, runs, failed)
     stopped = interrupted(work, "python -m benchmarks.serve")
     found = rows.rows_of(subjects, loads, levels, runs, failed)
     if found and save is not None:
@@ -172,36 +146,22 @@ def serve(
 def subjects_of(
     cases: Sequence[ServerCase],
     options: ServerOptions,
-    length: int,
+    vllm_args: Sequence[str],
     gateway: str,
     *,
     stock: bool = True,
 ) -> list[Subject]:
-    """Return the peer first, then the cases, each followed by itself through the gateway if asked.
-
-    Args:
-        cases: what to serve.
-        options: of all servers.
-        length: tokens of a prompt and its answer.
-        gateway: "none", "one" or "all".
-        stock: there is a peer.
-
-    Raises:
-        UserError: a checkpoint takes no such length, or there is none for stock vLLM.
-    """
+    """Return the peer first, if there is one (`stock`), then the cases, each followed by itself
+    through the gateway if asked ("none", "one" or "all")."""
     from benchmarks.serve.load import Subject
     from benchmarks.servers import Server
 
     def subject(case: ServerCase) -> Subject:
-        # Random prompts share no prefix, and a stateful variant has no cache of them: off for all.
-        more = [f"--max-model-len={length}", "--no-enable-prefix-caching", *case.arguments()]
-        server = Server(case.name, case.ckpt, options, *more)
+        server = Server(case.name, case.ckpt, options, *case.arguments(), *vllm_args)
         if case.backend == "cpu_attn" and case.weights == case.dtype and not variant_of(case.ckpt):
             server.environment["VLLM_PLUGINS"] = ""  # vLLM serves it without this project
         return Subject(case, server)
 
-    for case in cases:
-        check_room(case.ckpt, length)
     subjects = []
     if stock:
         plain = [c for c in cases if c.variant == "softmax" and c.weights == c.dtype]
@@ -223,21 +183,13 @@ async def measure(
     client: LoadClient,
     loads: Sequence[Load],
     rounds: int,
-    seed: int,
     runs: Runs,
     failed: dict[str, str],
 ) -> None:
     """Measure all rounds of all loads, the subjects in turn, the order of the turn reversed every
     other round. Who fails is left out from then on.
 
-    Args:
-        subjects: to measure.
-        client: sends the loads.
-        loads: to send to each.
-        rounds: of each load.
-        seed: of the first load.
-        runs: gets what was measured, as it comes.
-        failed: gets the reasons, by subjects' names.
+    `runs` gets what was measured, as it comes, and `failed` the reasons, by subjects' names.
     """
     from tqdm import tqdm
 
@@ -252,7 +204,7 @@ async def measure(
     async with started(servers) as not_started:
         for server in servers:
             if server not in not_started:
-                warm_up = server.generate([[1] * client.prompt_len] * 2, 4)
+                warm_up = server.generate([[1] * client.shape.prompt_len] * 2, 4)
                 try:  # the first prompt of a length takes longer than others
                     await while_alive(server.service, warm_up)
                 except LaunchError as error:
@@ -263,7 +215,7 @@ async def measure(
         with tqdm(total=rounds * len(loads) * len(subjects), unit="load", mininterval=5) as bar:
             for index in range(rounds):
                 for which, load in enumerate(loads):
-                    own = seed + index * len(loads) + which
+                    own = client.shape.seed + index * len(loads) + which
                     for subject in subjects[:: -1 if index % 2 else 1]:
                         bar.set_description(f"{subject.name}, {load}")
                         name = f"{subject.name} {load} {index}".translate({32: "-", 47: "-"})

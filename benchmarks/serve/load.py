@@ -21,6 +21,7 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.checkpoints import ServerCase
+from benchmarks.options import RequestOptions
 from benchmarks.servers import MODEL, Server, free_port, while_alive
 from benchmarks.watch import watch
 from serving.launch.process import HOST, LaunchError, Service
@@ -62,11 +63,7 @@ LEVELS = (Level("interactive", 500, 30), Level("server", 2000, 100))
 
 
 def level(text: str) -> Level:
-    """Read `NAME=ttft_ms:tpot_ms`.
-
-    Raises:
-        typer.BadParameter: it is not like that.
-    """
+    """Read `NAME=ttft_ms:tpot_ms`."""
     name, _, limits = text.partition("=")
     ttft, _, tpot = limits.partition(":")
     try:
@@ -80,41 +77,25 @@ def level(text: str) -> Level:
 
 @dataclass(frozen=True)
 class LoadClient:
-    """What `vllm bench serve` sends: random prompts.
+    """What `vllm bench serve` sends: so many random requests, with a folder for its results and its
+    log. With `sample` the server's metrics are asked, too, how many run."""
 
-    Attributes:
-        requests: how many.
-        prompt_len, new_tokens: tokens of each prompt and answer.
-        folder: for its results and its log.
-        sample: also ask the server's metrics how many requests run.
-    """
-
+    shape: RequestOptions
     requests: int
-    prompt_len: int
-    new_tokens: int
     folder: Path
     sample: bool = False
 
     async def send(self, server: Server, url: str, load: Load, seed: int, name: str) -> LoadResult:
-        """Send requests to `url`, and return their latencies.
-
-        Args:
-            server: behind the URL; its checkpoint has the tokenizer.
-            url: of the server, or of a gateway before it.
-            load: how they arrive.
-            seed: of prompts and times.
-            name: of the result's file.
-
-        Raises:
-            LaunchError: the server or the client ended, or a request failed.
-        """
+        """Send requests to `url`, the server or a gateway before it, and return their latencies.
+        The seed is that of prompts and times; the result's file gets the name."""
         result = self.folder / f"{name}.json"
         command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve"]
         command += ["--backend=openai", f"--base-url={url}", "--endpoint=/v1/completions"]
         command += [f"--model={MODEL}", f"--tokenizer={server.ckpt}", "--dataset-name=random"]
-        command += [f"--random-input-len={self.prompt_len}", "--temperature=0", "--ignore-eos"]
-        command += [f"--random-output-len={self.new_tokens}", f"--num-prompts={self.requests}"]
-        command += [f"--request-rate={load.rate:g}", f"--seed={seed}", "--disable-tqdm"]
+        command += [f"--num-prompts={self.requests}", f"--seed={seed}", "--temperature=0"]
+        command += [f"--random-input-len={self.shape.prompt_len}", "--ignore-eos"]
+        command += [f"--random-output-len={self.shape.new_tokens}", "--disable-tqdm"]
+        command += [f"--request-rate={load.rate:g}"]
         command += [f"--max-concurrency={load.concurrency}"] * bool(load.concurrency)
         command += ["--save-result", "--save-detailed"]
         command += [f"--result-dir={result.parent}", f"--result-filename={result.name}"]
@@ -204,11 +185,7 @@ class Subject:
 
 
 def read(path: Path) -> LoadResult:
-    """Read what `vllm bench serve --save-result --save-detailed` has written.
-
-    Raises:
-        LaunchError: it has written nothing, or a request failed.
-    """
+    """Read what `vllm bench serve --save-result --save-detailed` has written."""
     try:
         found = json.loads(path.read_text())
     except OSError as error:

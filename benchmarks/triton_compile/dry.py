@@ -136,11 +136,7 @@ class DryCompiler:
 
 
 def of_cubin(asm: dict[str, Any]) -> tuple[int, int]:
-    """Return the registers and spilled bytes of an NVIDIA binary, by Triton's cuobjdump.
-
-    Raises:
-        ValueError: cuobjdump prints something else.
-    """
+    """Return the registers and spilled bytes of an NVIDIA binary, by Triton's cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()

@@ -66,3 +66,9 @@ class Batch:
             torch.get_num_threads(),
         )
         self.address = ctypes.addressof(self.struct)
+
+
+def heads_together(x: Tensor) -> Tensor:
+    """Return `x` `[tokens, heads, size]` with its heads side by side in memory, copied if need
+    be."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

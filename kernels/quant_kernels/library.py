@@ -12,7 +12,7 @@ import torch
 
 from attn_kernels.cpu.build import HERE as ATTENTION
 from attn_kernels.cpu.build import BuildError, chosen_isas, compile_library, open_library
-from attn_kernels.cpu.structs import fields
+from attn_kernels.cpu.kernel import fields
 
 HERE = Path(__file__).parent
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, None: 4}

@@ -19,7 +19,6 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import CircularBufferSpec
 
 from attn_kernels import Variant, cpu, variant_from_config
-from attn_kernels.cpu.pruned import PrunedCPULayer
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import PageShape, PrunedLayer, TorchPrunedLayer, slot_bytes
 
@@ -110,5 +109,5 @@ def bind(variant: Variant, kv_cache: Tensor, shape: PageShape, **options: Any) -
         return TritonPrunedLayer(variant, pages, shape, **options)
     kernel = cpu.load(variant)
     if kernel is not None and kernel.unsupported(shape.head_size, 16, shape.dtype) is None:
-        return PrunedCPULayer(kernel, pages, shape, **options)
+        return cpu.PrunedCPULayer(kernel, pages, shape, **options)
     return TorchPrunedLayer(variant, pages, shape, **options)

@@ -1,7 +1,7 @@
 """The process of a server: started in a group of its own, watched, and ended whole.
 
 Ctrl-C reaches only the launcher, which then ends the groups of its servers, vLLM's engine processes
-included.
+included. A guard does the same where the launcher can not, because it was killed itself.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ HOST = "127.0.0.1"
 STOP_SECONDS = 20.0
 """How long a process may take to stop when asked, before it is killed."""
 
+GUARD = """
+read -r launcher_is_gone
+kill -TERM $0
+left=$1
+while [ $left -gt 0 ] && kill -0 -$0; do sleep 1; left=$((left - 1)); done
+kill -KILL -$0
+"""
+"""Shell code that stops the process group $0, in at most $1 seconds, once the pipe on its standard
+input is closed, which the end of the launcher does, whatever ended it."""
+
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -45,6 +55,7 @@ class Service:
         self.url = f"http://{HOST}:{port}"
         self.log_file = log_folder / f"{name}-{port}.log"
         self.process: Process | None = None
+        self._guard: Process | None = None
 
     async def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
         """Start it in a process group of its own, its output going to its log."""
@@ -64,6 +75,13 @@ class Service:
                 env=QUIET_ENVIRONMENT | os.environ | environment,
                 start_new_session=True,
             )
+        self._guard = await asyncio.create_subprocess_exec(
+            *("sh", "-c", GUARD, str(self.process.pid), f"{STOP_SECONDS:.0f}"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     async def ended(self) -> None:
         """Wait for its process, which is not meant to end, and raise."""
@@ -102,6 +120,9 @@ class Service:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         await self.process.wait()
+        if self._guard is not None:
+            self._guard.kill()
+            await self._guard.wait()
 
     def log(self) -> str:
         """Return everything it has printed."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from attn_kernels import Variant, cpu, get_variant, pruning, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.cpu.pruned import PrunedCPULayer
 from tests.attn_kernels.cases import seeded
 
 PRUNABLE = [name for name in variant_names() if get_variant(name).prunable]
@@ -140,7 +139,7 @@ def make_layer(kind: str, shape: Shape, dtype: torch.dtype) -> Any:
         return pruning.TorchPrunedLayer(shape.variant, pages, page, **options)
     kernel = cpu.load(shape.variant, kind)
     assert kernel is not None
-    return PrunedCPULayer(kernel, pages, page, **options)
+    return cpu.PrunedCPULayer(kernel, pages, page, **options)
 
 
 # Portable code is compiled from the same source and runs everywhere; the best is what serves.

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from benchmarks.__main__ import CHECKPOINTS, PACK, STANDARD, Benchmark
-from benchmarks.checkpoints import ServerCase, cases_of, weight_bytes
+from benchmarks.checkpoints import CaseOptions, ServerCase, weight_bytes
 from benchmarks.memory.__main__ import memory, plot, row_of, table
-from benchmarks.memory.measure import QUANTITIES, RequestShape, predict, requests_of
+from benchmarks.memory.measure import QUANTITIES, predict, requests_of
+from benchmarks.options import RequestOptions, ServerOptions
 from benchmarks.results import append_csv
-from benchmarks.servers import ServerOptions
 from tests.benchmarks.conftest import ours
 from tests.conftest import Commands
 from tests.quantized import quantize
@@ -26,16 +26,15 @@ LAYERS, KV_HEADS, HEAD = 3, 2, 32
 
 def cases(folder: Path, kv_budgets: tuple[int, ...] = (8, 4, 12)) -> list[ServerCase]:
     """Return those of all checkpoints: softmax, selective, selective within budgets, packed."""
-    return cases_of(
-        [folder / "softmax", folder / "selective"], [folder / "w4"], kv_budgets, ["float32"]
-    )
+    ckpts = [folder / "softmax", folder / "selective"]
+    return CaseOptions(ckpts, [folder / "w4"], list(kv_budgets)).cases()
 
 
-OPTIONS = ServerOptions(2_000_000, 1, True, 60, Path(".run"))
+OPTIONS = ServerOptions(1, 2_000_000)
 
 
 def test_predictions(folder: Path) -> None:
-    requests = RequestShape(200, 56)
+    requests = RequestOptions(200, 56)
     softmax, selective, pruned, packed = (predict(c, requests, OPTIONS) for c in cases(folder))
     token = LAYERS * KV_HEADS * 2 * HEAD * 4
     assert softmax["kv_bytes_per_token"] == token
@@ -55,19 +54,19 @@ def test_predictions(folder: Path) -> None:
 
 
 def test_a_request_takes_whole_blocks_and_no_budget_is_longer_than_it(folder: Path) -> None:
-    requests = RequestShape(200, 57)
+    requests = RequestOptions(200, 57)
     found = cases(folder, (8, 4, 1000))
     softmax, _, pruned, _ = (predict(case, requests, OPTIONS) for case in found)
     assert softmax["kv_bytes_per_request"] == 384 * LAYERS * KV_HEADS * 2 * HEAD * 4
     assert pruned["kv_bytes_per_request"] == (8 + 4 + 257) * (KV_HEADS * 2 * HEAD * 4 + 8)
     token = LAYERS * KV_HEADS * 2 * HEAD * 2
-    half = predict(replace(found[0], dtype="bfloat16"), RequestShape(200, 56), OPTIONS)
+    half = predict(replace(found[0], dtype="bfloat16"), RequestOptions(200, 56), OPTIONS)
     assert half["kv_bytes_per_token"] == token
 
 
 def test_rows(folder: Path, tmp_path: Path) -> None:
     case, other, *_ = cases(folder)
-    predicted = predict(case, RequestShape(200, 56), OPTIONS)
+    predicted = predict(case, RequestOptions(200, 56), OPTIONS)
     found = {name: 2 * value for name, value in predicted.items()}
     good = row_of(case, predicted, {**found, "blocks": 9, "rss_bytes": 3e6})
     bad = row_of(other, predicted, {}, "ended with exit code 1")

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 import typer
 
 from benchmarks.__main__ import STANDARD, Benchmark
-from benchmarks.checkpoints import ServerCase, cases_of, weight_bytes
+from benchmarks.checkpoints import CaseOptions, ServerCase, weight_bytes
+from benchmarks.options import Dtype, ServerOptions
 from benchmarks.serve.__main__ import serve, subjects_of
 from benchmarks.serve.load import (
     LEVELS,
@@ -29,7 +31,6 @@ from benchmarks.serve.load import (
     together,
 )
 from benchmarks.serve.rows import capacity, plot, rows_of, table
-from benchmarks.servers import ServerOptions
 from serving.launch.process import LaunchError
 from tests.benchmarks.conftest import ours
 from tests.conftest import Commands
@@ -39,17 +40,18 @@ RECORDED = Path(__file__).with_name("data") / "vllm_bench_serve.json"
 """What `vllm bench serve` 0.32 wrote of sixteen requests to checkpoints/softmax, less texts."""
 
 
-OPTIONS = ServerOptions(1 << 20, 1, True, 60, Path(".run"))
+OPTIONS = ServerOptions(1, 1 << 20)
 
 
 def cases(folder: Path, *packed: Path) -> list[ServerCase]:
     """Return those of both checkpoints, with budgets that fit them, and of packed ones."""
-    return cases_of([folder / "softmax", folder / "selective"], packed, [8, 4, 12], ["float32"])
+    ckpts = [folder / "softmax", folder / "selective"]
+    return CaseOptions(ckpts, list(packed), [8, 4, 12]).cases()
 
 
 def subjects(folder: Path) -> list[Subject]:
     """Return stock vLLM and those cases, without a gateway."""
-    return subjects_of(cases(folder), OPTIONS, 200, "none")
+    return subjects_of(cases(folder), OPTIONS, [], "none")
 
 
 def test_figures_are_those_of_vllm() -> None:
@@ -106,7 +108,7 @@ def test_levels_of_the_command_line() -> None:
 def test_cases(folder: Path) -> None:
     direct = ["stock", "softmax", "selective", "selective pruned", "w4"]
     expected = [direct[0], *(name + end for name in direct[1:] for end in ("", " + gateway"))]
-    found = {s.name: s for s in subjects_of(cases(folder, folder / "w4"), OPTIONS, 200, "all")}
+    found = {s.name: s for s in subjects_of(cases(folder, folder / "w4"), OPTIONS, [], "all")}
     assert list(found) == expected
     assert found["w4 + gateway"].server is found["w4"].server
     assert found["w4"].case.weights == "w4-g64-e8"
@@ -116,7 +118,7 @@ def test_cases(folder: Path) -> None:
     assert "kv_budgets" not in command["selective"]
     assert "--attention-backend" not in command["softmax"]
 
-    one = subjects_of(cases(folder), OPTIONS, 200, "one")
+    one = subjects_of(cases(folder), OPTIONS, [], "one")
     assert [subject.name for subject in one] == [
         "stock",
         "softmax",
@@ -124,14 +126,16 @@ def test_cases(folder: Path) -> None:
         "selective",
         "selective pruned",
     ]
-    bare = subjects_of(cases(folder), OPTIONS, 200, "none", stock=False)
+    bare = subjects_of(cases(folder), OPTIONS, [], "none", stock=False)
     assert [subject.name for subject in bare] == direct[1:4]
 
 
 def test_backends_and_dtypes(folder: Path) -> None:
     """A case each, the first the peer; packed ones in a dtype of their own."""
-    backends, packed = ["cpu_attn", "softmax"], [folder / "w4"]
-    found = cases_of([folder / "softmax"], packed, [0], ["float32", "bfloat16"], (), backends)
+    given = CaseOptions(
+        [folder / "softmax"], [folder / "w4"], dtypes=[Dtype.FLOAT32, Dtype.BFLOAT16]
+    )
+    found = replace(given, backends=["cpu_attn", "softmax"]).cases()
     assert [(case.name, case.weights, case.dtype) for case in found] == [
         ("softmax cpu_attn", "float32", "float32"),
         ("softmax softmax", "float32", "float32"),
@@ -140,17 +144,17 @@ def test_backends_and_dtypes(folder: Path) -> None:
         ("w4 cpu_attn", "w4-g64-e8", "float32"),
         ("w4 softmax", "w4-g64-e8", "float32"),
     ]
-    third = subjects_of(found, OPTIONS, 200, "none", stock=False)[2].server.command
+    third = subjects_of(found, OPTIONS, [], "none", stock=False)[2].server.command
     assert "--dtype=bfloat16" in third and "--attention-backend=cpu_attn" in third
-    kinds = cases_of([folder / "softmax"], packed, [0], ["float32", "bfloat16"], ["bfloat16"])
+    kinds = replace(given, packed_dtypes=[Dtype.BFLOAT16]).cases()
     names = ["stock", "stock bfloat16", "softmax", "softmax bfloat16", "w4 bfloat16"]
-    assert [each.name for each in subjects_of(kinds, OPTIONS, 200, "none")] == names
+    assert [each.name for each in subjects_of(kinds, OPTIONS, [], "none")] == names
 
 
 def test_a_plain_llama_has_a_peer_without_our_plugins(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path)
-    cases = cases_of([tmp_path], [], [0], ["float32"], (), ["cpu_attn", "softmax"])
-    found = subjects_of(cases, OPTIONS, 200, "none", stock=False)
+    cases = CaseOptions([tmp_path], backends=["cpu_attn", "softmax"]).cases()
+    found = subjects_of(cases, OPTIONS, [], "none", stock=False)
     plugins = [each.server.environment.get("VLLM_PLUGINS") for each in found]
     assert plugins == ["", None]
 

@@ -1,9 +1,10 @@
-"""python -m tests.conformance: suites that others wrote, against the gateway with a real vLLM.
+"""python -m tests.conformance: suites against the gateway; those that others wrote, with real vLLM.
 
   openai       openai-python's own tests of completions, chat, models and embeddings, out of its
                source distribution; what is deselected is in deselected.yaml, with reasons
   llm-comply   its checks of OpenAI's chat completions: answers against OpenAI's schema, streams
   schemathesis requests made up from the gateway's own OpenAPI document; no answer may be a 500
+  hostile      20,000 hostile requests with hostile answers of a model server (hostile.py)
 
 `make conformance` installs them (requirements/conformance.txt) beside this file and calls this. Two
 vLLM servers with tiny random models start, one for text and images and one for embeddings.
@@ -21,11 +22,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 
 from tests.conformance.checkpoint import write_tiny_blip2
+from tests.conformance.hostile import hostile
 from tests.servers import vllm_server
 from tests.serving.helpers import configured
 from tests.tiny import write_tiny_llama
@@ -167,7 +170,21 @@ def schemathesis(url: str, logs: Path) -> Outcome:
     return Outcome("schemathesis", sent, failed, 0, 0.0, "passed: requests; failed: runs")
 
 
-SUITES = {"openai": openai_python, "llm-comply": llm_comply, "schemathesis": schemathesis}
+def attacked(_: str, logs: Path) -> Outcome:
+    """Attack a gateway of its own."""
+    found = hostile(20_000, logs / "hostile.log")
+    health = f"/health {median(found.health_ms):.1f} ms, at most {max(found.health_ms):.0f}"
+    note = f"{health}; memory +{found.growth_mb():.1f} MB; {'; '.join(found.wrong[:3])}"
+    wrong = len(found.wrong)
+    return Outcome("hostile", found.sent - wrong, wrong, 0, 0.0, note.removesuffix("; "))
+
+
+SUITES = {
+    "openai": openai_python,
+    "llm-comply": llm_comply,
+    "schemathesis": schemathesis,
+    "hostile": attacked,
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -204,10 +221,11 @@ def all_suites(url: str, options: argparse.Namespace) -> list[Outcome]:
 def main() -> None:
     """Print a table, and as last line one JSON object; exit with 1 if anything failed."""
     options = parse()
-    if not TOOLS.exists():
+    own = options.suites == ["hostile"]
+    if not (own or TOOLS.exists()):
         sys.exit("tests.conformance: the suites are not installed; use `make conformance`")
     options.log_folder.mkdir(parents=True, exist_ok=True)
-    if options.url:
+    if options.url or own:
         found = all_suites(options.url, options)
     else:
         with tempfile.TemporaryDirectory(prefix="conformance-") as folder:

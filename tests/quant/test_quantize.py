@@ -148,15 +148,17 @@ def test_int8_activations(softpick: Path, tmp_path: Path) -> None:
 
 
 def test_several_files(softpick: Path, tmp_path: Path) -> None:
-    """A checkpoint in shards stays in shards, with a true index."""
+    """A checkpoint in shards is quantized as one in a single file."""
     source = tmp_path / "source"
     model = load(softpick)
     model.save_pretrained(source, max_shard_size="300KB")
     assert len(list(source.glob("*.safetensors"))) > 2
     main([str(source), str(tmp_path / "out"), "--bits=4", "--scheme=rtn"])
-    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    files = {file.name: load_file(file) for file in (tmp_path / "out").glob("*.safetensors")}
-    assert index["weight_map"] == {name: file for file, t in files.items() for name in t}
+    main([str(softpick), str(tmp_path / "whole"), "--bits=4", "--scheme=rtn"])
+    found, whole = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "whole"))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert not list((tmp_path / "out").glob("*.index.json"))
 
 
 REFUSALS = [
@@ -177,7 +179,7 @@ REFUSALS = [
     (["--bits=4", "--scheme=gptq", "--books=nowhere"], "nowhere"),
     (
         ["--bits=4", "--scheme=gptq", "--calibration-text", "nowhere.txt"],
-        "no file nowhere.txt",
+        "nowhere.txt is not there",
     ),
     (["--bits=4", "--scheme=gptq", "--text-from=nowhere"], "nowhere has no config.json"),
 ]

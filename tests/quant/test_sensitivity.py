@@ -12,6 +12,7 @@ import pytest
 
 from attnserve.errors import UserError
 from attnserve.evaluation.measures import Data
+from attnserve.files import Journal
 from quant import layerwise
 from quant.mixed import Price, path, total, within
 from quant.sensitivity import sensitivity
@@ -144,8 +145,8 @@ def test_refusals(
 def test_another_checkpoints_values_are_not_taken(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
 
-    def journal(checkpoint: str, force: bool = False) -> layerwise.Journal:
-        return layerwise.Journal(file, {"checkpoint": checkpoint, "seed": 0}, force)
+    def journal(checkpoint: str, force: bool = False) -> Journal:
+        return Journal(file, {"checkpoint": checkpoint, "seed": 0}, force)
 
     assert journal("1").get("a", lambda: [0.5]) == [0.5]
     assert journal("1").values == {"a": [0.5]}

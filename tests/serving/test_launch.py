@@ -124,7 +124,7 @@ def test_make_serve_answers_and_leaves_nothing(started: Started, tiny_llama: Pat
     answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, timeout=60)
     assert f'"model":"{tiny_llama.name}"' in answer.stdout
     assert len(started.note_groups()) >= 5  # make, the launcher, vLLM, its engine, the gateway
-    assert len(started.groups) == 3
+    assert len(started.groups) == 5  # two of them are the guards'
 
     started.process.terminate()  # SIGTERM to make alone
     started.process.wait(60)
@@ -153,6 +153,29 @@ def test_ctrl_c_during_start_up_leaves_nothing(started: Started, tiny_llama: Pat
     started.process.wait(60)
     assert "] stopping" in started.output()
     assert "Traceback" not in started.output()
+    assert started.survivors() == []
+
+
+@pytest.mark.parametrize("shown", [IMPORTING, "}'\n"], ids=["starting", "ready"])
+def test_a_killed_launcher_leaves_nothing(
+    started: Started, tiny_llama: Path, tmp_path: Path, shown: str
+) -> None:
+    started.launch(tiny_llama, "--max-model-len=64", "--dtype=float32", folder=tmp_path)
+    started.wait_for(shown)
+    wait_for(lambda: len(started.note_groups()) >= 4, "the engine starts", STARTUP_SECONDS)
+    started.process.kill()
+    started.process.wait()
+    wait_for(lambda: started.survivors() == [], "its servers and their guards end", 60)
+
+
+def test_a_killed_gateway_ends_all(started: Started, tiny_llama: Path, tmp_path: Path) -> None:
+    started.launch(tiny_llama, "--max-model-len=64", "--dtype=float32", folder=tmp_path)
+    started.wait_for("}'\n")
+    started.note_groups()
+    (gateway,) = (p for p in started.survivors() if p.cmdline()[-2:] == ["-m", "serving"])
+    gateway.kill()
+    assert started.process.wait(60) != 0
+    assert "gateway ended with SIGKILL" in started.output()
     assert started.survivors() == []
 
 

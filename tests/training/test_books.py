@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,11 +66,10 @@ class Server:
 
 @pytest.fixture
 def server(table: list[Novel]) -> Iterator[tuple[Server, str]]:
-    """Run a server that has both editions of all novels; yield it and its URL."""
+    """Run a server that has all novels; yield it and its URL."""
     state = Server()
     for novel in table:
-        state.files[gutenberg.used_edition(novel, "")] = edition(*BODY)
-        state.files[gutenberg.newest_edition(novel, "")] = edition(*BODY, "A revised ending.")
+        state.files[gutenberg.url_of(novel, "")] = edition(*BODY)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -131,7 +129,7 @@ def test_broken_off_and_gone_on(
     server: tuple[Server, str], table: list[Novel], tmp_path: Path, commands: Commands
 ) -> None:
     state, url = server
-    last = gutenberg.used_edition(table[-1], "")
+    last = gutenberg.url_of(table[-1], "")
     content = state.files.pop(last)
     out = tmp_path / "novels"
     command = ["--server", url, "--out", str(out)]
@@ -144,15 +142,14 @@ def test_broken_off_and_gone_on(
     assert sorted(path.name for path in out.iterdir()) == sorted(novel.file for novel in table)
 
 
-def test_changed_edition_is_refused_or_named(
-    server: tuple[Server, str], tmp_path: Path, commands: Commands
+def test_changed_edition_is_refused(
+    server: tuple[Server, str], table: list[Novel], tmp_path: Path, commands: Commands
 ) -> None:
-    _, url = server
-    command = ["--server", url, "--out", str(tmp_path / "novels"), "--source", "gutenberg"]
-    message = commands.refused(books.books, *command)
-    assert "another SHA-256. --keep-changed takes it, and results will differ" in message
-    found = json.loads(commands.run(books.books, *command, "--keep-changed", "--json"))
-    assert found["changed"] == ["emma.txt", "great_expectations.txt", "first.txt"]
+    state, url = server
+    state.files[gutenberg.url_of(table[1], "")] = edition(*BODY, "A revised ending.")
+    message = commands.refused(books.books, "--server", url, "--out", tmp_path / "novels")
+    assert "another SHA-256" in message
+    assert not (tmp_path / "novels").exists()
 
 
 def test_other_folder_is_left_alone(

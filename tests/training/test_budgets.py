@@ -385,7 +385,7 @@ def test_users_text(
     argv[4] = str(tmp_path / "short.txt")
     assert "fewer than two sequences of 24" in commands.refused(budgets, *argv)
     argv[4] = "nowhere.txt"
-    assert "no file nowhere.txt" in commands.refused(budgets, *argv)
+    assert "nowhere.txt is not there" in commands.refused(budgets, *argv)
 
 
 def test_not_a_result(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer
 from training.conversion import convert, initial_scale
 from training.convert import convert as command
 from training.finetune import FineTune, fused_attention
-from training.recipe import FineTuning
+from training.recipe import Conversion, FineTuning
 from training.resumable import STATE
 from training.tokenizer import PARAGRAPHS
 
@@ -109,7 +109,7 @@ def test_ssmax_is_softmax_with_queries_scaled_by_hand(
 
 @pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).learned])
 def test_variants_without_tensors_only_change_the_name(name: str, plain: Path, ids: Tensor) -> None:
-    converted = convert(plain, {"name": name})
+    converted = convert(plain, {"name": name}, Conversion())
     stock = load(plain, attn_implementation=name)
     torch.testing.assert_close(logits(converted, ids), logits(stock, ids), atol=1e-4, rtol=1e-4)
     assert converted.config.variant.name == name
@@ -117,9 +117,8 @@ def test_variants_without_tensors_only_change_the_name(name: str, plain: Path, i
 
 def test_options(plain: Path, ids: Tensor) -> None:
     """Training length, rotary base, positions, and a variant's own parameters."""
-    model = convert(
-        plain, {"name": "ssmax", "bias": True}, train_length=1000, rope_theta=2e4, positions=4096
-    )
+    change = Conversion(train_length=1000, rope_theta=2e4, positions=4096)
+    model = convert(plain, {"name": "ssmax", "bias": True}, change)
     for layer in model.model.layers:
         assert layer.self_attn.ssmax_scale.tolist() == pytest.approx([initial_scale(1000)] * 4)
         assert layer.self_attn.ssmax_bias.tolist() == [0.0] * 4
@@ -127,7 +126,7 @@ def test_options(plain: Path, ids: Tensor) -> None:
     theta = model.config.rope_parameters["rope_theta"]
     assert theta == 2e4
 
-    wider = convert(plain, {"name": "softmax"}, rope_theta_factor=50.0)
+    wider = convert(plain, {"name": "softmax"}, Conversion(rope_theta_factor=50.0))
     rope = {"rope_type": "default", "rope_theta": 50 * 10000.0}
     torch.testing.assert_close(
         logits(wider, ids), logits(load(plain, rope_parameters=rope), ids), atol=1e-4, rtol=1e-4
@@ -228,7 +227,7 @@ def test_finetuning_everything(
 @pytest.mark.parametrize("variant", ["softmax", "ssmax", "softpick"])
 def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: Tensor) -> None:
     """Loss and gradients of training's own attention, where there is one."""
-    model = convert(plain, {"name": variant})
+    model = convert(plain, {"name": variant}, Conversion())
     results = []
     for fused in (False, True):
         model.zero_grad()
@@ -246,7 +245,7 @@ def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: T
 def tune(plain: Path, folder: Path, **changes: Any) -> FineTune:
     settings = FineTuning(steps=100, learning_rate=0.01, sequence=16, seed=1)
     tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
-    model = convert(plain, {"name": "ssmax"})
+    model = convert(plain, {"name": "ssmax"}, Conversion())
     return FineTune(
         model, dataclasses.replace(settings, **changes), tokens, 0, folder, save_seconds=0.0
     )
@@ -283,7 +282,7 @@ def test_compiled_is_the_same_training(plain: Path, tmp_path: Path) -> None:
     settings = FineTuning(steps=4, train="all", learning_rate=1e-3, sequence=16, batch=2)
     losses = []
     for compiled in (False, True):
-        model = convert(plain, {"name": "selective"})
+        model = convert(plain, {"name": "selective"}, Conversion())
         run = FineTune(model, settings, tokens, 0, tmp_path / str(compiled))
         run.run(compiled, quiet=True)
         losses.append(run.losses)
@@ -350,7 +349,7 @@ def test_refused_in_one_line(
         (["--variant", "softpik"], "did you mean 'softpick'"),
         (["--rope-theta", "0"], "0 is not a number above 0"),
         (["--positions", "-1"], "greater than or equal to 1"),
-        (["--data", "nowhere.txt"], "no file nowhere.txt"),
+        (["--steps", "1", "--data", "nowhere.txt"], "nowhere.txt is not there"),
     ],
 )
 def test_wrong_options(

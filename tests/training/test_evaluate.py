@@ -97,9 +97,9 @@ def test_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Comm
     ("argv", "line"),
     [
         (["nowhere"], "nowhere has no config.json: name a checkpoint's folder"),
-        (["CKPT", "--text", "nowhere.txt"], "no file nowhere.txt (No such file or directory)"),
+        (["CKPT", "--text", "nowhere.txt"], "nowhere.txt is not there: name a text file"),
         (["CKPT", "--text", "EMPTY"], "has no words"),
-        (["CKPT", "--text", "CKPT/model.safetensors"], "is not UTF-8 text"),
+        (["CKPT", "--text", "CKPT/model.safetensors"], "is no UTF-8 text"),
         (["CKPT", "--books", "nowhere"], "nowhere/emma.txt is not there: fetch the thirteen"),
         (
             ["CKPT", "--ngrams"],

@@ -36,9 +36,6 @@ class Pair:
 def make_pair(checkpoint: Checkpoint, length: int, rng: np.random.Generator) -> Pair:
     """Prompts of the passkey test (as of arXiv 2305.16300) of at most `length` tokens with the
     answer: an introduction, filler with the key at a random depth, and the question.
-
-    Raises:
-        ValueError: `length` has no room for any filler.
     """
     right, wrong = (str(key) for key in rng.choice(90000, 2, replace=False) + 10000)
     encode = checkpoint.encode

@@ -27,11 +27,7 @@ MEASURES: dict[str, type[Measure]] = {
 
 
 def measures(settings: AnalysisSettings, names: Iterable[str], context: int) -> list[Measure]:
-    """Return the chosen measures with their settings, for a model of some training length.
-
-    Raises:
-        UserError: the training length is above `max_length`.
-    """
+    """Return the chosen measures with their settings, for a model of some training length."""
     limit = QUICK_LIMIT if settings.quick and settings.limit is None else settings.limit
     if context > settings.max_length:
         raise UserError(
@@ -58,11 +54,7 @@ def measures(settings: AnalysisSettings, names: Iterable[str], context: int) -> 
 def to_do(
     checkpoint: Checkpoint, chosen: Iterable[Measure], data: Data, settings: AnalysisSettings
 ) -> tuple[list[Stored], list[Measure]]:
-    """Return what is there already, and what is to be measured.
-
-    Raises:
-        UserError: a file holds a result of other weights, texts or settings.
-    """
+    """Return what is there already, and what is to be measured."""
     present, missing = [], []
     for measure in chosen:
         path = path_of(
@@ -101,12 +93,7 @@ def scorer_for(
 def analyze(
     folder: Path, names: Iterable[str], data: Data, settings: AnalysisSettings
 ) -> list[Stored]:
-    """Return all chosen measures of one checkpoint.
-
-    Raises:
-        UserError, FileNotFoundError: there is no checkpoint, a text is missing or too short, or a
-            file holds another result.
-    """
+    """Return all chosen measures of one checkpoint."""
     checkpoint = Checkpoint(folder, settings.context)
     chosen = measures(settings, names, checkpoint.context)
     for measure in chosen:

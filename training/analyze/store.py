@@ -49,11 +49,7 @@ def key_of(checkpoint: Checkpoint, measure: Measure, data: Data) -> dict[str, An
 
 
 def read(path: Path) -> Stored:
-    """Return a result.
-
-    Raises:
-        ValueError: the file is none.
-    """
+    """Return a result."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         summary = {

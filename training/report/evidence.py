@@ -61,11 +61,7 @@ class Evidence:
         return sorted({key[2] for key in self.results if key[1] == measure})
 
     def get(self, name: str, measure: str, factor: float = 1.0) -> Stored:
-        """Return a result.
-
-        Raises:
-            Missing: there is none.
-        """
+        """Return a result."""
         found = self.of(measure, factor)
         if name not in found:
             theta = "" if factor == 1.0 else f" with theta x{factor:g}"
@@ -75,11 +71,7 @@ class Evidence:
     def pair(
         self, name: str, other: str, measure: str, factor: float = 1.0
     ) -> tuple[Stored, Stored]:
-        """Return results of two checkpoints that were measured on the same texts in the same way.
-
-        Raises:
-            Missing: there is one or none, or they were not.
-        """
+        """Return results of two checkpoints that were measured alike on the same texts."""
         a, b = self.get(name, measure, factor), self.get(other, measure, factor)
         for part in ("context", "settings", "texts"):
             if a.key[part] != b.key[part]:
@@ -87,11 +79,7 @@ class Evidence:
         return a, b
 
     def estimate(self, name: str, measure: str, figure: str, factor: float = 1.0) -> Estimate:
-        """Return a figure of a result's summary.
-
-        Raises:
-            Missing: there is none.
-        """
+        """Return a figure of a result's summary."""
         found = self.get(name, measure, factor).result.summary
         if figure not in found:
             raise Missing(f"{measure} of {name} has no figure {figure}")
@@ -109,9 +97,6 @@ def load(
         rates: the table of `training.learning_rate`; need not exist.
         budgets: the folder that `attnserve budgets` writes.
         long_context: the table of `training.long_context`; need not exist.
-
-    Raises:
-        ValueError: a file of results is none.
     """
     stored = [read(path) for path in sorted(results.glob("*/*.json"))]
     curves = {path.parent.name: pd.read_csv(path) for path in checkpoints.glob("*/loss.csv")}
@@ -130,11 +115,7 @@ def difference(a: Sequence[float] | Values, b: Sequence[float] | Values) -> Esti
 
 
 def windows(stored: Stored, multiple: int) -> Values:
-    """Return the mean loss of each window's first `multiple` training lengths, `[windows]`.
-
-    Raises:
-        Missing: the windows are shorter.
-    """
+    """Return the mean loss of each window's first `multiple` training lengths, `[windows]`."""
     bins = np.asarray(stored.result.units["windows"], np.float64)
     if bins.shape[1] < multiple * BINS:
         raise Missing(f"length of {stored.checkpoint} ends before {multiple}x")
@@ -148,22 +129,14 @@ def pieces(stored: Stored, multiple: int) -> Values:
 
 
 def gains(stored: Stored, multiple: int) -> Values:
-    """Return the passkey gain of each pair at `multiple` training lengths.
-
-    Raises:
-        Missing: it was not measured at this length.
-    """
+    """Return the passkey gain of each pair at `multiple` training lengths."""
     if str(multiple) not in stored.result.units:
         raise Missing(f"passkey of {stored.checkpoint} ends before {multiple}x")
     return np.asarray(stored.result.units[str(multiple)]["gain"], np.float64)
 
 
 def last_losses(evidence: Evidence, name: str, steps: int = LAST_STEPS) -> tuple[int, Values]:
-    """Return the number of training steps, and the losses of the last of them.
-
-    Raises:
-        Missing: there is no curve.
-    """
+    """Return the number of training steps, and the losses of the last of them."""
     if name not in evidence.curves:
         raise Missing(f"no loss.csv of {name}")
     losses = evidence.curves[name]["loss"].to_numpy(np.float64)

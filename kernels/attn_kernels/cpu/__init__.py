@@ -13,11 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from attn_kernels.cpu.build import HERE, BuildError, build_library, chosen_isas, usable_isas
-from attn_kernels.cpu.kernel import CPUKernel, CPULayer
+from attn_kernels.cpu.kernel import CPUKernel, CPULayer, PrunedCPULayer
 from attn_kernels.paged import Layer, TorchLayer, head_size_of
 from attn_kernels.variant import Variant
 
-__all__ = ["BuildError", "CPUKernel", "CPULayer", "bind", "load", "usable_isas"]
+__all__ = [
+    "BuildError",
+    "CPUKernel",
+    "CPULayer",
+    "PrunedCPULayer",
+    "bind",
+    "load",
+    "usable_isas",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -1,30 +1,83 @@
-"""A variant's C++ kernels, called through ctypes with one struct a call."""
+"""A variant's C++ kernels, called through ctypes with one struct a call: its fields are those in
+C++, in the same order."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from ctypes import byref, c_float, c_void_p
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_kernels.batch import Batch
+from attn_kernels.batch import Batch, heads_together
 from attn_kernels.cpu.build import open_library
-from attn_kernels.cpu.structs import (
-    FORMATS,
-    AttendCall,
-    CacheShape,
-    PrunedCall,
-    WriteCall,
-    head_rows,
-)
 from attn_kernels.paged import Layer
+from attn_kernels.pruning import PageShape, PrunedLayer
 from attn_kernels.variant import Variant
 
 HEAD_SIZES = range(32, 257, 16)
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Return a struct's fields of one type, as a line of C++ declares them."""
+    return [(name, kind) for name in names.split()]
+
+
+class CacheShape(ctypes.Structure):
+    """`CacheShape` of cache.hpp."""
+
+    _fields_ = (
+        *fields(c_void_p, "data"),
+        *fields(c_int64, "block_stride head_stride"),
+        *fields(c_int32, "block_size head_size num_kv_heads"),
+    )
+
+
+class AttendCall(ctypes.Structure):
+    """`AttendCall` of call.hpp."""
+
+    _fields_ = (
+        *fields(CacheShape, "cache"),
+        *fields(c_void_p, "query out"),
+        *fields(c_int64, "query_stride out_stride"),
+        *fields(c_void_p, "batch"),
+        *fields(POINTER(c_float), "values"),
+        *fields(POINTER(c_void_p), "learned"),
+        *fields(c_float, "scale"),
+        *fields(c_int32, "num_heads window query_format out_format cache_format"),
+    )
+
+
+class WriteCall(ctypes.Structure):
+    """`WriteCall` of kernel.cpp."""
+
+    _fields_ = (
+        *fields(CacheShape, "cache"),
+        *fields(c_void_p, "key value"),
+        *fields(c_int64, "key_stride value_stride"),
+        *fields(c_void_p, "slot_mapping"),
+        *fields(c_int64, "num_tokens"),
+        *fields(c_int32, "cache_format threads"),
+    )
+
+
+class PrunedCall(ctypes.Structure):
+    """`PrunedCall` of pruned.hpp."""
+
+    _fields_ = (
+        *fields(c_void_p, "pages"),
+        *fields(c_int64, "page_stride"),
+        *fields(c_void_p, "query key value out"),
+        *fields(c_int64, "query_stride key_stride value_stride out_stride"),
+        *fields(c_void_p, "batch"),
+        *fields(POINTER(c_float), "values"),
+        *fields(c_float, "scale"),
+        *fields(c_int32, "num_heads num_kv_heads head_size budget"),
+        *fields(c_int32, "query_format out_format page_format"),
+    )
 
 
 class CPUKernel:
@@ -39,8 +92,8 @@ class CPUKernel:
     def __init__(self, variant: Variant, library: Path, isa: str) -> None:
         self.variant = variant
         self.isa = isa
-        sizes = ctypes.sizeof(AttendCall), ctypes.sizeof(WriteCall), ctypes.sizeof(PrunedCall)
-        expected = sizes[0] * 1000000 + sizes[1] * 1000 + sizes[2]
+        attend, write, pruned = map(ctypes.sizeof, (AttendCall, WriteCall, PrunedCall))
+        expected = attend * 1000000 + write * 1000 + pruned
         self.library = open_library(library, "attnserve_abi", expected)
         numbers = variant.numbers()
         self.values = (c_float * max(1, len(numbers)))(*numbers)
@@ -97,34 +150,65 @@ class CPULayer(Layer):
         tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
         self._tensors = tensors, (c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
         self._call.learned = self._tensors[1]
-        self.run_attend = functools.partial(kernel.library.attnserve_attend, byref(self._call))
-        """The C function, on what `attend` filled in."""
-        self.run_write = functools.partial(kernel.library.attnserve_write, byref(self._write))
-        """The C function, on what `write_cache` filled in."""
+        self._library = kernel.library
 
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         if key.dtype != self.kv_cache.dtype:
             key, value = key.to(self.kv_cache.dtype), value.to(self.kv_cache.dtype)
         if slot_mapping.dtype != torch.int64:
             slot_mapping = slot_mapping.long()
+        key, value = heads_together(key), heads_together(value)
         call = self._write
-        key, call.key_stride = head_rows(key)
-        value, call.value_stride = head_rows(value)
-        call.key = key.data_ptr()
-        call.value = value.data_ptr()
-        call.slot_mapping = slot_mapping.data_ptr()
-        call.num_tokens = slot_mapping.shape[0]
+        call.key, call.key_stride = key.data_ptr(), key.stride(0)
+        call.value, call.value_stride = value.data_ptr(), value.stride(0)
+        call.slot_mapping, call.num_tokens = slot_mapping.data_ptr(), slot_mapping.shape[0]
         call.threads = torch.get_num_threads()
-        self.run_write()
+        self._library.attnserve_write(byref(call))
 
     def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+        run(self._library.attnserve_attend, self._call, query, batch, out)
+
+
+class PrunedCPULayer(PrunedLayer):
+    """The kernels bound to one layer's pages. Not for concurrent calls.
+
+    Args:
+        kernel: a stateful variant's kernels.
+        pages, shape, options: as in `PrunedLayer`.
+    """
+
+    def __init__(self, kernel: CPUKernel, pages: Tensor, shape: PageShape, **options: Any) -> None:
+        super().__init__(kernel.variant, pages, shape, **options)
+        if reason := kernel.unsupported(shape.head_size, 16, shape.dtype):
+            raise ValueError(f"the CPU kernels do not support {reason}")
+        self._call = PrunedCall(
+            pages=pages.data_ptr(),
+            page_stride=pages.stride(0),
+            values=kernel.values,
+            scale=self.scale,
+            num_heads=self.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_size=shape.head_size,
+            budget=shape.budget,
+            page_format=FORMATS[shape.dtype],
+        )
+        self._run = kernel.library.attnserve_attend_pruned
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
         call = self._call
-        query, call.query_stride = head_rows(query)
-        call.query = query.data_ptr()
-        call.query_format = FORMATS[query.dtype]
-        call.out = out.data_ptr()
-        call.out_stride = out.stride(0)
-        call.out_format = FORMATS[out.dtype]
-        call.batch = batch.address
-        if self.run_attend():
-            raise MemoryError("no memory for the attention kernel's scratch space")
+        key = heads_together(key.to(self.shape.dtype))
+        value = heads_together(value.to(self.shape.dtype))
+        call.key, call.key_stride = key.data_ptr(), key.stride(0)
+        call.value, call.value_stride = value.data_ptr(), value.stride(0)
+        run(self._run, call, query, batch, out)
+
+
+def run(function: Any, call: Any, query: Tensor, batch: Batch, out: Tensor) -> None:
+    """Call a C++ function that attends, on a struct in which only these are not filled in."""
+    query = heads_together(query)
+    call.query, call.query_stride = query.data_ptr(), query.stride(0)
+    call.query_format, call.out_format = FORMATS[query.dtype], FORMATS[out.dtype]
+    call.out, call.out_stride = out.data_ptr(), out.stride(0)
+    call.batch = batch.address
+    if function(byref(call)):
+        raise MemoryError("no memory for the attention kernel's scratch space")

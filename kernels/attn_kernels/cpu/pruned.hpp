@@ -11,7 +11,7 @@
 #include "spans.hpp"
 #include "variant.hpp"
 
-// Arguments of one call; attn_kernels/cpu/pruned.py has the same fields in the same order.
+// Arguments of one call; attn_kernels/cpu/kernel.py has the same fields in the same order.
 struct PrunedCall {
   void* pages;
   int64_t page_stride;              // in bytes

@@ -223,7 +223,7 @@ def attend_keys(
 def attend_kernel(
     out, query, cache, block_table, query_start_loc, seq_lens,
     first_learned, second_learned,  # [num_heads] float32
-    snapshots,  # [tiles, keys] float32: accumulators ahead of each tile (select.py)
+    snapshots,  # [tiles, keys] float32: accumulators ahead of each tile (select_kernel)
     statistics,  # [num_tokens, num_heads, splits, 2] float32, of the pass for statistics
     part_rows,  # the same: each part's running maximum and denominator
     part_outputs,  # [num_tokens, num_heads, splits, head_size] float32
@@ -352,3 +352,87 @@ def merge_kernel(
     o *= EPILOGUE(running_max, denominator, PARAMS)
     place = out + token * out_stride + head * SHAPE.head_size + dim
     tl.store(place, o.to(out.dtype.element_ty), mask=dim < SHAPE.head_size)
+
+
+@triton.jit
+def select_kernel(
+    query, cache, block_table, query_start_loc, seq_lens,
+    snapshots,  # [tiles, keys] float32
+    key_scale, scale,
+    query_stride, block_stride, head_stride, table_stride, snapshot_stride,
+    SELECTION: tl.constexpr, SHAPE: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Keep the accumulators ahead of each tile of QUERIES, and leave those after the last query
+    in the cache. Grid: (num_reqs, tiles of keys).
+
+    Tiles run side by side, so what queries before a tile have added must be known before: here each
+    program walks the queries for a tile of keys, with head 0 alone."""
+    request = tl.program_id(0)
+    key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    start_loc = tl.load(query_start_loc + request)
+    num_queries = tl.load(query_start_loc + request + 1) - start_loc
+    seq_len = tl.load(seq_lens + request)
+    first_position = seq_len - num_queries
+    inside = key < seq_len
+    if SHAPE.window:  # a block that nobody sees may be another request's by now
+        inside &= key > first_position - SHAPE.window
+    if (num_queries == 0) | (tl.max(inside.to(tl.int32), 0) == 0):
+        return
+
+    table = block_table + request.to(tl.int64) * table_stride
+    blocks = Blocks(cache, table, block_stride, head_stride)
+    block = load_blocks(blocks, key, inside, SHAPE)
+    k = load_keys(blocks, block, 0, key, inside, query.dtype.element_ty, SHAPE)
+    ends = cache + block * block_stride + 2 * SHAPE.block_size * SHAPE.head_size
+    accumulators = ends.to(tl.pointer_type(tl.float32)) + key % SHAPE.block_size
+    state = tl.load(accumulators, mask=inside, other=0.0)
+    if SHAPE.quantized:
+        scale *= tl.load(key_scale)
+
+    row, dim = tl.arange(0, ROWS), tl.arange(0, SHAPE.dims)
+    tile = first_tile(start_loc, request, QUERIES).to(tl.int64)
+    for first in range(0, num_queries, QUERIES):
+        tl.store(snapshots + tile * snapshot_stride + key, state, mask=inside)
+        tile += 1
+        index = first + row
+        valid = (row < QUERIES) & (index < num_queries)
+        token = (start_loc + index).to(tl.int64)
+        mask = valid[:, None] & (dim < SHAPE.head_size)[None, :]
+        q = tl.load(query + token[:, None] * query_stride + dim[None, :], mask=mask, other=0.0)
+        x = multiply(q, k, tl.zeros([ROWS, KEYS], tl.float32)) * scale
+        position = first_position + index
+        seen = visible(position, key, SHAPE.window) & inside[None, :] & valid[:, None]
+        state += tl.sum(selections(x, seen, position, key, SELECTION), 0)
+    tl.store(accumulators, state, mask=inside)
+
+
+@triton.jit
+def write_kernel(
+    key, value, cache, slot_mapping,
+    key_scale, value_scale,  # [1] float32, of a quantized cache
+    key_stride, value_stride, block_stride, head_stride,
+    SHAPE: tl.constexpr, STATEFUL: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Write one token and head; new accumulators start at 0. Grid: (num_tokens, num_kv_heads)."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:  # padding
+        return
+    base = cache + slot // SHAPE.block_size * block_stride + head * head_stride
+    offset = slot % SHAPE.block_size
+    dim = tl.arange(0, SHAPE.dims)
+    mask = dim < SHAPE.head_size
+    k = tl.load(key + token * key_stride + head * SHAPE.head_size + dim, mask=mask).to(tl.float32)
+    v = tl.load(value + token * value_stride + head * SHAPE.head_size + dim, mask=mask).to(
+        tl.float32
+    )
+    if SHAPE.quantized:  # beyond the format's largest value a conversion gives NaN
+        k = tl.clamp(k / tl.load(key_scale), -LARGEST, LARGEST)
+        v = tl.clamp(v / tl.load(value_scale), -LARGEST, LARGEST)
+    dtype: tl.constexpr = cache.dtype.element_ty
+    tl.store(base + offset * SHAPE.head_size + dim, k.to(dtype), mask=mask)
+    tl.store(base + (SHAPE.block_size + offset) * SHAPE.head_size + dim, v.to(dtype), mask=mask)
+    if STATEFUL:
+        ends = (base + 2 * SHAPE.block_size * SHAPE.head_size).to(tl.pointer_type(tl.float32))
+        tl.store(ends + offset, 0.0, mask=head == 0)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from attn_kernels.batch import Batch
+from attn_kernels.batch import Batch, heads_together
 from attn_kernels.paged import Layer
-from attn_kernels.triton import attention, tuning
+from attn_kernels.triton import tuning
 from attn_kernels.triton.attention import (
+    OUTPUT,
+    STATISTICS,
+    WHOLE,
     Constants,
     Shape,
     Tiling,
     attend_kernel,
     merge_kernel,
+    select_kernel,
+    write_kernel,
 )
-from attn_kernels.triton.cache import write_kernel
-from attn_kernels.triton.select import select_kernel
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
 from attn_kernels.variant import Variant
 
@@ -31,89 +35,67 @@ QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 """Cache dtypes that need scales."""
 
 
-class Functions(NamedTuple):
-    """A variant's functions and constants (`variants/__init__.py`)."""
-
-    attend: dict[str, Any]
-    """What every kernel that attends takes of it."""
-    merge: dict[str, Any]
-    """What the kernel takes that adds up the parts of a context."""
-    update_statistics: Any
-    """None: the variant needs no pass for statistics."""
-    finish_statistics: Any
-    selection: Any
-    """None: the variant is not stateful."""
-
-
 @functools.cache
-def functions(variant: Variant) -> Functions:
-    """Return what the variant gives to the kernels.
+def functions(variant: Variant) -> dict[str, Any]:
+    """Return what the variant gives to the kernels (`variants/__init__.py`), by the names of their
+    arguments; None for a function that it needs none of.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no Triton kernel.
     """
     name = variant.triton_module or f"attn_kernels.triton.variants.{variant.name}"
     try:
-        module: ModuleType = importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
         raise ValueError(f"{variant.name} has no Triton kernel ({name})") from None
-    constants = Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned))
-    last = {"EPILOGUE": module.epilogue, "PARAMS": tuple(variant.numbers())}
-    return Functions(
-        {
-            **last,
-            "QUERY_FACTOR": module.query_factor,
-            "UPDATE": module.update,
-            "VARIANT": constants,
-        },
-        {**last, "MERGE": module.merge},
-        getattr(module, "update_statistics", None),
-        getattr(module, "finish_statistics", None),
-        module.selection if variant.stateful else None,
-    )
+    always = ("query_factor", "update", "merge", "epilogue")
+    return {
+        **{name.upper(): getattr(module, name) for name in always},
+        "UPDATE_STATISTICS": getattr(module, "update_statistics", None),
+        "FINISH_STATISTICS": getattr(module, "finish_statistics", None),
+        "SELECTION": module.selection if variant.stateful else None,
+        "PARAMS": tuple(variant.numbers()),
+        "VARIANT": Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
+    }
+
+
+def constants(kernel: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the given compile-time arguments that a kernel takes."""
+    return {name: given[name] for name in kernel.arg_names if name in given}
 
 
 def takes_soft_cap(variant: Variant) -> bool:
     """Return whether raw scores can be capped: where the variant's are the model's, in one pass."""
-    one_pass = functions(variant).update_statistics is None
+    one_pass = functions(variant)["UPDATE_STATISTICS"] is None
     return variant.uses_scale and not variant.stateful and one_pass
 
 
-class Scratch:
-    """Memory of a step, shared by a device's layers."""
+_buffers: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffers: dict[str, list[Tensor]] = {}
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """Return a float32 tensor that is good until the next `take` of this name.
+def scratch(device: torch.device, name: str, *shape: int) -> Tensor:
+    """Return float32 memory of a step, shared by a device's layers: good until it is asked for by
+    this name again.
 
-        Raises:
-            RuntimeError: it would have to grow while a CUDA graph is captured. Run the step once
-                before it is captured, as vLLM does.
-        """
-        count = math.prod(shape)
-        buffers = self.buffers.setdefault(name, [])
-        if not buffers or buffers[-1].numel() < count:
-            if capturing(self.device):
-                raise RuntimeError(f"no room for {count} {name} while a CUDA graph is captured")
-            # The smaller ones stay: a captured graph may still write there.
-            buffers.append(torch.empty(count, device=self.device))
-        return buffers[-1][:count].view(shape)
+    Raises:
+        RuntimeError: it would have to grow while a CUDA graph is captured. Run the step once
+            before it is captured, as vLLM does.
+    """
+    count = math.prod(shape)
+    buffers = _buffers[device, name]
+    if not buffers or buffers[-1].numel() < count:
+        if capturing(device):
+            raise RuntimeError(f"no room for {count} {name} while a CUDA graph is captured")
+        # The smaller ones stay: a captured graph may still write there.
+        buffers.append(torch.empty(count, device=device))
+    return buffers[-1][:count].view(shape)
 
 
 def capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@functools.cache
-def scratch_of(device: torch.device) -> Scratch:
-    """Return the scratch memory of a device."""
-    return Scratch(device)
 
 
 class TritonLayer(Layer):
@@ -153,47 +135,36 @@ class TritonLayer(Layer):
         if self.quantized and (key_scale is None or value_scale is None):
             raise ValueError(f"a cache of {kv_cache.dtype} needs key_scale and value_scale")
         self.num_kv_heads, self.group = num_kv_heads, self.num_heads // num_kv_heads
-        self.scratch = scratch_of(kv_cache.device)
-        self.arch, self.num_multiprocessors = device_figures(kv_cache.device)
+        self.device = kv_cache.device
+        self.arch, self.num_multiprocessors = device_figures(self.device)
         self.arch = arch or self.arch
         tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
         self.two_learned = (*tensors, None, None)[:2]
         self.scales = (key_scale, value_scale) if self.quantized else (None, None)
-        self.functions = functions(variant)
+        dims = triton.next_power_of_2(self.head_size)
         self.shape = Shape(
-            num_kv_heads,
-            self.group,
-            self.head_size,
-            triton.next_power_of_2(self.head_size),
-            block_size,
-            self.window or 0,
-            soft_cap or 0.0,
-            self.quantized,
-        )
+            num_kv_heads, self.group, self.head_size, dims, block_size, self.window or 0,
+            soft_cap or 0.0, self.quantized,
+        )  # fmt: skip
+        given = {**functions(variant), "SHAPE": self.shape}
+        self.attend_constants = constants(attend_kernel, given)
+        self.merge_constants = constants(merge_kernel, given)
+        self.select_constants = constants(select_kernel, given)
 
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         if slot_mapping.shape[0] == 0:
             return
-        key, value = self._rows(key), self._rows(value)
-        largest = 127.0 if self.kv_cache.dtype == torch.int8 else 448.0
+        key, value = heads_together(key), heads_together(value)
         write_kernel[(slot_mapping.shape[0], self.num_kv_heads)](
-            key,
-            value,
-            self.kv_cache,
-            slot_mapping,
-            *self.scales,
-            key.stride(0),
-            value.stride(0),
-            *self.kv_cache.stride()[:2],
-            SHAPE=self.shape,
-            STATEFUL=self.variant.stateful,
-            LARGEST=largest,
-            enable_fp_fusion=True,
-            num_warps=1,
-        )
+            key, value, self.kv_cache, slot_mapping, *self.scales,
+            key.stride(0), value.stride(0), *self.kv_cache.stride()[:2],
+            SHAPE=self.shape, STATEFUL=self.variant.stateful,
+            LARGEST=127.0 if self.kv_cache.dtype == torch.int8 else 448.0,
+            enable_fp_fusion=True, num_warps=1,
+        )  # fmt: skip
 
     def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
-        query = self._rows(query)
+        query = heads_together(query)
         if query.shape[0] == 0:
             return
         phase = DECODE if batch.max_query_len == 1 else PREFILL
@@ -212,98 +183,44 @@ class TritonLayer(Layer):
         queries = 1 if decode else tile.queries(self.group)
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
         parts = parts_for(tiles * self.num_kv_heads, self.num_multiprocessors) if decode else 1
-        rows = parts_outputs = statistics = snapshots = None
+        part_rows = part_outputs = statistics = snapshots = None
+        two_pass = parts > 1 and self.attend_constants["UPDATE_STATISTICS"] is not None
         if parts > 1:
-            rows = self.scratch.take("part_rows", num_tokens, self.num_heads, parts, 2)
-            parts_outputs = self.scratch.take(
-                "part_outputs", num_tokens, self.num_heads, parts, self.head_size
-            )
-            if self.functions.update_statistics is not None:
-                statistics = self.scratch.take("statistics", num_tokens, self.num_heads, parts, 2)
+            of_parts = (num_tokens, self.num_heads, parts)
+            part_rows = scratch(self.device, "part_rows", *of_parts, 2)
+            part_outputs = scratch(self.device, "part_outputs", *of_parts, self.head_size)
+            if two_pass:
+                statistics = scratch(self.device, "statistics", *of_parts, 2)
         if self.variant.stateful:
             snapshots = self._select(query, batch, tile, queries, tiles)
-        launch = functools.partial(
-            attend_kernel[(tiles, self.num_kv_heads, parts)],
-            out,
-            query,
-            self.kv_cache,
-            batch.block_table,
-            batch.query_start_loc,
-            batch.seq_lens,
-            *self.two_learned,
-            snapshots,
-            statistics,
-            rows,
-            parts_outputs,
-            *self.scales,
-            self.scale if self.variant.uses_scale else 1.0,
-            num_reqs,
-            query.stride(0),
-            out.stride(0),
-            *self.kv_cache.stride()[:2],
-            batch.block_table.stride(0),
-            0 if snapshots is None else snapshots.stride(0),
-            **self.functions.attend,
-            UPDATE_STATISTICS=self.functions.update_statistics,
-            FINISH_STATISTICS=self.functions.finish_statistics,
-            SELECTION=self.functions.selection,
-            SHAPE=self.shape,
-            TILE=Tiling(tile.rows, queries, tile.keys, parts),
-            enable_fp_fusion=True,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-        if statistics is None:
-            launch(PASS=attention.WHOLE)
-        else:
-            launch(PASS=attention.STATISTICS)
-            launch(PASS=attention.OUTPUT)
+        for only in (STATISTICS, OUTPUT) if two_pass else (WHOLE,):
+            attend_kernel[(tiles, self.num_kv_heads, parts)](
+                out, query, self.kv_cache, batch.block_table, batch.query_start_loc,
+                batch.seq_lens, *self.two_learned, snapshots, statistics, part_rows, part_outputs,
+                *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
+                query.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
+                batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
+                **self.attend_constants, TILE=Tiling(tile.rows, queries, tile.keys, parts),
+                PASS=only, **tile.options,
+            )  # fmt: skip
         if parts > 1:
             merge_kernel[(num_tokens, self.num_heads)](
-                out,
-                rows,
-                parts_outputs,
-                batch.query_start_loc,
-                num_reqs,
-                out.stride(0),
-                **self.functions.merge,
-                SHAPE=self.shape,
-                SPLITS=parts,
-                enable_fp_fusion=True,
-                num_warps=4,
-            )
+                out, part_rows, part_outputs, batch.query_start_loc, num_reqs, out.stride(0),
+                **self.merge_constants, SPLITS=parts, enable_fp_fusion=True, num_warps=4,
+            )  # fmt: skip
 
     def _select(self, query: Tensor, batch: Batch, tile: Tile, queries: int, tiles: int) -> Tensor:
         """Compute the accumulators ahead of each tile of queries, `[tiles, keys]`."""
         keys = triton.cdiv(batch.max_seq_len, tile.keys) * tile.keys
-        snapshots = self.scratch.take("snapshots", tiles, keys)
+        snapshots = scratch(self.device, "snapshots", tiles, keys)
         select_kernel[(batch.seq_lens.shape[0], keys // tile.keys)](
-            query,
-            self.kv_cache,
-            batch.block_table,
-            batch.query_start_loc,
-            batch.seq_lens,
-            snapshots,
-            self.scales[0],
-            self.scale,
-            query.stride(0),
-            *self.kv_cache.stride()[:2],
-            batch.block_table.stride(0),
-            keys,
-            SELECTION=self.functions.selection,
-            SHAPE=self.shape,
-            ROWS=max(16, triton.next_power_of_2(queries)),
-            QUERIES=queries,
-            KEYS=tile.keys,
-            enable_fp_fusion=True,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            query, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
+            snapshots, self.scales[0], self.scale,
+            query.stride(0), *self.kv_cache.stride()[:2], batch.block_table.stride(0), keys,
+            **self.select_constants, ROWS=max(16, triton.next_power_of_2(queries)),
+            QUERIES=queries, KEYS=tile.keys, **tile.options,
+        )  # fmt: skip
         return snapshots
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """Return `x` `[tokens, heads, head_size]` with its heads side by side in memory."""
-        return x if x.stride()[1:] == (self.head_size, 1) else x.contiguous()
 
 
 @functools.cache

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +29,12 @@ class Tile:
     def queries(self, group: int) -> int:
         """Return the queries of a tile if `group` heads share a KV head."""
         return self.rows // group
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is given to compile it."""
+        warps, stages = self.num_warps, self.num_stages
+        return {"enable_fp_fusion": True, "num_warps": warps, "num_stages": stages}
 
 
 DECODE, PREFILL = "decode", "prefill"
@@ -78,15 +85,11 @@ AUTOTUNE = os.environ.get("ATTNSERVE_TRITON_AUTOTUNE", "0") == "1"
 _fastest: dict[Hashable, Tile] = {}
 
 
-def candidates(tile: Tile) -> Iterator[Tile]:
-    """Yield tiles around one, itself first."""
-    yield tile
-    rows = {tile.rows, tile.rows * 2} if tile.rows > 16 else {tile.rows}
-    keys = {16, 32, 64, 128}
-    for r, k, warps, stages in itertools.product(sorted(rows), sorted(keys), (4, 8), (1, 2, 3)):
-        other = replace(tile, rows=r, keys=k, num_warps=warps, num_stages=stages)
-        if other != tile:
-            yield other
+def candidates(tile: Tile) -> list[Tile]:
+    """Return tiles around one, itself first."""
+    rows = [tile.rows, tile.rows * 2] if tile.rows > 16 else [tile.rows]
+    others = itertools.product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3))
+    return list(dict.fromkeys([tile, *itertools.starmap(Tile, others)]))
 
 
 def fastest(key: Hashable, tile: Tile, run: Callable[[Tile], None], rounds: int = 5) -> Tile:
@@ -105,6 +108,7 @@ def fastest(key: Hashable, tile: Tile, run: Callable[[Tile], None], rounds: int 
 
 def seconds(tile: Tile, run: Callable[[Tile], None], rounds: int) -> float:
     """Return the median time of a run; infinite if the device cannot hold the tile."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     times = []
     try:
         run(tile)  # compiles
@@ -117,9 +121,3 @@ def seconds(tile: Tile, run: Callable[[Tile], None], rounds: int) -> float:
     except OutOfResources:
         return float("inf")
     return median(times)
-
-
-def synchronize() -> None:
-    """Wait for the device, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

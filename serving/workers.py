@@ -1,0 +1,116 @@
+"""Several processes of one gateway, its workers: they share a port, and one keeps them running."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from attnserve.errors import UserError
+
+log = logging.getLogger("attnserve")
+
+YOUNG_SECONDS = 10.0
+"""A worker that ends by itself before this age would do so again: the gateway ends, too."""
+
+Work = Callable[[socket.socket, Path], None]
+"""What a worker does, given its socket and the file for its metrics."""
+
+
+def run_workers(count: int, host: str, port: int, work: Work) -> None:
+    """Run `work`, which has to be picklable, in so many processes until SIGINT or SIGTERM.
+
+    SIGHUP goes on to all of them. Each has a socket of its own on the port, among which Linux
+    divides the connections evenly. One that ends is started anew, on the same socket, where
+    connections have waited meanwhile.
+
+    Raises:
+        UserError: the port cannot be listened on, or a worker ended as soon as it began.
+    """
+    context = multiprocessing.get_context("spawn")
+    sockets = shared_sockets(count, host, port)
+    stopping = False
+    processes: dict[int, tuple[BaseProcess, float]] = {}
+
+    def pass_on(number: int, _: object) -> None:
+        """Send a signal on to all workers; all but SIGHUP end them."""
+        nonlocal stopping
+        stopping = stopping or number != signal.SIGHUP
+        for process, _began in processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGTERM if stopping else number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    with tempfile.TemporaryDirectory(prefix="attnserve-gateway-") as folder:
+
+        def start(index: int) -> None:
+            file = Path(folder, f"{index}.prom")
+            process = context.Process(target=worker, args=(work, sockets[index], file))
+            process.start()
+            processes[index] = process, time.monotonic()
+            if stopping:  # since before it was there
+                process.terminate()
+
+        for index in range(count):
+            start(index)
+        failed = False
+        while processes:
+            wait([process.sentinel for process, _ in processes.values()])
+            for index, (process, began) in list(processes.items()):
+                if process.is_alive():
+                    continue
+                process.join()
+                del processes[index]
+                if stopping:
+                    continue
+                log.error("worker %d ended with %s", index, process.exitcode)
+                if time.monotonic() - began > YOUNG_SECONDS:
+                    start(index)
+                else:
+                    failed = True
+                    pass_on(signal.SIGTERM, None)
+        if failed:
+            raise UserError("a worker of the gateway ended as soon as it began")
+
+
+def shared_sockets(count: int, host: str, port: int) -> list[socket.socket]:
+    """Return listening sockets of the same port.
+
+    Raises:
+        UserError: it cannot be listened on, or another process does.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        # Alone first: a port that may be shared would be shared with another gateway, too.
+        socket.create_server((host, port), family=family).close()
+        return [
+            socket.create_server((host, port), family=family, reuse_port=True, backlog=2048)
+            for _ in range(count)
+        ]
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def worker(work: Work, sock: socket.socket, file: Path) -> None:
+    """Do the work, and end when the process that started this one is gone."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    work(sock, file)
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the parent process, then stop this one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

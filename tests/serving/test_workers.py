@@ -1,0 +1,122 @@
+"""A gateway of several processes: one port, one page of metrics, and an end for all of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from serving.observability.metrics import Metrics
+from serving.observability.pages import MetricsPages
+from tests.servers import COMMON_ENV, Server, end_group, free_port, spawn, wait_until_healthy
+from tests.serving.helpers import ask, metric
+from tests.serving.standin import standin, wait_for
+
+BODY = {"model": "m", "prompt": "x", "max_tokens": 2}
+ANSWERED = "attnserve_requests_total{"
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Server]:
+    """Yield a gateway of three workers in front of a scripted server."""
+    with standin() as upstream:
+        port = free_port()
+        url, file = f"http://127.0.0.1:{port}", tmp_path / "log"
+        env = {"UPSTREAM_URL": upstream.url, "GATEWAY_PORT": str(port)}
+        process = spawn([sys.executable, "-m", "serving", "--workers=3"], file, env)
+        try:
+            wait_until_healthy(url, process, file, timeout=60, path="/metrics")
+            yield Server(url, process.pid, file)
+        finally:
+            end_group(process)
+
+
+def workers(gateway: Server) -> list[psutil.Process]:
+    """Return the processes that serve."""
+    children = psutil.Process(gateway.pid).children()
+    return [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+
+
+def answered(gateway: Server) -> float:
+    """Return how many completions the gateway says that it has answered."""
+    return metric(gateway.url, ANSWERED, 'route="/v1/completions"')
+
+
+def test_all_workers_serve_and_their_metrics_add_up(gateway: Server) -> None:
+    assert len(workers(gateway)) == 3
+    for _ in range(30):  # each on a connection of its own
+        assert ask(gateway.url, "POST", "/v1/completions", BODY).status == 200
+    wait_for(lambda: answered(gateway) == 30, "every worker asked knows of all requests")
+    assert metric(gateway.url, "attnserve_request_duration_seconds_count") == 30
+
+
+def test_a_worker_that_ends_is_replaced_and_its_counts_stay(gateway: Server) -> None:
+    for _ in range(9):
+        ask(gateway.url, "POST", "/v1/completions", BODY)
+    wait_for(lambda: answered(gateway) == 9, "all are counted")
+    time.sleep(max(0.0, 11 - (time.time() - psutil.Process(gateway.pid).create_time())))
+    old = workers(gateway)
+    old[0].kill()
+    wait_for(lambda: len(workers(gateway)) == 3 and old[0] not in workers(gateway), "a new one")
+    for _ in range(9):  # whichever worker's connections they are, they wait for it
+        assert ask(gateway.url, "POST", "/v1/completions", BODY).status == 200
+    wait_for(lambda: answered(gateway) == 18, "what the killed one counted is there, too")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_all_end_together(gateway: Server, how: signal.Signals) -> None:
+    running = [psutil.Process(gateway.pid), *psutil.Process(gateway.pid).children()]
+    os.kill(gateway.pid, how)
+    gone, left = psutil.wait_procs(running[1:], timeout=60)
+    assert not left and len(gone) >= 3
+
+
+def test_a_port_in_use_is_said(gateway: Server) -> None:
+    port = gateway.url.rpartition(":")[2]
+    env = {**os.environ, **COMMON_ENV, "GATEWAY_PORT": port}
+    command = [sys.executable, "-m", "serving", "--workers=2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+
+
+def test_pages_add_up(tmp_path: Path) -> None:
+    def page_of(name: str, requests: int, in_flight: int) -> MetricsPages:
+        registry = CollectorRegistry()
+        Counter("attnserve_x", "Text.", ["route"], registry=registry).labels("/a").inc(requests)
+        flying = Gauge("attnserve_requests_in_flight", "Text.", registry=registry)
+        flying.set(in_flight)
+        Gauge("attnserve_replica_healthy", "Text.", registry=registry).set(in_flight)
+        pages = MetricsPages(tmp_path / name, registry)
+        pages.write()
+        return pages
+
+    first = page_of("0.prom", 3, 1)
+    page_of("1.prom", 4, 2)
+    page_of("1.prom", 5, 0)  # in place of the one before
+    lines = first.page().decode().splitlines()
+    assert 'attnserve_x_total{route="/a"} 12.0' in lines
+    assert "attnserve_requests_in_flight 1.0" in lines
+    assert "attnserve_replica_healthy 1.0" in lines  # of the worker that was asked
+
+
+def test_the_gateways_own_page_survives_the_way_through_text(tmp_path: Path) -> None:
+    metrics = Metrics()
+    metrics.ttft.labels("m", "softpick", "4").observe(0.3)
+    metrics.requests.labels("/v1/completions", "m\n\"'\\", "", "", "200").inc()
+    pages = MetricsPages(tmp_path / "0.prom", metrics.registry)
+    alone = pages.page().decode()
+    again = MetricsPages(tmp_path / "0.prom", metrics.registry).page().decode()
+
+    def value(page: str, start: str) -> list[float]:
+        return [float(x.rpartition(" ")[2]) for x in page.splitlines() if x.startswith(start)]
+
+    for start in ("attnserve_time_to_first_token_seconds", "attnserve_requests_total"):
+        assert value(alone, start) and value(again, start) == [2 * v for v in value(alone, start)]
