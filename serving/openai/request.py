@@ -52,6 +52,13 @@ T = TypeVar("T")
 Each = Annotated[list[T], Field(fail_fast=True)]
 """A list. Its first bad item is enough to refuse it: there may be a million."""
 
+Message = InstanceOf[dict[str, Any]]
+"""vLLM looks closer at what is in it."""
+
+Conversation = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+
+Id = Annotated[int, Field(ge=0)]
+
 _reader = ThreadPoolExecutor(1, "large-bodies")
 """A single thread: a parser does not let go of Python, so the event loop waits for one at most."""
 
@@ -180,9 +187,6 @@ class GeneratingBody(Body):
         return at_least_1(limit) * at_least_1(1 if self.n is None else self.n)
 
 
-Id = Annotated[int, Field(ge=0)]
-
-
 class CompletionBody(GeneratingBody):
     """A body of /v1/completions."""
 
@@ -223,7 +227,7 @@ class ChatBody(GeneratingBody):
 
     prompt_field = "messages"
 
-    messages: Each[InstanceOf[dict[str, Any]]] = Field(description="an array of objects")
+    messages: Each[Message] = Field(description="an array of objects")
     max_completion_tokens: int | None = None
 
     @property
@@ -253,18 +257,16 @@ def or_none(value: Any, validate: Callable[[Any], Any]) -> Any:
         return None
 
 
-Conversations = Each[InstanceOf[dict[str, Any]]] | Each[Each[InstanceOf[dict[str, Any]]]]
-
-
 class EmbeddingBody(Body):
     """A body of /v1/embeddings: one of its two fields is enough, and then the other may be bad."""
 
     prompt_field = "input"
 
     input: Annotated[
-        Each[int] | Each[Each[int]] | str | Each[str] | Conversations | None, WrapValidator(or_none)
+        Each[int] | Each[Each[int]] | str | Each[str] | Each[Message] | Each[Conversation] | None,
+        WrapValidator(or_none),
     ] = None
-    messages: Annotated[Conversations | None, WrapValidator(or_none)] = None
+    messages: Annotated[Each[Message] | Each[Conversation] | None, WrapValidator(or_none)] = None
 
     def prompts(self, fields: dict[str, Any]) -> Prompts:
         """Return both, whichever of them vLLM takes."""

@@ -1,6 +1,8 @@
 """What is read of a body: anything at all is understood or refused, and goes on as it came."""
 
+import asyncio
 import json
+import threading
 import time
 from typing import Any
 
@@ -10,7 +12,15 @@ from hypothesis import strategies as st
 
 from serving.config import Limits
 from serving.openai.errors import ApiError
-from serving.openai.request import BODIES, MAX_PARTS, MAX_TOKENS, ModelRequest, read_request
+from serving.openai.request import (
+    BODIES,
+    LARGE_BODY,
+    MAX_PARTS,
+    MAX_TOKENS,
+    ModelRequest,
+    beside_the_loop,
+    read_request,
+)
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 
@@ -124,14 +134,13 @@ def test_every_text_counts_for_the_longest_prompt() -> None:
 
 def test_answers_of_keys_with_a_budget_end() -> None:
     """An answer is not longer than what is reserved for it."""
-    bodies: list[dict[str, Any]] = [{}, {"stream": True, "max_tokens": None}]
-    for fields in bodies:
-        fields["messages"] = []
+    chats: list[dict[str, Any]] = [{}, {"stream": 1, "max_tokens": None}]
+    for fields in ({"messages": [], **chat} for chat in chats):
         assert "max_completion_tokens" not in json.loads(request(**fields).body)
         sent = json.loads(request(limit_answer=True, **fields).body)
         assert sent["max_completion_tokens"] == Limits().default_max_tokens
-    limited = {"messages": [], "max_tokens": 5}
-    assert "max_completion_tokens" not in json.loads(request(limit_answer=True, **limited).body)
+    limited = request(limit_answer=True, messages=[], max_tokens=5)
+    assert "max_completion_tokens" not in json.loads(limited.body)
 
 
 @pytest.mark.parametrize(
@@ -214,3 +223,12 @@ def test_any_json_is_read_or_refused(fields: dict[str, Any], route: str) -> None
     sent.pop("stream_options", None)
     fields.pop("stream_options", None)
     assert json.dumps(sent) == json.dumps(fields)
+
+
+def test_large_bodies_are_read_beside_the_event_loop() -> None:
+    async def thread(size: int) -> int:
+        return await beside_the_loop(lambda raw: threading.get_ident(), bytes(size))
+
+    here = threading.get_ident()
+    assert asyncio.run(thread(LARGE_BODY)) == here
+    assert asyncio.run(thread(LARGE_BODY + 1)) != here
