@@ -232,3 +232,16 @@ def test_no_secret_in_logs(caplog: pytest.LogCaptureFixture) -> None:
     assert "alice" in text
     for secret in (ALICE, BOB, digest(ALICE), "a private prompt", " 0 1 2"):
         assert secret not in text
+
+
+def test_answer_without_a_limit_is_limited_by_what_is_reserved() -> None:
+    """For keys with a limit of tokens; vLLM writes until a model's context is full."""
+    keys = [entry(ALICE, "alice", tokens_per_day=1000), entry(BOB, "bob", max_concurrent=9)]
+    limits = {"default_max_tokens": 300}
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    with standin() as upstream, running(upstream.url, keys=keys, limits=limits) as gateway:
+        for key, limit in ((ALICE, 300), (BOB, None)):
+            bearer = f"Bearer {key}"
+            answer = ask(gateway.url, "POST", "/v1/chat/completions", body, authorization=bearer)
+            assert answer.status == 200
+            assert upstream.seen[-1]["body"].get("max_completion_tokens") == limit
