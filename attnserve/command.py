@@ -31,11 +31,7 @@ INTERRUPTED = 130
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path whose `~`, which may have been quoted, is a home folder's.
-
-    Raises:
-        UserError: there is no such user.
-    """
+    """Return a path whose `~`, which may have been quoted, is a home folder's."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -54,7 +50,6 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line."""
         others: list[str] = []
         if ctx.allow_extra_args and "--" in args:
             at = args.index("--")
@@ -147,14 +142,7 @@ def options_of(*kinds: type[Any]) -> Callable[[Function], Function]:
 
 
 def add(app: typer.Typer, name: str, function: Function, others: bool = False) -> None:
-    """Add a command.
-
-    Args:
-        app: to this.
-        name: what is typed.
-        function: what runs.
-        others: what follows `--` is handed to it as `context.args`.
-    """
+    """Add a command; what follows `--` is handed to it as `context.args` if it takes `others`."""
     text = (inspect.getdoc(function) or "").partition("\f")[0].strip()
     paragraphs = text.split("\n\n")
     app.command(
@@ -177,12 +165,7 @@ def application(help_text: str | None = None, completion: bool = False) -> typer
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line to its end.
-
-    Args:
-        app: what reads it.
-        name: what the user typed for it, which begins every message.
-        arguments: the command line; None: this process's.
+    """Run a command line (None: this process's) to its end; `name` begins every message.
 
     Raises:
         SystemExit: always: with 0; with 2 and one line on standard error where the input makes no
@@ -219,7 +202,6 @@ def hint(error: TyperException, path: str, given: Sequence[str]) -> str:
 
 
 def fail(name: str, message: str, code: int) -> NoReturn:
-    """End with one line on standard error."""
     print(f"{name}: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -55,9 +55,6 @@ def sampled_text(folder: Path, use: Use, sequences: int, length: int, seed: int 
         sequences: rows.
         length: tokens of a row, at least 2; the model reads one less.
         seed: any number.
-
-    Raises:
-        UserError: there is no checkpoint, or its tokenizer has no token to begin with.
     """
     begin = Checkpoint(folder).bos
     settings = [FORMAT, checkpoint_hash(folder), begin, use, sequences, length, seed]
@@ -96,9 +93,6 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
     Args:
         folders: checkpoints.
         chosen: writes for all in place of that rule.
-
-    Raises:
-        UserError: `chosen` has another tokenizer than one of the checkpoints.
     """
     checkpoints = {folder: Checkpoint(folder) for folder in folders}
     alphabets = {folder: _alphabet(checkpoint) for folder, checkpoint in checkpoints.items()}

@@ -26,16 +26,7 @@ PACK = [
 """Speed and memory do not depend on the scheme; round to nearest takes no time."""
 
 
-class Benchmark(StrEnum):
-    """Of the standard set."""
-
-    KERNELS = "kernels"
-    MEMORY = "memory"
-    SERVE = "serve"
-    PRUNING = "pruning"
-    GATEWAY = "gateway"
-
-
+Benchmark = StrEnum("Benchmark", ["KERNELS", "MEMORY", "SERVE", "PRUNING", "GATEWAY"])
 STANDARD = {
     Benchmark.KERNELS: ["benchmarks.kernels", "--quick"],
     Benchmark.MEMORY: ["benchmarks.memory", "--enforce-eager", f"--packed={PACKED}"],

@@ -127,17 +127,10 @@ def packed_name(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class ServerCase:
-    """One server to measure.
-
-    Attributes:
-        name: of its rows.
-        ckpt: the checkpoint's folder.
-        variant: its attention.
-        weights: for example `float32`, or `w4-g64-e8` (`packed_name`).
-        dtype: of activations, caches, and weights that are not packed.
-        kv_budgets: tokens that each layer keeps; none: all.
-        backend: vLLM's --attention-backend; none: as config.json says.
-    """
+    """One server to measure: the name of its rows, the checkpoint's folder, its attention, its
+    weights (`float32`, or `packed_name`), the type of activations, caches and weights that are not
+    packed, the tokens that each layer keeps (none: all), and vLLM's --attention-backend (none: as
+    config.json says)."""
 
     name: str
     ckpt: Path

@@ -129,7 +129,7 @@ def call_unified(
         keys, values: `[num_blocks, block_size, num_kv_heads, head_dim]`.
         batch: the step's requests.
         descale: factor of keys and values, `[num_reqs, num_kv_heads]`.
-        parts: scratch memory for contexts that are cut, and where they are cut.
+        parts: what `scratch` gives, for contexts that are cut.
     """
     call(
         q=query,
@@ -168,21 +168,13 @@ def scratch(rows: int, num_heads: int, head_dim: int, threshold: int) -> dict[st
 
 def unified_attention(inputs: Inputs, paging: Paging) -> Peer:
     """Return vLLM's Triton kernel, with the scratch memory that makes it cut long contexts."""
-    from attn_kernels.batch import Batch
-
     call = of_vllm(inputs, "vllm.v1.attention.ops.triton_unified_attention", "unified_attention")
     keys, values = paged(inputs, paging)
     out = inputs.query.new_zeros(inputs.query.shape)
     case = inputs.case
     threshold = SMALLEST_GRID // case.num_kv_heads
     parts = scratch(max(threshold, case.batch), case.num_heads, case.head_dim, threshold)
-    batch = Batch(
-        paging.tables[0],
-        inputs.query_start_loc,
-        inputs.seq_lens,
-        max_query_len=case.new_tokens,
-        max_seq_len=case.seq_len,
-    )
+    batch = inputs.batch(paging.tables[0])
 
     def run() -> Tensor:
         call_unified(call, inputs.query, keys, values, out, batch, **parts)

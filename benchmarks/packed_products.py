@@ -82,13 +82,8 @@ def packed(shape: tuple[int, int], bits: int) -> Product:
 def step(
     make: Callable[[tuple[int, int]], Product], head: Product, x: dict[int, Tensor]
 ) -> Callable[[], None]:
-    """Return what computes all products of one step.
-
-    Args:
-        make: returns a layer's product of a shape.
-        head: the last product.
-        x: inputs by their size.
-    """
+    """Return what computes all products of one step: `make` gives those of a layer by their shape,
+    `head` is the last, and `x` has inputs by their size."""
     products = [(make(shape), x[shape[1]]) for _ in range(LAYERS) for shape in SHAPES]
     products.append((head, x[HIDDEN]))
 

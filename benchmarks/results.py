@@ -53,15 +53,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 def draw(
     path: Path, title: str, panels: Mapping[str, pd.DataFrame], *, across: int = 0, **settings: Any
 ) -> None:
-    """Write a PNG with a panel for each frame: a line or bars a column, along the frame's index.
-
-    Args:
-        path: the file.
-        title: of the figure.
-        panels: frames by their panel's title.
-        across: panels side by side; 0: all.
-        settings: of `DataFrame.plot`.
-    """
+    """Write a PNG with a panel for each frame, `across` side by side (0: all): a line or bars a
+    column, along the frame's index. Settings are those of `DataFrame.plot`."""
     from matplotlib.figure import Figure
 
     columns = min(across or len(panels), len(panels))
@@ -114,13 +107,8 @@ def checked(path: Path, no_save: bool) -> Path | None:
 
 
 def append_csv(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file. What is in it stays as it is; columns that it lacks come last.
-
-    Args:
-        path: the file; made if missing.
-        about: columns that all rows share, first in a new file.
-        rows: the rows.
-    """
+    """Add rows to a CSV file, `about` being columns that all share. What is in the file stays as it
+    is; columns that it lacks come last."""
     import pandas as pd
 
     added = pd.DataFrame([{**about, **row} for row in rows])
@@ -131,22 +119,10 @@ def append_csv(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> Non
 
 
 def report(
-    about: Mapping[str, Any],
-    rows: Sequence[Row],
-    text: str,
-    *,
-    csv: Path | None,
-    as_json: bool,
+    about: Mapping[str, Any], rows: Sequence[Row], text: str, *, csv: Path | None, as_json: bool
 ) -> None:
-    """Save what was measured and print it.
-
-    Args:
-        about: what the run was made on and with.
-        rows: of the run.
-        text: the table for people.
-        csv: rows are added to it; None: nowhere.
-        as_json: print `about` and the rows as one JSON object instead.
-    """
+    """Add what was measured to a CSV file, if one is named, and print it: the text, a table for
+    people, or one JSON object of `about`, what the run was made on and with, and the rows."""
     if csv is not None and rows:
         append_csv(csv, about, rows)
     print(json.dumps({**about, "rows": rows}) if as_json else text)

@@ -6,14 +6,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
+import psutil
 
 from attnserve.command import fail
 from benchmarks.options import ServerOptions
@@ -23,18 +26,15 @@ MODEL = "model"
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """vLLM's default binds every server to the same cores."""
 
+SAMPLING_SECONDS = 0.1
+RUNNING, USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
+
 T = TypeVar("T")
 
 
 class Server:
-    """One `vllm serve`.
-
-    Args:
-        name: of its log.
-        ckpt: the checkpoint's folder.
-        options: of all servers.
-        arguments: further ones of `vllm serve`.
-    """
+    """One `vllm serve` of a checkpoint, with the options of all servers and arguments of its own;
+    its log has its name."""
 
     def __init__(self, name: str, ckpt: Path, options: ServerOptions, *arguments: str) -> None:
         self.name, self.ckpt, self.start_timeout = name, ckpt, options.start_timeout
@@ -64,6 +64,21 @@ class Server:
         process = self.service.process
         if process is not None and process.returncode is None:
             os.killpg(process.pid, number)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return its processes, all of them, once it is started."""
+        assert self.service.process is not None
+        parent = psutil.Process(self.service.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def rss(self) -> int:
+        """Return the resident bytes of all its processes; what they share is counted in each."""
+        return sum(process.memory_info().rss for process in self.processes())
+
+    async def metrics(self, session: aiohttp.ClientSession) -> str:
+        """Return its metrics, in Prometheus' format."""
+        async with session.get(f"{self.service.url}/metrics") as answer:
+            return await answer.text()
 
     async def stop(self) -> None:
         """End it, stopped or not, and leave nothing of it running."""
@@ -136,19 +151,55 @@ async def started(servers: Sequence[Server]) -> AsyncIterator[dict[Server, Launc
         await asyncio.gather(*(server.stop() for server in servers))
 
 
+@dataclass
+class Watched:
+    """What was seen while requests ran: how many, the share of the KV cache in use, and resident
+    bytes of all processes."""
+
+    running: list[float] = field(default_factory=list)
+    usage: list[float] = field(default_factory=list)
+    rss: list[int] = field(default_factory=list)
+
+
+async def watch(server: Server, work: Coroutine[Any, Any, T]) -> tuple[T, Watched]:
+    """Do the work on a server; return its result and what was seen meanwhile."""
+    seen = Watched()
+
+    async def sample() -> None:
+        async with aiohttp.ClientSession() as session:
+            while True:
+                text = await server.metrics(session)
+                found = {
+                    name: float(value)
+                    for name, value in re.findall(r"^([\w:]+)\{.*\} (\S+)$", text, re.MULTILINE)
+                    if name in (RUNNING, USAGE)
+                }
+                if found[RUNNING]:
+                    seen.running.append(found[RUNNING])
+                    seen.usage.append(found[USAGE])
+                    seen.rss.append(server.rss())
+                await asyncio.sleep(SAMPLING_SECONDS)
+
+    server.signal(signal.SIGCONT)
+    task = asyncio.create_task(sample())
+    try:
+        result = await work
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    if not seen.running:
+        raise LaunchError("the requests were over before they were seen: give more --new-tokens")
+    return result, seen
+
+
 def run(
     work: Coroutine[Any, Any, T],
     name: str,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> T:
-    """Run a benchmark's work to its end; SIGTERM and SIGHUP are Ctrl-C, and where a server does not
-    start, or ends, so does this process, with its last words.
-
-    Args:
-        work: ends its servers when it is cancelled.
-        name: of the command, which begins its messages.
-        loop_factory: makes another event loop than asyncio's.
-    """
+    """Run a benchmark's work to its end, which ends its servers when it is cancelled; SIGTERM and
+    SIGHUP are Ctrl-C. Where a server does not start, or ends, so does this process, with its last
+    words."""
 
     async def main() -> T:
         task = asyncio.current_task()

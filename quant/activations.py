@@ -80,16 +80,11 @@ def cache_bytes(config: PreTrainedConfig, bits: int | None, symmetric: bool, ite
 
 
 class QuantizedCache(DynamicCache):
-    """A cache whose keys (after RoPE) and values are quantized for each token and head.
+    """A cache whose keys (after RoPE) and values are quantized for each token and head, to 2 to
+    8 bits; each has a zero point of its own if not symmetric.
 
-    A query meets its own token's key and value quantized too, as it does where they are written to
-    a paged cache first.
-
-    Args:
-        config: the model's.
-        bits: 2 to 8.
-        symmetric: else each token and head has a zero point of its own.
-    """
+    A query meets its own token's key and value quantized too, as it does where they are written
+    to a paged cache first."""
 
     def __init__(self, config: PreTrainedConfig, bits: int, symmetric: bool) -> None:
         super().__init__()

@@ -33,29 +33,23 @@ CHUNK = 32
 """Group sizes are multiples of it, so that a group starts with a 32-bit word at all bits."""
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
 """Tokenizer, generation settings, card, code that `auto_map` names."""
+TABLES = ("model.embed_tokens", HEAD)
 PARTS = ["linear", "embeddings", "rest"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is quantized.
+    """How a checkpoint is quantized."""
 
-    Args:
-        bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
-        embeddings: bits of the token embeddings and the head; None: they stay as they are.
-        activations: vLLM rounds the inputs of linear layers to 8 bits.
-
-    Raises:
-        UserError: this cannot be written or served.
-    """
-
+    # bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
     bits: int
     scheme: str
     group_size: int | None = 64
     symmetric: bool = False
     act_order: bool = False
+    # Bits of the token embeddings and the head; None: they stay as they are.
     embeddings: int | None = None
-    activations: bool = False
+    activations: bool = False  # vLLM rounds the inputs of linear layers to 8 bits
 
     def __post_init__(self) -> None:
         get_scheme(self.scheme)
@@ -98,11 +92,7 @@ class Recipe:
 
 def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
     """Check that a checkpoint can be quantized and its new folder be written, and that nothing is
-    overwritten that was not asked to be, or was not made here.
-
-    Raises:
-        UserError: it cannot.
-    """
+    overwritten that was not asked to be, or was not made here."""
     read_config(folder)
     if _is_quantized(folder):
         raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
@@ -124,11 +114,7 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def check_layers(folder: Path, recipe: Recipe) -> None:
-    """Check before its weights are read that a recipe can be applied to a checkpoint.
-
-    Raises:
-        UserError: the scheme cannot do a layer, or the checkpoint has other tensors.
-    """
+    """Check before its weights are read that a recipe can be applied to a checkpoint."""
     model = empty_model(folder)
     get_scheme(recipe.scheme).check(recipe.spec, columns(model))
     stored: set[str] = set()
@@ -143,22 +129,20 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
             )
 
 
-def tables_of(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
     """Return the names of embeddings and head, if they are quantized; tied ones are one."""
     if recipe.embeddings is None:
-        return []
-    return ["model.embed_tokens", *([] if model.config.tie_word_embeddings else [HEAD])]
+        return ()
+    return TABLES[:1] if model.config.tie_word_embeddings else TABLES
 
 
 def quantize_checkpoint(
     folder: Path, out: Path, recipe: Recipe, calibration: Text | None, card: str
 ) -> tuple[PreTrainedModel, pd.DataFrame]:
-    """Quantize a checkpoint and write it; the new folder appears when it is complete.
+    """Quantize a checkpoint and write it; the new folder replaces `out` when it is complete.
 
     Args:
-        folder: the checkpoint.
-        out: the folder to write; what is there is replaced.
-        recipe: how.
+        folder, out, recipe: from where, to where, and how.
         calibration: text that a calibrated scheme is calibrated on.
         card: what the model card says of how it was made.
 
@@ -166,62 +150,32 @@ def quantize_checkpoint(
         The model in float32 with dequantized weights, and the sizes that `write_checkpoint` gives.
     """
     model = load(folder)
+    tables, scheme = tables_of(model, recipe), get_scheme(recipe.scheme)
     texts = torch.empty(0, dtype=torch.long) if calibration is None else calibration.rows
-    quantized = quantize_model(model, recipe, texts)
-    tables = tables_of(model, recipe)
+    quantized: dict[str, QuantizedWeight] = {}
+    with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
+        for name in tables:  # first, so that calibrated schemes see them
+            assert recipe.embeddings is not None
+            weight = model.get_submodule(name).weight
+            spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
+            quantized[name] = rtn(weight.data, spec)
+            weight.data = quantized[name].dequantize()  # a tied head's too
+            bar.update()
+        quantized |= quantize(
+            model, scheme, recipe.spec, texts, act_order=recipe.act_order, on_layer=bar.update
+        )
     with replacing(out) as new:
-        sizes = write_checkpoint(folder, new, quantized, tables, recipe.activations, card)
+        sizes = write_checkpoint(folder, new, quantized, recipe.activations, card)
         if out.exists():
             shutil.rmtree(out)
     return model, sizes
 
 
-def quantize_model(
-    model: PreTrainedModel, recipe: Recipe, texts: Tensor
-) -> dict[str, QuantizedWeight]:
-    """Quantize a float32 model in place: embeddings first, so that calibrated schemes see them.
-
-    Args:
-        model: computes with the dequantized weights afterwards.
-        recipe: how.
-        texts: token ids `[sequences, tokens]` that a calibrated scheme is calibrated on.
-
-    Returns:
-        What is stored, by layer.
-    """
-    found: dict[str, QuantizedWeight] = {}
-    tables = tables_of(model, recipe)
-    with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
-        for name in tables:
-            assert recipe.embeddings is not None
-            weight = model.get_submodule(name).weight
-            spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
-            found[name] = rtn(weight.data, spec)
-            weight.data = found[name].dequantize()  # a tied head's too
-            bar.update()
-        scheme = get_scheme(recipe.scheme)
-        return found | quantize(
-            model, scheme, recipe.spec, texts, act_order=recipe.act_order, on_layer=bar.update
-        )
-
-
 def write_checkpoint(
-    source: Path,
-    out: Path,
-    quantized: Mapping[str, QuantizedWeight],
-    tables: Sequence[str],
-    int8: bool,
-    card: str,
+    source: Path, out: Path, quantized: Mapping[str, QuantizedWeight], int8: bool, card: str
 ) -> pd.DataFrame:
-    """Write a folder like `source` with quantized weights packed.
-
-    Args:
-        source: the checkpoint.
-        out: a folder that is not there yet.
-        quantized: by layer.
-        tables: which of them are embeddings or heads.
-        int8: write signed bytes for vLLM's int8 kernel, instead of packed values.
-        card: what the model card says of how it was made.
+    """Write a folder like `source` with quantized weights packed, or as signed bytes for vLLM's
+    int8 kernel.
 
     Returns:
         How many numbers linear layers, embeddings, the rest and all of it have, and their bytes
@@ -237,7 +191,7 @@ def write_checkpoint(
             if layer in quantized:
                 stored = stored_tensors(quantized[layer], int8)
                 new = {f"{layer}.{key}": value for key, value in stored.items()}
-                part = "embeddings" if layer in tables else "linear"
+                part = "embeddings" if layer in TABLES else "linear"
             after = sum(value.nbytes for value in new.values())
             rows.append((part, tensor.numel(), tensor.nbytes, after))
             tensors |= new
@@ -250,20 +204,21 @@ def write_checkpoint(
             if file.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(file, out)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(quantized, tables, int8)
+    config["quantization_config"] = quantization_config(quantized, int8)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _add_to_card(out / "README.md", source.resolve().name, card)
+    readme = out / "README.md"
+    old = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.exists() else ""
+    readme.write_text(
+        f"{old}## Quantized\n\n`{source.resolve().name}` with attnserve's {card}. What is said "
+        "above of weights, sizes and results is of the original.\n",
+        encoding="utf-8",
+    )
     return sizes
 
 
 def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
-    """Return a layer's tensors by name.
-
-    Args:
-        weight: the layer's.
-        int8: in the format `int-quantized` (8 bits, symmetric, a scale for each row), instead of
-            `pack-quantized`.
-    """
+    """Return a layer's tensors by name, in the format `int-quantized` (8 bits, symmetric, a
+    scale for each row) or `pack-quantized`."""
     bits, zeros = weight.spec.bits, weight.zeros
     if int8:
         signed = (weight.values.short() - weight.spec.midpoint).to(torch.int8)
@@ -279,16 +234,25 @@ def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(
-    quantized: Mapping[str, QuantizedWeight], tables: Sequence[str], int8: bool
-) -> dict[str, Any]:
+def quantization_config(quantized: Mapping[str, QuantizedWeight], int8: bool) -> dict[str, Any]:
     """Return the entry of `config.json`: a group for linear layers, another for embeddings and
     head."""
-    linear = next(weight for layer, weight in quantized.items() if layer not in tables)
-    groups = {"group_0": _config_group(["Linear"], linear, int8)}
+    tables = [weight for layer, weight in quantized.items() if layer in TABLES]
+    linear = next(weight for layer, weight in quantized.items() if layer not in TABLES)
+    of_targets = [(["Linear"], linear)]
     if tables:
         # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
-        groups["group_1"] = _config_group(["Embedding", HEAD], quantized[tables[0]], int8)
+        of_targets.append((["Embedding", HEAD], tables[0]))
+    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    groups = {
+        f"group_{place}": {
+            "targets": targets,
+            "weights": _weights_entry(weight),
+            "input_activations": token if int8 else None,
+            "output_activations": None,
+        }
+        for place, (targets, weight) in enumerate(of_targets)
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if int8 else "pack-quantized",
@@ -299,10 +263,9 @@ def quantization_config(
     }
 
 
-def _config_group(targets: list[str], weight: QuantizedWeight, int8: bool) -> dict[str, Any]:
-    """Return what some layers have in common."""
+def _weights_entry(weight: QuantizedWeight) -> dict[str, Any]:
     spec = weight.spec
-    weights: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "num_bits": spec.bits,
         "type": "int",
         "symmetric": spec.symmetric,
@@ -311,21 +274,5 @@ def _config_group(targets: list[str], weight: QuantizedWeight, int8: bool) -> di
         "dynamic": False,
     }
     if weight.zeros is not None and weight.zeros.dtype != torch.uint8:
-        weights["zp_dtype"] = str(weight.zeros.dtype)
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": token if int8 else None,
-        "output_activations": None,
-    }
-
-
-def _add_to_card(file: Path, name: str, made_by: str) -> None:
-    """Say in README.md how the checkpoint was made."""
-    old = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
-    file.write_text(
-        f"{old}## Quantized\n\n`{name}` with attnserve's {made_by}. What is said above of weights, "
-        "sizes and results is of the original.\n",
-        encoding="utf-8",
-    )
+        entry["zp_dtype"] = str(weight.zeros.dtype)
+    return entry

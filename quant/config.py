@@ -23,27 +23,20 @@ TENSORS = ("weights", "activations", "kv")
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How one model is quantized. All defaults together are the unquantized model.
+    """How one model is quantized. All defaults together are the unquantized model."""
 
-    Args:
-        weights, activations, kv: bits of each; None: it is not quantized.
-        scheme: how weights are quantized; None without weights.
-        group_size: columns that share a scale; None: all columns of a row, or no weights.
-        symmetric: no zero points in the weights, else in the cache; activations never have any.
-        act_order: `gptq` takes the columns by their Hessian.
-        lm_head: the weights of the head are quantized too.
-        static: activations have calibrated scales instead of one for each token.
-    """
-
+    # weights, activations, kv: bits of each; None: it is not quantized.
     weights: int | None = None
     activations: int | None = None
     kv: int | None = None
-    scheme: str | None = None
+    scheme: str | None = None  # how weights are quantized; None without weights
+    # Columns that share a scale; None: all columns of a row, or no weights.
     group_size: int | None = None
+    # No zero points in the weights, else in the cache; activations never have any.
     symmetric: bool = False
-    act_order: bool = False
-    lm_head: bool = False
-    static: bool = False
+    act_order: bool = False  # `gptq` takes the columns by their Hessian
+    lm_head: bool = False  # the weights of the head are quantized too
+    static: bool = False  # activations have calibrated scales instead of one for each token
 
     @property
     def target(self) -> str:
@@ -83,11 +76,7 @@ UNQUANTIZED = QuantConfig()
 @dataclass(frozen=True)
 class SearchSpace:
     """The configs of a sweep: every combination of targets, bits, schemes and group sizes. The
-    fields are options of the command.
-
-    Raises:
-        UserError: there is no such tensor or scheme.
-    """
+    fields are options of the command."""
 
     targets: Annotated[
         list[str],

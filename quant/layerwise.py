@@ -35,47 +35,31 @@ CHOICES = 9
 
 @dataclass(frozen=True)
 class Choice:
-    """Bits for each layer, measured.
+    """Bits for each layer, measured."""
 
-    Args:
-        kind: `uniform`, `mixed` or `budget`.
-        size: bytes of the quantized layers.
-        bits: mean stored bits of a weight.
-        divergence: nats per token.
-        layer_bits: the bits of each layer.
-    """
-
-    kind: str
-    size: int
-    bits: float
-    divergence: Estimate
-    layer_bits: LayerBits
+    kind: str  # `uniform`, `mixed` or `budget`
+    size: int  # bytes of the quantized layers
+    bits: float  # mean stored bits of a weight
+    divergence: Estimate  # nats per token
+    layer_bits: LayerBits  # the bits of each layer
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was found for a checkpoint.
+    """What was found for a checkpoint."""
 
-    Args:
-        checkpoint: its name.
-        key: what the figures depend on.
-        chosen, measured, calibration: titles of the texts that bits were chosen on, that choices
-            were measured on, and that schemes were calibrated on.
-        prices: of single layers.
-        choices: by kind, with the most bytes first.
-    """
-
-    checkpoint: str
-    key: dict[str, Any]
+    checkpoint: str  # its name
+    key: dict[str, Any]  # what the figures depend on
+    # chosen, measured, calibration: titles of the texts that bits were chosen on, that
+    # choices were measured on, and that schemes were calibrated on.
     chosen: str
     measured: str
     calibration: str
-    prices: Prices
-    choices: list[Choice]
+    prices: Prices  # of single layers
+    choices: list[Choice]  # by kind, with the most bytes first
 
     @property
     def name(self) -> str:
-        """The name of its files."""
         group_size = self.key["group_size"] or "channel"
         return f"{self.checkpoint}-{self.key['scheme']}-g{group_size}"
 
@@ -97,11 +81,7 @@ def analyze(
     force: bool,
 ) -> Sensitivity:
     """Measure a checkpoint's layers and choices of their bits. What has been measured is in a
-    journal under `out` and is not measured again.
-
-    Raises:
-        UserError, ValueError, OSError: something will not do.
-    """
+    journal under `out` and is not measured again."""
     scheme = get_scheme(settings.scheme)
     planned = columns(empty_model(folder), settings.lm_head)
     for spec in settings.specs:
@@ -165,13 +145,7 @@ class MixedModel:
     """A model whose layers can each be set to some bits.
 
     Calibrated schemes see the unquantized model's inputs in every layer, so that each layer's
-    weights are the same in any mixture.
-
-    Args:
-        folder: the checkpoint.
-        settings: how its layers are quantized.
-        calibration: for calibrated schemes.
-    """
+    weights are the same in any mixture."""
 
     def __init__(self, folder: Path, settings: LayerSettings, calibration: Text) -> None:
         self.model = load(folder)

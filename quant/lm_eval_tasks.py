@@ -9,10 +9,10 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -31,41 +31,16 @@ SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
 @dataclass(frozen=True)
 class Harness:
-    """Which tasks, and how much of them.
+    """Which tasks, and how much of them."""
 
-    Args:
-        tasks: their names.
-        include: a folder with tasks of one's own (YAML).
-        limit: documents of a task; None: all.
-    """
-
-    tasks: tuple[str, ...]
-    include: Path | None = None
-    limit: int | None = None
-
-    @classmethod
-    def asked(cls, tasks: Sequence[str], include: Path | None, limit: int | None) -> Self | None:
-        """Return what the options ask for; None if it is nothing.
-
-        Raises:
-            UserError: settings without tasks.
-        """
-        if tasks:
-            return cls(tuple(tasks), include, limit)
-        if include or limit:
-            raise UserError(
-                "--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval"
-            )
-        return None
+    tasks: tuple[str, ...]  # their names
+    include: Path | None = None  # a folder with tasks of one's own (YAML)
+    limit: int | None = None  # documents of a task; None: all
 
 
 @functools.cache
 def key(harness: Harness) -> dict[str, Any]:
-    """Return what results depend on: the tasks with their settings and documents.
-
-    Raises:
-        UserError: lm-eval or a task's data is not here, or a task cannot be done.
-    """
+    """Return what results depend on: the tasks with their settings and documents."""
     found = {}
     for name, task in load(harness)["tasks"].items():
         documents = list(task.eval_docs)[: harness.limit]
@@ -76,11 +51,7 @@ def key(harness: Harness) -> dict[str, Any]:
 
 @functools.cache
 def load(harness: Harness) -> Any:
-    """Return the tasks with their data, as lm-eval's `TaskManager` gives them.
-
-    Raises:
-        UserError: see `key`.
-    """
+    """Return the tasks with their data, as lm-eval's `TaskManager` gives them."""
     if not installed("lm_eval"):
         raise UserError(
             "--lm-eval needs the library lm_eval, which is not installed: "
@@ -94,14 +65,13 @@ def load(harness: Harness) -> Any:
         )
     from lm_eval.tasks import TaskManager
 
-    def missing(manager: Any) -> list[str]:
-        return [name for name in harness.tasks if not manager.match_tasks([name])]
-
     # lm-eval's own are thousands of files to read: only where tasks of one's own are not all.
-    manager = TaskManager(include_path=harness.include, include_defaults=harness.include is None)
-    if harness.include is not None and missing(manager):
-        manager = TaskManager(include_path=harness.include)
-    if unknown := missing(manager):
+    for defaults in (False, True):
+        manager = TaskManager(include_path=harness.include, include_defaults=defaults)
+        unknown = [name for name in harness.tasks if not manager.match_tasks([name])]
+        if not unknown:
+            break
+    else:
         raise UserError(
             f"lm-eval has no task {unknown[0]!r}: name one of `lm-eval ls tasks`, or its folder "
             "with --lm-eval-include"
@@ -183,8 +153,6 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Model(TemplateLM):
-        """A scorer."""
-
         @property
         def eot_token_id(self) -> int:
             """What stands before a text that has nothing before it."""

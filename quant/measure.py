@@ -38,31 +38,19 @@ NUMERICS = 1
 
 @dataclass(frozen=True)
 class SweepTask:
-    """A config of a checkpoint, with all that is needed to measure it in another process.
+    """A config of a checkpoint, with all that is needed to measure it in another process."""
 
-    Args:
-        folder: the checkpoint.
-        digest: a hash of it.
-        config: what to quantize, and how.
-        samples: how much to measure.
-        texts: what to measure and calibrate on.
-        out: the folder of results.
-        harness: lm-eval's tasks; None: none.
-        baseline: the unquantized model's `units`; None if this is it.
-    """
-
-    folder: Path
-    digest: str
-    config: QuantConfig
-    samples: Samples
-    texts: SweepTexts
-    out: Path
-    harness: lm_eval_tasks.Harness | None = None
-    baseline: dict[str, Any] | None = None
+    folder: Path  # the checkpoint
+    digest: str  # a hash of it
+    config: QuantConfig  # what to quantize, and how
+    samples: Samples  # how much to measure
+    texts: SweepTexts  # what to measure and calibrate on
+    out: Path  # the folder of results
+    harness: lm_eval_tasks.Harness | None = None  # lm-eval's tasks; None: none
+    baseline: dict[str, Any] | None = None  # the unquantized model's `units`; None if this is it
 
     @property
     def checkpoint(self) -> str:
-        """The checkpoint's name."""
         return self.folder.resolve().name
 
     @property
@@ -72,11 +60,7 @@ class SweepTask:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the result depends on.
-
-        Raises:
-            UserError: lm-eval cannot do what is asked of it.
-        """
+        """What the result depends on."""
         harness = self.harness
         asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
         return {
@@ -90,7 +74,6 @@ class SweepTask:
 
     @property
     def path(self) -> Path:
-        """The file of the result."""
         return path_of(self.out, self.checkpoint, self.config)
 
     @property
@@ -109,11 +92,7 @@ def checkpoint_of(folder: Path, length: int, digest: str) -> Checkpoint:
 
 
 def measure(task: SweepTask) -> SweepResult:
-    """Measure a config.
-
-    Raises:
-        ValueError: the texts are too short.
-    """
+    """Measure a config."""
     start = time.monotonic()
     torch.manual_seed(task.samples.seed)
     checkpoint = checkpoint_of(task.folder, task.samples.length, task.digest)
@@ -125,7 +104,9 @@ def measure(task: SweepTask) -> SweepResult:
     summary, units = score(task, checkpoint, WatchedScorer(model, watcher))
     compared, details = watcher.finish()
     if unquantized:
-        compared, details = outliers(model, task)
+        layers = linears(model)
+        compared, inputs = input_outliers(model, layers, task.texts.calibration.rows)
+        details = {"weight outliers": weight_outliers(layers), "input outliers": inputs}
     elif task.baseline is not None:
         compared |= changes(units, task.baseline)
     return SweepResult(
@@ -183,7 +164,7 @@ def score(
         figures, units["perplexity"][name] = score_text(checkpoint, scorer, name, text)
         summary |= {f"perplexity: {figure}": value for figure, value in figures.items()}
     if task.texts.sets is not None:
-        data = Data(task.texts.sets, task.texts.sets)  # they have no books
+        data = Data(evaluation=task.texts.sets)
         for one in (Blimp(task.samples.pairs), Lambada(task.samples.passages)):
             result = one.run(checkpoint, data, scorer)
             summary |= {f"{one.name}: {figure}": value for figure, value in result.summary.items()}
@@ -192,14 +173,6 @@ def score(
         figures, units[lm_eval_tasks.NAME] = lm_eval_tasks.run(task.harness, checkpoint, scorer)
         summary |= figures
     return summary, units
-
-
-def outliers(model: PreTrainedModel, task: SweepTask) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """Return the outliers of an unquantized model's weights and linear inputs, on calibration
-    texts."""
-    layers = linears(model)
-    summary, inputs = input_outliers(model, layers, task.texts.calibration.rows)
-    return summary, {"weight outliers": weight_outliers(layers), "input outliers": inputs}
 
 
 def changes(units: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Estimate]:

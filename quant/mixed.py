@@ -16,15 +16,10 @@ from attnserve.errors import UserError
 
 @dataclass(frozen=True)
 class Price:
-    """One layer with some bits.
+    """One layer with some bits."""
 
-    Args:
-        divergence: nats per token with only this layer quantized.
-        size: bytes of the layer, packed.
-    """
-
-    divergence: float
-    size: int
+    divergence: float  # nats per token with only this layer quantized
+    size: int  # bytes of the layer, packed
 
 
 Prices = Mapping[str, Mapping[int, Price]]
@@ -56,11 +51,7 @@ def path(prices: Prices) -> list[LayerBits]:
 
 
 def within(prices: Prices, budget: int) -> LayerBits:
-    """Return the first choice of the path that fits into a number of bytes.
-
-    Raises:
-        UserError: not even the smallest does.
-    """
+    """Return the first choice of the path that fits into a number of bytes."""
     steps = path(prices)
     for choice in steps:
         if total(prices, choice) <= budget:

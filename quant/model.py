@@ -37,11 +37,7 @@ def columns(model: nn.Module, lm_head: bool = False) -> set[int]:
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
-    """Return a checkpoint's model without its weights, for shapes.
-
-    Raises:
-        UserError: there is no checkpoint.
-    """
+    """Return a checkpoint's model without its weights, for shapes."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder))
     return model
@@ -90,13 +86,8 @@ def put(layer: nn.Linear, quantized: QuantizedWeight) -> None:
 def stored_bytes(
     model: PreTrainedModel, quantized: Mapping[str, QuantizedWeight], item: int
 ) -> int:
-    """Return the bytes of all parameters: quantized ones packed, the others `item` bytes a number.
-
-    Args:
-        model: with the quantized weights in place.
-        quantized: by layer.
-        item: bytes of a number in the checkpoint.
-    """
+    """Return the bytes of all parameters of a model with quantized weights in place: these
+    packed, the others `item` bytes a number."""
     packed = {f"{name}.weight" for name in quantized}
     plain = sum(p.numel() for name, p in model.named_parameters() if name not in packed)
     return plain * item + sum(weight.packed_bytes for weight in quantized.values())

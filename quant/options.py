@@ -13,11 +13,7 @@ COLUMNS = "Columns of the weights that share a scale, or channel for a whole row
 
 
 def columns(text: str | int) -> int | None:
-    """Return the columns of a group, None for `channel`.
-
-    Raises:
-        typer.BadParameter: it is neither.
-    """
+    """Return the columns of a group, None for `channel`."""
     if text == "channel":
         return None
     if not str(text).isdecimal() or int(text) < 1:

@@ -43,12 +43,10 @@ def input_outliers(
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     observe(model, layers, texts, lambda name, inputs: found[name].append(figures(inputs)))
     table = np.array(list(found.values()))  # [layers, texts, figures]
+    over_layers = {"": table.mean(0), ", largest of the layers": table.max(0)}
     summary = {
-        f"inputs, {figure}": mean_interval(table[:, :, place].mean(0))
-        for place, figure in enumerate(FIGURES)
-    }
-    summary |= {
-        f"inputs, {figure}, largest of the layers": mean_interval(table[:, :, place].max(0))
+        f"inputs, {figure}{which}": mean_interval(values[:, place])
+        for which, values in over_layers.items()
         for place, figure in enumerate(FIGURES)
     }
     return summary, dict(zip(found, table.mean(1).round(4).tolist(), strict=True))

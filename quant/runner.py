@@ -35,19 +35,8 @@ def plan(
     out: Path,
     harness: Harness | None = None,
 ) -> list[SweepTask]:
-    """Return the tasks of all checkpoints, checked; whatever text is not given is sampled.
-
-    Args:
-        folders: the checkpoints.
-        configs: of each, beside the unquantized one.
-        samples: how much is measured.
-        sources: where text comes from.
-        out: the folder of results.
-        harness: lm-eval's tasks.
-
-    Raises:
-        UserError, ValueError, OSError: a checkpoint, scheme or text will not do.
-    """
+    """Return the tasks of all checkpoints, checked: the unquantized model and `configs` of each.
+    Whatever text is not given is sampled."""
     names = [folder.resolve().name for folder in folders]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two checkpoints are called {min(twice)}: their results would clash")
@@ -65,11 +54,7 @@ def plan(
 
 
 def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
-    """Check that every scheme can do its configs of a checkpoint.
-
-    Raises:
-        UserError, ValueError: one cannot, or there is no checkpoint.
-    """
+    """Check that every scheme can do its configs of a checkpoint."""
     model = empty_model(folder)
     for config in configs:
         if config.scheme is not None:
@@ -93,11 +78,7 @@ def prepare(jobs: int) -> None:
 
 
 def is_there(task: SweepTask) -> bool:
-    """Return whether a task's result is there already.
-
-    Raises:
-        UserError: the file holds a result of other weights, texts or samples.
-    """
+    """Return whether a task's result is there already."""
     if not task.path.exists():
         return False
     stored, key = store.read(task.path), task.key
@@ -117,11 +98,8 @@ def run(
 ) -> dict[str, str]:
     """Measure tasks, the unquantized models first, and write each result when it is done.
 
-    Args:
-        tasks: what is not measured yet.
-        jobs: processes of this machine.
-        ray: on a Ray cluster instead.
-        show: called with each result.
+    It is done by `jobs` processes of this machine, or on a Ray cluster; `show` is called with
+    each result.
 
     Returns:
         The names of failed tasks, and why they failed.

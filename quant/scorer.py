@@ -11,7 +11,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,65 +24,32 @@ from attnserve.evaluation.perplexity import Perplexity
 from attnserve.evaluation.scorers import Item, Scored, TransformersScorer
 
 
-class Watcher(Protocol):
-    """Sees the predictions for the texts whose perplexity is measured."""
-
-    def see(self, text: str, index: int, logprobs: Tensor, tokens: Tensor) -> None:
-        """Take log-probabilities `[tokens, vocab_size]` of a text's sequence, and its tokens."""
-
-    def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
-        """Return figures with intervals, and details without."""
-
-
 class WatchedScorer(TransformersScorer):
-    """Scores with a model that is there already.
+    """Scores with a float32 model that is there already; a watcher sees what `Perplexity`
+    scores."""
 
-    Args:
-        model: in float32.
-        watcher: sees what `Perplexity` scores.
-    """
-
-    def __init__(self, model: PreTrainedModel, watcher: Watcher) -> None:
+    def __init__(self, model: PreTrainedModel, watcher: Recorder | KLComparison) -> None:
         # Not TransformersScorer's, which loads a model and makes it attend in tiles, without cache.
         self.model, self.watcher, self.quiet = model, watcher, True
         self._text = ""
         self._index: dict[int, int] = {}
 
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """Score items, as `Scorer` says."""
         measure, _, text = label.partition(", ")
         self._text = text if measure == Perplexity.name else ""
         self._index = {id(item): index for index, item in enumerate(items)}
         return super().score(items, label)
 
-    def _score(self, items: Sequence[Item]) -> list[Scored]:
-        longest = max(len(item.tokens) for item in items)
-        ids = torch.tensor([item.tokens + [0] * (longest - len(item.tokens)) for item in items])
-        logprobs = self.model(input_ids=ids[:, :-1]).logits.float().log_softmax(-1)
-        own = logprobs.gather(-1, ids[:, 1:, None])
-        greedy = (logprobs >= own).sum(-1) == 1
-        found = []
-        for row, item in enumerate(items):
-            start = len(item.prompt) - 1
-            place = slice(start, start + len(item.continuation))
-            found.append(Scored(own[row, place, 0].double().numpy(), greedy[row, place].numpy()))
-            if self._text:
-                tokens = ids[row, 1:][place]
-                self.watcher.see(self._text, self._index[id(item)], logprobs[row, place], tokens)
-        return found
-
-
-def file_of(folder: Path, text: str, index: int) -> Path:
-    """Return where a sequence's log-probabilities lie."""
-    return folder / f"{text}.{index}.npz"
+    def _scored(self, logprobs: Tensor, item: Item) -> Scored:
+        if self._text:
+            tokens = torch.tensor(item.continuation)
+            self.watcher.see(self._text, self._index[id(item)], logprobs, tokens)
+        return super()._scored(logprobs, item)
 
 
 class Recorder:
-    """Writes a model's log-probabilities in float16, and its likeliest tokens, whole or not at all.
-
-    Args:
-        folder: where they will be after `finish`.
-    """
+    """Writes a model's log-probabilities in float16, and its likeliest tokens, whole or not at
+    all: they are in the folder after `finish`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,9 +60,10 @@ class Recorder:
         self.staged.mkdir()
 
     def see(self, text: str, index: int, logprobs: Tensor, tokens: Tensor) -> None:
-        """See `Watcher`."""
+        """Write log-probabilities `[tokens, vocab_size]` of a text's sequence."""
         best = logprobs.argmax(-1).numpy()
-        np.savez(file_of(self.staged, text, index), logprobs=logprobs.half().numpy(), best=best)
+        file = self.staged / f"{text}.{index}.npz"
+        np.savez(file, logprobs=logprobs.half().numpy(), best=best)
 
     def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
         """Put the folder in its place; if another process was first, its own is as good."""
@@ -125,8 +93,8 @@ class KLComparison:
         self.change: dict[str, dict[int, NDArray[np.float64]]] = defaultdict(dict)
 
     def see(self, text: str, index: int, logprobs: Tensor, tokens: Tensor) -> None:
-        """See `Watcher`."""
-        with np.load(file_of(self.folder, text, index)) as record:
+        """Compare log-probabilities `[tokens, vocab_size]` of a text's sequence, and its tokens."""
+        with np.load(self.folder / f"{text}.{index}.npz") as record:
             reference = torch.from_numpy(record["logprobs"]).float().log_softmax(-1)
             best = torch.from_numpy(record["best"])
         each = (reference.exp() * (reference - logprobs)).sum(-1)
@@ -136,9 +104,19 @@ class KLComparison:
         self.change[text][index] = (after - before).double().numpy()
 
     def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
-        """Return means over sequences, and the spread over tokens of each text's divergence and of
-        the right token's change of probability."""
-        return self.summary(), {
+        """Return means over sequences (nats per token, shares, and changes of probability; RMS:
+        root of the mean square), and the spread over tokens of each text's divergence and of the
+        right token's change of probability."""
+        summary = {}
+        for text, each in self.divergence.items():
+            summary[f"{text} KL"] = mean_interval([values.mean() for values in each.values()])
+            shares = mean_interval(list(self.agreement[text].values()))
+            summary[f"{text} top-1"] = Estimate(*(min(1.0, max(0.0, x)) for x in shares))
+            changes = list(self.change[text].values())
+            summary[f"{text} p change"] = mean_interval([values.mean() for values in changes])
+            squares = mean_interval([(values**2).mean() for values in changes])
+            summary[f"{text} p change, RMS"] = Estimate(*(max(0.0, x) ** 0.5 for x in squares))
+        return summary, {
             "KL over tokens": {
                 text: quantiles(each, DIVERGENCES) for text, each in self.divergence.items()
             },
@@ -146,20 +124,6 @@ class KLComparison:
                 text: quantiles(each, CHANGES) for text, each in self.change.items()
             },
         }
-
-    def summary(self) -> dict[str, Estimate]:
-        """Return means over sequences: nats per token, shares, and changes of probability (RMS:
-        root of the mean square)."""
-        found = {}
-        for text, each in self.divergence.items():
-            found[f"{text} KL"] = mean_interval([values.mean() for values in each.values()])
-            shares = mean_interval(list(self.agreement[text].values()))
-            found[f"{text} top-1"] = Estimate(*(min(1.0, max(0.0, x)) for x in shares))
-            changes = list(self.change[text].values())
-            found[f"{text} p change"] = mean_interval([values.mean() for values in changes])
-            squares = mean_interval([(values**2).mean() for values in changes])
-            found[f"{text} p change, RMS"] = Estimate(*(max(0.0, x) ** 0.5 for x in squares))
-        return found
 
 
 DIVERGENCES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999, "largest": 1.0}

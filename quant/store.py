@@ -20,32 +20,23 @@ TITLES = {"measured": "test book", "calibration": "training books"}
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What was measured with one config of a checkpoint.
+    """What was measured with one config of a checkpoint."""
 
-    Args:
-        checkpoint, variant, context: what was measured; context in tokens.
-        key: what the result depends on.
-        texts: titles of the main text that was measured on, and of what was calibrated on.
-        machine: the machine and the versions.
-        seconds: how long it took.
-        size: bytes of the checkpoint, of its quantized part and of a cached token, and how many
-            numbers are quantized.
-        summary: figures with their intervals.
-        details: figures without intervals.
-        units: what was measured on each text.
-    """
-
+    # checkpoint, variant, context: what was measured; context in tokens.
     checkpoint: str
     variant: str
     context: int
-    key: dict[str, Any]
+    key: dict[str, Any]  # what the result depends on
+    # Titles of the main text that was measured on, and of what was calibrated on.
     texts: dict[str, str]
-    machine: str
-    seconds: float
+    machine: str  # the machine and the versions
+    seconds: float  # how long it took
+    # Bytes of the checkpoint, of its quantized part and of a cached token, and how many
+    # numbers are quantized.
     size: dict[str, int]
-    summary: dict[str, Estimate]
-    details: dict[str, Any]
-    units: dict[str, Any]
+    summary: dict[str, Estimate]  # figures with their intervals
+    details: dict[str, Any]  # figures without intervals
+    units: dict[str, Any]  # what was measured on each text
 
     @property
     def config(self) -> QuantConfig:
@@ -80,11 +71,7 @@ def write(path: Path, result: SweepResult) -> None:
 
 
 def read(path: Path) -> SweepResult:
-    """Read a result.
-
-    Raises:
-        UserError: the file is none.
-    """
+    """Read a result."""
     try:
         fields = {"texts": TITLES} | json.loads(path.read_text(encoding="utf-8"))
         fields["summary"] = {k: Estimate.from_json(v) for k, v in fields["summary"].items()}
@@ -96,11 +83,7 @@ def read(path: Path) -> SweepResult:
 
 
 def read_all(folder: Path) -> list[SweepResult]:
-    """Read all results, in the order of tables.
-
-    Raises:
-        UserError: a file is none, or there is no result.
-    """
+    """Read all results, in the order of tables."""
     found = [read(path) for path in folder.glob("configs/*/*.json")]
     if not found:
         raise UserError(f"{folder} holds no results: run python -m quant.sweep")

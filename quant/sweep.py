@@ -88,6 +88,10 @@ def sweep(
     """
     if ray and not installed("ray"):
         raise UserError("--ray needs the library ray, which is not installed: leave it out")
+    if (lm_eval_include or lm_eval_limit) and not lm_eval:
+        raise UserError(
+            "--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval"
+        )
     from quant import runner, store
     from quant.lm_eval_tasks import Harness
     from quant.report.frame import table
@@ -106,7 +110,7 @@ def sweep(
         samples,
         Sources(text or (), calibration_text or (), books, evaluation, text_from),
         out,
-        Harness.asked(lm_eval or (), lm_eval_include, lm_eval_limit),
+        Harness(tuple(lm_eval), lm_eval_include, lm_eval_limit) if lm_eval else None,
     )
     there = [] if force else [task.path for task in tasks if runner.is_there(task)]
     missing = [task for task in tasks if task.path not in there]

@@ -23,24 +23,14 @@ SAMPLED = "text sampled from "
 
 @dataclass(frozen=True)
 class Sources:
-    """Where text comes from; a checkpoint writes what is not given.
+    """Where text comes from; a checkpoint writes what is not given."""
 
-    Args:
-        text: files to measure on.
-        calibration_text: files to calibrate on.
-        books: a folder for both, as `attnserve.evaluation.books.split` splits it.
-        sets: a folder with WikiText-2, BLiMP and LAMBADA, which are measured only from there.
-        writer: the checkpoint that writes; None: the one that reads.
-
-    Raises:
-        UserError: they contradict each other.
-    """
-
-    text: Sequence[Path] = ()
-    calibration_text: Sequence[Path] = ()
-    books: Path | None = None
+    text: Sequence[Path] = ()  # files to measure on
+    calibration_text: Sequence[Path] = ()  # files to calibrate on
+    books: Path | None = None  # a folder for both, as `attnserve.evaluation.books.split` splits it
+    # A folder with WikiText-2, BLiMP and LAMBADA, which are measured only from there.
     sets: Path | None = None
-    writer: Path | None = None
+    writer: Path | None = None  # the checkpoint that writes; None: the one that reads
 
     def __post_init__(self) -> None:
         if self.books is not None and (self.text or self.calibration_text):
@@ -74,11 +64,7 @@ class Sources:
         """Return the sources of each checkpoint: who writes depends on all of them.
 
         Where a bundled checkpoint is among them, all bundled ones count, so that it reads the same
-        text alone as beside the others.
-
-        Raises:
-            UserError, ValueError: nobody has to write, or the writer has another tokenizer.
-        """
+        text alone as beside the others."""
         if self.books is not None or (self.text and self.calibration_text):
             if self.writer is not None:
                 raise UserError("--text-from: all text is given, none is written: leave it out")
@@ -96,19 +82,12 @@ def bundled_checkpoints() -> list[Path]:
 
 @dataclass(frozen=True)
 class SweepTexts:
-    """What a checkpoint is measured and calibrated on.
+    """What a checkpoint is measured and calibrated on."""
 
-    Args:
-        measured: by name; `test` is the main one.
-        calibration: for calibrated schemes, static scales and outliers.
-        sets: the folder of BLiMP and LAMBADA; None: they are not measured.
-        key: a hash of all of it.
-    """
-
-    measured: dict[str, Text]
-    calibration: Text
-    sets: Path | None
-    key: str
+    measured: dict[str, Text]  # by name; `test` is the main one
+    calibration: Text  # for calibrated schemes, static scales and outliers
+    sets: Path | None  # the folder of BLiMP and LAMBADA; None: they are not measured
+    key: str  # a hash of all of it
 
     @property
     def titles(self) -> dict[str, str]:
@@ -117,11 +96,7 @@ class SweepTexts:
 
 
 def sweep_texts(sources: Sources, checkpoint: Checkpoint, samples: Samples) -> SweepTexts:
-    """Return all texts for a checkpoint, sampled where none is given.
-
-    Raises:
-        UserError, FileNotFoundError, ValueError: one is missing or too short.
-    """
+    """Return all texts for a checkpoint, sampled where none is given."""
     sets = [] if sources.sets is None else set_files(sources.sets)
     measured = measured_texts(sources, checkpoint, samples.sequences)
     calibration = calibration_text(sources, checkpoint, samples.calibration, samples.seed)
@@ -135,11 +110,7 @@ def sweep_texts(sources: Sources, checkpoint: Checkpoint, samples: Samples) -> S
 
 
 def measured_texts(sources: Sources, checkpoint: Checkpoint, sequences: int) -> dict[str, Text]:
-    """Return the texts whose perplexity and divergence are measured; `test` is the main one.
-
-    Raises:
-        UserError, FileNotFoundError: a text is missing or too short.
-    """
+    """Return the texts whose perplexity and divergence are measured; `test` is the main one."""
     found = {}
     if sources.books is not None:
         uses: dict[str, Use] = {"validation": "validation", "test": "evaluation"}
@@ -155,11 +126,7 @@ def measured_texts(sources: Sources, checkpoint: Checkpoint, sequences: int) -> 
 
 def calibration_text(sources: Sources, checkpoint: Checkpoint, sequences: int, seed: int) -> Text:
     """Return what calibrated schemes and static scales are calibrated on, in sequences of one token
-    less than the context. Text that is measured on is never read.
-
-    Raises:
-        UserError, FileNotFoundError: a text is missing or too short.
-    """
+    less than the context. Text that is measured on is never read."""
     return text_for("calibration", sources, checkpoint, sequences, checkpoint.context - 1, seed)
 
 
@@ -170,11 +137,7 @@ def text_for(
     distances.
 
     Where a checkpoint writes them, their beginnings are the same for every reader, also for one
-    whose context is shorter.
-
-    Raises:
-        UserError, FileNotFoundError: a text is missing or too short.
-    """
+    whose context is shorter."""
     title, files = sources.files(use)
     if files and use == "calibration":
         return anywhere(checkpoint, title, files, sequences, length, seed)
@@ -198,12 +161,8 @@ def explained(measured: str, calibration: str) -> str:
 
 
 def set_files(sets: Path) -> list[Path]:
-    """Return the files of the evaluation sets.
-
-    Raises:
-        UserError: one is not there.
-    """
-    data = Data(sets, sets)  # they have no books
+    """Return the files of the evaluation sets."""
+    data = Data(evaluation=sets)
     files = [sets / WIKITEXT, *Blimp().files(data), *Lambada().files(data)]
     for file in files:
         if not file.is_file():

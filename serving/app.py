@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.client import ClientLeftError, read_body, watching
 from serving.compare.handler import compare
@@ -65,12 +65,18 @@ class App:
         exchange = Exchange.begin(scope, send)
         self.state.in_flight += 1
         try:
-            if handler := self.handlers.get(scope["path"]):
+            if preflight := self._preflight(scope):
+                await self._run_asgi(preflight, exchange, scope, receive)
+            elif handler := self.handlers.get(scope["path"]):
                 await self._run(handler, exchange, scope, receive)
             else:
-                await self._run_fastapi(exchange, scope, receive)
+                await self._run_asgi(self.fastapi, exchange, scope, receive)
         finally:
             self.state.in_flight -= 1
+
+    def _preflight(self, scope: Scope) -> ASGIApp | None:
+        """Return the answer to a browser that asks first, for every route."""
+        return self.state.access.preflight(scope) if scope["method"] == "OPTIONS" else None
 
     async def _run(
         self, handler: Handler, exchange: Exchange, scope: Scope, receive: Receive
@@ -94,9 +100,7 @@ class App:
         except ApiError as error:
             await exchange.fail(error)
         except asyncio.CancelledError:
-            # uvicorn's, when a request is not done `timeouts.drain` seconds after SIGTERM.
-            message = "The gateway is shutting down."
-            await exchange.fail(ApiError(503, message, code="shutting_down", retry_after=1.0))
+            await exchange.fail(why_cancelled(exchange))
         except Exception:
             log.exception("the gateway failed", extra={"request_id": exchange.request_id})
             await exchange.fail(ApiError(500, "The gateway failed."))
@@ -107,15 +111,22 @@ class App:
         """Return the request's body, once its key is known to be good.
 
         Raises:
-            ApiError: 405 no POST; 401 no good key; 408 or 413 for the body.
+            ApiError: 400 a wrong host, or a header twice; 405 no POST; 401 no good key; 415 no
+                JSON; 408 or 413 for the body.
         """
         state = self.state
+        once = self._check(exchange)
         if scope["method"] != "POST":
             message = f"Not allowed to {scope['method']} on {exchange.route}"
             raise ApiError(405, message, code="method_not_supported")
         if state.keys:
-            exchange.account = state.keys.account(dict(exchange.headers).get(b"authorization", b""))
+            exchange.account = state.keys.account(once.get(b"authorization", b""))
+            exchange.account.running.add(asyncio.current_task())
             exchange.headers = [h for h in exchange.headers if h[0] != b"authorization"]
+        # As vLLM does it: a web page can send anything else without asking first.
+        if once.get(b"content-type", b"").lower().split(b";", 1)[0] != b"application/json":
+            message = "Unsupported Media Type: Only 'application/json' is allowed"
+            raise ApiError(415, message, code="unsupported_media_type")
         try:
             async with asyncio.timeout(state.config.timeouts.body):
                 body = await read_body(receive, state.config.limits.max_body_bytes)
@@ -124,21 +135,26 @@ class App:
         exchange.stage = "queue"
         return body
 
+    def _check(self, exchange: Exchange) -> dict[bytes, bytes]:
+        """Return the headers that may stand once, of a request that is let in."""
+        access = self.state.access
+        once = access.check(exchange.headers)
+        exchange.cors = access.cors_headers(once)
+        return once
+
     async def _pass_on(self, exchange: Exchange, raw: bytes) -> None:
         """Pass a request on to a model server, as it came."""
         config = self.state.config
         # A key's budget holds only if an answer cannot be longer than what is reserved for it.
-        limited = exchange.account is not None and exchange.account.limits_tokens
+        limited = exchange.account is not None and exchange.account.limits_answers
+        chars = config.routing.prefix_chars
         request = await beside_the_loop(
-            read_request,
-            raw,
-            exchange.route,
-            config.limits,
-            config.routing.prefix_chars,
-            limited,
+            read_request, raw, exchange.route, config.limits, chars, limited
         )
-        exchange.use_model(self.state.router, request.model)
-        exchange.reserve(request.tokens)
+        model = exchange.use_model(self.state.router, request.model)
+        prompt = request.prompt_tokens
+        cost = model.entry.cost(prompt, request.tokens - prompt)
+        await exchange.reserve(request.tokens, cost)
         small = len(raw) <= LARGE_BODY  # as all are that are short enough for shadow scoring
         shadow = config.shadow if small and exchange.route in GENERATING else None
         if shadow is None or not self.shadow.samples(shadow, request.model, raw):
@@ -173,6 +189,7 @@ class App:
             if exchange.queued is not None:
                 of_model.queue.observe(exchange.queued)
         if exchange.account is not None:
+            exchange.account.running.discard(asyncio.current_task())
             metrics.key_requests.labels(exchange.account.name).inc()
             metrics.key_tokens.labels(exchange.account.name).inc(tokens)
         if exchange.aborted:
@@ -180,23 +197,30 @@ class App:
         if exchange.code is not None:
             metrics.errors.labels(*labels, exchange.code).inc()
 
-    async def _run_fastapi(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
-        """Answer a request by a route of FastAPI's; count it, and give it its id."""
-        status = CLIENT_LEFT
+    async def _run_asgi(
+        self, app: ASGIApp, exchange: Exchange, scope: Scope, receive: Receive
+    ) -> None:
+        """Answer a request by a route of FastAPI's, or a preflight; count it, and give it its
+        id."""
 
         async def send(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = [*message["headers"], exchange.id_header]
+                exchange.status = message["status"]
+                cors = exchange.cors if app is self.fastapi else []
+                headers = [*message["headers"], exchange.id_header, *cors]
                 message = {**message, "headers": headers}
             await exchange.send(message)
 
         try:
-            await self.fastapi(scope, receive, send)
+            self._check(exchange)
+            await app(scope, receive, send)
+        except ApiError as error:
+            self.state.metrics.errors.labels("", "", "", error.code).inc()
+            await exchange.fail(error)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self.state.metrics.requests.labels(route, "", "", "", str(status)).inc()
+            status = str(exchange.status or CLIENT_LEFT)
+            self.state.metrics.requests.labels(route, "", "", "", status).inc()
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -206,3 +230,12 @@ class App:
             yield
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
+
+
+def why_cancelled(exchange: Exchange) -> ApiError:
+    """Return the error of a request whose task has been cancelled from outside."""
+    if exchange.account is not None and exchange.account.revoked:
+        return ApiError(401, "The API key has been revoked.", code="key_revoked")
+    # uvicorn's, when a request is not done `timeouts.drain` seconds after SIGTERM.
+    message = "The gateway is shutting down."
+    return ApiError(503, message, code="shutting_down", retry_after=1.0)

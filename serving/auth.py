@@ -30,7 +30,8 @@ class Keys:
     """The keys of a configuration, each with its account."""
 
     def __init__(self, entries: Iterable[KeyEntry], old: "Keys | None" = None) -> None:
-        """Take the keys of a configuration; those that `old` has keep what they have used."""
+        """Take the keys of a configuration; those that `old` has keep what they have used, and
+        what runs for those that only `old` has ends."""
         self._accounts: dict[bytes, tuple[bytes, Account]] = {}
         for entry in entries:
             hashed = bytes.fromhex(entry.sha256)
@@ -38,6 +39,9 @@ class Keys:
             account = known[1] if known else Account()
             account.set(entry)
             self._accounts[hashed] = (hashed, account)
+        for hashed, (_, account) in old._accounts.items() if old else ():
+            if hashed not in self._accounts:
+                account.revoke()
 
     def __bool__(self) -> bool:
         """Return whether a key is needed."""

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -32,17 +33,43 @@ def server_url(value: str) -> str:
     Raises:
         ValueError: it is none, or has a user, a query, a fragment or another path.
     """
-    parts = urlsplit(value)
-    extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
-    is_http = parts.scheme in ("http", "https") and parts.hostname
-    if not is_http or extra or parts.port == 0:  # port may raise, too
+    try:
+        parts = urlsplit(value)
+        extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
+        good = parts.scheme in ("http", "https") and parts.hostname and not extra
+        good = good and parts.port != 0
+    except ValueError:  # its text has parts of the address, which may be secret
+        good = False
+    if not good:
         raise ValueError("must be an address like http://127.0.0.1:8000")
     if parts.path.rstrip("/") not in ("", "/v1"):
-        raise ValueError(f"must end after the port or after /v1, not with {parts.path}")
+        raise ValueError("must end after the port or after /v1, not with another path")
     return f"{parts.scheme}://{parts.netloc}"
 
 
+def origin(value: str) -> str:
+    """Return the origin of web pages, as browsers write it; "*" is every one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]-]+", value):
+        raise ValueError("must be an origin like https://chat.example.com, without a path")
+    return value
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address is that of this machine to itself."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 Url = Annotated[str, AfterValidator(server_url)]
+Origin = Annotated[str, AfterValidator(origin)]
 
 EVERY = "*"
 """The name of a model entry that takes every model that no other entry names."""
@@ -70,20 +97,38 @@ class ModelEntry(Section):
     replicas: tuple[Url, ...] = Field(min_length=1)
     """The servers' addresses; a /v1 at the end is taken off."""
 
+    prompt_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Price of a million tokens of prompts, for `cost_per_day`."""
+
+    completion_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Price of a million tokens of answers."""
+
     api_key_env: str | None = None
     """The environment variable that has the servers' own API key."""
 
     @field_validator("api_key_env")
     @classmethod
     def _is_set(cls, name: str | None) -> str | None:
-        if name and not os.environ.get(name):
+        key = os.environ.get(name) if name else "unused"
+        if not key:
             raise ValueError("the environment has no such variable")
+        if not re.fullmatch(r"[\x21-\x7e]+", key):
+            raise ValueError("the variable has what can be no API key")
         return name
 
     @property
     def api_key(self) -> str | None:
         """The servers' own API key, which is in the environment and never in the file."""
         return os.environ[self.api_key_env] if self.api_key_env else None
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Return what so many tokens cost."""
+        prompt, completion = self.prompt_price or 0.0, self.completion_price or 0.0
+        return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
+
+    def most_cost(self, tokens: int) -> float:
+        """Return what so many tokens cost at most, whichever they are."""
+        return max(self.cost(tokens, 0), self.cost(0, tokens))
 
     @field_validator("replicas")
     @classmethod
@@ -99,6 +144,13 @@ class KeyEntry(Section):
     name: str = Field(pattern=r"^[\w.@-]{1,64}$")
     """Whose it is, for metrics and logs, which never have the key."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_no_secret(cls, name: str) -> str:
+        if re.fullmatch(r"attnserve-[\w-]{43}|[0-9a-f]{64}", name):
+            raise ValueError("is a key or a hash, which logs and metrics would show")
+        return name
+
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """The key's SHA-256 in hexadecimal digits."""
 
@@ -110,6 +162,9 @@ class KeyEntry(Section):
 
     tokens_per_day: int | None = Field(None, gt=0)
     """The same in a day. Counted anew after a restart. None: no limit."""
+
+    cost_per_day: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """What its tokens may cost in a day, by the models' prices. None: no limit."""
 
     max_concurrent: int | None = Field(None, gt=0)
     """Requests at a time. None: no limit."""
@@ -132,7 +187,7 @@ class Limits(Section):
 
     default_max_tokens: int = Field(2048, gt=0)
     """Tokens reserved for a chat's answer whose request sets no limit; for a key with a limit of
-    tokens, that is as long as the answer gets."""
+    tokens or cost, that is as long as the answer gets."""
 
     max_concurrent_per_replica: int | None = Field(None, gt=0)
     """Requests that this gateway has open at one server. None: no limit."""
@@ -256,10 +311,21 @@ class Config(Section):
 
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     keys: tuple[KeyEntry, ...] = ()
-    """Without any, every client may use everything."""
+    """Whose key is among them is let in. Without `keys`, every client may use everything."""
 
-    protect_metrics: bool = False
-    """/metrics asks for a key, too."""
+    open: bool = False
+    """Needed with `keys: []`, to remove the last key, and to lend servers' own keys to clients
+    without one."""
+
+    protect_metrics: bool | None = None
+    """/metrics asks for a key, too. None: where there are keys, unless `host` is loopback's."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that clients may call the gateway by ("*.example.com": all below it; "*": any). Where
+    `host` is loopback's, its own names go without saying; elsewhere, none means any."""
+
+    cors_origins: tuple[Origin, ...] = ()
+    """Origins of web pages that may use the gateway from a browser; "*": any."""
 
     playground: bool = True
     """The web page at /playground. It has no rights of its own: it asks its user for a key."""
@@ -279,17 +345,44 @@ class Config(Section):
         for what, names in (
             ("models", [m.name for m in self.models]),
             ("keys", [k.name for k in self.keys]),
-            ("keys", [k.sha256 for k in self.keys]),
             ("shadow.models", list(self.shadow.models) if self.shadow else []),
         ):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"{what} has {name} twice")
+        hashes = [k.sha256 for k in self.keys]
+        for key in self.keys:
+            if hashes.count(key.sha256) > 1:
+                raise ValueError(f"keys has the key of {key.name} twice")
+            if key.cost_per_day and any(
+                None in (m.prompt_price, m.completion_price) for m in self.models
+            ):
+                raise ValueError(f"cost_per_day of {key.name} needs a price for every model")
         served = {m.name for m in self.models}
         for name in (self.shadow.reference, *self.shadow.models) if self.shadow else ():
             if name not in served and EVERY not in served:
                 raise ValueError(f"shadow names {name}, which is none of the models")
         return self
+
+    @model_validator(mode="after")
+    def _is_meant_to_be_open(self) -> Self:
+        if self.keys and self.open:
+            raise ValueError("open: true and keys contradict each other")
+        if not self.keys and not self.open:
+            if "keys" in self.model_fields_set:
+                raise ValueError("keys is empty; `open: true` lets every client in")
+            if any(model.api_key_env for model in self.models):
+                raise ValueError("api_key_env needs keys, or `open: true`, which lends it to all")
+        if self.protect_metrics and not self.keys:
+            raise ValueError("protect_metrics needs keys")
+        return self
+
+    @property
+    def metrics_need_key(self) -> bool:
+        """Whether /metrics, with its addresses of servers and names of keys, is not for all."""
+        if self.protect_metrics is None:
+            return bool(self.keys) and not is_loopback(self.host)
+        return self.protect_metrics
 
 
 def load(path: Path) -> Config:
@@ -305,9 +398,9 @@ def load(path: Path) -> Config:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: {error.problem}") from None
+        raise ConfigError(f"{path}{place}: {without_quotes(error.problem or '')}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: {without_quotes(' '.join(str(error).split()))}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must have `models:` at its top; docs/GATEWAY.md has an example")
     try:
@@ -324,16 +417,18 @@ class StrictLoader(yaml.SafeLoader):
         names = []
         for key, _ in node.value:
             if key.value in names:
-                problem = f"{key.value!r} stands here twice"
+                problem = f"{setting_name(key.value)} stands here twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             names.append(key.value)
         return super().construct_mapping(node, deep)
 
 
 def one_line(error: ValidationError, variables: Mapping[str, str] | None = None) -> str:
-    """Return a validation error in one line: each name, what it was, what is wrong with it.
+    """Return a validation error in one line: each name, and what is wrong with it.
 
-    `variables` has the environment variables that some names come from.
+    What was given is only shown of numbers that are out of range: any other value may be a secret
+    that stands in the wrong place. `variables` has the environment variables that some names come
+    from.
     """
     lines = []
     errors = error.errors()
@@ -343,12 +438,23 @@ def one_line(error: ValidationError, variables: Mapping[str, str] | None = None)
             len(p) > len(e["loc"]) and p[: len(e["loc"])] == e["loc"] for p in places
         ):
             continue  # only because what is wrong inside does not count
-        name = ".".join(map(str, e["loc"]))
+        name = ".".join(map(setting_name, e["loc"]))
         name = (variables or {}).get(name, name)
-        value = "" if isinstance(e["input"], dict | list) or "sha256" in name else repr(e["input"])
+        value = f"={e['input']}" if e["type"].startswith(("greater_", "less_")) else ""
         message = e["msg"].removeprefix("Value error, ")
-        lines.append(f"{name}={value}: {message}" if value else f"{name}: {message}".lstrip(": "))
+        lines.append(f"{name}{value}: {message}".lstrip(": "))
     return re.sub(r"\s+", " ", "; ".join(lines))
+
+
+def setting_name(name: Any) -> str:
+    """Return what can be a setting's name as it is, and anything else, which may be a secret,
+    masked."""
+    return str(name) if re.fullmatch(r"[a-z_]{1,32}|\d{1,6}", str(name)) else "***"
+
+
+def without_quotes(message: str) -> str:
+    """Return an error of YAML's with what it quotes from the file masked, as it may be secret."""
+    return re.sub(r"(['\"])[^<].+?\1", r"\1***\1", message)
 
 
 ENVIRONMENT = {

@@ -11,7 +11,7 @@ from starlette.types import Scope, Send
 
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import ApiError
-from serving.rate_limit import Account
+from serving.rate_limit import Account, Reservation
 from serving.upstream.http import Headers
 from serving.upstream.router import Model, Router
 
@@ -30,6 +30,8 @@ class Exchange:
     """The request's id, for the client and for model servers."""
     send: Send
     """Takes the messages of the answer."""
+    cors: Headers = field(default_factory=list)
+    """What the answer says to a browser."""
     query: bytes = b""
     """What comes behind the route's "?"."""
     span: Any = None
@@ -37,8 +39,8 @@ class Exchange:
     arrival: float = field(default_factory=time.perf_counter)
     account: Account | None = None
     """What the client's key has used; None where no key is needed."""
-    reserved: int | None = None
-    """Tokens that the account has reserved for the request."""
+    reservation: Reservation | None = None
+    """What the account has reserved for the request."""
     model: Model | None = None
     model_name: str = ""
     metrics: ModelMetrics | None = None
@@ -58,6 +60,8 @@ class Exchange:
     """Seconds from its arrival to the first event with tokens."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost: float = 0.0
+    """What its tokens cost, by the models' prices."""
     usage_known: bool = False
     parts: list["Exchange"] = field(default_factory=list)
     """The gateway's own requests to models to answer this one."""
@@ -69,7 +73,7 @@ class Exchange:
         given = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         id_header = (b"x-request-id", request_id)
-        return cls(scope["path"], headers, id_header, send, scope["query_string"])
+        return cls(scope["path"], headers, id_header, send, query=scope["query_string"])
 
     def part(self, route: str, suffix: str) -> "Exchange":
         """Return an exchange of the gateway's own with a model server, to answer this one.
@@ -81,14 +85,15 @@ class Exchange:
         id_header = (name, own_id + suffix.encode("ascii"))
         return Exchange(route, self.headers, id_header, self.send, span=self.span)
 
-    def use_model(self, router: Router, name: str) -> None:
-        """Look up the model that the request asks for.
+    def use_model(self, router: Router, name: str) -> Model:
+        """Look up and return the model that the request asks for.
 
         Raises:
             ApiError: 404; there is none of this name.
         """
         self.model, self.model_name = router.model(name), name
         self.metrics = self.model.metrics(name)
+        return self.model
 
     @property
     def request_id(self) -> str:
@@ -98,7 +103,7 @@ class Exchange:
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the answer."""
         self.status = status
-        headers = [*headers, self.id_header]
+        headers = [*headers, self.id_header, *self.cors]
         if self.account is not None:
             headers += self.account.headers()
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
@@ -118,15 +123,14 @@ class Exchange:
         else:
             await self.answer(error.status, [JSON, *error.headers()], body)
 
-    def reserve(self, tokens: int) -> None:
-        """Reserve the most tokens that the request can take, where its client has a key.
+    async def reserve(self, tokens: int, cost: float) -> None:
+        """Reserve the most that the request can take, where its client has a key.
 
         Raises:
             ApiError: 429; the key's limits do not allow it.
         """
         if self.account is not None:
-            self.account.reserve(tokens)
-            self.reserved = tokens
+            self.reservation = await self.account.reserve(tokens, cost)
 
     def note_usage(self, usage: tuple[int, int] | None) -> None:
         """Take over the tokens of prompt and answer, if a server has said them."""
@@ -142,11 +146,13 @@ class Exchange:
             if part.metrics is not None:
                 part.metrics.prompt_tokens.inc(prompt)
                 part.metrics.completion_tokens.inc(completion)
+            if part.model is not None:
+                self.cost += part.model.entry.cost(prompt, completion)
         self.prompt_tokens = sum(prompt for prompt, _ in used)
         self.completion_tokens = sum(completion for _, completion in used)
         tokens = self.prompt_tokens + self.completion_tokens
-        if self.account is not None and self.reserved is not None:
-            self.account.settle(self.reserved, tokens)
+        if self.account is not None and self.reservation is not None:
+            self.account.settle(self.reservation, tokens, self.cost)
         return tokens
 
     def used(self) -> tuple[int, int]:
@@ -175,6 +181,7 @@ class Exchange:
             "duration_ms": milliseconds(seconds),
             "prompt_tokens": self.prompt_tokens or None,
             "completion_tokens": self.completion_tokens or None,
+            "cost": self.cost or None,
         }
 
 

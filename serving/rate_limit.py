@@ -1,7 +1,9 @@
-"""What one key may use: requests and tokens per time, and requests at a time."""
+"""What one key may use: requests, tokens and cost per time, and requests at a time."""
 
+import asyncio
 import math
 import time
+from typing import Any, NamedTuple
 
 from serving.config import KeyEntry
 from serving.openai.errors import ApiError
@@ -9,16 +11,36 @@ from serving.openai.errors import ApiError
 MINUTE, DAY = 60.0, 86400.0
 
 
+class Limit(NamedTuple):
+    """A limit that a key may have."""
+
+    field: str
+    """Of the configuration."""
+    seconds: float
+    kind: str
+    """The `type` of the error where it is reached."""
+    unit: str
+    """What the error's message calls it."""
+
+
+LIMITS = (
+    Limit("requests_per_minute", MINUTE, "requests", "requests per min (RPM)"),
+    Limit("tokens_per_minute", MINUTE, "tokens", "tokens per min (TPM)"),
+    Limit("tokens_per_day", DAY, "tokens", "tokens per day (TPD)"),
+    Limit("cost_per_day", DAY, "insufficient_quota", "cost per day"),
+)
+
+
 class Bucket:
     """A token bucket: `limit` in a time of `seconds`, refilled all the time; None is no limit."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.limit: int | None = None
+        self.limit: float | None = None
         self.level = 0.0
         self._filled_at = 0.0
 
-    def set(self, limit: int | None, now: float) -> None:
+    def set(self, limit: float | None, now: float) -> None:
         """Set another limit; what has been used stays used."""
         used = self.used(now)
         self.limit = limit
@@ -44,6 +66,12 @@ class Bucket:
         return max(0.0, missing * self.seconds / self.limit)
 
 
+class Reservation(NamedTuple):
+    """What a request may use at most, of each limit."""
+
+    amounts: tuple[float, ...]
+
+
 class Account:
     """What one key has used. A request reserves the most it can take, and settles when it is over;
     a key cannot get further than its limit by asking for much at once."""
@@ -52,80 +80,110 @@ class Account:
         self.name = ""
         self.max_concurrent: int | None = None
         self.in_flight = 0
-        self.requests = Bucket(MINUTE)
-        self.tokens = Bucket(MINUTE)
-        self.days_tokens = Bucket(DAY)
+        self.buckets = [Bucket(limit.seconds) for limit in LIMITS]
+        self.running: set[asyncio.Task[Any] | None] = set()
+        """The tasks of the key's requests, which end when it is revoked."""
+        self.revoked = False
+
+    def revoke(self) -> None:
+        """End what runs, and have nothing begin any more."""
+        self.revoked = True
+        for task in self.running:
+            if task is not None:
+                task.cancel()
 
     @property
-    def limits_tokens(self) -> bool:
-        """Whether there is any limit of tokens."""
-        return self.tokens.limit is not None or self.days_tokens.limit is not None
+    def limits_answers(self) -> bool:
+        """Whether there is a limit of what depends on an answer's length: of all but requests."""
+        return any(bucket.limit is not None for bucket in self.buckets[1:])
 
     def set(self, entry: KeyEntry) -> None:
         """Take over the limits of a configuration."""
         now = time.monotonic()
         self.name = entry.name
         self.max_concurrent = entry.max_concurrent
-        self.requests.set(entry.requests_per_minute, now)
-        self.tokens.set(entry.tokens_per_minute, now)
-        self.days_tokens.set(entry.tokens_per_day, now)
+        for limit, bucket in zip(LIMITS, self.buckets, strict=True):
+            bucket.set(getattr(entry, limit.field), now)
 
-    def reserve(self, tokens: int) -> None:
-        """Begin a request that takes at most so many tokens; `settle` ends it.
+    async def reserve(self, tokens: int, cost: float) -> Reservation:
+        """Begin a request that takes at most so many tokens and costs at most so much; `settle`
+        ends it.
 
         Raises:
             ApiError: 429, with the time after which it may go, and nothing is reserved.
         """
+        amounts = (1, tokens, tokens, cost)
         now = time.monotonic()
         if self.max_concurrent is not None and self.in_flight >= self.max_concurrent:
-            message = f"{self.max_concurrent} requests are running, which is this key's limit."
-            raise rate_limited(message, "requests", 1.0)
-        for what, unit, bucket, amount in (
-            ("requests", "requests per min (RPM)", self.requests, 1),
-            ("tokens", "tokens per min (TPM)", self.tokens, tokens),
-            ("tokens", "tokens per day (TPD)", self.days_tokens, tokens),
-        ):
-            wait = bucket.wait(amount, now)
-            if wait == math.inf:
-                message = (
-                    f"Request too large on {unit}: Limit {bucket.limit}, Requested {amount}. "
-                    "The input or output tokens must be reduced in order to run successfully."
-                )
-                raise rate_limited(message, what, None)
-            if wait > 0:
-                message = (
-                    f"Rate limit reached on {unit}: Limit {bucket.limit}, "
-                    f"Used {bucket.used(now):.0f}, Requested {amount}. "
-                    f"Please try again in {wait:.3g}s."
-                )
-                raise rate_limited(message, what, wait)
+            raise self.refusal(len(LIMITS), amounts, now)
+        for i, bucket in enumerate(self.buckets):
+            if bucket.wait(amounts[i], now):
+                raise self.refusal(i, amounts, now)
+        for bucket, amount in zip(self.buckets, amounts, strict=True):
+            bucket.level -= amount
         self.in_flight += 1
-        self.requests.level -= 1
-        self.tokens.level -= tokens
-        self.days_tokens.level -= tokens
+        return Reservation(amounts)
 
-    def settle(self, reserved: int, used: int) -> None:
+    def settle(self, reservation: Reservation, tokens: int, cost: float) -> None:
         """End a request: what it reserved and did not use is there again."""
         self.in_flight -= 1
-        self.tokens.level += reserved - used
-        self.days_tokens.level += reserved - used
+        used = (1, tokens, tokens, cost)
+        for bucket, amount, really in zip(self.buckets, reservation.amounts, used, strict=True):
+            bucket.level += amount - really
+
+    def refusal(self, index: int, amounts: tuple[float, ...], now: float) -> ApiError:
+        """Return the error where the limit at this place of `LIMITS` does not allow so much; behind
+        them is the number of requests at a time."""
+        if index == len(LIMITS):
+            message = f"{self.max_concurrent} requests are running, which is this key's limit."
+            return rate_limited(message, "requests", 1.0)
+        limit, bucket, amount = LIMITS[index], self.buckets[index], amounts[index]
+        what, wait = limit.kind, bucket.wait(amount, now)
+        if wait == math.inf:
+            message = (
+                f"Request too large on {limit.unit}: Limit {bucket.limit}, Requested {amount}. "
+                "The input or output tokens must be reduced in order to run successfully."
+            )
+            return rate_limited(message, what, None)
+        digits = 0 if isinstance(amount, int) else 6
+        message = (
+            f"Rate limit reached on {limit.unit}: Limit {bucket.limit}, "
+            f"Used {bucket.used(now):.{digits}f}, Requested {amount:.{digits}f}. "
+            f"Please try again in {wait:.3g}s."
+        )
+        return rate_limited(message, what, wait)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return OpenAI's x-ratelimit headers, of the limits that there are."""
+        """Return OpenAI's x-ratelimit headers, of the limits that there are: of tokens the one for
+        a minute, else the one for a day."""
         now = time.monotonic()
         found = []
-        for what, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+        requests, tokens, days_tokens, _ = self.buckets
+        tokens = days_tokens if tokens.limit is None else tokens
+        for what, bucket in (("requests", requests), ("tokens", tokens)):
             if bucket.limit is not None:
                 used = max(0.0, bucket.used(now))
                 for name, value in (
                     ("limit", str(bucket.limit)),
                     ("remaining", str(max(0, math.floor(bucket.limit - used)))),
-                    ("reset", f"{used * bucket.seconds / bucket.limit:.3f}s"),
+                    ("reset", duration(used * bucket.seconds / bucket.limit)),
                 ):
                     found.append((f"x-ratelimit-{name}-{what}".encode(), value.encode()))
         return found
 
 
+def duration(seconds: float) -> str:
+    """Return a time as OpenAI's headers have it, which is how Go writes one: 17ms, 8.64s, 6m0s."""
+    milliseconds = math.ceil(seconds * 1000)
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{milliseconds / 1000:g}s"
+    return f"{hours}h{minutes}m{text}" if hours else f"{minutes}m{text}" if minutes else text
+
+
 def rate_limited(message: str, kind: str, wait: float | None) -> ApiError:
     """Return OpenAI's 429; without `wait`, it is no use to try again."""
-    return ApiError(429, message, kind, "rate_limit_exceeded", retry_after=wait)
+    code = kind if kind == "insufficient_quota" else "rate_limit_exceeded"
+    return ApiError(429, message, kind, code, retry_after=wait)

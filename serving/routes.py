@@ -71,7 +71,7 @@ def make_routes(state: GatewayState, lifespan: Any) -> FastAPI:
     @app.get("/metrics")
     async def prometheus(request: Request) -> Response:
         """Return the gateway's metrics in Prometheus' text format."""
-        if state.config.protect_metrics:
+        if state.config.metrics_need_key:
             check_key(request)
         pages = state.pages
         page = pages.page() if pages else generate_latest(state.metrics.registry)

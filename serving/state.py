@@ -7,6 +7,7 @@ import random
 import signal
 from pathlib import Path
 
+from serving.access import Access
 from serving.auth import Keys
 from serving.config import Config, ConfigError, load
 from serving.observability.metrics import Metrics
@@ -39,11 +40,18 @@ class GatewayState:
         self._health_checks: dict[Replica, asyncio.Task[None]] = {}
         self._signature = signature(path)
         self.config = config
+        self.bound = config.host
         self.apply(config)
 
     def apply(self, config: Config) -> None:
         """Use a configuration from now on: what it still names goes on as it is, replicas that it
-        does not name any more finish what they have."""
+        does not name any more finish what they have.
+
+        Raises:
+            ConfigError: it has no keys any more, and does not say that this is meant.
+        """
+        if self.keys and not config.keys and not config.open:
+            raise ConfigError("there are no keys any more; `open: true` lets every client in")
         old = self.replicas
         self.replicas = {}
         models = {}
@@ -58,6 +66,7 @@ class GatewayState:
         self.router.models = models
         self._update_models()
         self.keys = Keys(config.keys, self.keys)
+        self.access = Access(config, self.bound)
         self.config = config
         log.setLevel(config.logging.level.upper())
         for url in old.keys() - self.replicas.keys():

@@ -61,7 +61,7 @@ def test_nothing_lists_the_commands_too() -> None:
         (["serve", "--gateway-port=http"], "'--gateway-port'"),
         (["doctor", "--vllm-port=0"], "'--vllm-port'"),
         (["gateway", "--check-config"], "--check-config needs --config FILE"),
-        (["keys", "new", "two words"], "name='two words': "),
+        (["keys", "new", "two words"], "name: String should match"),
         (["~no1"], "No such command '~no1'"),
         (["serve", "~no1/x"], "there is no user no1: ~no1/x"),
         (["checkpoints/softpick"], "to serve it: attnserve serve checkpoints/softpick"),

@@ -31,7 +31,6 @@ def build(name: str | int, isa: str) -> Path | None:
 
 
 def main() -> None:
-    """Command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--isa", nargs="+", choices=ISAS, default=list(ISAS), help="default: all of them"

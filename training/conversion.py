@@ -60,13 +60,11 @@ def trained_length(source: Path, config: PreTrainedConfig) -> int:
 
 
 def convert(source: Path, variant: dict[str, Any], change: Conversion) -> VariantLlamaForCausalLM:
-    """Return a softmax checkpoint's weights, in its dtype, under another attention variant.
+    """Return a checkpoint's weights, in its dtype, under another attention variant (`{"name":
+    "ssmax", **parameters}`).
 
-    Args:
-        source: a Hugging Face folder of a softmax Llama, or of one with that variant already: it
-            keeps its learned tensors, and only `change` changes anything.
-        variant: `{"name": "ssmax", **parameters}`.
-        change: what else differs from the source.
+    The source is a Hugging Face folder of a softmax Llama, or of one with that variant already: it
+    keeps its learned tensors, and only `change` changes anything.
     """
     config = convertible_config(source, variant_from_config({"attention_variant": variant}))
     scale = initial_scale(change.train_length or trained_length(source, config))
@@ -114,19 +112,11 @@ def write(
     data: Sequence[Path],
     compiled: bool,
 ) -> dict[str, Any]:
-    """Fine-tune a converted model, if `tuning` has steps, and write its folder.
+    """Fine-tune what `convert` gives, if `tuning` has steps, write its folder and return what
+    conversion.json holds.
 
-    Args:
-        model: what `convert` gives.
-        source: the folder that it was made of.
-        out: folder to write; it is there whole or not at all. Meanwhile there is `out.part`.
-        train_length: as `Conversion` has it.
-        tuning: settings of the fine-tuning.
-        data: text files for it.
-        compiled: use torch.compile.
-
-    Returns:
-        What conversion.json holds.
+    The folder is there whole or not at all; meanwhile there is `out.part`. `train_length` is that
+    of the `Conversion`.
     """
     part = out.with_name(out.name + ".part")
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -22,18 +22,12 @@ def convert(
         Path, Argument(metavar="SRC", help="Folder of a softmax Llama.", show_default=False)
     ],
     out: Annotated[
-        Path,
-        Argument(metavar="OUT", help="Folder to write, which must not exist.", show_default=False),
+        Path, Argument(metavar="OUT", help="Folder to write; a new one.", show_default=False)
     ],
     variant: Variant,
     data: Texts = None,
     compiled: Annotated[
-        bool,
-        Option(
-            "--compile",
-            help="Use torch.compile: a minute or two to start, then faster; all layers' scores are "
-            "in memory at once.",
-        ),
+        bool, Option("--compile", help="Use torch.compile; all scores are in memory at once.")
     ] = False,
     as_json: AsJson = False,
     *,

@@ -33,15 +33,8 @@ def sequence(tokens: Tokens, start: int, context: int, bos: int) -> tuple[Tokens
 class Batches:
     """Training batches as a function of the step number, so that a resumed run needs no state.
 
-    Every epoch cuts the text into sequences at a new offset and shuffles them. The order depends
-    on the seed, not on the model.
-
-    Args:
-        tokens: the text.
-        context: tokens in a sequence.
-        batch: sequences in a batch.
-        bos: the begin-of-text token, which starts every sequence.
-        seed: of the order.
+    Every epoch cuts the text into sequences of `context` tokens at a new offset and shuffles them;
+    `bos`, the begin-of-text token, starts each. The order depends on the seed, not on the model.
     """
 
     tokens: Tokens

@@ -33,14 +33,13 @@ def fused_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute what the attention module does for whole sequences without padding, by torch's fused
-    softmax attention: memory in proportion to the length, and on a CPU three times as fast at
-    1,024 tokens. For variants that are softmax of changed queries and keys.
+    softmax attention: memory in proportion to the length, and on a CPU three times as fast at 1,024
+    tokens. For variants that are softmax of changed queries and keys.
 
     Args:
         attention: the module.
         hidden_states: `[batch, num_tokens, hidden_size]`.
         position_embeddings: cosines and sines `[batch, num_tokens, head_size]`.
-        kwargs: not used.
     """
     q, k, v = project(attention, hidden_states)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
@@ -68,16 +67,10 @@ def fused_attention(model: VariantLlamaForCausalLM) -> Iterator[bool]:
 
 
 class FineTune(Resumable):
-    """One fine-tuning.
+    """One fine-tuning, in place, of a model in float32.
 
-    Args:
-        model: the model in float32; it is trained in place.
-        settings: of the run.
-        tokens: the text.
-        bos: the begin-of-text token, which starts every sequence.
-        folder: holds `state.pt`; made if missing.
-        origin: whatever else a continued run must have in common with the first.
-        save_seconds: shortest time between two saved states.
+    `folder` holds `state.pt`, which is written after `save_seconds` at the earliest. `origin` is
+    what else a continued run must have in common with the first.
     """
 
     def __init__(
@@ -104,12 +97,7 @@ class FineTune(Resumable):
         self._saved = time.monotonic()
 
     def run(self, compiled: bool = False, quiet: bool = False) -> None:
-        """Take the remaining steps.
-
-        Args:
-            compiled: use torch.compile.
-            quiet: no progress bar.
-        """
+        """Take the remaining steps."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trained)
         loss_of = loss_function(self.model.train(), self.settings.precision, compiled)

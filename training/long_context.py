@@ -31,9 +31,6 @@ def long_context(
         Literal["float32", "bfloat16", "float16"], Option(help="Of weights, activations and cache.")
     ] = "float32",
     csv: Annotated[Path, Option(help="The table.")] = CSV,
-    plot: Annotated[
-        Path | None, Option(metavar="PNG", help="Also draw what the table has.")
-    ] = None,
     texts: Texts = None,
     books: Books = None,
     as_json: AsJson = False,
@@ -68,8 +65,6 @@ def long_context(
     names = [checkpoint.name for checkpoint in chosen] or list(table["model"].unique())
     table = table[table["model"].isin(names)]
     summary = positions.against(positions.octaves(table), "octave", names[0])
-    if plot:
-        positions.plot(table, names[0], plot)
     if as_json:
         print(json.dumps({"rows": json.loads(summary.round(5).to_json(orient="records"))}))
     else:

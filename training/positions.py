@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from attn_kernels import variant_from_config
@@ -22,7 +21,6 @@ from attnserve.evaluation.checkpoint import Checkpoint, read_config
 from attnserve.evaluation.scorers import Item
 from attnserve.evaluation.vllm_scorer import VLLMScorer
 from attnserve.files import write_text
-from attnserve.reports import save_figure
 from training.conversion import read_record, trained_length
 
 FIRST_BIN, WIDEST_BIN = 64, 2048
@@ -79,17 +77,8 @@ def measure(
     spacing: int,
     dtype: str,
 ) -> None:
-    """Measure what the table lacks of one checkpoint.
-
-    Args:
-        folder: the checkpoint's.
-        files: texts, which take turns.
-        csv: the table.
-        length: tokens of a window that are predicted.
-        windows: how many in all.
-        spacing: tokens from a window's first to the next window's.
-        dtype: of weights, activations and cache.
-    """
+    """Measure what the table lacks of one checkpoint: windows of `length` predicted tokens, so many
+    in all, `spacing` tokens from the beginning of one to the next; the texts take turns."""
     model = describe(folder) | {"dtype": dtype}
     old = read(csv)
     if len(old):
@@ -130,11 +119,8 @@ def measure(
 
 
 def octaves(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean loss of every model, window and doubling of the position.
-
-    Returns:
-        `model, octave, *KEYS, loss`; `octave` is the greatest number of tokens seen before.
-    """
+    """Return the mean loss of every model, window and doubling of the position: `model, octave,
+    *KEYS, loss`; `octave` is the greatest number of tokens seen before."""
     rows = table.assign(
         tokens=table["seen_to"] - table["seen_from"] + 1,
         octave=2 ** np.ceil(np.log2(table["seen_to"])).astype(int),
@@ -145,12 +131,13 @@ def octaves(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def against(rows: pd.DataFrame, place: str, baseline: str) -> pd.DataFrame:
-    """Return mean loss and its change from the baseline's, with standard errors over windows.
+    """Return mean loss and its change from the baseline's in the windows that both have read, with
+    standard errors over windows.
 
     Args:
         rows: `model, place, *KEYS, loss`.
         place: the column that says where in a window.
-        baseline: the model that all are compared with, in the windows that both have read.
+        baseline: the model that all are compared with.
 
     Returns:
         `model, place, windows, loss, loss_error, change, change_error`.
@@ -185,25 +172,3 @@ def text_table(summary: pd.DataFrame, baseline: str) -> str:
         for row in summary.itertuples()
     ]
     return pd.DataFrame(lines).to_string(index=False)
-
-
-def plot(table: pd.DataFrame, baseline: str, path: Path) -> None:
-    """Draw loss by position, and its difference to the baseline's; bands are standard errors."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    absolute, relative = figure.subplots(1, 2)
-    rows = table.assign(middle=(table["seen_from"] + table["seen_to"]) / 2)
-    summary = against(rows[["model", "middle", *KEYS, "loss"]], "middle", baseline)
-    for model, line in summary.sort_values("middle").groupby("model", sort=False):
-        for axes, name in ((absolute, "loss"), (relative, "change")):
-            x, y, error = line["middle"], line[name], line[f"{name}_error"]
-            axes.plot(x, y, marker=".", label=model)
-            axes.fill_between(x, y - error, y + error, alpha=0.2)
-    for axes, label in ((absolute, "nats per token"), (relative, f"nats more than {baseline}")):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens seen before")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        for length in table["train_length"].unique():
-            axes.axvline(length, color="gray", linestyle=":")
-    absolute.legend(fontsize="small")
-    save_figure(figure, path)

@@ -27,22 +27,14 @@ class TrainingRecipe:
     steps: Annotated[int, Option(min=1, help="Optimizer steps.")] = 1200
     warmup: Annotated[int, Option(help="Steps over which the learning rate rises.")] = 100
     learning_rate: Annotated[float, Option(help="Peak learning rate.")] = 2e-3
-    final_learning_rate: Annotated[
-        float, Option(help="Last learning rate as a share of the peak.")
-    ] = 0.1
+    final_learning_rate: Annotated[float, Option(help="The last one, by the peak.")] = 0.1
     weight_decay: Annotated[float, Option(help="AdamW's weight decay, on matrices only.")] = 0.1
     beta1: Annotated[float, Option(help="AdamW's beta1.")] = 0.9
     beta2: Annotated[float, Option(help="AdamW's beta2.")] = 0.95
     clip: Annotated[float, Option(help="Largest norm of the gradient.")] = 1.0
-    precision: Annotated[
-        Precision, Option(help="Of matrix products outside attention; attention is always fp32.")
-    ] = "fp32"
+    precision: Annotated[Precision, Option(help="Of matrix products outside attention.")] = "fp32"
     memory_loss: Annotated[
-        float,
-        Option(
-            help="Weight of the loss term for context pruning (0.1 in the paper); of selective "
-            "attention only."
-        ),
+        float, Option(help="Weight of selective attention's loss for pruning; 0.1 in the paper.")
     ] = 0.0
     seed: Annotated[int, Option(help="Seed of the initial weights and of the data order.")] = 0
 
@@ -68,18 +60,10 @@ class FineTuning:
 
     steps: Annotated[int, Option(min=0, help="Steps of fine-tuning; 0: none.")] = 0
     train: Annotated[
-        Literal["scale", "all"],
-        Option(help="The variant's learned per-head tensors only, or every weight."),
+        Literal["scale", "all"], Option(help="The variant's learned tensors, or every weight.")
     ] = "scale"
     learning_rate: Annotated[
-        float,
-        Option(
-            min=0.0,
-            help="The peak; it rises over a tenth of the steps, then falls to 0. Default: "
-            + ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-            + ".",
-            show_default=False,
-        ),
+        float, Option(min=0.0, help="The peak. 0: 2e-3 for scale, 2e-5 for all.")
     ] = 0.0
     sequence: Annotated[int, Option(min=1, help="Tokens of a sequence.")] = 1024
     batch: Annotated[int, Option(min=1, help="Sequences of a step.")] = 1
@@ -107,27 +91,15 @@ class Conversion:
     """What a conversion says or changes beside the attention variant."""
 
     train_length: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Tokens of the sequences that SRC was trained on. Default: SRC's "
-            "max_position_embeddings.",
-        ),
+        int | None, Option(min=1, help="SRC's, in tokens. Default: SRC's max_position_embeddings.")
     ] = None
     rope_theta: Annotated[
         float | None, Option(parser=positive, help="Base of the rotary embedding. Default: SRC's.")
     ] = None
     rope_theta_factor: Annotated[
-        float,
-        Option(
-            parser=positive, help="Multiplies it; the SSMax paper measures long contexts with 50."
-        ),
+        float, Option(parser=positive, help="Multiplies it; the SSMax paper has 50.")
     ] = 1.0
     positions: Annotated[
         int | None,
-        Option(
-            min=1,
-            help="max_position_embeddings of OUT, in tokens, which is how long vLLM lets a context "
-            "get. Default: SRC's.",
-        ),
+        Option(min=1, help="OUT's max_position_embeddings, vLLM's limit. Default: SRC's."),
     ] = None

@@ -27,13 +27,10 @@ def loss_function(
     model: VariantLlamaForCausalLM, precision: str, compiled: bool = False, memory: bool = False
 ) -> Loss:
     """Return a function of inputs and targets, `[batch, context]` each, that gives the mean cross
-    entropy in nats, and `memory_share` or None.
+    entropy in nats, and `memory_share` (of a stateful variant, if asked for) or None.
 
-    Args:
-        model: a causal language model.
-        precision: "fp32", or "bf16" to run matrix products outside attention in bfloat16.
-        compiled: compile it, which fuses attention's elementwise operations.
-        memory: give the share of memory too; for a stateful variant.
+    "bf16" runs matrix products outside attention in bfloat16. Compiling fuses attention's
+    elementwise operations.
     """
 
     def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -48,15 +45,11 @@ def loss_function(
 
 
 class Resumable:
-    """A training in a folder.
+    """A training in a folder: it goes on from the state, `state.pt`, if there is one.
 
     Args:
-        folder: holds `state.pt`; made if absent. If it holds a state, the training goes on from it.
         identity: what a continued training must have in common with the first.
-        schedule: of the steps.
-        batches: inputs and targets of each step.
         trained: the parameters to train, by name.
-        optimizer: of these.
         defaults: the identity's entries that an older state lacks.
 
     Attributes:
@@ -122,13 +115,7 @@ class Resumable:
             torch.save(state, temporary)
 
     def take_steps(self, loss_of: Loss, is_due: Callable[[], bool], quiet: bool = False) -> None:
-        """Take the remaining steps.
-
-        Args:
-            loss_of: what `loss_function` gives.
-            is_due: whether to save the state after a step; after the last it is saved anyway.
-            quiet: no progress bar.
-        """
+        """Take the remaining steps; save the state where it `is_due`, and after the last."""
         steps = self.schedule.steps
         started = time.monotonic() - self.seconds
         with tqdm(

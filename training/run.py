@@ -24,15 +24,8 @@ LOSSES, MODEL = "loss.csv", "model"
 
 
 class Run(Resumable):
-    """One training run.
-
-    Args:
-        folder: holds `state.pt`, `loss.csv` and at the end `model/`; made if absent.
-        recipe: the settings.
-        variant: `{"name": ..., **parameters}`.
-        tokenizer: of the text; saved with the model.
-        tokens: the text.
-    """
+    """One training run, in a folder that holds `state.pt`, `loss.csv` and at the end `model/`; the
+    variant is `{"name": ..., **parameters}`."""
 
     def __init__(
         self,
@@ -99,13 +92,7 @@ class Run(Resumable):
         self.tokenizer.save_pretrained(folder)
 
     def train(self, save_every: int, compiled: bool = False, quiet: bool = False) -> None:
-        """Take the remaining steps.
-
-        Args:
-            save_every: steps between saved states.
-            compiled: use `torch.compile`.
-            quiet: no progress bar.
-        """
+        """Take the remaining steps, with a saved state after every `save_every` of them."""
         memory = self.memory_loss > 0
         loss_of = loss_function(self.model, self.recipe.precision, compiled, memory)
         self.take_steps(loss_of, lambda: self.step % save_every == 0, quiet)

@@ -38,11 +38,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer that can encode any text: every byte is a token, so none is unknown.
 
-    Args:
-        files: UTF-8 text.
-        vocab_size: tokens at most, among them the 256 bytes, `<s>` (put before every text) and
-            `</s>`.
-        max_length: `model_max_length` of the tokenizer, in tokens.
+    It has `vocab_size` tokens at most, among them the 256 bytes, `<s>` (put before every text) and
+    `</s>`; `max_length`, in tokens, is its `model_max_length`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -25,11 +25,7 @@ def train(
     out: Annotated[Path, Option(help="Folder of the run.", show_default=False)],
     save_every: Annotated[int, Option(min=1, help="Steps between saved states.")] = 100,
     compiled: Annotated[
-        bool,
-        Option(
-            "--compile",
-            help="Use torch.compile: a minute or two to start, then many times faster on CPU.",
-        ),
+        bool, Option("--compile", help="Use torch.compile: many times faster after some minutes.")
     ] = False,
     as_json: AsJson = False,
     *,

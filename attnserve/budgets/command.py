@@ -98,12 +98,16 @@ def budgets(
 
     Every evaluation is kept: the same command goes on where it was after a kill at any moment.
     """
+    from attn_kernels import get_variant
     from attn_kernels.variant import LEAST_BUDGET
     from attnserve.budgets.result import FOLDER, text_table, write_checkpoint
-    from attnserve.budgets.run import prunable_checkpoint, reference_of, run
+    from attnserve.budgets.run import reference_of, run
     from attnserve.budgets.texts import Counts, parts_of
+    from attnserve.evaluation.checkpoint import Checkpoint
 
-    own = prunable_checkpoint(checkpoint)
+    own = Checkpoint(checkpoint)
+    if not get_variant(own.variant).prunable:
+        raise UserError(f"{checkpoint} has {own.variant} attention, which cannot be pruned")
     softmax = reference_of(own, reference)
     kept = uniform or UNIFORM
     if min(kept) < LEAST_BUDGET:

@@ -23,23 +23,15 @@ SINKS = 4
 
 @dataclass(frozen=True)
 class Cache:
-    """One layer's tokens in a batch of sequences, as a rule of eviction sees them.
+    """One layer's tokens in a batch of sequences, as a rule of eviction sees them."""
 
-    Attributes:
-        q: `[batch, num_heads, n, head_size]`, after RoPE.
-        k: `[batch, num_kv_heads, n, head_size]`, after RoPE.
-        scale: factor of the raw scores.
-        accumulated: `[batch, n, n]` int64 of `accumulate`, or None if the attention has none.
-        seeds: `[batch]`, a seed for each sequence in this layer.
-        budget: tokens that the layer keeps.
-    """
-
-    q: Tensor
-    k: Tensor
-    scale: float
+    q: Tensor  # `[batch, num_heads, n, head_size]`, after RoPE
+    k: Tensor  # `[batch, num_kv_heads, n, head_size]`, after RoPE
+    scale: float  # factor of the raw scores
+    # `[batch, n, n]` int64 of `accumulate`, or None if the attention has none.
     accumulated: Tensor | None
-    seeds: list[list[int]]
-    budget: int
+    seeds: list[list[int]]  # `[batch]`, a seed for each sequence in this layer
+    budget: int  # tokens that the layer keeps
 
 
 def accumulate(variant: Variant, q: Tensor, k: Tensor, scale: float) -> Tensor:

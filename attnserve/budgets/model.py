@@ -31,15 +31,7 @@ BATCH = 8
 
 
 class Forward:
-    """A model in float32.
-
-    Args:
-        checkpoint: of a prunable variant, or of softmax.
-        seed: of random eviction.
-
-    Raises:
-        UserError: the checkpoint is another model.
-    """
+    """A model in float32, of a prunable variant or of softmax; `seed` is of random eviction."""
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
         config = checkpoint.config
@@ -60,11 +52,8 @@ class Forward:
 
     @torch.no_grad()
     def embed(self, inputs: Tensor) -> Tensor:
-        """Return what the first layer reads, `[sequences, n, hidden_size]`.
-
-        Args:
-            inputs: token ids `[sequences, n]`.
-        """
+        """Return what the first layer reads of token ids `[sequences, n]`: `[sequences, n,
+        hidden_size]`."""
         embedded: Tensor = self.model.model.embed_tokens(inputs)
         return embedded
 
@@ -85,12 +74,8 @@ class Forward:
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, targets: Tensor) -> Losses:
-        """Return each sequence's loss.
-
-        Args:
-            hidden: what the last layer gives, `[sequences, n, hidden_size]`.
-            targets: token ids `[sequences, n]`.
-        """
+        """Return each sequence's loss, from what the last layer gives, `[sequences, n,
+        hidden_size]`, and the token ids `[sequences, n]` to predict."""
         found: Losses = []
         for start, part in self._batches(hidden):
             logits = self.model.lm_head(self.model.model.norm(part))
@@ -145,12 +130,8 @@ class Forward:
 class Measured:
     """A model on a text: losses by rule of eviction and budgets, each of which is kept.
 
-    Args:
-        forward: the model.
-        text: the sequences.
-        folder: of the journal, whose name tells checkpoint and text, so that others' are never
-            mixed.
-    """
+    They are in a journal in `folder`, whose name tells checkpoint and text, so that others' are
+    never mixed."""
 
     def __init__(self, forward: Forward, text: Text, folder: Path) -> None:
         self.forward, self.text, self.checkpoint = forward, text, forward.checkpoint
@@ -166,13 +147,8 @@ class Measured:
     def losses(
         self, rule: str, budgets: Budgets, measure: Callable[[], Losses] | None = None
     ) -> Losses:
-        """Return each sequence's loss with these budgets.
-
-        Args:
-            rule: of eviction; "none" keeps everything.
-            budgets: one a layer.
-            measure: how to measure it, if there is a shorter way than a whole forward pass.
-        """
+        """Return each sequence's loss with these budgets, one a layer; the rule "none" keeps
+        everything. `measure` measures it where there is a shorter way than a whole forward pass."""
         seed = [self.forward.seed] if rule == "random" else []
         found: Losses = self.journal.get(
             " ".join(map(str, (rule, *seed, budgets))),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,64 +31,47 @@ ACCUMULATOR_BYTES = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One way of keeping a cache small, on the test text.
+    """One way of keeping a cache small, on the test text."""
 
-    Attributes:
-        model: the checkpoint's name.
-        rule: of eviction (`attnserve.budgets.eviction`); "none" keeps everything.
-        choice: "uniform", "searched", or the name of the target that the budgets were searched for.
-        budgets: tokens that each layer keeps.
-        factor: memory of the unpruned cache over this one's, in tokens.
-        bytes: of a request that has the whole length, in a bfloat16 cache.
-        loss: nats per token.
-        over_reference: nats per token more than the reference, sequence by sequence; None: there
-            is no reference.
-    """
-
-    model: str
-    rule: str
+    model: str  # the checkpoint's name
+    rule: str  # of eviction (`attnserve.budgets.eviction`); "none" keeps everything
+    # "uniform", "searched", or the name of the target that the budgets were searched for.
     choice: str
-    budgets: list[int]
-    factor: float
-    bytes: int
-    loss: Estimate
+    budgets: list[int]  # tokens that each layer keeps
+    factor: float  # memory of the unpruned cache over this one's, in tokens
+    bytes: int  # of a request that has the whole length, in a bfloat16 cache
+    loss: Estimate  # nats per token
+    # Nats per token more than the reference, sequence by sequence; None: there is no
+    # reference.
     over_reference: Estimate | None
 
     def json(self) -> dict[str, Any]:
         """Return the row as `from_json` takes it."""
         fields = dataclasses.asdict(self) | {"factor": round(self.factor, 3)}
-        over = None if self.over_reference is None else self.over_reference.json()
+        over = self.over_reference and self.over_reference.json()
         return fields | {"loss": self.loss.json(), "over_reference": over}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Row:
-        """Return the row that `json` gave."""
         over = fields["over_reference"]
-        over = None if over is None else Estimate.from_json(over)
-        return cls(**fields | {"loss": Estimate.from_json(fields["loss"]), "over_reference": over})
+        estimates = {"loss": Estimate.from_json(fields["loss"])}
+        return cls(**fields | estimates | {"over_reference": over and Estimate.from_json(over)})
 
 
 @dataclass(frozen=True)
 class Found:
-    """All of it.
+    """All of it."""
 
-    Attributes:
-        about: checkpoint, texts, settings, machine.
-        unpruned: the model's loss on the judged sequences of the validation text.
-        allowance: by how much the reference's is above it, sequence by sequence; None: there is no
-            reference.
-        targets: what was searched for, the main one first.
-        path: budgets on the way, with the rise of the loss over the unpruned model's on the
-            sequences that the search looks at.
-        rows: the comparison on the test text.
-    """
-
-    about: dict[str, Any]
-    unpruned: Estimate
+    about: dict[str, Any]  # checkpoint, texts, settings, machine
+    unpruned: Estimate  # the model's loss on the judged sequences of the validation text
+    # By how much the reference's is above it, sequence by sequence; None: there is no
+    # reference.
     allowance: Estimate | None
-    targets: list[Target]
+    targets: list[Target]  # what was searched for, the main one first
+    # Budgets on the way, with the rise of the loss over the unpruned model's on the sequences
+    # that the search looks at.
     path: list[tuple[Budgets, float]]
-    rows: list[Row]
+    rows: list[Row]  # the comparison on the test text
 
     @property
     def length(self) -> int:
@@ -128,7 +110,7 @@ class Found:
     def write(self, folder: Path = FOLDER) -> Path:
         """Write the result and return its file."""
         path = folder / f"{self.about['checkpoint']}.json"
-        allowance = None if self.allowance is None else self.allowance.json()
+        allowance = self.allowance and self.allowance.json()
         parts = {
             "about": json.dumps(self.about, indent=1),
             "validation": json_lines({"unpruned": self.unpruned.json(), "allowance": allowance}),
@@ -141,18 +123,14 @@ class Found:
 
     @classmethod
     def read(cls, path: Path) -> Found:
-        """Return what `write` wrote.
-
-        Raises:
-            ValueError: the file is something else.
-        """
+        """Return what `write` wrote."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             allowance = fields["validation"]["allowance"]
             return cls(
                 fields["about"],
                 Estimate.from_json(fields["validation"]["unpruned"]),
-                None if allowance is None else Estimate.from_json(allowance),
+                allowance and Estimate.from_json(allowance),
                 [Target(**target) for target in fields["targets"]],
                 [(tuple(budgets), rise) for budgets, rise in fields["path"]],
                 [Row.from_json(row) for row in fields["rows"]],
@@ -182,43 +160,28 @@ def slots(checkpoint: Checkpoint, rule: str) -> int:
     return 2 * math.prod(size[:2]) * torch.bfloat16.itemsize + numbers
 
 
-def ways(
-    selective: Measured,
-    softmax: Measured | None,
-    uniform: Iterable[int],
-    searched: dict[Budgets, str],
-) -> Iterator[tuple[Measured, str, str, Budgets]]:
-    """Yield everything that is compared: model, rule, how the budgets were chosen, and they."""
-    if softmax is not None:
-        yield softmax, "none", "unpruned", softmax.full
-    yield selective, "none", "unpruned", selective.full
-    for budgets, choice in searched.items():
-        yield selective, "selective", choice, budgets
-    rules = [(selective, rule) for rule in ("selective", "recent", "random")]
-    if softmax is not None:
-        rules += [(softmax, rule) for rule in ("streaming", "heavy hitters")]
-    for (measured, rule), budget in itertools.product(rules, uniform):
-        yield measured, rule, "uniform", (budget,) * measured.forward.layers
-
-
 def compare(
     selective: Measured,
     softmax: Measured | None,
-    uniform: Iterable[int],
+    uniform: Collection[int],
     searched: dict[Budgets, str],
 ) -> list[Row]:
-    """Measure every way of keeping the cache small.
-
-    Args:
-        selective, softmax: the model and its reference, if any, on the same sequences.
-        uniform: budgets that every layer gets.
-        searched: budgets with how they were chosen.
-    """
+    """Measure every way of keeping the cache small: uniform budgets, those that were searched
+    (with how they were chosen), and none; of the model and its reference, on the same sequences."""
+    rules = [(selective, rule) for rule in ("selective", "recent", "random")]
+    ways = [(selective, "none", "unpruned", selective.full)]
+    if softmax is not None:
+        rules += [(softmax, rule) for rule in ("streaming", "heavy hitters")]
+        ways.insert(0, (softmax, "none", "unpruned", softmax.full))
+    ways += [(selective, "selective", choice, budgets) for budgets, choice in searched.items()]
+    ways += [
+        (measured, rule, "uniform", (budget,) * measured.forward.layers)
+        for measured, rule in rules
+        for budget in uniform
+    ]
     reference = None if softmax is None else np.array(softmax.losses("none", softmax.full))
     rows = []
-    for measured, rule, choice, budgets in tqdm(
-        list(ways(selective, softmax, uniform, searched)), desc="table", unit="row"
-    ):
+    for measured, rule, choice, budgets in tqdm(ways, desc="table", unit="row"):
         losses = np.array(measured.losses(rule, budgets))
         tokens = sum(budgets)
         rows.append(

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from attn_kernels import get_variant
 from attnserve import machine
 from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import Found, compare
@@ -20,25 +19,9 @@ BUNDLED = CHECKOUT / "checkpoints" / "softmax"
 """The reference where none is named, for a checkpoint of the same tokenizer; in a checkout only."""
 
 
-def prunable_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint of a prunable variant.
-
-    Raises:
-        ValueError: there is none, or it cannot be pruned.
-    """
-    checkpoint = Checkpoint(folder)
-    if not get_variant(checkpoint.variant).prunable:
-        raise UserError(f"{folder} has {checkpoint.variant} attention, which cannot be pruned")
-    return checkpoint
-
-
 def reference_of(own: Checkpoint, named: Path | None) -> Checkpoint | None:
     """Return the reference that is named, else the bundled one; None where that is not there or
-    has another tokenizer.
-
-    Raises:
-        ValueError: the one that is named does not fit.
-    """
+    has another tokenizer."""
     if named is None and not (BUNDLED / "config.json").is_file():
         return None
     reference = Checkpoint(named or BUNDLED)
@@ -62,27 +45,15 @@ def run(
     parts: Parts,
     *,
     runs: Path,
-    rises: Collection[float] = (1.0,),
-    max_loss: float | None = None,
-    step: int = 4,
-    uniform: Collection[int] = (),
-    seed: int = 0,
+    rises: Collection[float],
+    max_loss: float | None,
+    step: int,
+    uniform: Collection[int],
+    seed: int,
 ) -> Found:
     """Search budgets for every target, and compare them with other ways of evicting.
 
-    Args:
-        own: a checkpoint of a prunable variant.
-        reference: a softmax checkpoint of the same tokenizer, or None.
-        parts: the text.
-        runs: folder of the evaluations, which are kept.
-        rises: targets, per cent of perplexity over the unpruned checkpoint's.
-        max_loss: the main target in nats per token; None: the reference's loss.
-        step: tokens that a layer gives up at a time.
-        uniform: budgets for the comparison, tokens a layer.
-        seed: of random eviction.
-
-    Raises:
-        UserError: a checkpoint cannot be measured, or there is no target.
+    The arguments are options of the command, as `attnserve budgets --help` explains them.
     """
     model = Forward(own, seed)
     softmax = None if reference is None else Forward(reference, seed)
@@ -117,7 +88,7 @@ def run(
     )
     about = {
         "checkpoint": own.name,
-        "reference": None if reference is None else reference.name,
+        "reference": reference and reference.name,
         "digests": {one.name: one.digest for one in (own, reference) if one is not None},
         "text_from": parts.kind,
         "texts": parts.digests,
@@ -138,13 +109,9 @@ def run(
 def chosen(
     targets: Collection[Target], path: Collection[Budgets], sizes: Collection[int]
 ) -> dict[Budgets, str]:
-    """Return the searched budgets to compare and how they were chosen, the largest first.
-
-    Args:
-        targets: those that were reached are chosen.
-        path: all budgets on the way.
-        sizes: tokens of all layers; the nearest point of the path to each is chosen too.
-    """
+    """Return the searched budgets to compare and how they were chosen, the largest first: those
+    of the targets that were reached, and the points of the path nearest to some sizes (tokens of
+    all layers)."""
     found: dict[Budgets, str] = {}
     for target in targets:
         if target.reached:

@@ -42,13 +42,10 @@ class Point(NamedTuple):
 
 
 class Descent:
-    """The state of a search: budgets, and what each layer reads with them.
+    """The state of a search: budgets, full at first, and what each layer reads with them.
 
-    Shrinking a layer changes only it and those above, so that what the layers below give is kept.
-
-    Args:
-        measured: the model on held-out text. Its budgets are full at first.
-    """
+    Shrinking a layer changes only it and those above, so that what the layers below give is
+    kept."""
 
     def __init__(self, measured: Measured) -> None:
         self.measured, self.budgets = measured, measured.full
@@ -93,13 +90,7 @@ class Descent:
 
 def search(descent: Descent, step: int, limit: float) -> Iterator[Point]:
     """Yield the path from full budgets, that point first, to the last one with a mean loss of at
-    most `limit` nats per token.
-
-    Args:
-        descent: at its beginning.
-        step: tokens that one layer gives up at a time.
-        limit: see above.
-    """
+    most `limit` nats per token; `step` is how many tokens a layer gives up at a time."""
     point = descent.measure(0, descent.budgets[0])
     yield point
     size = step
@@ -118,38 +109,24 @@ def search(descent: Descent, step: int, limit: float) -> Iterator[Point]:
 
 @dataclass(frozen=True)
 class Target:
-    """The smallest budgets that the search found for an allowed loss.
+    """The smallest budgets that the search found for an allowed loss."""
 
-    Attributes:
-        name: the reference's name, "+1 %" (perplexity over the unpruned model's) or "max-loss".
-        max_loss: nats per token on the judged sequences of the validation text.
-        budgets: one a layer; the whole length where even the unpruned model is above `max_loss`.
-        loss: with them, on the judged sequences.
-        reached: it is at most `max_loss`.
-    """
-
-    name: str
-    max_loss: float
+    name: str  # the reference's name, "+1 %" (perplexity over the unpruned model's) or "max-loss"
+    max_loss: float  # nats per token on the judged sequences of the validation text
+    # One a layer; the whole length where even the unpruned model is above `max_loss`.
     budgets: list[int]
-    loss: float
-    reached: bool
+    loss: float  # with them, on the judged sequences
+    reached: bool  # it is at most `max_loss`
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The model and its reference on the validation text.
+    """The model and its reference on the validation text."""
 
-    Attributes:
-        looked_at: the model on the sequences by which the search chooses.
-        judged: the model on more of them, by which a target counts as reached.
-        reference: the reference on the sequences of `judged`; None: there is none.
-        step: the search's.
-    """
-
-    looked_at: Measured
-    judged: Measured
-    reference: Measured | None
-    step: int
+    looked_at: Measured  # the model on the sequences by which the search chooses
+    judged: Measured  # the model on more of them, by which a target counts as reached
+    reference: Measured | None  # the reference on the sequences of `judged`; None: there is none
+    step: int  # the search's
 
     @property
     def unpruned(self) -> Estimate:
@@ -194,12 +171,8 @@ class Validation:
 def find(
     validation: Validation, limits: Sequence[tuple[str, float]]
 ) -> tuple[list[Target], dict[Budgets, float]]:
-    """Return all targets and the rise of the loss at each point of all paths.
-
-    Args:
-        validation: the text.
-        limits: `(name, max_loss)` of each target.
-    """
+    """Return all targets, of which `limits` has `(name, max_loss)`, and the rise of the loss at
+    each point of all paths."""
     reached = [validation.reach(name, limit) for name, limit in limits]
     farthest = max(0.0, *(limit - validation.unpruned.value for _, limit in limits)) + BEYOND
     points = [point for _, path in reached for point in path] + validation.path(farthest)

@@ -24,34 +24,22 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """Texts by what they are for.
+    """Texts by what they are for."""
 
-    Attributes:
-        kind: the two held-out novels, a user's files, or what the checkpoint writes itself.
-        source: the same for people.
-        digests: a hash of each text.
-        search: by which layers to shrink are chosen.
-        judge: by which a target counts as reached.
-        test: for the table.
-    """
-
+    # The two held-out novels, a user's files, or what the checkpoint writes itself.
     kind: Literal["novels", "files", "own"]
-    source: str
-    digests: dict[str, str]
-    search: Text
-    judge: Text
-    test: Text
+    source: str  # the same for people
+    digests: dict[str, str]  # a hash of each text
+    search: Text  # by which layers to shrink are chosen
+    judge: Text  # by which a target counts as reached
+    test: Text  # for the table
 
 
 def parts_of(
     checkpoint: Checkpoint, counts: Counts, files: Sequence[Path] = (), books: Split | None = None
 ) -> Parts:
     """Return the texts: of a user's files the first half is for search and judgement and the second
-    for the test, of the novels one each; without either the checkpoint writes all three.
-
-    Raises:
-        UserError: a text is shorter than two sequences.
-    """
+    for the test, of the novels one each; without either the checkpoint writes all three."""
     length = counts.length
     if files:
         tokens = read_tokens(files, checkpoint.tokenizer)[:-1].tolist()

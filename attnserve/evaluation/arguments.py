@@ -13,11 +13,7 @@ SETS = "lambada_test.jsonl, blimp/*.jsonl, wikitext2_test_raw.txt"
 
 
 def positive(text: str) -> float:
-    """Return a finite number above 0.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
+    """Return a finite number above 0."""
     try:
         number = float(text)
     except ValueError:

@@ -51,11 +51,8 @@ def are_fetched() -> bool:
 
 
 def split(folder: Path | None = None) -> Split:
-    """Return the text files: all of the folder are for training but the two of `VALIDATION` and
-    `TEST`.
-
-    Args:
-        folder: of `*.txt`; None: the fetched novels.
+    """Return the text files of a folder (None: the fetched novels): all are for training but the
+    two of `VALIDATION` and `TEST`.
 
     Raises:
         FileNotFoundError: one of the two, or everything else, is not there.
@@ -74,13 +71,8 @@ def split(folder: Path | None = None) -> Split:
 def fetch(folder: Path, server: str = GITENBERG) -> None:
     """Download the novels that the folder lacks; it is there with all of them or not at all.
 
-    Args:
-        folder: to write. Meanwhile the novels are in `folder.part`.
-        server: GITenberg's, or one that has its files under the same paths.
-
-    Raises:
-        UserError: the folder holds something else, a download failed, or a text is another.
-    """
+    Meanwhile they are in `folder.part`. The server is GITenberg's, or one that has its files
+    under the same paths."""
     from tqdm import tqdm
 
     folder = folder.resolve()

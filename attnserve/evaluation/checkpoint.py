@@ -14,11 +14,7 @@ from attnserve.errors import UserError
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the configuration of a checkpoint.
-
-    Raises:
-        UserError: the folder holds none, or one that transformers cannot read; in one line.
-    """
+    """Return the configuration of a checkpoint."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: name a checkpoint's folder")
     try:
@@ -39,9 +35,6 @@ class Checkpoint:
         folder: the folder; its name is the checkpoint's.
         context: tokens it was trained with; None: what `config.json` says.
         longest: tokens of a sequence that it reads, if these are fewer; `context` is that then.
-
-    Raises:
-        UserError: it is none.
     """
 
     def __init__(
@@ -66,11 +59,7 @@ class Checkpoint:
 
     @property
     def bos(self) -> int:
-        """The id of the token that begins every text: begin-of-text, else end-of-text.
-
-        Raises:
-            UserError: the tokenizer has neither.
-        """
+        """The id of the token that begins every text: begin-of-text, else end-of-text."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)

@@ -27,24 +27,18 @@ checkpoints were trained without them."""
 
 
 class Novel(NamedTuple):
-    """One row of novels.tsv.
+    """One row of novels.tsv."""
 
-    Attributes:
-        file: name of the cleaned text.
-        id: Project Gutenberg's number of the e-book.
-        author, title: of the novel.
-        repository, commit, path: the edition that was used, as GITenberg keeps it on GitHub.
-        sha256: of the cleaned text.
-    """
-
-    file: str
-    id: int
+    file: str  # name of the cleaned text
+    id: int  # Project Gutenberg's number of the e-book
+    # author, title: of the novel.
     author: str
     title: str
+    # repository, commit, path: the edition that was used, as GITenberg keeps it on GitHub.
     repository: str
     commit: str
     path: str
-    sha256: str
+    sha256: str  # of the cleaned text
 
 
 def novels() -> list[Novel]:
@@ -79,12 +73,9 @@ def download(url: str) -> bytes:
 
 
 def clean(edition: bytes) -> str:
-    """Return an e-book's text, a paragraph a line with a blank line between: without the licence,
-    the editors' notes and the line breaks inside paragraphs.
-
-    Args:
-        edition: the plain text file, in UTF-8 or, as old ones, in Latin-1.
-    """
+    """Return the text of an e-book's plain text file, UTF-8 or, as old ones, Latin-1: a
+    paragraph a line with a blank line between, without the licence, the editors' notes and the
+    line breaks inside paragraphs."""
     try:
         text = edition.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -52,11 +52,7 @@ def mean_interval(values: ArrayLike) -> Estimate:
 
 
 def share_interval(successes: int, trials: int) -> Estimate:
-    """Return the share of successes and Wilson's interval, which is right near 0 and 1 too.
-
-    Raises:
-        ValueError: there are no trials.
-    """
+    """Return the share of successes and Wilson's interval, which is right near 0 and 1 too."""
     test = stats.binomtest(successes, trials)
     return Estimate(test.statistic, *test.proportion_ci(method="wilson"))
 

@@ -16,15 +16,11 @@ from attnserve.evaluation.scorers import Scorer
 
 @dataclass(frozen=True)
 class Data:
-    """Folders of text.
+    """Folders of text."""
 
-    Attributes:
-        books: what `attnserve.evaluation.books.split` splits; None: the fetched novels.
-        evaluation: the sets that `SETS` names; None: there are none.
-    """
-
+    # What `attnserve.evaluation.books.split` splits; None: the fetched novels.
     books: Path | None = None
-    evaluation: Path | None = None
+    evaluation: Path | None = None  # the sets that `SETS` names; None: there are none
 
     @property
     def sets(self) -> Path:

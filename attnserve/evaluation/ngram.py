@@ -25,10 +25,7 @@ class Unigram:
 class Trigram:
     """Interpolated Kneser-Ney: absolute discounting, and continuation counts below the trigrams.
 
-    Args:
-        tokens: the text to count.
-        vocab_size: tokens there are; every one gets some probability after any history.
-    """
+    Every token of the vocabulary gets some probability after any history."""
 
     def __init__(self, tokens: Tokens, vocab_size: int) -> None:
         self.vocab_size = vocab_size

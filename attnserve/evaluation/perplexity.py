@@ -26,17 +26,14 @@ UNITS = ("token", "word", "byte")
 
 @dataclass(frozen=True)
 class Score:
-    """A model's likelihood of a text.
+    """A model's likelihood of a text."""
 
-    Attributes:
-        model, text: names for the table.
-        log_likelihood: sum over the tokens, natural logarithms.
-        tokens, words, bytes: the text's size; words are split by white space, bytes are UTF-8's.
-    """
-
+    # model, text: names for the table.
     model: str
     text: str
-    log_likelihood: float
+    log_likelihood: float  # sum over the tokens, natural logarithms
+    # tokens, words, bytes: the text's size; words are split by white space, bytes are
+    # UTF-8's.
     tokens: int
     words: int
     bytes: int
@@ -48,12 +45,10 @@ class Score:
 
     @property
     def per_word(self) -> float:
-        """Perplexity per word."""
         return math.exp(-self.log_likelihood / self.words)
 
     @property
     def per_byte(self) -> float:
-        """Perplexity per byte."""
         return math.exp(-self.log_likelihood / self.bytes)
 
     def json(self) -> dict[str, Any]:
@@ -67,15 +62,8 @@ def evaluate(
 ) -> list[Score]:
     """Return the scores of a checkpoint, run in float32, and of the two baselines on each text.
 
-    Args:
-        checkpoint: what is measured.
-        texts: what it reads, as training sees text: in sequences that each start anew.
-        train: the files that the baselines are counted on; without them there are none.
-        quiet: no progress bars.
-
-    Raises:
-        UserError: a text has no words.
-    """
+    Sequences each start anew, as training sees text. The baselines are counted on the files of
+    `train`; without them there are none."""
     scorer = TransformersScorer(checkpoint.folder, quiet=quiet)
     tokenizer = checkpoint.tokenizer
     baselines: dict[str, Trigram | Unigram] = {}
@@ -106,24 +94,18 @@ def table(scores: Sequence[Score]) -> str:
 @dataclass(frozen=True)
 class Perplexity(Measure):
     """Perplexity per token, word and byte of the held-out books and of WikiText-2's test text, from
-    their beginnings, as training sees text: in sequences that each start anew.
-
-    Args:
-        sequences: of each text, of the training length.
-    """
+    their beginnings, as training sees text: in sequences that each start anew."""
 
     name: ClassVar[str] = "perplexity"
     counts: ClassVar[tuple[str, ...]] = ("sequences",)
 
-    sequences: int = 128
+    sequences: int = 128  # of each text, of the training length
 
     def files(self, data: Data) -> list[Path]:
-        """Return the two held-out books and WikiText-2's test text."""
         books = split(data.books)
         return [books.validation, books.test, data.sets / "wikitext2_test_raw.txt"]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         summary: dict[str, Estimate] = {}
         units: dict[str, Any] = {}
         for name, file in zip(TEXTS, self.files(data), strict=True):
@@ -136,11 +118,7 @@ class Perplexity(Measure):
 def losses_of(
     checkpoint: Checkpoint, scorer: Scorer, name: str, text: Text
 ) -> tuple[list[float], tuple[int, int, int]]:
-    """Return the losses of a text's sequences in nats, and the text's tokens, words and bytes.
-
-    Raises:
-        UserError: it has no words.
-    """
+    """Return the losses of a text's sequences in nats, and the text's tokens, words and bytes."""
     content = checkpoint.tokenizer.decode(text.tokens)
     if not content.split():
         raise UserError(f"{text.title} has no words: name another text")
@@ -154,17 +132,7 @@ def score_text(
     checkpoint: Checkpoint, scorer: Scorer, name: str, text: Text
 ) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """Return perplexity per token, word and byte of a text with its loss, and the losses of its
-    sequences (nats per token) with the text's size.
-
-    Args:
-        checkpoint: whose tokens they are.
-        scorer: of that checkpoint.
-        name: begins the figures' names.
-        text: what is read.
-
-    Raises:
-        UserError: it has no words.
-    """
+    sequences (nats per token) with the text's size; `name` begins the figures' names."""
     losses, sizes = losses_of(checkpoint, scorer, name, text)
     # The last sequence may be short: its loss counts for as many tokens as it has.
     loss = mean_interval([value * len(text) / sizes[0] for value in losses])

@@ -53,12 +53,8 @@ class Scorer(Protocol):
     """A model that scores items. Computes in float32, whatever the checkpoint's dtype."""
 
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """Score each item, in order.
-
-        Args:
-            items: no longer than the scorer's longest.
-            label: what the progress bar says.
-        """
+        """Score items that are no longer than the scorer's longest, in order; the progress bar
+        says `label`."""
         ...
 
     def close(self) -> None:
@@ -108,7 +104,6 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """Score each item, in order; see `Scorer`."""
         found: dict[int, Scored] = {}
         with tqdm(total=len(items), desc=label, unit="text", disable=self.quiet) as bar:
             for batch in _batches(items):
@@ -124,20 +119,21 @@ class TransformersScorer:
         longest = max(len(item.tokens) for item in items)
         ids = [item.tokens + [0] * (longest - len(item.tokens)) for item in items]
         logits = self.model(input_ids=torch.tensor(ids)[:, :-1], use_cache=False).logits
-        return [_read(row, item) for row, item in zip(logits, items, strict=True)]
+        found = []
+        for row, item in zip(logits, items, strict=True):
+            start = len(item.prompt) - 1
+            logprobs = row[start : start + len(item.continuation)].float().log_softmax(-1)
+            found.append(self._scored(logprobs, item))
+        return found
+
+    def _scored(self, logprobs: Tensor, item: Item) -> Scored:
+        """Return the continuation's scores from `[num_tokens, vocab_size]` of its tokens."""
+        own = logprobs.gather(-1, torch.tensor(item.continuation)[:, None])
+        rivals = (logprobs >= own).sum(-1)
+        return Scored(own[:, 0].double().numpy(), (rivals == 1).numpy())
 
     def close(self) -> None:
-        """Give the model's memory and processes back."""
         del self.model
-
-
-def _read(logits: Tensor, item: Item) -> Scored:
-    """Return the continuation's scores from the logits `[num_tokens, vocab_size]` of all tokens."""
-    start, count = len(item.prompt) - 1, len(item.continuation)
-    logprobs = logits[start : start + count].float().log_softmax(-1)
-    own = logprobs.gather(-1, torch.tensor(item.continuation)[:, None])
-    rivals = (logprobs >= own).sum(-1)
-    return Scored(own[:, 0].double().numpy(), (rivals == 1).numpy())
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[int]]:

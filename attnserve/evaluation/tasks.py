@@ -23,28 +23,21 @@ from attnserve.evaluation.texts import spread
 @dataclass(frozen=True)
 class Lambada(Measure):
     """Accuracy (every token of the word is the likeliest) and perplexity per word, as lm-eval has
-    them, on passages at even distances.
-
-    Args:
-        passages: of the 5153 of the test set.
-    """
+    them, on passages at even distances."""
 
     name: ClassVar[str] = "lambada"
     counts: ClassVar[tuple[str, ...]] = ("passages",)
 
-    passages: int = 1000
+    passages: int = 1000  # of the 5153 of the test set
 
     def files(self, data: Data) -> list[Path]:
-        """Return the texts that it reads."""
         return [data.sets / "lambada_test.jsonl"]
 
     def longest(self, checkpoint: Checkpoint) -> int:
-        """Return the tokens of its longest item."""
         # Passages have 200 words at most. Beyond the training length a model may well fail.
         return max(1024, checkpoint.context) + 1
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         lines = self.files(data)[0].read_text(encoding="utf-8").splitlines()
         texts = [json.loads(lines[i])["text"] for i in spread(self.passages, len(lines))]
         items = []
@@ -65,23 +58,17 @@ class Lambada(Measure):
 
 @dataclass(frozen=True)
 class Blimp(Measure):
-    """Share of minimal pairs whose grammatical sentence is the more likely one as a whole.
-
-    Args:
-        pairs: of the 1000 of each set, at even distances.
-    """
+    """Share of minimal pairs whose grammatical sentence is the more likely one as a whole."""
 
     name: ClassVar[str] = "blimp"
     counts: ClassVar[tuple[str, ...]] = ("pairs",)
 
-    pairs: int = 200
+    pairs: int = 200  # of the 1000 of each set, at even distances
 
     def files(self, data: Data) -> list[Path]:
-        """Return the texts that it reads."""
         return sorted((data.sets / "blimp").glob("*.jsonl"))
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         items, sizes = [], {}
         for file in self.files(data):
             lines = file.read_text(encoding="utf-8").splitlines()

@@ -26,17 +26,11 @@ CHARACTERS_A_TOKEN = 16
 
 @dataclass(frozen=True)
 class Text:
-    """Sequences of a text, each of which a model reads after the begin-of-text token.
+    """Sequences of a text, each of which a model reads after the begin-of-text token."""
 
-    Args:
-        title: for people.
-        bos: the begin-of-text token.
-        sequences: token ids without that token; the last sequence may be shorter.
-    """
-
-    title: str
-    bos: int
-    sequences: list[list[int]]
+    title: str  # for people
+    bos: int  # the begin-of-text token
+    sequences: list[list[int]]  # token ids without that token; the last sequence may be shorter
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -59,11 +53,7 @@ def fingerprint(texts: Sequence[Text]) -> str:
 
 
 def read(file: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        UserError: it is not there, or no text.
-    """
+    """Return a file's text."""
     if not file.is_file():
         raise UserError(f"{file} is not there: name a text file")
     try:
@@ -96,14 +86,8 @@ def cut(tokens: Sequence[int], length: int) -> list[list[int]]:
 
 
 def beginning(checkpoint: Checkpoint, title: str, file: Path, sequences: int | None = None) -> Text:
-    """Return a file's text from its beginning, as training sees it.
-
-    Args:
-        checkpoint: whose tokens they are, in sequences of its context.
-        title: of the text.
-        file: the text.
-        sequences: at most so many; None: all.
-    """
+    """Return a file's text from its beginning, as training sees it: in sequences of the
+    checkpoint's context, and at most so many."""
     most = None if sequences is None else sequences * checkpoint.context
     tokens = checkpoint.encode(read(file))[:most]
     return Text(title, checkpoint.bos, cut(tokens, checkpoint.context))
@@ -132,9 +116,6 @@ def evenly(
         sequences: how many.
         length: tokens of a sequence.
         last: take the last sequence too.
-
-    Raises:
-        UserError: there are not even two, which an interval needs.
     """
     whole = [cut(part[: len(part) // length * length], length) for part in parts]
     found = [sequence for part in whole for sequence in part]
@@ -154,11 +135,7 @@ def anywhere(
     length: int,
     seed: int,
 ) -> Text:
-    """Return sequences of `length` tokens from anywhere in any of the files.
-
-    Raises:
-        UserError: a file is too short.
-    """
+    """Return sequences of `length` tokens from anywhere in any of the files."""
     generator = np.random.default_rng(seed)
     contents = [read(file) for file in files]
     window = length * CHARACTERS_A_TOKEN

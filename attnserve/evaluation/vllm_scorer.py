@@ -88,7 +88,6 @@ class VLLMScorer:
         logging.getLogger("vllm").setLevel(logging.WARNING)
 
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        """Score each item, in order; see `Scorer`."""
         prompts = [{"prompt_token_ids": item.tokens} for item in items]
         if not self.quiet:
             print(f"{label}:", file=sys.stderr, flush=True)
@@ -96,7 +95,6 @@ class VLLMScorer:
         return [_read(a.prompt_logprobs, i) for a, i in zip(answers, items, strict=True)]
 
     def close(self) -> None:
-        """Give the model's memory and processes back."""
         self.llm.llm_engine.engine_core.shutdown(timeout=10)
 
 

@@ -6,18 +6,17 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from attnserve import machine
-from attnserve.command import AsJson, main
-from attnserve.errors import UserError
+from attnserve.command import AsJson, main, options_of
 from attnserve.files import CHECKOUT
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
@@ -33,38 +32,21 @@ MODES = ("stream", "spread", "whole")
 PROMPT = "It was the best of times, it was the worst of times. " * 4
 
 
-class GatewayName(StrEnum):
-    """Gateways."""
-
-    OURS = "attnserve"
-    AIOHTTP = "naive-aiohttp"
-    HTTPX = "naive-httpx"
-    ROUTER = "vllm-router"
+GatewayName = StrEnum(
+    "GatewayName",
+    {"OURS": OURS, "AIOHTTP": "naive-aiohttp", "HTTPX": "naive-httpx", "ROUTER": ROUTER},
+)
 
 
 @dataclass(frozen=True)
 class GatewayLoad:
-    """The loads.
+    """The loads."""
 
-    Attributes:
-        requests: in each round.
-        rounds: of each load, after one that is not counted.
-        concurrency: requests at a time.
-        tokens: events of a streamed answer.
-        pause_ms: between two events.
-        port: the first of a row of free ports.
-        router: the command vllm-router, if it is installed.
-        log_folder: for the processes' logs.
-    """
-
-    requests: int
-    rounds: int
-    concurrency: int
-    tokens: int
-    pause_ms: float
-    port: int
-    router: Path | None
-    log_folder: Path
+    requests: Annotated[int, opt.count("In each round.")] = 200
+    rounds: Annotated[int, opt.count("Of each load, after one that is not counted.")] = 5
+    concurrency: Annotated[int, opt.count("Requests at a time.")] = 16
+    tokens: Annotated[int, opt.count("Events of a streamed answer.")] = 64
+    pause_ms: Annotated[float, opt.option("Between two events, in ms.", min=0)] = 5.0
 
 
 @dataclass
@@ -97,28 +79,19 @@ class Gateway:
         return sum(t.user + t.system for t in times)
 
 
+@options_of(GatewayLoad)
 def gateway(
-    gateways: Annotated[
-        list[GatewayName] | None,
-        opt.option("Which, beside the model server itself (default: all)."),
-    ] = None,
-    requests: Annotated[int, opt.count("In each round.")] = 200,
-    rounds: Annotated[int, opt.count("Of each load, after one that is not counted.")] = 5,
-    concurrency: Annotated[int, opt.count("Requests at a time.")] = 16,
-    tokens: Annotated[int, opt.count("Events of a streamed answer.")] = 64,
-    pause_ms: Annotated[float, opt.option("Between two events, in ms.", min=0)] = 5.0,
-    port: Annotated[int, opt.count("The first of a row of free ports.")] = 18100,
+    gateways: Annotated[list[GatewayName] | None, opt.option("Which (default: all).")] = None,
     vllm_router: Annotated[
         Path | None,
-        opt.folder(
-            "The command vllm-router (default: beside this Python, in the conformance tests' "
-            "environment, or on PATH; where there is none it is not measured)."
-        ),
+        opt.folder("The command vllm-router (default: of `make conformance`, or on PATH)."),
     ] = None,
     csv: opt.Csv = CSV,
     no_save: opt.NoSave = False,
     log_folder: opt.LogFolder = Path(".run"),
     as_json: AsJson = False,
+    *,
+    plan: GatewayLoad,
 ) -> None:
     """Measure the CPU time of one request in a gateway, ours beside others.
 
@@ -137,21 +110,17 @@ def gateway(
     import uvloop
 
     from benchmarks.servers import run
-    from serving.launch.host_checks import port_fault
 
-    plan = GatewayLoad(requests, rounds, concurrency, tokens, pause_ms, port,
-                vllm_router or find_router(), log_folder)  # fmt: skip
-    chosen = [name.value for name in gateways or list(GatewayName)]
-    for each in range(port, port + 1 + len(chosen)):
-        if fault := port_fault(each, "127.0.0.1"):
-            raise UserError(f"{fault}; choose another --port")
+    router = vllm_router or find_router()
+    chosen = [name.value for name in gateways or GatewayName]
     save = results.checked(csv, no_save)
     log_folder.mkdir(parents=True, exist_ok=True)
-    about = described(plan)
-    rows = rows_of(
-        run(measure_all(chosen, plan), "python -m benchmarks.gateway", uvloop.new_event_loop)
-    )
-    results.report(about, rows, table(rows), csv=save, as_json=as_json)
+    about = machine.described()
+    about |= {"python": sys.version.split()[0], "vllm_router": router_version(router)}
+    about |= {name: machine.package(name) for name in ("uvicorn", "fastapi", "aiohttp", "httpx")}
+    work = measure_all(chosen, plan, router, log_folder)
+    rows = rows_of(run(work, "python -m benchmarks.gateway", uvloop.new_event_loop))
+    results.report({**about, **asdict(plan)}, rows, table(rows), csv=save, as_json=as_json)
 
 
 def find_router() -> Path | None:
@@ -163,33 +132,32 @@ def find_router() -> Path | None:
 
 
 def router_version(router: Path | None) -> str:
-    """Return the version that the Python beside the command knows; empty if there is none."""
+    """Return the version of the package beside the command; empty if there is none."""
     if router is None:
         return ""
-    code = f"import importlib.metadata as m; print(m.version('{ROUTER}'))"
-    asked = [str(router.with_name("python")), "-c", code]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip()
+    folders = [str(path) for path in router.parent.parent.glob("lib/python*/site-packages")]
+    return next((found.version for found in distributions(name=ROUTER, path=folders)), "")
 
 
-def command(name: str, upstream: str, port: int, plan: GatewayLoad) -> tuple[list[str], str] | None:
+def command(
+    name: str, upstream: str, service: Service, router: Path | None
+) -> tuple[list[str], str] | None:
     """Return how to start a gateway, and the path that answers then; None: it is not installed."""
+    from benchmarks.servers import free_port
     from serving.launch.process import HOST
 
+    port = service.url.rpartition(":")[2]
     if name == OURS:
-        file = plan.log_folder / "gateway-benchmark.yaml"
+        file = service.log_file.with_suffix(".yaml")
         entry = {"name": "m", "variant": "softmax", "bits": 16, "replicas": [upstream]}
-        file.write_text(json.dumps({"port": port, "models": [entry]}))  # JSON is YAML
+        file.write_text(json.dumps({"port": int(port), "models": [entry]}))  # JSON is YAML
         return [sys.executable, "-m", "serving", "--config", str(file)], "/metrics"
     if name == ROUTER:
-        args = ["--worker-urls", upstream, "--host", HOST, "--port", str(port)]
-        args += ["--policy", "round_robin", "--prometheus-port", str(port + 1000)]
-        return ([str(plan.router), *args], "/health") if plan.router else None
+        args = ["--worker-urls", upstream, "--host", HOST, "--port", port]
+        args += ["--policy", "round_robin", "--prometheus-port", str(free_port())]
+        return ([str(router), *args], "/health") if router else None
     client = name.removeprefix("naive-")
-    module = [sys.executable, "-m", "benchmarks.gateway.naive", client, upstream, str(port)]
+    module = [sys.executable, "-m", "benchmarks.gateway.naive", client, upstream, port]
     return module, "/openapi.json"
 
 
@@ -217,14 +185,12 @@ async def load(url: str, mode: str, plan: GatewayLoad) -> list[float]:
 
     left = iter(range(plan.requests))
     found: list[float] = []
-    timeout = aiohttp.ClientTimeout(total=120)
-    connector = aiohttp.TCPConnector(limit=0)
+    apart = plan.tokens * plan.pause_ms / 1000 / plan.concurrency if mode == "spread" else 0.0
+    timeout, connector = aiohttp.ClientTimeout(total=120), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def client(index: int) -> None:
-            if mode == "spread":
-                answer = plan.tokens * plan.pause_ms / 1000
-                await asyncio.sleep(index * answer / plan.concurrency)
+            await asyncio.sleep(index * apart)
             for _ in left:
                 found.append(await one(session, url, mode != "whole", plan.tokens))
 
@@ -254,27 +220,34 @@ async def measure(gateways: Sequence[Gateway], plan: GatewayLoad) -> None:
             each.rss_mb = psutil.Process(each.service.process.pid).memory_info().rss / 2**20
 
 
-async def measure_all(names: Sequence[str], plan: GatewayLoad) -> list[Gateway]:
+async def measure_all(
+    names: Sequence[str], plan: GatewayLoad, router: Path | None, log_folder: Path
+) -> list[Gateway]:
     """Start all gateways, measure, and end them whatever happens; the model server is first."""
+    from benchmarks.servers import free_port
     from serving.launch.process import Service
 
-    upstream = Service("benchmark-upstream", plan.port, plan.log_folder)
-    services = [upstream]
+    def service(name: str) -> Service:
+        services.append(Service(f"benchmark-{name}", free_port(), log_folder))
+        return services[-1]
+
+    services: list[Service] = []
+    upstream = service("upstream")
     running, missing = [Gateway(DIRECT, upstream.url)], []
     try:
-        module = [sys.executable, "-m", "benchmarks.gateway.upstream", str(plan.port)]
+        port = upstream.url.rpartition(":")[2]
+        module = [sys.executable, "-m", "benchmarks.gateway.upstream", port]
         await upstream.start([*module, str(plan.tokens), str(plan.pause_ms)], {})
         await upstream.ready("/health")
-        for port, name in enumerate(names, plan.port + 1):
-            found = command(name, upstream.url, port, plan)
+        for name in names:
+            own = service(name)
+            found = command(name, upstream.url, own, router)
             if found is None:
                 missing.append(Gateway(name, "", note="not installed"))
                 continue
-            service = Service(f"benchmark-{name}", port, plan.log_folder)
-            services.append(service)
-            await service.start(found[0], {})
-            await service.ready(found[1])
-            running.append(Gateway(name, service.url, service))
+            await own.start(found[0], {})
+            await own.ready(found[1])
+            running.append(Gateway(name, own.url, own))
         await measure(running, plan)
         return [*running, *missing]
     finally:
@@ -327,15 +300,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     }
     frame = pd.DataFrame(rows).reindex(columns=["gateway", *columns, "note"])
     return frame.rename(columns=columns).to_string(index=False, na_rep="", float_format="%.2f")
-
-
-def described(plan: GatewayLoad) -> dict[str, Any]:
-    """Return what the run is made on and with."""
-    about = machine.described()
-    about |= {"python": sys.version.split()[0], "vllm_router": router_version(plan.router)}
-    about |= {name: machine.package(name) for name in ("uvicorn", "fastapi", "aiohttp", "httpx")}
-    names = ("tokens", "pause_ms", "concurrency", "requests", "rounds")
-    return about | {name: getattr(plan, name) for name in names}
 
 
 if __name__ == "__main__":

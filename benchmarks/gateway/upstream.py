@@ -13,7 +13,8 @@ from typing import cast
 import httptools
 import uvloop
 
-ID = "cmpl-0123456789abcdef0123456789abcdef"
+HEAD = {"id": "cmpl-0123456789abcdef0123456789abcdef", "object": "text_completion",
+        "created": 1763800000, "model": "m"}  # fmt: skip
 
 
 def chunk(data: bytes) -> bytes:
@@ -21,89 +22,74 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def event(fields: dict[str, object]) -> bytes:
+def event(**fields: object) -> bytes:
     """Return one server-sent event, as a chunk."""
-    head: dict[str, object] = {
-        "id": ID,
-        "object": "text_completion",
-        "created": 1763800000,
-        "model": "m",
-    }
-    return chunk(f"data: {json.dumps({**head, **fields}, separators=(',', ':'))}\n\n".encode())
+    return chunk(f"data: {json.dumps({**HEAD, **fields}, separators=(',', ':'))}\n\n".encode())
 
 
-def choice(text: str) -> dict[str, object]:
+def choices(text: str) -> list[dict[str, object]]:
     """Return a choice with some text."""
-    return {"index": 0, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
+    empty = {"logprobs": None, "finish_reason": None, "stop_reason": None}
+    return [{"index": 0, "text": text, **empty}]
+
+
+def answer(fields: dict[str, object]) -> bytes:
+    """Return an answer in one piece."""
+    body = json.dumps(fields).encode()
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
 
 
 class ModelServer(asyncio.Protocol):
-    """A connection."""
+    """A connection; its methods are those that asyncio and httptools call."""
 
     def __init__(self, tokens: int, pause: float) -> None:
         self.pause = pause
         self.parser = httptools.HttpRequestParser(self)
+        self.body = b""
+        texts = [f" token{i}" for i in range(tokens)]
         usage = {"prompt_tokens": 16, "total_tokens": 16 + tokens, "completion_tokens": tokens}
-        self.events = [event({"choices": [choice(f" token{i}")]}) for i in range(tokens)]
-        self.usage = event({"choices": [], "usage": usage})
-        text = "".join(f" token{i}" for i in range(tokens))
-        body = json.dumps({"id": ID, "model": "m", "choices": [choice(text)], "usage": usage})
-        self.whole = self.answer(body.encode())
-
-    @staticmethod
-    def answer(body: bytes) -> bytes:
-        """Return an answer in one piece."""
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-        return head % len(body) + body
+        self.events = [event(choices=choices(text)) for text in texts]
+        self.usage = event(choices=[], usage=usage)
+        self.whole = answer({**HEAD, "choices": choices("".join(texts)), "usage": usage})
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Do what asyncio.Protocol asks for."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass of it
 
     def data_received(self, data: bytes) -> None:
-        """Do what asyncio.Protocol asks for."""
         self.parser.feed_data(data)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Do what asyncio.Protocol asks for."""
         self.events = []
 
-    def on_url(self, url: bytes) -> None:
-        """Keep a part of the request; called by httptools."""
-        self.url = url
+    def on_message_begin(self) -> None:
         self.body = b""
 
     def on_body(self, body: bytes) -> None:
-        """Keep a part of the request; called by httptools."""
         self.body += body
 
     def on_message_complete(self) -> None:
-        """Answer; called by httptools."""
         fields = json.loads(self.body) if self.body else {}
         if not self.body:
-            models = {"object": "list", "data": [{"id": "m", "object": "model"}]}
-            self.write(self.answer(json.dumps(models).encode()))
+            models = [{"id": "m", "object": "model"}]
+            self.transport.write(answer({"object": "list", "data": models}))
         elif fields.get("stream"):
-            self.write(
+            self.transport.write(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
                 b"transfer-encoding: chunked\r\n\r\n"
             )
             last = self.usage if (fields.get("stream_options") or {}).get("include_usage") else b""
             self.step(0, last + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         else:
-            self.write(self.whole)
+            self.transport.write(self.whole)
 
     def step(self, i: int, last: bytes) -> None:
         """Send one event, and later the next."""
         if i < len(self.events):
-            self.write(self.events[i])
+            self.transport.write(self.events[i])
             asyncio.get_running_loop().call_later(self.pause, self.step, i + 1, last)
         elif self.events:
-            self.write(last)
-
-    def write(self, data: bytes) -> None:
-        """Send to the client."""
-        self.transport.write(data)
+            self.transport.write(last)
 
 
 async def serve(port: int, tokens: int, pause: float) -> None:

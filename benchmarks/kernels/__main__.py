@@ -34,7 +34,14 @@ Counts = list[int] | None
 
 
 def kernels(
-    quick: Annotated[bool, opt.option("A few cases, in under a minute.", "--quick")] = False,
+    quick: Annotated[
+        bool,
+        opt.option(
+            "A few cases, in under a minute: head size 64, contexts of 512 and 4096, 8 "
+            "requests, chunks of 512.",
+            "--quick",
+        ),
+    ] = False,
     threads: opt.Threads = opt.CORES,
     variants: Annotated[
         list[str] | None, opt.option("Which (default: all that have a C++ kernel).")
@@ -48,9 +55,7 @@ def kernels(
     ] = "vec",
     seconds: Annotated[
         float | None,
-        opt.option(
-            f"For the rounds of a case, in s (default: {SECONDS}; {QUICK_SECONDS} if --quick)."
-        ),
+        opt.option(f"Of a case's rounds (default: {SECONDS}; {QUICK_SECONDS} if --quick)."),
     ] = None,
     seed: opt.Seed = 0,
     num_heads: Annotated[int, opt.count("Query heads.")] = 8,
@@ -58,28 +63,18 @@ def kernels(
     block_size: Annotated[int, opt.count("Tokens in a block of both caches.")] = 128,
     phases: Annotated[list[opt.Phase] | None, opt.option("Which (default: both).")] = None,
     dtypes: Annotated[
-        list[opt.ShortDtype] | None,
-        opt.option("Of queries, keys and values (default: fp32 bf16)."),
+        list[opt.ShortDtype] | None, opt.option("Of all tensors (default: fp32 bf16).")
     ] = None,
-    head_dims: Annotated[
-        Counts, opt.count("Elements of a head (default: 64 128; 64 if --quick).")
-    ] = None,
+    head_dims: Annotated[Counts, opt.count("Elements of a head (default: 64 128).")] = None,
     ctx: Annotated[
-        Counts,
-        opt.count(
-            "Decode: tokens of each request in the cache (default: 512 4096 16384; 512 4096 if "
-            "--quick)."
-        ),
+        Counts, opt.count("Decode: tokens of a request in the cache (default: 512 4096 16384).")
     ] = None,
-    batch: Annotated[Counts, opt.count("Decode: requests (default: 1 8 32; 8 if --quick).")] = None,
-    new_tokens: Annotated[
-        Counts, opt.count("Prefill: tokens of the chunk (default: 512 2048; 512 if --quick).")
-    ] = None,
+    batch: Annotated[Counts, opt.count("Decode: requests (default: 1 8 32).")] = None,
+    new_tokens: Annotated[Counts, opt.count("Prefill: the chunk (default: 512 2048).")] = None,
     context: Annotated[
         Counts, opt.option("Prefill: tokens before the chunk (default: 0 4096).", min=0)
     ] = None,
     csv: opt.Csv = CSV,
-    plot: Annotated[Path | None, opt.folder("The plot, a PNG (default: beside --csv).")] = None,
     no_save: opt.NoSave = False,
     as_json: AsJson = False,
 ) -> int:
@@ -152,7 +147,7 @@ def kernels(
         about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
     if save is not None:
         title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
-        draw(plot or save.with_name(save.stem + "-quick" * quick + ".png"), title, rows)
+        draw(save.with_name(save.stem + "-quick" * quick + ".png"), title, rows)
     if as_json:
         print(json.dumps({"machine": about, "rows": [json_row(row) for row in rows]}))
     else:
@@ -168,12 +163,8 @@ def kernels(
 
 
 def load_kernels(names: Sequence[str] | None, isa: str | None) -> dict[str, Any]:
-    """Return the `CPUKernel` of each variant.
-
-    Args:
-        names: variants; None is all that have a kernel.
-        isa: their instruction set; None is the best.
-    """
+    """Return the `CPUKernel` of each variant: of those that are named, else of all that have one;
+    by the best instruction set if none is named."""
     from attn_kernels import get_variant, variant_names
     from attn_kernels.cpu import load, usable_isas
 
@@ -189,13 +180,7 @@ def load_kernels(names: Sequence[str] | None, isa: str | None) -> dict[str, Any]
 
 
 def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int) -> None:
-    """Refuse what would not fit, before anything is measured.
-
-    Args:
-        cases: all cases.
-        kernels: names of the variants.
-        cold_bytes: see `copies_needed`.
-    """
+    """Refuse what would not fit, before anything is measured."""
     import psutil
 
     from attn_kernels import get_variant
@@ -204,16 +189,15 @@ def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int)
     stateful = sum(get_variant(name).stateful for name in kernels)
     # vLLM's, torch's, one for each stateful variant and one for all others.
     pools = 2 + stateful + (stateful < len(kernels))
-
-    def needed(case: Case) -> int:
-        return case.kv_bytes * (pools * copies_needed(case, cold_bytes) + 1) + SMALL_BYTES
-
-    largest = max(cases, key=needed)
-    available = psutil.virtual_memory().available
-    if needed(largest) > available:
+    needed, largest = max(
+        (case.kv_bytes * (pools * copies_needed(case, cold_bytes) + 1) + SMALL_BYTES, str(case))
+        for case in cases
+    )
+    free = psutil.virtual_memory().available
+    if needed > free:
         raise UserError(
-            f"{largest} needs {needed(largest) / 1e9:.1f} GB of memory and "
-            f"{available / 1e9:.1f} GB are free; choose other cases, see --help"
+            f"{largest} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
+            "choose other cases, see --help"
         )
 
 
@@ -223,13 +207,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     def number(value: float | None, text: str = ".2f", unit: str = "") -> str:
         return "-" if value is None else f"{value:{text}}{unit}"
 
-    lines = [
+    names = {"head_dim": "D", "ctx": "ctx", "batch": "batch", "new_tokens": "new"}
+    return results.table(
         {
             **{name: row[name] for name in ("variant", "phase", "dtype")},
-            "D": row["head_dim"],
-            "ctx": row["ctx"],
-            "batch": row["batch"],
-            "new": row["new_tokens"],
+            **{heading: row[name] for name, heading in names.items()},
             "ms (p20-p80)": results.shown(row, "ms", 3),
             "/vLLM": number(row["ratio_vllm"]),
             "/SDPA": number(row["ratio_sdpa"]),
@@ -240,8 +222,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             "note": row["note"],
         }
         for row in rows
-    ]
-    return results.table(lines)
+    )
 
 
 def json_row(row: Mapping[str, Any]) -> dict[str, Any]:

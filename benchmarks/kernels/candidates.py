@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_kernels import Variant, get_variant
-from attn_kernels.batch import Batch
 from attn_kernels.dense import causal_mask
 from attn_kernels.paged import STATE_BYTES
 from attnserve.errors import UserError
@@ -41,14 +40,8 @@ class Candidate(Protocol):
 
 
 class CopyPool:
-    """A paged cache that holds the copies of `paging`, filled by `write`.
-
-    Args:
-        inputs: keys and values of every copy.
-        paging: where they go.
-        write: stores them.
-        state_bytes: size of the accumulator in each slot.
-    """
+    """A paged cache that holds the copies of `paging`, filled by `write`; each slot has room for an
+    accumulator of `state_bytes`."""
 
     def __init__(
         self, inputs: Inputs, paging: Paging, write: Write, *, state_bytes: int = 0
@@ -81,15 +74,10 @@ class CopyPool:
 
 
 class Ours:
-    """One variant's kernel.
+    """One variant's kernel; `bind` makes the layer of a cache, as `CPUKernel.layer` does.
 
-    Args:
-        variant: the variant.
-        bind: makes the layer of a cache, as `CPUKernel.layer` does.
-        inputs: the case.
-        paging: where its copies lie.
-        pools: made so far for this case. Variants without state pack blocks alike, so they share a
-            pool, and take its copies in turn.
+    `pools` are those made so far for this case: variants without state pack blocks alike, so they
+    share one, and take its copies in turn.
     """
 
     def __init__(
@@ -118,21 +106,11 @@ class Ours:
             pools[name] = CopyPool(inputs, paging, write, state_bytes=state_bytes)
         self.pool = pools[name]
         self.layer = bind(self.pool.kv, **settings)
-        self._new_batch()
-
-    def _new_batch(self) -> None:
-        case = self.inputs.case
-        self.batch = Batch(
-            self.pool.table,
-            self.inputs.query_start_loc,
-            self.inputs.seq_lens,
-            max_query_len=case.new_tokens,
-            max_seq_len=case.seq_len,
-        )
+        self.batch = inputs.batch(self.pool.table)
 
     def prepare(self) -> None:
         self.pool.next_copy()
-        self._new_batch()
+        self.batch = self.inputs.batch(self.pool.table)
 
     def run(self) -> Tensor:
         self.layer.attend(self.inputs.query, self.batch, self.out)
@@ -140,14 +118,8 @@ class Ours:
 
 
 class VllmSoftmax:
-    """vLLM's `cpu_attention_with_kv_cache`, its scheduler's metadata made once as vLLM makes it
-    once for all layers.
-
-    Args:
-        inputs: the case.
-        paging: where its copies lie.
-        isa: one of `VLLM_ISAS`; the kernels must be loaded (`load_vllm`).
-    """
+    """vLLM's `cpu_attention_with_kv_cache` (`load_vllm`); its scheduler's metadata are made once,
+    as vLLM does for all layers."""
 
     def __init__(self, inputs: Inputs, paging: Paging, isa: str) -> None:
         from vllm import _custom_ops as ops
@@ -208,12 +180,7 @@ class VllmSoftmax:
 
 
 class TorchSdpa:
-    """torch's `scaled_dot_product_attention` on keys and values that are dense already.
-
-    Args:
-        inputs: the case.
-        copies: dense copies of its keys and values.
-    """
+    """torch's `scaled_dot_product_attention` on keys and values that are dense already."""
 
     def __init__(self, inputs: Inputs, copies: int) -> None:
         self.variant, self.learned = get_variant("softmax"), dict[str, Tensor]()
@@ -247,14 +214,8 @@ class TorchSdpa:
 
 
 def load_vllm(isa: str) -> str:
-    """Load vLLM's operators.
-
-    Args:
-        isa: one of `VLLM_ISAS`, which the processor must have.
-
-    Returns:
-        The file name of the library that vLLM chose for this processor.
-    """
+    """Load vLLM's operators, and return the file name of the library that vLLM chose for this
+    processor."""
     # torch has no public name for either. Without the second call, the first tile instruction of a
     # process may be SIGILL.
     if isa == "amx" and not (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):

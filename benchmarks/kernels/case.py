@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_kernels.batch import Batch
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,14 +93,12 @@ class Grid:
     def cases(self, num_heads: int, num_kv_heads: int, block_size: int) -> Iterable[Case]:
         """Yield all cases, decode first, in the order of the fields."""
         heads = (num_heads, num_kv_heads, block_size)
-        each = product(self.dtypes, self.head_dims)
-        for phase, (dtype, head_dim) in product(self.phases, list(each)):
+        for phase, dtype, head_dim in product(self.phases, self.dtypes, self.head_dims):
+            sizes = product(self.context, (1,), self.new_tokens)
             if phase == "decode":
-                for ctx, batch in product(self.ctx, self.batch):
-                    yield Case(phase, dtype, head_dim, ctx, batch, 1, *heads)
-            else:
-                for ctx, new_tokens in product(self.context, self.new_tokens):
-                    yield Case(phase, dtype, head_dim, ctx, 1, new_tokens, *heads)
+                sizes = product(self.ctx, self.batch, (1,))
+            for size in sizes:
+                yield Case(phase, dtype, head_dim, *size, *heads)
 
 
 FULL = Grid()
@@ -144,16 +144,18 @@ class Inputs:
         """Factor of the raw scores."""
         return float(self.case.head_dim**-0.5)
 
+    def batch(self, block_table: Tensor) -> Batch:
+        """Return the batch whose tokens are in the blocks of a table `[batch, blocks]`."""
+        case = self.case
+        return Batch(block_table, self.query_start_loc, self.seq_lens,
+                     max_query_len=case.new_tokens, max_seq_len=case.seq_len)  # fmt: skip
+
 
 class Paging:
     """Copies of a case's batch scattered over one pool of blocks: as many layers of a model.
 
     Calls that take the copies in turn find none of it in the processor's caches, as in serving,
-    where the other layers come in between.
-
-    Args:
-        case: the case.
-        copies: block tables, which share no block.
+    where the other layers come in between. The copies' block tables share no block.
     """
 
     def __init__(self, case: Case, copies: int) -> None:

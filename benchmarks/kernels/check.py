@@ -49,13 +49,7 @@ class Expected:
     @classmethod
     def of(cls, variant: Variant, inputs: Inputs, learned: Mapping[str, Tensor]) -> Expected:
         """Return those of `calls_checked` calls with the same queries, on accumulators that began
-        at 0.
-
-        Args:
-            variant: the attention function.
-            inputs: the case; the rows are drawn by torch's global generator.
-            learned: the variant's per-head tensors.
-        """
+        at 0; torch's global generator draws the rows."""
         case = inputs.case
         total = len(inputs.query)
         rows = sorted({0, total - 1, *torch.randint(total, (max(0, SAMPLES - 2),)).tolist()})

@@ -27,13 +27,9 @@ MOST_ROUNDS = 400
 
 
 class Limit:
-    """A rate of the machine that is measured again and again while other things are measured.
-
-    Args:
-        unit: of the rate: 1e9 bytes or operations per second.
-        amount: bytes or operations of a method's call.
-        methods: ways to do it, by name; the best one counts.
-    """
+    """A rate of the machine, in 1e9 bytes or operations (`unit`) per second, that is measured again
+    and again while other things are measured; `amount` is what each method's call takes, and the
+    best method counts."""
 
     def __init__(
         self, unit: str, amount: float, methods: Mapping[str, Callable[[], object]]
@@ -57,11 +53,8 @@ class Limit:
 
 
 def read_bandwidth(last_level_cache: int) -> Limit:
-    """Return GB/s of reading a float32 buffer much larger than the caches, with all threads.
-
-    Args:
-        last_level_cache: bytes.
-    """
+    """Return GB/s of reading a float32 buffer much larger than the last-level cache (bytes), with
+    all threads."""
     columns = 4096
     buffer = torch.ones(max(READ_BYTES, 4 * last_level_cache) // 4 // columns, columns)
     vector, flat = torch.ones(columns), buffer.view(-1)
@@ -86,11 +79,8 @@ def interleave(
 ) -> NDArray[np.float64]:
     """Time the candidates in turn, A B C A B C ..., so that all see the same noise.
 
-    Args:
-        candidates: in the order of a round; each has been called before (no warm-up here).
-        seconds: no further round begins after this time, `prepare` included,
-        min_rounds: unless there were fewer rounds than this.
-        max_rounds: rounds at most.
+    Each has been called before: there is no warm-up here. After `min_rounds`, no round begins when
+    `seconds` are over, in which is what `prepare` takes.
 
     Returns:
         Seconds `[rounds, candidates]`.
@@ -120,13 +110,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return the CSV's rows of one case: one a variant.
 
-    Args:
-        case: the case.
-        kernels: `CPUKernel` by the variant's name.
-        peer_isa: for vLLM's kernel, in this dtype.
-        limit: of the machine, probed before and after.
-        cold_bytes: a decode case's keys and values are copied until they take this much.
-        seconds, min_rounds: see `interleave`.
+    `kernels` has `CPUKernel` by the variant's name. A decode case's keys and values are copied
+    until they take `cold_bytes`. The machine's `limit` is probed before and after; for `seconds`
+    and `min_rounds` see `interleave`.
     """
     inputs = Inputs.make(case)
     copies = copies_needed(case, cold_bytes)
@@ -183,16 +169,9 @@ def row(
     unit: str,
     limit: float,
 ) -> dict[str, Any]:
-    """Return a variant's row.
-
-    Args:
-        name: of the variant.
-        case: the case.
-        times: seconds of each round, of every candidate that was timed.
-        why: why a candidate was not timed, empty for others.
-        unit: of `limit`: GB/s for decode, GFLOP/s (float32) for prefill.
-        limit: the machine's rate around this case.
-    """
+    """Return a variant's row from the seconds of each round of every candidate that was timed, and
+    why others were not (empty: they were). `limit` is the machine's rate around this case, GB/s for
+    decode and GFLOP/s for prefill."""
     found: dict[str, Any] = {"variant": name, "phase": case.phase, "dtype": case.dtype}
     for field in ("head_dim", "ctx", "batch", "new_tokens", "num_heads", "num_kv_heads"):
         found[field] = getattr(case, field)

@@ -12,16 +12,9 @@ import numpy as np
 import torch
 
 from attn_kernels import get_variant
-from benchmarks.checkpoints import (
-    ServerCase,
-    config_of,
-    pruned_bytes,
-    token_bytes,
-    weight_bytes,
-)
+from benchmarks.checkpoints import ServerCase, config_of, pruned_bytes, token_bytes, weight_bytes
 from benchmarks.options import RequestOptions, ServerOptions
-from benchmarks.servers import Server, started, while_alive
-from benchmarks.watch import metrics, processes, rss, watch
+from benchmarks.servers import Server, started, watch, while_alive
 
 BLOCK_SIZE = 128
 """Tokens of vLLM's blocks on a CPU."""
@@ -80,7 +73,7 @@ async def taken_by(server: Server) -> tuple[dict[str, int], int]:
         async with aiohttp.ClientSession(raise_for_status=True) as session:
             async with session.post(url, json={"method": "memory_taken"}) as answer:
                 taken: dict[str, int] = (await answer.json())["results"][0]
-            found = re.search(r'num_gpu_blocks="(\d+)"', await metrics(session, server))
+            found = re.search(r'num_gpu_blocks="(\d+)"', await server.metrics(session))
     except aiohttp.ClientError as error:
         raise server.service.failed(f"does not tell its memory ({error})") from error
     assert found is not None
@@ -107,8 +100,8 @@ async def measure(
     async def work() -> dict[str, Any]:
         await server.generate(prompts[:1], 4)
         taken, blocks = await taken_by(server)
-        idle = rss(server)
-        pss = sum(process.memory_full_info().pss for process in processes(server))
+        idle = server.rss()
+        pss = sum(process.memory_full_info().pss for process in server.processes())
         _, alone = await watch(server, server.generate(prompts[:1], requests.new_tokens))
         _, full = await watch(server, server.generate(prompts, requests.new_tokens))
         taken_blocks = round(max(alone.usage) * (blocks - 1))  # one block is vLLM's own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -32,16 +31,13 @@ def serve(
     what: CaseOptions,
     gateway: Annotated[
         Literal["none", "one", "all"],
-        opt.option(
-            "Which servers are also measured through the gateway. one: the first that is ours."
-        ),
+        opt.option("Which are also measured through the gateway. one: the first that is ours."),
     ] = "one",
     no_stock: Annotated[bool, opt.option("No peer of stock vLLM.", "--no-stock")] = False,
     request_rates: Annotated[
         list[float] | None,
         opt.option(
-            "Loads, offered in requests/s (default, without --concurrency: 4 16 inf; inf: "
-            "all at once).",
+            "Loads in requests/s, inf: all at once (default, without --concurrency: 4 16 inf).",
             min=1e-9,
         ),
     ] = None,
@@ -50,8 +46,7 @@ def serve(
         opt.count("Loads, of so many requests at a time, the next when one has ended."),
     ] = None,
     running: Annotated[
-        bool,
-        opt.option("Also ask the servers, ten times a second, how many requests run.", "--running"),
+        bool, opt.option("Also ask, ten times a second, how many requests run.", "--running")
     ] = False,
     requests: Annotated[int, opt.count("Of each load.")] = 48,
     rounds: Annotated[int, opt.count("Of each case and load.")] = 3,
@@ -74,10 +69,10 @@ def serve(
     Each case is a real server: every checkpoint, packed (--packed) or not, by backend (--backends)
     and type (--dtypes); selective attention with and without budgets (--kv-budgets); directly or
     through this project's gateway (--gateway). The peer is stock vLLM's own CPU attention on the
-    first softmax checkpoint; with --backends or --no-stock, the first case. All servers are up at once and take turns at `vllm bench serve`
-    (random prompts, Poisson arrivals or --concurrency, one seed a round); whoever is not measured
-    is stopped. Ratios are to the peer in the same round: tokens/s above 1 are more, TTFT and TPOT
-    below 1 are faster.
+    first softmax checkpoint; with --backends or --no-stock, the first case. All servers are up at
+    once and take turns at `vllm bench serve` (random prompts, Poisson arrivals or --concurrency,
+    one seed a round); whoever is not measured is stopped. Ratios are to the peer in the same round:
+    tokens/s above 1 are more, TTFT and TPOT below 1 are faster.
 
       TTFT       time to first token; with --concurrency 1 that of reading a prompt
       TPOT       time per output token after the first, a mean over the request
@@ -138,8 +133,8 @@ def serve(
     for name, best in most.items():
         met = ", ".join(f"{case} {value:.2f}" for case, value in best.items())
         lines.append(f"most requests/s that met {name}: {met}")
-    print(json.dumps({**about, "most_requests_per_s": most, "rows": found})
-          if as_json else "\n".join(lines))  # fmt: skip
+    about["most_requests_per_s"] = most
+    results.report(about, found, "\n".join(lines), csv=None, as_json=as_json)
     return INTERRUPTED if stopped else int(bool(failed))
 
 

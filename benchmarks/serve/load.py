@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -22,8 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.checkpoints import ServerCase
 from benchmarks.options import RequestOptions
-from benchmarks.servers import MODEL, Server, free_port, while_alive
-from benchmarks.watch import watch
+from benchmarks.servers import MODEL, Server, free_port, watch, while_alive
 from serving.launch.process import HOST, LaunchError, Service
 
 Floats = NDArray[np.float64]
@@ -64,15 +64,10 @@ LEVELS = (Level("interactive", 500, 30), Level("server", 2000, 100))
 
 def level(text: str) -> Level:
     """Read `NAME=ttft_ms:tpot_ms`."""
-    name, _, limits = text.partition("=")
-    ttft, _, tpot = limits.partition(":")
-    try:
-        found = Level(name, float(ttft), float(tpot))
-    except ValueError:
-        found = Level("", 0, 0)
-    if not name.isidentifier() or not (found.ttft_ms > 0 and found.tpot_ms > 0):
+    found = re.fullmatch(r"([A-Za-z]\w*)=(\d+\.?\d*):(\d+\.?\d*)", text)
+    if found is None or not (float(found[2]) > 0 and float(found[3]) > 0):
         raise typer.BadParameter(f"{text!r} is not like interactive=500:30 (ms)")
-    return found
+    return Level(found[1], float(found[2]), float(found[3]))
 
 
 @dataclass(frozen=True)
@@ -204,13 +199,8 @@ def read(path: Path) -> LoadResult:
 
 def together(rounds: Sequence[LoadResult]) -> LoadResult:
     """Return all rounds as one, one after another."""
-    samples = ("ttft", "tpot", "itl")
-    ttft, tpot, itl = (np.concatenate([getattr(r, name) for r in rounds]) for name in samples)
-    return LoadResult(
-        sum(each.seconds for each in rounds),
-        sum(each.tokens for each in rounds),
-        ttft,
-        tpot,
-        itl,
-        max((each.running for each in rounds if each.running is not None), default=None),
-    )
+    names = ("ttft", "tpot", "itl")
+    ttft, tpot, itl = (np.concatenate([getattr(r, name) for r in rounds]) for name in names)
+    running = max((each.running for each in rounds if each.running is not None), default=None)
+    seconds, tokens = sum(each.seconds for each in rounds), sum(each.tokens for each in rounds)
+    return LoadResult(seconds, tokens, ttft, tpot, itl, running)

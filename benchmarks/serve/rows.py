@@ -25,10 +25,7 @@ def figures(requests: LoadResult) -> dict[str, float]:
 
 
 def row_of(
-    load: Load,
-    rounds: dict[int, LoadResult],
-    peer: dict[int, LoadResult],
-    levels: Sequence[Level],
+    load: Load, rounds: dict[int, LoadResult], peer: dict[int, LoadResult], levels: Sequence[Level]
 ) -> results.Row:
     """Return a subject's figures of one load: percentiles over the requests of all rounds; ratios
     to the peer in the same round, their median and range."""
@@ -81,9 +78,13 @@ def rows_of(
     return rows
 
 
-def load_of(row: dict[str, Any]) -> str:
-    """Return the load of a row, for people."""
-    return str(Load(float(row["request_rate"]), row["concurrency"] or 0))
+def measured(rows: Sequence[dict[str, Any]]) -> list[results.Row]:
+    """Return the rows without an error, with their loads in words."""
+    return [
+        {**row, "load": str(Load(float(row["request_rate"]), row["concurrency"] or 0))}
+        for row in rows
+        if not row["error"]
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> str:
@@ -95,53 +96,42 @@ def table(rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> str:
         low, mid, high = (row[f"{name}_ratio{end}"] for end in ("_min", "", "_max"))
         return f"{mid:.2f} ({low:.2f}-{high:.2f})"
 
-    return results.table(
-        {
-            "case": row["case"],
-            "load": load_of(row),
-            **({} if row["running"] is None else {"in flight": row["running"]}),
-            "req/s": f"{row['requests_per_s']:.2f}",
-            "tokens/s": f"{row['tokens_per_s']:.0f}",
-            "x peer": ratio(row, "tokens_per_s"),
-            **{
-                f"{name.upper()} ms": f"{row[name + '_ms_p50']:.1f} {row[name + '_ms_p99']:.1f}"
-                for name in ("ttft", "tpot", "itl")
-            },
-            "TPOT x peer": ratio(row, "tpot_ms"),
-            **{
-                f"goodput {each}": f"{row[f'{each.name}_goodput']:.2f}"
-                + ("*" if row[f"{each.name}_met"] else " ")
-                for each in levels
-            },
-        }
-        for row in rows
-        if not row["error"]
-    )
+    lines = []
+    for row in measured(rows):
+        line = {"case": row["case"], "load": row["load"]}
+        if row["running"] is not None:
+            line["in flight"] = row["running"]
+        line |= {"req/s": f"{row['requests_per_s']:.2f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
+        line["x peer"] = ratio(row, "tokens_per_s")
+        for name in ("ttft", "tpot", "itl"):
+            line[f"{name.upper()} ms"] = f"{row[name + '_ms_p50']:.1f} {row[name + '_ms_p99']:.1f}"
+        line["TPOT x peer"] = ratio(row, "tpot_ms")
+        for level in levels:
+            met = "*" if row[f"{level.name}_met"] else " "
+            line[f"goodput {level}"] = f"{row[f'{level.name}_goodput']:.2f}{met}"
+        lines.append(line)
+    return results.table(lines)
 
 
 def capacity(rows: Sequence[dict[str, Any]], level: Level) -> dict[str, float]:
     """Return for each case the most requests/s among its loads that met a level; 0: none did."""
     found: dict[str, float] = {}
-    for row in rows:
-        if not row["error"]:
-            met = row["requests_per_s"] if row[f"{level.name}_met"] else 0.0
-            found[row["case"]] = max(found.get(row["case"], 0.0), met)
+    for row in measured(rows):
+        met = row["requests_per_s"] if row[f"{level.name}_met"] else 0.0
+        found[row["case"]] = max(found.get(row["case"], 0.0), met)
     return found
 
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> None:
     """Write a PNG: tokens/s, then the goodput of each level, by the load."""
-    frame = pd.DataFrame([row for row in rows if not row["error"]])
+    frame = pd.DataFrame(measured(rows))
     if frame.empty:
         return
-    frame["load"] = [load_of(row) for row in rows if not row["error"]]
-    panels = {"tokens_per_s": "tokens/s"}
-    for each in levels:
-        panels[f"{each.name}_goodput"] = f"requests/s within {each}"
-    values = {
-        text: frame.pivot(index="load", columns="case", values=column).loc[
-            frame["load"].unique(), frame["case"].unique()
-        ]
-        for column, text in panels.items()
+    loads, cases = frame["load"].unique(), frame["case"].unique()
+    panels = {"tokens/s": "tokens_per_s"}
+    panels |= {f"requests/s within {each}": f"{each.name}_goodput" for each in levels}
+    frames = {
+        text: frame.pivot(index="load", columns="case", values=column).loc[loads, cases]
+        for text, column in panels.items()
     }
-    results.draw(path, title, values)
+    results.draw(path, title, frames)

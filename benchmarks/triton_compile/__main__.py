@@ -35,14 +35,13 @@ QUICK = "sm_90 128 bfloat16"
 def triton_compile(
     quick: Annotated[bool, opt.option(f"Only {QUICK}, and no CSV.", "--quick")] = False,
     packed: Annotated[
-        bool,
-        opt.option("Products and lookups with packed weights, not attention.", "--packed"),
+        bool, opt.option("Products and lookups with packed weights, not attention.", "--packed")
     ] = False,
     match: Annotated[
         str,
         opt.option(
-            "Only cases whose name has this regular expression: 'sm_90 64 .* softpick decode$', "
-            "or with --packed 'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup)."
+            "Only cases whose name has this regular expression: 'sm_90 64 .* softpick "
+            "decode$', or with --packed 'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup)."
         ),
     ] = "",
     csv: Annotated[
@@ -62,11 +61,9 @@ def triton_compile(
     a program). Limits: 24 bytes of spills, the shared memory that the chip has, and 1.1 times
     vLLM's registers at the same tile. A kernel that exceeds one, or does not compile, is marked,
     and the exit code is 1.
-
-    Rows are added to the CSV one call at a time. What it has already of this commit and Triton is
-    not compiled again.
-    """
+    """  # fmt: skip
     path = csv or RESULTS / f"triton_compile{'_packed' * packed}.csv"
+    save = results.checked(path, no_save or quick)
     about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit()}
     about |= {name: machine.package(name) for name in ("triton", "vllm")}
     with tempfile.TemporaryDirectory(prefix="attnserve-triton-") as cache:
@@ -88,8 +85,9 @@ def triton_compile(
         compile_one: Callable[[DryCompiler, Case], list[Pair]] = calls.compile_packed
         if not packed:
             compile_one = functools.partial(calls.compile_attention, peer=calls.Vllm())
-        save = None if quick or no_save else path
-        rows = compile_all(DryCompiler(Path(cache)), todo, compile_one, about, save)
+        rows = compile_all(DryCompiler(Path(cache)), todo, compile_one)
+    if save is not None:
+        results.append_csv(save, about, rows)
     wrong = [row for row in rows if row["error"] or row["violation"]]
     counts = {"kernels": len(rows), "wrong": len(wrong)}
     results.report({**about, **counts}, rows, results.table(rows), csv=None, as_json=as_json)
@@ -100,29 +98,18 @@ def compile_all(
     compiler: DryCompiler,
     todo: Sequence[Case],
     compile_one: Callable[[DryCompiler, Case], list[Pair]],
-    about: dict[str, str],
-    csv: Path | None,
 ) -> list[results.Row]:
-    """Return the rows of all cases: those that the CSV has, and those that are added to it."""
+    """Return the rows of all cases."""
     from tqdm import tqdm
 
     rows: list[results.Row] = []
-    resumed = csv is not None and csv.exists() and not about["commit"].endswith("-dirty")
     progress = tqdm(todo, unit="call", disable=None)
     for case in progress:
         progress.set_postfix_str(" ".join(map(str, case.values())))
-        if csv is not None and resumed:
-            kept = results.rows_with(csv, {**about, **case}).drop(columns=list(about))
-            if len(kept):
-                rows += kept.to_dict("records")
-                continue
         try:
-            found = [row_of(case, *pair) for pair in compile_one(compiler, case)]
+            rows += [row_of(case, *pair) for pair in compile_one(compiler, case)]
         except Exception as error:  # a compiler raises all kinds; the other cases go on
-            found = [row_of(case) | {"error": reason(error)}]
-        if csv is not None:
-            results.append_csv(csv, about, found)
-        rows += found
+            rows.append(row_of(case) | {"error": reason(error)})
     return rows
 
 

@@ -166,13 +166,8 @@ class Vllm:
         self.kernel: Any = module.kernel_unified_attention
 
     def compile(self, compiler: DryCompiler, case: Case, ours: Compiled) -> Compiled:
-        """Compile what vLLM launches for the case's batch, softmax whatever the variant.
-
-        Args:
-            compiler: of the process.
-            case: not one that writes the cache.
-            ours: whose tile, warps and stages vLLM's kernel gets.
-        """
+        """Compile what vLLM launches for the batch of a case that does not write the cache: softmax
+        whatever the variant, with the tile, warps and stages of our kernel."""
         dtype, _ = types_of(case)
         batch, dim = batch_of(case["phase"]), case["head_dim"]
         tokens = int(batch.query_start_loc[-1])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -34,12 +35,9 @@ AMD_USAGE = re.compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel that was compiled.
+    """A kernel that was compiled, with its compile-time arguments and what it needs.
 
     Attributes:
-        name: of its function.
-        constants: its compile-time arguments.
-        num_warps, num_stages: as launched.
         registers: of a thread, 32 bits each: at most 255 (NVIDIA), 512 (AMD: VGPRs and AGPRs).
         spills: bytes of memory a thread has for what its registers do not hold.
         shared: bytes of shared memory (AMD: LDS) of a program.
@@ -54,46 +52,10 @@ class Compiled:
     shared: int
 
 
-class DryDriver:
-    """What Triton asks of a driver and of its library.
-
-    Each architecture is a device of its own, because Triton keeps what it compiled by device.
-    """
-
-    def __init__(self) -> None:
-        self.utils = self
-        self.device = 0
-
-    def get_current_target(self) -> GPUTarget:
-        """Return the GPU that is compiled for."""
-        return list(TARGETS.values())[self.device]
-
-    def get_current_device(self) -> int:
-        """Return its number."""
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        """Return any stream."""
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return those of any device; limits are checked later."""
-        return {"max_shared_mem": 2**31, "multiprocessor_count": 1, "warpSize": 32}
-
-    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        """Return module, function, registers, spills, most threads: Triton uses the last."""
-        return 1, 1, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        """Do nothing: there is none."""
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return what launches a kernel: nothing."""
-        return lambda *_: None
-
-
 class DryCompiler:
     """Installs the driver and catches what Triton compiles.
+
+    Each architecture is a device of its own, because Triton keeps what it compiled by device.
 
     Args:
         cache: Triton's cache folder (TRITON_CACHE_DIR), emptied after each use: a kernel's
@@ -102,15 +64,29 @@ class DryCompiler:
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
-        self.driver = DryDriver()
+        self.device = 0
         self.found: list[Compiled] = []
-        triton.runtime.driver.set_active(self.driver)
+        # Limits are checked later.
+        properties = {"max_shared_mem": 2**31, "multiprocessor_count": 1, "warpSize": 32}
+        driver = SimpleNamespace(
+            get_current_target=lambda: list(TARGETS.values())[self.device],
+            get_current_device=lambda: self.device,
+            get_current_stream=lambda device: 0,
+            launcher_cls=lambda source, metadata: lambda *_: None,
+            utils=SimpleNamespace(
+                get_device_properties=lambda device: properties,
+                # Module, function, registers, spills, most threads: Triton uses the last.
+                load_binary=lambda *_: (1, 1, 0, 0, 1024),
+                unload_module=lambda module: None,
+            ),
+        )
+        triton.runtime.driver.set_active(driver)
         triton.knobs.runtime.jit_post_compile_hook = self._compiled
 
     @contextmanager
     def target(self, arch: str) -> Iterator[list[Compiled]]:
         """Compile for `arch` inside; the list gets what is launched."""
-        self.driver.device = list(TARGETS).index(arch)
+        self.device = list(TARGETS).index(arch)
         self.found = []
         try:
             yield self.found
@@ -118,8 +94,7 @@ class DryCompiler:
             shutil.rmtree(self.cache, ignore_errors=True)
 
     def _compiled(self, *, key: str, fn: Any, compile: Any, **_: Any) -> None:
-        """Note what was compiled; called by Triton after each compilation."""
-        kernel = fn.jit_function.device_caches[self.driver.device][0].pop(key)
+        kernel = fn.jit_function.device_caches[self.device][0].pop(key)
         usage = of_cubin if "cubin" in kernel.asm else of_amdgcn
         names = fn.jit_function.arg_names
         constants: dict[str, Any] = {}

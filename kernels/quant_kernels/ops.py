@@ -117,27 +117,23 @@ def _call(weight: Panels, given: Tensor, out: Tensor, stride: int, count: int) -
     )
 
 
-def _multiply_op(x: Tensor, *weight: Any) -> Tensor:
-    return _multiply(x, Panels(*weight))
+def _register(name: str, arguments: str, run: Any, shape: Any) -> None:
+    """Define an operator: `run` computes it, `shape` returns an empty result."""
+    LIBRARY.define(f"{name}({arguments}, {WEIGHT}) -> Tensor")
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"attnserve::{name}", shape, lib=LIBRARY)
 
 
-def _gather_op(ids: Tensor, dtype: torch.dtype, *weight: Any) -> Tensor:
-    return _gather(ids, Panels(*weight), dtype)
-
-
-def _multiply_shape(x: Tensor, *weight: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Panels(*weight).outputs)
-
-
-def _gather_shape(ids: Tensor, dtype: torch.dtype, *weight: Any) -> Tensor:
-    return ids.new_empty(*ids.shape, Panels(*weight).inputs, dtype=dtype)
-
-
-for _name, _arguments, _run, _shape in (
-    ("packed_multiply", "Tensor x", _multiply_op, _multiply_shape),
-    ("packed_gather", "Tensor ids, ScalarType dtype", _gather_op, _gather_shape),
-):
-    LIBRARY.define(f"{_name}({_arguments}, {WEIGHT}) -> Tensor")
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _run, _device)
-    torch.library.register_fake(f"attnserve::{_name}", _shape, lib=LIBRARY)
+_register(
+    "packed_multiply",
+    "Tensor x",
+    lambda x, *weight: _multiply(x, Panels(*weight)),
+    lambda x, *weight: x.new_empty(*x.shape[:-1], Panels(*weight).outputs),
+)
+_register(
+    "packed_gather",
+    "Tensor ids, ScalarType dtype",
+    lambda ids, dtype, *weight: _gather(ids, Panels(*weight), dtype),
+    lambda ids, dtype, *weight: ids.new_empty(*ids.shape, Panels(*weight).inputs, dtype=dtype),
+)

@@ -119,9 +119,6 @@ def attention_forward(
                     f"{type(module).__name__} does not hold: pass use_cache=False, or use a "
                     "checkpoint of VariantLlamaForCausalLM"
                 )
-            own_key = torch.arange(q.shape[-2], device=q.device)
-            history = selecting_head(q, k, attention_mask, own_key)
-            penalty = selection_penalty(variant, *history, own_key, scaling)
         output, weights = attend(
             variant,
             q,

@@ -165,14 +165,14 @@ class VariantImpl(AttentionImpl[Batch]):
             raise StartupError("an attnserve backend was made without --attention-backend")
         declared = variant_from_config(vllm_config.model_config.hf_config)
         self.variant: Variant = declared or get_variant(name)
-        self.prepare_kernels()
+        capped = self.prepare_kernels()
         unsupported = {
             **{
                 f"`{argument}`": asks_for_something(argument, value)
                 for argument, value in others.items()
             },
             "ALiBi": alibi_slopes is not None,
-            "a soft cap on the scores": bool(logits_soft_cap) and not self.takes_soft_cap(),
+            "a soft cap on the scores": bool(logits_soft_cap) and not capped,
             "KV sharing between layers": kv_sharing_target_layer_name is not None
             and self.variant.stateful,
         }
@@ -195,27 +195,22 @@ class VariantImpl(AttentionImpl[Batch]):
         self.layer: Layer | PrunedLayer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
 
-    def takes_soft_cap(self) -> bool:
-        """Return whether the kernels cap scores: only those for GPUs do."""
-        if not current_platform.is_cuda_alike():
-            return False
-        from attn_kernels import triton
-
-        return triton.takes_soft_cap(self.variant)
-
-    def prepare_kernels(self) -> None:
+    def prepare_kernels(self) -> bool:
         """Find or build them now rather than in the first request.
+
+        Returns:
+            Whether they cap scores: only those for GPUs do.
 
         Raises:
             StartupError: there are none for this device.
         """
         if not current_platform.is_cuda_alike():
             cpu.load(self.variant)
-            return
+            return False
         from attn_kernels import triton
 
         try:
-            triton.functions(self.variant)
+            return triton.takes_soft_cap(self.variant)
         except ValueError as error:
             raise StartupError(f"{error}: serve it on a CPU") from None
 
@@ -288,14 +283,9 @@ class VariantImpl(AttentionImpl[Batch]):
 
 
 @functools.cache
-def backend_class(variant_name: str) -> type[VariantBackend]:
-    """Return the backend class of a variant."""
-    members = {"variant_name": variant_name, "__module__": __name__}
-    return type(variant_name, (VariantBackend,), members)
-
-
 def __getattr__(name: str) -> type[VariantBackend]:
-    """Return the backend class that `names.register_all` has told vLLM to find here."""
-    if name in variant_names():
-        return backend_class(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Return the backend class of a variant, which `names.register_all` has told vLLM to find
+    here."""
+    if name not in variant_names():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (VariantBackend,), {"variant_name": name, "__module__": __name__})

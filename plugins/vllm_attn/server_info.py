@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from prometheus_client import REGISTRY, Gauge
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -65,6 +64,8 @@ def server_info(vllm_config: VllmConfig) -> dict[str, str]:
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
     variant = names.variant_of(vllm_config.attention_config.backend)
     declared = variant_from_config(model_config.hf_config) if variant else None
+    dtype = cache_config.cache_dtype
+    dtype = model_config.dtype if dtype == "auto" else dtype
     quantization = vllm_config.quant_config
     weights, embeddings = widths(quantization, str(8 * model_config.dtype.itemsize))
     return {
@@ -74,7 +75,7 @@ def server_info(vllm_config: VllmConfig) -> dict[str, str]:
         "weight_bits": weights,
         "embedding_bits": embeddings,
         "weight_method": "none" if quantization is None else str(quantization.get_name()),
-        "kv_cache_dtype": dtype_name(cache_config.cache_dtype, model_config.dtype),
+        "kv_cache_dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -101,11 +102,6 @@ def widths(quantization: Any, unquantized: str) -> tuple[str, str]:
     if bits is None and (found := re.search(r"(?:fp|int)(\d+)", quantization.get_name())):
         bits = found[1]  # fp8, mxfp4, experts_int8
     return "" if bits is None else str(bits), unquantized
-
-
-def dtype_name(cache_dtype: str, dtype: torch.dtype) -> str:
-    """Return the KV cache's dtype, which is the model's unless `--kv-cache-dtype` says another."""
-    return str(dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
 
 
 def joined(numbers: Any) -> str:

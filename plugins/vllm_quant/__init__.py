@@ -8,15 +8,30 @@ what vLLM has no kernel for. Other formats, and other devices, stay vLLM's.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 
 @functools.cache
 def register() -> None:
     """Entry point `vllm.general_plugins`, for vLLM on CPUs and GPUs. Idempotent."""
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.platforms import current_platform
 
-    from vllm_quant.lazy import LazyConfig
+    class LazyConfig(QuantizationConfig):
+        """Stands for `PackedConfig`, whose imports take seconds in each of vLLM's processes, until
+        a checkpoint has one. Never an instance: what vLLM asks of those stays abstract."""
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+            from vllm_quant.config import PackedConfig
+
+            made: QuantizationConfig = PackedConfig.from_config(config)
+            return made
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
 
     if current_platform.is_cpu() or current_platform.is_cuda_alike():
         register_quantization_config("compressed-tensors")(LazyConfig)

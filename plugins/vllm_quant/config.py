@@ -21,9 +21,8 @@ from quant_kernels.panels import CHUNK
 from vllm_attn.patches import check_every_load
 from vllm_attn.report import StartupError
 from vllm_quant import device
-from vllm_quant.embedding import PackedEmbeddingMethod
 from vllm_quant.layer import Format
-from vllm_quant.linear import PackedScheme
+from vllm_quant.methods import PackedEmbeddingMethod, PackedScheme
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -22,22 +22,15 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Explanation:
-    """How the cost of quantizing something goes with a statistic of outliers, over checkpoints.
+    """How the cost of quantizing something goes with a statistic of outliers, over checkpoints."""
 
-    Args:
-        target: what is quantized.
-        statistic: mean of the linear layers.
-        correlation: Spearman's, of the statistic and the checkpoints' mean rank of divergence over
-            all settings and bits.
-        chance: the share of all orders of the checkpoints whose correlation is as high.
-        checkpoints: number of them.
-    """
-
-    target: str
-    statistic: str
+    target: str  # what is quantized
+    statistic: str  # mean of the linear layers
+    # Spearman's, of the statistic and the checkpoints' mean rank of divergence over all
+    # settings and bits.
     correlation: float
-    chance: float
-    checkpoints: int
+    chance: float  # the share of all orders of the checkpoints whose correlation is as high
+    checkpoints: int  # number of them
 
     @property
     def verdict(self) -> str:
@@ -45,14 +38,6 @@ class Explanation:
         if self.checkpoints < FEWEST:
             return f"cannot be told with fewer than {FEWEST} checkpoints"
         return "explains it" if self.chance < LEVEL else "does not explain it"
-
-    def __str__(self) -> str:
-        """Return the explanation as a sentence."""
-        return (
-            f"{self.target}: {self.statistic} (mean of the layers) has rank correlation "
-            f"{self.correlation:+.2f} with the cost over {self.checkpoints} checkpoints, chance "
-            f"{self.chance:.3f}: {self.verdict}."
-        )
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:

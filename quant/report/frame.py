@@ -120,12 +120,8 @@ def shown(estimate: Estimate | None, digits: int | None = None, factor: float = 
 
 
 def lines(results: Sequence[SweepResult], sets: bool) -> list[list[str]]:
-    """Return the main figures as text: a heading, and a line a config.
-
-    Args:
-        results: of configs.
-        sets: show the figures of the evaluation sets too.
-    """
+    """Return the main figures as text: a heading, and a line a config; with those of the
+    evaluation sets if asked for."""
     columns = {name: how for name, how in COLUMNS.items() if sets or name not in OF_SETS}
     rows = [[*HEAD, *(heading for heading, _, _ in columns.values())]]
     for result in results:

@@ -17,20 +17,15 @@ from quant.store import SweepResult
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of the paper: softmax, then softpick.
+    """A row of the paper: softmax, then softpick."""
 
-    Args:
-        name: the paper's.
-        scheme, bits: what it is here, if there is such a scheme; None for the unquantized model.
-        wikitext: perplexity per word.
-        lambada: accuracy in %; None where the table at hand has none.
-    """
-
-    name: str
+    name: str  # the paper's
+    # scheme, bits: what it is here, if there is such a scheme; None for the unquantized
+    # model.
     scheme: str | None
     bits: int | None
-    wikitext: tuple[float, float]
-    lambada: tuple[float, float] | None
+    wikitext: tuple[float, float]  # perplexity per word
+    lambada: tuple[float, float] | None  # accuracy in %; None where the table at hand has none
 
     @property
     def advantage(self) -> float:

@@ -30,16 +30,8 @@ has all."""
 
 
 def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
-    """Draw the plots and return the section; a line that says so if there are no results.
-
-    Args:
-        folder: of results (`quant.store`).
-        figures: folder for the PNG files.
-        plot_folder: the same, as seen from the document.
-
-    Raises:
-        UserError: a file of results is none.
-    """
+    """Draw the plots into `figures`, which is `plot_folder` as seen from the document, and
+    return the section; a line that says so if there are no results."""
     if not any(folder.glob("configs/*/*.json")):
         return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."
     results = store.read_all(folder)
@@ -50,13 +42,7 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
 def section(
     results: Sequence[SweepResult], plots: Sequence[str] = (), plot_folder: str = ""
 ) -> str:
-    """Return the section as Markdown.
-
-    Args:
-        results: what `quant.store.read_all` gives.
-        plots: names of the PNG files that were drawn.
-        plot_folder: where they lie, as seen from the document.
-    """
+    """Return the section as Markdown, with plots of these names."""
     unquantized = [result for result in results if result.config == UNQUANTIZED]
     statistics, explanations = explain.statistics(unquantized), explain.explanations(results)
     values = np.array(list(statistics.values())).T

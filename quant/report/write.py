@@ -18,11 +18,7 @@ from quant.texts import explained
 
 def write(folder: Path) -> dict[str, str]:
     """Write `configs.csv`, `configs.json`, `configs.parquet`, `plots/*.png` and `report.html` into
-    the folder of results; return their paths by kind.
-
-    Raises:
-        UserError: there are no results, or a file is none.
-    """
+    the folder of results; return their paths by kind."""
     results = store.read_all(folder)
     rows = frame(results)
     plots = draw(results, folder / "plots")

@@ -21,15 +21,10 @@ P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
 
 
 def hqq(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
-    """Quantize float32 `[rows, columns]`.
+    """Quantize float32 `[rows, columns]`; the spec is not symmetric.
 
-    Each group keeps the best zero point that it has met, that of round-to-nearest included, so it
-    is never worse in its objective.
-
-    Args:
-        weight: the matrix.
-        spec: not symmetric: the zero points are what is optimised.
-    """
+    Each group keeps the best zero point that it has met, that of round-to-nearest included, so
+    it is never worse in its objective."""
     start = rtn(weight, spec)
     assert start.zeros is not None
     values = spec.grouped(weight) / start.scales.float()[..., None]

@@ -44,43 +44,25 @@ def wants_of_quanto(spec: QuantSpec) -> str | None:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to choose quantized values, scales and zero points.
+    """A way to choose quantized values, scales and zero points."""
 
-    Args:
-        name: on the command line and in results.
-        title: one line for people.
-        function: `module:name` of `(weight, spec)`, or of `(weight, spec, hessian, act_order)` if
-            calibrated.
-        calibrated: it needs the Hessian of the layer's inputs.
-        symmetric: it has a symmetric form.
-        short_groups: it takes groups that do not divide the columns.
-        bits: those that it can do.
-        wants: returns why it cannot do a spec and what to do, or None.
-        library: the import package that it needs.
-        requirement: what pip calls it, with the version that it was tried with.
-    """
-
-    name: str
-    title: str
+    name: str  # on the command line and in results
+    title: str  # one line for people
+    # `module:name` of `(weight, spec)`, or of `(weight, spec, hessian, act_order)` if
+    # calibrated.
     function: str
-    calibrated: bool = False
-    symmetric: bool = True
-    short_groups: bool = True
-    bits: Sequence[int] = range(2, 9)
+    calibrated: bool = False  # it needs the Hessian of the layer's inputs
+    symmetric: bool = True  # it has a symmetric form
+    short_groups: bool = True  # it takes groups that do not divide the columns
+    bits: Sequence[int] = range(2, 9)  # those that it can do
+    # Returns why it cannot do a spec and what to do, or None.
     wants: Callable[[QuantSpec], str | None] | None = None
-    library: str | None = None
-    requirement: str | None = None
+    library: str | None = None  # the import package that it needs
+    requirement: str | None = None  # what pip calls it, with the version that it was tried with
 
     def check(self, spec: QuantSpec, columns: set[int]) -> None:
-        """Check before any work that a scheme can do what is asked.
-
-        Args:
-            spec: what is asked for.
-            columns: of all matrices.
-
-        Raises:
-            UserError: the scheme cannot do this, or its library is missing.
-        """
+        """Check before any work that a scheme can do what is asked of matrices with these
+        columns."""
         if spec.bits not in self.bits:
             possible = ", ".join(map(str, self.bits))
             raise UserError(f"scheme {self.name} cannot do {spec.bits} bits: it has {possible}")
@@ -171,11 +153,7 @@ SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
 
 
 def get_scheme(name: str) -> Scheme:
-    """Return a scheme by name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return a scheme by name."""
     if name not in SCHEMES:
         raise UserError(f"unknown scheme {name!r}: use one of {', '.join(SCHEMES)}")
     return SCHEMES[name]

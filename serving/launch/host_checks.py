@@ -62,14 +62,15 @@ def problem(name: str, found: str, fix: str) -> Check:
     return Check(name, "problem", found, fix)
 
 
+def enough(is_enough: bool, name: str, found: str, fix: str) -> Check:
+    """Return a check of how much there is."""
+    return ok(name, found) if is_enough else warning(name, found, fix)
+
+
 def before_install(venv: Path, python: str, ports: Mapping[str, int]) -> Iterator[Check]:
     """Yield the checks of a machine on which `make install` has not ended well yet.
 
-    Args:
-        venv: the environment that it makes.
-        python: what it makes that with.
-        ports: number by variable.
-    """
+    The environment that it makes is `venv`, by means of `python`; ports are by variable."""
     yield check_environment(venv)
     yield check_installer(python)
     yield check_processor()
@@ -173,7 +174,7 @@ def check_libnuma() -> Check:
 def check_memory() -> Iterator[Check]:
     """Check cores and memory that this process may use, by the kernel and its cgroup."""
     cores = len(os.sched_getaffinity(0))
-    yield Check("cores", "ok" if cores > 1 else "warning", str(cores), "" if cores > 1 else "use 2")
+    yield enough(cores > 1, "cores", str(cores), "use 2")
     lines = Path("/proc/meminfo").read_text().splitlines()
     fields = dict(line.split(":") for line in lines)
     free = int(fields["MemAvailable"].split()[0]) * 1024 / GIB
@@ -182,19 +183,14 @@ def check_memory() -> Iterator[Check]:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         free = min(free, (int(text) - used) / GIB)
     fix = f"free some, or give the container more: a small model needs {ENOUGH_GIB:.0f} GiB"
-    enough = free >= ENOUGH_GIB
-    yield Check(
-        "memory", "ok" if enough else "warning", f"{free:.1f} GiB free", "" if enough else fix
-    )
+    yield enough(free >= ENOUGH_GIB, "memory", f"{free:.1f} GiB free", fix)
 
 
 def check_disk(folder: Path) -> Check:
     """Check the room for an install."""
     free = shutil.disk_usage(folder).free / GIB
-    found = f"{free:.1f} GiB free"
-    if free < INSTALL_GIB:
-        return warning("disk", found, f"an install takes up to {INSTALL_GIB:.0f} GiB")
-    return ok("disk", found)
+    fix = f"an install takes up to {INSTALL_GIB:.0f} GiB"
+    return enough(free >= INSTALL_GIB, "disk", f"{free:.1f} GiB free", fix)
 
 
 def check_ports(ports: Mapping[str, int]) -> Iterator[Check]:

@@ -74,11 +74,7 @@ def serve(
 
 
 def checkpoint_folder(named: Path | None) -> Path:
-    """Return the checkpoint to serve: the one named (`~` may be quoted), else the bundled one.
-
-    Raises:
-        UserError: it is none (nothing is downloaded), or there is no bundled one.
-    """
+    """Return the checkpoint to serve: the one named (`~` may be quoted), else the bundled one."""
     if named is not None:
         folder = expanded(named)
         if not (folder / "config.json").is_file():
@@ -93,11 +89,7 @@ def checkpoint_folder(named: Path | None) -> Path:
 
 
 def vllm_command(ckpt: Path, backend: str, port: int, arguments: Sequence[str]) -> list[str]:
-    """Return the command line of `vllm serve`; what the user adds comes last and wins.
-
-    Raises:
-        LaunchError: vLLM is not installed.
-    """
+    """Return the command line of `vllm serve`; what the user adds comes last and wins."""
     try:
         on_cpu = "cpu" in version("vllm")
     except PackageNotFoundError:
@@ -115,11 +107,7 @@ def vllm_command(ckpt: Path, backend: str, port: int, arguments: Sequence[str]) 
 
 
 async def run_until_signal(vllm: Service, gateway: Service, arguments: Sequence[str]) -> None:
-    """Run both until a signal comes or one of them fails; leave nothing running.
-
-    Raises:
-        LaunchError: which one ended, and why.
-    """
+    """Run both until a signal comes or one of them fails; leave nothing running."""
     with contextlib.closing(Progress()) as progress:
         running = asyncio.ensure_future(run(vllm, gateway, arguments, progress))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -24,9 +24,12 @@ CONNECTION_HEADERS = frozenset(
     b"te trailer transfer-encoding upgrade".split()
 )
 NOT_SENT_UP = CONNECTION_HEADERS.union(
-    b"host expect accept-encoding content-type cookie x-request-id".split()
+    b"host expect accept-encoding content-type cookie origin x-request-id".split()
 )
-NOT_SENT_DOWN = CONNECTION_HEADERS.union(b"date server set-cookie x-request-id".split())
+NOT_SENT_DOWN = CONNECTION_HEADERS.union(
+    b"date server set-cookie x-request-id access-control-allow-origin "
+    b"access-control-allow-credentials access-control-expose-headers".split()
+)
 
 NO_BUFFERING = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 

@@ -18,14 +18,13 @@ from benchmarks.gateway.__main__ import (
 )
 from serving.launch.process import Service
 from tests.conftest import Commands
-from tests.servers import free_port
 
 
 def test_small_run(tmp_path: Path, commands: Commands) -> None:
     csv = tmp_path / "gateway.csv"
     csv.write_text("gateway,kept\nold,1.50\n")
     sizes = ["--requests=8", "--rounds=1", "--concurrency=2", "--tokens=4", "--pause-ms=1"]
-    files = [f"--csv={csv}", f"--log-folder={tmp_path}", f"--port={free_port()}"]
+    files = [f"--csv={csv}", f"--log-folder={tmp_path}"]
     found = json.loads(commands.run(gateway, "--gateways", OURS, ROUTER, *sizes, *files, "--json"))
     rows = {row["gateway"]: row for row in found["rows"]}
     assert set(rows) == {DIRECT, OURS, ROUTER}

@@ -92,11 +92,9 @@ def broken_kernel(x):
 compiler = DryCompiler(folder / "cache")
 # A thread of 2048 / 32 sums, with at most 32 registers; of 8192 / 64, with 8 waves to share 512.
 few = {"sm_80": {"maxnreg": 32}, "gfx942": {"waves_per_eu": 8}}
-launched = []
 
 
 def launch(compiler, case):
-    launched.append(case)
     with compiler.target(case["arch"]) as found:
         if case["label"] == "broken":
             broken_kernel[(1,)](torch.empty(1))
@@ -108,45 +106,33 @@ def launch(compiler, case):
 sizes = (("sm_80", 2048), ("gfx942", 8192))
 todo = [{"arch": arch, "size": size, "label": k} for arch, size in sizes for k in ("all", "few")]
 todo.append({"arch": "sm_80", "size": 64, "label": "broken"})
-about = {"commit": "abc", "triton": triton.__version__}
-rows = compile_all(compiler, todo, launch, about, folder / "rows.csv")
-first = len(launched)
-compile_all(compiler, todo, launch, about, folder / "rows.csv")
-other = about | {"commit": "abc-dirty"}
-again = len(launched)
-compile_all(compiler, todo[:1], launch, other, folder / "rows.csv")
-print(json.dumps({"rows": rows, "launched": [first, again, len(launched)]}))
+print(json.dumps(compile_all(compiler, todo, launch)))
 '''
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what SCRIPT prints."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
-    result: dict[str, Any] = json.loads(python(folder / "script.py", folder).splitlines()[-1])
+    result: list[dict[str, Any]] = json.loads(python(folder / "script.py", folder).splitlines()[-1])
     return result
 
 
 @pytest.mark.parametrize(("arch", "sums"), [("sm_80", 64), ("gfx942", 128)])
-def test_spills_are_seen(found: dict[str, Any], arch: str, sums: int) -> None:
+def test_spills_are_seen(rows: list[dict[str, Any]], arch: str, sums: int) -> None:
     """Of a loop whose sums fit the registers, and of the same with too few registers."""
-    enough, few = (row for row in found["rows"] if row["arch"] == arch and row["size"] > 64)
+    enough, few = (row for row in rows if row["arch"] == arch and row["size"] > 64)
     assert enough["spills"] == 0 and enough["violation"] == ""
     assert enough["registers"] >= sums
     assert few["registers"] <= 64 < few["spills"]
     assert few["violation"] == f"spills {few['spills']} B"
 
 
-def test_a_kernel_that_does_not_compile_is_one_row(found: dict[str, Any]) -> None:
-    row = found["rows"][-1]
+def test_a_kernel_that_does_not_compile_is_one_row(rows: list[dict[str, Any]]) -> None:
+    row = rows[-1]
     assert "missing_name" in row["error"]
     assert row["registers"] is None
-
-
-def test_what_the_csv_has_is_not_compiled_again(found: dict[str, Any]) -> None:
-    """A commit with other changes says nothing about what is compiled."""
-    assert found["launched"] == [5, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,9 @@ def test_divergence_is_that_of_the_definition(softpick: Path, data: Data, tmp_pa
     itself = KLComparison(tmp_path / "record")
     perplexity.run(checkpoint, data, WatchedScorer(model, itself))
     for text in ("validation", "test", "wikitext2"):
-        assert 0 <= itself.summary()[f"{text} KL"].value < 1e-5
-        assert itself.summary()[f"{text} top-1"].value == 1
-        assert itself.summary()[f"{text} p change, RMS"].value < 1e-4
+        assert 0 <= itself.finish()[0][f"{text} KL"].value < 1e-5
+        assert itself.finish()[0][f"{text} top-1"].value == 1
+        assert itself.finish()[0][f"{text} p change, RMS"].value < 1e-4
 
     other = load(softpick)
     quantize(other, get_scheme("rtn"), QuantSpec(2), torch.empty(0))
@@ -119,7 +119,7 @@ def test_divergence_is_that_of_the_definition(softpick: Path, data: Data, tmp_pa
     spread = found.finish()[1]["p change over tokens"]["test"]
     assert spread["median"] == pytest.approx(np.median(everything), abs=1e-5)
     assert spread["1 %"] <= spread["5 %"] <= spread["95 %"] <= spread["99 %"]
-    rms = found.summary()["test p change, RMS"].value
+    rms = found.finish()[0]["test p change, RMS"].value
     assert rms == pytest.approx(np.sqrt((everything**2).mean()), rel=0.01)
 
 

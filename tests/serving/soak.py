@@ -48,8 +48,9 @@ async def stream(url: str, name: str, tokens: int, run: SoakRun) -> None:
     reader, writer = await asyncio.open_connection(host, int(port))
     run.open += 1
     try:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
-        writer.write(head + b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        head += b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+        writer.write(head % (len(body), body))
         status = await reader.readline()
         if b" 200 " not in status:
             run.wrong.append(f"{name}: {status!r}")

@@ -41,6 +41,7 @@ class StandIn:
         self.runs: dict[str, str] = {}  # what it says that it runs, as our vLLM plugin does
         self.probabilities = (0.5, 0.25, 0.125)  # of a token that is read, and of the ids after it
         self.text = ""  # of an answer that is not streamed; else numbers
+        self.headers: list[tuple[bytes, bytes]] = []  # of answers, beside their own
         self.vocabulary = "t"  # the text of a token, before its id
         self.waiting = 0
         self.running = self.started = self.finished = self.aborted = 0
@@ -141,7 +142,8 @@ class StandIn:
             if "prompt_logprobs" in body:
                 choice["prompt_logprobs"] = self._logprobs(body["prompt"])
             whole = {"id": "x", "choices": [choice], "usage": usage}
-            await reply(send, 200, json.dumps(whole, separators=(",", ":")).encode())
+            content = json.dumps(whole, separators=(",", ":")).encode()
+            await reply(send, 200, content, *self.headers)
         else:
             await self._stream(scope, body, tokens, usage, send)
 
@@ -176,7 +178,7 @@ class StandIn:
     async def _stream(
         self, scope: Any, body: dict[str, Any], tokens: int, usage: dict[str, int], send: Any
     ) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *self.headers]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
         async def event(data: str) -> None:
@@ -201,9 +203,10 @@ class StandIn:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def reply(send: Any, status: int, body: bytes) -> None:
+async def reply(send: Any, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
     """Send an answer in one piece."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    length = b"%d" % len(body)
+    headers = [(b"content-type", b"application/json"), (b"content-length", length), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

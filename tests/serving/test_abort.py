@@ -104,7 +104,8 @@ def test_while_it_waits_for_room() -> None:
 def raw(prompt: str) -> bytes:
     """Return a request as it goes over the wire."""
     body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 2}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n"
+    head += b"content-type: application/json\r\n\r\n"
     return head % len(body) + body
 
 

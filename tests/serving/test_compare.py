@@ -263,7 +263,28 @@ def test_keys_and_tokens() -> None:
         assert gateway.metric(route) == 1
         account = gateway.state.keys.account(bearer["authorization"].encode())
         assert account is not None and account.in_flight == 0
-        assert 1000 - used <= account.tokens.level <= 1000 - used + 50  # it refills meanwhile
+        assert 1000 - used <= account.buckets[1].level <= 1000 - used + 50  # it refills meanwhile
+
+
+def test_cost() -> None:
+    """At most that of all tokens at the highest price is reserved; settled by each model's own."""
+    key = new_key()
+    keys = [{"name": "k", "sha256": digest(key), "cost_per_day": 1.0}]
+    bearer = {"authorization": f"Bearer {key}"}
+    with standin("a") as a, standin("b") as b:
+        prices = {"a": (1000, 10_000), "b": (0, 5000)}
+        models = [
+            {"name": s.models[0], "replicas": [s.url], "prompt_price": p, "completion_price": c}
+            for s, (p, c) in ((s, prices[s.models[0]]) for s in (a, b))
+        ]
+        with running(models=models, keys=keys) as gateway:
+            assert compare(gateway, headers=bearer, max_tokens=60).status == 429
+            assert not a.seen
+            assert compare(gateway, headers=bearer).status == 200
+            account = gateway.state.keys.account(bearer["authorization"].encode())
+            assert account is not None
+            used = 14 * 0.001 + 4 * 0.01 + 4 * 0.005
+            assert 1 - account.buckets[3].level == pytest.approx(used, abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "write", "read"])

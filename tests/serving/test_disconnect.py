@@ -105,6 +105,7 @@ def test_not_streaming(gateway: Server, upstream: Server, time_of_day: int) -> N
 def test_while_it_sends_its_body(gateway: Server) -> None:
     before = disconnects(gateway)
     with socket.create_connection(("127.0.0.1", urlsplit(gateway.url).port or 0)) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+        client.sendall(head + b"Content-Type: application/json\r\n\r\n{")
         time.sleep(0.2)
     wait_for_value(lambda: disconnects(gateway), before + 1, "it is counted", PATIENCE)

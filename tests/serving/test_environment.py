@@ -37,7 +37,8 @@ def test_nonsense_is_refused_in_one_line(variable: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_environment({variable: value})
     line = str(caught.value)
-    assert line.startswith(f"{variable}={value!r}: ")
+    shown = f"={value}" if value in ("0", "65536", "-1") else ""  # anything else may be secret
+    assert line.startswith(f"{variable}{shown}: ")
     assert "\n" not in line
 
 
@@ -78,7 +79,7 @@ def test_command_refuses_nonsense() -> None:
     result = run_gateway(GATEWAY_PORT="http")
     assert result.returncode != 0
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("attnserve-gateway: GATEWAY_PORT='http': ")
+    assert result.stderr.startswith("attnserve-gateway: GATEWAY_PORT: ")
 
 
 def test_help_names_every_variable_with_its_default() -> None:

@@ -1,5 +1,7 @@
 """Keys and what they may use: hashes only, limits per key, rotation, nothing secret in logs."""
 
+import asyncio
+import http.client
 import json
 import logging
 import math
@@ -9,15 +11,24 @@ import pytest
 
 from serving.auth import digest, new_key
 from serving.config import KeyEntry
-from serving.rate_limit import Account, Bucket
-from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
+from serving.rate_limit import Account, Bucket, duration
+from tests.serving.helpers import (
+    HttpAnswer,
+    Running,
+    ask,
+    error_of,
+    leave,
+    metric,
+    open_request,
+    running,
+)
 from tests.serving.standin import standin, wait_for
 
 BODY = {"model": "m", "prompt": "x" * 40, "max_tokens": 10}  # 10 + 10 tokens by the guess
 ALICE, BOB = new_key(), new_key()
 
 
-def entry(key: str, name: str, **limits: int) -> dict[str, Any]:
+def entry(key: str, name: str, **limits: float) -> dict[str, Any]:
     return {"name": name, "sha256": digest(key), **limits}
 
 
@@ -100,6 +111,52 @@ def test_rotation() -> None:
         assert [complete(gateway, k).status for k in (ALICE, BOB)] == [401, 200]
 
 
+def held(gateway: Running, key: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+    """Send a request, and return its answer when its head is here."""
+    connection = open_request(gateway.url, {**BODY, **body}, authorization=f"Bearer {key}")
+    return connection.getresponse()
+
+
+def test_revoked_key_ends_what_runs() -> None:
+    """Streams with an error event, what waits with 401; other keys' streams go on."""
+    keys = [entry(ALICE, "alice"), entry(BOB, "bob")]
+    with standin("m") as upstream, standin("whole") as whole:
+        models = [
+            {"name": "m", "replicas": [upstream.url]},
+            {"name": "whole", "replicas": [whole.url]},
+        ]
+        limits = {"max_concurrent_per_replica": 2}
+        with running(models=models, keys=keys, limits=limits) as gateway:
+            upstream.between_s = 0.2
+            stream = {"stream": True, "max_tokens": 100}
+            bobs, alices = (held(gateway, key, stream) for key in (BOB, ALICE))
+            assert alices.readline() and bobs.readline()
+            whole.before_s = 60.0
+            waiting = [
+                open_request(gateway.url, {**BODY, **body}, authorization=f"Bearer {ALICE}")
+                for body in ({"stream": True}, {"model": "whole"})  # for room, for the answer
+            ]
+            wait_for(lambda: gateway.metric("attnserve_queue_length") == 1, "one waits for room")
+            wait_for(lambda: whole.running == 1, "one runs")
+
+            gateway.apply(models=models, keys=keys, limits=limits)  # changes nothing
+            assert alices.readline() is not None
+            gateway.apply(models=models, keys=keys[1:], limits=limits)
+            *_, last = alices.read().strip().split(b"\n\n")
+            assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "key_revoked"
+            for connection in waiting:
+                answer = HttpAnswer(connection.getresponse())
+                assert (answer.status, error_of(answer)["code"]) == (401, "key_revoked")
+            wait_for(lambda: upstream.aborted == whole.aborted == 1, "the servers are freed")
+            assert upstream.running == 1 and bobs.readline() is not None
+            codes = 'code="key_revoked"'
+            assert metric(gateway.url, "attnserve_errors_total{", codes) == 3
+            assert gateway.metric("attnserve_aborts_total{") == 0
+            assert complete(gateway).status == 401
+            gateway.apply(models=models, keys=keys[:1], limits=limits)
+            assert b"key_revoked" in bobs.read()
+
+
 def test_requests_per_minute() -> None:
     keys = [entry(ALICE, "alice", requests_per_minute=2), entry(BOB, "bob")]
     with standin() as upstream, running(upstream.url, keys=keys) as gateway:
@@ -125,13 +182,13 @@ def test_tokens_are_reserved_and_settled(stream: bool) -> None:
     keys = [entry(ALICE, "alice", tokens_per_minute=100)]
     with standin() as upstream, running(upstream.url, keys=keys) as gateway:
         upstream.before_s = 60.0
-        held = open_request(
+        running_one = open_request(
             gateway.url, {**BODY, "max_tokens": 85}, authorization=f"Bearer {ALICE}"
         )
         wait_for(lambda: upstream.running == 1, "it runs")
         answer = complete(gateway, stream=stream)  # 95 are reserved
         assert (answer.status, error_of(answer)["type"]) == (429, "tokens")
-        leave(held)
+        leave(running_one)
         wait_for(lambda: gateway.metric("attnserve_aborts_total{") == 1, "it has left")
         upstream.before_s = 0.0
         answer = complete(gateway, stream=stream)  # only the prompt of the other is charged
@@ -151,6 +208,77 @@ def test_tokens_per_day() -> None:
             "tokens per day (TPD): Limit 60, Used 51, Requested 20" in error_of(answer)["message"]
         )
         assert 15_000 < int(answer.headers["retry-after"]) <= 11 * 86400 // 60
+
+
+PRICES = {"prompt_price": 1000, "completion_price": 10_000}  # of a million tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cost_per_day(stream: bool) -> None:
+    """Of 0.3, each request reserves 10 prompt tokens and 10 more, 0.11, and uses 7 and 10, 0.107;
+    prompt tokens cost a tenth of the others."""
+    keys = [entry(ALICE, "alice", cost_per_day=0.3)]
+    with standin() as upstream:
+        models = [{"name": "m", "replicas": [upstream.url], **PRICES}]
+        with running(models=models, keys=keys) as gateway:
+            assert complete(gateway, max_tokens=30).status == 429
+            statuses = [complete(gateway, stream=stream).status for _ in range(3)]
+            assert statuses == [200, 200, 429]
+            answer = complete(gateway)
+            error = error_of(answer)
+            assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
+            assert "cost per day: Limit 0.3, Used 0.21" in error["message"]
+            assert "Requested 0.110000" in error["message"]
+            assert 0 < int(answer.headers["retry-after"]) < 86400
+            prompt = "x" * 256  # its 64 tokens cost more than is left, but not those of its answer
+            assert complete(gateway, max_tokens=1).status == 200
+            assert complete(gateway, prompt=prompt, max_tokens=1).status == 429
+
+
+def test_headers_are_openais() -> None:
+    """https://platform.openai.com/docs/guides/rate-limits, "Rate limits in headers"."""
+    limits = {"requests_per_minute": 60, "tokens_per_minute": 150_000, "tokens_per_day": 10**6}
+    keys = [entry(ALICE, "alice", **limits), entry(BOB, "bob", tokens_per_day=2400)]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        for answer in (complete(gateway, stream=True), complete(gateway), complete(gateway, n=0)):
+            found = {n: v for n, v in answer.headers.items() if n.startswith("x-ratelimit")}
+            assert set(found) == {
+                f"x-ratelimit-{name}-{what}"
+                for name in ("limit", "remaining", "reset")
+                for what in ("requests", "tokens")
+            }
+            assert found["x-ratelimit-limit-requests"] == "60"
+            assert 57 <= int(found["x-ratelimit-remaining-requests"]) <= 59
+            assert found["x-ratelimit-limit-tokens"] == "150000"
+            assert 149_900 < int(found["x-ratelimit-remaining-tokens"]) < 150_000
+            assert found["x-ratelimit-reset-requests"].endswith("s")
+            assert found["x-ratelimit-reset-tokens"].endswith("ms")
+        answer = complete(gateway, BOB)
+        assert answer.headers["x-ratelimit-limit-tokens"] == "2400"
+        assert answer.headers["x-ratelimit-remaining-tokens"] == "2380"
+        assert answer.headers["x-ratelimit-reset-tokens"].startswith("1")  # 20 of 2400: 12 min
+        assert "m" in answer.headers["x-ratelimit-reset-tokens"]
+        assert "x-ratelimit-limit-requests" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0s"),
+        (0.0001, "1ms"),
+        (0.017, "17ms"),
+        (0.9999, "1s"),
+        (1.0, "1s"),
+        (8.64, "8.64s"),
+        (59.9999, "1m0s"),
+        (72.5, "1m12.5s"),
+        (360.0, "6m0s"),
+        (3600.0, "1h0m0s"),
+        (86_400.0, "24h0m0s"),
+    ],
+)
+def test_durations_are_gos(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("limit", ["tokens_per_minute", "tokens_per_day"])
@@ -183,12 +311,12 @@ def test_concurrency() -> None:
     keys = [entry(ALICE, "alice", max_concurrent=1)]
     with standin() as upstream, running(upstream.url, keys=keys) as gateway:
         upstream.before_s = 60.0
-        held = open_request(gateway.url, BODY, authorization=f"Bearer {ALICE}")
+        first = open_request(gateway.url, BODY, authorization=f"Bearer {ALICE}")
         wait_for(lambda: upstream.running == 1, "it runs")
         answer = complete(gateway)
         assert (answer.status, error_of(answer)["code"]) == (429, "rate_limit_exceeded")
         assert answer.headers["retry-after-ms"] == "1000"
-        leave(held)
+        leave(first)
         upstream.before_s = 0.0
         wait_for(lambda: complete(gateway).status == 200, "there is room again")
 
@@ -209,12 +337,11 @@ def test_bucket() -> None:
 def test_reservations_add_up() -> None:
     account = Account()
     account.set(KeyEntry(name="a", sha256="0" * 64, tokens_per_minute=1000))
-    for _ in range(50):
-        account.reserve(20)
-    for _ in range(50):
-        account.settle(20, 5)
+    reservations = [asyncio.run(account.reserve(20, 0.0)) for _ in range(50)]
+    for reservation in reservations:
+        account.settle(reservation, 5, 0.0)
     assert account.in_flight == 0
-    assert account.tokens.level == pytest.approx(750, abs=50)  # 17 tokens come back each second
+    assert account.buckets[1].level == pytest.approx(750, abs=50)  # 17 tokens come back each second
 
 
 def test_no_secret_in_logs(caplog: pytest.LogCaptureFixture) -> None:

@@ -200,18 +200,18 @@ def test_too_short_a_book_is_one_line(checkpoint: Checkpoint, data: Data) -> Non
 def test_passkey_prompts(checkpoint: Checkpoint) -> None:
     pairs = [make_pair(checkpoint, 400, np.random.default_rng([0, i])) for i in range(8)]
     again = [make_pair(checkpoint, 400, np.random.default_rng([0, i])) for i in range(8)]
-    assert pairs == again and len({tuple(pair.right.prompt) for pair in pairs}) == 8
+    assert pairs == again and len({tuple(right.prompt) for right, _ in pairs}) == 8
     depths = set()
     for pair in pairs:
-        right, wrong = (checkpoint.tokenizer.decode(i.prompt) for i in (pair.right, pair.wrong))
-        key = checkpoint.tokenizer.decode(pair.right.continuation).strip()
+        right, wrong = (checkpoint.tokenizer.decode(item.prompt) for item in pair)
+        key = checkpoint.tokenizer.decode(pair[0].continuation).strip()
         assert len(key) == 5 and key.isdigit()
         assert right.count(key) == 2 and key not in wrong
         digits = "".join(c for c in wrong if c.isdigit())
         assert right.replace(key, digits[:5]) == wrong
         assert right.endswith("What is the pass key? The pass key is")
-        assert 300 < len(pair.right.tokens) <= 400
-        assert pair.right.continuation == pair.wrong.continuation
+        assert 300 < len(pair[0].tokens) <= 400
+        assert pair[0].continuation == pair[1].continuation
         depths.add(right.index(key))
     assert len(depths) > 1
     with pytest.raises(ValueError, match="64 tokens have no room"):

@@ -79,10 +79,10 @@ class World:
                 "standard_error": 0.02,
             }
         )
-        rates.to_csv(folder / "rates.csv", index=False)
+        rates.to_csv(folder / "results" / "learning_rate.csv", index=False)
         for length in (512, 1024, 2048):
-            self.pruning(length).write(folder / "budgets")
-        self.swapped().to_csv(folder / "long.csv", index=False)
+            self.pruning(length).write(folder / "results" / "budgets")
+        self.swapped().to_csv(folder / "results" / "long_context.csv", index=False)
 
     def swapped(self) -> pd.DataFrame:
         """SSMax loses 0.25 nats less in the second half of two windows of 4,096 tokens."""
@@ -128,7 +128,7 @@ class World:
     ) -> None:
         key = {"checkpoint": name, "context": 512, "settings": {"multiple": MULTIPLE}, "texts": {}}
         about = (name, name, 512, measure, "transformers", factor, key, "a machine", 60.0)
-        store.write(folder / "results", store.Stored(*about, result=result))
+        store.write(folder / "results" / "analysis", store.Stored(*about, result=result))
 
     def length(self, name: str) -> Result:
         """Six windows."""
@@ -192,8 +192,7 @@ def as_the_papers_say(**changes: Any) -> World:
 
 def read(folder: Path) -> Evidence:
     """Return a world's evidence."""
-    parts = ("results", "checkpoints", "rates.csv", "budgets", "long.csv")
-    return load(*(folder / part for part in parts))
+    return load(folder / "results", folder / "checkpoints")
 
 
 @pytest.fixture
@@ -320,8 +319,6 @@ def run(commands: Commands, folder: Path, out: Path) -> dict[str, Any]:
             report,
             f"--results={folder / 'results'}",
             f"--checkpoints={folder / 'checkpoints'}",
-            f"--learning-rates={folder / 'rates.csv'}",
-            f"--budgets={folder / 'budgets'}",
             f"--quantization={folder / 'quantization'}",
             f"--out={out / 'RESULTS.md'}",
             f"--figures={out / 'results'}",
@@ -362,7 +359,7 @@ def test_budgets_without_a_reference(tmp_path: Path, commands: Commands) -> None
     own = [dataclasses.replace(row, model="selective", over_reference=None) for row in found.rows]
     about = found.about | {"reference": None}
     alone = dataclasses.replace(found, about=about, allowance=None, rows=own)
-    alone.write(tmp_path / "world" / "budgets")
+    alone.write(tmp_path / "world" / "results" / "budgets")
     run(commands, tmp_path / "world", tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "no result of attnserve budgets of selective at 512 tokens" in text
@@ -377,14 +374,14 @@ def test_what_is_missing_is_named(tmp_path: Path, commands: Commands) -> None:
     world = tmp_path / "world"
     as_the_papers_say().write(world)
     for name in ("lssa", "selective"):
-        for path in (world / "results" / name, world / "checkpoints" / name):
+        for path in (world / "results" / "analysis" / name, world / "checkpoints" / name):
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()
-    for file in (world / "results" / "ssmax").iterdir():
+    for file in (world / "results" / "analysis" / "ssmax").iterdir():
         file.unlink()
-    (world / "budgets" / "selective.json").unlink()
-    (world / "rates.csv").unlink()
+    (world / "results" / "budgets" / "selective.json").unlink()
+    (world / "results" / "learning_rate.csv").unlink()
     verdicts = run(commands, world, tmp_path)["verdicts"]
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not there: lssa, selective. Trained but not analyzed: ssmax." in text
@@ -404,7 +401,7 @@ def test_nothing_at_all(tmp_path: Path, commands: Commands) -> None:
 
 def test_results_of_other_texts_are_not_compared(tmp_path: Path) -> None:
     as_the_papers_say().write(tmp_path)
-    path = tmp_path / "results" / "softpick" / "lambada.json"
+    path = tmp_path / "results" / "analysis" / "softpick" / "lambada.json"
     path.write_text(path.read_text().replace('"texts": {}', '"texts": {"a.txt": "1"}'))
     evidence = read(tmp_path)
     assert isinstance(evidence, Evidence)
@@ -413,7 +410,7 @@ def test_results_of_other_texts_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_a_broken_result_is_one_line(tmp_path: Path, commands: Commands) -> None:
-    path = tmp_path / "results" / "softpick" / "length.json"
+    path = tmp_path / "results" / "analysis" / "softpick" / "length.json"
     path.parent.mkdir(parents=True)
     path.write_text("[1]")
     options = ("--results", tmp_path / "results", "--out", tmp_path / "r.md")

@@ -58,11 +58,9 @@ class Attention(Measure):
     sequences: int = 32
 
     def files(self, data: Data) -> list[Path]:
-        """Return the texts that it reads."""
         return [split(data.books).test]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         tokens = read_tokens(self.files(data), checkpoint.tokenizer)[:-1]
         fitting = len(tokens) // checkpoint.context
         if fitting < 2:

@@ -47,15 +47,12 @@ class Length(Measure):
     multiple: int = 16
 
     def files(self, data: Data) -> list[Path]:
-        """Return the texts that it reads."""
         return [split(data.books).test]
 
     def longest(self, checkpoint: Checkpoint) -> int:
-        """Return the tokens of its longest item."""
         return self.multiple * checkpoint.context + 1
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         if checkpoint.context % BINS:
             raise ValueError(f"the training length must be a multiple of {BINS}: give --context")
         tokens = read_tokens(self.files(data), checkpoint.tokenizer)[:-1]

@@ -25,17 +25,10 @@ PLANTED = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "\nWhat is the pass key? The pass key is"
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same prompt with the right key in it and with another one, and the key as its answer."""
-
-    right: Item
-    wrong: Item
-
-
-def make_pair(checkpoint: Checkpoint, length: int, rng: np.random.Generator) -> Pair:
-    """Prompts of the passkey test (as of arXiv 2305.16300) of at most `length` tokens with the
-    answer: an introduction, filler with the key at a random depth, and the question.
+def make_pair(checkpoint: Checkpoint, length: int, rng: np.random.Generator) -> tuple[Item, Item]:
+    """Return a prompt of the passkey test (as of arXiv 2305.16300) with its answer, `length` tokens
+    at most: an introduction, filler with the key at a random depth, and the question; then the
+    same with another key in its place.
     """
     right, wrong = (str(key) for key in rng.choice(90000, 2, replace=False) + 10000)
     encode = checkpoint.encode
@@ -54,7 +47,7 @@ def make_pair(checkpoint: Checkpoint, length: int, rng: np.random.Generator) -> 
         opening + filler * before + sentence + filler * (repeats - before) + question
         for sentence in planted
     ]
-    return Pair(Item(prompts[0], answer), Item(prompts[1], answer))
+    return Item(prompts[0], answer), Item(prompts[1], answer)
 
 
 @dataclass(frozen=True)
@@ -81,21 +74,18 @@ class Passkey(Measure):
     seed: int = 0
 
     def files(self, data: Data) -> list[Path]:
-        """Return the texts that it reads."""
         return []
 
     def longest(self, checkpoint: Checkpoint) -> int:
-        """Return the tokens of its longest item."""
         return self.multiple * checkpoint.context
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure."""
         pairs = {}
         for m in multiples(self.multiple):
             rng = np.random.default_rng([self.seed, m])
             count = max(min(4, self.pairs), self.pairs // m)
             pairs[m] = [make_pair(checkpoint, m * checkpoint.context, rng) for _ in range(count)]
-        items = [item for m in pairs for pair in pairs[m] for item in (pair.right, pair.wrong)]
+        items = [item for m in pairs for pair in pairs[m] for item in pair]
         scores = iter(scorer.score(items, self.name))
         summary, units = {}, {}
         for m in pairs:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from attnserve import machine
 from attnserve.errors import UserError
@@ -18,7 +20,7 @@ from attnserve.evaluation.tasks import Blimp, Lambada
 from training.analyze.attention import Attention
 from training.analyze.length import Length, multiples
 from training.analyze.passkey import Passkey
-from training.analyze.settings import MULTIPLE, QUICK_LIMIT, QUICK_MULTIPLE, AnalysisSettings, Name
+from training.analyze.settings import MULTIPLE, QUICK_LIMIT, QUICK_MULTIPLE, AnalysisSettings
 from training.analyze.store import Stored, key_of, path_of, read, write
 
 MEASURES: dict[str, type[Measure]] = {
@@ -38,13 +40,11 @@ def measures(settings: AnalysisSettings, names: Iterable[str], context: int) -> 
     multiple = min(QUICK_MULTIPLE if settings.quick else MULTIPLE, longest)
     chosen: list[Measure] = []
     for name in names:
-        if name == Name.LENGTH:
-            measure: Measure = Length(multiple=multiple)
-        elif name == Name.PASSKEY:
-            measure = Passkey(multiple=multiple, seed=settings.seed)
-        else:
-            measure = MEASURES[name]()
-        if settings.rope_theta_factor != 1.0 and not measure.uses_length:
+        measure = MEASURES[name]()
+        if measure.uses_length:
+            fields: dict[str, Any] = {"multiple": multiple}
+            measure = dataclasses.replace(measure, **fields)
+        elif settings.rope_theta_factor != 1.0:
             continue
         if settings.engine == "transformers" or measure.needs_scores:
             chosen.append(measure.limited(limit))
@@ -57,9 +57,8 @@ def to_do(
     """Return what is there already, and what is to be measured."""
     present, missing = [], []
     for measure in chosen:
-        path = path_of(
-            settings.out, checkpoint.name, measure.name, settings.engine, settings.rope_theta_factor
-        )
+        parts = (checkpoint.name, measure.name, settings.engine, settings.rope_theta_factor)
+        path = path_of(settings.out, *parts)
         if settings.force or not path.exists():
             missing.append(measure)
             continue
@@ -86,7 +85,7 @@ def scorer_for(
         checkpoint.folder,
         max(measure.longest(checkpoint) for measure in missing),
         rope_theta_factor=settings.rope_theta_factor,
-        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        kv_cache_memory_bytes=2**30,
     )
 
 

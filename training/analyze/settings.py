@@ -16,17 +16,7 @@ FOLDER = CHECKOUT / "training" / "results" / "analysis"
 QUICK_LIMIT, QUICK_MULTIPLE, MULTIPLE = 4, 2, 16
 
 
-class Name(StrEnum):
-    """Names of the measures."""
-
-    ATTENTION = "attention"
-    LENGTH = "length"
-    PASSKEY = "passkey"
-    LAMBADA = "lambada"
-    BLIMP = "blimp"
-    PERPLEXITY = "perplexity"
-
-
+Name = StrEnum("Name", ["ATTENTION", "LENGTH", "PASSKEY", "LAMBADA", "BLIMP", "PERPLEXITY"])
 TITLES = {
     Name.ATTENTION: "attention sinks, outliers, zeros, dead heads",
     Name.LENGTH: "loss by position up to many training lengths",
@@ -46,41 +36,22 @@ class AnalysisSettings:
         Option(help="What runs the model, in float32; vllm leaves out `attention`."),
     ] = "transformers"
     limit: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Cap on every sample size: windows, sequences, passages, pairs. Default: none.",
-        ),
+        int | None, Option(min=1, help="Cap on windows, sequences, passages, pairs. Default: none.")
     ] = None
     max_length: Annotated[
-        int,
-        Option(min=1, help=f"Tokens of the longest context; {MULTIPLE} training lengths at most."),
+        int, Option(min=1, help=f"Longest context in tokens; {MULTIPLE} training lengths at most.")
     ] = 16384
     context: Annotated[
         int | None,
-        Option(
-            min=1,
-            help="Training length in tokens. Default: max_position_embeddings of config.json.",
-        ),
+        Option(min=1, help="Training length in tokens. Default: max_position_embeddings."),
     ] = None
     quick: Annotated[
         bool,
-        Option(
-            "--quick",
-            help=f"--limit {QUICK_LIMIT} and {QUICK_MULTIPLE} training lengths: does it run?",
-        ),
+        Option("--quick", help=f"--limit {QUICK_LIMIT} and {QUICK_MULTIPLE} training lengths."),
     ] = False
     rope_theta_factor: Annotated[
         float,
-        Option(
-            parser=positive,
-            help="Multiply RoPE's theta; with another than 1 only length and passkey are measured. "
-            "The SSMax paper has 50.",
-        ),
+        Option(parser=positive, help="Of RoPE; unless 1, only length and passkey are measured."),
     ] = 1.0
-    seed: Annotated[int, Option(help="Seed of the passkeys.")] = 0
-    kv_cache_memory_bytes: Annotated[int, Option(min=1, help="vLLM's paged cache, in bytes.")] = (
-        2**30
-    )
     out: Annotated[Path, Option(help="Folder of the results.")] = FOLDER
     force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False

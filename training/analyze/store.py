@@ -62,14 +62,9 @@ def read(path: Path) -> Stored:
 
 def write(folder: Path, stored: Stored) -> Path:
     """Write a result and return its path."""
-    about = {
-        field.name: getattr(stored, field.name)
-        for field in dataclasses.fields(stored)
-        if field.name != "result"
-    }
-    path = path_of(
-        folder, stored.checkpoint, stored.measure, stored.engine, stored.rope_theta_factor
-    )
+    about = {name: value for name, value in vars(stored).items() if name != "result"}
+    place = (stored.checkpoint, stored.measure, stored.engine, stored.rope_theta_factor)
+    path = path_of(folder, *place)
     parts = {
         "about": json.dumps(about, indent=1),
         "summary": json_lines({name: e.json() for name, e in stored.result.summary.items()}),

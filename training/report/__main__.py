@@ -12,29 +12,23 @@ from typer import Option
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
 from attnserve.files import CHECKOUT, write_text
-from training.analyze.settings import FOLDER
-from training.long_context import CSV
 
-TRAINED = CHECKOUT / "training" / "results"
-QUANTIZATION = CHECKOUT / "quant" / "results"
+DOCS = CHECKOUT / "docs"
 
 
 @needs("train")
 def report(
-    results: Annotated[Path, Option(help="Folder that training.analyze wrote.")] = FOLDER,
-    checkpoints: Annotated[
-        Path, Option(help="Folder of checkpoints with their loss.csv.")
-    ] = CHECKOUT / "checkpoints",
-    learning_rates: Annotated[Path, Option(help="Table of training.learning_rate.")] = TRAINED
-    / "learning_rate.csv",
-    budgets: Annotated[Path, Option(help="Folder that `attnserve budgets` wrote.")] = TRAINED
-    / "budgets",
-    long_context: Annotated[Path, Option(help="Table of training.long_context.")] = CSV,
-    quantization: Annotated[Path, Option(help="Folder that quant.sweep wrote.")] = QUANTIZATION,
-    out: Annotated[Path, Option(help="The document.")] = CHECKOUT / "docs" / "RESULTS.md",
-    figures: Annotated[Path, Option(help="Folder of the PNG files.")] = CHECKOUT
-    / "docs"
-    / "results",
+    results: Annotated[Path, Option(help="Folder of what these commands and budgets wrote.")] = (
+        CHECKOUT / "training" / "results"
+    ),
+    checkpoints: Annotated[Path, Option(help="Folder of checkpoints with their loss.csv.")] = (
+        CHECKOUT / "checkpoints"
+    ),
+    quantization: Annotated[Path, Option(help="Folder that quant.sweep wrote.")] = (
+        CHECKOUT / "quant" / "results"
+    ),
+    out: Annotated[Path, Option(help="The document.")] = DOCS / "RESULTS.md",
+    figures: Annotated[Path, Option(help="Folder of the PNG files.")] = DOCS / "results",
     as_json: AsJson = False,
 ) -> None:
     """Write docs/RESULTS.md and its figures from what `training.analyze` and others have measured.
@@ -53,7 +47,7 @@ def report(
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
     figures.mkdir(parents=True, exist_ok=True)
-    evidence = load(results, checkpoints, learning_rates, budgets, long_context)
+    evidence = load(results, checkpoints)
     plots = draw(evidence, figures)
     seen = Path(os.path.relpath(figures, out.parent)).as_posix()
     section = write_section(quantization, figures, seen)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,21 +15,14 @@ from training.report.evidence import Evidence, Missing
 from training.report.figures import Finding
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One row of the report.
-
-    Attributes:
-        text: what the paper claims.
-        reported: the paper's figure.
-        figure: the function of `figures` that tests it.
-        args: the function's arguments.
-    """
+class Claim(NamedTuple):
+    """What a paper claims, the figure that it reports, and the function of `figures` that tests it
+    with its arguments."""
 
     text: str
     reported: str
     figure: str
-    args: dict[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = MappingProxyType({})
 
     def judge(self, evidence: Evidence) -> Finding:
         """Return what the evidence says; `MISSING` where there is none."""
@@ -40,22 +33,15 @@ class Claim:
             return Finding(str(why), "", Verdict.MISSING)
 
 
-@dataclass(frozen=True)
-class Paper:
+class Paper(NamedTuple):
     """A paper's claims."""
 
     title: str
     setting: str
-    claims: Sequence[Claim]
+    claims: list[Claim]
 
 
-def papers() -> list[Paper]:
-    """Return the papers of `claims.yaml`."""
-    content = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
-    return [
-        Paper(paper["title"], paper["setting"], [Claim(**claim) for claim in paper["claims"]])
-        for paper in content
-    ]
-
-
-PAPERS = papers()
+PAPERS = [
+    Paper(paper["title"], paper["setting"], [Claim(*claim) for claim in paper["claims"]])
+    for paper in yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
+]

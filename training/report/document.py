@@ -19,14 +19,8 @@ from training.report.figures import SEED_NOISE
 def document(
     evidence: Evidence, plots: Sequence[str], plot_folder: str, quantization: str = ""
 ) -> str:
-    """Return the whole text.
-
-    Args:
-        evidence: everything measured.
-        plots: names of the PNG files that were drawn.
-        plot_folder: where they lie, as seen from the document.
-        quantization: the section of `quant.report`.
-    """
+    """Return the whole text, with the plots that were drawn (names of PNG files) in `plot_folder`,
+    as seen from the document, and the section of `quant.report`."""
     stored = evidence.results.values()
     analyzed = {one.checkpoint for one in stored}
     text = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,26 +87,21 @@ class Evidence:
         return found[figure]
 
 
-def load(
-    results: Path, checkpoints: Path, rates: Path, budgets: Path, long_context: Path
-) -> Evidence:
-    """Read everything.
+def load(results: Path, checkpoints: Path) -> Evidence:
+    """Read everything: a folder like training/results, whatever of it is there, and the `loss.csv`
+    of checkpoints."""
 
-    Args:
-        results: the folder that `training.analyze` writes.
-        checkpoints: a folder of checkpoints with their `loss.csv`.
-        rates: the table of `training.learning_rate`; need not exist.
-        budgets: the folder that `attnserve budgets` writes.
-        long_context: the table of `training.long_context`; need not exist.
-    """
-    stored = [read(path) for path in sorted(results.glob("*/*.json"))]
+    def table(csv: Path, **settings: Any) -> pd.DataFrame | None:
+        return pd.read_csv(csv, **settings) if csv.exists() else None
+
+    stored = [read(path) for path in sorted((results / "analysis").glob("*/*.json"))]
     curves = {path.parent.name: pd.read_csv(path) for path in checkpoints.glob("*/loss.csv")}
     return Evidence(
         {(s.checkpoint, s.measure, s.rope_theta_factor, s.engine): s for s in stored},
         {name: curves[name] for name in sorted(curves)},
-        pd.read_csv(rates) if rates.exists() else None,
-        {path.stem: Found.read(path) for path in sorted(budgets.glob("*.json"))},
-        pd.read_csv(long_context, keep_default_na=False) if long_context.exists() else None,
+        table(results / "learning_rate.csv"),
+        {path.stem: Found.read(path) for path in sorted((results / "budgets").glob("*.json"))},
+        table(results / "long_context.csv", keep_default_na=False),
     )
 
 

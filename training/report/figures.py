@@ -56,15 +56,8 @@ def decide(
     conditions: tuple[Condition, ...] = (),
     digits: int = 3,
 ) -> Finding:
-    """Apply the rule.
-
-    Args:
-        what: names the figure.
-        estimate: the figure.
-        range_: where the claim puts it.
-        conditions: if one does not hold, the claim cannot be shown.
-        digits: decimals to show.
-    """
+    """Apply the rule to a figure that has a name, and a range where the claim puts it. If one of
+    the conditions does not hold, the claim cannot be shown."""
     ours = f"{what}: {estimate.shown(digits)}"
     rule = str(range_)
     verdict = range_.judge(estimate)

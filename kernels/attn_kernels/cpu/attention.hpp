@@ -2,7 +2,8 @@
 #pragma once
 #include <optional>
 
-#include "accumulators.hpp"
+#include "spans.hpp"
+#include "variant.hpp"
 
 // A unit of work: the queries [first_query, first_query + num_queries) of a request against its
 // keys [key_begin, key_end), for one KV head or (stateful variants) for all.
@@ -15,21 +16,23 @@ struct Task {
 };
 
 template <class V, class T>
-class Attention : public Accumulators<V, T> {
+class Attention : public Spans<T> {
  public:
-  using Base = Accumulators<V, T>;
+  using Base = Spans<T>;
   using Base::add_values, Base::cache, Base::call, Base::first_position, Base::first_visible,
-      Base::for_each_span, Base::gather, Base::group_size, Base::head_size, Base::load_state,
-      Base::NARROW, Base::norms, Base::num_spans, Base::prepare, Base::query_offset,
-      Base::save_state, Base::scale, Base::score, Base::SCORES, Base::selection, Base::SPAN,
-      Base::TILES, Base::variant;
+      Base::for_each_span, Base::gather, Base::group_size, Base::head_size, Base::NARROW,
+      Base::norms, Base::num_spans, Base::queries_of, Base::query_offset, Base::scale, Base::score,
+      Base::SCORES, Base::SPAN, Base::TILES;
   template <class U>
   using Span = typename Base::template Span<U>;
   template <class U>
   using Segment = typename Base::template Segment<U>;
   using Row = typename V::Row;
 
-  explicit Attention(const AttendCall& c) : Base(c) {}
+  const V variant;
+
+  explicit Attention(const AttendCall& c)
+      : Base(c), variant(Parameters{c.scale, c.cache.head_size, c.values, c.learned}) {}
 
   // Rows of scratch memory; a block's kernel may have a few more rows than the block.
   static int padded(int rows) { return round_up(rows, MAX_BLOCK); }
@@ -80,6 +83,13 @@ class Attention : public Accumulators<V, T> {
         Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
         Array{t.last_values, t.amx ? 2 * TILE_DEPTH * PANEL : 0});
     return t;
+  }
+
+  // One head's query at a position, widened; returns what it is to be multiplied with.
+  float prepare(int request, int position, int head, float* q) const {
+    load_row(call.query_format, call.query, query_offset(request, position, head), head_size, q);
+    const float n = position + 1 - first_visible(position);
+    return variant.query_factor(head, n, norm(q, head_size));
   }
 
   void start(Tile& t) const {
@@ -286,7 +296,85 @@ class Attention : public Accumulators<V, T> {
       }
   }
 
-  // ---- stateful variants: what each query subtracts from its scores
+  // ---- stateful variants: accumulators are float32, one a token, in the cache behind KV head 0's
+  // values; each query subtracts what they are from its scores
+
+  // f(accumulators, column, length) for the pieces of the positions [begin, end) in each block.
+  template <class F>
+  void for_each_piece(int request, int begin, int end, F&& f) const {
+    const int32_t* table = call.batch->block_table + request * call.batch->block_table_stride;
+    for (int p = begin; p < end;) {
+      const int offset = p % cache.block_size,
+                length = std::min(cache.block_size - offset, end - p);
+      f(cache.accumulators(table[p / cache.block_size]) + offset, p - begin, length);
+      p += length;
+    }
+  }
+
+  // What a query of head 0 adds to the accumulators of the span's columns [from, to): nothing to
+  // its own token's and nothing to the first's.
+  void selection(int position, int begin, int from, int to, const float* s, float* added) const {
+    std::fill_n(added, SPAN, 0.f);
+    if constexpr (V::stateful)
+      for (int j = from / WIDTH * WIDTH; j < to; j += WIDTH)
+        store(added + j, V::selection(load(s + j)));
+    for (int j = from / WIDTH * WIDTH; j < std::max(from, 1 - begin); j++) added[j] = 0.f;
+    for (int j = std::max(0, std::min(to, position - begin)); j < SPAN; j++) added[j] = 0.f;
+  }
+
+  // Runs the queries [first, first + count) of head 0 over a span: their selections are added to
+  // `state` [SPAN] in order, and before(query, state) is called ahead of each query's own.
+  template <class F>
+  void accumulate(int request, int first, int count, const Span<T>& span, float* q, float* s,
+                  float* state, F&& before) const {
+    alignas(64) float added[SPAN];
+    for (int i = 0; i < count; i += ROWS) {
+      const int rows = std::min(ROWS, count - i);
+      const int position = first_position(request) + first + i;
+      const int to = std::min(span.end, position + rows) - span.begin;
+      for (int r = 0; r < rows; r++)
+        scale(q + r * WIDE, head_size, prepare(request, position + r, 0, q + r * WIDE));
+      if (to > 0) score(span, rows, q, s, 0, round_up(to, PANEL));
+      for (int r = 0; r < rows; r++) {
+        before(first + i + r, state);
+        const int from = std::max(0, first_visible(position + r) - span.begin);
+        const int seen = std::min(span.end, position + r + 1) - span.begin;
+        if (from >= seen) continue;
+        selection(position + r, span.begin, from, seen, s + r * SCORES, added);
+        for (int j = 0; j < SPAN; j++) state[j] += added[j];
+      }
+    }
+  }
+
+  void load_state(int request, int begin, int end, float* state) const {
+    for_each_piece(request, begin, end, [&](const float* accumulators, int column, int length) {
+      std::copy_n(accumulators, length, state + column);
+    });
+  }
+  void save_state(int request, int begin, int end, const float* state) const {
+    for_each_piece(request, begin, end, [&](float* accumulators, int column, int length) {
+      std::copy_n(state + column, length, accumulators);
+    });
+  }
+
+  // A request of several tiles: the accumulators before each tile of `tile` queries, as
+  // snapshots[tile * stride + position], for the keys [begin, end); the cache gets the last ones.
+  void take_snapshots(int request, int tile, int begin, int end, float* snapshots, ptrdiff_t stride,
+                      Arena& arena) const {
+    float *q, *s;
+    arena.allocate(Array{q, ROWS * WIDE}, Array{s, ROWS * SCORES});
+    alignas(64) float state[SPAN];
+    for_each_span(request, 0, begin, end, [&](const Span<T>& span) {
+      load_state(request, span.begin, span.end, state);
+      accumulate(request, 0, queries_of(request), span, q, s, state,
+                 [&](int query, const float* now) {
+                   if (query % tile == 0)
+                     std::copy_n(now, span.end - span.begin,
+                                 snapshots + query / tile * stride + span.begin);
+                 });
+      save_state(request, span.begin, span.end, state);
+    });
+  }
 
   float* penalties(const Tile& t, int query, int position) const {
     const int first = t.key_begin / SPAN * SPAN;

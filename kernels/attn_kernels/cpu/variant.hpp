@@ -7,7 +7,7 @@
 //   update         turns `count` scores (a multiple of 16, in place) into weights, exactly 0 where
 //                  masked; returns the factor for what was summed up so far
 //   merge          of two parts of a split context; returns the factors of both parts' outputs
-//   epilogue       the factor of the output after the last key
+//   epilogue       the factor of the output after the last key; unless defined, 1 / row.sum
 //
 // unit_keys        the scores are also divided by |k|
 // two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
@@ -29,13 +29,18 @@ struct Factors {
   float mine, theirs;
 };
 
+inline float reciprocal(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+
 struct OnePass {
   static constexpr bool unit_keys = false;
   static constexpr bool two_pass = false;
   static constexpr bool stateful = false;
-};
 
-inline float reciprocal(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+  template <class Row>
+  float epilogue(const Row& row) const {
+    return reciprocal(horizontal_sum(row.sum));
+  }
+};
 
 // Adds up two parts of a row whose sums are in units of 2^exponent.
 template <class Row>

@@ -30,10 +30,9 @@ struct LSSA : OnePass {
     return 1.f;
   }
 
-  Factors merge(Row& row, const Row& other) const {
+  template <class R>
+  Factors merge(R& row, const R& other) const {
     row.sum += other.sum;
     return {1.f, 1.f};
   }
-
-  float epilogue(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
 };

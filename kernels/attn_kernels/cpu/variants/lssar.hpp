@@ -97,11 +97,4 @@ struct LSSAR : LSSA {
     }
     for (int i = 0; i < N; i++) base[i] = result[i];
   }
-
-  Factors merge(Row& row, const Row& other) const {
-    row.sum += other.sum;
-    return {1.f, 1.f};
-  }
-
-  float epilogue(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
 };

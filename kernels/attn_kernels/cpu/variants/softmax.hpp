@@ -32,6 +32,4 @@ struct Softmax : OnePass {
   }
 
   Factors merge(Row& row, const Row& other) const { return merge_sums(row, other); }
-
-  float epilogue(const Row& row) const { return reciprocal(horizontal_sum(row.sum)); }
 };
