@@ -82,6 +82,13 @@ class ModelRequest:
     """What is sent to a model server."""
     hide_usage: bool
     """Whether the stream's usage, which the gateway needs, is not for the client."""
+    stream_interval: int
+    """How many tokens an event of the stream may have."""
+
+    def tokens_of(self, events: int) -> int:
+        """Return the most tokens of so many events, of a stream that ends without its usage."""
+        answer = self.tokens - self.prompt_tokens
+        return max(events, min(events * self.stream_interval, answer))
 
 
 @dataclass(slots=True)
@@ -172,6 +179,7 @@ class GeneratingBody(Body):
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Field(ge=1)] | None = None
     max_tokens: int | None = None
     n: int | None = 1
 
@@ -316,8 +324,9 @@ def read_request(
     prompt_tokens = known + tokens_in(text)
     added: dict[str, Any] = {}
     stream = hide_usage = False
+    interval = 1
     if isinstance(body, GeneratingBody):
-        stream = bool(body.stream)
+        stream, interval = bool(body.stream), body.stream_interval or 1
         asked = body.stream_options
         if fields.get("stream_options") and not fields.get("stream"):  # vLLM asks this of both raw
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
@@ -338,6 +347,7 @@ def read_request(
         prompt_tokens + body.answer_tokens(limits.default_max_tokens) * found.count,
         with_fields(raw, fields, added) if added else raw,
         hide_usage,
+        interval,
     )
 
 

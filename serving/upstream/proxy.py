@@ -186,7 +186,7 @@ class Proxy:
             await exchange.start(connection.status, headers + NO_BUFFERING)
             await stream.pass_on(events)
         finally:
-            exchange.completion_tokens = stream.count
+            exchange.completion_tokens = request.tokens_of(stream.count)
             exchange.note_usage(stream.usage)
 
 

@@ -102,6 +102,7 @@ READ: dict[str, st.SearchStrategy[Any]] = {
     "n": NUMBERS | ANYTHING,
     "stream": SWITCHES | ANYTHING,
     "stream_options": OPTIONS | st.none() | ANYTHING,
+    "stream_interval": NUMBERS | ANYTHING,
     "suffix": TEXTS | ANYTHING,
 }
 """Fields that the gateway reads."""
@@ -245,6 +246,7 @@ def check(raw: bytes, route: str, adapter: TypeAdapter[Any]) -> tuple[bool, bool
         # MAX_TOKENS stands for all above it, which no server writes.
         written = most_tokens(sent)
         assert ours.tokens - ours.prompt_tokens >= min(written, 2**31 - 1)
+        assert ours.stream_interval == (theirs.stream_interval or 1)
         if theirs.stream:
             at_end, in_all = usage_flags(theirs)
             assert usage_flags(sent) == (True, in_all)
