@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -35,9 +36,10 @@ def server_url(value: str) -> str:
     """
     try:
         parts = urlsplit(value)
-        extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
-        good = parts.scheme in ("http", "https") and parts.hostname and not extra
-        good = good and parts.port != 0
+        extra = parts.query or parts.fragment or "@" in parts.netloc
+        good = parts.scheme in ("http", "https") and is_host(parts.hostname or "") and not extra
+        # urlsplit takes spaces and line ends out, and does not say so.
+        good = good and parts.port != 0 and bool(re.fullmatch(r"[\x21-\x7e]+", value))
     except ValueError:  # its text has parts of the address, which may be secret
         good = False
     if not good:
@@ -45,6 +47,14 @@ def server_url(value: str) -> str:
     if parts.path.rstrip("/") not in ("", "/v1"):
         raise ValueError("must end after the port or after /v1, not with another path")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def is_host(name: str) -> bool:
+    """Return whether a name can be looked up: an IP address, or labels of 1 to 63 characters."""
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return len(name) <= 253 and bool(re.fullmatch(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?", name))
 
 
 def origin(value: str) -> str:
@@ -55,6 +65,22 @@ def origin(value: str) -> str:
     """
     if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]-]+", value):
         raise ValueError("must be an origin like https://chat.example.com, without a path")
+    return value
+
+
+def redis_url(value: SecretStr) -> SecretStr:
+    """Return the address of a Redis.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        parts = urlsplit(value.get_secret_value())
+        good = parts.port != 0 and bool(parts.hostname or parts.path)
+    except ValueError:
+        good = False
+    if not good or parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("must be an address like redis://127.0.0.1:6379")
     return value
 
 
@@ -70,6 +96,7 @@ def is_loopback(host: str) -> bool:
 
 Url = Annotated[str, AfterValidator(server_url)]
 Origin = Annotated[str, AfterValidator(origin)]
+RedisUrl = Annotated[SecretStr, AfterValidator(redis_url)]
 
 EVERY = "*"
 """The name of a model entry that takes every model that no other entry names."""
@@ -177,11 +204,14 @@ class Limits(Section):
     """Connections of clients at a time. None: half of the descriptors that the process may have
     (`ulimit -n`), less 64."""
 
-    max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
-    """Largest request body; larger ones get 413."""
+    max_body_bytes: int = Field(4 * 1024 * 1024, gt=0)
+    """Largest request body; larger ones get 413. Images need more."""
 
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
+
+    max_answer_bytes: int = Field(128 * 1024 * 1024, gt=0)
+    """Largest answer of a server that is not streamed; for a larger one the client gets 502."""
 
     max_compare_tokens: int = Field(4096, gt=0)
     """Longest prompt and answer of /v1/compare together, in tokens."""
@@ -189,8 +219,9 @@ class Limits(Section):
     max_compare_total: int = Field(16384, gt=0)
     """Most tokens that all models of a comparison, the reference too, read together."""
 
-    default_max_tokens: int = Field(512, gt=0)
-    """Tokens reserved for an answer whose request has no max_tokens (chat)."""
+    default_max_tokens: int = Field(2048, gt=0)
+    """Tokens reserved for a chat's answer whose request sets no limit; for a key with a limit of
+    tokens or cost, that is as long as the answer gets."""
 
     max_concurrent_per_replica: int | None = Field(None, gt=0)
     """Requests that this gateway has open at one server. None: no limit."""
@@ -340,6 +371,14 @@ class Config(Section):
 
     cors_origins: tuple[Origin, ...] = ()
     """Origins of web pages that may use the gateway from a browser; "*": any."""
+
+    redis: RedisUrl | None = None
+    """Redis or Valkey that has what keys have used, for several gateways with one budget:
+    redis://HOST:6379, rediss: (TLS) or unix:; needs a restart."""
+
+    redis_down: Literal["refuse", "local"] = "refuse"
+    """What becomes of requests of keys with limits while that is gone: 503, or each gateway holds
+    them to the limits by itself."""
 
     playground: bool = True
     """The web page at /playground. It has no rights of its own: it asks its user for a key."""

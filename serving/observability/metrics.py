@@ -72,7 +72,11 @@ class Metrics:
             "upstream_errors", "Requests that a replica failed, by reason.", *MODEL, "reason"
         )
         self.errors = counter(
-            "errors", "Errors that the gateway itself answered with, by code.", *MODEL, "code"
+            "errors",
+            "Errors that the gateway itself answered with, by code; upstream_error: those that a "
+            "server has sent inside a stream.",
+            *MODEL,
+            "code",
         )
         self.key_requests = counter("key_requests", "Requests with an API key.", "key")
         self.key_tokens = counter("key_tokens", "Tokens of the requests with an API key.", "key")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import uvicorn
@@ -212,10 +212,14 @@ async def reply(send: Any, status: int, body: bytes, *more: tuple[bytes, bytes])
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-@contextmanager
-def standin(*models: str) -> Iterator[StandIn]:
+def standin(*models: str) -> AbstractContextManager[StandIn]:
     """One that runs."""
-    server = StandIn(*models)
+    return started(StandIn(*models))
+
+
+@contextmanager
+def started(server: StandIn) -> Iterator[StandIn]:
+    """Run a server that has been made, and end it."""
     server.start()
     try:
         yield server

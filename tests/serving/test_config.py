@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serving.auth import digest, new_key
+from serving.auth import digest
 from serving.config import Config, ConfigError, Section, load
 from tests.servers import Server
 from tests.serving.helpers import ask, configured, open_request
@@ -46,6 +46,22 @@ def write(folder: Path, text: str | dict[str, Any]) -> Path:
         ({"models": [{"name": "m"}]}, "models.0.replicas: Field required"),
         ({"models": [{"name": "m", "replicas": ["ftp://x"]}]}, "must be an address like"),
         ({"models": [{"name": "m", "replicas": ["http://u:p@x"]}]}, "must be an address like"),
+        *(
+            ({"models": [{"name": "m", "replicas": [url]}]}, "must be an address like")
+            for url in (
+                f"http://{'a' * 70}.example",
+                f"http://{'a.' * 130}example",
+                "http://a b:8000",
+                "http://a\tb",
+                " http://a",
+                "http://a..b",
+                "http://a/\n",
+                "http://a%20b",
+                "http://[::1",
+                "http://a:99999",
+                "http://:80",
+            )
+        ),
         (
             {"models": [{"name": "m", "replicas": ["http://x/v2"]}]},
             "after /v1, not with another path",
@@ -75,7 +91,7 @@ def test_nonsense_is_refused_in_one_line(
     assert ("Tuple" in line) == ("Tuple" in said)  # what follows from an error is none
 
 
-SECRET = new_key()
+SECRET = "attnserve-xz1UguVTMHczI3aT4mOS-yAORc05JOu5OTy-OFSzUa0"  # made by `attnserve keys new`
 MODEL: dict[str, Any] = GOOD["models"][0]
 
 
@@ -94,6 +110,10 @@ MODEL: dict[str, Any] = GOOD["models"][0]
         {**GOOD, "api_key": SECRET},
         {**GOOD, SECRET: 1},
         {**GOOD, "port": SECRET},
+        {**GOOD, "redis": SECRET},
+        {**GOOD, "redis": f"http://:{SECRET}@x"},
+        {**GOOD, "redis": f"redis://x:{SECRET}"},
+        {**GOOD, "redis": f"redis://:{SECRET}@x", "port": 0},
         {**GOOD, "logging": {"level": SECRET}},
         {"models": [{**MODEL, "api_key_env": SECRET}]},
         *({"models": [{**MODEL, "replicas": [url]}]} for url in (

@@ -19,7 +19,7 @@ from vllm_quant.config import PackedConfig
 LINEAR = "vllm.model_executor.kernels.linear"
 QUANTIZATION = "vllm.model_executor.layers.quantization"
 MODULES = (
-    "vllm_quant.device",
+    "vllm_quant.config",
     LINEAR,
     f"{LINEAR}.mixed_precision.marlin",
     f"{QUANTIZATION}.utils.marlin_utils",
