@@ -73,6 +73,7 @@ class Closer:
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+        self.was_cut = False
 
 
 class Protocol(HttpToolsProtocol):
@@ -126,6 +127,7 @@ class Protocol(HttpToolsProtocol):
 
     def cut(self, reason: str) -> None:
         """End the connection at once."""
+        self._closer.was_cut = True
         self.clients.state.metrics.connections_cut.labels(reason).inc()
         self.clients.silent.pop(self, None)
         self.transport.abort()
@@ -244,8 +246,9 @@ class Protocol(HttpToolsProtocol):
             self._refuse(cause if isinstance(cause, ApiError) else not_http)
         except ApiError as error:
             self._refuse(error)
-        if self._in_head and not was_in_head and not self._answering:
-            self._wait(self.clients.state.config.timeouts.head)
+        else:
+            if self._in_head and not was_in_head and not self._answering:
+                self._wait(self.clients.state.config.timeouts.head)
 
     def _head_without_upgrade(self) -> bytes:
         """Return the head of a request whose client would like another protocol, as if it did not.
@@ -345,6 +348,12 @@ def too_large() -> ApiError:
     return ApiError(431, message, code="head_too_large")
 
 
+def was_cut(receive: Receive) -> bool:
+    """Return whether the client has not left: it was cut off, because it did not read."""
+    closer = getattr(getattr(receive, "__self__", None), "transport", None)
+    return isinstance(closer, Closer) and closer.was_cut
+
+
 def body_is_missing(send: Send) -> bool:
     """Return whether a part of the body of the request that `send` answers has not come yet."""
     cycle = getattr(send, "__self__", None)
@@ -410,8 +419,16 @@ async def wait_until_left(receive: Receive) -> None:
         pass
 
 
-async def read_body(receive: Receive, limit: int, length: int = 0) -> bytes:
-    """Return the whole request body, whose length may be known.
+async def read_body(
+    receive: Receive, limit: int, length: int, hold: Callable[[int], None]
+) -> bytes:
+    """Return the whole request body.
+
+    Args:
+        receive: has it.
+        limit: most bytes that it may have.
+        length: what the client says that it has, or 0.
+        hold: is told of so many more bytes in memory, and may raise an ApiError.
 
     Raises:
         ApiError: 413; it has more than `limit` bytes.
@@ -423,6 +440,7 @@ async def read_body(receive: Receive, limit: int, length: int = 0) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientLeftError
         piece: bytes = message.get("body", b"")
+        hold(len(piece))
         length = max(length, len(body) + len(piece))
         if not message.get("more_body", False) and length <= limit:
             return piece if not body else bytes(body + piece)
