@@ -207,6 +207,9 @@ class Limits(Section):
     max_body_bytes: int = Field(4 * 1024 * 1024, gt=0)
     """Largest request body; larger ones get 413. Images need more."""
 
+    max_held_bytes: int = Field(1024 * 1024 * 1024, gt=0)
+    """Bytes of all request bodies in memory at a time; a request that would pass it gets 503."""
+
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
 

@@ -37,6 +37,8 @@ class GatewayState:
         self.pages = MetricsPages(metrics_file, self.metrics.registry) if metrics_file else None
         self.router = Router()
         self.in_flight = 0
+        self.held_bytes = 0
+        """Of all requests' bodies, as they came."""
         self.replicas: dict[str, Replica] = {}
         self.keys = Keys(())
         self._label_errors: dict[str, object] = {}  # as logged; by the name of the entry
