@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -77,12 +77,17 @@ def redis_url(value: SecretStr) -> SecretStr:
 
 def is_loopback(host: str) -> bool:
     """Return whether a name or address is that of this machine to itself."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
+    address = ip_of(host)
+    own_name = host == "localhost" or host.endswith(".localhost")
+    return own_name if address is None else address.is_loopback
+
+
+def ip_of(host: str) -> IPv4Address | IPv6Address | None:
+    """Return the address that a host is written as; None: it is a name."""
     try:
-        return ip_address(host.strip("[]")).is_loopback
+        return ip_address(host.strip("[]"))
     except ValueError:
-        return False
+        return None
 
 
 Url = Annotated[str, AfterValidator(server_url)]
@@ -339,7 +344,8 @@ class Config(Section):
 
     allowed_hosts: tuple[str, ...] = ()
     """Names that clients may call the gateway by ("*.example.com": all below it; "*": any). Where
-    `host` is loopback's, its own names go without saying; elsewhere, none means any."""
+    `host` is loopback's, its own names go without saying; elsewhere IP addresses do, and none means
+    any."""
 
     cors_origins: tuple[Origin, ...] = ()
     """Origins of web pages that may use the gateway from a browser; "*": any."""

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -291,3 +292,9 @@ def test_no_error_repeats_the_password(url: str) -> None:
         assert "SECRET" not in repr(SharedLimits(url))
     except UserError as error:
         assert "SECRET" not in str(error)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(UserError, match="pip install 'attnserve\\[redis\\]'"):
+        SharedLimits("redis://x")
