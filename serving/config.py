@@ -36,9 +36,10 @@ def server_url(value: str) -> str:
     """
     try:
         parts = urlsplit(value)
-        extra = parts.query or parts.fragment or "@" in parts.netloc or not value.isascii()
-        good = parts.scheme in ("http", "https") and parts.hostname and not extra
-        good = good and parts.port != 0
+        extra = parts.query or parts.fragment or "@" in parts.netloc
+        good = parts.scheme in ("http", "https") and is_host(parts.hostname or "") and not extra
+        # urlsplit takes spaces and line ends out, and does not say so.
+        good = good and parts.port != 0 and bool(re.fullmatch(r"[\x21-\x7e]+", value))
     except ValueError:  # its text has parts of the address, which may be secret
         good = False
     if not good:
@@ -46,6 +47,14 @@ def server_url(value: str) -> str:
     if parts.path.rstrip("/") not in ("", "/v1"):
         raise ValueError("must end after the port or after /v1, not with another path")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def is_host(name: str) -> bool:
+    """Return whether a name can be looked up: an IP address, or labels of 1 to 63 characters."""
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return len(name) <= 253 and bool(re.fullmatch(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?", name))
 
 
 def origin(value: str) -> str:
@@ -196,11 +205,18 @@ class KeyEntry(Section):
 class Limits(Section):
     """What the gateway takes, and when it makes requests wait or turns them away."""
 
+    max_connections: int | None = Field(None, gt=0)
+    """Connections of clients at a time. None: half of the descriptors that the process may have
+    (`ulimit -n`), less 64."""
+
     max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
     """Largest request body; larger ones get 413."""
 
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
+
+    max_answer_bytes: int = Field(128 * 1024 * 1024, gt=0)
+    """Largest answer of a server that is not streamed; for a larger one the client gets 502."""
 
     max_compare_tokens: int = Field(4096, gt=0)
     """Longest prompt and answer of /v1/compare together, in tokens."""
@@ -230,6 +246,10 @@ class Limits(Section):
 class Timeouts(Section):
     """Times in seconds."""
 
+    head: float = Field(10.0, gt=0)
+    """Longest time for a client to send a request's head, from its first byte or, if it is the
+    first, from the connection; then 408."""
+
     body: float = Field(30.0, gt=0)
     """Longest time for the client to send its request's body; then 408."""
 
@@ -240,7 +260,14 @@ class Timeouts(Section):
     """Longest wait for the next byte of an answer; without streaming, that is the whole of it."""
 
     total: float = Field(3600.0, gt=0)
-    """Longest time for one answer."""
+    """Longest time for one answer, also if the client does not read it."""
+
+    send: float = Field(60.0, gt=0)
+    """How long a client may read nothing of an answer that waits for it; then it is cut off."""
+
+    keep_alive: float = Field(75.0, gt=0)
+    """How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load
+    balancer 60 s), so that it is they who close it and none sends into one just being closed."""
 
     idle: float = Field(4.0, gt=0)
     """How long a connection to a server is kept: less than the server does (vLLM: 5 s), because a

@@ -9,13 +9,15 @@ from typing import Any
 
 from starlette.types import Scope, Send
 
+from serving.client import body_is_missing
 from serving.observability.metrics import ModelMetrics
-from serving.openai.errors import ApiError
+from serving.openai.errors import ApiError, printable
 from serving.rate_limit import Account, Reservation
 from serving.upstream.http import Headers
 from serving.upstream.router import Model, Router
 
 JSON = (b"content-type", b"application/json")
+CLOSE = (b"connection", b"close")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -53,7 +55,12 @@ class Exchange:
     status: int = 0
     """The HTTP status that the client has been sent; 0: nothing has been sent yet."""
     code: str | None = None
-    """The code of the gateway's own error that it ended with."""
+    """The code of the error that it ended with: the gateway's own, or "upstream_error" for one that
+    a server has sent inside a stream."""
+    upstream_error: str | None = None
+    """Why the last replica that failed it did so, also where another one has answered."""
+    upstream_status: int | None = None
+    """The status of an error that a server has sent inside a stream."""
     queued: float | None = None
     """Seconds that it waited for a replica with room."""
     first_token: float | None = None
@@ -106,6 +113,8 @@ class Exchange:
         headers = [*headers, self.id_header, *self.cors]
         if self.account is not None:
             headers += self.account.headers()
+        if body_is_missing(self.send):
+            headers.append(CLOSE)
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def answer(self, status: int, headers: Headers, content: bytes) -> None:
@@ -168,12 +177,14 @@ class Exchange:
             "request_id": self.request_id,
             "route": self.route,
             "key": self.account.name if self.account else None,
-            "model": self.model_name or None,
+            "model": printable(self.model_name) or None,
             "variant": self.model.labels[0] or None if self.model else None,
             "bits": self.model.bits if self.model else None,
             "replica": self.replica,
             "status": self.status,
             "code": self.code,
+            "upstream_error": self.upstream_error,
+            "upstream_status": self.upstream_status,
             "aborted": self.stage if self.aborted else None,
             "retries": self.retries or None,
             "queue_ms": milliseconds(self.queued),

@@ -122,8 +122,7 @@ async def served_models(model: Model, headers: list[tuple[bytes, bytes]]) -> lis
                 return [e for e in entries if isinstance(e["id"], str)]
             error = ApiError(status if status == 401 else 502, f"A model server said {status}.")
         except UpstreamError as e:
-            code = f"upstream_{e.reason}"
-            error = ApiError(e.status, str(e), code=code, retry_after=1.0)
+            error = ApiError(e.status, str(e), code=e.code, retry_after=1.0)
         except (ValueError, KeyError, TypeError):
             error = ApiError(502, "A model server's list of models is no such list.")
     raise error

@@ -92,7 +92,7 @@ class GatewayState:
             if model.name in models:  # it has an entry of its own beside the one for all names
                 model.name = entry
             else:
-                model.metrics(model.name, answered=True)
+                model.metrics(model.name)
             pairs = zip(model.replicas, model.servers, strict=True)
             wrong = {replica.url: known.errors for replica, known in pairs if known.errors}
             if found := model.description.errors:

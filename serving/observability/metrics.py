@@ -72,7 +72,11 @@ class Metrics:
             "upstream_errors", "Requests that a replica failed, by reason.", *MODEL, "reason"
         )
         self.errors = counter(
-            "errors", "Errors that the gateway itself answered with, by code.", *MODEL, "code"
+            "errors",
+            "Errors that the gateway itself answered with, by code; upstream_error: those that a "
+            "server has sent inside a stream.",
+            *MODEL,
+            "code",
         )
         self.key_requests = counter("key_requests", "Requests with an API key.", "key")
         self.key_tokens = counter("key_tokens", "Tokens of the requests with an API key.", "key")
@@ -103,6 +107,14 @@ class Metrics:
             "reference's.",
             *MODEL,
         )
+        self.connections_cut = counter(
+            "connections_cut",
+            "Connections of clients that were cut off, by reason: limit (of their number), "
+            "not_reading (an answer) or total (its time).",
+            "reason",
+        )
+        for reason in ("limit", "not_reading", "total"):
+            self.connections_cut.labels(reason)
         self.reloads = counter(
             "config_reloads",
             "Changes of the configuration file, by result: used or refused.",

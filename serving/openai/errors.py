@@ -5,6 +5,9 @@ import math
 from http import HTTPStatus
 from typing import Any, Self
 
+MAX_MESSAGE = 4096
+"""Most bytes of an answer in no known shape that become an error's message."""
+
 
 class ApiError(Exception):
     """An answer that is an error.
@@ -90,24 +93,30 @@ def json_type(value: Any) -> str:
 
 def no_such_model(name: str) -> ApiError:
     """Return OpenAI's 404 for a model that is not served."""
-    message = f"The model `{name}` does not exist or you do not have access to it."
+    message = f"The model `{printable(name)}` does not exist or you do not have access to it."
     return ApiError(404, message, code="model_not_found")
+
+
+def printable(text: str) -> str:
+    """Return the beginning of a client's text, for logs and messages: it can be encoded."""
+    return text[:128].encode(errors="replace").decode()
 
 
 def normalise(body: bytes, status: int) -> dict[str, Any]:
     """Return an upstream's error body in OpenAI's shape.
 
     vLLM's own bodies have it but for `code`, where it puts the HTTP status: that becomes null, or
-    for a model it does not serve "model_not_found", with OpenAI's null for `param`. Anything else
-    is wrapped.
+    for a model it does not serve "model_not_found", with OpenAI's null for `param`. Of the shapes
+    that others (FastAPI, older vLLM, TGI) give their errors the message is taken; the beginning of
+    anything else is the message itself.
     """
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError):
         parsed = None
-    error = parsed.get("error") if isinstance(parsed, dict) else None
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        text = body.decode(errors="replace").strip()
+    error = unwrapped(parsed)
+    if error is None:
+        text = body[:MAX_MESSAGE].decode(errors="replace").strip()
         return error_body(text or status_phrase(status), error_type(status))
     code, param, kind = error.get("code"), error.get("param"), error.get("type")
     if not isinstance(code, str):
@@ -118,6 +127,26 @@ def normalise(body: bytes, status: int) -> dict[str, Any]:
     param = param.removeprefix("body.") if isinstance(param, str) else None
     kind = kind if isinstance(kind, str) else error_type(status)
     return error_body(error["message"], kind, code, param)
+
+
+def unwrapped(parsed: Any) -> dict[str, Any] | None:
+    """Return the object with the `message` of an error that some server has made; None: it has no
+    shape that is known.
+
+    {"error": {"message": ...}}, {"object": "error", "message": ...}, {"error": "..."}, and
+    FastAPI's {"detail": "..."} and {"detail": [{"loc": ["body", "prompt"], "msg": ...}]}.
+    """
+    if not isinstance(parsed, dict):
+        return None
+    error = parsed.get("error", parsed.get("detail", parsed))
+    if isinstance(error, list) and error and isinstance(error[0], dict):
+        place, message = error[0].get("loc"), error[0].get("msg")
+        param = ".".join(map(str, place)) if isinstance(place, list) else None
+        error = {"message": message, "param": param}
+    if isinstance(error, str):
+        error = {"message": error}
+    message = error.get("message") if isinstance(error, dict) else None
+    return error if isinstance(message, str) and message else None
 
 
 def status_phrase(status: int) -> str:

@@ -9,7 +9,7 @@ from serving.client import direct_writer
 from serving.exchange import Exchange
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import normalise
-from serving.upstream.http import Connection
+from serving.upstream.http import Connection, broken
 
 END = re.compile(rb"\r?\n\r?\n")
 MAX_EVENT_BYTES = 4 * 1024 * 1024
@@ -25,11 +25,13 @@ class EventParser:
         """Events with tokens so far; the tokens of a stream that ends before its usage comes."""
         self.usage: tuple[int, int] | None = None
         self.error: dict[str, Any] | None = None
-        """The last event that was an error, in OpenAI's shape."""
+        """The event that was an error, in OpenAI's shape; it is the last that goes on."""
         self.error_status = 500
         """Its HTTP status, by vLLM's `code`."""
         self.rest = b""
         """The unfinished event."""
+        self.last = b""
+        """The last piece of whole events."""
 
     def feed(self, piece: bytes) -> tuple[bytes, bool]:
         """Return what can go on of all that has come, and whether there are tokens in it."""
@@ -38,8 +40,10 @@ class EventParser:
             self.rest = b""
         if not piece.endswith(b"\n\n"):
             piece = self._cut(piece)
-        # The beginnings of the two events that are not tokens; one search each, for every piece.
-        if b'"usage"' in piece or b'data: {"error"' in piece:
+        if piece:
+            self.last = piece
+        # Names in the two events that are not tokens; one search each, for every piece.
+        if b'"usage"' in piece or b'"error"' in piece:
             return self._read_events(piece)
         events = piece.count(b"data: {")
         self.count += events
@@ -69,19 +73,19 @@ class EventParser:
                 continue
             usage = data.get("usage")
             if isinstance(usage, dict):
-                prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
-                if type(prompt) is int:
-                    self.usage = prompt, answer if type(answer) is int else 0
+                prompt = count(usage.get("prompt_tokens"))
+                if prompt is not None:
+                    self.usage = prompt, count(usage.get("completion_tokens")) or 0
                 if data.get("choices") == []:
                     if not self.hide_usage:
                         kept.append(event)
                     continue
-            if "error" in data:
-                self.error_status = error_status(data["error"])
-                self.error = normalise(event.strip()[5:], self.error_status)
-                event = b"data: %b\n\n" % json.dumps(self.error).encode()
-            else:
-                tokens += 1
+            if data.get("error") is not None or data.get("object") == "error":
+                self.error_status = error_status(data.get("error", data))
+                self.error = normalise(json.dumps(data).encode(), self.error_status)
+                kept.append(b"data: %b\n\n" % json.dumps(self.error).encode())
+                break
+            tokens += 1
             kept.append(event)
         self.count += tokens
         return b"".join(kept), tokens > 0
@@ -100,14 +104,23 @@ class EventStream(EventParser):
         self._last_token = 0.0
 
     async def begin(self) -> bytes:
-        """Return the first whole events; b"" if the stream ends before there are any."""
+        """Return the first whole events, or what is left where the stream ends before.
+
+        Raises:
+            UpstreamError: it breaks off before.
+        """
         while piece := await self.connection.piece():
             if events := self._timed(piece):
                 return events
-        return b""
+        return self._end()
 
     async def pass_on(self, events: bytes) -> None:
-        """Send the first events to the client, and all that follow, each as soon as it is whole."""
+        """Send the first events to the client, and all that follow, each as soon as it is whole;
+        an error ends them.
+
+        Raises:
+            UpstreamError: the stream breaks off.
+        """
         send, feed, clock = self.exchange.send, self.feed, time.perf_counter
         observe = self.metrics.itl.observe
         write = None
@@ -119,17 +132,32 @@ class EventStream(EventParser):
                 now = clock()
                 observe(now - self._last_token)
                 self._last_token = now
-            return write(events) if write and events else True
+            return write(events) and self.error is None if write and events else True
 
         while True:
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
-                if self._last_token and (write := direct_writer(send)):
+                if self._last_token and not self.error and (write := direct_writer(send)):
                     await self.connection.pour(write_piece)
-            if not (piece := await self.connection.piece()):
+            if self.error or not (piece := await self.connection.piece()):
                 break
             events = self._timed(piece)
-        await send({"type": "http.response.body", "body": self.rest, "more_body": False})
+        last = b"" if self.error else self._end()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _end(self) -> bytes:
+        """Return what is left to send where the stream has ended: nothing, or a last [DONE] without
+        its empty line.
+
+        Raises:
+            UpstreamError: that was in the middle of an event, or, where the end of the connection
+                is all that says so, before [DONE].
+        """
+        rest = self.rest.strip()
+        done = (rest or self.last.rstrip()).endswith(b"data: [DONE]")
+        if (rest and not done) or not (done or self.connection.framed):
+            raise broken()
+        return b"data: [DONE]\n\n" if rest else b""
 
     def _timed(self, piece: bytes) -> bytes:
         """Return what can go on, and note when its tokens came."""
@@ -144,6 +172,11 @@ class EventStream(EventParser):
                 self.exchange.stage = "mid_stream"
             self._last_token = now
         return events
+
+
+def count(value: Any) -> int | None:
+    """Return a number of tokens; None if it cannot be one."""
+    return value if type(value) is int and 0 <= value < 10**12 else None
 
 
 def error_status(error: Any) -> int:

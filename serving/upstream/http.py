@@ -1,12 +1,14 @@
 """Connections to one HTTP/1.1 server: a pool, and one request and answer at a time on each.
 
 A general client does more for each streamed token than a gateway needs (`benchmarks.gateway` has
-two proxies that use one, beside ours), and does not say what retrying has to know: whether a
-connection that broke had been used before, and whether a byte of the answer had come.
+two proxies that use one, beside ours), and does not say what retrying has to know: whether the
+server can have read a request whose connection broke.
 """
 
 import asyncio
+import socket
 import ssl
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -19,36 +21,65 @@ Headers = list[tuple[bytes, bytes]]
 BUFFER_BYTES = 256 * 1024
 """An answer that is not fetched is read ahead this far, then the server has to wait."""
 
+MAX_HEAD_BYTES = 64 * 1024
+"""Most that a server may send without a byte of a body: heads, trailers, chunks' extensions."""
+
+ESTABLISHED = 1
+"""The state of a TCP connection that neither side has closed (Linux: TCP_ESTABLISHED)."""
+
 Sink = Callable[[bytes], bool]
 """Takes a piece of a body; returns whether it takes more now."""
 
 
 class UpstreamError(Exception):
-    """A model server failed a request: the status for the client, and the reason to count."""
+    """A model server failed a request.
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    Attributes:
+        status: for the client.
+        reason: by which it is counted and logged.
+        was_read: whether the server may have begun to work on the request.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, was_read: bool = True) -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
+        self.was_read = was_read
+
+    @property
+    def code(self) -> str:
+        """What the client gets as the error's code."""
+        return CODES.get(self.reason, f"upstream_{self.reason}")
 
 
-class StaleError(UpstreamError):
-    """A kept connection broke before any byte of an answer: the server was just closing it."""
+CODES = {
+    "crashed": "upstream_broken",  # for the client the same, for who runs the server not
+    "overtime": "upstream_timeout",
+    "slow_client": "client_too_slow",
+}
 
 
 def unreachable() -> UpstreamError:
     """Return the error where no connection could be made, so that the request was not sent."""
-    return UpstreamError(503, "unreachable", "The model server cannot be reached.")
+    return UpstreamError(503, "unreachable", "The model server cannot be reached.", False)
 
 
-def broken() -> UpstreamError:
+def broken(was_read: bool = True) -> UpstreamError:
     """Return the error where the connection ended before the answer, or what came is not HTTP."""
-    return UpstreamError(502, "broken", "The model server broke off its answer.")
+    return UpstreamError(502, "broken", "The model server broke off its answer.", was_read)
 
 
-def timed_out() -> UpstreamError:
-    """Return the error where nothing came for too long, or the whole took too long."""
-    return UpstreamError(504, "timeout", "The model server did not answer in time.")
+def unusable(what: str) -> UpstreamError:
+    """Return the error where a server's answer is one that cannot be passed on."""
+    return UpstreamError(502, "unusable", f"The model server's answer has {what}.")
+
+
+def timed_out(reason: str = "timeout") -> UpstreamError:
+    """Return the error where nothing came for too long; `overtime`: where the whole took too long
+    though something came; `slow_client`: where it was the client that did not take it."""
+    if reason == "slow_client":
+        return UpstreamError(408, reason, "The client did not read its answer in time.")
+    return UpstreamError(504, reason, "The model server did not answer in time.")
 
 
 class Connection(asyncio.Protocol):
@@ -61,6 +92,7 @@ class Connection(asyncio.Protocol):
         self.lost = False
         self.uses = 0
         self.idle_since = 0.0
+        self._acknowledged = 0  # bytes, before the request; 0: not known
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._sink: Sink | None = None
@@ -70,8 +102,9 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self.headers: Headers = []
         self.keep = False
+        self.framed = False  # the answer says where it ends; else it ends with the connection
         self._began = False  # a byte of the answer has come
-        self._framed = False  # the answer says where it ends; else it ends with the connection
+        self._bodiless = 0  # bytes since the last of a body
         self._complete = False
         self._error: UpstreamError | None = None
         self._pieces: list[bytes] = []
@@ -88,13 +121,12 @@ class Connection(asyncio.Protocol):
             total_timeout: longest time for request and answer, in seconds.
 
         Raises:
-            StaleError: the connection had been kept, and was no longer good.
-            UpstreamError: it failed otherwise.
+            UpstreamError: it failed.
         """
         self._clear()
         self.uses += 1
         if self.lost:
-            raise self._lost_error()
+            raise unreachable()
         now = self.loop.time()
         self._read_timeout, self._last_read = read_timeout, now
         self._deadline = now + total_timeout
@@ -115,6 +147,7 @@ class Connection(asyncio.Protocol):
         self._size = 0
         if self._paused:
             self._paused = False
+            self._last_read = self.loop.time()
             self.transport.resume_reading()
         return piece
 
@@ -130,11 +163,18 @@ class Connection(asyncio.Protocol):
         finally:
             self._sink = None
 
-    async def rest(self) -> bytes:
-        """Return all that is left of the body."""
+    async def rest(self, limit: int) -> bytes:
+        """Return all that is left of the body.
+
+        Raises:
+            UpstreamError: it failed, or has more than `limit` bytes.
+        """
         pieces = []
         while piece := await self.piece():
             pieces.append(piece)
+            limit -= len(piece)
+            if limit < 0:
+                raise unusable("too many bytes")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
@@ -174,19 +214,51 @@ class Connection(asyncio.Protocol):
             self._error = error
             self._wake()
 
-    def _lost_error(self) -> UpstreamError:
-        if self.uses > 1 and not self._began:
-            return StaleError(502, "stale", "The model server closed a kept connection.")
-        return broken()
-
     def _check_time(self) -> None:
-        """Set the one timer of a request again where bytes have come meanwhile, else fail."""
-        due = min(self._last_read + self._read_timeout, self._deadline)
-        if self.loop.time() < due:
+        """Set the one timer of a request again where bytes have come meanwhile, else fail.
+
+        A server that has to wait for the client is not silent.
+        """
+        now = self.loop.time()
+        last = now if self._paused else self._last_read
+        due = min(last + self._read_timeout, self._deadline)
+        if now < due:
             self._timer = self.loop.call_at(due, self._check_time)
+            return
+        self._timer = None
+        if self._paused:
+            self._fail(timed_out("slow_client"))
+        elif self._began and due == self._deadline:
+            self._fail(timed_out("overtime"))
         else:
-            self._timer = None
             self._fail(timed_out())
+
+    def tcp_state(self) -> tuple[bool, int]:
+        """Return whether the server has not closed the connection, as far as the kernel knows, and
+        how many bytes the server's kernel has acknowledged; 0: this kernel does not say."""
+        if not hasattr(socket, "TCP_INFO"):
+            return True, 0
+        own = self.transport.get_extra_info("socket")
+        info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return info[0] == ESTABLISHED, int.from_bytes(info[120:128], sys.byteorder)
+
+    def check_open(self) -> bool:
+        """Return whether a kept connection is still open, right before a request on it."""
+        if self.lost:
+            return False
+        still_open, self._acknowledged = self.tcp_state()
+        return still_open
+
+    def _was_read(self, exc: Exception | None) -> bool:
+        """Return whether the server may have read the request on a connection that has ended.
+
+        It has not where its kernel closed the connection in order without acknowledging a byte of
+        the request: it was closed before the request came. Of a reset nothing is known, which may
+        have overtaken an acknowledgement.
+        """
+        if self._began or isinstance(exc, ConnectionResetError) or not self._acknowledged:
+            return True
+        return self.tcp_state()[1] != self._acknowledged
 
     # asyncio.Protocol
 
@@ -201,13 +273,19 @@ class Connection(asyncio.Protocol):
             return
         self._began = True
         self._last_read = self.loop.time()
+        size = self._size
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.keep = False
-            self._fail(broken())
-            self.transport.abort()
+            self._refuse(broken())
             return
+        if self._size > size:
+            self._bodiless = 0
+        elif not self._complete:
+            self._bodiless += len(data)
+            if self._bodiless > MAX_HEAD_BYTES:
+                self._refuse(unusable(f"a head of more than {MAX_HEAD_BYTES} bytes"))
+                return
         if self._sink is not None and self._pieces:
             pieces, self._pieces, self._size = self._pieces, [], 0
             if not self._sink(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
@@ -219,26 +297,49 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
         self._wake()
 
-    def connection_lost(self, _: Exception | None) -> None:
+    def _refuse(self, error: UpstreamError) -> None:
+        """End a connection on which something has come that cannot be used."""
+        self.keep = False
+        self._fail(error)
+        self._wake()  # also for an answer that was complete before that
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
         """End the answer, if that is how it ends, or fail it."""
         self.lost = True
-        if self.status and not self._framed and not self._complete:
+        if self.status and not self.framed and self._error is None and exc is None:
             self._complete = True
             self._wake()
-        self._fail(self._lost_error())
+        if self._timer is not None and not self._complete:
+            self._fail(broken(self._was_read(exc)))
 
     # httptools.HttpResponseParser
 
+    def on_message_begin(self) -> None:
+        """Refuse a second answer, for which nobody has asked."""
+        if self._complete:
+            raise broken()
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep one header of the answer, its name in lower case."""
+        """Keep one header of the answer, its name in lower case; trailers are dropped."""
+        if self.status:
+            return
         name = name.lower()
-        if name == b"content-length" or name == b"transfer-encoding":
-            self._framed = True
+        if name == b"content-length":
+            self.framed = True
+        elif name == b"transfer-encoding" or name == b"content-encoding":
+            self.framed = self.framed or name == b"transfer-encoding"
+            if value.lower() not in (b"chunked", b"identity"):
+                coding = value[:32].decode("latin-1")
+                self._fail(unusable(f"the coding {coding}, which was not asked for"))
+                raise broken()
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Note the status; a 1xx is no answer yet."""
         status = self.parser.get_status_code()
+        if not 100 <= status < 600:
+            raise broken()
         if status < 200:
             self.headers = []
         else:
@@ -283,7 +384,7 @@ class ConnectionPool:
         oldest = loop.time() - self.idle_seconds
         while self._idle and not fresh:
             connection = self._idle.pop()
-            if not connection.lost and connection.idle_since > oldest:
+            if connection.idle_since > oldest and connection.check_open():
                 return connection
             connection.close()
         try:
@@ -308,14 +409,15 @@ class ConnectionPool:
     ) -> Connection:
         """Send a request and return the connection once the answer's first bytes are here.
 
-        A kept connection that the server was just closing costs nothing but a second, fresh one.
-        All times are in seconds; `put` or `close` has to follow.
+        A kept connection that the server was just closing costs nothing but a second, fresh one, if
+        it is sure that the server has not read the request; a GET may be read twice. All times are
+        in seconds; `put` or `close` has to follow.
 
         Raises:
             UpstreamError: the server failed the request; nothing of an answer had come.
         """
         start = f"{method} {target} HTTP/1.1\r\nhost: ".encode("ascii")
-        lines = [b"%b%b\r\n" % (start, self.netloc)]
+        lines = [b"%b%b\r\naccept-encoding: identity\r\n" % (start, self.netloc)]
         if self.api_key is not None:
             lines.append(b"authorization: Bearer %b\r\n" % self.api_key.encode("latin-1"))
             headers = [header for header in headers if header[0] != b"authorization"]
@@ -326,12 +428,15 @@ class ConnectionPool:
             try:
                 await connection.request(data, read_timeout, total_timeout)
                 return connection
-            except StaleError:
+            except UpstreamError as error:
                 connection.close()
+                again = method == "GET" or not error.was_read
+                if connection.uses == 1 or error.reason != "broken" or not again:
+                    raise
             except BaseException:
                 connection.close()
                 raise
-        raise AssertionError("a fresh connection is never stale")
+        raise AssertionError("a fresh connection has not been used before")
 
     def put(self, connection: Connection) -> None:
         """Give a connection back after an answer; one that is not at its end is closed."""

@@ -7,8 +7,8 @@ another replica can take the request over.
 import json
 import time
 
+from serving.config import EVERY
 from serving.exchange import JSON, Exchange
-from serving.observability.metrics import ModelMetrics
 from serving.observability.tracing import Tracer
 from serving.openai.errors import ApiError, normalise, retry_headers
 from serving.openai.request import ModelRequest
@@ -34,11 +34,18 @@ NOT_SENT_DOWN = CONNECTION_HEADERS.union(
 NO_BUFFERING = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
-class UnavailableError(UpstreamError):
-    """A 502 or 503 of the upstream's own, or the 500 of one that is dying."""
+RETRIED = frozenset({"unreachable", "unavailable", "crashed", "no_such_model"})
+"""Why a server fails a request that another one may then get."""
 
-    def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(status, "unavailable", "The model server is not available.")
+NOT_ITS_FAULT = frozenset({"no_such_model", "overtime"})
+"""Reasons that say nothing against a server: its circuit does not count them."""
+
+
+class AnswerError(UpstreamError):
+    """An error that a server has answered with, and that another server may not give."""
+
+    def __init__(self, status: int, reason: str, body: bytes, was_read: bool) -> None:
+        super().__init__(status, reason, "The model server is not available.", was_read)
         self.body = body
 
 
@@ -70,19 +77,25 @@ class Proxy:
         exchange.prompt_tokens = request.prompt_tokens
         exchange.stage = "before_first_token" if request.stream else "whole"
         tried = {attempt.replica}
+        may_have_run = 0  # servers that may have begun to work on it
         while True:
             exchange.replica = attempt.replica.url
             try:
                 await self._send(exchange, request, attempt)
                 return
             except UpstreamError as error:
-                attempt.failed()
-                labels = exchange.metrics.labels
-                metrics.upstream_errors.labels(*labels, error.reason).inc()
-                following = self._another(exchange, error, tried)
+                if error.reason == "slow_client":
+                    raise api_error(error) from None
+                if error.reason == "broken" and not await attempt.replica.is_healthy():
+                    error.reason = "crashed"
+                self._count(exchange, error.reason)
+                if error.reason not in NOT_ITS_FAULT:
+                    attempt.failed()
+                may_have_run += error.was_read
+                following = self._another(exchange, error, tried) if may_have_run < 2 else None
                 if following is None:
                     raise api_error(error) from None
-                metrics.retries.labels(*labels, error.reason).inc()
+                metrics.retries.labels(*exchange.metrics.labels, error.reason).inc()
                 exchange.retries += 1
             finally:
                 attempt.end()
@@ -93,8 +106,8 @@ class Proxy:
     def _another(
         self, exchange: Exchange, error: UpstreamError, tried: set[Replica]
     ) -> Replica | None:
-        """Return where to try again; None if it is too late or of no use."""
-        if exchange.status or error.reason == "timeout":
+        """Return where to try again; None if it is too late, or might run twice."""
+        if exchange.status or error.reason not in RETRIED:
             return None
         if exchange.retries >= self.state.config.routing.retries:
             return None
@@ -124,7 +137,7 @@ class Proxy:
             if connection.status < 500 and is_event_stream(connection.headers):
                 await self._stream(exchange, request, connection, attempt)
             else:
-                content = await connection.rest()
+                content = await connection.rest(self.state.config.limits.max_answer_bytes)
                 await self._whole(exchange, connection, connection.status, content, attempt)
         except BaseException:
             connection.close()
@@ -139,6 +152,12 @@ class Proxy:
             headers = [(n, v) for n, v in headers if n not in own] + list(own.items())
         return [*headers, exchange.id_header, JSON, (b"content-length", b"%d" % length)]
 
+    def _count(self, exchange: Exchange, reason: str) -> None:
+        """Count that a replica has failed a request."""
+        assert exchange.metrics is not None
+        exchange.upstream_error = reason
+        self.state.metrics.upstream_errors.labels(*exchange.metrics.labels, reason).inc()
+
     async def _whole(
         self,
         exchange: Exchange,
@@ -150,60 +169,66 @@ class Proxy:
         """Send an answer in one piece; errors are brought into OpenAI's shape.
 
         Raises:
-            UnavailableError: it is one that another replica may not give.
+            AnswerError: it is one that another replica may not give.
         """
-        if status in (502, 503) or (status == 500 and not await attempt.replica.is_healthy()):
-            raise UnavailableError(status, content)
-        attempt.succeeded()
+        if status in (502, 503):  # a 502 is of a proxy, whose server may have crashed
+            raise AnswerError(status, "unavailable", content, was_read=status == 502)
+        if status == 500 and not await attempt.replica.is_healthy():
+            raise AnswerError(status, "crashed", content, was_read=True)
         headers = headers_down(connection.headers)
         if status >= 400:
-            content = json.dumps(normalise(content, status)).encode()
+            body = normalise(content, status)
+            model = exchange.model.entry.name if exchange.model else EVERY
+            if body["error"]["code"] == "model_not_found" and model != EVERY:
+                attempt.replica.note_lack(model)
+                raise AnswerError(status, "no_such_model", content, was_read=False)
+            if status >= 500:
+                self._count(exchange, "error")
+            content = json.dumps(body).encode()
             headers = [(n, v) for n, v in headers if n != b"content-type"] + [JSON]
             if status == 429 and not any(n == b"retry-after" for n, _ in headers):
                 headers += retry_headers(1.0)
         else:
-            metrics_of_answer(exchange)
             content = without_nulls(content)
             exchange.note_usage(usage_of(content))
+        attempt.succeeded()
         await exchange.answer(status, headers, content)
 
     async def _stream(
         self, exchange: Exchange, request: ModelRequest, connection: Connection, attempt: Attempt
     ) -> None:
         """Send server-sent events, each as soon as it is whole."""
-        stream = EventStream(exchange, metrics_of_answer(exchange), connection, request.hide_usage)
+        assert exchange.metrics is not None
+        stream = EventStream(exchange, exchange.metrics, connection, request.hide_usage)
         try:
             events = await stream.begin()
             if stream.error and not stream.count:
                 # vLLM's head says 200 before it looks at all of the request.
                 content = json.dumps(stream.error).encode()
-                await connection.rest()
                 await self._whole(exchange, connection, stream.error_status, content, attempt)
                 return
-            attempt.succeeded()
+            attempt.began()
             headers = headers_down(connection.headers)
             headers = [header for header in headers if header[0] not in dict(NO_BUFFERING)]
             await exchange.start(connection.status, headers + NO_BUFFERING)
             await stream.pass_on(events)
+            if stream.error is None or stream.error_status < 500:
+                attempt.succeeded()
+            else:
+                self._count(exchange, "error")
+                attempt.failed()
+            if stream.error is not None:
+                exchange.code, exchange.upstream_status = "upstream_error", stream.error_status
         finally:
             exchange.completion_tokens = stream.count
             exchange.note_usage(stream.usage)
 
 
-def metrics_of_answer(exchange: Exchange) -> ModelMetrics:
-    """Return the metrics of a model for which a server has answered, by which it is counted."""
-    assert exchange.model is not None and exchange.metrics is not None
-    if exchange.metrics.labels[0] != exchange.model_name:
-        exchange.metrics = exchange.model.metrics(exchange.model_name, answered=True)
-    return exchange.metrics
-
-
 def api_error(error: UpstreamError) -> ApiError:
     """Return what the client is told of a server's failure."""
-    if isinstance(error, UnavailableError):
+    if isinstance(error, AnswerError):
         return ApiError.of_upstream(error.status, error.body)
-    code = f"upstream_{error.reason}"
-    return ApiError(error.status, str(error), code=code, retry_after=1.0)
+    return ApiError(error.status, str(error), code=error.code, retry_after=1.0)
 
 
 def headers_down(headers: Headers) -> Headers:

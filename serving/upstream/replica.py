@@ -13,10 +13,14 @@ from serving.upstream.vllm_metrics import (
     ServerInfo,
     kv_cache_sizes,
     load_gauges,
+    model_names,
     parse_info,
 )
 
 log = logging.getLogger("attnserve")
+
+MAX_PAGE_BYTES = 16 * 1024 * 1024
+"""Largest answer to a GET that is taken from a server: its metrics, its list of models."""
 
 
 class Replica:
@@ -33,6 +37,9 @@ class Replica:
         self.kv_usage: float | None = None  # a fraction; None: not known
         self.kv_bytes: int | None = None  # of the whole cache
         self.waiting: float | None = None
+        self.models: frozenset[str] | None = None  # names that it lists; None: not known
+        self.lacks: set[str] = set()  # names that it has answered "no such model" to
+        self.ask_models = True  # at the next check
         self._others = 0.0  # requests of other clients here, at the last check
         self._failed_checks = 0  # in a row
         self._failures = 0  # requests that failed in a row
@@ -49,6 +56,8 @@ class Replica:
             if healthy:
                 status, page = await self.get("/metrics")
                 self._note_metrics(page if status == 200 else None)
+                if self.ask_models or self.lacks or not self.healthy:
+                    await self._check_models()
         except UpstreamError:
             healthy = False
         self._failed_checks = 0 if healthy else self._failed_checks + 1
@@ -63,6 +72,23 @@ class Replica:
             if healthy and not self.healthy:
                 self._open_until = 0.0  # one request may test it at once
             self.healthy = healthy
+
+    async def _check_models(self) -> None:
+        """Ask which models it lists; one that it lacked may be asked for again then, or where it
+        does not say."""
+        self.models, self.ask_models = None, False
+        with contextlib.suppress(UpstreamError):
+            status, listed = await self.get("/v1/models")
+            self.models = model_names(listed) if status == 200 else None
+        for name in [n for n in self.lacks if self.models is None or n in self.models]:
+            self.lacks.discard(name)
+            log.info("replica may have the model again", extra={"replica": self.url, "model": name})
+
+    def note_lack(self, name: str) -> None:
+        """Take it out of a model's rotation: it has answered that it does not have the model."""
+        if name not in self.lacks:
+            self.lacks.add(name)
+            log.warning("replica lacks the model", extra={"replica": self.url, "model": name})
 
     async def is_healthy(self) -> bool:
         """Return whether it answers /health now.
@@ -110,7 +136,7 @@ class Replica:
             total_timeout=timeout,
         )
         try:
-            return connection.status, await connection.rest()
+            return connection.status, await connection.rest(MAX_PAGE_BYTES)
         finally:
             self.pool.put(connection)
 
@@ -185,6 +211,11 @@ class Attempt:
         self._tests = replica.circuit == "half_open"
         replica._tested = replica._tested or self._tests
         replica.in_flight += 1
+
+    def began(self) -> None:
+        """Close a circuit that was being tested: an answer has begun."""
+        if self._tests:
+            self.replica._failures = 0
 
     def succeeded(self) -> None:
         """Close the circuit: the replica has answered."""

@@ -20,9 +20,6 @@ from serving.upstream.vllm_metrics import (
 MIN_PREFIX_BYTES = 32
 """A shorter beginning is not worth a prefix cache, so the least loaded server gets it."""
 
-MAX_NAMES = 1000
-"""Names of models that get metrics of their own where an entry takes every name."""
-
 
 class Model:
     """A model of the configuration and the replicas that serve it."""
@@ -48,18 +45,20 @@ class Model:
         if self.name == EVERY:
             self.name = self.description.info.model_name or EVERY
 
-    def metrics(self, name: str, answered: bool = False) -> ModelMetrics:
+    def metrics(self, name: str) -> ModelMetrics:
         """Return what is counted for the model under a name that a client has given.
 
-        Of an entry for every name, only names that a server has answered for get metrics of their
-        own: anybody could make up others without end.
+        Of an entry for every name, only names that a server lists get metrics of their own: anybody
+        could make up others without end.
         """
         labels = (name, *self.labels)
-        known = self._metrics.models
-        if found := known.get(labels):
+        if found := self._metrics.models.get(labels):
             return found
-        if self.entry.name == EVERY and not (answered and len(known) < MAX_NAMES):
+        listed = name == self.name or any(r.models and name in r.models for r in self.replicas)
+        if self.entry.name == EVERY and not listed:
             labels = (EVERY, "", "")
+            for replica in self.replicas:
+                replica.ask_models = True
         return self._metrics.of_model(labels)
 
     def server(self, url: str | None) -> Description:
@@ -69,9 +68,11 @@ class Model:
 
     def usable(self, tried: Collection[Replica] = ()) -> list[Replica]:
         """Return the replicas that may be asked: of those whose circuit lets a request through the
-        healthy ones, or all if none is (a server that is merely slow is better than none)."""
+        ones that have the model, and of these the healthy ones; all if none is (a server that is
+        merely slow is better than none)."""
         accepting = [r for r in self.replicas if r.accepts and r not in tried]
-        return [r for r in accepting if r.healthy is not False] or accepting
+        having = [r for r in accepting if self.entry.name not in r.lacks] or accepting
+        return [r for r in having if r.healthy is not False] or having
 
     def choose(self, candidates: Sequence[Replica], prefix: bytes) -> Replica:
         """Return one of the candidates, by the policy; among equals, the configuration's first."""
@@ -92,9 +93,6 @@ class Model:
         Raises:
             ApiError: 503; no replica can be asked.
         """
-        ready = [r for r in self.replicas if r.accepts and r.healthy is not False and r.has_room]
-        if ready:
-            return Attempt(self.choose(ready, prefix))
         usable = self.usable()
         if not usable:
             wait = min(r.seconds_open for r in self.replicas)

@@ -5,6 +5,8 @@ vLLM without the plugin says nothing. What the server says is believed, a label 
 that says something else is an error, and a label of which the server says nothing is unconfirmed.
 """
 
+import contextlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -19,9 +21,18 @@ GAUGES = re.compile(
     re.MULTILINE,
 )
 CACHE_CONFIG = re.compile(rb"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
-CACHE_NUMBER = re.compile(rb'(\w+)="(\d+(?:\.\d+)?)"')
+CACHE_NUMBER = re.compile(rb'(\w+)="(\d{1,18}(?:\.\d{1,18})?)"')
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-NUMBERS = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)*")
+NUMBERS = re.compile(r"\d{1,9}(\.\d{1,9})?(,\d{1,9}(\.\d{1,9})?)*")
+
+MAX_NAMES = 1000
+"""Most names of models that are taken from a server."""
+
+MAX_NAME = 256
+"""Longest name, or other text, that is taken from a server, in characters."""
+
+MAX_REQUESTS = 10**9
+"""No server has more at a time."""
 
 
 class LoadGauges(NamedTuple):
@@ -34,10 +45,14 @@ class LoadGauges(NamedTuple):
 
 
 def load_gauges(page: bytes) -> LoadGauges:
-    """Return vLLM's own gauges."""
+    """Return vLLM's own gauges; a value that cannot be one (NaN, -1) is left out."""
     found: dict[bytes, list[float]] = {}
-    for name, value in GAUGES.findall(page):
-        found.setdefault(name, []).append(float(value))
+    for name, text in GAUGES.findall(page):
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            most = 1 if name == b"kv_cache_usage_perc" else MAX_REQUESTS
+            if 0 <= value <= most:
+                found.setdefault(name, []).append(value)
     waiting, running = found.get(b"num_requests_waiting"), found.get(b"num_requests_running")
     return LoadGauges(
         max(found.get(b"kv_cache_usage_perc", ()), default=None),
@@ -61,6 +76,15 @@ def kv_cache_sizes(page: bytes) -> dict[str, Any]:
         "cache_bytes": None if size is None else int(size),
         "cache_tokens": None if tokens is None else int(tokens),
     }
+
+
+def model_names(listed: bytes) -> frozenset[str] | None:
+    """Return the names in an answer of /v1/models; None if it is no such list."""
+    try:
+        names = [entry["id"] for entry in json.loads(listed)["data"][:MAX_NAMES]]
+        return frozenset(n for n in names if len(n) <= MAX_NAME and n.encode())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -89,8 +113,10 @@ def parse_info(page: bytes) -> ServerInfo:
     lines = set(SERVER_INFO.findall(page))
     if len(lines) != 1:
         named = VLLM_NAME.search(page)
-        return ServerInfo(unescaped(named[1].decode(errors="replace"))) if named else UNKNOWN
-    said = {k: unescaped(v) for k, v in LABEL.findall(lines.pop().decode(errors="replace"))}
+        name = unescaped(named[1].decode(errors="replace")) if named else ""
+        return ServerInfo(name) if len(name) <= MAX_NAME else UNKNOWN
+    labels = LABEL.findall(lines.pop().decode(errors="replace"))
+    said = {k: unescaped(v) for k, v in labels if len(v) <= MAX_NAME}
     for name in NUMERIC:
         if not NUMBERS.fullmatch(said.get(name, "")):
             said[name] = ""

@@ -46,6 +46,22 @@ def write(folder: Path, text: str | dict[str, Any]) -> Path:
         ({"models": [{"name": "m"}]}, "models.0.replicas: Field required"),
         ({"models": [{"name": "m", "replicas": ["ftp://x"]}]}, "must be an address like"),
         ({"models": [{"name": "m", "replicas": ["http://u:p@x"]}]}, "must be an address like"),
+        *(
+            ({"models": [{"name": "m", "replicas": [url]}]}, "must be an address like")
+            for url in (
+                f"http://{'a' * 70}.example",
+                f"http://{'a.' * 130}example",
+                "http://a b:8000",
+                "http://a\tb",
+                " http://a",
+                "http://a..b",
+                "http://a/\n",
+                "http://a%20b",
+                "http://[::1",
+                "http://a:99999",
+                "http://:80",
+            )
+        ),
         (
             {"models": [{"name": "m", "replicas": ["http://x/v2"]}]},
             "after /v1, not with another path",

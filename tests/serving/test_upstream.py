@@ -3,92 +3,13 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.servers import free_port
-from tests.serving.helpers import (
-    HttpAnswer,
-    ask,
-    error_of,
-    gateway_server,
-    leave,
-    open_request,
-    running,
-)
-
-Next = Callable[[], Awaitable[None]]
-Handler = Callable[[Next, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
-EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-BODY = {"model": "m", "prompt": "x"}
-
-
-@asynccontextmanager
-async def listening(handler: Handler) -> AsyncIterator[str]:
-    """Run a TCP server on a free port; yield its URL. `handler` gets connections on which a
-    request has begun that is no health check; `Next` returns when one has been read whole."""
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        heads = [await reader.readuntil(b"\r\n\r\n")]
-
-        async def following() -> None:
-            head = heads.pop() if heads else await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
-
-        try:
-            if heads[0].startswith(b"GET"):
-                writer.write(OK.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
-            else:
-                await handler(following, reader, writer)
-        except asyncio.IncompleteReadError:
-            pass  # the gateway closed its side
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-def through_gateway(handler: Handler, *pauses: float) -> list[HttpAnswer]:
-    """Answers to POSTs through a gateway in front of `handler`, with pauses after them."""
-
-    async def run() -> list[HttpAnswer]:
-        answers = []
-
-        def ask_all(url: str) -> None:
-            with running(url, timeouts={"silence": 5, "idle": 2}) as gateway:
-                for pause in pauses:
-                    answers.append(ask(gateway.url, "POST", "/v1/completions", BODY))
-                    time.sleep(pause)
-
-        async with listening(handler) as url:
-            await asyncio.to_thread(ask_all, url)
-        return answers
-
-    return asyncio.run(run())
-
-
-def test_connection_closed_while_idle_is_no_error() -> None:
-    connections = 0
-
-    async def close_on_second_request(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        nonlocal connections
-        connections += 1
-        await following()
-        writer.write(OK)
-        await reader.readexactly(1)  # the next request has begun: too late, as after 5 s in vLLM
-
-    answers = through_gateway(close_on_second_request, 0, 0, 0)
-    assert [answer.status for answer in answers] == [200, 200, 200]
-    assert connections == 3
+from tests.serving.helpers import ask, error_of, gateway_server, leave, open_request, running
+from tests.serving.scripted import BODY, EVENTS, OK, Next, listening, through_gateway
 
 
 def test_upstream_that_always_hangs_up_is_an_error() -> None:
@@ -164,16 +85,43 @@ def test_silent_upstream_times_out() -> None:
     assert (answer.status, error_of(answer)["code"]) == (504, "upstream_timeout")
 
 
-@pytest.mark.parametrize("body", [b"Internal Server Error", b'{"detail": "x"}', b"\xff", b""])
-def test_error_bodies_of_any_kind_get_openais_shape(body: bytes) -> None:
+VALIDATION = b'{"detail": [{"loc": ["body", "input"], "msg": "Field required", "type": "missing"}]}'
+EMBEDDINGS = b'{"detail": "Not Found"}'
+"""What vLLM answers to /v1/embeddings where the model cannot."""
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "kind", "param"),
+    [
+        (b"Bad Request", "Bad Request", "invalid_request_error", None),
+        (b"\xff", "\ufffd", "invalid_request_error", None),
+        (b"", "Bad Request", "invalid_request_error", None),
+        (b"x" * 100_000, "x" * 4096, "invalid_request_error", None),
+        (EMBEDDINGS, "Not Found", "invalid_request_error", None),
+        (VALIDATION, "Field required", "invalid_request_error", "input"),
+        (b'{"error": {"message": "a", "type": "T", "code": 400}}', "a", "T", None),
+        (b'{"object": "error", "message": "a", "type": "T", "code": 400}', "a", "T", None),
+        (b'{"error": "a", "error_type": "T"}', "a", "invalid_request_error", None),
+        (b'{"message": "a"}', "a", "invalid_request_error", None),
+        (b'{"error": {"message": 7}}', '{"error": {"message": 7}}', "invalid_request_error", None),
+        (b'{"detail": []}', '{"detail": []}', "invalid_request_error", None),
+        (b'{"detail": [[]]}', '{"detail": [[]]}', "invalid_request_error", None),
+        (b"[" * 2000, "[" * 2000, "invalid_request_error", None),
+    ],
+)
+def test_error_bodies_of_any_kind_get_openais_shape(
+    body: bytes, message: str, kind: str, param: str | None
+) -> None:
     async def fail(
         following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await following()
-        writer.write(b"HTTP/1.1 500 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        writer.write(b"HTTP/1.1 400 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
 
     (answer,) = through_gateway(fail, 0)
-    assert (answer.status, error_of(answer)["type"]) == (500, "server_error")
+    error = error_of(answer)
+    assert (answer.status, error["message"], error["type"]) == (400, message, kind)
+    assert (error["param"], error["code"]) == (param, None)
 
 
 def test_no_upstream() -> None:

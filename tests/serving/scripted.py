@@ -1,0 +1,66 @@
+"""A model server that does what a test's own few lines say, on a plain socket."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from tests.serving.helpers import HttpAnswer, ask, running
+
+Next = Callable[[], Awaitable[None]]
+Handler = Callable[[Next, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+BODY = {"model": "m", "prompt": "x"}
+
+
+@asynccontextmanager
+async def listening(handler: Handler) -> AsyncIterator[str]:
+    """Run a TCP server on a free port; yield its URL. `handler` gets connections on which a
+    request has begun that is no health check; `Next` returns when one has been read whole."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads = [await reader.readuntil(b"\r\n\r\n")]
+
+        async def following() -> None:
+            head = heads.pop() if heads else await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+
+        try:
+            if heads[0].startswith(b"GET"):
+                writer.write(OK.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+            else:
+                await handler(following, reader, writer)
+        except asyncio.IncompleteReadError:
+            pass  # the gateway closed its side
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def through_gateway(
+    handler: Handler, *pauses: float, stream: bool = False, **config: Any
+) -> list[HttpAnswer]:
+    """Answers to POSTs through a gateway in front of `handler`, with pauses after them."""
+    body = {**BODY, "stream": True} if stream else BODY
+    config = {"timeouts": {"silence": 5, "idle": 2}, **config}
+
+    async def run() -> list[HttpAnswer]:
+        answers = []
+
+        def ask_all(url: str) -> None:
+            with running(url, **config) as gateway:
+                for pause in pauses:
+                    answers.append(ask(gateway.url, "POST", "/v1/completions", body))
+                    time.sleep(pause)
+
+        async with listening(handler) as url:
+            await asyncio.to_thread(ask_all, url)
+        return answers
+
+    return asyncio.run(run())
