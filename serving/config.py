@@ -201,6 +201,12 @@ class KeyEntry(Section):
     max_concurrent: int | None = Field(None, gt=0)
     """Requests at a time. None: no limit."""
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether there is any."""
+        names = type(self).model_fields.keys() - {"name", "sha256"}
+        return any(getattr(self, name) is not None for name in names)
+
 
 class Limits(Section):
     """What the gateway takes, and when it makes requests wait or turns them away."""
@@ -434,6 +440,16 @@ class Config(Section):
         if self.protect_metrics and not self.keys:
             raise ValueError("protect_metrics needs keys")
         return self
+
+    def check_workers(self) -> None:
+        """Refuse limits that several processes would each give away in full.
+
+        Raises:
+            ConfigError: a key has limits, and there is no Redis that has what all have used.
+        """
+        for key in self.keys:
+            if self.redis is None and key.has_limits:
+                raise ConfigError(f"several workers need `redis:` for the limits of {key.name}")
 
     @property
     def metrics_need_key(self) -> bool:
