@@ -534,6 +534,7 @@ def without_quotes(message: str) -> str:
 ENVIRONMENT = {
     "GATEWAY_HOST": "host",
     "GATEWAY_PORT": "port",
+    "GATEWAY_ALLOWED_HOSTS": "allowed_hosts",
     "UPSTREAM_URL": "models.0.replicas.0",
     "UPSTREAM_CONNECT_SECONDS": "timeouts.connect",
     "UPSTREAM_SILENCE_SECONDS": "timeouts.read",
@@ -560,7 +561,9 @@ def from_environment(environment: Mapping[str, str]) -> Config:
     for variable, place in ENVIRONMENT.items():
         section, _, field = place.rpartition(".")
         if variable in environment and variable != "UPSTREAM_URL":
-            (data.setdefault(section, {}) if section else data)[field] = environment[variable]
+            value = environment[variable]
+            part = data.setdefault(section, {}) if section else data
+            part[field] = re.findall(r"[^\s,]+", value) if field == "allowed_hosts" else value
     try:
         return Config.model_validate(data)
     except ValidationError as error:
