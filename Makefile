@@ -156,7 +156,7 @@ $(CHECKERS)/.ready: requirements/images-check.txt
 	@touch $@
 
 lock: $(READY)
-	$(BIN)/python tools/lock.py $(if $(UPGRADE),--upgrade)
+	PATH="$(BIN):$$PATH" tools/lock.sh $(if $(UPGRADE),--upgrade)
 
 clean:
 	rm -rf $(VENV) $(SUITES) $(CHECKERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,8 +3,6 @@
 It stands above the packages whose commands it names; nothing imports it.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from typing import Annotated
 

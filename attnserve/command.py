@@ -5,8 +5,6 @@ function imports what it needs. It raises `UserError` for what it refuses. Its d
 help: paragraphs that are indented stay as they are, and what follows a form feed is left out.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect
@@ -26,8 +24,7 @@ from attnserve.errors import UserError
 
 Function = Callable[..., Any]
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def expanded(path: str | Path) -> Path:

@@ -1,7 +1,5 @@
 """Where a checkout's files are, and how a file is written: whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What a measurement was taken on: the processor, the software and the commit."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

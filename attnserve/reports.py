@@ -1,7 +1,5 @@
 """What the reports share: templates, Markdown tables, figures, and when a claim agrees."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

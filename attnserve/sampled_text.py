@@ -6,8 +6,6 @@ how well it models a language; divergence and agreement of a changed model mean 
 any other text. An end-of-text token is kept and the text goes on after it, as training text does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -34,8 +32,7 @@ USES: tuple[Use, ...] = get_args(Use)
 
 FORMAT = 1
 """Goes up when a change of the code changes the text, so that an older one is not taken for it."""
-BATCH = 32
-"""Sequences that are written at once."""
+BATCH = 32  # sequences that are written at once
 SMALL = 20_000_000
 """Parameters below which a token takes so little work that threads wait for each other for most of
 the time: ten times as long with two of them, on two cores that others use too."""

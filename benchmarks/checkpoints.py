@@ -185,13 +185,9 @@ class CaseOptions:
     ] = None  # fmt: skip
     dtypes: Annotated[
         list[opt.Dtype] | None,
-        opt.option("Types of activations, caches, and weights that are not packed (default: "
-                   "float32)."),
+        opt.option("Types of activations, caches and unpacked weights (default: float32); "
+                   "packed checkpoints are served in the first."),
     ] = None  # fmt: skip
-    packed_dtypes: Annotated[
-        list[opt.Dtype] | None,
-        opt.option("The same, of packed checkpoints (default: the first of --dtypes)."),
-    ] = None
     backends: Annotated[
         list[str] | None,
         opt.option("Attention backends (default: as config.json says, or vLLM's own)."),
@@ -202,8 +198,7 @@ class CaseOptions:
         dtypes = [str(dtype) for dtype in self.dtypes or [opt.Dtype.FLOAT32]]
         packed, kv_budgets = self.packed or [], self.kv_budgets or [8, 8, 12, 16]
         folders = [(folder, dtype) for dtype in dtypes for folder in self.ckpts or BUNDLED]
-        for dtype in self.packed_dtypes or dtypes[:1]:
-            folders += [(folder, str(dtype)) for folder in packed]
+        folders += [(folder, dtypes[0]) for folder in packed]
         cases: list[ServerCase] = []
         for (folder, dtype), backend in product(folders, self.backends or [""]):
             variant, config = variant_of(folder), config_of(folder)

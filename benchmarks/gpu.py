@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
+
 from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
@@ -164,7 +166,6 @@ class Stopwatch:
 
 def measure(case: Case, variants: Sequence[str], device: str, seed: int) -> list[results.Row]:
     """Return a row for each variant's kernel and each kernel of others."""
-    import numpy as np
     import torch
 
     from benchmarks.kernels.case import Inputs, Paging

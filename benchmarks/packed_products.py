@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
+
 from attnserve import machine
 from attnserve.command import AsJson, main
 from benchmarks import RESULTS, results
@@ -126,8 +128,6 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list
 
 def rows_of(times: dict[str, list[float]]) -> list[results.Row]:
     """Return one row a step: milliseconds, and how many times faster than torch."""
-    import numpy as np
-
     rows = []
     for name, mine in times.items():
         row: results.Row = {"weights": name, "ms_median": float(f"{1e3 * np.median(mine):.4g}")}

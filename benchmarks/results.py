@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attnserve.errors import UserError
 from attnserve.files import replacing
 
@@ -20,8 +22,6 @@ Row = dict[str, Any]
 
 def spread(prefix: str, samples: ArrayLike) -> dict[str, float | None]:
     """Return columns `<prefix>_p20`, `<prefix>_median` and `<prefix>_p80`; None without samples."""
-    import numpy as np
-
     given = np.asarray(samples)
     values = np.percentile(given, (20, 50, 80)) if given.size else (None, None, None)
     names = (f"{prefix}_{name}" for name in ("p20", "median", "p80"))

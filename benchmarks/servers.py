@@ -39,9 +39,14 @@ class Server:
     def __init__(self, name: str, ckpt: Path, options: ServerOptions, *arguments: str) -> None:
         self.name, self.ckpt, self.start_timeout = name, ckpt, options.start_timeout
         self.service = Service(f"bench-{name.replace(' ', '-')}", free_port(), options.log_folder)
-        port = self.service.url.rpartition(":")[2]
         vllm = Path(sys.executable).with_name("vllm")
-        self.command = [str(vllm), "serve", str(ckpt), f"--host={HOST}", f"--port={port}"]
+        self.command = [
+            str(vllm),
+            "serve",
+            str(ckpt),
+            f"--host={HOST}",
+            f"--port={self.service.port}",
+        ]
         self.command += [f"--served-model-name={MODEL}", *arguments]
         self.command += [f"--kv-cache-memory-bytes={options.kv_cache_memory_bytes}"]
         self.command += ["--enforce-eager"] * options.enforce_eager

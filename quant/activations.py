@@ -4,8 +4,6 @@ Both are fake: values are rounded as if they were quantized and stay float32. No
 attention variant.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Write a checkpoint with packed weights, in compressed-tensors' formats."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -29,8 +27,7 @@ from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
-CHUNK = 32
-"""Group sizes are multiples of it, so that a group starts with a 32-bit word at all bits."""
+CHUNK = 32  # group sizes are multiples of it, so that a group starts with a 32-bit word at all bits
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
 """Tokenizer, generation settings, card, code that `auto_map` names."""
 TABLES = ("model.embed_tokens", HEAD)

@@ -29,8 +29,7 @@ from quant.schemes.registry import get_scheme
 from quant.texts import Sources, calibration_text, text_for
 from quant_kernels.weight import QuantizedWeight
 
-CHOICES = 9
-"""Of the greedy path that are measured, at even distances in bytes, both ends included."""
+CHOICES = 9  # of the greedy path that are measured, at even distances in bytes, both ends included
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 lm-eval is not in the lock (`pip install -e '.[lm-eval]'`): it is imported where it is asked for.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -22,8 +20,7 @@ from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.scorers import Item, Scorer
 from quant.schemes.registry import installed
 
-NAME = "lm-eval"
-"""Of a result's part in keys, summaries and units."""
+NAME = "lm-eval"  # of a result's part in keys, summaries and units
 
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 """Kinds of tasks that ask how likely a text is."""

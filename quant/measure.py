@@ -1,7 +1,5 @@
 """Measure one config: quantize the model and compare it with the unquantized one."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -29,7 +27,7 @@ from quant.model import largest_inputs, linears, quantize, stored_bytes
 from quant.outliers import input_outliers, weight_outliers
 from quant.schemes.registry import get_scheme
 from quant.scorer import KLComparison, Recorder, WatchedScorer
-from quant.store import SweepResult, path_of
+from quant.store import SweepResult, path_of, read
 from quant.texts import SweepTexts
 
 NUMERICS = 1
@@ -47,7 +45,6 @@ class SweepTask:
     texts: SweepTexts  # what to measure and calibrate on
     out: Path  # the folder of results
     harness: lm_eval_tasks.Harness | None = None  # lm-eval's tasks; None: none
-    baseline: dict[str, Any] | None = None  # the unquantized model's `units`; None if this is it
 
     @property
     def checkpoint(self) -> str:
@@ -92,13 +89,13 @@ def checkpoint_of(folder: Path, length: int, digest: str) -> Checkpoint:
 
 
 def measure(task: SweepTask) -> SweepResult:
-    """Measure a config."""
+    """Measure a config. The unquantized model's result is there before the others' are measured."""
     start = time.monotonic()
     torch.manual_seed(task.samples.seed)
     checkpoint = checkpoint_of(task.folder, task.samples.length, task.digest)
     unquantized = task.config == UNQUANTIZED
     if not unquantized and not task.record.exists():
-        measure(dataclasses.replace(task, config=UNQUANTIZED, baseline=None))
+        measure(dataclasses.replace(task, config=UNQUANTIZED))
     model, size = quantized_model(checkpoint, task)
     watcher = Recorder(task.record) if unquantized else KLComparison(task.record)
     summary, units = score(task, checkpoint, WatchedScorer(model, watcher))
@@ -107,8 +104,9 @@ def measure(task: SweepTask) -> SweepResult:
         layers = linears(model)
         compared, inputs = input_outliers(model, layers, task.texts.calibration.rows)
         details = {"weight outliers": weight_outliers(layers), "input outliers": inputs}
-    elif task.baseline is not None:
-        compared |= changes(units, task.baseline)
+    else:
+        before = read(path_of(task.out, task.checkpoint, UNQUANTIZED))
+        compared |= changes(units, before.units)
     return SweepResult(
         checkpoint=checkpoint.name,
         variant=checkpoint.variant,

@@ -6,8 +6,6 @@ with only that layer quantized, as if divergences added up; what a choice of bit
 measured afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,8 +20,7 @@ class Price:
     size: int  # bytes of the layer, packed
 
 
-Prices = Mapping[str, Mapping[int, Price]]
-"""Prices by layer and bits."""
+Prices = Mapping[str, Mapping[int, Price]]  # prices by layer and bits
 LayerBits = dict[str, int]
 
 

@@ -1,7 +1,5 @@
 """Models with quantized linear layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

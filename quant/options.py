@@ -1,7 +1,5 @@
 """Options that the commands of this package share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -3,8 +3,6 @@
 Quantized values must reach to the largest one, so a few outliers make the steps coarse for all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Run tasks in this process, in several, or on a Ray cluster."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Write a checkpoint with packed weights, so that `vllm serve` serves it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Run a sweep: measure what is not measured yet, and keep each result when it is done."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -22,8 +20,7 @@ from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
 from quant.texts import Sources, sweep_texts
 
-WORKER_BYTES = 700 * 2**20
-"""What a worker holds besides its model: mostly torch and transformers."""
+WORKER_BYTES = 700 * 2**20  # what a worker holds besides its model: mostly torch and transformers
 BATCH_TOKENS = 2048
 
 
@@ -131,8 +128,7 @@ def run(
             if task.config == UNQUANTIZED:
                 continue
             if unquantized.path.exists() and unquantized.name not in failures:
-                units = store.read(unquantized.path).units
-                ready.append(dataclasses.replace(task, baseline=units))
+                ready.append(task)
             else:
                 failures[task.name] = "the unquantized model could not be measured"
                 bar.update()

@@ -1,7 +1,5 @@
 """Find how much each layer suffers from few bits, and bits for each layer within a budget."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

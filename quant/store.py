@@ -1,7 +1,5 @@
 """Results as files: a JSON file for each config, `FOLDER/configs/CHECKPOINT/CONFIG.json`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,7 @@ from attnserve.evaluation.intervals import Estimate
 from attnserve.files import CHECKOUT, json_lines, write_text
 from quant.config import UNQUANTIZED, QuantConfig
 
-FOLDER = CHECKOUT / "quant" / "results"
-"""The project's own results, which docs/RESULTS.md shows."""
+FOLDER = CHECKOUT / "quant" / "results"  # the project's own results, which docs/RESULTS.md shows
 TITLES = {"measured": "test book", "calibration": "training books"}
 """The texts of results that do not name theirs."""
 

@@ -1,7 +1,5 @@
 """Measure what 2 to 8 bits cost, for checkpoints, schemes and targets."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

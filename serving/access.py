@@ -10,7 +10,7 @@ from serving.config import Config, is_loopback
 from serving.openai.errors import ApiError
 from serving.upstream.http import Headers
 
-ONCE = frozenset((b"authorization", b"content-type", b"host", b"origin"))
+ONCE = frozenset((b"authorization", b"content-length", b"content-type", b"host", b"origin"))
 """Of several, one reader takes the first, another the last: what is checked is not what is used."""
 
 EXPOSED = (

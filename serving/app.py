@@ -15,10 +15,10 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.client import ClientLeftError, read_body, watching
+from serving.client import ClientLeftError, body_is_missing, read_body, watching
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
-from serving.exchange import Exchange
+from serving.exchange import CLOSE, Exchange
 from serving.observability.gauges import StateGauges
 from serving.observability.metrics import CLIENT_LEFT
 from serving.observability.tracing import tracer
@@ -129,7 +129,8 @@ class App:
             raise ApiError(415, message, code="unsupported_media_type")
         try:
             async with asyncio.timeout(state.config.timeouts.body):
-                body = await read_body(receive, state.config.limits.max_body_bytes)
+                length = int(once.get(b"content-length", b"0"))
+                body = await read_body(receive, state.config.limits.max_body_bytes, length)
         except TimeoutError:
             raise ApiError(408, "The request's body did not come in time.") from None
         exchange.stage = "queue"
@@ -202,6 +203,8 @@ class App:
                 exchange.status = message["status"]
                 cors = exchange.cors if app is self.fastapi else []
                 headers = [*message["headers"], exchange.id_header, *cors]
+                if body_is_missing(exchange.send):
+                    headers.append(CLOSE)
                 message = {**message, "headers": headers}
             await exchange.send(message)
 

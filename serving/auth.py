@@ -7,7 +7,7 @@ which is what slow, salted hashes are for. (They would also cost more than the w
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from serving.config import KeyEntry
 from serving.openai.errors import ApiError
@@ -29,14 +29,19 @@ def digest(key: str) -> str:
 class Keys:
     """The keys of a configuration, each with its account."""
 
-    def __init__(self, entries: Iterable[KeyEntry], old: "Keys | None" = None) -> None:
+    def __init__(
+        self,
+        entries: Iterable[KeyEntry],
+        old: "Keys | None" = None,
+        new_account: Callable[[str], Account] = Account,
+    ) -> None:
         """Take the keys of a configuration; those that `old` has keep what they have used, and
         what runs for those that only `old` has ends."""
         self._accounts: dict[bytes, tuple[bytes, Account]] = {}
         for entry in entries:
             hashed = bytes.fromhex(entry.sha256)
             known = old._accounts.get(hashed) if old else None
-            account = known[1] if known else Account()
+            account = known[1] if known else new_account(entry.sha256)
             account.set(entry)
             self._accounts[hashed] = (hashed, account)
         for hashed, (_, account) in old._accounts.items() if old else ():

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -67,6 +68,22 @@ def origin(value: str) -> str:
     return value
 
 
+def redis_url(value: SecretStr) -> SecretStr:
+    """Return the address of a Redis.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        parts = urlsplit(value.get_secret_value())
+        good = parts.port != 0 and bool(parts.hostname or parts.path)
+    except ValueError:
+        good = False
+    if not good or parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("must be an address like redis://127.0.0.1:6379")
+    return value
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a name or address is that of this machine to itself."""
     if host == "localhost" or host.endswith(".localhost"):
@@ -79,6 +96,7 @@ def is_loopback(host: str) -> bool:
 
 Url = Annotated[str, AfterValidator(server_url)]
 Origin = Annotated[str, AfterValidator(origin)]
+RedisUrl = Annotated[SecretStr, AfterValidator(redis_url)]
 
 EVERY = "*"
 """The name of a model entry that takes every model that no other entry names."""
@@ -182,6 +200,10 @@ class KeyEntry(Section):
 class Limits(Section):
     """What the gateway takes, and when it makes requests wait or turns them away."""
 
+    max_connections: int | None = Field(None, gt=0)
+    """Connections of clients at a time. None: half of the descriptors that the process may have
+    (`ulimit -n`), less 64."""
+
     max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
     """Largest request body; larger ones get 413."""
 
@@ -219,6 +241,10 @@ class Limits(Section):
 class Timeouts(Section):
     """Times in seconds."""
 
+    head: float = Field(10.0, gt=0)
+    """Longest time for a client to send a request's head, from its first byte or, if it is the
+    first, from the connection; then 408."""
+
     body: float = Field(30.0, gt=0)
     """Longest time for the client to send its request's body; then 408."""
 
@@ -229,7 +255,14 @@ class Timeouts(Section):
     """Longest wait for the next byte of an answer; without streaming, that is the whole of it."""
 
     total: float = Field(3600.0, gt=0)
-    """Longest time for one answer."""
+    """Longest time for one answer, also if the client does not read it."""
+
+    send: float = Field(60.0, gt=0)
+    """How long a client may read nothing of an answer that waits for it; then it is cut off."""
+
+    keep_alive: float = Field(75.0, gt=0)
+    """How long a client's idle connection is kept: longer than clients do (aiohttp 15 s, a load
+    balancer 60 s), so that it is they who close it and none sends into one just being closed."""
 
     idle: float = Field(4.0, gt=0)
     """How long a connection to a server is kept: less than the server does (vLLM: 5 s), because a
@@ -337,6 +370,14 @@ class Config(Section):
 
     cors_origins: tuple[Origin, ...] = ()
     """Origins of web pages that may use the gateway from a browser; "*": any."""
+
+    redis: RedisUrl | None = None
+    """Redis or Valkey that has what keys have used, for several gateways with one budget:
+    redis://HOST:6379, rediss: (TLS) or unix:; needs a restart."""
+
+    redis_down: Literal["refuse", "local"] = "refuse"
+    """What becomes of requests of keys with limits while that is gone: 503, or each gateway holds
+    them to the limits by itself."""
 
     playground: bool = True
     """The web page at /playground. It has no rights of its own: it asks its user for a key."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import Scope, Send
 
+from serving.client import body_is_missing
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import ApiError, printable
 from serving.rate_limit import Account, Reservation
@@ -16,6 +17,7 @@ from serving.upstream.http import Headers
 from serving.upstream.router import Model, Router
 
 JSON = (b"content-type", b"application/json")
+CLOSE = (b"connection", b"close")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -111,6 +113,8 @@ class Exchange:
         headers = [*headers, self.id_header, *self.cors]
         if self.account is not None:
             headers += self.account.headers()
+        if body_is_missing(self.send):
+            headers.append(CLOSE)
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def answer(self, status: int, headers: Headers, content: bytes) -> None:

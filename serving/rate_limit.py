@@ -44,7 +44,11 @@ class Bucket:
         """Set another limit; what has been used stays used."""
         used = self.used(now)
         self.limit = limit
-        self.level = (limit or 0) - used
+        self.set_used(used, now)
+
+    def set_used(self, used: float, now: float) -> None:
+        """Take over what somebody else says is used."""
+        self.level = (self.limit or 0) - used
         self._filled_at = now
 
     def used(self, now: float) -> float:
@@ -70,13 +74,17 @@ class Reservation(NamedTuple):
     """What a request may use at most, of each limit."""
 
     amounts: tuple[float, ...]
+    request: str | None = None
+    """Its name where gateways share limits."""
 
 
 class Account:
     """What one key has used. A request reserves the most it can take, and settles when it is over;
     a key cannot get further than its limit by asking for much at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: str = "") -> None:
+        """Begin with nothing used; `key` is the key's hash."""
+        self.key = key
         self.name = ""
         self.max_concurrent: int | None = None
         self.in_flight = 0

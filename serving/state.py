@@ -5,6 +5,7 @@ import contextlib
 import logging
 import random
 import signal
+from functools import partial
 from pathlib import Path
 
 from serving.access import Access
@@ -12,6 +13,8 @@ from serving.auth import Keys
 from serving.config import Config, ConfigError, load
 from serving.observability.metrics import Metrics
 from serving.observability.pages import MetricsPages
+from serving.rate_limit import Account
+from serving.shared_limits import SharedAccount, SharedLimits
 from serving.upstream.replica import Replica
 from serving.upstream.router import Model, Router
 
@@ -41,6 +44,9 @@ class GatewayState:
         self._signature = signature(path)
         self.config = config
         self.bound = config.host
+        url = config.redis
+        self.shared = SharedLimits(url.get_secret_value()) if url is not None else None
+        self._new_account = partial(SharedAccount, self.shared) if self.shared else Account
         self.apply(config)
 
     def apply(self, config: Config) -> None:
@@ -65,7 +71,9 @@ class GatewayState:
             models[entry.name] = Model(entry, replicas, config.routing, self.metrics)
         self.router.models = models
         self._update_models()
-        self.keys = Keys(config.keys, self.keys)
+        if self.shared is not None:
+            self.shared.refuse = config.redis_down == "refuse"
+        self.keys = Keys(config.keys, self.keys, self._new_account)
         self.access = Access(config, self.bound)
         self.config = config
         log.setLevel(config.logging.level.upper())
@@ -98,6 +106,8 @@ class GatewayState:
     # In the background
 
     async def __aenter__(self) -> "GatewayState":
+        if self.shared is not None:
+            self.shared.start()
         self._start_health_checks()
         self._tasks = [asyncio.create_task(self._reload_on_change())]
         if self.pages is not None:
@@ -115,6 +125,8 @@ class GatewayState:
         await asyncio.gather(*tasks, return_exceptions=True)
         for replica in self.replicas.values():
             replica.pool.close()
+        if self.shared is not None:
+            await self.shared.close()
         if self.pages is not None:
             self.pages.write()
 
@@ -153,7 +165,7 @@ class GatewayState:
         self._signature = signature(self.path)
         try:
             config = load(self.path)
-            for name in ("host", "port"):
+            for name in ("host", "port", "redis"):
                 if getattr(config, name) != getattr(self.config, name):
                     log.warning("a changed %s needs a restart", name)
             self.apply(config)

@@ -290,7 +290,7 @@ def test_vllm_that_cannot_be_imported(
 @pytest.mark.parametrize(
     "moved",
     [
-        "vllm.model_executor.layers.mamba.abstract",  # vllm_attn.loaded
+        "vllm.model_executor.layers.mamba.abstract",  # vllm_attn.backend
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",  # vllm_attn.weights
         "vllm.v1.metrics.loggers",  # vllm_attn.server_info
         "vllm.model_executor.layers.quantization.compressed_tensors",  # vllm_quant.config

@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from attn_kernels import get_variant, variant_names
 from attn_kernels.cpu.build import HERE, ISAS, BuildError, build_library
-from quant_kernels import library
+from quant_kernels import ops
 from quant_kernels.weight import BITS
 
 
 def build(name: str | int, isa: str) -> Path | None:
     """One library, of a variant or of a width in bits; None where there is none to build."""
     if isinstance(name, int):
-        return library.build(name, isa) if isa != "amx" else None  # AVX-512's is taken
+        return ops.build(name, isa) if isa != "amx" else None  # AVX-512's is taken
     variant = get_variant(name)
     header = variant.cpu_header or HERE / "variants" / f"{name}.hpp"
     return build_library(header, type(variant).__name__, isa) if header.exists() else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,21 +56,13 @@ class Batches:
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of a step, both `[batch, context]` int64."""
-        numbers = range(step * self.batch, (step + 1) * self.batch)
-        pairs = [
-            sequence(self.tokens, start, self.context, self.bos) for start in self._starts(numbers)
-        ]
+        starts = map(self._start, range(step * self.batch, (step + 1) * self.batch))
+        pairs = [sequence(self.tokens, start, self.context, self.bos) for start in starts]
         inputs, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
         return inputs, targets
 
-    def _starts(self, numbers: range) -> Iterator[int]:
-        for number in numbers:
-            epoch, index = divmod(number, self.sequences_per_epoch)
-            offset, order = self._epoch(epoch)
-            yield offset + int(order[index]) * self.context
-
-    def _epoch(self, epoch: int) -> tuple[int, Tokens]:
+    def _start(self, number: int) -> int:
+        epoch, index = divmod(number, self.sequences_per_epoch)
         generator = np.random.default_rng([self.seed, epoch])
-        return int(generator.integers(self.context)), generator.permutation(
-            self.sequences_per_epoch
-        )
+        offset = int(generator.integers(self.context))
+        return offset + int(generator.permutation(self.sequences_per_epoch)[index]) * self.context

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -84,7 +84,16 @@ class FineTune(Resumable):
         save_seconds: float = 60.0,
     ) -> None:
         self.model, self.settings, self.save_seconds = model, settings, save_seconds
-        trained = dict(trainable(model, settings.train))
+        learned = model.config.variant.learned
+        if settings.train == "scale" and not learned:
+            raise UserError(
+                f"{model.config.variant.name} learns no per-head tensors: use --train all"
+            )
+        trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if settings.train == "all" or name.rpartition(".")[2] in learned
+        }
         batches = Batches(tokens, settings.sequence, settings.batch, bos, settings.seed)
         identity = {**(origin or {}), **asdict(settings), "text": fingerprint(tokens)}
         optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
@@ -108,13 +117,3 @@ class FineTune(Resumable):
                 loss_of, lambda: time.monotonic() - self._saved > self.save_seconds, quiet
             )
         self.model.eval()
-
-
-def trainable(model: VariantLlamaForCausalLM, train: str) -> Iterable[tuple[str, nn.Parameter]]:
-    """Yield the parameters to train, by name."""
-    variant = model.config.variant
-    if train == "scale" and not variant.learned:
-        raise UserError(f"{variant.name} learns no per-head tensors: use --train all")
-    for name, parameter in model.named_parameters():
-        if train == "all" or name.rpartition(".")[2] in variant.learned:
-            yield name, parameter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from typer import Option
 
@@ -69,15 +69,12 @@ class FineTuning:
     batch: Annotated[int, Option(min=1, help="Sequences of a step.")] = 1
     seed: Annotated[int, Option(help="Seed of the text's order.")] = 0
     precision: Annotated[Precision, Option(help="Of matrix products.")] = "fp32"
+    clip: ClassVar[float] = 1.0
+    """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.train])
-
-    @property
-    def clip(self) -> float:
-        """Largest norm of the gradient."""
-        return 1.0
 
     def learning_rate_at(self, step: int) -> float:
         """Return a step's learning rate: a straight rise, then a straight fall to 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,34 @@ from attnserve.errors import UserError
 from attnserve.files import replacing
 from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches
-from training.memory_loss import memory_share
 from training.recipe import FineTuning, TrainingRecipe
 
 STATE = "state.pt"
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+FULLY_MASKED = 1.0
+"""The penalty from which on a token counts as gone: the paper's tau."""
+
+
+def memory_share(penalties: Sequence[Tensor]) -> Tensor:
+    """Return the share of the tokens that the layers must keep: 1 if none ever masks another. As a
+    loss term it makes context pruning cheap (selective attention, arXiv 2410.02703).
+
+    `sum over layers l of max over i of M_i^l / (L n)`, `M_i^l = i - sum over k of min(F_ik^l, 1)`:
+    a token that the penalty F has half masked counts as half a token, and a layer needs as much
+    memory as at its worst moment. The mean over the sequences of a batch.
+
+    Args:
+        penalties: what each layer subtracts from its scores, `[batch, num_tokens, num_tokens]`
+            each, for sequences without padding.
+    """
+    needed = []
+    for penalty in penalties:
+        seen = torch.arange(1, penalty.shape[-1] + 1, device=penalty.device)
+        kept = seen - penalty.clamp(max=FULLY_MASKED).sum(-1)
+        needed.append(kept.amax(-1) / penalty.shape[-1])
+    return torch.stack(needed).mean()
 
 
 def loss_function(

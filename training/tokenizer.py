@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -41,29 +41,24 @@ def train_tokenizer(
     It has `vocab_size` tokens at most, among them the 256 bytes, `<s>` (put before every text) and
     `</s>`; `max_length`, in tokens, is its `model_max_length`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
+    from attnserve.evaluation.texts import read
+
+    for file in files:
+        read(file)  # refuses what is no text
     smallest = 256 + len((BOS, EOS))
     if vocab_size < smallest:
         raise UserError(f"vocab_size must be at least {smallest}, not {vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(file) for file in files], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS} $B",
-        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+    special: dict[str, Any] = {"special_tokens": [BOS, EOS], "show_progress": False}
+    trained = ByteLevelBPETokenizer()
+    trained.train([str(file) for file in files], vocab_size, min_frequency=0, **special)
+    trained.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
     )
     made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(trained.to_str()),
         bos_token=BOS,
         eos_token=EOS,
         model_max_length=max_length,

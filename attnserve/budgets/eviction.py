@@ -5,8 +5,6 @@ holds `budget` tokens throws one out. Here that is a mask: `[batch, 1 or num_hea
 where query i still has token j.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,8 +15,7 @@ from torch import Tensor
 from attn_kernels import Variant
 from attn_kernels.pruning import LARGEST, fixed_point
 
-SINKS = 4
-"""First tokens that StreamingLLM keeps."""
+SINKS = 4  # first tokens that StreamingLLM keeps
 
 
 @dataclass(frozen=True)

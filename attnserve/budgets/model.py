@@ -1,7 +1,5 @@
 """A model whose layers keep a budget of tokens, and its losses, each of which is measured once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,13 +19,10 @@ from attnserve.evaluation.tiled import project
 from attnserve.files import Journal
 from hf_attn import VariantLlamaForCausalLM
 
-Budgets = tuple[int, ...]
-"""Tokens that each layer keeps."""
-Losses = list[float]
-"""Each sequence's mean loss in nats per token."""
+Budgets = tuple[int, ...]  # tokens that each layer keeps
+Losses = list[float]  # each sequence's mean loss in nats per token
 
-BATCH = 8
-"""Sequences of a batch: a layer holds a few matrices of `BATCH * length ** 2` numbers."""
+BATCH = 8  # sequences of a batch: a layer holds a few matrices of `BATCH * length ** 2` numbers
 
 
 class Forward:

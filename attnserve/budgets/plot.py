@@ -1,7 +1,5 @@
 """Perplexity against memory, as a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 

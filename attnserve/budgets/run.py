@@ -1,7 +1,5 @@
 """The work of `attnserve budgets`: a search on the validation text, a comparison on the test."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection
 from pathlib import Path

@@ -7,8 +7,6 @@ of a long context is free. And at the limit it is halved until no layer can give
 So searches with several limits have all but their ends in common.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +21,8 @@ from attnserve.budgets.model import Budgets, Losses, Measured
 from attnserve.evaluation.intervals import Estimate, mean_interval
 
 RULE = "selective"
-FREE = 1e-4
-"""Nats per token that a larger step may cost."""
-BEYOND = 0.05
-"""Nats per token by which the path goes on behind the last target, for the curve."""
+FREE = 1e-4  # nats per token that a larger step may cost
+BEYOND = 0.05  # nats per token by which the path goes on behind the last target, for the curve
 
 
 class Point(NamedTuple):

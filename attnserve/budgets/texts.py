@@ -1,7 +1,5 @@
 """The text that budgets are searched, judged and compared on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where the thirteen novels are that the reference checkpoints are trained and measured on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, NamedTuple

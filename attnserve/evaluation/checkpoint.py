@@ -1,7 +1,5 @@
 """A Hugging Face folder: its configuration, tokenizer and digest."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

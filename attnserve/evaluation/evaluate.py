@@ -1,7 +1,5 @@
 """The command `attnserve evaluate`."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated
 
@@ -11,8 +9,7 @@ from attnserve.command import AsJson, main, needs
 from attnserve.evaluation.arguments import Books, CheckpointFolder, Texts
 from attnserve.evaluation.books import are_fetched, split
 
-TOKENS = 2**15
-"""Tokens of each text that are read where nothing else is said."""
+TOKENS = 2**15  # tokens of each text that are read where nothing else is said
 OWN_TEXT, OWN_SEQUENCES, OWN_LENGTH = "own text", 16, 512
 """What a checkpoint writes where no text is at hand: sequences, and the tokens of each."""
 

@@ -1,7 +1,5 @@
 """The novels as Project Gutenberg's e-books: where they are, and their text without the rest."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import re
@@ -16,8 +14,7 @@ TABLE = Path(__file__).with_name("novels.tsv")
 GITENBERG = "https://raw.githubusercontent.com/GITenberg"
 TIMEOUT_S = 60.0
 TRIES = 4
-PAUSE_S = 2.0
-"""Pause before the second try, in seconds; it doubles before each further one."""
+PAUSE_S = 2.0  # pause before the second try, in seconds; it doubles before each further one
 
 STARTS = re.compile(r"\*\*\* ?START OF .*?\*\*\*", re.DOTALL)
 ENDS = re.compile(r"\*\*\* ?END OF ")

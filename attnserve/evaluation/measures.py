@@ -1,7 +1,5 @@
 """What a measure is, and the texts that it reads."""
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -41,10 +39,8 @@ class Data:
 class Result:
     """The figures of one measure."""
 
-    summary: dict[str, Estimate]
-    """Figures for the table."""
-    units: dict[str, Any]
-    """Values of each text, for comparisons in pairs: lists and numbers."""
+    summary: dict[str, Estimate]  # figures for the table
+    units: dict[str, Any]  # values of each text, for comparisons in pairs: lists and numbers
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Token models that count, to compare trained models with: what any model should beat."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

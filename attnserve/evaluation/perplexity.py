@@ -1,7 +1,5 @@
 """Perplexity of texts, and the n-gram models that any model should beat."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The one question that measures ask a model: how likely is this text after that one?"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from attnserve.evaluation.tiled import attend_in_tiles, is_pruned
 from hf_attn import VariantLlamaForCausalLM
 
-BATCH_TOKENS = 2048
-"""Tokens of a batch, padding included; a longer item is a batch of its own."""
+BATCH_TOKENS = 2048  # tokens of a batch, padding included; a longer item is a batch of its own
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,8 @@ class Item:
 class Scored:
     """The likelihood of a continuation's tokens, each given all tokens before it."""
 
-    logprobs: NDArray[np.float64]
-    """`[num_tokens]`, natural logarithms."""
-    greedy: NDArray[np.bool_]
-    """`[num_tokens]`: no other token is as likely."""
+    logprobs: NDArray[np.float64]  # `[num_tokens]`, natural logarithms
+    greedy: NDArray[np.bool_]  # `[num_tokens]`: no other token is as likely
 
     @property
     def total(self) -> float:

@@ -4,8 +4,6 @@ lm-eval has both, but it is not in the default install and reads its sets from t
 read local files, and give each text's answer for comparisons of two checkpoints in pairs.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

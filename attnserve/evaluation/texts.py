@@ -1,7 +1,5 @@
 """Texts that a model reads: files, or what a checkpoint writes itself, cut into sequences."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,8 +18,7 @@ from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.sampled_text import Use, sampled_text
 
 Tokens = NDArray[np.int64]
-CHARACTERS_A_TOKEN = 16
-"""More than any text needs, so that a window of a text has tokens enough."""
+CHARACTERS_A_TOKEN = 16  # more than any text needs, so that a window of a text has tokens enough
 
 
 @dataclass(frozen=True)

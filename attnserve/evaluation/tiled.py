@@ -5,8 +5,6 @@ over. Here the same model attends tile by tile, each against the keys up to its 
 twentieth of the memory at 8192 tokens, and faster, since a tile stays in the processor's cache.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any
@@ -18,8 +16,7 @@ from attn_kernels import attend, selectable_mask
 from hf_attn import VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 
-TILE_SCORES = 2**19
-"""Scores of all heads in a tile: 2 MB in float32."""
+TILE_SCORES = 2**19  # scores of all heads in a tile: 2 MB in float32
 
 
 def attend_in_tiles(model: VariantLlamaForCausalLM) -> None:

@@ -1,7 +1,5 @@
 """The same scores through vLLM: `prompt_logprobs` of whole texts."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

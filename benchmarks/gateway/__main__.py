@@ -13,18 +13,21 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+
+import aiohttp
+import numpy as np
+import psutil
+import uvloop
+from tqdm import tqdm
 
 from attnserve import machine
 from attnserve.command import AsJson, main, options_of
 from attnserve.files import CHECKOUT
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
-
-if TYPE_CHECKING:
-    import aiohttp
-
-    from serving.launch.process import Service
+from benchmarks.servers import free_port, run
+from serving.launch.process import HOST, LaunchError, Service
 
 CSV = RESULTS / "gateway.csv"
 DIRECT, OURS, ROUTER = "direct", "attnserve", "vllm-router"
@@ -69,8 +72,6 @@ class Gateway:
 
     def cpu_seconds(self) -> float:
         """Return the CPU time of its processes so far."""
-        import psutil
-
         if self.service is None:
             return 0.0
         assert self.service.process is not None
@@ -107,10 +108,6 @@ def gateway(
     gateway gets all requests in one burst; `spread`, where they begin an equal part of an answer
     apart, so that a request meets the other streams under way; and `whole`, not streamed, together.
     """  # fmt: skip
-    import uvloop
-
-    from benchmarks.servers import run
-
     router = vllm_router or find_router()
     chosen = [name.value for name in gateways or GatewayName]
     save = results.checked(csv, no_save)
@@ -143,14 +140,11 @@ def command(
     name: str, upstream: str, service: Service, router: Path | None
 ) -> tuple[list[str], str] | None:
     """Return how to start a gateway, and the path that answers then; None: it is not installed."""
-    from benchmarks.servers import free_port
-    from serving.launch.process import HOST
-
-    port = service.url.rpartition(":")[2]
+    port = str(service.port)
     if name == OURS:
         file = service.log_file.with_suffix(".yaml")
         entry = {"name": "m", "variant": "softmax", "bits": 16, "replicas": [upstream]}
-        file.write_text(json.dumps({"port": int(port), "models": [entry]}))  # JSON is YAML
+        file.write_text(json.dumps({"port": service.port, "models": [entry]}))  # JSON is YAML
         return [sys.executable, "-m", "serving", "--config", str(file)], "/metrics"
     if name == ROUTER:
         args = ["--worker-urls", upstream, "--host", HOST, "--port", port]
@@ -163,8 +157,6 @@ def command(
 
 async def one(session: aiohttp.ClientSession, url: str, stream: bool, tokens: int) -> float:
     """Send one request; return the milliseconds to its first bytes."""
-    from serving.launch.process import LaunchError
-
     body = {"model": "m", "prompt": PROMPT, "max_tokens": tokens, "stream": stream}
     began = time.perf_counter()
     first = 0.0
@@ -181,8 +173,6 @@ async def one(session: aiohttp.ClientSession, url: str, stream: bool, tokens: in
 
 async def load(url: str, mode: str, plan: GatewayLoad) -> list[float]:
     """Send a load; return each request's time to the first bytes, in ms."""
-    import aiohttp
-
     left = iter(range(plan.requests))
     found: list[float] = []
     apart = plan.tokens * plan.pause_ms / 1000 / plan.concurrency if mode == "spread" else 0.0
@@ -200,9 +190,6 @@ async def load(url: str, mode: str, plan: GatewayLoad) -> list[float]:
 
 async def measure(gateways: Sequence[Gateway], plan: GatewayLoad) -> None:
     """Run all rounds; the first is thrown away (connections, caches, compiled code)."""
-    import psutil
-    from tqdm import tqdm
-
     total = len(MODES) * (plan.rounds + 1) * len(gateways)
     with tqdm(total=total, unit="load", mininterval=5) as bar:
         for mode in MODES:
@@ -224,8 +211,6 @@ async def measure_all(
     names: Sequence[str], plan: GatewayLoad, router: Path | None, log_folder: Path
 ) -> list[Gateway]:
     """Start all gateways, measure, and end them whatever happens; the model server is first."""
-    from benchmarks.servers import free_port
-    from serving.launch.process import Service
 
     def service(name: str) -> Service:
         services.append(Service(f"benchmark-{name}", free_port(), log_folder))
@@ -235,9 +220,9 @@ async def measure_all(
     upstream = service("upstream")
     running, missing = [Gateway(DIRECT, upstream.url)], []
     try:
-        port = upstream.url.rpartition(":")[2]
-        module = [sys.executable, "-m", "benchmarks.gateway.upstream", port]
-        await upstream.start([*module, str(plan.tokens), str(plan.pause_ms)], {})
+        module = [sys.executable, "-m", "benchmarks.gateway.upstream"]
+        arguments = map(str, (upstream.port, plan.tokens, plan.pause_ms))
+        await upstream.start([*module, *arguments], {})
         await upstream.ready("/health")
         for name in names:
             own = service(name)
@@ -256,8 +241,6 @@ async def measure_all(
 
 def rows_of(gateways: Sequence[Gateway]) -> list[results.Row]:
     """Return one row a gateway; CPU as median and range over rounds, ratios to the row of ours."""
-    import numpy as np
-
     direct = gateways[0].ttft_ms
     ours = next((each for each in gateways if each.name == OURS), None)
     rows = []

@@ -9,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from tqdm import tqdm
 
 from attnserve.command import INTERRUPTED, AsJson, main, options_of
 from attnserve.errors import UserError
 from benchmarks import RESULTS, results
 from benchmarks import options as opt
 from benchmarks.checkpoints import CaseOptions, ServerCase, check_room
+from benchmarks.servers import interrupted
+from serving.launch.process import LaunchError
 
 CSV = RESULTS / "memory_cpu.csv"
+QUANTITIES = {
+    "kv_bytes_per_token": "KV bytes a token",
+    "kv_bytes_per_request": "KV bytes a request",
+    "requests_in_flight": "requests in flight",
+    "kv_cache_bytes": "bytes of KV cache resident",
+    "weight_bytes": "bytes of weights",
+}
+"""What is predicted and measured, and how people call it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,6 @@ def memory(
         python -m benchmarks.memory --enforce-eager --packed w4
     """
     from benchmarks.memory.measure import predict
-    from benchmarks.servers import interrupted
 
     cases = what.cases()
     for case in cases:
@@ -90,10 +100,7 @@ async def measure_all(
     rows: list[results.Row],
 ) -> None:
     """Measure every case, one after another, into `rows` as they come."""
-    from tqdm import tqdm
-
     from benchmarks.memory.measure import measure, predict
-    from serving.launch.process import LaunchError
 
     for case in tqdm(cases, unit="case"):
         predicted = predict(case, requests, servers)
@@ -119,8 +126,6 @@ def row_of(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return `predicted > measured (ratio)`; sizes in KB and MB of 10^3 and 10^6 bytes."""
-    from benchmarks.memory.measure import QUANTITIES
-
     units = {"kv_bytes_per_token": 1e3, "kv_bytes_per_request": 1e6, "requests_in_flight": 1}
     lines = []
     for row in rows:
@@ -142,8 +147,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write a PNG: a panel a quantity, predicted beside measured for each case, logarithmic."""
     import pandas as pd
-
-    from benchmarks.memory.measure import QUANTITIES
 
     frame = pd.DataFrame([row for row in rows if not row["error"]])
     if frame.empty:

@@ -19,18 +19,9 @@ from benchmarks.servers import Server, started, watch, while_alive
 BLOCK_SIZE = 128
 """Tokens of vLLM's blocks on a CPU."""
 
-QUANTITIES = {
-    "kv_bytes_per_token": "KV bytes a token",
-    "kv_bytes_per_request": "KV bytes a request",
-    "requests_in_flight": "requests in flight",
-    "kv_cache_bytes": "bytes of KV cache resident",
-    "weight_bytes": "bytes of weights",
-}
-"""What is predicted and measured, and how people call it."""
-
 
 def predict(case: ServerCase, requests: RequestOptions, options: ServerOptions) -> dict[str, float]:
-    """Return all quantities of `QUANTITIES`.
+    """Return what is measured, too, by the same names.
 
     A request takes whole blocks in every layer, or one KV page of fixed size within budgets. Per
     token is per request by the request's tokens. The cache has as many whole blocks as fit; one of

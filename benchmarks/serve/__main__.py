@@ -6,9 +6,10 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
+from tqdm import tqdm
 
 from attnserve.command import INTERRUPTED, AsJson, main, options_of
 from attnserve.errors import UserError
@@ -16,9 +17,10 @@ from benchmarks import RESULTS, results
 from benchmarks import options as opt
 from benchmarks.checkpoints import CaseOptions, ServerCase, check_room, variant_of
 from benchmarks.options import RequestOptions, ServerOptions
-
-if TYPE_CHECKING:
-    from benchmarks.serve.load import Load, LoadClient, Runs, Subject
+from benchmarks.serve.load import LEVELS, Load, LoadClient, Runs, Subject
+from benchmarks.serve.load import level as level_of
+from benchmarks.servers import Server, interrupted, started, while_alive
+from serving.launch.process import LaunchError
 
 CSV = RESULTS / "serve_cpu.csv"
 SLACK = 32
@@ -99,9 +101,6 @@ def serve(
         python -m benchmarks.serve --ckpts DIR --no-stock --running --request-rates inf
     """  # fmt: skip
     from benchmarks.serve import rows
-    from benchmarks.serve.load import LEVELS, Load, LoadClient
-    from benchmarks.serve.load import level as level_of
-    from benchmarks.servers import interrupted
 
     levels = [level_of(text) for text in level or map(str, LEVELS)]
     rates = request_rates or ([] if concurrency else [4.0, 16.0, float("inf")])
@@ -148,8 +147,6 @@ def subjects_of(
 ) -> list[Subject]:
     """Return the peer first, if there is one (`stock`), then the cases, each followed by itself
     through the gateway if asked ("none", "one" or "all")."""
-    from benchmarks.serve.load import Subject
-    from benchmarks.servers import Server
 
     def subject(case: ServerCase) -> Subject:
         server = Server(case.name, case.ckpt, options, *case.arguments(), *vllm_args)
@@ -186,10 +183,6 @@ async def measure(
 
     `runs` gets what was measured, as it comes, and `failed` the reasons, by subjects' names.
     """
-    from tqdm import tqdm
-
-    from benchmarks.servers import started, while_alive
-    from serving.launch.process import LaunchError
 
     def fail(subject: Subject, error: LaunchError) -> None:
         failed[subject.name] = str(error)

@@ -168,8 +168,7 @@ class Subject:
             if not self.through_gateway:
                 yield self.server.service.url
                 return
-            port = gateway.url.rpartition(":")[2]
-            environment = {"GATEWAY_HOST": HOST, "GATEWAY_PORT": port}
+            environment = {"GATEWAY_HOST": HOST, "GATEWAY_PORT": str(gateway.port)}
             environment["UPSTREAM_URL"] = self.server.service.url
             await gateway.start([sys.executable, "-m", "serving"], environment)
             await while_alive(gateway, gateway.ready("/v1/models"))

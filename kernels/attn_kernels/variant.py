@@ -239,24 +239,6 @@ def get_variant(name: str, /, **parameters: Any) -> Variant:
     return cls(**parameters)
 
 
-def nested_attention_variant(config: Any) -> str | None:
-    """Return where a configuration inside a configuration names a variant, as a path with dots
-    (`text_config.attention_variant`), or None. Nothing reads it there.
-
-    Args:
-        config: a mapping or a transformers config.
-    """
-    content = config if isinstance(config, Mapping) else config.to_dict()
-    for key, value in content.items():
-        if key == "attention_variant" or not isinstance(value, Mapping):
-            continue
-        if value.get("attention_variant") is not None:
-            return f"{key}.attention_variant"
-        if (inner := nested_attention_variant(value)) is not None:
-            return f"{key}.{inner}"
-    return None
-
-
 def variant_from_config(config: Any) -> Variant | None:
     """Return the variant that a checkpoint's configuration names.
 

@@ -18,14 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import and_masks, sdpa_mask, sliding_window_overlay
 
-from attn_kernels import (
-    Variant,
-    attend,
-    get_variant,
-    pruning,
-    variant_from_config,
-    variant_names,
-)
+from attn_kernels import Variant, attend, get_variant, pruning, variant_from_config, variant_names
 from hf_attn.configuration import VariantLlamaConfig
 
 

@@ -24,12 +24,9 @@ __all__ = ["VariantLlamaConfig", "VariantLlamaForCausalLM", "VariantLlamaModel"]
 '''
 
 AUTO_MAP = {
-    name: f"{Path(AUTO_FILE).stem}.{cls}"
-    for name, cls in (
-        ("AutoConfig", "VariantLlamaConfig"),
-        ("AutoModel", "VariantLlamaModel"),
-        ("AutoModelForCausalLM", "VariantLlamaForCausalLM"),
-    )
+    "AutoConfig": "attnserve_auto.VariantLlamaConfig",
+    "AutoModel": "attnserve_auto.VariantLlamaModel",
+    "AutoModelForCausalLM": "attnserve_auto.VariantLlamaForCausalLM",
 }
 
 

@@ -15,12 +15,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from attn_kernels import VariantError
-from hf_attn.attention import (
-    attention_forward,
-    pruned_penalty,
-    selecting_head,
-    selection_penalty,
-)
+from hf_attn.attention import attention_forward, pruned_penalty, selecting_head, selection_penalty
 from hf_attn.configuration import VariantLlamaConfig
 
 Pair = tuple[Tensor, Tensor]

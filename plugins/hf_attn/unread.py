@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from attn_kernels import (
-    VariantError,
-    nested_attention_variant,
-    variant_from_config,
-    variant_names,
-)
+from attn_kernels import VariantError, variant_from_config, variant_names
+
+ENTRY = "attention_variant"
 
 
 def refuse_unread_variants() -> None:
@@ -69,11 +67,17 @@ def nested_variant(config: Any, option: str) -> str | None:
         config: a transformers config.
         option: with which a variant can be tried instead.
     """
-    nested = nested_attention_variant(config)
-    return nested and (
-        f"config.json names an attention variant in {nested}, which transformers and vLLM do not "
-        f"read: remove it, and try a variant with {option}"
-    )
+    nested = [(key, value) for key, value in config.to_dict().items() if key != ENTRY]
+    for path, value in nested:  # grows
+        if isinstance(value, Mapping):
+            if value.get(ENTRY) is not None:
+                return (
+                    f"config.json names an attention variant in {path}.{ENTRY}, which "
+                    "transformers and vLLM do not read: remove it, and try a variant with "
+                    f"{option}"
+                )
+            nested += [(f"{path}.{key}", inner) for key, inner in value.items() if key != ENTRY]
+    return None
 
 
 def remedy_for(config: Any, option: str) -> str:

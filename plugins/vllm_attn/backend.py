@@ -1,4 +1,5 @@
-"""The attention backend of every variant: what vLLM asks of it, metadata, and the impl.
+"""The attention backend of every variant: what vLLM asks of it, metadata, and the impl; and what is
+checked after a model is loaded.
 
 One backend class a variant, made from the registry. The KV cache is vLLM's logical
 `[num_blocks, num_kv_heads, block_size, content]`, laid out inside each block as the kernels like
@@ -14,7 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -94,16 +97,10 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, kv_cache_spec: AttentionSpec, *others: Any, **named: Any) -> None:
+        super().__init__(kv_cache_spec, *others, **named)
         if isinstance(kv_cache_spec, PageSpec):
-            pruned.announce(vllm_config, kv_cache_spec)
+            pruned.announce(self.vllm_config, kv_cache_spec)
 
     def build(
         self,
@@ -280,6 +277,45 @@ class VariantImpl(AttentionImpl[Batch]):
             self.layer.write_cache(key, value, attn_metadata.slot_mapping)
         self.layer.attend(query, attn_metadata, output)
         return output
+
+
+def check_layers(vllm_config: Any) -> None:
+    """Refuse a loaded model in which another attention than the chosen variant would run: a model
+    may choose the backend of its layers itself (MiMo-V2 does), and vLLM then never asks the
+    platform, which refuses another backend than the chosen one.
+
+    Layers that hold a state of their own (Mamba, linear attention) are no attention to choose.
+
+    Args:
+        vllm_config: with the layers that the model registered in it.
+
+    Raises:
+        StartupError: with one line that names the first such layer.
+    """
+    name = names.variant_of(vllm_config.attention_config.backend)
+    if name is None:
+        return
+    layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    layers = {key: layer for key, layer in layers.items() if not isinstance(layer, MambaBase)}
+    for layer_name, layer in layers.items():
+        impl = getattr(layer, "impl", None)
+        if not isinstance(impl, VariantImpl) or impl.variant.name != name:
+            raise StartupError(
+                f"layer {layer_name} would run {layer.get_attn_backend().get_name()} instead of "
+                f"{name} attention: this model chooses its attention itself and cannot be served "
+                f"with {name}"
+            )
+        value_size = getattr(layer, "head_size_v", impl.head_size)
+        if value_size != impl.head_size:
+            raise StartupError(
+                f"layer {layer_name} has values of size {value_size} and keys of size "
+                f"{impl.head_size}: {name} attention needs them to be the same"
+            )
+    if not layers and vllm_config.parallel_config.pipeline_parallel_size == 1:
+        raise StartupError(
+            f"{vllm_config.model_config.model} has no attention layer that could run {name}: drop "
+            "--attention-backend"
+        )
 
 
 @functools.cache

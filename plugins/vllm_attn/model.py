@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
-from vllm.model_executor.models.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-)
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
 from attn_kernels import get_variant, variant_from_config
 from vllm_attn import pruned
 from vllm_attn.backend import VariantImpl
-from vllm_attn.preflight import missing_tensor
 from vllm_attn.report import StartupError
 
 
@@ -92,12 +83,3 @@ class VariantLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         layer_type = functools.partial(LlamaDecoderLayer, attn_layer_type=self.attention_class)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(weights)
-        variant = variant_from_config(self.config) or get_variant("softmax")
-        for name, _ in self.named_parameters():
-            learned = name.rpartition(".")[2]
-            if learned in variant.learned and name not in loaded:
-                raise StartupError(missing_tensor(variant, learned, extract_layer_index(name)))
-        return loaded

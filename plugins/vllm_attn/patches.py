@@ -10,7 +10,7 @@ vLLM has public hooks for the rest: entry points, `AttentionBackendEnum.register
   in every process, also where no variant is served. So `load_weights` is replaced
   (`check_every_load`).
 - vLLM has no hook between loading a model and sizing its cache. The platform's
-  `update_block_size_for_backend` is called there, and `loaded.check_layers` with it.
+  `update_block_size_for_backend` is called there, and `backend.check_layers` with it.
 
 Tried on vLLM 0.32; of 0.33 the code was read: its methods are the same.
 """
@@ -126,9 +126,9 @@ def honour_variants(platform: P) -> P:
 
     def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
         if vllm_config.model_config is not None:
-            from vllm_attn import loaded
+            from vllm_attn import backend
 
-            loaded.check_layers(vllm_config)
+            backend.check_layers(vllm_config)
         update(vllm_config)
 
     methods = (check_and_update_config, get_attn_backend_cls, update_block_size_for_backend)

@@ -289,7 +289,11 @@ def check_learned_tensors(model_config: Any, variant: Variant) -> None:
     for layer in range(num_layers):
         for name in variant.learned:
             if f"model.layers.{layer}.self_attn.{name}" not in tensors:
-                raise StartupError(missing_tensor(variant, name, layer))
+                raise StartupError(
+                    f"the checkpoint has no tensor model.layers.{layer}.self_attn.{name}, which "
+                    f"{variant.name} attention learns in every layer: train or convert it with "
+                    f"{variant.name}"
+                )
 
 
 def tensor_names(model_config: Any) -> set[str]:
@@ -303,14 +307,6 @@ def tensor_names(model_config: Any) -> set[str]:
         with safe_open(file, framework="pt") as f:
             names.update(f.keys())
     return names
-
-
-def missing_tensor(variant: Variant, name: str, layer: int) -> str:
-    """Return the line for a learned tensor that a checkpoint lacks."""
-    return (
-        f"the checkpoint has no tensor model.layers.{layer}.self_attn.{name}, which "
-        f"{variant.name} attention learns in every layer: train or convert it with {variant.name}"
-    )
 
 
 def check_layer(backend: Any, selector_config: Any, capability: Any = None) -> None:

@@ -84,11 +84,7 @@ def marked_places(parameter: Tensor) -> list[Tensor]:
         return [bits[:, 0], bits[:, -1], bits[0], bits[-1]]
     while bits.dim() > 3:
         bits = bits[..., 0]
-    return [
-        bits[:, 0, 0],
-        bits[:, bits.shape[1] // 2, 0],
-        bits[:, 0, bits.shape[2] // 2],
-    ]
+    return [bits[:, 0, 0], bits[:, bits.shape[1] // 2, 0], bits[:, 0, bits.shape[2] // 2]]
 
 
 def untouched(parameter: Tensor) -> bool:

@@ -15,8 +15,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsLinearMethod,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
 
-from quant_kernels.library import load
+from quant_kernels.ops import load
 from quant_kernels.panels import CHUNK
 from vllm_attn.patches import check_every_load
 from vllm_attn.report import StartupError
@@ -47,7 +48,7 @@ class PackedConfig(CompressedTensorsConfig):
         format = Format(
             weights.num_bits, weights.group_size, weights.symmetric, weights.zp_dtype or torch.int8
         )
-        on_gpu = device.on_gpu()
+        on_gpu = current_platform.is_cuda_alike()
         if on_gpu and device.stays_vllms(layer, format):
             return super().get_quant_method(layer, prefix)
         kernels = "GPU kernels" if on_gpu else "CPU kernels"

@@ -21,11 +21,6 @@ CAPABILITY = 80
 """Of NVIDIA's GPUs, 8.0: the oldest that the kernels are compiled for."""
 
 
-def on_gpu() -> bool:
-    """Return whether layers are on a GPU."""
-    return current_platform.is_cuda_alike()
-
-
 def require_kernels() -> None:
     """Make sure of the Triton kernels.
 

@@ -1,7 +1,5 @@
 """Write tables, plots and an HTML page again from the results of `quant.sweep`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Do outliers explain which checkpoint loses most? Rank correlation over checkpoints."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +13,7 @@ from quant.config import UNQUANTIZED, QuantConfig
 from quant.outliers import FIGURES
 from quant.store import SweepResult
 
-FEWEST = 4
-"""Checkpoints: with fewer, no order of them has a probability below 5 %."""
+FEWEST = 4  # checkpoints: with fewer, no order of them has a probability below 5 %
 LEVEL = 0.05
 
 

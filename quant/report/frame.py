@@ -1,7 +1,5 @@
 """Results as tables: one row a config."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -103,8 +101,7 @@ KL are the main text's."""
 OF_SETS = ("wikitext2 KL", "blimp change", "lambada loss change")
 """Columns that are there only where the evaluation sets were measured."""
 HEAD = ("checkpoint", "target", "bits", "how", "MB", "bits/weight")
-ESTIMATE = 27
-"""Characters of an estimate with its interval, as a rule."""
+ESTIMATE = 27  # characters of an estimate with its interval, as a rule
 WIDTHS = {"checkpoint": 18, "target": 19, "bits": 4, "how": 36, "MB": 7, "bits/weight": 11}
 """Characters of the other columns, as a rule: rows that are printed one by one are aligned."""
 

@@ -1,7 +1,5 @@
 """The softpick paper's table of quantization (arXiv 2504.20966, 340M parameters), beside ours."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

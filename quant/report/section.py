@@ -1,7 +1,5 @@
 """The section on quantization of docs/RESULTS.md."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

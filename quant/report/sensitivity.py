@@ -1,7 +1,5 @@
 """What `quant.sensitivity` found: a plot, and tables."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib

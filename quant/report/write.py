@@ -1,7 +1,5 @@
 """Every output of a sweep, from the folder of its results alone."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 

@@ -5,17 +5,13 @@ still to come, as the layer's inputs X tell: with `H = 2 X X^T` and U the upper 
 its inverse, `w_k -= (w_j - q_j) / U_jj * U_jk` for k > j.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
-DAMPING = 0.01
-"""Of the Hessian's mean diagonal, added to the diagonal, as in the paper."""
-BLOCK = 128
-"""Columns whose corrections of the later ones are made at once; the result is the same."""
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to the diagonal, as in the paper
+BLOCK = 128  # columns whose corrections of the later ones are made at once; the result is the same
 
 
 def gptq(

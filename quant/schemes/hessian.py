@@ -5,8 +5,6 @@ before it, so that later layers make up for earlier ones. Texts go through each 
 and after it is quantized, and never through the whole model again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any

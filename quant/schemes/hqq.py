@@ -9,8 +9,6 @@ proximal step of the p-norm, `e = shrink(w - w_r)` with
 Errors are in steps here, so that the result does not depend on the weights' unit.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -48,9 +46,3 @@ def hqq(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
         weight, spec.expand(start.scales, columns), spec.expand(best, columns)
     )
     return QuantizedWeight(quantized, start.scales, best.half(), spec)
-
-
-def objective(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """Return what `hqq` minimises, for each row and group, in steps: `[rows, groups]`."""
-    error = quantized.spec.grouped(weight - quantized.dequantize())
-    return (error / quantized.scales.float()[..., None]).abs().pow(P).sum(-1)

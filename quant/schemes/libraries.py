@@ -1,7 +1,5 @@
 """Schemes of other libraries, as they are: their scales, zero points and quantized values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

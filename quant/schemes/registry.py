@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from quant_kernels.weight import QuantizedWeight, QuantSpec
 
-BLOCKS = tuple(2**power for power in range(5, 13))
-"""Block sizes of bitsandbytes."""
+BLOCKS = tuple(2**power for power in range(5, 13))  # block sizes of bitsandbytes
 
 
 def wants_rows(spec: QuantSpec) -> str | None:

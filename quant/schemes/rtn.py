@@ -1,7 +1,5 @@
 """Round to nearest: each weight takes the nearest of the values between its group's extremes."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from quant_kernels.weight import QuantizedWeight, QuantSpec

@@ -4,8 +4,6 @@ What an import could die of is tried in a process of its own (`serving.launch.pr
 install, `make doctor` runs `serving.launch.host_checks` instead.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import json

@@ -26,8 +26,7 @@ from serving.launch.vllm_log import last_line, plain_lines
 
 GIB = 2**30
 
-ENOUGH_GIB = 4.0
-"""A vLLM server with a small model takes 2 to 3 GiB on a CPU."""
+ENOUGH_GIB = 4.0  # a vLLM server with a small model takes 2 to 3 GiB on a CPU
 
 INSTALL_GIB = 6.0
 """What an install takes on disk while it runs: 3.5 GiB in the end, and pip's copies of wheels."""

@@ -4,8 +4,6 @@ Ctrl-C reaches only the launcher, which then ends the groups of its servers, vLL
 included. A guard does the same where the launcher can not, because it was killed itself.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os
@@ -22,8 +20,7 @@ from serving.launch.vllm_log import FATAL, last_error, notes, phase, plain_lines
 
 HOST = "127.0.0.1"
 
-STOP_SECONDS = 20.0
-"""How long a process may take to stop when asked, before it is killed."""
+STOP_SECONDS = 20.0  # how long a process may take to stop when asked, before it is killed
 
 GUARD = """
 read -r launcher_is_gone

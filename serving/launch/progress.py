@@ -3,16 +3,13 @@
 On a terminal the present phase is one line that moves; elsewhere each phase is a line of its own.
 """
 
-from __future__ import annotations
-
 import time
 
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-LINE_SECONDS = 15.0
-"""Where there is no terminal, a phase that lasts is named again after this time."""
+LINE_SECONDS = 15.0  # where there is no terminal, a phase that lasts is named again after this time
 
 
 class Progress:

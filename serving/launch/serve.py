@@ -1,7 +1,5 @@
 """`attnserve serve`: start vLLM and the gateway in front of it; stop both together."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -107,6 +107,14 @@ class Metrics:
             "reference's.",
             *MODEL,
         )
+        self.connections_cut = counter(
+            "connections_cut",
+            "Connections of clients that were cut off, by reason: limit (of their number), "
+            "not_reading (an answer) or total (its time).",
+            "reason",
+        )
+        for reason in ("limit", "not_reading", "total"):
+            self.connections_cut.labels(reason)
         self.reloads = counter(
             "config_reloads",
             "Changes of the configuration file, by result: used or refused.",

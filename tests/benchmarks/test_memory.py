@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.__main__ import CHECKPOINTS, PACK, STANDARD, Benchmark
 from benchmarks.checkpoints import CaseOptions, ServerCase, weight_bytes
-from benchmarks.memory.__main__ import memory, plot, row_of, table
-from benchmarks.memory.measure import QUANTITIES, predict, requests_of
+from benchmarks.memory.__main__ import QUANTITIES, memory, plot, row_of, table
+from benchmarks.memory.measure import predict, requests_of
 from benchmarks.options import RequestOptions, ServerOptions
 from benchmarks.results import append_csv
 from tests.benchmarks.conftest import ours

@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "attnserve serve CKPT": Serve(attnserve_serve("checkpoints/lssar")),
     "make test-fast": Run("make test-fast ARGS='--collect-only -q'", r"\d tests collected"),
     "pip install pre-commit && pre-commit install": NotHere("a package index"),
+    "pip install uv": NotHere("a package index"),
     "pip install .": Elsewhere("tests/test_packaging.py"),
     "pip install '.[cuda]'": NotHere("a GPU, and a package index"),
     "pip install '.[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu": NotHere(

@@ -18,6 +18,7 @@ from attnserve.evaluation.measures import Data
 from attnserve.evaluation.perplexity import Perplexity
 from attnserve.evaluation.scorers import TransformersScorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
+from quant import store
 from quant.activations import cache_bytes
 from quant.config import QuantConfig, Samples, SearchSpace
 from quant.measure import SweepTask, changes, measure
@@ -36,14 +37,13 @@ SAMPLES = Samples(sequences=2, length=48, pairs=2, passages=3, calibration=2)
 MEASURES = [Perplexity(SAMPLES.sequences), Blimp(SAMPLES.pairs), Lambada(SAMPLES.passages)]
 
 
-def measured(
-    folder: Path, config: QuantConfig, data: Data, records: Path, baseline: Any = None
-) -> SweepResult:
+def measured(folder: Path, config: QuantConfig, data: Data, out: Path) -> SweepResult:
     reader = Checkpoint(folder, longest=SAMPLES.length)
     texts = sweep_texts(Sources(books=data.books, sets=data.evaluation), reader, SAMPLES)
-    return measure(
-        SweepTask(folder, reader.digest, config, SAMPLES, texts, records, baseline=baseline)
-    )
+    task = SweepTask(folder, reader.digest, config, SAMPLES, texts, out)
+    result = measure(task)
+    store.write(task.path, result)
+    return result
 
 
 @pytest.mark.parametrize("variant", variant_names())
@@ -69,7 +69,7 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
         QuantConfig(kv=8),
         QuantConfig(kv=2),
     ):
-        result = measured(folder, config, data, tmp_path, exact.units)
+        result = measured(folder, config, data, tmp_path)
         value = result.summary["test KL"].value
         divergences[config.name] = value
         assert value > 0 and 0 <= result.summary["test top-1"].value <= 1

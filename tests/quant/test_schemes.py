@@ -19,11 +19,17 @@ from attnserve.evaluation.scorers import load
 from quant.model import linears, observe, quantize
 from quant.schemes.gptq import DAMPING, gptq
 from quant.schemes.hessian import layer_by_layer
-from quant.schemes.hqq import hqq, objective
+from quant.schemes.hqq import P, hqq
 from quant.schemes.registry import SCHEMES, get_scheme
 from quant.schemes.rtn import rtn
 from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
 from tests.tiny import tiny_checkpoint
+
+
+def objective(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Return what `hqq` minimises, for each row and group, in steps: `[rows, groups]`."""
+    error = quantized.spec.grouped(weight - quantized.dequantize())
+    return (error / quantized.scales.float()[..., None]).abs().pow(P).sum(-1)
 
 
 def correlated(rows: int, columns: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.cpu.build import usable_isas
-from quant_kernels import Panels, gather, library, multiply, panels
+from quant_kernels import Panels, gather, multiply, ops, panels
 from quant_kernels.pack import pack
 from quant_kernels.panels import dequantize
 from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
@@ -91,7 +91,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_library_is_built() -> None:
     """The others would pass by torch operations, too."""
-    assert library.load(4) is not None
+    assert ops.load(4) is not None
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -149,7 +149,7 @@ def test_no_lookup_reads_past_the_matrix(
 ) -> None:
     """Not into the rest of the last panel either: such a row is 0, and the others are right."""
     if not compiled:
-        monkeypatch.setattr(library, "_load", lambda bits, isa: None)
+        monkeypatch.setattr(ops, "_load", lambda bits, isa: None)
     stored = in_panels(weight(4, 20, 64, 32, "integers"))
     ids = torch.tensor([[3, 19], [row, 0]])
     rows = gather(ids, stored, torch.float32)
@@ -165,7 +165,7 @@ def test_without_a_compiler(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = weight(bits, 20, 77, 32, "integers")
     matrix = dequantize(in_panels(quantized))
     assert torch.equal(matrix.double(), reference(quantized))
-    monkeypatch.setattr(library, "_load", lambda bits, isa: None)
+    monkeypatch.setattr(ops, "_load", lambda bits, isa: None)
     check(quantized, poisoned(3, 77, torch.float32))
 
 

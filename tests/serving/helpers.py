@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import uvicorn
 import yaml
 
-from serving.app import App
-from serving.client import Protocol
 from serving.config import Config
+from serving.run import make_server
 from serving.state import GatewayState
 from tests.servers import Server, end_group, free_port, spawn, wait_until_healthy
 from tests.serving.standin import wait_for
@@ -52,16 +50,8 @@ class Running:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.state = GatewayState(Config.model_validate({"health": FAST, **config, "port": port}))
-        settings = uvicorn.Config(
-            App(self.state),
-            port=port,
-            http=Protocol,
-            log_config=None,
-            access_log=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=1,
-        )
-        self.server = uvicorn.Server(settings)
+        self.server = make_server(self.state)
+        self.server.config.timeout_graceful_shutdown = 1
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started or any(

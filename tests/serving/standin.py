@@ -42,6 +42,7 @@ class StandIn:
         self.probabilities = (0.5, 0.25, 0.125)  # of a token that is read, and of the ids after it
         self.text = ""  # of an answer that is not streamed; else numbers
         self.headers: list[tuple[bytes, bytes]] = []  # of answers, beside their own
+        self.padding = ""  # behind each token of a stream
         self.vocabulary = "t"  # the text of a token, before its id
         self.waiting = 0
         self.running = self.started = self.finished = self.aborted = 0
@@ -194,7 +195,7 @@ class StandIn:
                     if getattr(connection, "scope", None) is scope:
                         connection.transport.abort()
                 return
-            choice = {"index": 0, "text": f" {i}", **self._ids(body, [i], i == 0)}
+            choice = {"index": 0, "text": f" {i}{self.padding}", **self._ids(body, [i], i == 0)}
             await event(json.dumps({"id": "x", "choices": [choice]}))
             await asyncio.sleep(self.between_s)
         if (body.get("stream_options") or {}).get("include_usage"):

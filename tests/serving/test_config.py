@@ -110,6 +110,10 @@ MODEL: dict[str, Any] = GOOD["models"][0]
         {**GOOD, "api_key": SECRET},
         {**GOOD, SECRET: 1},
         {**GOOD, "port": SECRET},
+        {**GOOD, "redis": SECRET},
+        {**GOOD, "redis": f"http://:{SECRET}@x"},
+        {**GOOD, "redis": f"redis://x:{SECRET}"},
+        {**GOOD, "redis": f"redis://:{SECRET}@x", "port": 0},
         {**GOOD, "logging": {"level": SECRET}},
         {"models": [{**MODEL, "api_key_env": SECRET}]},
         *({"models": [{**MODEL, "replicas": [url]}]} for url in (

@@ -18,8 +18,7 @@ from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 from tests.conftest import Commands
 from tests.training.conftest import TINY
-from training.memory_loss import memory_share
-from training.resumable import STATE, loss_function
+from training.resumable import STATE, loss_function, memory_share
 from training.run import LOSSES, Run
 from training.train import train
 

@@ -306,7 +306,7 @@ def test_rule() -> None:
     ]
     assert widened(Estimate(0.1, 0.0, 0.2)) == pytest.approx((0.1, -0.02, 0.22))
     condition = Condition("control", Estimate(1, 1, 1), at_least_two)
-    finding = decide("it", Estimate(3, 2, 4), at_least_two, (condition,), 1)
+    finding = decide("it", Estimate(3, 2, 4), at_least_two, condition, 1)
     assert finding.verdict is Verdict.UNDECIDED
     assert finding.ours == "it: 3.0 [2.0, 4.0]; control: 1.0 [1.0, 1.0]"
     assert finding.rule == "at least 2; control at least 2, else it cannot be shown"

@@ -19,6 +19,7 @@ from vllm_quant.config import PackedConfig
 LINEAR = "vllm.model_executor.kernels.linear"
 QUANTIZATION = "vllm.model_executor.layers.quantization"
 MODULES = (
+    "vllm_quant.config",
     "vllm_quant.device",
     LINEAR,
     f"{LINEAR}.mixed_precision.marlin",

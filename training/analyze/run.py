@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,26 +52,22 @@ def measures(settings: AnalysisSettings, names: Iterable[str], context: int) -> 
     return chosen
 
 
-def to_do(
-    checkpoint: Checkpoint, chosen: Iterable[Measure], data: Data, settings: AnalysisSettings
-) -> tuple[list[Stored], list[Measure]]:
-    """Return what is there already, and what is to be measured."""
-    present, missing = [], []
-    for measure in chosen:
-        parts = (checkpoint.name, measure.name, settings.engine, settings.rope_theta_factor)
-        path = path_of(settings.out, *parts)
-        if settings.force or not path.exists():
-            missing.append(measure)
-            continue
-        found, key = read(path), key_of(checkpoint, measure, data)
-        if found.key != key:
-            differing = ", ".join(name for name in key if key[name] != found.key.get(name))
-            raise UserError(
-                f"{path} holds a result with another {differing}: --force measures again and "
-                "replaces it, --out DIR writes elsewhere"
-            )
-        present.append(found)
-    return present, missing
+def stored(
+    checkpoint: Checkpoint, measure: Measure, data: Data, settings: AnalysisSettings
+) -> Stored | None:
+    """Return what is there already of a measure; None: it is to be measured."""
+    parts = (checkpoint.name, measure.name, settings.engine, settings.rope_theta_factor)
+    path = path_of(settings.out, *parts)
+    if settings.force or not path.exists():
+        return None
+    found, key = read(path), key_of(checkpoint, measure, data)
+    if found.key != key:
+        differing = ", ".join(name for name in key if key[name] != found.key.get(name))
+        raise UserError(
+            f"{path} holds a result with another {differing}: --force measures again and "
+            "replaces it, --out DIR writes elsewhere"
+        )
+    return found
 
 
 def scorer_for(
@@ -102,14 +99,15 @@ def analyze(
                 raise UserError(f"{file} is not there: name its folder with --eval or --books")
         if isinstance(measure, Blimp) and not files:
             raise UserError(f"{data.sets} has no blimp/*.jsonl: name its folder with --eval")
-    results, missing = to_do(checkpoint, chosen, data, settings)
+    present = [stored(checkpoint, measure, data, settings) for measure in chosen]
+    missing = [m for m, found in zip(chosen, present, strict=True) if found is None]
+    results = [found for found in present if found is not None]
     counts = f"{len(missing)} to measure, {len(results)} there already"
     print(f"{checkpoint.name}: {counts}", file=sys.stderr, flush=True)
     if not missing:
         return results
     engine_version = f", vllm {version('vllm')}" if settings.engine == "vllm" else ""
-    scorer = scorer_for(checkpoint, missing, settings)
-    try:
+    with closing(scorer_for(checkpoint, missing, settings)) as scorer:
         for measure in missing:
             start = time.monotonic()
             result = measure.run(checkpoint, data, scorer)
@@ -127,6 +125,4 @@ def analyze(
             )
             write(settings.out, found)
             results.append(found)
-    finally:
-        scorer.close()
     return sorted(results, key=lambda found: list(MEASURES).index(found.measure))

@@ -53,7 +53,7 @@ def decide(
     what: str,
     estimate: Estimate,
     range_: Range,
-    conditions: tuple[Condition, ...] = (),
+    condition: Condition | None = None,
     digits: int = 3,
 ) -> Finding:
     """Apply the rule to a figure that has a name, and a range where the claim puts it. If one of
@@ -61,7 +61,7 @@ def decide(
     ours = f"{what}: {estimate.shown(digits)}"
     rule = str(range_)
     verdict = range_.judge(estimate)
-    for condition in conditions:
+    if condition is not None:
         ours += f"; {condition.what}: {condition.estimate.shown(digits)}"
         rule += f"; {condition.what} {condition.range}, else it cannot be shown"
         if condition.range.judge(condition.estimate) is not Verdict.AGREES:
@@ -84,7 +84,7 @@ def sink_rate(evidence: Evidence, eps: float) -> Finding:
         "softmax's", evidence.estimate(CONTROL, "attention", figure), Range(low=0.05)
     )
     ours = evidence.estimate("softpick", "attention", figure)
-    return decide("sink rate", ours, Range(high=0.01), (control,))
+    return decide("sink rate", ours, Range(high=0.01), control)
 
 
 def kurtosis(evidence: Evidence) -> Finding:
@@ -93,7 +93,7 @@ def kurtosis(evidence: Evidence) -> Finding:
     logs = [np.log(stored.result.units["sequence_kurtosis"]) for stored in (a, b)]
     control = Condition("softmax's kurtosis", a.result.summary["kurtosis"], Range(low=6.0))
     ratio = difference(*logs).exp()
-    return decide("softmax's kurtosis over softpick's", ratio, Range(low=2.0), (control,), 2)
+    return decide("softmax's kurtosis over softpick's", ratio, Range(low=2.0), control, 2)
 
 
 def zeros(evidence: Evidence) -> Finding:
@@ -114,7 +114,7 @@ def lambada(evidence: Evidence) -> Finding:
     a, b = evidence.pair("softpick", CONTROL, "lambada")
     control = Condition("softmax's accuracy", b.result.summary["accuracy"], Range(low=0.01))
     more = difference(a.result.units["hits"], b.result.units["hits"])
-    return decide("accuracy more than softmax's", more, Range(-0.02, 0.02), (control,))
+    return decide("accuracy more than softmax's", more, Range(-0.02, 0.02), control)
 
 
 def training_loss(evidence: Evidence) -> Finding:
@@ -139,15 +139,15 @@ def window_loss(evidence: Evidence, name: str, multiple: int, **ends: float) -> 
         more = difference(pieces(a, longest), pieces(b, longest))
         return decide(what, widened(more), Range(**ends))
     more = difference(windows(a, multiple), windows(b, multiple))
-    return decide(what, widened(more), Range(**ends), (softmax_fails(evidence, multiple),))
+    return decide(what, widened(more), Range(**ends), softmax_fails(evidence, multiple))
 
 
 def stays_low(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Finding:
     """Judge what a long context costs, against the same tokens in pieces of the training length,
     where it costs softmax much."""
     rise = rise_of(evidence, name, multiple, factor)
-    conditions = (softmax_fails(evidence, multiple, factor),)
-    return decide(f"rise of the loss at {multiple}x", rise, STAYS_LOW, conditions)
+    fails = softmax_fails(evidence, multiple, factor)
+    return decide(f"rise of the loss at {multiple}x", rise, STAYS_LOW, fails)
 
 
 def softmax_fails(evidence: Evidence, multiple: int, factor: float = 1.0) -> Condition:
@@ -172,7 +172,7 @@ def retrieves(evidence: Evidence, name: str, multiple: int, factor: float = 1.0)
     at_home = Condition("its gain at 1x", mean_interval(gains(a, 1)), RETRIEVES)
     more = difference(gains(a, multiple), gains(b, multiple))
     what = f"gain more than softmax's at {multiple}x, nats"
-    return decide(what, more, Range(low=0.0), (at_home,))
+    return decide(what, more, Range(low=0.0), at_home)
 
 
 def less_memory(evidence: Evidence, name: str, length: int, **ends: float) -> Finding:

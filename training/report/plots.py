@@ -16,7 +16,6 @@ from attnserve.evaluation.intervals import mean_interval
 from attnserve.reports import color, save_figure
 from training.analyze.length import BINS
 from training.report.evidence import Evidence
-from training.report.overview import overview
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,13 +127,63 @@ def pruning(evidence: Evidence) -> Figure | None:
     return budgets_plot.draw(list(evidence.pruning.values())) if evidence.pruning else None
 
 
+LINES = (
+    # result, rule, searched for each layer, label, color, kept tokens at the label, its offset
+    ("selective", "streaming", False, "softmax + StreamingLLM", "tab:gray", 24, (-150, -11)),
+    ("selective", "heavy hitters", False, "softmax + H2O", "tab:blue", 16, (10, 2)),
+    ("selective", "selective", True, "selective", "tab:orange", 64, (0, -15)),
+    ("selective_prunable", "selective", True, "selective, trained to prune", "tab:red", 16, (6, 7)),
+)
+
+
+def kv_cache(evidence: Evidence) -> Figure | None:
+    """Draw perplexity against the tokens kept, in one panel with labels on its lines: the README's
+    figure, of the checkpoints of 512 tokens."""
+    results = evidence.pruning
+    if not {line[0] for line in LINES} <= set(results):
+        return None
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    (softmax,) = (
+        row for row in results["selective"].rows if row.model == "softmax" and row.rule == "none"
+    )
+    whole = softmax.loss.exp().value
+    axes.axhline(whole, color="black", linestyle=":", linewidth=1)
+    axes.annotate(
+        "softmax, all 512 tokens kept",
+        (256, whole),
+        (0, -15),
+        textcoords="offset points",
+        ha="right",
+    )
+    for name, rule, searched, label, shade, kept, offset in LINES:
+        points = {
+            sum(row.budgets) / len(row.budgets): row.loss.exp().value
+            for row in results[name].rows
+            if row.rule == rule and (row.choice == "uniform") != searched
+        }
+        x = sorted(points)
+        axes.plot(x, [points[tokens] for tokens in x], color=shade, marker="o", markersize=4)
+        axes.annotate(label, (kept, points[kept]), offset, textcoords="offset points", color=shade)
+    axes.set_xscale("log", base=2)
+    ticks = [8, 16, 32, 64, 128, 256]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(39, 52)
+    axes.set(
+        xlabel="tokens kept in the KV cache, mean of the layers", ylabel="perplexity per token"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
 PLOTS: dict[str, Callable[[Evidence], Figure | None]] = {
     "training": training,
     "length": length,
     "attention": attention,
     "passkey": passkey,
     "pruning": pruning,
-    "kv_cache": lambda evidence: overview(evidence.pruning),
+    "kv_cache": kv_cache,
 }
 
 

@@ -17,15 +17,7 @@ from attn_kernels.cpu.kernel import CPUKernel, CPULayer, PrunedCPULayer
 from attn_kernels.paged import Layer, TorchLayer, head_size_of
 from attn_kernels.variant import Variant
 
-__all__ = [
-    "BuildError",
-    "CPUKernel",
-    "CPULayer",
-    "PrunedCPULayer",
-    "bind",
-    "load",
-    "usable_isas",
-]
+__all__ = ["BuildError", "CPUKernel", "CPULayer", "PrunedCPULayer", "bind", "load", "usable_isas"]
 
 logger = logging.getLogger(__name__)
 

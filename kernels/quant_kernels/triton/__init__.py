@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
@@ -15,42 +13,29 @@ FEW = 4
 """Most rows that are multiplied without tensor cores, which take 16."""
 
 
-@dataclass(frozen=True)
-class ProductTile:
-    """How a product is cut up and compiled. Guesses from the compiled code: nothing was timed.
-
-    Args:
-        rows: of x, a power of two.
-        outputs: a power of two, at least 16.
-        chunks: of 32 inputs that are multiplied at once, a power of two.
-        num_warps, num_stages: Triton's.
-    """
-
-    rows: int
-    outputs: int
-    chunks: int
-    num_warps: int
-    num_stages: int = 1
-
-
-def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> ProductTile:
-    """Return the tile of a product.
+def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return how a product is cut up and compiled: guesses from the compiled code, nothing was
+    timed.
 
     Args:
         rows: of x.
         group_chunks: chunks of a group.
         dtype: of x.
+
+    Returns:
+        What the kernels are launched with: ROWS of x, a power of two; OUTPUTS, a power of two, at
+        least 16; CHUNKS of 32 inputs that are multiplied at once, a power of two; and warps.
     """
     if rows <= FEW:
-        return ProductTile(rows, PANEL, 32, num_warps=4)
+        return {"ROWS": rows, "OUTPUTS": PANEL, "CHUNKS": 32, "num_warps": 4}
     chunks = 2 if group_chunks % 2 == 0 else 1
     if rows <= 16:
-        return ProductTile(16, 32, chunks, num_warps=4)
+        return {"ROWS": 16, "OUTPUTS": 32, "CHUNKS": chunks, "num_warps": 4}
     if dtype == torch.float32:  # multiplied by plain arithmetic, from registers
-        return ProductTile(32, 32, chunks, num_warps=4)
+        return {"ROWS": 32, "OUTPUTS": 32, "CHUNKS": chunks, "num_warps": 4}
     if rows <= 32:
-        return ProductTile(32, 64, chunks, num_warps=4)
-    return ProductTile(64, 128, chunks, num_warps=8)
+        return {"ROWS": 32, "OUTPUTS": 64, "CHUNKS": chunks, "num_warps": 4}
+    return {"ROWS": 64, "OUTPUTS": 128, "CHUNKS": chunks, "num_warps": 8}
 
 
 def multiply(x: Tensor, weight: Panels) -> Tensor:
@@ -64,24 +49,11 @@ def multiply(x: Tensor, weight: Panels) -> Tensor:
     group_chunks = weight.group_size // CHUNK
     tile = tile_for(len(rows), group_chunks, x.dtype)
     kernel = few_kernel if len(rows) <= FEW else many_kernel
-    kernel[(triton.cdiv(weight.outputs, tile.outputs), triton.cdiv(len(rows), tile.rows))](
-        out,
-        rows,
-        *weight[:3],
-        len(rows),
-        weight.outputs,
-        weight.inputs,
-        weight.scales.shape[1],
-        group_chunks,
-        rows.stride(0),
-        BITS=weight.bits,
-        ROWS=tile.rows,
-        CHUNKS=tile.chunks,
-        OUTPUTS=tile.outputs,
-        enable_fp_fusion=True,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    kernel[(triton.cdiv(weight.outputs, tile["OUTPUTS"]), triton.cdiv(len(rows), tile["ROWS"]))](
+        out, rows, *weight[:3], len(rows), weight.outputs, weight.inputs, weight.scales.shape[1],
+        group_chunks, rows.stride(0),
+        BITS=weight.bits, **tile, enable_fp_fusion=True, num_stages=1,
+    )  # fmt: skip
     return out
 
 
@@ -92,16 +64,8 @@ def gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
         return out
     columns = 512
     gather_kernel[(ids.numel(), triton.cdiv(weight.inputs, columns))](
-        out,
-        ids.contiguous(),
-        *weight[:3],
-        weight.outputs,
-        weight.inputs,
-        weight.scales.shape[1],
+        out, ids.contiguous(), *weight[:3], weight.outputs, weight.inputs, weight.scales.shape[1],
         weight.group_size // CHUNK,
-        BITS=weight.bits,
-        COLUMNS=columns,
-        enable_fp_fusion=True,
-        num_warps=4,
-    )
+        BITS=weight.bits, COLUMNS=columns, enable_fp_fusion=True, num_warps=4,
+    )  # fmt: skip
     return out

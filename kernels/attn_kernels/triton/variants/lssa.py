@@ -4,6 +4,8 @@ s = softplus(ln(d) ln(n) q.k / |q||k|), weights s / sum s."""
 import triton
 import triton.language as tl
 
+from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401 (this variant's, too)
+
 UNIT_KEYS = True
 FIRST_MAX = 0.0
 
@@ -30,8 +32,3 @@ def update(s, seen, running_max, denominator, mean, per_spread, params: tl.const
 @triton.jit
 def merge(maxima, denominators):
     return tl.zeros_like(maxima) + 1.0, tl.max(maxima, 0), tl.sum(denominators, 0)
-
-
-@triton.jit
-def epilogue(running_max, denominator, params: tl.constexpr):
-    return tl.where(denominator == 0.0, 0.0, 1.0 / tl.where(denominator == 0.0, 1.0, denominator))

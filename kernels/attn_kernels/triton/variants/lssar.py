@@ -7,11 +7,11 @@ import triton.language as tl
 from attn_kernels.triton.variants.lssa import (  # noqa: F401 (this variant's, too)
     FIRST_MAX,
     UNIT_KEYS,
-    epilogue,
     merge,
     query_factor,
     softplus,
 )
+from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401
 
 
 @triton.jit
