@@ -61,7 +61,7 @@ def gateway(
       UPSTREAM_CONNECT_SECONDS=5.0        Longest wait for a connection to the server.
       UPSTREAM_READ_SECONDS=600.0         Longest wait for the next byte of an answer.
       UPSTREAM_HEALTH_SECONDS=2.0         Longest wait for the server's own /health.
-      GATEWAY_MAX_BODY_BYTES=16777216     Largest request body; larger ones get 413.
+      GATEWAY_MAX_BODY_BYTES=4194304      Largest request body; larger ones get 413.
       GATEWAY_DRAIN_SECONDS=10            How long running requests may go on after SIGTERM.
     """
     from serving.config import from_environment, load

@@ -23,7 +23,7 @@ from serving.observability.gauges import StateGauges
 from serving.observability.metrics import CLIENT_LEFT
 from serving.observability.tracing import tracer
 from serving.openai.errors import ApiError
-from serving.openai.request import read_request
+from serving.openai.request import LARGE_BODY, beside_the_loop, read_request
 from serving.routes import make_routes
 from serving.state import GatewayState
 from serving.upstream.proxy import Proxy
@@ -146,12 +146,18 @@ class App:
     async def _pass_on(self, exchange: Exchange, raw: bytes) -> None:
         """Pass a request on to a model server, as it came."""
         config = self.state.config
-        request = read_request(raw, config.limits, config.routing.prefix_chars)
+        # A key's budget holds only if an answer cannot be longer than what is reserved for it.
+        limited = exchange.account is not None and exchange.account.limits_answers
+        chars = config.routing.prefix_chars
+        request = await beside_the_loop(
+            read_request, raw, exchange.route, config.limits, chars, limited
+        )
         model = exchange.use_model(self.state.router, request.model)
         prompt = request.prompt_tokens
         cost = model.entry.cost(prompt, request.tokens - prompt)
         await exchange.reserve(request.tokens, cost)
-        shadow = config.shadow if exchange.route in GENERATING else None
+        small = len(raw) <= LARGE_BODY  # as all are that are short enough for shadow scoring
+        shadow = config.shadow if small and exchange.route in GENERATING else None
         if shadow is None or not self.shadow.samples(shadow, request.model, raw):
             await self.proxy.forward(exchange, request)
             return

@@ -204,8 +204,8 @@ class Limits(Section):
     """Connections of clients at a time. None: half of the descriptors that the process may have
     (`ulimit -n`), less 64."""
 
-    max_body_bytes: int = Field(16 * 1024 * 1024, gt=0)
-    """Largest request body; larger ones get 413."""
+    max_body_bytes: int = Field(4 * 1024 * 1024, gt=0)
+    """Largest request body; larger ones get 413. Images need more."""
 
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
@@ -219,8 +219,9 @@ class Limits(Section):
     max_compare_total: int = Field(16384, gt=0)
     """Most tokens that all models of a comparison, the reference too, read together."""
 
-    default_max_tokens: int = Field(512, gt=0)
-    """Tokens reserved for an answer whose request has no max_tokens (chat)."""
+    default_max_tokens: int = Field(2048, gt=0)
+    """Tokens reserved for a chat's answer whose request sets no limit; for a key with a limit of
+    tokens or cost, that is as long as the answer gets."""
 
     max_concurrent_per_replica: int | None = Field(None, gt=0)
     """Requests that this gateway has open at one server. None: no limit."""

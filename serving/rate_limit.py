@@ -100,6 +100,11 @@ class Account:
             if task is not None:
                 task.cancel()
 
+    @property
+    def limits_answers(self) -> bool:
+        """Whether there is a limit of what depends on an answer's length: of all but requests."""
+        return any(bucket.limit is not None for bucket in self.buckets[1:])
+
     def set(self, entry: KeyEntry) -> None:
         """Take over the limits of a configuration."""
         now = time.monotonic()

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from attnserve import machine
@@ -147,7 +146,13 @@ def kernels(
         about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
     if save is not None:
         title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
-        draw(save.with_name(save.stem + "-quick" * quick + ".png"), title, rows)
+        of = "time by that of vLLM's softmax"
+        points = [
+            (f"{row['phase']} {row['dtype']}: {of}", label(row), row["variant"], row["ratio_vllm"])
+            for row in rows
+        ]
+        plot = save.with_name(save.stem + "-quick" * quick + ".png")
+        results.draw(plot, title, points, across=2, ylim=(0, None))
     if as_json:
         print(json.dumps({"machine": about, "rows": [json_row(row) for row in rows]}))
     else:
@@ -233,21 +238,6 @@ def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("ratio_vllm", "ratio_sdpa", "fraction_of_limit"):
         found[name] = None if row[name] is None else round(row[name], 4)
     return found | ({"note": row["note"]} if row["note"] else {})
-
-
-def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG: each variant's time by vLLM's softmax, a panel for each phase and dtype."""
-    import pandas as pd
-
-    from benchmarks.kernels.case import label
-
-    frame = pd.DataFrame([{**row, "case": label(row)} for row in rows])
-    panels = {}
-    for (phase, dtype), inside in frame.groupby(["phase", "dtype"], sort=False):
-        ratios = inside.pivot(index="case", columns="variant", values="ratio_vllm")
-        ratios = ratios.loc[inside["case"].unique(), inside["variant"].unique()]
-        panels[f"{phase} {dtype}: time by that of vLLM's softmax"] = ratios
-    results.draw(path, title, panels, across=2, ylim=(0, None))
 
 
 if __name__ == "__main__":

@@ -19,15 +19,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Case:
     """A batch of equal requests, each with `new_tokens` queries against its cached context.
 
-    Attributes:
-        phase: "decode", with one query a request, or "prefill".
-        dtype: of queries, keys, values and outputs; a key of DTYPES.
-        head_dim: elements of a head's query, key or value.
-        ctx: decode: tokens in the cache, the new one included. Prefill: tokens before the new ones.
-        batch: requests.
-        new_tokens: queries of each request.
-        num_heads, num_kv_heads: query heads and KV heads.
-        block_size: tokens in a block of the paged cache.
+    The phase is "decode", with one query a request, or "prefill"; the dtype, a key of DTYPES, that
+    of queries, keys, values and outputs. `ctx` are tokens in the cache, in decode with the new one,
+    in prefill without the new ones; `block_size` are tokens in a block of the paged cache.
     """
 
     phase: str

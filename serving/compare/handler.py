@@ -25,6 +25,7 @@ from serving.compare.scoring import (
     unusable,
 )
 from serving.exchange import JSON, Exchange
+from serving.openai.request import beside_the_loop
 from serving.upstream.http import timed_out
 from serving.upstream.proxy import Proxy, api_error
 from serving.upstream.vllm_metrics import Description, kv_cache_sizes
@@ -39,7 +40,7 @@ async def compare(proxy: Proxy, exchange: Exchange, raw: bytes) -> None:
         ApiError: a model failed, or the models cannot be compared.
     """
     state = proxy.state
-    asked = ComparisonRequest(raw, state.config)
+    asked = await beside_the_loop(ComparisonRequest, raw, state.config)
     names = (asked.reference, *asked.models)
     entries = [state.router.model(name).entry for name in names]
     exchange.use_model(state.router, asked.reference)

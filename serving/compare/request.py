@@ -19,7 +19,7 @@ FOR_MESSAGES = (
 
 REFUSED = (
     "model", "stream", "stream_options", "n", "best_of", "echo", "suffix", "logprobs",
-    "prompt_logprobs", "use_beam_search", "return_token_ids",
+    "prompt_logprobs", "use_beam_search", "return_token_ids", "prompt_embeds",
 )  # fmt: skip
 """They would change what is compared, or how it is asked for."""
 
@@ -56,7 +56,8 @@ class ComparisonRequest:
         self.sampling |= {"max_tokens": self.max_tokens, "add_special_tokens": False}
         self.prompt, self.to_tokenize = prompt(fields)
         asked = json.dumps({**self.to_tokenize, "model": self.reference}).encode()
-        request = read_request(asked, config.limits, config.routing.prefix_chars)
+        prefix_chars = config.routing.prefix_chars
+        request = read_request(asked, route_of(self.to_tokenize), config.limits, prefix_chars)
         written = request.prompt_tokens + self.max_tokens
         # How many tokens a text has is not known yet.
         self.check_length(self.max_tokens if self.prompt is None else written)
@@ -77,6 +78,11 @@ class ComparisonRequest:
             if could > most:
                 message = f"{what} may have {most} tokens together, but could have {could}."
                 raise ApiError(400, message, code="compare_too_long", param=field)
+
+
+def route_of(fields: dict[str, Any]) -> str:
+    """Return the route whose request has these fields, be it /tokenize that they are sent to."""
+    return "/v1/chat/completions" if "messages" in fields else "/v1/completions"
 
 
 def readers(fields: dict[str, Any], reference: str, config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.types import Message
 
 from serving.compare.kl import Position, other_text, positions
+from serving.compare.request import route_of
 from serving.config import Limits
 from serving.exchange import Exchange
 from serving.openai.errors import ApiError, error_type
@@ -118,7 +119,8 @@ async def ask(
     state = proxy.state
     body = json.dumps({**fields, "model": name}).encode()
     # The limits were applied to what the client sent: this is longer by the answer.
-    request = read_request(body, Limits(), state.config.routing.prefix_chars)
+    prefix_chars = state.config.routing.prefix_chars
+    request = read_request(body, route_of(fields), Limits(), prefix_chars)
     part.use_model(state.router, name)
     part.send = answer.send
     part.arrival = time.perf_counter()

@@ -5,7 +5,6 @@ how it is configured.
 """
 
 import asyncio
-import json
 import logging
 import random
 import re
@@ -20,7 +19,7 @@ from serving.config import ShadowScoring
 from serving.exchange import Exchange
 from serving.observability.metrics import Labels, Metrics
 from serving.openai.errors import ApiError
-from serving.openai.request import only_text, parse
+from serving.openai.request import only_text, parse, with_fields
 from serving.upstream.proxy import Proxy
 
 log = logging.getLogger("attnserve")
@@ -132,10 +131,7 @@ def suitable(fields: dict[str, Any]) -> bool:
 
 def with_token_ids(raw: bytes) -> bytes:
     """Return a suitable body that asks for token ids; all else is as the client wrote it."""
-    fields = parse(raw)
-    if "return_token_ids" in fields:  # with a value that is no: see `suitable`
-        return json.dumps({**fields, "return_token_ids": True}).encode()
-    return raw[: raw.rindex(b"}")] + b',"return_token_ids":true}'
+    return with_fields(raw, parse(raw), {"return_token_ids": True})
 
 
 class Tap:

@@ -220,7 +220,7 @@ class Proxy:
             if stream.error is not None:
                 exchange.code, exchange.upstream_status = "upstream_error", stream.error_status
         finally:
-            exchange.completion_tokens = stream.count
+            exchange.completion_tokens = request.tokens_of(stream.count)
             exchange.note_usage(stream.usage)
 
 

@@ -9,6 +9,9 @@ import pytest
 from tests.serving.helpers import Running, ask, error_of, metric, running
 from tests.serving.standin import StandIn, standin, wait_for_value
 
+ANY = {"prompt": "x", "input": "x", "messages": []}
+"""The prompt of any route."""
+
 LIMITS = {"max_prompt_chars": 100, "max_body_bytes": 2000}
 
 
@@ -38,15 +41,7 @@ NOT_JSON = "We could not parse the JSON body of your request."
         (b"null", 400, None, "invalid_type", "but got null"),
         ({"prompt": "x"}, 400, None, None, "you must provide a model parameter"),
         ({"model": 7}, 400, "model", "invalid_type", "expected a string, but got an integer"),
-        ({"model": "q"}, 404, None, "model_not_found", "The model `q` does not exist"),
-        ({"model": "m", "prompt": "x" * 101}, 400, "prompt", "string_above_max_length", "101"),
-        (
-            {"model": "m", "messages": [{"role": "user", "content": "x" * 101}]},
-            400,
-            "messages",
-            "string_above_max_length",
-            "maximum length 100",
-        ),
+        ({**ANY, "model": "q"}, 404, None, "model_not_found", "The model `q` does not exist"),
         (b"x" * 2001, 413, None, "body_too_large", "larger than 2000 bytes"),
     ],
 )
@@ -66,6 +61,42 @@ def test_bad_requests(
     assert error["type"] == "invalid_request_error"
     assert message in error["message"]
     assert len(answer.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/completions", "prompt", "x" * 101),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "x" * 101}]),
+        ("/v1/embeddings", "input", [[1] * 101]),
+    ],
+)
+def test_longest_prompt_and_none(gateway: Running, path: str, field: str, value: Any) -> None:
+    """By the route's own field; the others' are nothing to it."""
+    answer = ask(gateway.url, "POST", path, {"model": "m", **ANY, field: value})
+    error = error_of(answer)
+    assert (answer.status, error["param"]) == (400, field)
+    assert error["code"] == "string_above_max_length" and "maximum length 100," in error["message"]
+    none = ask(gateway.url, "POST", path, {"model": "m", "max_tokens": 1})
+    assert (none.status, error_of(none)["code"]) == (400, "missing_required_parameter")
+    assert error_of(none)["param"] == field
+
+
+def test_wrong_types(gateway: Running) -> None:
+    for field, value, code, message in (
+        (
+            "max_tokens",
+            "many",
+            "invalid_value",
+            "Invalid value for 'max_tokens': Input should be a",
+        ),
+        ("prompt", {"a": 1}, "invalid_type", "expected a string, or an array of strings, of token"),
+    ):
+        body = {"model": "m", "prompt": "x", field: value}
+        answer = ask(gateway.url, "POST", "/v1/completions", body)
+        error = error_of(answer)
+        assert (answer.status, error["param"], error["code"]) == (400, field, code)
+        assert message in error["message"]
 
 
 def test_body_that_does_not_come(gateway: Running) -> None:
@@ -102,7 +133,7 @@ def test_exceptions_of_openais_client(gateway: Running) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
 def test_unknown_fields_and_headers_go_on(gateway: Running, upstream: StandIn, path: str) -> None:
-    body = {"model": "m", "input": "x", "no_such_field": {"a": [1.50, None]}}
+    body = {"model": "m", **ANY, "no_such_field": {"a": [1.50, None]}}
     headers = {"x_request_id": "my-id.7", "traceparent": "00-abc-def-01", "cookie": "c=1"}
     answer = ask(gateway.url, "POST", f"{path}?a=b", body, **headers)
     assert answer.status == 200 and answer.headers.get_all("x-request-id") == ["my-id.7"]
@@ -121,7 +152,7 @@ def test_slash_at_the_end(gateway: Running, upstream: StandIn, path: str) -> Non
         return metric(gateway.url, "attnserve_requests_total", f'route="{path}"')
 
     before = counted()
-    answer = ask(gateway.url, "POST", f"{path}/?a=b", {"model": "m", "input": "x"})
+    answer = ask(gateway.url, "POST", f"{path}/?a=b", {"model": "m", **ANY})
     assert answer.status == 200
     assert upstream.seen[-1]["path"] == path
     wait_for_value(counted, before + 1, "counted under its route")

@@ -22,7 +22,7 @@ from tests.serving.helpers import (
     open_request,
     running,
 )
-from tests.serving.standin import standin, wait_for
+from tests.serving.standin import standin, wait_for, wait_for_value
 
 BODY = {"model": "m", "prompt": "x" * 40, "max_tokens": 10}  # 10 + 10 tokens by the guess
 ALICE, BOB = new_key(), new_key()
@@ -359,3 +359,30 @@ def test_no_secret_in_logs(caplog: pytest.LogCaptureFixture) -> None:
     assert "alice" in text
     for secret in (ALICE, BOB, digest(ALICE), "a private prompt", " 0 1 2"):
         assert secret not in text
+
+
+def test_answer_without_a_limit_is_limited_by_what_is_reserved() -> None:
+    """For keys with a limit of tokens; vLLM writes until a model's context is full."""
+    keys = [entry(ALICE, "alice", tokens_per_day=1000), entry(BOB, "bob", max_concurrent=9)]
+    limits = {"default_max_tokens": 300}
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    with standin() as upstream, running(upstream.url, keys=keys, limits=limits) as gateway:
+        for key, limit in ((ALICE, 300), (BOB, None)):
+            bearer = f"Bearer {key}"
+            answer = ask(gateway.url, "POST", "/v1/chat/completions", body, authorization=bearer)
+            assert answer.status == 200
+            assert upstream.seen[-1]["body"].get("max_completion_tokens") == limit
+
+
+def test_events_of_many_tokens_cost_as_many() -> None:
+    """Of a stream that ends without its usage, at most what was reserved for it."""
+    keys = [entry(ALICE, "alice", tokens_per_minute=10_000)]
+    with standin() as upstream, running(upstream.url, keys=keys) as gateway:
+        upstream.break_after = 3
+        for max_tokens, interval, used in ((50, "10", 30), (20, 10, 20), (20, None, 3)):
+            before = gateway.metric("attnserve_key_tokens_total")
+            fields = {"stream": True, "max_tokens": max_tokens, "stream_interval": interval}
+            assert b"upstream_broken" in complete(gateway, **fields).body
+            wait_for_value(
+                lambda: gateway.metric("attnserve_key_tokens_total"), before + 10 + used, "settled"
+            )

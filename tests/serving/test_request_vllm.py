@@ -1,0 +1,288 @@
+"""The gateway reads a request as vLLM's own classes do, whatever is in it."""
+
+import json
+import os
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from serving.config import Limits
+from serving.openai.errors import ApiError
+from serving.openai.request import ModelRequest, read_request
+
+pytestmark = [
+    pytest.mark.integration,  # vLLM's modules take 10 seconds to import
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # max_tokens, in a chat
+]
+
+EXAMPLES = int(os.environ.get("REQUEST_EXAMPLES", "500"))
+"""Bodies of each route that each test reads."""
+
+MAX_MODEL_LEN = 1 << 40
+"""Of a model that never is what ends an answer."""
+
+DEFAULTS: dict[str, Any] = {}
+"""vLLM's default sampling parameters of a model whose generation_config.json sets none."""
+
+
+def refused() -> tuple[type[Exception], ...]:
+    """Return the errors for which vLLM answers 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    return (VLLMValidationError, ValidationError, ValueError, TypeError, OverflowError)
+
+
+# Whatever could pass for one of vLLM's numbers, switches or texts.
+NUMBERS = (
+    st.integers(-2, 9)
+    | st.sampled_from([0.0, -0.0, 1.0, 4.0, 2.5, 1e3, 1e400, float("nan"), 2**31, 2**63, 10**30])
+    | st.sampled_from(
+        ["3", " 7 ", "+5", "-1", "4.0", "4.5", "1e2", "0x9", "1_000", "٣", "", "many"]
+    )
+    | st.booleans()
+    | st.none()
+)
+SWITCHES = (
+    st.booleans()
+    | st.sampled_from(
+        [0, 1, 2, 0.0, 1.0, "true", "TRUE", "False", "t", "yes", "off", "", " on", "x"]
+    )
+    | st.none()
+)
+TEXTS = st.text(max_size=4) | st.sampled_from(["", "\ud800", "1", "é" * 9, "x" * 40])
+SCALARS = NUMBERS | SWITCHES | TEXTS | st.floats() | st.integers()
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+IDS = st.lists(st.integers(-1, 9) | NUMBERS | TEXTS, max_size=4)
+PROMPTS = (
+    TEXTS
+    | IDS
+    | st.lists(IDS, max_size=4)
+    | st.lists(TEXTS, max_size=4)
+    | st.lists(IDS | TEXTS, max_size=3)
+    | ANYTHING
+)
+PARTS = (
+    st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS})
+    | st.fixed_dictionaries(
+        {"type": st.just("image_url"), "image_url": st.fixed_dictionaries({"url": TEXTS})}
+    )
+    | TEXTS
+    | ANYTHING
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool", "u"]) | ANYTHING},
+        optional={
+            "content": TEXTS | st.lists(PARTS, max_size=2) | ANYTHING,
+            "reasoning": TEXTS | ANYTHING,
+            "tool_calls": st.lists(ANYTHING, max_size=2) | ANYTHING,
+            "name": TEXTS | ANYTHING,
+        },
+    )
+    | ANYTHING,
+    max_size=3,
+)
+OPTIONS = st.dictionaries(
+    st.sampled_from(["include_usage", "continuous_usage_stats", "x"]), SWITCHES | ANYTHING
+)
+READ: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": PROMPTS,
+    "prompt_embeds": TEXTS | st.lists(TEXTS, max_size=3) | ANYTHING,
+    "messages": MESSAGES | ANYTHING,
+    "input": PROMPTS | MESSAGES | st.lists(MESSAGES, max_size=2),
+    "max_tokens": NUMBERS | ANYTHING,
+    "max_completion_tokens": NUMBERS | ANYTHING,
+    "n": NUMBERS | ANYTHING,
+    "stream": SWITCHES | ANYTHING,
+    "stream_options": OPTIONS | st.none() | ANYTHING,
+    "stream_interval": NUMBERS | ANYTHING,
+    "suffix": TEXTS | ANYTHING,
+}
+"""Fields that the gateway reads."""
+UNREAD: dict[str, st.SearchStrategy[Any]] = {
+    "echo": SWITCHES,
+    "use_beam_search": SWITCHES,
+    "best_of": NUMBERS,
+    "min_tokens": NUMBERS,
+    "ignore_eos": SWITCHES,
+    "truncate_prompt_tokens": NUMBERS,
+    "temperature": NUMBERS,
+    "logprobs": NUMBERS,
+    "tools": st.lists(ANYTHING, max_size=2) | st.none(),
+    "kv_transfer_params": st.dictionaries(st.just("prompt_token_ids"), IDS) | ANYTHING,
+    "chat_template_kwargs": ANYTHING,
+    "stop": ANYTHING,
+}
+"""Fields that are left to vLLM."""
+MAIN = {
+    "/v1/completions": {"prompt": PROMPTS},
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/embeddings": {"input": PROMPTS},
+}
+ENCODINGS = st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+
+
+@st.composite
+def bodies(draw: st.DrawFn, route: str, others: bool) -> bytes:
+    """Draw a body for a route, and whether it may have fields that the gateway leaves to vLLM.
+
+    Objects may have a field twice, as JSON can and a Python dict cannot.
+    """
+    strategies = {**READ, **(UNREAD if others else {})}
+    pairs = draw(
+        st.lists(
+            st.sampled_from(sorted(strategies)).flatmap(
+                lambda name: st.tuples(st.just(name), strategies[name])
+            ),
+            max_size=6,
+        )
+    )
+    for name, strategy in MAIN[route].items():
+        pairs.insert(draw(st.integers(0, len(pairs))), (name, draw(strategy)))
+    pairs.insert(0, ("model", "m"))
+    ascii_only = draw(st.booleans())
+    text = ", ".join(
+        f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=ascii_only)}" for name, value in pairs
+    )
+    return f"{{{text}}}".encode(draw(ENCODINGS), "surrogatepass")
+
+
+@pytest.fixture(scope="module")
+def classes() -> dict[str, TypeAdapter[Any]]:
+    """Return vLLM's own request model of each route."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+
+    kinds = (CompletionRequest, ChatCompletionRequest, EmbeddingRequest)
+    return {route: TypeAdapter(kind) for route, kind in zip(MAIN, kinds, strict=True)}
+
+
+def by_gateway(raw: bytes, route: str) -> ModelRequest | None:
+    """Return what the gateway reads for a key with a budget; None if it refuses the body."""
+    try:
+        return read_request(raw, route, Limits(), 8, True)
+    except ApiError as error:
+        assert error.status == 400
+        return None
+
+
+def by_vllm(raw: bytes, adapter: TypeAdapter[Any]) -> Any:
+    """Return vLLM's request; None if it refuses the body, which starlette parses like this."""
+    try:
+        return adapter.validate_python(json.loads(raw))
+    except refused():
+        return None
+
+
+def is_chat(request: Any) -> bool:
+    """Return whether it is a chat; vLLM's models also have whatever else is in a body."""
+    return "messages" in type(request).model_fields
+
+
+def prompts_of(request: Any) -> int:
+    """Return how many prompts vLLM completes: OnlineRenderer.preprocess_completion."""
+    from vllm.renderers.inputs.preprocess import prompt_to_seq
+
+    if is_chat(request):
+        return 1
+    given = (request.prompt_embeds, request.prompt)
+    return sum(len(prompt_to_seq(prompts)) for prompts in given if prompts is not None)
+
+
+def most_tokens(request: Any) -> int:
+    """Return the most tokens that vLLM writes: OpenAIServingCompletion and OpenAIServingChat.
+
+    0 if it refuses to, which it may do only now.
+    """
+    from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+
+    limit = request.max_tokens
+    if is_chat(request) and request.max_completion_tokens is not None:
+        limit = request.max_completion_tokens
+    try:
+        each = get_max_tokens(MAX_MODEL_LEN, limit, 0, DEFAULTS)
+        if request.use_beam_search:
+            beams = request.to_beam_search_params(each, DEFAULTS)
+            return max(0, beams.max_tokens) * beams.beam_width * prompts_of(request)
+        sampling = request.to_sampling_params(each, DEFAULTS)
+    except refused():
+        return 0
+    return sampling.max_tokens * sampling.n * prompts_of(request)
+
+
+def usage_flags(request: Any) -> tuple[bool, bool]:
+    """Return whether vLLM's stream ends with its usage, and whether each event has it."""
+    from vllm.entrypoints.serve.utils.api_utils import should_include_usage
+
+    return should_include_usage(request.stream_options, False)
+
+
+def has_messages(raw: bytes) -> bool:
+    """Return whether there is an object that could be a message."""
+    fields = json.loads(raw)
+    lists = [found for name in ("messages", "input") if isinstance(found := fields.get(name), list)]
+    lists += [item for found in lists for item in found if isinstance(item, list)]
+    return any(isinstance(item, dict) for found in lists for item in found)
+
+
+def check(raw: bytes, route: str, adapter: TypeAdapter[Any]) -> tuple[bool, bool]:
+    """Compare the readings of a body; return whether the gateway and vLLM take it."""
+    ours, theirs = by_gateway(raw, route), by_vllm(raw, adapter)
+    if theirs is None:
+        return ours is not None, False
+    assert ours is not None, "the gateway refuses what vLLM takes"
+    if route != "/v1/embeddings":
+        sent = by_vllm(ours.body, adapter)
+        assert sent is not None, "vLLM refuses what the gateway makes of it"
+        assert ours.stream is bool(theirs.stream) is bool(sent.stream)
+        # MAX_TOKENS stands for all above it, which no server writes.
+        written = most_tokens(sent)
+        assert ours.tokens - ours.prompt_tokens >= min(written, 2**31 - 1)
+        assert ours.stream_interval == (theirs.stream_interval or 1)
+        if theirs.stream:
+            at_end, in_all = usage_flags(theirs)
+            assert usage_flags(sent) == (True, in_all)
+            assert ours.hide_usage is not at_end
+        else:
+            assert not ours.hide_usage
+    return True, True
+
+
+@pytest.mark.parametrize("route", MAIN)
+def test_what_vllm_takes_is_taken(route: str, classes: dict[str, TypeAdapter[Any]]) -> None:
+    """And no answer is longer than what is reserved for it; streams and their usage are told."""
+    taken = []
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(bodies(route, others=True))
+    def compare(raw: bytes) -> None:
+        taken.append(check(raw, route, classes[route])[1])
+
+    compare()
+    print(f"{route}: {len(taken)} bodies, of which vLLM takes {sum(taken)}")
+    assert sum(taken) > len(taken) / 20
+
+
+@pytest.mark.parametrize("route", MAIN)
+def test_verdict_is_vllms(route: str, classes: dict[str, TypeAdapter[Any]]) -> None:
+    """By all fields that the gateway reads, but for what is in a message."""
+    taken = []
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(bodies(route, others=False))
+    def compare(raw: bytes) -> None:
+        ours, theirs = check(raw, route, classes[route])
+        taken.append(theirs)
+        assert ours is theirs or has_messages(raw)
+
+    compare()
+    print(f"{route}: {len(taken)} bodies, of which vLLM takes {sum(taken)}")
+    assert sum(taken) > len(taken) / 20
