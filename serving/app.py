@@ -15,7 +15,7 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.client import ClientLeftError, body_is_missing, read_body, watching
+from serving.client import ClientLeftError, body_is_missing, read_body, too_slow, watching
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import CLOSE, Exchange
@@ -26,6 +26,7 @@ from serving.openai.errors import ApiError
 from serving.openai.request import LARGE_BODY, beside_the_loop, read_request
 from serving.routes import make_routes
 from serving.state import GatewayState
+from serving.upstream.http import CLIENT_TOO_SLOW
 from serving.upstream.proxy import Proxy
 
 log = logging.getLogger("attnserve")
@@ -90,6 +91,7 @@ class App:
         if self.tracer is not None:
             name = f"{scope['method']} {exchange.route}"
             exchange.span = self.tracer.start(name, exchange.headers)
+        send = exchange.send
         try:
             body = await self._read(exchange, scope, receive)
             with watching(receive):
@@ -97,6 +99,8 @@ class App:
         except ClientLeftError:
             exchange.aborted = True
             exchange.status = exchange.status or CLIENT_LEFT
+            if too_slow(send):
+                exchange.code = CLIENT_TOO_SLOW
         except ApiError as error:
             await exchange.fail(error)
         except asyncio.CancelledError:

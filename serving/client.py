@@ -73,6 +73,7 @@ class Closer:
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+        self.not_read = False  # cut off with a part of an answer that the client has not read
 
 
 class Protocol(HttpToolsProtocol):
@@ -131,6 +132,7 @@ class Protocol(HttpToolsProtocol):
         """End the connection at once."""
         self.clients.state.metrics.connections_cut.labels(reason).inc()
         self.clients.silent.pop(self, None)
+        self._closer.not_read = self.transport.get_write_buffer_size() > 0
         self.transport.abort()
 
     def _close(self) -> None:
@@ -351,6 +353,12 @@ def body_is_missing(send: Send) -> bool:
     """Return whether a part of the body of the request that `send` answers has not come yet."""
     cycle = getattr(send, "__self__", None)
     return type(cycle) is RequestResponseCycle and cycle.more_body
+
+
+def too_slow(send: Send) -> bool:
+    """Return whether the client that `send` answers was cut off because it did not read."""
+    cycle = getattr(send, "__self__", None)
+    return isinstance(cycle, RequestResponseCycle) and getattr(cycle.transport, "not_read", False)
 
 
 def direct_writer(send: Send) -> Callable[[bytes], bool] | None:

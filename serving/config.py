@@ -310,7 +310,8 @@ class Routing(Section):
     """A server is overloaded that has this many times the average load."""
 
     retries: int = Field(2, ge=0)
-    """Further servers that are tried while nothing has been sent to the client."""
+    """Further servers that are tried while nothing has been sent to the client and the request has
+    not run; after a crash, one."""
 
 
 class ShadowScoring(Section):

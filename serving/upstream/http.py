@@ -52,10 +52,13 @@ class UpstreamError(Exception):
         return CODES.get(self.reason, f"upstream_{self.reason}")
 
 
+CLIENT_TOO_SLOW = "client_too_slow"
+"""The code of an answer that ended because its client did not read it."""
+
 CODES = {
     "crashed": "upstream_broken",  # for the client the same, for who runs the server not
     "overtime": "upstream_timeout",
-    "slow_client": "client_too_slow",
+    "slow_client": CLIENT_TOO_SLOW,
 }
 
 
@@ -75,10 +78,8 @@ def unusable(what: str) -> UpstreamError:
 
 
 def timed_out(reason: str = "timeout") -> UpstreamError:
-    """Return the error where nothing came for too long; `overtime`: where the whole took too long
+    """Return the error where nothing came for too long; `overtime`: where the whole took too long,
     though something came; `slow_client`: where it was the client that did not take it."""
-    if reason == "slow_client":
-        return UpstreamError(408, reason, "The client did not read its answer in time.")
     return UpstreamError(504, reason, "The model server did not answer in time.")
 
 
@@ -228,10 +229,9 @@ class Connection(asyncio.Protocol):
         self._timer = None
         if self._paused:
             self._fail(timed_out("slow_client"))
-        elif self._began and due == self._deadline:
-            self._fail(timed_out("overtime"))
         else:
-            self._fail(timed_out())
+            overtime = self._began and due == self._deadline
+            self._fail(timed_out("overtime" if overtime else "timeout"))
 
     def tcp_state(self) -> tuple[bool, int]:
         """Return whether the server has not closed the connection, as far as the kernel knows, and
