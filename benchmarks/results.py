@@ -90,13 +90,6 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def rows_with(path: Path, values: Mapping[str, Any]) -> pd.DataFrame:
-    """Return a CSV file's rows (`read_csv`) that have these values; `date` may be another."""
-    frame = read_csv(path)
-    same = {name: str(value) for name, value in values.items() if name != "date"}
-    return frame[(frame[list(same)] == list(same.values())).all(axis=1)]
-
-
 def checked(path: Path, no_save: bool) -> Path | None:
     """Return the CSV file that rows are added to; None if none is written."""
     if no_save:

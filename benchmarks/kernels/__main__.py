@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -96,7 +95,7 @@ def kernels(
     from tqdm import tqdm
 
     from benchmarks.kernels.candidates import load_vllm
-    from benchmarks.kernels.case import FULL, QUICK, label
+    from benchmarks.kernels.case import FULL, QUICK, cases_of, label
     from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
 
     if num_heads % num_kv_heads:
@@ -104,10 +103,11 @@ def kernels(
     duration = seconds if seconds is not None else (QUICK_SECONDS if quick else SECONDS)
     if not 0 < duration < float("inf"):
         raise UserError(f"--seconds {duration} is not a time above 0")
-    given: dict[str, Any] = {"phases": phases, "dtypes": dtypes, "head_dims": head_dims, "ctx": ctx}
+    given: dict[str, Sequence[Any] | None]
+    given = {"phases": phases, "dtypes": dtypes, "head_dims": head_dims, "ctx": ctx}
     given |= {"batch": batch, "new_tokens": new_tokens, "context": context}
-    grid = replace(QUICK if quick else FULL, **{k: tuple(v) for k, v in given.items() if v})
-    cases = list(grid.cases(num_heads, num_kv_heads, block_size))
+    grid = {**(QUICK if quick else FULL), **{name: each for name, each in given.items() if each}}
+    cases = list(cases_of(grid, num_heads, num_kv_heads, block_size))
     torch.set_num_threads(threads)
     save = results.checked(csv, no_save)
     loaded = load_kernels(variants, isa)

@@ -355,7 +355,20 @@ async def beside_the_loop(read: Callable[..., T], raw: bytes, *rest: Any) -> T:
     """Return `read(raw, *rest)`; streams go on meanwhile if the body is large."""
     if len(raw) <= LARGE_BODY:
         return read(raw, *rest)
-    return await asyncio.get_running_loop().run_in_executor(_reader, read, raw, *rest)
+    found: list[T] = []
+    refused: list[ApiError] = []
+
+    def run() -> None:
+        try:
+            found.append(read(raw, *rest))
+        except ApiError as error:
+            refused.append(error)
+
+    # Not by the future's own result: it is part of a cycle, in which bodies would pile up.
+    await asyncio.get_running_loop().run_in_executor(_reader, run)
+    if refused:
+        raise refused.pop()
+    return found.pop()
 
 
 def model_name(fields: dict[str, Any], field: str) -> str:

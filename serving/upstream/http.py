@@ -52,13 +52,10 @@ class UpstreamError(Exception):
         return CODES.get(self.reason, f"upstream_{self.reason}")
 
 
-CLIENT_TOO_SLOW = "client_too_slow"
-"""The code of an answer that ended because its client did not read it."""
-
 CODES = {
     "crashed": "upstream_broken",  # for the client the same, for who runs the server not
     "overtime": "upstream_timeout",
-    "slow_client": CLIENT_TOO_SLOW,
+    "slow_client": "client_too_slow",
 }
 
 

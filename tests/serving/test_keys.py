@@ -128,7 +128,7 @@ def test_revoked_key_ends_what_runs() -> None:
         limits = {"max_concurrent_per_replica": 2}
         with running(models=models, keys=keys, limits=limits) as gateway:
             upstream.between_s = 0.2
-            stream = {"stream": True, "max_tokens": 100}
+            stream = {"stream": True, "max_tokens": 1000}
             bobs, alices = (held(gateway, key, stream) for key in (BOB, ALICE))
             assert alices.readline() and bobs.readline()
             whole.before_s = 60.0
@@ -381,7 +381,8 @@ def test_events_of_many_tokens_cost_as_many() -> None:
         upstream.break_after = 3
         for max_tokens, interval, used in ((50, "10", 30), (20, 10, 20), (20, None, 3)):
             before = gateway.metric("attnserve_key_tokens_total")
-            fields = {"stream": True, "max_tokens": max_tokens, "stream_interval": interval}
+            fields: dict[str, Any] = {"stream": True, "max_tokens": max_tokens}
+            fields["stream_interval"] = interval
             assert b"upstream_broken" in complete(gateway, **fields).body
             wait_for_value(
                 lambda: gateway.metric("attnserve_key_tokens_total"), before + 10 + used, "settled"
