@@ -1,5 +1,6 @@
 """A gateway of several processes: one port, one page of metrics, and an end for all of them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,7 +41,9 @@ def gateway(tmp_path: Path) -> Iterator[Server]:
 def workers(gateway: Server) -> list[psutil.Process]:
     """Return the processes that serve."""
     children = psutil.Process(gateway.pid).children()
-    return [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+    with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # one ends meanwhile
+        return [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+    return []
 
 
 def answered(gateway: Server) -> float:
