@@ -421,8 +421,17 @@ def with_fields(raw: bytes, fields: dict[str, Any], added: dict[str, Any]) -> by
     """Return a body, whose fields are `fields`, with others, and else as the client wrote it."""
     if added.keys().isdisjoint(fields) and b"\0" not in raw[:4]:  # not UTF-16 or UTF-32
         return b"%b,%b" % (raw[: raw.rindex(b"}")], _compact(added)[1:].encode())
+    return to_json(fields | added)
+
+
+def to_json(fields: dict[str, Any]) -> bytes:
+    """Return a body with a client's fields.
+
+    Raises:
+        ApiError: 400; they are nested so deeply that they could only just be parsed.
+    """
     try:
-        return json.dumps(fields | added).encode()
+        return json.dumps(fields).encode()
     except RecursionError:
         raise no_json() from None
 
