@@ -63,7 +63,8 @@ def json_parts(parts: dict[str, str]) -> str:
 class Journal:
     """Measured values by name, a JSON line each, after a line that says what they depend on.
 
-    It is whole after a kill at any moment: a line that one cut short is left out."""
+    It is whole after a kill at any moment: a line that one cut short is left out.
+    """
 
     def __init__(self, file: Path, key: dict[str, Any], force: bool = False) -> None:
         self.file = file

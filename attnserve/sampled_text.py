@@ -6,12 +6,11 @@ how well it models a language; divergence and agreement of a changed model mean 
 any other text. An end-of-text token is kept and the text goes on after it, as training text does.
 """
 
-import contextlib
 import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from attn_kernels.cpu.build import BuildError, cache_folder
 from attnserve.errors import UserError
@@ -120,10 +119,9 @@ def _write_text(folder: Path, begin: int, sequences: int, length: int, name: str
     generator = torch.Generator().manual_seed(int(name[:15], 16))
     text = torch.full((sequences, length), begin, dtype=torch.long)
     label = f"{folder.resolve().name} writes text"
-    with (
-        _threads_for(model),
-        tqdm(total=sequences * (length - 1), desc=label, unit=" tokens", disable=None) as bar,
-    ):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if model.num_parameters() < SMALL else before)
+    with tqdm(total=sequences * (length - 1), desc=label, unit=" tokens", disable=None) as bar:
         for rows in text.split(BATCH):  # views
             cache = DynamicCache(config=model.config)
             for place in range(1, length):
@@ -132,18 +130,8 @@ def _write_text(folder: Path, begin: int, sequences: int, length: int, name: str
                 shares = logits[:, -1].float().softmax(-1)
                 rows[:, place] = shares.multinomial(1, generator=generator)[:, 0]
                 bar.update(len(rows))
+    torch.set_num_threads(before)
     return text
-
-
-@contextlib.contextmanager
-def _threads_for(model: PreTrainedModel) -> Iterator[None]:
-    """One thread for a small model, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if model.num_parameters() < SMALL else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TextIO
 
-from attnserve.command import INTERRUPTED, AsJson, main
+from attnserve.command import AsJson, main
 from attnserve.files import CHECKOUT
 from benchmarks import RESULTS
 from benchmarks import options as opt
@@ -73,20 +73,15 @@ def benchmarks(
     if any(f"--packed={PACKED}" in command for command in commands.values()):
         commands = {"pack": PACK, **commands}
     rows: list[results.Row] = []
-    interrupted = False
     for name, arguments in commands.items():
         command = [sys.executable, "-m", *arguments]
         print(f"\n=== {' '.join(command[1:])}", file=sys.stderr, flush=True)
         began = time.monotonic()
-        try:
-            code = run(command, sys.stderr if as_json else sys.stdout)
-        except KeyboardInterrupt:
-            interrupted = True
-            break
+        code = run(command, sys.stderr if as_json else sys.stdout)
         rows.append({"benchmark": name, "s": round(time.monotonic() - began), "exit code": code})
-    found = {**machine.described(), "interrupted": interrupted, "rows": rows}
+    found = {**machine.described(), "rows": rows}
     print(json.dumps(found) if as_json else f"\n{results.table(rows)}")
-    return INTERRUPTED if interrupted else int(any(row["exit code"] for row in rows))
+    return int(any(row["exit code"] for row in rows))
 
 
 def run(command: Sequence[str], output: TextIO) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Product = Callable[[Tensor], Tensor]
+    Step = list[Callable[[], Tensor]]
 
 CSV = RESULTS / "packed_products_cpu.csv"
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
@@ -51,8 +53,7 @@ def packed_products(
     torch.set_num_threads(threads)
     found = rows_of(measure(steps_of(bits or [2, 3, 4, 8], rows), rounds))
     about = {**machine.described(), "threads": threads, "batch": rows, "rounds": rounds}
-    results.report(about, found, results.table(found), csv=save,
-                   as_json=as_json)  # fmt: skip
+    results.report(about, found, results.table(found), csv=save, as_json=as_json)
 
 
 def dense(shape: tuple[int, int], dtype: torch.dtype) -> Product:
@@ -81,49 +82,37 @@ def packed(shape: tuple[int, int], bits: int) -> Product:
     return lambda x: multiply(x, weight)
 
 
-def step(
-    make: Callable[[tuple[int, int]], Product], head: Product, x: dict[int, Tensor]
-) -> Callable[[], None]:
-    """Return what computes all products of one step: `make` gives those of a layer by their shape,
-    `head` is the last, and `x` has inputs by their size."""
-    products = [(make(shape), x[shape[1]]) for _ in range(LAYERS) for shape in SHAPES]
-    products.append((head, x[HIDDEN]))
-
-    def run() -> None:
-        for product, inputs in products:
-            product(inputs)
-
-    return run
-
-
-def steps_of(bits: Sequence[int], rows: int) -> dict[str, Callable[[], None]]:
-    """Return the steps by name; packed ones have float32 inputs."""
-    import functools
-
+def steps_of(bits: Sequence[int], rows: int) -> dict[str, Step]:
+    """Return the products of a step by the name of its weights; packed ones have float32 inputs."""
     import torch
 
+    shapes = [*SHAPES * LAYERS, HEAD]
     x = {size: torch.randn(rows, size) for size in (HIDDEN, INTERMEDIATE)}
-    found = {}
+    found: dict[str, Step] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        make = functools.partial(dense, dtype=dtype)
         inputs = {size: values.to(dtype) for size, values in x.items()}
-        found[str(dtype).removeprefix("torch.")] = step(make, make(HEAD), inputs)
+        found[str(dtype).removeprefix("torch.")] = [
+            partial(dense(shape, dtype), inputs[shape[1]]) for shape in shapes
+        ]
     for each in bits:
-        found[f"w{each}"] = step(functools.partial(packed, bits=each), packed(HEAD, HEAD_BITS), x)
+        found[f"w{each}"] = [
+            partial(packed(shape, HEAD_BITS if shape == HEAD else each), x[shape[1]])
+            for shape in shapes
+        ]
     return found
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each round; the order is reversed every other one."""
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each round, after one that does not count; the order is reversed every
+    other one."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for run in steps.values():
-        run()
-    for index in range(rounds):
-        for name in list(steps)[:: -1 if index % 2 else 1]:
+    for index in range(rounds + 1):
+        for name in list(steps)[:: 1 if index % 2 else -1]:
             start = time.perf_counter()
-            steps[name]()
+            for multiply in steps[name]:
+                multiply()
             times[name].append(time.perf_counter() - start)
-    return times
+    return {name: each[1:] for name, each in times.items()}
 
 
 def rows_of(times: dict[str, list[float]]) -> list[results.Row]:

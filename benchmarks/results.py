@@ -22,22 +22,19 @@ Row = dict[str, Any]
 
 def spread(prefix: str, samples: ArrayLike) -> dict[str, float | None]:
     """Return columns `<prefix>_p20`, `<prefix>_median` and `<prefix>_p80`; None without samples."""
-    given = np.asarray(samples)
-    values = np.percentile(given, (20, 50, 80)) if given.size else (None, None, None)
+    values: list[float | None] = [None] * 3
+    if len(given := np.asarray(samples)):
+        values = [float(f"{value:.6g}") for value in np.percentile(given, (20, 50, 80))]
     names = (f"{prefix}_{name}" for name in ("p20", "median", "p80"))
-    return {
-        name: None if value is None else float(f"{value:.6g}")
-        for name, value in zip(names, values, strict=True)
-    }
+    return dict(zip(names, values, strict=True))
 
 
-def shown(row: Mapping[str, Any], prefix: str, digits: int, ends: str = "p20 p80") -> str:
-    """Return `median (low-high)` of a row's columns; "-" where there is none."""
-    low, high = ends.split()
-    values = [row[f"{prefix}_{name}"] for name in ("median", low, high)]
-    if values[0] is None:
+def shown(row: Mapping[str, Any], prefix: str, digits: int) -> str:
+    """Return `median (p20-p80)` of a row's columns; "-" where there is none."""
+    if row[f"{prefix}_median"] is None:
         return "-"
-    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    names = ("median", "p20", "p80")
+    middle, low, high = (f"{row[f'{prefix}_{name}']:.{digits}f}" for name in names)
     return f"{middle} ({low}-{high})"
 
 
@@ -50,21 +47,31 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return text if len(frame) else "nothing was measured"
 
 
+Point = tuple[str, str, str, float | None]
+"""Of a plot: its panel, its place along the axis, its line or bar, and its value."""
+
+
 def draw(
-    path: Path, title: str, panels: Mapping[str, pd.DataFrame], *, across: int = 0, **settings: Any
+    path: Path, title: str, points: Iterable[Point], *, across: int = 0, **settings: Any
 ) -> None:
-    """Write a PNG with a panel for each frame, `across` side by side (0: all): a line or bars a
-    column, along the frame's index. Settings are those of `DataFrame.plot`."""
+    """Write a PNG of points, if there are any, with panels `across` side by side (0: all). Settings
+    are those of `DataFrame.plot`."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
+    names = ["panel", "place", "line", "value"]
+    panels = dict(list(pd.DataFrame(points, columns=names).groupby("panel", sort=False)))
+    if not panels:
+        return
     columns = min(across or len(panels), len(panels))
-    rows = -(-len(panels) // max(1, columns))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.5 * columns, 4.2 * rows))
     figure.suptitle(title, fontsize=9)
-    for index, (name, frame) in enumerate(panels.items()):
+    for index, (name, inside) in enumerate(panels.items()):
+        frame = inside.pivot(index="place", columns="line", values="value").astype(float)
+        frame = frame.loc[inside["place"].unique(), inside["line"].unique()]
         axes = figure.add_subplot(rows, columns, index + 1)
         line = {"marker": "o", "linestyle": ":"} if settings.get("kind", "line") == "line" else {}
-        frame = frame.astype(float)
         frame.plot(ax=axes, title=name, legend=index == 0, xlabel="", **line, **settings)
         axes.set_xticks(range(len(frame)), frame.index, rotation=60, ha="right", fontsize=7)
     figure.tight_layout()
@@ -81,13 +88,6 @@ def read_csv(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     return pd.read_csv(path, dtype=str, keep_default_na=False)
-
-
-def rows_with(path: Path, values: Mapping[str, Any]) -> pd.DataFrame:
-    """Return a CSV file's rows (`read_csv`) that have these values; `date` may be another."""
-    frame = read_csv(path)
-    same = {name: str(value) for name, value in values.items() if name != "date"}
-    return frame[(frame[list(same)] == list(same.values())).all(axis=1)]
 
 
 def checked(path: Path, no_save: bool) -> Path | None:

@@ -82,7 +82,8 @@ class QuantizedCache(DynamicCache):
     8 bits; each has a zero point of its own if not symmetric.
 
     A query meets its own token's key and value quantized too, as it does where they are written
-    to a paged cache first."""
+    to a paged cache first.
+    """
 
     def __init__(self, config: PreTrainedConfig, bits: int, symmetric: bool) -> None:
         super().__init__()

@@ -1,7 +1,5 @@
 """Measure single layers, choose bits for each of them, and measure what the choices cost."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -71,6 +69,62 @@ class Sensitivity:
         return folder / f"{self.name}.json"
 
 
+class Divergence:
+    """KL divergence of a changed model from what it was, on a text."""
+
+    def __init__(self, model: nn.Module, text: Text) -> None:
+        self.model, self.rows = model, text.rows
+        self.reference = [self._logprobs(row) for row in self.rows]
+
+    def __call__(self) -> list[float]:
+        """Return the mean over tokens of each sequence, in nats."""
+        found = []
+        for row, reference in zip(self.rows, self.reference, strict=True):
+            each = reference.exp() * (reference - self._logprobs(row))
+            found.append(float(each.sum(-1).mean()))
+        return found
+
+    @torch.inference_mode()
+    def _logprobs(self, row: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+
+class MixedModel:
+    """A model whose layers can each be set to some bits.
+
+    Calibrated schemes see the unquantized model's inputs in every layer, so that each layer's
+    weights are the same in any mixture.
+    """
+
+    def __init__(self, folder: Path, settings: LayerSettings, calibration: Text) -> None:
+        self.model = load(folder)
+        self.layers: Mapping[str, nn.Linear] = linears(self.model, settings.lm_head)
+        self.original = {name: layer.weight for name, layer in self.layers.items()}
+        scheme, hessians = get_scheme(settings.scheme), dict[str, Tensor]()
+        if scheme.calibrated:
+            with torch.inference_mode(), watched(self.layers) as hessians:
+                for text in calibration.rows:
+                    self.model(input_ids=text[None], use_cache=False)
+        self.quantized: dict[str, dict[int, QuantizedWeight]] = {
+            name: {
+                spec.bits: scheme(layer.weight.data, spec, hessians.get(name))
+                for spec in settings.specs
+            }
+            for name, layer in tqdm(self.layers.items(), desc="quantize", unit="layer")
+        }
+
+    def measure(self, choice: LayerBits, divergence: Divergence) -> list[float]:
+        """Return the divergence with these layers quantized and all others not."""
+        for name, bits in choice.items():
+            put(self.layers[name], self.quantized[name][bits])
+        try:
+            return divergence()
+        finally:
+            for name in choice:
+                self.layers[name].weight = self.original[name]
+
+
 def analyze(
     folder: Path,
     settings: LayerSettings,
@@ -138,58 +192,3 @@ def choices_of(
     if budget is not None:
         found.append(("budget", within(prices, budget)))
     return found
-
-
-class MixedModel:
-    """A model whose layers can each be set to some bits.
-
-    Calibrated schemes see the unquantized model's inputs in every layer, so that each layer's
-    weights are the same in any mixture."""
-
-    def __init__(self, folder: Path, settings: LayerSettings, calibration: Text) -> None:
-        self.model = load(folder)
-        self.layers: Mapping[str, nn.Linear] = linears(self.model, settings.lm_head)
-        self.original = {name: layer.weight for name, layer in self.layers.items()}
-        scheme, hessians = get_scheme(settings.scheme), dict[str, Tensor]()
-        if scheme.calibrated:
-            with torch.inference_mode(), watched(self.layers) as hessians:
-                for text in calibration.rows:
-                    self.model(input_ids=text[None], use_cache=False)
-        self.quantized: dict[str, dict[int, QuantizedWeight]] = {
-            name: {
-                spec.bits: scheme(layer.weight.data, spec, hessians.get(name))
-                for spec in settings.specs
-            }
-            for name, layer in tqdm(self.layers.items(), desc="quantize", unit="layer")
-        }
-
-    def measure(self, choice: LayerBits, divergence: Divergence) -> list[float]:
-        """Return the divergence with these layers quantized and all others not."""
-        for name, bits in choice.items():
-            put(self.layers[name], self.quantized[name][bits])
-        try:
-            return divergence()
-        finally:
-            for name in choice:
-                self.layers[name].weight = self.original[name]
-
-
-class Divergence:
-    """KL divergence of a changed model from what it was, on a text."""
-
-    def __init__(self, model: nn.Module, text: Text) -> None:
-        self.model, self.rows = model, text.rows
-        self.reference = [self._logprobs(row) for row in self.rows]
-
-    def __call__(self) -> list[float]:
-        """Return the mean over tokens of each sequence, in nats."""
-        found = []
-        for row, reference in zip(self.rows, self.reference, strict=True):
-            each = reference.exp() * (reference - self._logprobs(row))
-            found.append(float(each.sum(-1).mean()))
-        return found
-
-    @torch.inference_mode()
-    def _logprobs(self, row: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
-        return logits.float().log_softmax(-1)

@@ -20,14 +20,7 @@ def columns(text: str | int) -> int | None:
 
 
 GroupSize = Annotated[
-    int | None,
-    typer.Option(
-        "--group-size",
-        "--group",
-        parser=columns,
-        metavar="N",
-        help=COLUMNS,
-    ),
+    int | None, typer.Option("--group-size", "--group", parser=columns, metavar="N", help=COLUMNS)
 ]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="Use no zero points.")]
 ActOrder = Annotated[

@@ -4,8 +4,6 @@ The unquantized model's log-probabilities of every token are kept in files, sinc
 checkpoint are compared with the same ones.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections import defaultdict
@@ -22,29 +20,6 @@ from transformers import PreTrainedModel
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.perplexity import Perplexity
 from attnserve.evaluation.scorers import Item, Scored, TransformersScorer
-
-
-class WatchedScorer(TransformersScorer):
-    """Scores with a float32 model that is there already; a watcher sees what `Perplexity`
-    scores."""
-
-    def __init__(self, model: PreTrainedModel, watcher: Recorder | KLComparison) -> None:
-        # Not TransformersScorer's, which loads a model and makes it attend in tiles, without cache.
-        self.model, self.watcher, self.quiet = model, watcher, True
-        self._text = ""
-        self._index: dict[int, int] = {}
-
-    def score(self, items: Sequence[Item], label: str) -> list[Scored]:
-        measure, _, text = label.partition(", ")
-        self._text = text if measure == Perplexity.name else ""
-        self._index = {id(item): index for index, item in enumerate(items)}
-        return super().score(items, label)
-
-    def _scored(self, logprobs: Tensor, item: Item) -> Scored:
-        if self._text:
-            tokens = torch.tensor(item.continuation)
-            self.watcher.see(self._text, self._index[id(item)], logprobs, tokens)
-        return super()._scored(logprobs, item)
 
 
 class Recorder:
@@ -136,3 +111,26 @@ def quantiles(
     """Return named quantiles over the tokens of all sequences."""
     tokens = np.concatenate(list(each.values()))
     return {name: float(np.quantile(tokens, share)) for name, share in wanted.items()}
+
+
+class WatchedScorer(TransformersScorer):
+    """Scores with a float32 model that is there already; a watcher sees what `Perplexity`
+    scores."""
+
+    def __init__(self, model: PreTrainedModel, watcher: Recorder | KLComparison) -> None:
+        # Not TransformersScorer's, which loads a model and makes it attend in tiles, without cache.
+        self.model, self.watcher, self.quiet = model, watcher, True
+        self._text = ""
+        self._index: dict[int, int] = {}
+
+    def score(self, items: Sequence[Item], label: str) -> list[Scored]:
+        measure, _, text = label.partition(", ")
+        self._text = text if measure == Perplexity.name else ""
+        self._index = {id(item): index for index, item in enumerate(items)}
+        return super().score(items, label)
+
+    def _scored(self, logprobs: Tensor, item: Item) -> Scored:
+        if self._text:
+            tokens = torch.tensor(item.continuation)
+            self.watcher.see(self._text, self._index[id(item)], logprobs, tokens)
+        return super()._scored(logprobs, item)

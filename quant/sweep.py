@@ -53,8 +53,7 @@ def sweep(
         Path | None, typer.Option(metavar="DIR", help="A folder with tasks of your own (YAML).")
     ] = None,
     lm_eval_limit: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Documents of a task. Default: all."),
+        int | None, typer.Option(min=1, metavar="N", help="Documents of a task. Default: all.")
     ] = None,
     jobs: Annotated[
         int | None,

@@ -1,10 +1,9 @@
 """What is measured and calibrated on: the user's text, the recipe's books, or sampled text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
@@ -60,11 +59,12 @@ class Sources:
             return f"{files[0].name} and {len(files) - 1} more", files
         return ", ".join(file.name for file in files), files
 
-    def for_checkpoints(self, folders: Sequence[Path]) -> dict[Path, Sources]:
+    def for_checkpoints(self, folders: Sequence[Path]) -> dict[Path, Self]:
         """Return the sources of each checkpoint: who writes depends on all of them.
 
         Where a bundled checkpoint is among them, all bundled ones count, so that it reads the same
-        text alone as beside the others."""
+        text alone as beside the others.
+        """
         if self.books is not None or (self.text and self.calibration_text):
             if self.writer is not None:
                 raise UserError("--text-from: all text is given, none is written: leave it out")
@@ -137,7 +137,8 @@ def text_for(
     distances.
 
     Where a checkpoint writes them, their beginnings are the same for every reader, also for one
-    whose context is shorter."""
+    whose context is shorter.
+    """
     title, files = sources.files(use)
     if files and use == "calibration":
         return anywhere(checkpoint, title, files, sequences, length, seed)
@@ -164,11 +165,9 @@ def set_files(sets: Path) -> list[Path]:
     """Return the files of the evaluation sets."""
     data = Data(evaluation=sets)
     files = [sets / WIKITEXT, *Blimp().files(data), *Lambada().files(data)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is not there: name its folder with --eval, or leave it out")
+    missing = [file for file in files if not file.is_file()]
     if len(files) < 3:
-        raise UserError(
-            f"{sets} has no blimp/*.jsonl: name its folder with --eval, or leave it out"
-        )
+        missing.append(sets / "blimp" / "*.jsonl")
+    if missing:
+        raise UserError(f"{missing[0]} is not there: name its folder with --eval, or leave it out")
     return files

@@ -57,6 +57,7 @@ def gateway(
 
       GATEWAY_HOST=127.0.0.1              The address to listen on.
       GATEWAY_PORT=8080                   The port to listen on.
+      GATEWAY_ALLOWED_HOSTS=              Names that clients may call it by, beside localhost.
       UPSTREAM_URL=http://127.0.0.1:8000  The vLLM server; a /v1 at the end is taken off.
       UPSTREAM_CONNECT_SECONDS=5.0        Longest wait for a connection to the server.
       UPSTREAM_READ_SECONDS=600.0         Longest wait for the next byte of an answer.

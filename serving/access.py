@@ -6,7 +6,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import Scope
 
-from serving.config import Config, is_loopback
+from serving.config import Config, ip_of, is_loopback
 from serving.openai.errors import ApiError
 from serving.upstream.http import Headers
 
@@ -59,8 +59,8 @@ class Access:
 
     def _check_host(self, host: str) -> None:
         """Refuse a name by which a web page could have been led here (DNS rebinding)."""
-        known = host in self._hosts or host.endswith(self._domains)
-        if not known and not (self._loopback and is_loopback(host)):
+        own = is_loopback(host) if self._loopback else ip_of(host) is not None
+        if not (own or host in self._hosts or host.endswith(self._domains)):
             message = "This gateway has another name; its setting `allowed_hosts` has those it may."
             raise ApiError(400, message, code="invalid_host")
 

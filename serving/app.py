@@ -15,7 +15,7 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.client import ClientLeftError, body_is_missing, read_body, watching
+from serving.client import ClientLeftError, body_is_missing, read_body, was_cut, watching
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import CLOSE, Exchange
@@ -97,6 +97,8 @@ class App:
         except ClientLeftError:
             exchange.aborted = True
             exchange.status = exchange.status or CLIENT_LEFT
+            if was_cut(receive):
+                exchange.code = "client_too_slow"
         except ApiError as error:
             await exchange.fail(error)
         except asyncio.CancelledError:
@@ -130,11 +132,24 @@ class App:
         try:
             async with asyncio.timeout(state.config.timeouts.body):
                 length = int(once.get(b"content-length", b"0"))
-                body = await read_body(receive, state.config.limits.max_body_bytes, length)
+                limit = state.config.limits.max_body_bytes
+                body = await read_body(receive, limit, length, partial(self._hold, exchange))
         except TimeoutError:
             raise ApiError(408, "The request's body did not come in time.") from None
         exchange.stage = "queue"
         return body
+
+    def _hold(self, exchange: Exchange, size: int) -> None:
+        """Note that a request has so many more bytes in memory, until it ends.
+
+        Raises:
+            ApiError: 503; all requests together have too many.
+        """
+        exchange.held_bytes += size
+        self.state.held_bytes += size
+        if self.state.held_bytes > self.state.config.limits.max_held_bytes:
+            message = "The gateway holds as many bytes of requests as it may."
+            raise ApiError(503, message, code="too_many_bytes", retry_after=1.0)
 
     def _check(self, exchange: Exchange) -> dict[bytes, bytes]:
         """Return the headers that may stand once, of a request that is let in."""
@@ -169,6 +184,7 @@ class App:
 
     def _finish(self, exchange: Exchange) -> None:
         """Settle, count and log a request that is over."""
+        self.state.held_bytes -= exchange.held_bytes
         seconds = time.perf_counter() - exchange.arrival
         tokens = exchange.settle()
         log_it = self.state.config.logging.requests and log.isEnabledFor(logging.INFO)

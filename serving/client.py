@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,7 @@ class Closer:
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+        self.was_cut = False
 
 
 class Protocol(HttpToolsProtocol):
@@ -114,21 +115,19 @@ class Protocol(HttpToolsProtocol):
             if excess > RESERVE:
                 self.cut("limit")
                 return
-        self.clients.silent[self] = now
-        self._expect(self.clients.state.config.timeouts.head)
+        self._wait(self.clients.state.config.timeouts.head)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell all requests of the connection that the client has left."""
         self.clients.silent.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
-        self.pipeline.clear()
-        for cycle in self._unanswered:
-            give_up(cycle)
+        self._give_up(self._unanswered)
         super().connection_lost(exc)
 
     def cut(self, reason: str) -> None:
         """End the connection at once."""
+        self._closer.was_cut = True
         self.clients.state.metrics.connections_cut.labels(reason).inc()
         self.clients.silent.pop(self, None)
         self.transport.abort()
@@ -137,25 +136,32 @@ class Protocol(HttpToolsProtocol):
         """Close the connection after an answer; but let the client send all of its request first,
         for a while: what comes for a closed connection has the answer dropped that is on its way.
         """
+        self._give_up(self._unanswered)
         if not self._deaf and not self.cycle.more_body:
             self.transport.close()
         elif not self.transport.is_closing():
             self.transport.write_eof()
             self.flow.resume_reading()
         self._deaf = True
-        self._expect(GRACE_SECONDS)
+        self._wait(GRACE_SECONDS)
+
+    def _give_up(self, cycles: Iterable[RequestResponseCycle]) -> None:
+        """Have requests end as if their client had left."""
+        self.pipeline.clear()
+        for cycle in cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what cannot become a request, and close; a request before it is answered first."""
         self._deaf = True
-        self.pipeline.clear()
-        self.clients.silent.pop(self, None)
+        self.clients.state.metrics.errors.labels("", "", "", error.code).inc()
         running = [cycle for cycle in self._unanswered if not cycle.response_complete]
         if running and (running[0].response_started or not running[0].more_body):
             running[0].keep_alive = False
+            self._give_up(running[1:])
             return
-        for cycle in running:
-            give_up(cycle)
         body = json.dumps(error.body).encode()
         fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         fields += [*self.server_state.default_headers, *error.headers(), (b"connection", b"close")]
@@ -167,13 +173,14 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def _answering(self) -> bool:
-        cycle = self.cycle
-        return not self._deaf and cycle is not None and not cycle.response_complete
+        return any(not (c.response_complete or c.disconnected) for c in self._unanswered)
 
-    def _expect(self, seconds: float) -> None:
-        """Give the client so much time for what comes next."""
-        self._due = self.loop.time() + seconds
+    def _wait(self, seconds: float) -> None:
+        """Give the client so much time for what it does next; it has no request that runs."""
+        now = self.loop.time()
+        self._due = now + seconds
         self._watch_until(self._due)
+        self.clients.silent.setdefault(self, now)
 
     def _watch_until(self, due: float) -> None:
         """Have the timer fire no later than this."""
@@ -199,13 +206,13 @@ class Protocol(HttpToolsProtocol):
             reason = "total"
         else:
             due = self._due
-            reason = "head_timeout" if self._in_head else ""
+            reason = ""
         if now < due:
             self._watch_until(due)
-        elif reason == "head_timeout":
-            self._refuse(ApiError(408, "The request's head did not come in time."))
         elif reason:
             self.cut(reason)
+        elif self._in_head and not self._deaf:
+            self._refuse(ApiError(408, "No whole head came in time.", code="head_timeout"))
         else:
             self.transport.close()
 
@@ -235,11 +242,13 @@ class Protocol(HttpToolsProtocol):
                 raise too_large()
         except httptools.HttpParserError as error:
             cause = error.__context__
-            self._refuse(cause if isinstance(cause, ApiError) else ApiError(400, "Not HTTP/1.1."))
+            not_http = ApiError(400, "This is not HTTP/1.1.", code="invalid_http")
+            self._refuse(cause if isinstance(cause, ApiError) else not_http)
         except ApiError as error:
             self._refuse(error)
-        if self._in_head and not was_in_head and not self._answering:
-            self._expect(self.clients.state.config.timeouts.head)
+        else:
+            if self._in_head and not was_in_head and not self._answering:
+                self._wait(self.clients.state.config.timeouts.head)
 
     def _head_without_upgrade(self) -> bytes:
         """Return the head of a request whose client would like another protocol, as if it did not.
@@ -249,11 +258,11 @@ class Protocol(HttpToolsProtocol):
         Raises:
             ApiError: 405; it asks for a tunnel.
         """
-        method = self.parser.get_method()
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
             raise ApiError(405, "This is no proxy.", code="method_not_supported")
         lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
-        return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self.url, b"".join(lines))
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(lines))
 
     def on_message_begin(self) -> None:
         """Begin a head."""
@@ -327,8 +336,7 @@ class Protocol(HttpToolsProtocol):
             self._close()
         else:
             timeouts = self.clients.state.config.timeouts
-            self.clients.silent[self] = self.loop.time()
-            self._expect(timeouts.head if self._in_head else timeouts.keep_alive)
+            self._wait(timeouts.head if self._in_head else timeouts.keep_alive)
 
     def _should_upgrade(self) -> bool:
         return False
@@ -340,11 +348,10 @@ def too_large() -> ApiError:
     return ApiError(431, message, code="head_too_large")
 
 
-def give_up(cycle: RequestResponseCycle) -> None:
-    """Have a request end as if its client had left."""
-    if not cycle.response_complete:
-        cycle.disconnected = True
-        cycle.message_event.set()
+def was_cut(receive: Receive) -> bool:
+    """Return whether the client has not left: it was cut off, because it did not read."""
+    closer = getattr(getattr(receive, "__self__", None), "transport", None)
+    return isinstance(closer, Closer) and closer.was_cut
 
 
 def body_is_missing(send: Send) -> bool:
@@ -412,8 +419,16 @@ async def wait_until_left(receive: Receive) -> None:
         pass
 
 
-async def read_body(receive: Receive, limit: int, length: int = 0) -> bytes:
-    """Return the whole request body, whose length may be known.
+async def read_body(
+    receive: Receive, limit: int, length: int, hold: Callable[[int], None]
+) -> bytes:
+    """Return the whole request body.
+
+    Args:
+        receive: has it.
+        limit: most bytes that it may have.
+        length: what the client says that it has, or 0.
+        hold: is told of so many more bytes in memory, and may raise an ApiError.
 
     Raises:
         ApiError: 413; it has more than `limit` bytes.
@@ -425,6 +440,7 @@ async def read_body(receive: Receive, limit: int, length: int = 0) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientLeftError
         piece: bytes = message.get("body", b"")
+        hold(len(piece))
         length = max(length, len(body) + len(piece))
         if not message.get("more_body", False) and length <= limit:
             return piece if not body else bytes(body + piece)

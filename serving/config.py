@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -86,12 +86,17 @@ def redis_url(value: SecretStr) -> SecretStr:
 
 def is_loopback(host: str) -> bool:
     """Return whether a name or address is that of this machine to itself."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
+    address = ip_of(host)
+    own_name = host == "localhost" or host.endswith(".localhost")
+    return own_name if address is None else address.is_loopback
+
+
+def ip_of(host: str) -> IPv4Address | IPv6Address | None:
+    """Return the address that a host is written as; None: it is a name."""
     try:
-        return ip_address(host.strip("[]")).is_loopback
+        return ip_address(host.strip("[]"))
     except ValueError:
-        return False
+        return None
 
 
 Url = Annotated[str, AfterValidator(server_url)]
@@ -196,6 +201,12 @@ class KeyEntry(Section):
     max_concurrent: int | None = Field(None, gt=0)
     """Requests at a time. None: no limit."""
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether there is any."""
+        names = type(self).model_fields.keys() - {"name", "sha256"}
+        return any(getattr(self, name) is not None for name in names)
+
 
 class Limits(Section):
     """What the gateway takes, and when it makes requests wait or turns them away."""
@@ -206,6 +217,9 @@ class Limits(Section):
 
     max_body_bytes: int = Field(4 * 1024 * 1024, gt=0)
     """Largest request body; larger ones get 413. Images need more."""
+
+    max_held_bytes: int = Field(1024 * 1024 * 1024, gt=0)
+    """Bytes of all request bodies in memory at a time; a request that would pass it gets 503."""
 
     max_prompt_chars: int | None = Field(None, gt=0)
     """Longest prompt, in characters (or token ids) over all messages. None: the model decides."""
@@ -367,7 +381,8 @@ class Config(Section):
 
     allowed_hosts: tuple[str, ...] = ()
     """Names that clients may call the gateway by ("*.example.com": all below it; "*": any). Where
-    `host` is loopback's, its own names go without saying; elsewhere, none means any."""
+    `host` is loopback's, its own names go without saying; elsewhere IP addresses do, and none means
+    any."""
 
     cors_origins: tuple[Origin, ...] = ()
     """Origins of web pages that may use the gateway from a browser; "*": any."""
@@ -429,6 +444,16 @@ class Config(Section):
         if self.protect_metrics and not self.keys:
             raise ValueError("protect_metrics needs keys")
         return self
+
+    def check_workers(self) -> None:
+        """Refuse limits that several processes would each give away in full.
+
+        Raises:
+            ConfigError: a key has limits, and there is no Redis that has what all have used.
+        """
+        for key in self.keys:
+            if self.redis is None and key.has_limits:
+                raise ConfigError(f"several workers need `redis:` for the limits of {key.name}")
 
     @property
     def metrics_need_key(self) -> bool:
@@ -513,6 +538,7 @@ def without_quotes(message: str) -> str:
 ENVIRONMENT = {
     "GATEWAY_HOST": "host",
     "GATEWAY_PORT": "port",
+    "GATEWAY_ALLOWED_HOSTS": "allowed_hosts",
     "UPSTREAM_URL": "models.0.replicas.0",
     "UPSTREAM_CONNECT_SECONDS": "timeouts.connect",
     "UPSTREAM_SILENCE_SECONDS": "timeouts.read",
@@ -539,7 +565,9 @@ def from_environment(environment: Mapping[str, str]) -> Config:
     for variable, place in ENVIRONMENT.items():
         section, _, field = place.rpartition(".")
         if variable in environment and variable != "UPSTREAM_URL":
-            (data.setdefault(section, {}) if section else data)[field] = environment[variable]
+            value = environment[variable]
+            part = data.setdefault(section, {}) if section else data
+            part[field] = re.findall(r"[^\s,]+", value) if field == "allowed_hosts" else value
     try:
         return Config.model_validate(data)
     except ValidationError as error:

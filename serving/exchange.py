@@ -36,6 +36,8 @@ class Exchange:
     """What the answer says to a browser."""
     query: bytes = b""
     """What comes behind the route's "?"."""
+    held_bytes: int = 0
+    """Of its body, so far."""
     span: Any = None
     """The request's span, where there are traces."""
     arrival: float = field(default_factory=time.perf_counter)

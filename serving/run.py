@@ -23,6 +23,7 @@ def run(config: Config, path: Path | None, workers: int) -> None:
     if workers == 1:
         run_process(config, path)
     else:
+        config.check_workers()
         run_workers(workers, config.host, config.port, partial(run_process, config, path))
 
 

@@ -37,6 +37,8 @@ class GatewayState:
         self.pages = MetricsPages(metrics_file, self.metrics.registry) if metrics_file else None
         self.router = Router()
         self.in_flight = 0
+        self.held_bytes = 0
+        """Of all requests' bodies, as they came."""
         self.replicas: dict[str, Replica] = {}
         self.keys = Keys(())
         self._label_errors: dict[str, object] = {}  # as logged; by the name of the entry
@@ -54,8 +56,11 @@ class GatewayState:
         does not name any more finish what they have.
 
         Raises:
-            ConfigError: it has no keys any more, and does not say that this is meant.
+            ConfigError: it has no keys any more, and does not say that this is meant; or it has
+                limits that workers cannot share.
         """
+        if self.pages is not None:
+            config.check_workers()
         if self.keys and not config.keys and not config.open:
             raise ConfigError("there are no keys any more; `open: true` lets every client in")
         old = self.replicas

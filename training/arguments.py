@@ -38,7 +38,7 @@ def variant_name(text: str) -> str:
 
 
 Variant = Annotated[
-    Any, Option(metavar="NAME", parser=variant_entry, help=f"A name, or JSON: '{EXAMPLE}'.")
+    Any, Option(metavar="NAME", parser=variant_entry, help=f"A name, or JSON such as '{EXAMPLE}'.")
 ]
 Data = Annotated[list[Path], Option(metavar="FILE", help="UTF-8 text files.", show_default=False)]
 Runs = Annotated[Path, Option(metavar="DIR", help="Folder of the training states.")]

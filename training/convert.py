@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import Texts
 from training.arguments import Variant
-from training.recipe import Conversion, FineTuning
+from training.recipe import LEARNING_RATES, Conversion, FineTuning
 
 
 @options_of(Conversion, FineTuning)
@@ -54,6 +55,8 @@ def convert(
         raise UserError(f"{out} is there already: choose another folder or delete it")
     if bool(tuning.steps) != bool(data):
         raise UserError("--steps and --data go together: give both or neither")
+    if not tuning.learning_rate:
+        tuning = replace(tuning, learning_rate=LEARNING_RATES[tuning.train])
     model = conversion.convert(source, variant, change)
     record = conversion.write(model, source, out, change.train_length, tuning, data or [], compiled)
     if as_json:

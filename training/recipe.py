@@ -49,6 +49,7 @@ class TrainingRecipe:
 
 
 LEARNING_RATES = {"scale": 2e-3, "all": 2e-5}
+RATES_TEXT = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
 WARMUP = 0.1
 """Share of a fine-tuning's steps in which the learning rate rises."""
 
@@ -63,7 +64,7 @@ class FineTuning:
         Literal["scale", "all"], Option(help="The variant's learned tensors, or every weight.")
     ] = "scale"
     learning_rate: Annotated[
-        float, Option(min=0.0, help="The peak. 0: 2e-3 for scale, 2e-5 for all.")
+        float, Option(min=0.0, help=f"The peak. 0: {RATES_TEXT}.", show_default=False)
     ] = 0.0
     sequence: Annotated[int, Option(min=1, help="Tokens of a sequence.")] = 1024
     batch: Annotated[int, Option(min=1, help="Sequences of a step.")] = 1
@@ -71,10 +72,6 @@ class FineTuning:
     precision: Annotated[Precision, Option(help="Of matrix products.")] = "fp32"
     clip: ClassVar[float] = 1.0
     """Largest norm of the gradient."""
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate:
-            object.__setattr__(self, "learning_rate", LEARNING_RATES[self.train])
 
     def learning_rate_at(self, step: int) -> float:
         """Return a step's learning rate: a straight rise, then a straight fall to 0."""
@@ -88,7 +85,8 @@ class Conversion:
     """What a conversion says or changes beside the attention variant."""
 
     train_length: Annotated[
-        int | None, Option(min=1, help="SRC's, in tokens. Default: SRC's max_position_embeddings.")
+        int | None,
+        Option(min=1, help="SRC's length in training. Default: its max_position_embeddings."),
     ] = None
     rope_theta: Annotated[
         float | None, Option(parser=positive, help="Base of the rotary embedding. Default: SRC's.")

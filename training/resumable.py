@@ -73,7 +73,6 @@ class Resumable:
     Args:
         identity: what a continued training must have in common with the first.
         trained: the parameters to train, by name.
-        defaults: the identity's entries that an older state lacks.
 
     Attributes:
         losses: mean cross entropy of every step so far, in nats per token.
@@ -92,7 +91,6 @@ class Resumable:
         batches: Batches,
         trained: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.identity, self.schedule = folder, dict(identity), schedule
         self.batches, self.trained, self.optimizer = batches, dict(trained), optimizer
@@ -101,28 +99,25 @@ class Resumable:
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
-            self._load(defaults or {})
+            self._load()
 
     @property
     def step(self) -> int:
         """Steps taken."""
         return len(self.losses)
 
-    def _load(self, defaults: Mapping[str, Any]) -> None:
+    def _load(self) -> None:
         state = torch.load(self.folder / STATE, weights_only=True)
-        found = {**defaults, **state["identity"]}
         for name, value in self.identity.items():
-            if found.get(name) != value:
+            if (found := state["identity"].get(name)) != value:
                 raise UserError(
-                    f"{self.folder} holds an unfinished run with {name} = {found.get(name)}, not "
-                    f"{value}: finish that, choose another folder or delete it"
+                    f"{self.folder} holds an unfinished run with {name} = {found}, not {value}: "
+                    "finish that, choose another folder or delete it"
                 )
-        weights = state["trained"] if "trained" in state else state["model"]  # as it was called
         for name, parameter in self.trained.items():
-            parameter.data.copy_(weights[name])
+            parameter.data.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.seconds = state["losses"], state["seconds"]
-        self.memory = state.get("memory", [])
+        self.losses, self.memory, self.seconds = state["losses"], state["memory"], state["seconds"]
 
     def save(self) -> None:
         """Write the state."""

@@ -71,9 +71,7 @@ class Run(Resumable):
             betas=(recipe.beta1, recipe.beta2),
             fused=True,
         )
-        # A state that is older than a setting was made with its default.
-        defaults = dataclasses.asdict(TrainingRecipe())
-        super().__init__(folder, identity, recipe, batches, trained, optimizer, defaults)
+        super().__init__(folder, identity, recipe, batches, trained, optimizer)
 
     def save(self) -> None:
         """Write the state, then the losses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -51,9 +51,14 @@ def train_tokenizer(
     smallest = 256 + len((BOS, EOS))
     if vocab_size < smallest:
         raise UserError(f"vocab_size must be at least {smallest}, not {vocab_size}")
-    special: dict[str, Any] = {"special_tokens": [BOS, EOS], "show_progress": False}
     trained = ByteLevelBPETokenizer()
-    trained.train([str(file) for file in files], vocab_size, min_frequency=0, **special)
+    trained.train(
+        [str(file) for file in files],
+        vocab_size,
+        min_frequency=0,
+        show_progress=False,
+        special_tokens=[BOS, EOS],
+    )
     trained.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
     )

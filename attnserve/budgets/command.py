@@ -100,7 +100,7 @@ def budgets(
     from attn_kernels.variant import LEAST_BUDGET
     from attnserve.budgets.result import FOLDER, text_table, write_checkpoint
     from attnserve.budgets.run import reference_of, run
-    from attnserve.budgets.texts import Counts, parts_of
+    from attnserve.budgets.texts import parts_of
     from attnserve.evaluation.checkpoint import Checkpoint
 
     own = Checkpoint(checkpoint)
@@ -112,9 +112,9 @@ def budgets(
         raise UserError(f"a layer must keep {LEAST_BUDGET} tokens at least, not {min(kept)}")
     if write is not None and write.exists():
         raise UserError(f"{write} exists: name another folder or delete it")
-    counts = Counts(sequences, judge, test_sequences, length or own.context)
+    counts = (sequences, judge, test_sequences)
     novels = split(books) if not text and (books or are_fetched()) else None
-    parts = parts_of(own, counts, text or (), novels)
+    parts = parts_of(own, counts, length or own.context, text or (), novels)
     found = run(
         own,
         softmax,

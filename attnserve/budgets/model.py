@@ -126,7 +126,8 @@ class Measured:
     """A model on a text: losses by rule of eviction and budgets, each of which is kept.
 
     They are in a journal in `folder`, whose name tells checkpoint and text, so that others' are
-    never mixed."""
+    never mixed.
+    """
 
     def __init__(self, forward: Forward, text: Text, folder: Path) -> None:
         self.forward, self.text, self.checkpoint = forward, text, forward.checkpoint

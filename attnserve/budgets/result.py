@@ -1,7 +1,5 @@
 """What a search gave, and its budgets beside other ways of evicting, as one file a checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -9,7 +7,7 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -41,8 +39,7 @@ class Row:
     factor: float  # memory of the unpruned cache over this one's, in tokens
     bytes: int  # of a request that has the whole length, in a bfloat16 cache
     loss: Estimate  # nats per token
-    # Nats per token more than the reference, sequence by sequence; None: there is no
-    # reference.
+    # Nats per token more than the reference, sequence by sequence; None: there is no reference.
     over_reference: Estimate | None
 
     def json(self) -> dict[str, Any]:
@@ -52,7 +49,7 @@ class Row:
         return fields | {"loss": self.loss.json(), "over_reference": over}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Row:
+    def from_json(cls, fields: dict[str, Any]) -> Self:
         over = fields["over_reference"]
         estimates = {"loss": Estimate.from_json(fields["loss"])}
         return cls(**fields | estimates | {"over_reference": over and Estimate.from_json(over)})
@@ -64,8 +61,7 @@ class Found:
 
     about: dict[str, Any]  # checkpoint, texts, settings, machine
     unpruned: Estimate  # the model's loss on the judged sequences of the validation text
-    # By how much the reference's is above it, sequence by sequence; None: there is no
-    # reference.
+    # By how much the reference's is above it, sequence by sequence; None: there is no reference.
     allowance: Estimate | None
     targets: list[Target]  # what was searched for, the main one first
     # Budgets on the way, with the rise of the loss over the unpruned model's on the sequences
@@ -122,7 +118,7 @@ class Found:
         return path
 
     @classmethod
-    def read(cls, path: Path) -> Found:
+    def read(cls, path: Path) -> Self:
         """Return what `write` wrote."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))

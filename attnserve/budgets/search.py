@@ -41,7 +41,8 @@ class Descent:
     """The state of a search: budgets, full at first, and what each layer reads with them.
 
     Shrinking a layer changes only it and those above, so that what the layers below give is
-    kept."""
+    kept.
+    """
 
     def __init__(self, measured: Measured) -> None:
         self.measured, self.budgets = measured, measured.full

@@ -3,21 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from attnserve.evaluation.books import Split
 from attnserve.evaluation.checkpoint import Checkpoint, digest
 from attnserve.evaluation.texts import Text, evenly, fingerprint, read, read_tokens, written
 from attnserve.sampled_text import USES
-
-
-class Counts(NamedTuple):
-    """Numbers of sequences, and the tokens of each."""
-
-    search: int
-    judge: int
-    test: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -34,11 +25,15 @@ class Parts:
 
 
 def parts_of(
-    checkpoint: Checkpoint, counts: Counts, files: Sequence[Path] = (), books: Split | None = None
+    checkpoint: Checkpoint,
+    counts: tuple[int, int, int],
+    length: int,
+    files: Sequence[Path] = (),
+    books: Split | None = None,
 ) -> Parts:
-    """Return the texts: of a user's files the first half is for search and judgement and the second
-    for the test, of the novels one each; without either the checkpoint writes all three."""
-    length = counts.length
+    """Return the texts, with `counts` sequences to search, judge and test: of a user's files the
+    first half is for search and judgement and the second for the test, of the novels one each;
+    without either the checkpoint writes all three."""
     if files:
         tokens = read_tokens(files, checkpoint.tokenizer)[:-1].tolist()
         middle = len(tokens) // 2
@@ -50,13 +45,13 @@ def parts_of(
     else:
         own = [
             written(f"sampled for {use}", checkpoint, use, count, length)
-            for use, count in zip(USES, counts[:3], strict=True)
+            for use, count in zip(USES, counts, strict=True)
         ]
         digests = {text.title: fingerprint([text]) for text in own}
         return Parts("own", f"what {checkpoint.name} writes itself", digests, *own)
     found = [
         evenly(title, checkpoint.bos, [tokens], count, length, last=False)
-        for (title, tokens), count in zip((first, first, second), counts[:3], strict=True)
+        for (title, tokens), count in zip((first, first, second), counts, strict=True)
     ]
     source = ", ".join(file.name for file in files)
     digests = {file.name: digest(file) for file in files}

@@ -27,42 +27,34 @@ class Split(NamedTuple):
 
 
 def books_folder() -> Path:
-    """Return the folder in which `attnserve books` puts the novels if nothing is said.
-
-    Raises:
-        FileNotFoundError: this user has no cache folder.
-    """
+    """Return the folder in which `attnserve books` puts the novels if nothing is said."""
     from attn_kernels.cpu.build import BuildError, cache_folder
 
     try:
         return cache_folder() / "books"
     except BuildError as error:
-        raise FileNotFoundError(f"no place for the novels: {error}, or give --books DIR") from None
+        raise UserError(f"no place for the novels: {error}, or give --books DIR") from None
 
 
 def are_fetched() -> bool:
     """Return whether that folder is there."""
     try:
         return books_folder().is_dir()
-    except FileNotFoundError:
+    except UserError:
         return False
 
 
 def split(folder: Path | None = None) -> Split:
     """Return the text files of a folder (None: the fetched novels): all are for training but the
-    two of `VALIDATION` and `TEST`.
-
-    Raises:
-        FileNotFoundError: one of the two, or everything else, is not there.
-    """
+    two of `VALIDATION` and `TEST`."""
     folder = folder or books_folder()
     validation, test = folder / VALIDATION, folder / TEST
     train = sorted(set(folder.glob("*.txt")) - {validation, test})
     for path in (validation, test):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: {WAYS}")
+            raise UserError(f"{path} is not there: {WAYS}")
     if not train:
-        raise FileNotFoundError(f"{folder} holds no book to train on: {WAYS}")
+        raise UserError(f"{folder} holds no book to train on: {WAYS}")
     return Split(train, validation, test)
 
 
@@ -70,7 +62,8 @@ def fetch(folder: Path, server: str = GITENBERG) -> None:
     """Download the novels that the folder lacks; it is there with all of them or not at all.
 
     Meanwhile they are in `folder.part`. The server is GITenberg's, or one that has its files
-    under the same paths."""
+    under the same paths.
+    """
     from tqdm import tqdm
 
     folder = folder.resolve()

@@ -1,10 +1,8 @@
 """95 % confidence intervals of what is measured on a sample."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,16 +24,16 @@ class Estimate(NamedTuple):
         value, low, high = (f"{factor * x:.{digits}f}" for x in self)
         return f"{value} [{low}, {high}]"
 
-    def exp(self) -> Estimate:
+    def exp(self) -> Self:
         """Return the estimate of `exp` of the figure: a perplexity from nats."""
-        return Estimate(*(math.exp(x) if x < 700 else math.inf for x in self))
+        return type(self)(*(math.exp(x) if x < 700 else math.inf for x in self))
 
     def json(self) -> list[float | None]:
         """Return value, low and high to seven digits; None is infinite, which JSON lacks."""
         return [float(f"{x:.7g}") if math.isfinite(x) else None for x in self]
 
     @classmethod
-    def from_json(cls, values: list[float | None]) -> Estimate:
+    def from_json(cls, values: list[float | None]) -> Self:
         """Return the estimate that `json` gave."""
         ends = (math.nan, -math.inf, math.inf)
         return cls(*(end if x is None else x for x, end in zip(values, ends, strict=True)))

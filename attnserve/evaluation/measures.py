@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from attnserve.errors import UserError
 from attnserve.evaluation.arguments import SETS
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate
@@ -22,13 +23,9 @@ class Data:
 
     @property
     def sets(self) -> Path:
-        """Return the folder of the evaluation sets.
-
-        Raises:
-            FileNotFoundError: none is named.
-        """
+        """Return the folder of the evaluation sets."""
         if self.evaluation is None:
-            raise FileNotFoundError(
+            raise UserError(
                 f"name the folder of the evaluation sets ({SETS}) with --eval, or leave out what "
                 "needs them"
             )
@@ -67,11 +64,7 @@ class Measure(ABC):
 
     @abstractmethod
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
-        """Measure.
-
-        Raises:
-            ValueError: the texts are too short for the settings.
-        """
+        """Measure."""
 
     def longest(self, checkpoint: Checkpoint) -> int:
         """Return the tokens of its longest item, the begin-of-text token included."""

@@ -23,7 +23,8 @@ class Unigram:
 class Trigram:
     """Interpolated Kneser-Ney: absolute discounting, and continuation counts below the trigrams.
 
-    Every token of the vocabulary gets some probability after any history."""
+    Every token of the vocabulary gets some probability after any history.
+    """
 
     def __init__(self, tokens: Tokens, vocab_size: int) -> None:
         self.vocab_size = vocab_size

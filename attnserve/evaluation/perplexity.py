@@ -26,12 +26,10 @@ UNITS = ("token", "word", "byte")
 class Score:
     """A model's likelihood of a text."""
 
-    # model, text: names for the table.
     model: str
     text: str
     log_likelihood: float  # sum over the tokens, natural logarithms
-    # tokens, words, bytes: the text's size; words are split by white space, bytes are
-    # UTF-8's.
+    # tokens, words, bytes: the text's size; words are split by white space, bytes are UTF-8's.
     tokens: int
     words: int
     bytes: int
@@ -61,7 +59,8 @@ def evaluate(
     """Return the scores of a checkpoint, run in float32, and of the two baselines on each text.
 
     Sequences each start anew, as training sees text. The baselines are counted on the files of
-    `train`; without them there are none."""
+    `train`; without them there are none.
+    """
     scorer = TransformersScorer(checkpoint.folder, quiet=quiet)
     tokenizer = checkpoint.tokenizer
     baselines: dict[str, Trigram | Unigram] = {}

@@ -1,4 +1,1 @@
-"""How fast the CPU kernels are, against vLLM's, against torch's and against the machine.
-
-`python -m benchmarks.kernels --help`.
-"""
+"""The CPU attention kernels beside vLLM's and torch's: `python -m benchmarks.kernels`."""

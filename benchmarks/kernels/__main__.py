@@ -6,9 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from attnserve import machine
@@ -97,7 +95,7 @@ def kernels(
     from tqdm import tqdm
 
     from benchmarks.kernels.candidates import load_vllm
-    from benchmarks.kernels.case import FULL, QUICK, label
+    from benchmarks.kernels.case import FULL, QUICK, cases_of, label
     from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
 
     if num_heads % num_kv_heads:
@@ -105,10 +103,11 @@ def kernels(
     duration = seconds if seconds is not None else (QUICK_SECONDS if quick else SECONDS)
     if not 0 < duration < float("inf"):
         raise UserError(f"--seconds {duration} is not a time above 0")
-    given: dict[str, Any] = {"phases": phases, "dtypes": dtypes, "head_dims": head_dims, "ctx": ctx}
+    given: dict[str, Sequence[Any] | None]
+    given = {"phases": phases, "dtypes": dtypes, "head_dims": head_dims, "ctx": ctx}
     given |= {"batch": batch, "new_tokens": new_tokens, "context": context}
-    grid = replace(QUICK if quick else FULL, **{k: tuple(v) for k, v in given.items() if v})
-    cases = list(grid.cases(num_heads, num_kv_heads, block_size))
+    grid = {**(QUICK if quick else FULL), **{name: each for name, each in given.items() if each}}
+    cases = list(cases_of(grid, num_heads, num_kv_heads, block_size))
     torch.set_num_threads(threads)
     save = results.checked(csv, no_save)
     loaded = load_kernels(variants, isa)
@@ -147,7 +146,13 @@ def kernels(
         about[f"{phase}_limit"] = {"method": method, limit.unit: round(rate, 2)}
     if save is not None:
         title = f"{about['cpu']}, {threads} threads, {about['isa']}, {about['commit']}"
-        draw(save.with_name(save.stem + "-quick" * quick + ".png"), title, rows)
+        of = "time by that of vLLM's softmax"
+        points = [
+            (f"{row['phase']} {row['dtype']}: {of}", label(row), row["variant"], row["ratio_vllm"])
+            for row in rows
+        ]
+        plot = save.with_name(save.stem + "-quick" * quick + ".png")
+        results.draw(plot, title, points, across=2, ylim=(0, None))
     if as_json:
         print(json.dumps({"machine": about, "rows": [json_row(row) for row in rows]}))
     else:
@@ -233,21 +238,6 @@ def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("ratio_vllm", "ratio_sdpa", "fraction_of_limit"):
         found[name] = None if row[name] is None else round(row[name], 4)
     return found | ({"note": row["note"]} if row["note"] else {})
-
-
-def draw(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG: each variant's time by vLLM's softmax, a panel for each phase and dtype."""
-    import pandas as pd
-
-    from benchmarks.kernels.case import label
-
-    frame = pd.DataFrame([{**row, "case": label(row)} for row in rows])
-    panels = {}
-    for (phase, dtype), inside in frame.groupby(["phase", "dtype"], sort=False):
-        ratios = inside.pivot(index="case", columns="variant", values="ratio_vllm")
-        ratios = ratios.loc[inside["case"].unique(), inside["variant"].unique()]
-        panels[f"{phase} {dtype}: time by that of vLLM's softmax"] = ratios
-    results.draw(path, title, panels, across=2, ylim=(0, None))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,15 +19,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Case:
     """A batch of equal requests, each with `new_tokens` queries against its cached context.
 
-    Attributes:
-        phase: "decode", with one query a request, or "prefill".
-        dtype: of queries, keys, values and outputs; a key of DTYPES.
-        head_dim: elements of a head's query, key or value.
-        ctx: decode: tokens in the cache, the new one included. Prefill: tokens before the new ones.
-        batch: requests.
-        new_tokens: queries of each request.
-        num_heads, num_kv_heads: query heads and KV heads.
-        block_size: tokens in a block of the paged cache.
+    The phase is "decode", with one query a request, or "prefill"; the dtype, a key of DTYPES, that
+    of queries, keys, values and outputs. `ctx` are tokens in the cache, in decode with the new one,
+    in prefill without the new ones; `block_size` are tokens in a block of the paged cache.
     """
 
     phase: str
@@ -74,35 +68,28 @@ def label(case: Mapping[str, Any]) -> str:
     return f"D{case['head_dim']} {case['ctx']}+{case['new_tokens']}"
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The cases of a run.
-
-    Decode is timed over `ctx x batch`, prefill (batch 1) over `context x new_tokens`, both in every
-    dtype and head size.
-    """
-
-    phases: tuple[str, ...] = ("decode", "prefill")
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
-    head_dims: tuple[int, ...] = (64, 128)
-    ctx: tuple[int, ...] = (512, 4096, 16384)
-    batch: tuple[int, ...] = (1, 8, 32)
-    new_tokens: tuple[int, ...] = (512, 2048)
-    context: tuple[int, ...] = (0, 4096)
-
-    def cases(self, num_heads: int, num_kv_heads: int, block_size: int) -> Iterable[Case]:
-        """Yield all cases, decode first, in the order of the fields."""
-        heads = (num_heads, num_kv_heads, block_size)
-        for phase, dtype, head_dim in product(self.phases, self.dtypes, self.head_dims):
-            sizes = product(self.context, (1,), self.new_tokens)
-            if phase == "decode":
-                sizes = product(self.ctx, self.batch, (1,))
-            for size in sizes:
-                yield Case(phase, dtype, head_dim, *size, *heads)
+Grid = Mapping[str, Sequence[Any]]
+FULL: Grid = {
+    "phases": ("decode", "prefill"),
+    "dtypes": ("fp32", "bf16"),
+    "head_dims": (64, 128),
+    "ctx": (512, 4096, 16384),
+    "batch": (1, 8, 32),
+    "new_tokens": (512, 2048),
+    "context": (0, 4096),
+}
+QUICK: Grid = {**FULL, "head_dims": (64,), "ctx": (512, 4096), "batch": (8,), "new_tokens": (512,)}
 
 
-FULL = Grid()
-QUICK = Grid(head_dims=(64,), ctx=(512, 4096), batch=(8,), new_tokens=(512,))
+def cases_of(grid: Grid, num_heads: int, num_kv_heads: int, block_size: int) -> Iterator[Case]:
+    """Yield decode over `ctx x batch`, then prefill (batch 1) over `context x new_tokens`, both in
+    every dtype and head size."""
+    for phase, dtype, head_dim in product(grid["phases"], grid["dtypes"], grid["head_dims"]):
+        sizes = product(grid["context"], (1,), grid["new_tokens"])
+        if phase == "decode":
+            sizes = product(grid["ctx"], grid["batch"], (1,))
+        for size in sizes:
+            yield Case(phase, dtype, head_dim, *size, num_heads, num_kv_heads, block_size)
 
 
 @dataclass(frozen=True)

@@ -146,19 +146,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write a PNG: a panel a quantity, predicted beside measured for each case, logarithmic."""
-    import pandas as pd
-
-    frame = pd.DataFrame([row for row in rows if not row["error"]])
-    if frame.empty:
-        return
-    panels = {
-        label: pd.DataFrame(
-            {kind: list(frame[f"{name}_{kind}"]) for kind in ("predicted", "measured")},
-            index=list(frame["case"]),
-        )
+    points = [
+        (label, row["case"], kind, row[f"{name}_{kind}"])
         for name, label in QUANTITIES.items()
-    }
-    results.draw(path, title, panels, kind="bar", logy=True)
+        for row in rows
+        for kind in ("predicted", "measured")
+        if not row["error"]
+    ]
+    results.draw(path, title, points, kind="bar", logy=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from benchmarks import results
 from benchmarks.checkpoints import weight_bytes
@@ -124,14 +123,14 @@ def capacity(rows: Sequence[dict[str, Any]], level: Level) -> dict[str, float]:
 
 def plot(path: Path, title: str, rows: Sequence[dict[str, Any]], levels: Sequence[Level]) -> None:
     """Write a PNG: tokens/s, then the goodput of each level, by the load."""
-    frame = pd.DataFrame(measured(rows))
-    if frame.empty:
-        return
-    loads, cases = frame["load"].unique(), frame["case"].unique()
     panels = {"tokens/s": "tokens_per_s"}
     panels |= {f"requests/s within {each}": f"{each.name}_goodput" for each in levels}
-    frames = {
-        text: frame.pivot(index="load", columns="case", values=column).loc[loads, cases]
-        for text, column in panels.items()
-    }
-    results.draw(path, title, frames)
+    results.draw(
+        path,
+        title,
+        [
+            (panel, row["load"], row["case"], row[column])
+            for panel, column in panels.items()
+            for row in measured(rows)
+        ],
+    )

@@ -1,4 +1,4 @@
-"""The reference: attention of any variant in float64, dense and token by token.
+"""The reference: attention of any variant in float64, dense.
 
 Every kernel is compared with this. Positions are 0-based; key `j` lies at position `j` and query
 `i` of a chunk at `query_start + i`, so a chunk of queries against a longer context, a prefix of
@@ -8,7 +8,6 @@ the keys and a tail of keys that no query sees are all the same call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,26 +68,3 @@ def attention(
         penalty, state = variant.select(q, k, selectable, scale, state)
     output, _ = attend(variant, q, k, v, mask[None], scale=scale, learned=learned, penalty=penalty)
     return output, state
-
-
-def decode(
-    variant: Variant, q: Tensor, k: Tensor, v: Tensor, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the same attention one token at a time, each against the keys before it and its own.
-
-    Shapes are those of `attention`, with as many queries as keys; `options` are its `window`,
-    `scale` and `learned`.
-    """
-    state: Tensor | None = None
-    outputs = []
-    for i in range(q.shape[-2]):
-        output, state = attention(
-            variant,
-            q[..., i : i + 1, :],
-            k[..., : i + 1, :],
-            v[..., : i + 1, :],
-            state=state,
-            **options,
-        )
-        outputs.append(output)
-    return torch.cat(outputs, -2), state

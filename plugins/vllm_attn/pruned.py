@@ -104,7 +104,7 @@ def bind(variant: Variant, kv_cache: Tensor, shape: PageShape, **options: Any) -
     """
     pages = kv_cache.flatten(1).view(torch.uint8)
     if kv_cache.device.type != "cpu":
-        from attn_kernels.triton.pruned_layer import TritonPrunedLayer
+        from attn_kernels.triton import TritonPrunedLayer
 
         return TritonPrunedLayer(variant, pages, shape, **options)
     kernel = cpu.load(variant)

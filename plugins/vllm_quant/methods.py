@@ -16,8 +16,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from quant_kernels import gather, multiply
 from quant_kernels.panels import CHUNK
 from vllm_attn.report import StartupError
-from vllm_quant.device import CAPABILITY
 from vllm_quant.layer import Format, weight_of
+
+CAPABILITY = 80
+"""Of NVIDIA's GPUs, 8.0: the oldest that the kernels are compiled for."""
 
 
 class PackedScheme(CompressedTensorsScheme):

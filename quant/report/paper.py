@@ -18,8 +18,7 @@ class PaperRow:
     """A row of the paper: softmax, then softpick."""
 
     name: str  # the paper's
-    # scheme, bits: what it is here, if there is such a scheme; None for the unquantized
-    # model.
+    # scheme, bits: what it is here, if there is such a scheme; None for the unquantized model.
     scheme: str | None
     bits: int | None
     wikitext: tuple[float, float]  # perplexity per word

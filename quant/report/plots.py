@@ -69,11 +69,7 @@ def outliers(results: Sequence[SweepResult]) -> Figure:
     return figure
 
 
-def draw(
-    results: Sequence[SweepResult],
-    folder: Path,
-    prefix: str = "",
-) -> dict[str, Path]:
+def draw(results: Sequence[SweepResult], folder: Path, prefix: str = "") -> dict[str, Path]:
     """Draw what there is; return the PNG files by name, which is theirs without the prefix."""
     targets = dict.fromkeys(r.config.target for r in results if r.config != UNQUANTIZED)
     with matplotlib.rc_context({"font.size": 9}):

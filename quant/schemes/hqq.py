@@ -22,7 +22,8 @@ def hqq(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`; the spec is not symmetric.
 
     Each group keeps the best zero point that it has met, that of round-to-nearest included, so
-    it is never worse in its objective."""
+    it is never worse in its objective.
+    """
     start = rtn(weight, spec)
     assert start.zeros is not None
     values = spec.grouped(weight) / start.scales.float()[..., None]

@@ -47,8 +47,7 @@ class Scheme:
 
     name: str  # on the command line and in results
     title: str  # one line for people
-    # `module:name` of `(weight, spec)`, or of `(weight, spec, hessian, act_order)` if
-    # calibrated.
+    # `module:name` of `(weight, spec)`, or of `(weight, spec, hessian, act_order)` if calibrated.
     function: str
     calibrated: bool = False  # it needs the Hessian of the layer's inputs
     symmetric: bool = True  # it has a symmetric form
@@ -97,10 +96,7 @@ class Scheme:
 
 
 OWN, LIBRARIES = "quant.schemes", "quant.schemes.libraries"
-BITSANDBYTES: dict[str, Any] = {
-    "library": "bitsandbytes",
-    "requirement": "bitsandbytes==0.50.2",
-}
+BITSANDBYTES: dict[str, Any] = {"library": "bitsandbytes", "requirement": "bitsandbytes==0.50.2"}
 BLOCKWISE = BITSANDBYTES | {"bits": (4,), "wants": wants_blocks}
 SCHEMES = {
     scheme.name: scheme

@@ -312,9 +312,7 @@ def checks(ports: dict[str, int]) -> Iterator[Check]:
 
 
 def doctor(
-    vllm_port: VllmPort = 8000,
-    gateway_port: GatewayPort = 8080,
-    as_json: AsJson = False,
+    vllm_port: VllmPort = 8000, gateway_port: GatewayPort = 8080, as_json: AsJson = False
 ) -> None:
     """Check this environment and say what to do.
 

@@ -69,7 +69,8 @@ def enough(is_enough: bool, name: str, found: str, fix: str) -> Check:
 def before_install(venv: Path, python: str, ports: Mapping[str, int]) -> Iterator[Check]:
     """Yield the checks of a machine on which `make install` has not ended well yet.
 
-    The environment that it makes is `venv`, by means of `python`; ports are by variable."""
+    The environment that it makes is `venv`, by means of `python`; ports are by variable.
+    """
     yield check_environment(venv)
     yield check_installer(python)
     yield check_processor()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_kernels import Variant, get_variant, selectable_mask, variant_names
+from attn_kernels import Variant, get_variant, reference, selectable_mask, variant_names
 from tests.attn_kernels import paper_formulas
 
 # Parameters to try beside the defaults.
@@ -144,3 +144,26 @@ def penalties(
     positions = torch.arange(q.shape[-2])
     zero = q.new_zeros((*q.shape[:-3], q.shape[-2]))
     return variant.select(q, k, selectable_mask(positions, positions, window), scale, zero)[0]
+
+
+def decode(
+    variant: Variant, q: Tensor, k: Tensor, v: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention one token at a time, each against the keys before it and its own.
+
+    Shapes are those of `reference.attention`, with as many queries as keys; `options` are its
+    `window`, `scale` and `learned`.
+    """
+    state: Tensor | None = None
+    outputs = []
+    for i in range(q.shape[-2]):
+        output, state = reference.attention(
+            variant,
+            q[..., i : i + 1, :],
+            k[..., : i + 1, :],
+            v[..., : i + 1, :],
+            state=state,
+            **options,
+        )
+        outputs.append(output)
+    return torch.cat(outputs, -2), state

@@ -13,6 +13,7 @@ from tests.attn_kernels.cases import (
     Shape,
     by_paper_formula,
     causal,
+    decode,
     make_inputs,
     make_learned,
     penalties,
@@ -53,7 +54,7 @@ def test_reference_at_extreme_scores(variant: Variant, x: list[float]) -> None:
     q, k, v = with_scores(x)
     learned = make_learned(variant, 2, seeded(31))
     got, _ = reference.attention(variant, q, k, v, scale=1.0, learned=learned)
-    stepwise, _ = reference.decode(variant, q, k, v, scale=1.0, learned=learned)
+    stepwise, _ = decode(variant, q, k, v, scale=1.0, learned=learned)
     _, want = by_paper_formula(variant, q, k, v, scale=1.0, learned=learned)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(stepwise, want, rtol=1e-11, atol=1e-12)

@@ -15,6 +15,7 @@ from tests.attn_kernels.cases import (
     VARIANTS,
     Inputs,
     Shape,
+    decode,
     make_inputs,
     penalties,
 )
@@ -70,7 +71,7 @@ def assert_same(
 @every_variant
 def test_token_by_token_equals_dense(variant: Variant, shape: Shape) -> None:
     inputs = make_inputs(variant, shape, seed=10)
-    decoded = reference.decode(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
+    decoded = decode(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
     assert_same(decoded, whole(variant, inputs, shape.window), variant.stateful)
 
 
@@ -93,7 +94,7 @@ def test_leading_batch_dimensions(variant: Variant) -> None:
         torch.stack(x).unflatten(0, (2, 3)) for x in zip(*(part.qkv for part in parts), strict=True)
     ]
     out, state = reference.attention(variant, *batch, window=5, learned=learned)
-    decoded, _ = reference.decode(variant, *batch, window=5, learned=learned)
+    decoded, _ = decode(variant, *batch, window=5, learned=learned)
     torch.testing.assert_close(decoded, out, rtol=1e-11, atol=1e-12)
     for i, part in enumerate(parts):
         alone = reference.attention(variant, *part.qkv, window=5, learned=learned)

@@ -23,7 +23,7 @@ from attn_kernels import (
     variant_names,
 )
 from attn_kernels import variant as registry
-from tests.attn_kernels.cases import Shape, causal, make_inputs
+from tests.attn_kernels.cases import Shape, causal, decode, make_inputs
 
 SIX = {"softmax", "softpick", "ssmax", "lssa", "lssar", "selective"}
 
@@ -204,13 +204,13 @@ def test_new_variant_works_everywhere_by_being_registered() -> None:
 
     out, _ = attend(variant, q, k, v, causal(11))
     dense, state = reference.attention(variant, q, k, v)
-    stepwise, _ = reference.decode(variant, q, k, v)
+    stepwise, _ = decode(variant, q, k, v)
     chunk, _ = reference.attention(variant, q[:, 4:9], k, v, query_start=4)
     assert state is None
     for got, expected in ((out, want), (dense, want), (stepwise, want), (chunk, want[:, 4:9])):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
     windowed, _ = reference.attention(variant, q, k, v, window=3)
-    decoded, _ = reference.decode(variant, q, k, v, window=3)
+    decoded, _ = decode(variant, q, k, v, window=3)
     torch.testing.assert_close(windowed, decoded, rtol=1e-12, atol=1e-13)
 
 

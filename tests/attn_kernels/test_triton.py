@@ -276,7 +276,7 @@ def test_refusals(name: str, dtype: torch.dtype, options: dict[str, Any], messag
 )
 def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
     """Pages of a budget, in chunks: evictions, what each query sees, and what is kept."""
-    from attn_kernels.triton.pruned_layer import TritonPrunedLayer
+    from attn_kernels.triton import TritonPrunedLayer
 
     for chunk in (3, 20):
         layer = TritonPrunedLayer(

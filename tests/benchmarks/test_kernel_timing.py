@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import causal_mask, get_variant
-from benchmarks.kernels.case import FULL, Case, Inputs, Paging, copies_needed
+from benchmarks.kernels.case import FULL, Case, Inputs, Paging, cases_of, copies_needed
 from benchmarks.kernels.measure import Limit, interleave, row
 from benchmarks.results import spread
 
@@ -18,7 +18,7 @@ GOOD = {"softpick": "", "vllm": "", "sdpa": "error"}
 
 
 def test_grid_is_the_issue_s() -> None:
-    cases = list(FULL.cases(8, 2, 128))
+    cases = list(cases_of(FULL, 8, 2, 128))
     assert len(cases) == len(set(cases)) == (3 * 3 + 2 * 2) * 2 * 2
     decode = {(case.ctx, case.batch) for case in cases if case.phase == "decode"}
     assert decode == {(ctx, batch) for ctx in (512, 4096, 16384) for batch in (1, 8, 32)}

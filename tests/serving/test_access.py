@@ -117,8 +117,9 @@ def test_host_of_a_gateway_for_others() -> None:
             assert send(gateway.url, "POST", "/v1/completions", [JSON], "any.name").status == 200
         hosts = {"host": "0.0.0.0", "allowed_hosts": ["gw"]}
         with running(upstream.url, **hosts) as gateway:
-            statuses = [send(gateway.url, *POST[0], [JSON], h).status for h in ("gw", "localhost")]
-            assert statuses == [200, 400]
+            names = ("gw", "10.0.0.1:80", "[fe80::1]", "localhost", "10.0.0.1.evil")
+            statuses = [send(gateway.url, *POST[0], [JSON], name).status for name in names]
+            assert statuses == [200, 200, 200, 400, 400]
 
 
 @pytest.mark.parametrize(

@@ -169,14 +169,12 @@ def test_upgrades_are_ignored(gateway: Running, protocol: bytes, body: str) -> N
 @pytest.mark.parametrize(
     ("parts", "status", "code"),
     [
-        ([b"nonsense\r\n\r\n"], 400, None),
+        ([b"nonsense\r\n\r\n"], 400, "invalid_http"),
         ([b"CONNECT x:1 HTTP/1.1\r\n\r\n"], 405, "method_not_supported"),
-        ([POST + b"Transfer-Encoding: chunked\r\n\r\n", b"q\r\n"], 400, None),
+        ([POST + b"Transfer-Encoding: chunked\r\n\r\n", b"q\r\n"], 400, "invalid_http"),
     ],
 )
-def test_what_is_not_http(
-    gateway: Running, parts: list[bytes], status: int, code: str | None
-) -> None:
+def test_what_is_not_http(gateway: Running, parts: list[bytes], status: int, code: str) -> None:
     with dial(gateway) as client:
         for part in parts:
             client.sendall(part)
@@ -184,17 +182,16 @@ def test_what_is_not_http(
         assert refusal(client) == (status, code)
 
 
-def test_nonsense_behind_a_request_is_no_part_of_its_answer(
-    upstream: StandIn, gateway: Running
-) -> None:
-    body = {"model": "m", "prompt": "x", "max_tokens": 5, "stream": True}
-    upstream.between_s = 0.1
+def test_nonsense_behind_a_request_is_no_part_of_its_answer(upstream: StandIn) -> None:
+    body = {"model": "m", "prompt": "x", "max_tokens": 10, "stream": True}
+    upstream.between_s = 0.3
     try:
-        connection = open_request(gateway.url, body)
-        response = connection.getresponse()
-        connection.sock.sendall(b"nonsense\r\n\r\n")
-        assert response.read().endswith(b"data: [DONE]\n\n")
-        assert closed(connection.sock)
+        with running(upstream.url, timeouts=SHORT) as gateway:
+            connection = open_request(gateway.url, body)
+            response = connection.getresponse()
+            connection.sock.sendall(b"nonsense\r\n\r\n")
+            assert response.read().endswith(b"data: [DONE]\n\n")
+            assert closed(connection.sock)
     finally:
         upstream.between_s = 0.0
 
@@ -209,8 +206,10 @@ def test_silence(upstream: StandIn) -> None:
         idle.sendall(WHOLE)
         next_half.sendall(WHOLE + b"POST")
         assert answer(idle)[0] == answer(next_half)[0] == 200
-        assert refusal(half) == refusal(next_half) == (408, None)
+        assert refusal(half) == refusal(next_half) == (408, "head_timeout")
         assert closed(silent) and closed(idle)
+        connections = gateway.server.server_state.connections
+        wait_for(lambda: not connections, "not even those are left whose clients do not close")
 
 
 def drip(client: socket.socket) -> None:
@@ -274,6 +273,8 @@ def test_client_that_does_not_read(
                 1, "it is cut off",
             )  # fmt: skip
             wait_for(lambda: gateway.state.in_flight == 0, "its request has ended")
+            code = 'attnserve_errors_total{bits="8",code="client_too_slow"'
+            assert not stream or gateway.metric(code) == 1
             if stream:
                 wait_for_value(lambda: upstream.aborted, aborted + 1, "its server knows")
     finally:
@@ -347,6 +348,20 @@ def test_more_silent_clients_than_descriptors(upstream: StandIn, tmp_path: Path)
 
 
 # Memory
+
+
+def test_bodies_have_a_limit_together(upstream: StandIn) -> None:
+    half = POST + b"Content-Length: 1000\r\n\r\n" + b" " * 700
+    limits = {"max_held_bytes": 1000}
+    with running(upstream.url, limits=limits) as gateway, dial(gateway) as first:
+        first.sendall(half)
+        wait_for(lambda: gateway.state.held_bytes == 700, "it is held")
+        with dial(gateway) as second:
+            second.sendall(half)
+            assert refusal(second) == (503, "too_many_bytes")
+        first.sendall(b" " * (300 - len(GOOD)) + GOOD)
+        assert answer(first)[0] == 200
+        wait_for(lambda: gateway.state.held_bytes == 0, "nothing is held any more")
 
 
 def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ def test_every_variable_sets_something() -> None:
         assert from_environment({variable: value}) != default
 
 
+def test_allowed_hosts() -> None:
+    found = from_environment({"GATEWAY_ALLOWED_HOSTS": "a.example, *.b.example"})
+    assert found.allowed_hosts == ("a.example", "*.b.example")
+
+
 def test_former_names_still_work() -> None:
     assert from_environment({"UPSTREAM_SILENCE_SECONDS": "7"}).timeouts.read == 7.0
     assert Timeouts.model_validate({"silence": 8}).read == 8.0
@@ -89,4 +94,5 @@ def test_help_names_every_variable_with_its_default() -> None:
         value: Any = default
         for name in place.split("."):
             value = value[int(name)] if name.isdigit() else getattr(value, name)
+        value = " ".join(value) if isinstance(value, tuple) else value
         assert f"{variable}={value} " in text or variable == "UPSTREAM_SILENCE_SECONDS"

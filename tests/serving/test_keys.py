@@ -128,7 +128,7 @@ def test_revoked_key_ends_what_runs() -> None:
         limits = {"max_concurrent_per_replica": 2}
         with running(models=models, keys=keys, limits=limits) as gateway:
             upstream.between_s = 0.2
-            stream = {"stream": True, "max_tokens": 100}
+            stream = {"stream": True, "max_tokens": 1000}
             bobs, alices = (held(gateway, key, stream) for key in (BOB, ALICE))
             assert alices.readline() and bobs.readline()
             whole.before_s = 60.0

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,10 +89,16 @@ def settings(upstream: StandIn, redis: str, **limits: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def two_gateways(folder: Path, config: dict[str, Any]) -> Iterator[tuple[Server, Server]]:
+def two_gateways(
+    folder: Path, config: dict[str, Any], workers: int = 1
+) -> Iterator[tuple[Server, Server]]:
     for name in "ab":
         (folder / name).mkdir()
-    with configured(folder / "a", config) as a, configured(folder / "b", config) as b:
+    env = {"GATEWAY_WORKERS": str(workers)}
+    with (
+        configured(folder / "a", config, **env) as a,
+        configured(folder / "b", config, **env) as b,
+    ):
         yield a, b
 
 
@@ -137,12 +144,13 @@ def settling(gateway: Any) -> Any:
     return gateway.state.shared.running or gateway.state.shared._settling
 
 
-def test_a_burst_at_two_gateways(redis: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_burst_at_two_gateways(redis: str, tmp_path: Path, workers: int) -> None:
     """Of 40 requests at once, as many go through as the budget has reservations."""
     with standin() as upstream:
         upstream.before_s = 60.0
         config = settings(upstream, redis, tokens_per_day=200)
-        with two_gateways(tmp_path, config) as gateways:
+        with two_gateways(tmp_path, config, workers) as gateways:
             clients = [
                 open_request(gateways[i % 2].url, BODY, authorization=f"Bearer {ALICE}")
                 for i in range(40)
@@ -152,6 +160,24 @@ def test_a_burst_at_two_gateways(redis: str, tmp_path: Path) -> None:
             assert upstream.started == 10
             for client in clients:
                 leave(client)
+
+
+def test_workers_without_redis(tmp_path: Path) -> None:
+    """Each would give away the whole budget: refused at the start, and when a limit is new."""
+    with standin() as upstream:
+        config = settings(upstream, "redis://x", tokens_per_day=200)
+        del config["redis"]
+        file = tmp_path / "limits.yaml"
+        file.write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "serving", "--workers=2", "--config", str(file)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+        assert "several workers need `redis:` for the limits of alice" in ended.stderr
+        unlimited = {**config, "keys": config["keys"][1:]}
+        with configured(tmp_path, unlimited, GATEWAY_WORKERS="2") as gateway:
+            (tmp_path / "gateway.yaml").write_text(yaml.safe_dump(config))
+            wait_for(lambda: gateway.log().count("configuration refused") == 2, "it is refused")
+            assert complete(gateway, BOB).status == 200
 
 
 def refused(gateway: Server) -> int:
@@ -291,3 +317,9 @@ def test_no_error_repeats_the_password(url: str) -> None:
         assert "SECRET" not in repr(SharedLimits(url))
     except UserError as error:
         assert "SECRET" not in str(error)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(UserError, match="pip install 'attnserve\\[redis\\]'"):
+        SharedLimits("redis://x")

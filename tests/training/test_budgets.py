@@ -22,7 +22,7 @@ from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import FOLDER, Found
 from attnserve.budgets.run import BUNDLED
 from attnserve.budgets.search import FREE, Descent, search
-from attnserve.budgets.texts import Counts, parts_of
+from attnserve.budgets.texts import parts_of
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.scorers import Item, TransformersScorer
 from attnserve.evaluation.texts import Text, evenly, read
@@ -353,7 +353,7 @@ def test_no_text_at_hand(
     assert len(set(found.about["texts"].values())) == 3
     assert [target.name for target in found.targets] == ["+1 %"]
 
-    parts = parts_of(Checkpoint(folders["selective"]), Counts(3, 6, 4, LENGTH))
+    parts = parts_of(Checkpoint(folders["selective"]), (3, 6, 4), LENGTH)
     assert (len(parts.search), len(parts.judge), len(parts.test)) == (3, 6, 4)
     assert parts.judge.rows.shape == (6, 1 + LENGTH) and (parts.judge.rows[:, 0] == 0).all()
     for name, losses in (("selective", found.unpruned), ("softmax", None)):
@@ -377,7 +377,7 @@ def test_users_text(
     assert [target.name for target in found.targets] == ["softmax", "+1 %"]
     own = Checkpoint(folders["selective"])
     tokens = own.encode(LICENSE.read_text())
-    parts = parts_of(own, Counts(3, 6, 4, LENGTH), [LICENSE])
+    parts = parts_of(own, (3, 6, 4), LENGTH, [LICENSE])
     assert parts.judge.sequences[0] == tokens[:LENGTH]
     middle = len(tokens) // 2
     assert parts.test.sequences[0] == tokens[middle : middle + LENGTH]

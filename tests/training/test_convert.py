@@ -299,6 +299,16 @@ def test_learning_rate() -> None:
     assert FineTuning(steps=1, learning_rate=1.0).learning_rate_at(0) == 1.0
 
 
+@pytest.mark.parametrize(("train", "rate"), [("scale", 2e-3), ("all", 2e-5)])
+def test_default_learning_rates(
+    train: str, rate: float, plain: Path, tmp_path: Path, commands: Commands
+) -> None:
+    options = ("--variant", "ssmax", "--train", train, "--steps", "1", "--sequence", "16")
+    commands.run(command, plain, tmp_path / "out", *options, "--data", LICENSE)
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert record["finetuning"]["learning_rate"] == rate
+
+
 REFUSED = {
     "no folder": (["{tmp}/none", "{tmp}/out"], "has no config.json: name a"),
     "not a Llama": (["{tmp}/gpt2", "{tmp}/out"], "is a gpt2: only Llamas can be converted"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from attnserve.errors import UserError
 from attnserve.evaluation.books import split
 from attnserve.evaluation.texts import read_tokens
 from tests.conftest import Commands
@@ -108,11 +109,9 @@ def test_split_names_what_is_missing(books: Path, tmp_path: Path) -> None:
     files = split(books)
     assert [file.name for file in files.train] == ["first.txt", "second.txt"]
     assert (files.validation.name, files.test.name) == ("emma.txt", "great_expectations.txt")
-    with pytest.raises(
-        FileNotFoundError, match=r"emma\.txt is not there: fetch .*, or name .* --books"
-    ):
+    with pytest.raises(UserError, match=r"emma\.txt is not there: fetch .*, or name .* --books"):
         split(tmp_path)
     for name in ("emma", "great_expectations"):
         (tmp_path / f"{name}.txt").touch()
-    with pytest.raises(FileNotFoundError, match="no book to train on"):
+    with pytest.raises(UserError, match="no book to train on"):
         split(tmp_path)

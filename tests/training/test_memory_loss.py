@@ -18,7 +18,7 @@ from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 from tests.conftest import Commands
 from tests.training.conftest import TINY
-from training.resumable import STATE, loss_function, memory_share
+from training.resumable import loss_function, memory_share
 from training.run import LOSSES, Run
 from training.train import train
 
@@ -170,17 +170,10 @@ def test_resumed_equals_uninterrupted(
         assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
-def test_a_state_from_before_the_setting(
+def test_a_run_without_the_setting_does_not_go_on_with_it(
     tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Goes on without the memory loss, and not with it."""
-    run = Run(tmp_path, TINY, SELECTIVE, tokenizer, tokens)
-    run.train(save_every=12, quiet=True)
-    state = torch.load(tmp_path / STATE, weights_only=True)
-    del state["identity"]["memory_loss"], state["memory"]
-    state["model"] = state.pop("trained")
-    torch.save(state, tmp_path / STATE)
-    assert Run(tmp_path, TINY, SELECTIVE, tokenizer, tokens).losses == run.losses
+    Run(tmp_path, TINY, SELECTIVE, tokenizer, tokens).save()
     with pytest.raises(ValueError, match=r"memory_loss = 0.0, not 0.1"):
         Run(tmp_path, MEMORY, SELECTIVE, tokenizer, tokens)
 

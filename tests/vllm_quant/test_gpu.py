@@ -20,7 +20,6 @@ LINEAR = "vllm.model_executor.kernels.linear"
 QUANTIZATION = "vllm.model_executor.layers.quantization"
 MODULES = (
     "vllm_quant.config",
-    "vllm_quant.device",
     LINEAR,
     f"{LINEAR}.mixed_precision.marlin",
     f"{QUANTIZATION}.utils.marlin_utils",

@@ -88,21 +88,19 @@ class Attention(Measure):
 def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
     """Summarise the figures of all sequences: `first_column`, `zeros`, `quiet` and `silent`
     `[sequences, layers, heads]`, `kurtosis`, `largest` and `median` `[sequences, layers + 1]`."""
-    summary = {
-        f"sink rate at {eps}": mean_interval((f["first_column"] > eps).mean((1, 2)))
-        for eps in SINK_EPS
-    }
+    rates = {eps: (f["first_column"] > eps).mean((1, 2)) for eps in SINK_EPS}
     # Single sequences are short of a head's quiet tokens: only all of them tell a dead head.
     dead = f["quiet"].mean(0) >= DEAD
     ratio = f["largest"] / np.maximum(f["median"], np.finfo(np.float64).tiny)
-    summary |= {
-        "kurtosis": mean_interval(f["kurtosis"].mean(1)),
-        "kurtosis, largest of the layers": mean_interval(f["kurtosis"].max(1)),
-        "largest |x|": mean_interval(f["largest"].max(1)),
-        "largest over median |x|": mean_interval(ratio.max(1)),
-        "zeros": mean_interval(f["zeros"].mean((1, 2))),
-        "silent": mean_interval(f["silent"].mean((1, 2))),
+    figures = {f"sink rate at {eps}": rate for eps, rate in rates.items()} | {
+        "kurtosis": f["kurtosis"].mean(1),
+        "kurtosis, largest of the layers": f["kurtosis"].max(1),
+        "largest |x|": f["largest"].max(1),
+        "largest over median |x|": ratio.max(1),
+        "zeros": f["zeros"].mean((1, 2)),
+        "silent": f["silent"].mean((1, 2)),
     }
+    summary = {name: mean_interval(values) for name, values in figures.items()}
     units: dict[str, Any] = {
         "dead_heads": int(dead.sum()),
         "heads": int(dead.size),
@@ -110,13 +108,9 @@ def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
         "layer_kurtosis": f["kurtosis"].mean(0).round(4).tolist(),
         "layer_largest": f["largest"].mean(0).round(4).tolist(),
     }
-    units |= {
-        f"head_{name}": f[name].mean(0).round(5).tolist()
-        for name in ("first_column", "zeros", "quiet", "silent")
-    }
-    for eps in SINK_EPS:
-        rates = (f["first_column"] > eps).mean((1, 2))
-        units[f"sequence_sink_rate_{eps}"] = rates.round(5).tolist()
+    for name in ("first_column", "zeros", "quiet", "silent"):
+        units[f"head_{name}"] = f[name].mean(0).round(5).tolist()
+    units |= {f"sequence_sink_rate_{e}": rate.round(5).tolist() for e, rate in rates.items()}
     return Result(summary, units)
 
 

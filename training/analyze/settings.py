@@ -51,7 +51,7 @@ class AnalysisSettings:
     ] = False
     rope_theta_factor: Annotated[
         float,
-        Option(parser=positive, help="Of RoPE; unless 1, only length and passkey are measured."),
+        Option(parser=positive, help="Multiplies RoPE's theta; length and passkey only."),
     ] = 1.0
     out: Annotated[Path, Option(help="Folder of the results.")] = FOLDER
     force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False

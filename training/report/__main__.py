@@ -18,7 +18,7 @@ DOCS = CHECKOUT / "docs"
 
 @needs("train")
 def report(
-    results: Annotated[Path, Option(help="Folder of what these commands and budgets wrote.")] = (
+    results: Annotated[Path, Option(help="Folder like training/results.")] = (
         CHECKOUT / "training" / "results"
     ),
     checkpoints: Annotated[Path, Option(help="Folder of checkpoints with their loss.csv.")] = (

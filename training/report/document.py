@@ -33,7 +33,6 @@ def document(
             verdict=Verdict,
             seed_noise=SEED_NOISE,
             sinks=SINKS,
-            baseline=tables.BASELINE,
             plots=plots,
             folder=plot_folder,
             quantization=quantization,

@@ -122,11 +122,6 @@ def passkey(evidence: Evidence) -> Figure | None:
     return figure
 
 
-def pruning(evidence: Evidence) -> Figure | None:
-    """Draw perplexity against memory."""
-    return budgets_plot.draw(list(evidence.pruning.values())) if evidence.pruning else None
-
-
 LINES = (
     # result, rule, searched for each layer, label, color, kept tokens at the label, its offset
     ("selective", "streaming", False, "softmax + StreamingLLM", "tab:gray", 24, (-150, -11)),
@@ -182,7 +177,7 @@ PLOTS: dict[str, Callable[[Evidence], Figure | None]] = {
     "length": length,
     "attention": attention,
     "passkey": passkey,
-    "pruning": pruning,
+    "pruning": lambda e: budgets_plot.draw(list(e.pruning.values())) if e.pruning else None,
     "kv_cache": kv_cache,
 }
 

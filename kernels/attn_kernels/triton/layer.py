@@ -1,4 +1,5 @@
-"""The kernels bound to one layer's cache: what `attn_kernels.cpu.CPULayer` is on a CPU."""
+"""The kernels bound to one layer's cache, or its pages within a budget: what
+`attn_kernels.cpu.kernel` is on a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from attn_kernels.batch import Batch, heads_together
 from attn_kernels.paged import Layer
-from attn_kernels.triton import tuning
+from attn_kernels.pruning import LARGEST_GPU_BUDGET, PageShape, PrunedLayer
+from attn_kernels.triton import pruned, tuning
 from attn_kernels.triton.attention import (
     OUTPUT,
     STATISTICS,
@@ -221,6 +223,62 @@ class TritonLayer(Layer):
             QUERIES=queries, KEYS=tile.keys, **tile.options,
         )  # fmt: skip
         return snapshots
+
+
+class TritonPrunedLayer(PrunedLayer):
+    """One layer's attention within a budget on a GPU. No call waits for the device, and what is
+    launched depends on the numbers of tokens and requests only."""
+
+    def __init__(self, variant: Variant, pages: Tensor, shape: PageShape, **options: Any) -> None:
+        super().__init__(variant, pages.view(shape.dtype), shape, **options)
+        if shape.budget > LARGEST_GPU_BUDGET:
+            raise ValueError(
+                f"the GPU kernels take budgets to {LARGEST_GPU_BUDGET}, not {shape.budget}"
+            )
+        group = self.num_heads // shape.num_kv_heads
+        self.page = pruned.PagedSlots(
+            shape.num_kv_heads,
+            group,
+            shape.head_size,
+            triton.next_power_of_2(shape.head_size),
+            shape.budget,
+            max(16, triton.next_power_of_2(shape.budget)),
+        )
+        arch, _ = device_figures(pages.device)
+        self.tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, group)
+        given = {**functions(variant), "PAGE": self.page}
+        self.scan_constants = constants(pruned.scan_kernel, given)
+        self.attend_constants = constants(pruned.attend_kernel, given)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
+        num_tokens, num_reqs = query.shape[0], batch.seq_lens.shape[0]
+        if num_tokens == 0:
+            return
+        dtype, slots, num_kv_heads = self.shape.dtype, self.page.slots, self.page.num_kv_heads
+        query = heads_together(query)
+        key, value = heads_together(key.to(dtype)), heads_together(value.to(dtype))
+        sources = scratch(query.device, "sources", num_tokens, slots).view(torch.int32)
+        penalties = scratch(query.device, "penalties", num_tokens, slots)
+        page_stride, table_stride = self.pages.stride(0), batch.block_table.stride(0)
+        pruned.scan_kernel[(num_reqs,)](
+            query, key, self.pages, batch.block_table, batch.query_start_loc, batch.seq_lens,
+            sources, penalties, self.scale,
+            query.stride(0), key.stride(0), page_stride, table_stride,
+            **self.scan_constants, enable_fp_fusion=True, num_warps=8,
+        )  # fmt: skip
+        pruned.attend_kernel[(num_tokens, num_kv_heads)](
+            out, query, key, value, self.pages, batch.block_table, batch.query_start_loc,
+            sources, penalties, self.scale, num_reqs,
+            query.stride(0), key.stride(0), value.stride(0), out.stride(0),
+            page_stride, table_stride,
+            **self.attend_constants, ROWS=self.tile.rows, KEYS=min(slots, self.tile.keys),
+            **self.tile.options,
+        )  # fmt: skip
+        pruned.store_kernel[(num_tokens, num_kv_heads)](
+            key, value, self.pages, batch.block_table, batch.query_start_loc, sources, num_reqs,
+            key.stride(0), value.stride(0), page_stride, table_stride,
+            PAGE=self.page, enable_fp_fusion=True, num_warps=1,
+        )  # fmt: skip
 
 
 @functools.cache
