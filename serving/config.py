@@ -36,25 +36,16 @@ def server_url(value: str) -> str:
     """
     try:
         parts = urlsplit(value)
-        extra = parts.query or parts.fragment or "@" in parts.netloc
-        good = parts.scheme in ("http", "https") and is_host(parts.hostname or "") and not extra
-        # urlsplit takes spaces and line ends out, and does not say so.
-        good = good and parts.port != 0 and bool(re.fullmatch(r"[\x21-\x7e]+", value))
+        is_http = re.fullmatch(r"(?ia)https?://[\w.:\[\]-]+(/[!-~]*)?", value)
+        labels = (parts.hostname or "").encode("idna")  # an error if one is empty or too long
+        good = is_http and labels and parts.port != 0 and not parts.query and not parts.fragment
     except ValueError:  # its text has parts of the address, which may be secret
-        good = False
+        good = None
     if not good:
         raise ValueError("must be an address like http://127.0.0.1:8000")
     if parts.path.rstrip("/") not in ("", "/v1"):
         raise ValueError("must end after the port or after /v1, not with another path")
     return f"{parts.scheme}://{parts.netloc}"
-
-
-def is_host(name: str) -> bool:
-    """Return whether a name can be looked up: an IP address, or labels of 1 to 63 characters."""
-    try:
-        return bool(ip_address(name))
-    except ValueError:
-        return len(name) <= 253 and bool(re.fullmatch(r"([\w-]{1,63}\.)*[\w-]{1,63}\.?", name))
 
 
 def origin(value: str) -> str:
@@ -324,7 +315,8 @@ class Routing(Section):
     """A server is overloaded that has this many times the average load."""
 
     retries: int = Field(2, ge=0)
-    """Further servers that are tried while nothing has been sent to the client."""
+    """Further servers that are tried while nothing has been sent to the client and the request has
+    not run; after a crash, one."""
 
 
 class ShadowScoring(Section):

@@ -154,7 +154,7 @@ class EventStream(EventParser):
                 is all that says so, before [DONE].
         """
         rest = self.rest.strip()
-        done = (rest or self.last.rstrip()).endswith(b"data: [DONE]")
+        done = (rest or self.last.rstrip()).endswith((b"data: [DONE]", b"data:[DONE]"))
         if (rest and not done) or not (done or self.connection.framed):
             raise broken()
         return b"data: [DONE]\n\n" if rest else b""

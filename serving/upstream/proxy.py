@@ -215,8 +215,8 @@ class Proxy:
             if stream.error is None or stream.error_status < 500:
                 attempt.succeeded()
             else:
-                self._count(exchange, "error")
                 attempt.failed()
+                self._count(exchange, "error")
             if stream.error is not None:
                 exchange.code, exchange.upstream_status = "upstream_error", stream.error_status
         finally:

@@ -76,13 +76,11 @@ class Replica:
     async def _check_models(self) -> None:
         """Ask which models it lists; one that it lacked may be asked for again then, or where it
         does not say."""
-        self.models, self.ask_models = None, False
+        self.ask_models, page = False, b""
         with contextlib.suppress(UpstreamError):
-            status, listed = await self.get("/v1/models")
-            self.models = model_names(listed) if status == 200 else None
-        for name in [n for n in self.lacks if self.models is None or n in self.models]:
-            self.lacks.discard(name)
-            log.info("replica may have the model again", extra={"replica": self.url, "model": name})
+            _, page = await self.get("/v1/models")
+        self.models = model_names(page)
+        self.lacks = {n for n in self.lacks if self.models is not None and n not in self.models}
 
     def note_lack(self, name: str) -> None:
         """Take it out of a model's rotation: it has answered that it does not have the model."""

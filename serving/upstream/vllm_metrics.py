@@ -31,9 +31,6 @@ MAX_NAMES = 1000
 MAX_NAME = 256
 """Longest name, or other text, that is taken from a server, in characters."""
 
-MAX_REQUESTS = 10**9
-"""No server has more at a time."""
-
 
 class LoadGauges(NamedTuple):
     """How busy a server is, over all its engines; None is what it does not say."""
@@ -50,8 +47,7 @@ def load_gauges(page: bytes) -> LoadGauges:
     for name, text in GAUGES.findall(page):
         with contextlib.suppress(ValueError):
             value = float(text)
-            most = 1 if name == b"kv_cache_usage_perc" else MAX_REQUESTS
-            if 0 <= value <= most:
+            if 0 <= value <= (1 if name == b"kv_cache_usage_perc" else 10**9):
                 found.setdefault(name, []).append(value)
     waiting, running = found.get(b"num_requests_waiting"), found.get(b"num_requests_running")
     return LoadGauges(

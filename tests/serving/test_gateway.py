@@ -114,6 +114,16 @@ def test_upstream_errors_get_openais_shape(
     assert error["param"] == param
 
 
+def test_embeddings_of_a_model_that_cannot(gateway: Server, upstream: Server) -> None:
+    """vLLM does not have the route then, and FastAPI says so in a shape of its own."""
+    body = {"model": MODEL, "input": "x"}
+    said = ask(upstream.url, "POST", "/v1/embeddings", body)
+    answer = ask(gateway.url, "POST", "/v1/embeddings", body)
+    assert answer.status == said.status == 404
+    assert error_of(answer)["message"] == said.json()["detail"]
+    assert error_of(answer)["code"] is None  # it is not the model that is unknown
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [

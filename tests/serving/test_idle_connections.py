@@ -42,10 +42,15 @@ async def ask_in_waves(url: str) -> Counter[int | str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("idle", [4.0, 60.0], ids=["default", "left to the server"])
-def test_ten_thousand_requests_after_idling_all_succeed(tmp_path: Path, idle: float) -> None:
-    """With the default, connections are given up before the server does; kept longer, the server
-    closes them under a request now and then, and a fresh one takes its place."""
+@pytest.mark.parametrize(
+    ("idle", "lost"),
+    [(4.0, 0), (60.0, CLIENTS * WAVES // 100)],
+    ids=["default", "left to the server"],
+)
+def test_ten_thousand_requests_after_idling(tmp_path: Path, idle: float, lost: int) -> None:
+    """With the default, connections are given up before the server does. Kept longer, the server
+    closes them under a request now and then, and a fresh one takes its place, but for those that a
+    reset ended: the server may have read them, and they are not sent twice."""
     port = free_port()
     log = tmp_path / "upstream.log"
     process = spawn([sys.executable, "-m", "tests.serving.standin", str(port)], log)
@@ -58,6 +63,9 @@ def test_ten_thousand_requests_after_idling_all_succeed(tmp_path: Path, idle: fl
     try:
         wait_until_healthy(url, process, log)
         with configured(tmp_path, config) as gateway:
-            assert asyncio.run(ask_in_waves(gateway.url)) == {200: CLIENTS * WAVES}
+            found = asyncio.run(ask_in_waves(gateway.url))
+        assert found.total() == CLIENTS * WAVES
+        assert found[502] <= lost
+        assert found.keys() <= {200, 502}
     finally:
         end_group(process)

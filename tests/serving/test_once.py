@@ -5,10 +5,11 @@ import asyncio
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+import uvloop
 
 from serving.upstream.http import Connection, ConnectionPool
 from tests.serving.helpers import HttpAnswer, ask, error_of, open_request, running
@@ -48,9 +49,10 @@ async def post(pool: ConnectionPool) -> Connection:
     return await pool.send("POST", "/", [], b"", connect_timeout=9, read_timeout=9, total_timeout=9)
 
 
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("seen", [True, False], ids=["before", "too late"])
 def test_connection_that_was_closed_before_the_request(
-    seen: bool, monkeypatch: pytest.MonkeyPatch
+    seen: bool, loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's close is in the kernel, but the loop has not been told: it is looked for right
     before a request is sent; and where that is too early still, the request is sent again, for the
@@ -78,7 +80,8 @@ def test_connection_that_was_closed_before_the_request(
         pool.close()
 
     server = OneRequestEach()
-    asyncio.run(twice(server))
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(twice(server))
     assert found == [False]
     assert len(server.read) == 2
 

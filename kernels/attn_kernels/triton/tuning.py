@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
+import timeit
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from statistics import median
@@ -109,15 +109,13 @@ def fastest(key: Hashable, tile: Tile, run: Callable[[Tile], None], rounds: int 
 def seconds(tile: Tile, run: Callable[[Tile], None], rounds: int) -> float:
     """Return the median time of a run; infinite if the device cannot hold the tile."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    times = []
+
+    def once() -> None:
+        run(tile)
+        synchronize()
+
     try:
-        run(tile)  # compiles
-        for _ in range(rounds):
-            synchronize()
-            start = time.perf_counter()
-            run(tile)
-            synchronize()
-            times.append(time.perf_counter() - start)
+        once()  # compiles
+        return median(timeit.repeat(once, number=1, repeat=rounds))
     except OutOfResources:
         return float("inf")
-    return median(times)
