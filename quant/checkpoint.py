@@ -1,5 +1,6 @@
 """Write a checkpoint with packed weights, in compressed-tensors' formats."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
 from attnserve.files import replacing
 from hf_attn.files import tensor_shapes, weight_files
+from quant.kept import Kept
 from quant.model import HEAD, columns, empty_model, has_decoder_layers, linears, quantize
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
@@ -168,7 +170,8 @@ def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
 def quantize_checkpoint(
     folder: Path, out: Path, recipe: Recipe, calibration: Text | None, card: str
 ) -> tuple[PreTrainedModel, pd.DataFrame]:
-    """Quantize a checkpoint and write it; the new folder replaces `out` when it is complete.
+    """Quantize a checkpoint and write it; the new folder replaces `out` when it is complete. What
+    a killed run has quantized is beside `out`, and the next run goes on there.
 
     Args:
         folder, out, recipe: from where, to where, and how.
@@ -181,22 +184,33 @@ def quantize_checkpoint(
     model = load(folder)
     tables, scheme = tables_of(model, recipe), get_scheme(recipe.scheme)
     texts = torch.empty(0, dtype=torch.long) if calibration is None else calibration.rows
-    quantized: dict[str, QuantizedWeight] = {}
-    with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
-        for name in tables:  # first, so that calibrated schemes see them
-            assert recipe.embeddings is not None
-            weight = model.get_submodule(name).weight
-            spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
-            quantized[name] = rtn(weight.data, spec)
-            weight.data = quantized[name].dequantize()  # a tied head's too
-            bar.update()
-        quantized |= quantize(
-            model, scheme, recipe.spec, texts, act_order=recipe.act_order, on_layer=bar.update
-        )
-    with replacing(out) as new:
-        sizes = write_checkpoint(folder, new, quantized, recipe.activations, card)
-        if out.exists():
-            shutil.rmtree(out)
+    stats = [(file.name, file.stat()) for file in (folder / "config.json", *weight_files(folder))]
+    key = {
+        "recipe": str(recipe),
+        "checkpoint": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "texts": hashlib.sha256(texts.numpy().tobytes()).hexdigest(),
+    }
+    kept = Kept(out.with_name(f".{out.name}.quantized"), key)
+    options: dict[str, Any] = {"act_order": recipe.act_order, "quantized": kept}
+    try:
+        with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
+            for name in tables:  # first, so that calibrated schemes see them
+                assert recipe.embeddings is not None
+                weight = model.get_submodule(name).weight
+                spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
+                if name not in kept:
+                    kept[name] = rtn(weight.data, spec)
+                weight.data = kept[name].dequantize()  # a tied head's too
+                bar.update()
+            quantize(model, scheme, recipe.spec, texts, on_layer=bar.update, **options)
+        with replacing(out) as new:
+            sizes = write_checkpoint(folder, new, kept, recipe.activations, card)
+            if out.exists():
+                shutil.rmtree(out)
+    except ValueError:  # what the next run would refuse, too
+        kept.remove()
+        raise
+    kept.remove()
     return model, sizes
 
 

@@ -55,6 +55,7 @@ def quantize(
     lm_head: bool = False,
     act_order: bool = False,
     on_layer: Callable[[], object] = lambda: None,
+    quantized: dict[str, QuantizedWeight] | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Quantize a model's linear layers in place; it computes with the dequantized weights.
 
@@ -65,21 +66,23 @@ def quantize(
         lm_head: the head too; one that is tied to the embeddings gets a matrix of its own.
         act_order: see `gptq`.
         on_layer: called after each layer, for progress.
+        quantized: gets the weights; layers that it has already are not quantized again.
     """
     chosen = linears(model, lm_head)
-    quantized: dict[str, QuantizedWeight] = {}
+    quantized = {} if quantized is None else quantized
 
     def replace(name: str, hessian: Tensor | None) -> None:
         if hessian is not None and not hessian.isfinite().all():
             raise UserError(
                 f"the inputs of {name} are too large for float32: use a scheme without calibration"
             )
-        quantized[name] = scheme(chosen[name].weight.data, spec, hessian, act_order)
+        if name not in quantized:
+            quantized[name] = scheme(chosen[name].weight.data, spec, hessian, act_order)
         put(chosen[name], quantized[name])
         on_layer()
 
     if scheme.calibrated:
-        layer_by_layer(model, chosen, texts, replace)
+        layer_by_layer(model, chosen, texts, replace, quantized)
     else:
         for name in chosen:
             replace(name, None)

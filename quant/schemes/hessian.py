@@ -5,7 +5,7 @@ before it, so that later layers make up for earlier ones. Texts go through each 
 and after it is quantized, and never through the whole model again.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Replace = Callable[[str, Tensor], None]
+Replace = Callable[[str, Any], None]  # with a Hessian, or None
 
 
 class Stopped(Exception):
@@ -22,7 +22,11 @@ class Stopped(Exception):
 
 @torch.inference_mode()
 def layer_by_layer(
-    model: PreTrainedModel, layers: Mapping[str, nn.Linear], texts: Tensor, replace: Replace
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Linear],
+    texts: Tensor,
+    replace: Replace,
+    known: Container[str] = (),
 ) -> None:
     """Call `replace(name, hessian)` for each linear layer, in order.
 
@@ -31,22 +35,25 @@ def layer_by_layer(
         layers: the linear layers by name.
         texts: token ids `[sequences, tokens]`.
         replace: quantizes the layer, given `X X^T / tokens` float32 `[columns, columns]`.
+        known: layers that need none, if none of their decoder layer does: they are given None.
     """
     states, arguments = first_inputs(model, texts)
     for decoder in model.model.layers:
         own = {name: layer for name, layer in layers.items() if is_inside(layer, decoder)}
-        with watched(own) as hessians:
-            for state in states:
-                decoder(state, **arguments)
+        hessians: Mapping[str, Tensor | None] = dict.fromkeys(own)
+        if not all(name in known for name in own):
+            with watched(own) as hessians:
+                for state in states:
+                    decoder(state, **arguments)
         for name, hessian in hessians.items():
             replace(name, hessian)
         states = [decoder(state, **arguments) for state in states]
     for name, layer in layers.items():
         if not is_inside(layer, model.model.layers):  # the head
-            with watched({name: layer}) as hessians:
+            with watched({name: layer}) as of_head:
                 for state in states:
                     layer(model.model.norm(state))
-            replace(name, hessians[name])
+            replace(name, of_head[name])
 
 
 def first_inputs(model: PreTrainedModel, texts: Tensor) -> tuple[list[Tensor], dict[str, Any]]:

@@ -25,7 +25,7 @@ from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import load
 from quant.model import quantize
 from quant.quantize import quantize as command
-from quant.schemes.registry import SCHEMES, get_scheme
+from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 from quant.texts import Sources, calibration_text
 from quant_kernels.pack import unpack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
@@ -293,6 +293,53 @@ def test_full_disk(softpick: Path, tmp_path: Path, commands: Commands) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"{tmp_path} cannot be written: " in line and "File too large" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["rtn", "gptq", "hqq"])
+def test_a_killed_run_goes_on(
+    softpick: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """At the layer where it was; the result is that of a run that nobody stopped."""
+    given = ["--bits=4", f"--scheme={scheme}", "--embeddings=8", "--calibration=2", "--length=32"]
+    made: list[Tensor] = []
+    original = Scheme.__call__
+
+    def counted(self: Scheme, weight: Tensor, *args: Any) -> QuantizedWeight:
+        made.append(weight)
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        return original(self, weight, *args)
+
+    monkeypatch.setattr(Scheme, "__call__", counted)
+    commands.run(command, softpick, tmp_path / "out", *given, code=130)
+    assert not (tmp_path / "out").exists() and len(made) == 9
+    commands.run(command, softpick, tmp_path / "out", *given)
+    assert len(made) == 9 + LAYERS - 8
+    commands.run(command, softpick, tmp_path / "whole", *given)
+    found, whole = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "whole"))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_killed_run_with_other_settings(
+    softpick: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has left is of no use."""
+
+    def killed(self: Scheme, *args: Any) -> QuantizedWeight:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheme, "__call__", killed)
+        arguments = (softpick, tmp_path / "out", "--scheme=rtn", "--embeddings=8")
+        commands.run(command, *arguments, "--bits=3", code=130)
+    left = tmp_path / ".out.quantized"
+    assert (left / "model.embed_tokens.safetensors").exists()
+    main([str(softpick), str(tmp_path / "out"), "--bits=4", "--scheme=rtn", "--embeddings=4"])
+    assert not left.exists()
+    shape = load_file(tmp_path / "out/model.safetensors")["model.embed_tokens.weight_packed"].shape
+    assert shape[1] == 128 * 4 // 32
 
 
 REFUSALS = [

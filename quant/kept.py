@@ -1,0 +1,67 @@
+"""Quantized weights on disk until their checkpoint is written, so that a killed run goes on."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from attnserve.errors import UserError
+from quant_kernels.pack import pack, unpack
+from quant_kernels.weight import QuantizedWeight, QuantSpec
+
+
+class Kept(dict[str, QuantizedWeight]):
+    """The weights of a run by their layers' names; each is a file from when it is set.
+
+    Args:
+        folder: of the files; those of a run with another key are removed.
+        key: what the weights depend on.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.folder, said, text = folder, folder / "key.json", json.dumps(key)
+        if folder.exists() and not (said.is_file() and said.read_text(encoding="utf-8") == text):
+            self.remove()
+        folder.mkdir(parents=True, exist_ok=True)
+        said.write_text(text, encoding="utf-8")
+        for file in folder.glob("*.safetensors"):
+            super().__setitem__(file.stem, read(file))
+
+    def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
+        super().__setitem__(name, weight)
+        spec = weight.spec
+        tensors = {"packed": pack(weight.values, spec.bits), "scales": weight.scales}
+        if weight.zeros is not None:
+            tensors["zeros"] = weight.zeros
+        about = [spec.bits, spec.group_size, spec.symmetric, weight.values.shape[1]]
+        part = self.folder / "part"
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        try:
+            save_file(contiguous, part, metadata={"about": json.dumps(about)})
+        except SafetensorError as error:
+            raise UserError(f"{self.folder.parent} cannot be written: {error}") from None
+        os.replace(part, self.folder / f"{name}.safetensors")
+
+    def remove(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self.folder)
+
+
+def read(file: Path) -> QuantizedWeight:
+    """Return the weight in a file."""
+    with safe_open(file, framework="pt") as opened:
+        bits, group_size, symmetric, columns = json.loads(opened.metadata()["about"])
+        tensors: dict[str, torch.Tensor] = {
+            name: opened.get_tensor(name)
+            for name in opened.keys()  # noqa: SIM118  no mapping
+        }
+    values = unpack(tensors["packed"], bits, columns)
+    spec = QuantSpec(bits, group_size, symmetric)
+    return QuantizedWeight(values, tensors["scales"], tensors.get("zeros"), spec)
