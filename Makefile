@@ -8,6 +8,7 @@
 #   make lint         ruff, mypy and clang-format
 #   make format       ruff: mend what it can, lay out the code; clang-format: lay out the C++
 #   make conformance  suites of others (openai-python's tests, llm-comply, schemathesis) against the gateway
+#   make sanitize     the CPU kernels under AddressSanitizer, on random and on bad arguments
 #   make soak         the gateway under 1000 streams for 5 minutes
 #   make install      only the environment
 #   make checkpoints  train the reference checkpoints again
@@ -23,7 +24,7 @@
 #   make clean        remove .venv and what the tools keep
 #
 # Variables: CKPT, BACKEND, VLLM_PORT, GATEWAY_PORT, VLLM_ARGS (serve);
-# ARGS (doctor, test, conformance, soak, analyze, bench, bench-kernels, compile-kernels); PYTHON;
+# ARGS (doctor, test, conformance, sanitize, soak, analyze, bench, bench-kernels, compile-kernels); PYTHON;
 # TORCH_INDEX, the package index with torch's CPU builds, used if pip finds none by itself.
 
 SHELL := /bin/bash
@@ -51,7 +52,7 @@ unexport PYTHONPATH
 # The install compiles nothing (that was most of its time): let what is imported be cached.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install serve test-fast test test-slow test-gpu conformance soak lint format checkpoints analyze bench bench-kernels gpu-check compile-kernels doctor images-check lock clean
+.PHONY: install serve test-fast test test-slow test-gpu conformance sanitize soak lint format checkpoints analyze bench bench-kernels gpu-check compile-kernels doctor images-check lock clean
 .DEFAULT_GOAL := install
 
 install: $(READY)
@@ -93,6 +94,16 @@ $(SUITES)/.ready: requirements/conformance.txt
 
 conformance: $(READY) $(SUITES)/.ready
 	$(BIN)/python -m tests.conformance $(ARGS)
+
+# Leaks are not looked for: most are Python's. env: the compiler is not to be sanitized itself. Checks
+# that are calls compile in seconds, those in place in minutes.
+SANITIZED := env -u LD_PRELOAD g++ -fsanitize=address -g1 --param asan-instrumentation-with-call-threshold=0
+sanitize: $(READY)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 CXX="$(SANITIZED)" \
+	$(BIN)/python -m pytest -n 0 -k "not instruction_sets and not compiled_graphs" \
+	  tests/attn_kernels/test_arguments.py tests/attn_kernels/test_pruned_layers.py \
+	  tests/quant_kernels/test_packed.py $(ARGS)
 
 # Not in test-slow, which would be longer by it: two cores are busy for all of its minutes.
 soak: $(READY)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ATTNSERVE_CHECKS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny tensors gain nothing from a second thread, and lose much where a server runs beside the test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -37,7 +37,11 @@ class Batch:
         slot_mapping: `[num_tokens]` int64: where the step's new tokens go in the cache, as
             `write_cache` takes it. Empty unless given.
         max_query_len, max_seq_len: no request has more queries, or more tokens; the size of what is
+        max_query_len, max_seq_len: no request has more queries, or more tokens; the size of what is
             launched on a GPU.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
     """
 
     block_table: Tensor
@@ -51,18 +55,33 @@ class Batch:
     """The same for C++; it points into the tensors."""
     address: int = field(init=False)
     """Of `struct`."""
+    num_tokens: int = field(init=False)
+    """Queries of all requests; 0 on a GPU, which is not waited for."""
 
     def __post_init__(self) -> None:
         self.block_table = self.block_table.int()
-        self.query_start_loc = self.query_start_loc.int()
-        self.seq_lens = self.seq_lens.int()
-        self.slot_mapping = self.slot_mapping.long()
+        self.query_start_loc = self.query_start_loc.int().contiguous()
+        self.seq_lens = self.seq_lens.int().contiguous()
+        self.slot_mapping = self.slot_mapping.long().contiguous()
+        table, num_reqs = self.block_table, self.seq_lens.shape[0]
+        if table.stride(-1) != 1:
+            self.block_table = table = table.contiguous()
+        if (
+            self.query_start_loc.shape != (num_reqs + 1,)
+            or table.dim() != 2
+            or table.shape[0] < num_reqs
+        ):
+            raise ValueError(
+                f"a batch of {list(self.seq_lens.shape)} lengths has query_start_loc "
+                f"{list(self.query_start_loc.shape)} and block_table {list(table.shape)}"
+            )
+        self.num_tokens = 0 if table.is_cuda else int(self.query_start_loc[-1])
         self.struct = _Batch(
             self.block_table.data_ptr(),
             self.block_table.stride(0),
             self.query_start_loc.data_ptr(),
             self.seq_lens.data_ptr(),
-            self.seq_lens.shape[0],
+            num_reqs,
             torch.get_num_threads(),
         )
         self.address = ctypes.addressof(self.struct)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.batch import Batch
+from attn_kernels.checks import check_layer, check_learned
 from attn_kernels.dense import attend, causal_mask, selectable_mask
 from attn_kernels.variant import Variant
 
@@ -47,7 +48,7 @@ class Layer(ABC):
         learned: the variant's per-head tensors, each `[num_heads]`, as they are now.
 
     Raises:
-        ValueError: the kernels do not support such a cache.
+        ValueError: the kernels do not support such a cache, or heads or shapes do not fit.
         KeyError: a learned tensor is missing.
     """
 
@@ -65,6 +66,9 @@ class Layer(ABC):
         self.scale, self.window = scale, window
         self.learned = {name: (learned or {})[name] for name in variant.learned}
         self.head_size = head_size_of(variant, kv_cache)
+        check_layer(num_heads, kv_cache.shape[1], window)
+        for name, tensor in self.learned.items():
+            check_learned(name, tensor, num_heads)
 
     @abstractmethod
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:

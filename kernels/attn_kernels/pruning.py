@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.batch import Batch
+from attn_kernels.checks import check_layer
 from attn_kernels.dense import attend
 from attn_kernels.variant import LEAST_BUDGET, Variant
 
@@ -196,7 +197,7 @@ class PrunedLayer(ABC):
         scale: factor of the raw scores.
 
     Raises:
-        ValueError: the kernels do not support this shape.
+        ValueError: the kernels do not support this shape, or the pages do not have it.
     """
 
     def __init__(
@@ -204,6 +205,13 @@ class PrunedLayer(ABC):
     ) -> None:
         self.variant, self.pages, self.shape = variant, pages, shape
         self.num_heads, self.scale = num_heads, scale
+        check_layer(num_heads, shape.num_kv_heads, None)
+        if (
+            pages.dim() != 2
+            or pages.shape[1] * pages.itemsize < shape.num_bytes
+            or pages.stride(1) != 1
+        ):
+            raise ValueError(f"pages are {list(pages.shape)}, not [..., {shape.num_bytes}] bytes")
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:

@@ -18,10 +18,12 @@ from torch.nn.functional import embedding, linear
 from attn_kernels.cpu.build import HERE as ATTENTION
 from attn_kernels.cpu.build import best, chosen_isas, compile_library, open_library
 from attn_kernels.cpu.kernel import fields
-from quant_kernels.panels import Panels, dequantize
+from quant_kernels.panels import Panels, check, dequantize
 
 HERE = Path(__file__).parent
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, None: 4}
+
+ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,12 @@ def _multiply(x: Tensor, weight: Panels) -> Tensor:
         from quant_kernels import triton
 
         return triton.multiply(x, weight)
+    check(weight)
+    if x.shape[-1] != weight.inputs or x.dtype not in ACTIVATIONS:
+        raise ValueError(
+            f"x is {list(x.shape)} in {x.dtype}, not [..., {weight.inputs}] in float32, bfloat16 "
+            "or float16"
+        )
     library = load(weight.bits)
     if library is None:
         return linear(x, dequantize(weight).to(x.dtype))
@@ -146,6 +154,10 @@ def _gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
         from quant_kernels import triton
 
         return triton.gather(ids, weight, dtype)
+    check(weight)
+    if dtype not in ACTIVATIONS or ids.is_floating_point():
+        raise ValueError(f"ids in {ids.dtype}, rows in {dtype}")
+    ids = ids.long()
     library = load(weight.bits)
     if library is None:
         inside = (ids >= 0) & (ids < weight.outputs)

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from attn_kernels.batch import Batch, heads_together
+from attn_kernels.checks import VALUES, check_batch, check_out, check_rows, check_slots
 from attn_kernels.cpu.build import open_library
 from attn_kernels.paged import Layer
 from attn_kernels.pruning import PageShape, PrunedLayer
 from attn_kernels.variant import Variant
 
 HEAD_SIZES = range(32, 257, 16)
+LONGEST = 2**31 - 1
+"""Tokens of a context: C++ counts them in 32 bits."""
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -143,7 +146,7 @@ class CPULayer(Layer):
             values=kernel.values,
             scale=self.scale,
             num_heads=self.num_heads,
-            window=self.window or 0,
+            window=min(self.window or 0, LONGEST),
             cache_format=FORMATS[kv_cache.dtype],
         )
         # The call points into these.
@@ -155,17 +158,26 @@ class CPULayer(Layer):
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         if key.dtype != self.kv_cache.dtype:
             key, value = key.to(self.kv_cache.dtype), value.to(self.kv_cache.dtype)
-        if slot_mapping.dtype != torch.int64:
-            slot_mapping = slot_mapping.long()
+        slot_mapping = slot_mapping.long().contiguous()
+        num_tokens, num_kv_heads = slot_mapping.numel(), self.kv_cache.shape[1]
+        check_rows("key", key, num_tokens, num_kv_heads, self.head_size)
+        check_rows("value", value, num_tokens, num_kv_heads, self.head_size)
+        if VALUES:
+            check_slots(slot_mapping, self.kv_cache.shape[0] * self.kv_cache.shape[2])
         key, value = heads_together(key), heads_together(value)
         call = self._write
         call.key, call.key_stride = key.data_ptr(), key.stride(0)
         call.value, call.value_stride = value.data_ptr(), value.stride(0)
-        call.slot_mapping, call.num_tokens = slot_mapping.data_ptr(), slot_mapping.shape[0]
+        call.slot_mapping, call.num_tokens = slot_mapping.data_ptr(), num_tokens
         call.threads = torch.get_num_threads()
         self._library.attnserve_write(byref(call))
 
     def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+        check_rows("query", query, batch.num_tokens, self.num_heads, self.head_size)
+        check_out(out, batch.num_tokens, self.num_heads, self.head_size)
+        if VALUES:
+            num_blocks, _, block_size, _ = self.kv_cache.shape
+            check_batch(batch, num_blocks, block_size, self.window or 0)
         run(self._library.attnserve_attend, self._call, query, batch, out)
 
 
@@ -195,7 +207,14 @@ class PrunedCPULayer(PrunedLayer):
         self._run = kernel.library.attnserve_attend_pruned
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
-        call = self._call
+        call, num_tokens = self._call, batch.num_tokens
+        num_kv_heads, head_size = self.shape.num_kv_heads, self.shape.head_size
+        check_rows("query", query, num_tokens, self.num_heads, head_size)
+        check_rows("key", key, num_tokens, num_kv_heads, head_size)
+        check_rows("value", value, num_tokens, num_kv_heads, head_size)
+        check_out(out, num_tokens, self.num_heads, head_size)
+        if VALUES:
+            check_batch(batch, self.pages.shape[0], None)
         key = heads_together(key.to(self.shape.dtype))
         value = heads_together(value.to(self.shape.dtype))
         call.key, call.key_stride = key.data_ptr(), key.stride(0)
