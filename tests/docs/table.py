@@ -301,6 +301,7 @@ RULES: dict[str, Rule] = {
         )
         for name in ("abort", "idle_connections", "killed_servers")
     },
+    "make sanitize": Run("make sanitize ARGS='-k overflow'", prints="1 passed", slow=True),
     "make soak": Run(
         "make soak ARGS='--streams 20 --seconds 10 --tokens 10 --pause-s 0.1'",
         prints='"ok": true',
