@@ -27,6 +27,7 @@ GOOD = json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}).encode()
 LENGTH = b"Content-Length: %d\r\n" % len(GOOD)
 WHOLE = POST + LENGTH + b"\r\n" + GOOD
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(GOOD), GOOD)
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"a: %b\r\n" % (b"b" * 40_000)
 SHORT = {"head": 1, "body": 1, "keep_alive": 1}
@@ -171,6 +172,9 @@ def test_upgrades_are_ignored(gateway: Running, protocol: bytes, body: str) -> N
     [
         ([b"nonsense\r\n\r\n"], 400, "invalid_http"),
         ([b"CONNECT x:1 HTTP/1.1\r\n\r\n"], 405, "method_not_supported"),
+        ([POST + UPGRADE + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n"], 400, "invalid_http"),
+        ([POST + UPGRADE + LENGTH + LENGTH + b"\r\n"], 400, "invalid_http"),
+        ([POST + UPGRADE + b"Transfer-Encoding: x\r\n\r\n"], 400, "invalid_http"),
         (
             [POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nq\r\n"],
             400,
