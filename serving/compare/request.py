@@ -1,11 +1,10 @@
 """What a request to /v1/compare asks for."""
 
-import json
 from typing import Any
 
 from serving.config import EVERY, Config
 from serving.openai.errors import ApiError, wrong_type
-from serving.openai.request import model_name, only_text, parse, read_request
+from serving.openai.request import model_name, only_text, parse, read_request, to_json
 
 MAX_MODELS = 32
 
@@ -55,7 +54,7 @@ class ComparisonRequest:
         self.sampling = {k: v for k, v in fields.items() if k not in own}
         self.sampling |= {"max_tokens": self.max_tokens, "add_special_tokens": False}
         self.prompt, self.to_tokenize = prompt(fields)
-        asked = json.dumps({**self.to_tokenize, "model": self.reference}).encode()
+        asked = to_json({**self.to_tokenize, "model": self.reference})
         prefix_chars = config.routing.prefix_chars
         request = read_request(asked, route_of(self.to_tokenize), config.limits, prefix_chars)
         written = request.prompt_tokens + self.max_tokens

@@ -2,7 +2,6 @@
 those of clients, with the answer kept here."""
 
 import asyncio
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from serving.compare.request import route_of
 from serving.config import Limits
 from serving.exchange import Exchange
 from serving.openai.errors import ApiError, error_type
-from serving.openai.request import read_request
+from serving.openai.request import read_request, to_json
 from serving.openai.sse import END, event_data
 from serving.upstream.proxy import Proxy
 
@@ -117,7 +116,7 @@ async def ask(
         ApiError: with the model's name in its message.
     """
     state = proxy.state
-    body = json.dumps({**fields, "model": name}).encode()
+    body = to_json({**fields, "model": name})
     # The limits were applied to what the client sent: this is longer by the answer.
     prefix_chars = state.config.routing.prefix_chars
     request = read_request(body, route_of(fields), Limits(), prefix_chars)

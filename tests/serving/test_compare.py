@@ -173,6 +173,7 @@ def test_models_are_all_others_by_default(pair: tuple[Running, StandIn, StandIn]
         ({"generate": 1}, 400, "generate"),
         ({"stream": True}, 400, "stream"),
         ({"n": 2}, 400, "n"),
+        ({"prompt_embeds": "x"}, 400, "prompt_embeds"),
     ],
 )
 def test_what_is_refused(
@@ -185,6 +186,17 @@ def test_what_is_refused(
     # That a text's three tokens are too many is known once they are counted.
     asked = a.seen[seen[0] :] + b.seen[seen[1] :]
     assert [r["path"] for r in asked] == ["/tokenize"] * (fields == {"max_tokens": 4094})
+
+
+def test_deeply_nested_fields(pair: tuple[Running, StandIn, StandIn]) -> None:
+    """What can just be parsed may not go into a body for a model any more."""
+    statuses = []
+    for depth in range(900, 1000):
+        raw = b'{"reference":"a","prompt":"x","max_tokens":1,"x":%b}' % (
+            b"[" * depth + b"]" * depth
+        )
+        statuses.append(ask(pair[0].url, "POST", "/v1/compare", raw).status)
+    assert set(statuses) == {200, 400} and statuses == sorted(statuses)
 
 
 def test_other_vocabularies() -> None:

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.config import Limits
+from serving.openai.bodies import BODIES, MAX_TOKENS
 from serving.openai.errors import ApiError
 from serving.openai.request import (
-    BODIES,
     LARGE_BODY,
     MAX_PARTS,
-    MAX_TOKENS,
     ModelRequest,
     beside_the_loop,
     read_request,

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,8 +18,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # max_tokens, in a chat
 ]
 
-EXAMPLES = int(os.environ.get("REQUEST_EXAMPLES", "500"))
-"""Bodies of each route that each test reads."""
+READINGS = settings(
+    max_examples=int(os.environ.get("REQUEST_EXAMPLES", "300")),  # bodies that a test reads
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 MAX_MODEL_LEN = 1 << 40
 """Of a model that never is what ends an answer."""
@@ -261,7 +264,7 @@ def test_what_vllm_takes_is_taken(route: str, classes: dict[str, TypeAdapter[Any
     """And no answer is longer than what is reserved for it; streams and their usage are told."""
     taken = []
 
-    @settings(max_examples=EXAMPLES, deadline=None)
+    @READINGS
     @given(bodies(route, others=True))
     def compare(raw: bytes) -> None:
         taken.append(check(raw, route, classes[route])[1])
@@ -276,7 +279,7 @@ def test_verdict_is_vllms(route: str, classes: dict[str, TypeAdapter[Any]]) -> N
     """By all fields that the gateway reads, but for what is in a message."""
     taken = []
 
-    @settings(max_examples=EXAMPLES, deadline=None)
+    @READINGS
     @given(bodies(route, others=False))
     def compare(raw: bytes) -> None:
         ours, theirs = check(raw, route, classes[route])

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from serving.observability.metrics import Metrics
 from serving.observability.pages import MetricsPages
+from serving.workers import YOUNG_SECONDS
 from tests.servers import COMMON_ENV, Server, end_group, free_port, spawn, wait_until_healthy
 from tests.serving.helpers import ask, metric
 from tests.serving.standin import standin, wait_for
@@ -63,8 +64,8 @@ def test_a_worker_that_ends_is_replaced_and_its_counts_stay(gateway: Server) -> 
     for _ in range(9):
         ask(gateway.url, "POST", "/v1/completions", BODY)
     wait_for(lambda: answered(gateway) == 9, "all are counted")
-    time.sleep(max(0.0, 11 - (time.time() - psutil.Process(gateway.pid).create_time())))
     old = workers(gateway)
+    time.sleep(max(0.0, old[0].create_time() + YOUNG_SECONDS + 2 - time.time()))
     old[0].kill()
     wait_for(lambda: len(workers(gateway)) == 3 and old[0] not in workers(gateway), "a new one")
     for _ in range(9):  # whichever worker's connections they are, they wait for it
