@@ -30,7 +30,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(G
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"a: %b\r\n" % (b"b" * 40_000)
-SHORT = {"head": 1, "body": 1, "keep_alive": 1}
+SHORT = {"head": 2, "body": 2, "keep_alive": 2}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_what_is_not_http(
 
 def test_nonsense_behind_a_request_is_no_part_of_its_answer(upstream: StandIn) -> None:
     body = {"model": "m", "prompt": "x", "max_tokens": 10, "stream": True}
-    upstream.between_s = 0.3
+    upstream.between_s = 0.4  # for longer than any of the times
     try:
         with running(upstream.url, timeouts=SHORT) as gateway:
             connection = open_request(gateway.url, body)
@@ -296,7 +296,7 @@ def test_client_that_does_not_read(
 def test_client_that_reads_slowly_has_it_all(upstream: StandIn) -> None:
     upstream.text = "x" * 20_000_000
     try:
-        times = {"send": 1, "keep_alive": 1}
+        times = {"send": 3, "keep_alive": 3}
         with running(upstream.url, timeouts=times) as gateway, dial(gateway) as client:
             client.sendall(WHOLE)
             response = http.client.HTTPResponse(client)
@@ -304,7 +304,7 @@ def test_client_that_reads_slowly_has_it_all(upstream: StandIn) -> None:
             size = 0
             while piece := response.read(2_000_000):
                 size += len(piece)
-                time.sleep(0.4)
+                time.sleep(0.5)
             assert size > 20_000_000
     finally:
         upstream.text = ""
@@ -313,7 +313,10 @@ def test_client_that_reads_slowly_has_it_all(upstream: StandIn) -> None:
 # Their number
 
 
-def test_at_the_limit_health_is_answered(upstream: StandIn) -> None:
+def test_at_the_limit_health_is_answered(
+    upstream: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.client.SILENT_SECONDS", 3600.0)
     body = {"model": "m", "prompt": "x", "stream": True}
     upstream.before_s = 60
     try:
@@ -328,6 +331,7 @@ def test_at_the_limit_health_is_answered(upstream: StandIn) -> None:
                 assert ask(gateway.url, "GET", "/health").status == 200
             clients = [stack.enter_context(dial(gateway)) for _ in range(33)]
             assert closed(clients[-1])  # not even the reserve has room
+            monkeypatch.setattr("serving.client.SILENT_SECONDS", 0.0)
             wait_for(lambda: ask_health(gateway), "the silent give way")
     finally:
         upstream.before_s = 0.0
