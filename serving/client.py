@@ -444,6 +444,6 @@ async def read_body(
         hold(len(piece))
         length = max(length, len(body) + len(piece))
         if not message.get("more_body", False) and length <= limit:
-            return piece if not body else bytes(body + piece)
+            return b"".join((body, piece)) if body else piece
         body += piece
     raise ApiError(413, f"The request body is larger than {limit} bytes.", code="body_too_large")

@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import random
 import resource
 import socket
 import threading
@@ -17,7 +18,7 @@ import pytest
 
 from serving.auth import digest
 from tests.servers import Server
-from tests.serving.helpers import Running, ask, configured, error_of, open_request, running
+from tests.serving.helpers import Running, ask, configured, error_of, metric, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 
 KEYS = [{"name": "a", "sha256": digest("secret")}]
@@ -392,3 +393,30 @@ def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:
                 flood(client, start, piece, megabytes=60)
             assert ask_health(gateway)
         assert process.memory_info().rss - before < 5 * 2**20
+
+
+def test_mutated_requests_do_no_harm(upstream: StandIn, tmp_path: Path) -> None:
+    """Several requests at once, with bytes changed or left out, in pieces of any size."""
+    chance = random.Random(0)
+    upgraded = POST + UPGRADE + CHUNKED[len(POST) :] + b"\r\n"
+    continued = POST + b"Expect: 100-continue\r\n" + LENGTH + b"\r\n" + GOOD
+    good = (WHOLE, CHUNKED + KEY + b"\r\n", upgraded, continued, HEALTH)
+    config = {"models": [{"name": "m", "replicas": [upstream.url]}], "timeouts": SHORT}
+    with configured(tmp_path, config) as gateway:
+        for _ in range(300):
+            data = bytearray(b"".join(chance.choices(good, k=chance.randint(1, 4))))
+            for _ in range(chance.randint(0, 3)):
+                at = chance.randrange(len(data))
+                if chance.random() < 0.5:
+                    data[at] = chance.randrange(256)
+                else:
+                    del data[at : at + chance.randint(1, 10)]
+            size = chance.choice((10, 100, 10_000))
+            with dial(gateway) as client, suppress(ConnectionError):
+                for i in range(0, len(data), size):
+                    client.sendall(data[i : i + size])
+                if chance.random() < 0.5:
+                    client.recv(1)
+        in_flight = "attnserve_requests_in_flight"
+        wait_for_value(lambda: metric(gateway.url, in_flight), 1, "only this one")
+        assert '"level": "error"' not in gateway.log()
