@@ -151,6 +151,7 @@ class Protocol(HttpToolsProtocol):
         for cycle in cycles:
             if not cycle.response_complete:
                 cycle.disconnected = True
+                cycle.waiting_for_100_continue = False
                 cycle.message_event.set()
 
     def _refuse(self, error: ApiError) -> None:

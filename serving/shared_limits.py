@@ -122,7 +122,7 @@ class SharedLimits:
             )
         except ValueError:  # its text may have the password
             raise UserError("the setting redis is no address that redis-py takes") from None
-        self.errors = (RedisError, OSError)
+        self.errors = (RedisError, OSError, RuntimeError)  # uvloop's, of a connection just closed
         self.refuse = True
         """Whether requests are refused while Redis is gone; else the gateway's own limits hold."""
         self._redis = Redis.from_pool(pool)
@@ -151,7 +151,7 @@ class SharedLimits:
         """Run a script on what is kept of a client's key.
 
         Raises:
-            RedisError, OSError: Redis is gone, or was a moment ago.
+            RedisError, OSError, RuntimeError: Redis is gone, or was a moment ago.
         """
         if time.monotonic() < self._gone_until:
             raise ConnectionError

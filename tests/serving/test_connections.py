@@ -171,15 +171,23 @@ def test_upgrades_are_ignored(gateway: Running, protocol: bytes, body: str) -> N
     [
         ([b"nonsense\r\n\r\n"], 400, "invalid_http"),
         ([b"CONNECT x:1 HTTP/1.1\r\n\r\n"], 405, "method_not_supported"),
+        (
+            [POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nq\r\n"],
+            400,
+            "invalid_http",
+        ),
         ([POST + b"Transfer-Encoding: chunked\r\n\r\n", b"q\r\n"], 400, "invalid_http"),
     ],
 )
-def test_what_is_not_http(gateway: Running, parts: list[bytes], status: int, code: str) -> None:
+def test_what_is_not_http(
+    gateway: Running, parts: list[bytes], status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with dial(gateway) as client:
         for part in parts:
             client.sendall(part)
             time.sleep(0.1)
         assert refusal(client) == (status, code)
+    assert "the gateway failed" not in caplog.text
 
 
 def test_nonsense_behind_a_request_is_no_part_of_its_answer(upstream: StandIn) -> None:
