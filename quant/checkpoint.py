@@ -1,6 +1,7 @@
 """Write a checkpoint with packed weights, in compressed-tensors' formats."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +22,8 @@ from attnserve.evaluation.checkpoint import read_config
 from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
 from attnserve.files import replacing
-from quant.model import HEAD, columns, empty_model, linears, quantize
+from hf_attn.files import tensor_shapes, weight_files
+from quant.model import HEAD, columns, empty_model, has_decoder_layers, linears, quantize
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack
@@ -32,6 +34,8 @@ COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
 """Tokenizer, generation settings, card, code that `auto_map` names."""
 TABLES = ("model.embed_tokens", HEAD)
 PARTS = ["linear", "embeddings", "rest"]
+LARGEST = 1e38
+"""Weight: the distance of two of them, which is what a scale is made of, is below 2^128."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,11 @@ def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
     read_config(folder)
     if _is_quantized(folder):
         raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
-    if not any(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         raise UserError(f"{folder} has no *.safetensors: save the checkpoint in that format first")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{out} cannot be written, since {above} cannot: name another folder")
     if not out.exists():
         return
     if out.resolve() == folder.resolve():
@@ -111,19 +118,44 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def check_layers(folder: Path, recipe: Recipe) -> None:
-    """Check before its weights are read that a recipe can be applied to a checkpoint."""
+    """Check before any work that a recipe can be applied to a checkpoint, and that it has the
+    tensors of its model, with numbers in them."""
     model = empty_model(folder)
+    if not linears(model) or (recipe.calibrated and not has_decoder_layers(model)):
+        raise UserError(
+            f"{folder} is a {model.config.model_type}, whose layers {recipe.scheme} cannot "
+            "quantize: use a model like Llama"
+        )
     get_scheme(recipe.scheme).check(recipe.spec, columns(model))
-    stored: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            stored.update(opened.keys())
-    for name in (*linears(model), *tables_of(model, recipe)):
-        if f"{name}.weight" not in stored:
+    stored = tensor_shapes(folder)
+    for name, parameter in model.named_parameters():
+        if name not in stored:
             raise UserError(
-                f"{folder} has no tensor {name}.weight: checkpoints with other names than "
-                "transformers' Llama cannot be quantized yet"
+                f"{folder} has no tensor {name}: it is incomplete, or its names are not those of "
+                "transformers' Llama, which are all that can be quantized yet"
             )
+        if stored[name] != parameter.shape:
+            raise UserError(
+                f"{name} of {folder} is {list(stored[name])}, and config.json asks for "
+                f"{list(parameter.shape)}: it describes another model"
+            )
+    check_values(folder)
+
+
+def check_values(folder: Path) -> None:
+    """Check that every weight is a number, and that differences of two of them are, in float32."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  no mapping
+                tensor = opened.get_tensor(name)
+                if not tensor.is_floating_point() or not tensor.numel():
+                    continue
+                largest = float((tensor.float() if tensor.itemsize == 1 else tensor).abs().max())
+                if not largest <= LARGEST:  # NaN is not, either
+                    raise UserError(
+                        f"{name} in {file} has a weight of {largest:g}: only numbers up to "
+                        f"{LARGEST:g} can be quantized; copy or train the checkpoint again"
+                    )
 
 
 def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
@@ -181,7 +213,7 @@ def write_checkpoint(
     out.mkdir()
     rows: list[tuple[str, int, int, int]] = []
     tensors: dict[str, Tensor] = {}
-    for file in sorted(source.glob("*.safetensors")):
+    for file in weight_files(source):
         for name, tensor in load_file(file).items():
             layer = name.removesuffix(".weight")
             new, part = {name: tensor}, "rest"
@@ -192,7 +224,10 @@ def write_checkpoint(
             after = sum(value.nbytes for value in new.values())
             rows.append((part, tensor.numel(), tensor.nbytes, after))
             tensors |= new
-    save_torch_state_dict(tensors, out)
+    try:
+        save_torch_state_dict(tensors, out)
+    except SafetensorError as error:
+        raise UserError(f"{out.parent} cannot be written: {error}") from None
     sizes = pd.DataFrame(rows, columns=["part", "numbers", "before", "after"])
     sizes = sizes.groupby("part").sum().reindex(PARTS).dropna().astype(int)
     sizes.loc["all"] = sizes.sum()

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import hf_attn  # noqa: F401  registers the model classes
+from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import read_config
 from quant.schemes.hessian import inputs_of, layer_by_layer
 from quant.schemes.registry import Scheme
@@ -27,6 +28,11 @@ def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (lm_head or name != HEAD)
     }
+
+
+def has_decoder_layers(model: nn.Module) -> bool:
+    """Return whether a calibrated scheme finds the decoder layers, one after another."""
+    return isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList)
 
 
 def columns(model: nn.Module, lm_head: bool = False) -> set[int]:
@@ -64,6 +70,10 @@ def quantize(
     quantized: dict[str, QuantizedWeight] = {}
 
     def replace(name: str, hessian: Tensor | None) -> None:
+        if hessian is not None and not hessian.isfinite().all():
+            raise UserError(
+                f"the inputs of {name} are too large for float32: use a scheme without calibration"
+            )
         quantized[name] = scheme(chosen[name].weight.data, spec, hessian, act_order)
         put(chosen[name], quantized[name])
         on_layer()

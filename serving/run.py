@@ -57,6 +57,7 @@ def make_server(state: GatewayState) -> uvicorn.Server:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,  # nothing asks for the client's address
         timeout_graceful_shutdown=state.config.timeouts.drain,
     )
     return uvicorn.Server(settings)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from serving.access import Access
 from serving.auth import Keys
-from serving.config import Config, ConfigError, load
+from serving.config import Config, ConfigError
+from serving.config_file import load
 from serving.observability.metrics import Metrics
 from serving.observability.pages import MetricsPages
 from serving.rate_limit import Account

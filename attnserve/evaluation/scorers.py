@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from attnserve.evaluation.tiled import attend_in_tiles, is_pruned
 from hf_attn import VariantLlamaForCausalLM
+from hf_attn.files import INDEX
 
 BATCH_TOKENS = 2048  # tokens of a batch, padding included; a longer item is a batch of its own
 
@@ -72,6 +73,8 @@ def rope_parameters(config: PreTrainedConfig, factor: float) -> dict[str, Any]:
 def load(folder: Path, rope_theta_factor: float = 1.0, **kwargs: Any) -> PreTrainedModel:
     """Return a checkpoint in float32; `kwargs` as `from_pretrained` takes them."""
     config = AutoConfig.from_pretrained(folder)
+    if (folder / INDEX).is_file():  # a model.safetensors beside it is of an earlier save
+        config.transformers_weights = INDEX
     if rope_theta_factor != 1.0:
         config.rope_parameters = rope_parameters(config, rope_theta_factor)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -15,6 +15,7 @@ import functools
 import importlib
 import math
 import pkgutil
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -137,8 +138,9 @@ class Variant(ABC):
         return after - added, after[..., -1, :]
 
 
-LEAST_BUDGET = 2
-"""Tokens that a layer keeps at least: the first, which is never evicted, and the newest."""
+LEAST_BUDGET, MOST_BUDGET = 2, 2**30
+"""Tokens that a layer keeps at least: the first, which is never evicted, and the newest; at most:
+kernels count them in 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,11 @@ class PrunableVariant(Variant):
             raise VariantError(
                 f"{self.name}'s kv_budgets must be at least {LEAST_BUDGET} tokens a layer, the "
                 f"first and the newest, not {min(self.kv_budgets)}"
+            )
+        if self.kv_budgets and max(self.kv_budgets) > MOST_BUDGET:
+            raise VariantError(
+                f"{self.name}'s kv_budgets must be at most {MOST_BUDGET} tokens a layer, not "
+                f"{reprlib.repr(max(self.kv_budgets))}"
             )
 
 
@@ -197,15 +204,18 @@ def variant_names() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
+
 def _is_a(value: Any, hint: Any) -> bool:
     """Return whether a value from `config.json` fits a parameter's annotation; a float may be a
     whole number, and `tuple[X, ...]` stands for a list."""
     if get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and all(_is_a(x, get_args(hint)[0]) for x in value)
     kinds = get_args(hint) or (hint,)
-    if type(value) is int and float in kinds:
-        return True
-    return type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
+    if float in kinds and type(value) in (int, float):
+        return abs(value) <= FLOAT32_MAX  # kernels compute in it; NaN is not, either
+    return type(value) in kinds
 
 
 def get_variant(name: str, /, **parameters: Any) -> Variant:
@@ -233,7 +243,7 @@ def get_variant(name: str, /, **parameters: Any) -> Variant:
             kind = f"finite {hint if get_args(hint) else hint.__name__}"
             if get_origin(hint) is tuple:
                 kind = f"list of {get_args(hint)[0].__name__}s"
-            raise VariantError(f"{name}'s {parameter} must be a {kind}, not {value!r}")
+            raise VariantError(f"{name}'s {parameter} must be a {kind}, not {reprlib.repr(value)}")
         if isinstance(value, list):
             parameters[parameter] = tuple(value)
     return cls(**parameters)

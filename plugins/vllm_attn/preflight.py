@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from attn_kernels import Variant, get_variant, variant_from_config
 from attn_kernels.pruning import LARGEST_GPU_BUDGET
 from hf_attn.configuration import VariantLlamaConfig
+from hf_attn.files import tensor_shapes
 from hf_attn.unread import nested_variant, remedy_for
 from vllm_attn import library, names, report
 from vllm_attn.report import StartupError
@@ -281,8 +281,8 @@ def check_format(model_config: Any) -> None:
 
 
 def check_learned_tensors(model_config: Any, variant: Variant) -> None:
-    """Refuse a local checkpoint that lacks the variant's learned tensors."""
-    tensors = tensor_names(model_config) if variant.learned else set()
+    """Refuse a local checkpoint with a broken file, or without the variant's learned tensors."""
+    tensors = tensor_names(model_config)
     if not tensors:
         return
     num_layers = model_config.hf_text_config.num_hidden_layers
@@ -302,11 +302,10 @@ def tensor_names(model_config: Any) -> set[str]:
     Empty for any other checkpoint, which is checked when its weights are loaded (`vllm_attn.model`,
     `vllm_attn.fla_model`).
     """
-    names: set[str] = set()
-    for file in sorted(Path(model_config.model).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            names.update(f.keys())
-    return names
+    try:
+        return set(tensor_shapes(Path(model_config.model)))
+    except ValueError as error:
+        raise StartupError(str(error)) from None
 
 
 def check_layer(backend: Any, selector_config: Any, capability: Any = None) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
+import os
+import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,9 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
@@ -26,7 +31,7 @@ from quant_kernels.pack import unpack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 from tests.conftest import Commands
 from tests.quantized import quantize as main
-from tests.tiny import tiny_checkpoint
+from tests.tiny import LICENSE, tiny_checkpoint
 
 LAYERS = 14
 """Linear layers of the fixture's model."""
@@ -159,6 +164,135 @@ def test_several_files(softpick: Path, tmp_path: Path) -> None:
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     assert not list((tmp_path / "out").glob("*.index.json"))
+
+
+@pytest.mark.parametrize("stale", ["consolidated", "model"])
+def test_files_that_the_index_does_not_name(softpick: Path, tmp_path: Path, stale: str) -> None:
+    """Are not read: Mistral's other layout, or what an earlier save has left."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    load(softpick).save_pretrained(source, max_shard_size="300KB")
+    old = load_file(softpick / "model.safetensors")
+    renamed = {f"{stale}.{name}" if stale != "model" else name: -x for name, x in old.items()}
+    save_file(renamed, source / f"{stale}.safetensors", metadata={"format": "pt"})
+    main([str(source), str(out), "--bits=4", "--scheme=rtn"])
+    main([str(softpick), str(tmp_path / "whole"), "--bits=4", "--scheme=rtn"])
+    found, whole = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "whole"))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+DOWN, NORM = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+
+
+def one_weight(name: str, value: float) -> Callable[[Path], object]:
+    """Return what gives a checkpoint one other weight."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].flatten()[3] = value
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def without(name: str, shape: tuple[int, ...] | None = None) -> Callable[[Path], object]:
+    """Return what takes a tensor from a checkpoint, or gives it another shape."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        if shape:
+            tensors[name] = torch.zeros(shape)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 5000)
+
+
+def pointer(folder: Path) -> None:
+    """Leave what git does where git-lfs is not installed."""
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def index_of(content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(content)
+
+
+def of_gpt2(folder: Path) -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+BROKEN: list[tuple[Callable[[Path], object], str]] = [
+    (one_weight(DOWN, torch.nan), f"{DOWN} in *source/model.safetensors has a weight of nan"),
+    (one_weight(DOWN, -torch.inf), f"{DOWN} in *source/model.safetensors has a weight of inf"),
+    (one_weight(DOWN, 3e38), f"{DOWN} in *source/model.safetensors has a weight of 3e+38: only"),
+    (one_weight(NORM, torch.nan), f"{NORM} in *source/model.safetensors has a weight of nan"),
+    (without(NORM), f"source has no tensor {NORM}: it is incomplete, or its names are not"),
+    (without(DOWN), f"source has no tensor {DOWN}: it is incomplete"),
+    (without(NORM, (127,)), f"{NORM} of *source is [127], and config.json asks for [128]"),
+    (cut, "source/model.safetensors is no whole safetensors file (*): copy or download it again"),
+    (pointer, "source/model.safetensors is no whole safetensors file (*): copy or download it"),
+    (index_of("{"), "source/model.safetensors.index.json is no index of safetensors: copy it"),
+    (index_of('{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which is not th"),
+    (of_gpt2, "source is a gpt2, whose layers gptq cannot quantize: use a model like Llama"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), BROKEN)
+def test_broken_checkpoints(
+    softpick: Path,
+    tmp_path: Path,
+    commands: Commands,
+    change: Callable[[Path], object],
+    says: str,
+) -> None:
+    """One line before any work, and nothing is written."""
+    source = Path(shutil.copytree(softpick, tmp_path / "source"))
+    change(source)
+    for scheme in ("gptq", "rtn"):
+        line = commands.refused(command, source, tmp_path / "out", "--bits=4", f"--scheme={scheme}")
+        pattern = says.replace("gptq", scheme).replace("[", "[[]")
+        assert fnmatch.fnmatchcase(line, f"*{pattern}*"), line
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_inputs_that_overflow(softpick: Path, tmp_path: Path, commands: Commands) -> None:
+    """No weight is too large, but what they make of a text is."""
+    source = Path(shutil.copytree(softpick, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.post_attention_layernorm.weight"] *= 1e30
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text(LICENSE.read_text())
+    given = ["--scheme=gptq", f"--calibration-text={text}", "--calibration=2", "--length=32"]
+    line = commands.refused(command, source, tmp_path / "out", "--bits=4", *given)
+    assert "the inputs of model.layers.0.mlp.gate_proj are too large for float32: use a" in line
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_output_that_cannot_be_written(softpick: Path, tmp_path: Path, commands: Commands) -> None:
+    """Said before the work, not after it."""
+    file, out = tmp_path / "file", tmp_path / "file/deep/out"
+    file.touch()
+    line = commands.refused(command, softpick, out, "--bits=4", "--scheme=rtn")
+    assert f"{out} cannot be written, since {file} cannot: name another folder" in line
+
+
+def test_full_disk(softpick: Path, tmp_path: Path, commands: Commands) -> None:
+    """As far as a test can fill one: no file may be larger than so much."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        line = commands.refused(command, softpick, tmp_path / "out", "--bits=4", "--scheme=rtn")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path} cannot be written: " in line and "File too large" in line
+    assert not list(tmp_path.iterdir())
 
 
 REFUSALS = [

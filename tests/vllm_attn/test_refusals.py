@@ -166,6 +166,7 @@ def test_selective_limits(tmp_path: Path, options: dict[str, object], line: str)
     [
         ([24, 24], {}, "kv_budgets has 2 entries and the model 3 layers: give one budget a layer"),
         ([24, 24, 1], {}, "kv_budgets must be at least 2 tokens a layer"),
+        ([24, 24, 10**30], {}, "kv_budgets must be at most 1073741824 tokens a layer, not 1000"),
         ([24, 24, 2.5], {}, "kv_budgets must be a list of ints"),
         (24, {}, "kv_budgets must be a list of ints"),
         ([24] * 3, {"tensor_parallel_size": 2}, "use --tensor-parallel-size 1"),
@@ -211,6 +212,21 @@ def test_learned_tensors_on_a_plain_llama(tiny_llama: Path) -> None:
     constant = {"attention_variant": {"name": "ssmax", "scale": 0.168}}
     config = make_config(tiny_llama, hf_overrides=constant)
     assert config.attention_config.backend.name == "SSMAX"
+
+
+@pytest.mark.parametrize("variant", ["softpick", "ssmax"])
+def test_a_broken_file(tmp_path: Path, variant: str) -> None:
+    """Is named, whether or not the variant has learned tensors; one that the index does not name
+    is not looked at."""
+    tiny_checkpoint(tmp_path, variant)
+    whole, shard = tmp_path / "model.safetensors", tmp_path / "model-1.safetensors"
+    shutil.copy(whole, shard)
+    whole.write_bytes(whole.read_bytes()[:5000])
+    with pytest.raises(StartupError, match=rf"{whole} is no whole safetensors file \(.*\): copy"):
+        make_config(tmp_path)
+    index = {"weight_map": dict.fromkeys(load_file(shard), shard.name)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    make_config(tmp_path)
 
 
 OTHERS = [name for name in variant_names() if name != "softmax"]
