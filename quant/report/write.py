@@ -92,7 +92,7 @@ def page(answers: Answers) -> str:
             memory=memory,
             unquantized=[result for result in results if result.config == UNQUANTIZED],
             steps=STEPS,
-            false=LEVEL,
+            limit=LEVEL,
             figures=figures,
             every=every,
             texts=dict.fromkeys(explained(**result.texts) for result in results),

@@ -132,6 +132,7 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     first, _ = text.split("<h2>", 1)
     assert "Storing the weights in few bits raises" in first and 'id="answer"' in first
     assert first.count('class="step') + first.count('class="none"') >= 2 * 6 * 4
+    assert "at most 5 % false" in " ".join(text.split())
     assert "degradation" not in text and "data-tip" in text
 
 
