@@ -84,17 +84,23 @@ def shade_of(variant: str) -> str:
 
 
 def panel(axes: Axes, lines: Sequence[Line], x: str, y: str) -> None:
-    """Draw labelled lines with intervals, against what falls from left to right."""
+    """Draw labelled lines with intervals, against what falls from left to right. Points without a
+    finite value are left to the tables."""
+    finite = [[point for point in line.points if np.isfinite(point[1].value)] for line in lines]
+    lines = [replace(line, points=own) for line, own in zip(lines, finite, strict=True) if own]
+    axes.set(xlabel=x, ylabel=y)
+    if not lines:
+        axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center")
+        return
     for line in lines:
         across, ends, _ = zip(*line.points, strict=True)
         values = np.array(ends)
-        finite = np.where(np.isfinite(values), values, values[:, :1])
+        bars = np.where(np.isfinite(values), values, values[:, :1])
         axes.plot(across, values[:, 0], color=line.shade, gid=f"of:{line.label}")
-        axes.vlines(across, *finite[:, 1:].T, color=line.shade, gid=f"of:{line.label}")
+        axes.vlines(across, *bars[:, 1:].T, color=line.shade, gid=f"of:{line.label}")
         for place, estimate, said in line.points:
             tip = f"tip:{line.label}: {said}"
             axes.plot([place], [estimate.value], "o", color=line.shade, markersize=5, gid=tip)
-    axes.set(xlabel=x, ylabel=y)
     axes.margins(x=0.06)
     axes.xaxis.set_inverted(True)
     set_scale(axes, [estimate.value for line in lines for _, estimate, _ in line.points])
@@ -106,6 +112,7 @@ def whole_bits(axes: Axes, lines: Sequence[Line], bits: Iterable[int]) -> list[L
     each a little beside the others."""
     ticks = sorted(set(bits))
     axes.set_xticks(range(len(ticks)), list(map(str, ticks)))
+    axes.set_xlim(-0.4, len(ticks) - 0.6)
     step = min(0.07, 0.4 / len(lines))
     return [
         replace(
@@ -137,24 +144,26 @@ def label_lines(axes: Axes, lines: Sequence[Line], beside: bool = False) -> None
     height as there is room."""
     ends = [min((place, estimate.value) for place, estimate, _ in line.points) for line in lines]
     axes.autoscale_view()
-    heights = (axes.transData + axes.transAxes.inverted()).transform(ends)[:, 1]
+    across, heights = (axes.transData + axes.transAxes.inverted()).transform(ends).T
     order = np.argsort(heights)
     steps = min(0.085, 1 / len(lines)) * np.arange(len(lines))
     apart = isotonic_regression(np.clip(heights, 0, 1)[order] - steps).x + steps
     apart -= max(0.0, apart[-1] - 1)
     for index, height in zip(order, apart, strict=True):
+        left = beside and across[index] > 0.5  # where there is more room
         axes.annotate(
             lines[index].label,
             ends[index],
-            (7 if beside else 1.06, height),
+            ((-7 if left else 7) if beside else 1.06, height),
             textcoords=("offset points" if beside else "axes fraction", "axes fraction"),
+            ha="right" if left else "left",
             va="center",
             arrowprops={
                 "arrowstyle": "-",
                 "color": lines[index].shade,
                 "linewidth": 0.8,
                 "shrinkA": 1,
-                "relpos": (0, 0.5),
+                "relpos": (int(left), 0.5),
             },
         )
 

@@ -1,5 +1,6 @@
 """Every output of a sweep, from the folder of its results alone."""
 
+import math
 from pathlib import Path
 
 from markupsafe import Markup
@@ -24,6 +25,8 @@ STEPS = (0.005, 0.02, 0.1)
 
 def level(change: Estimate) -> str:
     """Return the class of a change of loss in the main table, which gives it its color."""
+    if not math.isfinite(change.value):
+        return f"step{len(STEPS)}"
     if change.low <= 0 <= change.high:
         return "none"
     return f"step{sum(change.value >= step for step in STEPS)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from selenium.webdriver import Chrome
+from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from attnserve.evaluation.intervals import mean_interval
+from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant import store
 from quant.config import UNQUANTIZED, QuantConfig
 from quant.report.compare import Answers
@@ -245,11 +246,15 @@ def test_nothing_is_empty_cut_or_covered(opened: Chrome, page: Path) -> None:
 
 @pytest.mark.integration  # a browser
 def test_values_on_hover(opened: Chrome) -> None:
-    """And by keyboard; the other lines step back, and come again."""
+    """Under the pointer, and by keyboard; the other lines step back, and come again."""
     tip = opened.find_element(By.ID, "tip")
     assert not tip.is_displayed()
-    code = "document.querySelector(`[data-tip^='softpick: 3 bits']`).focus()"
-    opened.execute_script(code)
+    point = opened.find_element(By.CSS_SELECTOR, "[data-tip^='lssa: 2 bits (gptq']")
+    ActionChains(opened).move_to_element(point).perform()
+    assert tip.is_displayed() and tip.text.startswith("lssa: 2 bits (gptq, groups of 64), loss +0")
+    ActionChains(opened).move_to_element(opened.find_element(By.TAG_NAME, "h1")).perform()
+    assert not tip.is_displayed()
+    opened.execute_script("document.querySelector(`[data-tip^='softpick: 3 bits']`).focus()")
     rise = 1.4 * 4.0**-3
     assert (
         tip.is_displayed()
@@ -261,6 +266,20 @@ def test_values_on_hover(opened: Chrome) -> None:
     assert names and not any(name.startswith("softpick") for name in names)
     opened.execute_script("document.activeElement.blur()")
     assert not tip.is_displayed() and not opened.find_elements(By.CSS_SELECTOR, ".faded")
+
+
+def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
+    """They are in the tables, and have the color of the largest losses."""
+    results = [rising("softmax", UNQUANTIZED, 0, 0), rising("softmax", weights(4), 0.01)]
+    lost = rising("softmax", weights(2), 1)
+    for figure in ("test loss change", "test KL"):
+        lost.summary[figure] = Estimate(math.nan, -math.inf, math.inf)
+    for folder, own in (("some", [*results, lost]), ("all", [results[0], lost])):
+        for each in own:
+            store.write(store.path_of(tmp_path / folder, "softmax", each.config), each)
+        text = Path(write(tmp_path / folder)["html"]).read_text()
+        assert text.count('<td class="step3"') == 1 and "nan" in text
+        assert ("no finite values" in text) == (folder == "all")
 
 
 def test_a_checkpoints_name_is_never_html(tmp_path: Path) -> None:
