@@ -1,5 +1,6 @@
 """The running gateway: one process, or several workers."""
 
+import ctypes
 import gc
 import resource
 import socket
@@ -35,6 +36,7 @@ def run_process(
 ) -> None:
     """Run one process of the gateway; a worker of several has a socket and a file for metrics."""
     configure(config.logging.level)
+    return_large_blocks()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     server = make_server(GatewayState(config, path, metrics_file))
@@ -45,6 +47,14 @@ def run_process(
     server.run(None if listening is None else [listening])
     if not server.started:
         sys.exit(1)
+
+
+def return_large_blocks() -> None:
+    """Have glibc give what a large body took back to the system, as soon as it is free. By itself
+    it would raise this threshold with the first one, and keep what the others leave."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc's
+        mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD, at its default
 
 
 def make_server(state: GatewayState) -> uvicorn.Server:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from attn_kernels.cpu.build import HERE as ATTENTION
-from attn_kernels.cpu.build import BuildError, chosen_isas, compile_library, open_library
+from attn_kernels.cpu.build import best, chosen_isas, compile_library, open_library
 from attn_kernels.cpu.kernel import fields
 from quant_kernels.panels import Panels, dequantize
 
@@ -62,20 +62,20 @@ def load(bits: int) -> ctypes.CDLL | None:
 
 @functools.cache
 def _load(bits: int, isas: tuple[str, ...]) -> ctypes.CDLL | None:
-    why = ""
-    for isa in isas:
-        try:
-            size = ctypes.sizeof(ProductCall)
-            return open_library(build(bits, isa), "attnserve_packed_abi", size)
-        except BuildError as error:
-            why = str(error)
-    logger.warning(
-        "attnserve: weights of %s bits run in torch operations, many times slower than CPU "
-        "kernels: %s",
-        bits,
-        why,
+    size = ctypes.sizeof(ProductCall)
+    library, why = best(
+        f"a weight of {bits} bits",
+        isas,
+        lambda isa: open_library(build(bits, isa), "attnserve_packed_abi", size),
     )
-    return None
+    if library is None:
+        logger.warning(
+            "attnserve: weights of %s bits run in torch operations, many times slower than CPU "
+            "kernels: %s",
+            bits,
+            why,
+        )
+    return library
 
 
 # Compiled graphs hold these as operators, whose arguments are tensors and numbers; otherwise the

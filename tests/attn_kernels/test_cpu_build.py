@@ -25,6 +25,7 @@ from attn_kernels import cpu, get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.cpu import build
 from attn_kernels.paged import TorchLayer
+from quant_kernels import ops
 from tests.attn_kernels.test_paged import TORCH_TOLERANCE, Cache, relative_error
 
 pytestmark = pytest.mark.integration
@@ -356,25 +357,120 @@ def test_no_home(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPat
     assert "ATTNSERVE_CACHE" in only_warning(caplog)
 
 
-@pytest.mark.parametrize("content", [b"", b"no library" * 1000], ids=["empty", "garbage"])
-def test_damaged_library(content: bytes, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def damage(library: Path, how: str) -> None:
+    """Leave what a full disk or a failing one does."""
+    content = library.read_bytes()
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    kinds = {
+        "bit": bytes(changed),
+        "empty": b"",
+        "garbage": b"no library" * 1000,
+        "cut": content[:5000],
+    }
+    library.unlink()  # what is loaded stays as it is
+    library.write_bytes(kinds[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "garbage", "cut", "bit"])
+def test_a_damaged_library_is_built_again(
+    how: str, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     library = build.build_library(HEADER, "Softpick", "portable")
-    library.write_bytes(content)
-    forget()
-    check_bound(TorchLayer)
-    message = only_warning(caplog)
-    assert str(library) in message and "delete it" in message
-    library.unlink()
+    damage(library, how)
     forget()
     check_bound(cpu.CPULayer)
+    assert place.compiled() == 2 and place.libraries() == [library]
+    (record,) = said(caplog)
+    assert record.getMessage() == f"{library} is damaged: it is not used"
 
 
-def test_library_of_another_version(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    """Its structs have other sizes: calling it would read past them."""
+def test_a_damaged_library_and_no_compiler(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = build.build_library(HEADER, "Softpick", "portable")
-    source = place.compiler.with_name("other.cpp")
-    source.write_text('extern "C" int attnserve_abi() { return 7; }')
-    subprocess.run([place.real, "-shared", "-fPIC", source, "-o", library], check=True)
+    damage(library, "cut")
+    forget()
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    check_bound(TorchLayer)
+    damaged, missing = [record.getMessage() for record in said(caplog)]
+    assert damaged == f"{library} is damaged: it is not used"
+    assert "CXX=/nonexistent/g++ is not found" in missing
+
+
+def compiled(place: Place, library: Path, source: str) -> None:
+    """Put another library in the place of one, as whole as one of ours."""
+    code, out = place.compiler.with_name("other.cpp"), place.compiler.with_name("other.so")
+    code.write_text(source)
+    subprocess.run([place.real, "-shared", "-fPIC", code, "-o", out], check=True)
+    library.unlink()
+    library.write_bytes(build.sealed(out.read_bytes()))
+    library.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("owner", "belongs to another user"),
+        ("group", "can be written by other users"),
+        ("others", "can be written by other users"),
+        ("link", "cannot be opened (Too many levels of symbolic links)"),
+        ("unsealed", "is damaged"),
+    ],
+)
+def test_a_planted_library_is_not_loaded(
+    how: str, why: str, place: Place, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Whoever can write to the cache would run code as its user."""
+    if how == "owner" and os.geteuid():
+        pytest.skip("only root can give a file to another user")
+    library, ran = build.build_library(HEADER, "Softpick", "portable"), tmp_path / "ran"
+    source = f'#include <cstdio>\n__attribute__((constructor)) void f() {{ fopen("{ran}", "w"); }}'
+    compiled(place, library, source)
+    if how == "owner":
+        os.chown(library, 65534, 65534)
+    elif how in ("group", "others"):
+        library.chmod(0o775 if how == "group" else 0o757)
+    elif how == "link":
+        library.rename(tmp_path / "elsewhere.so")
+        library.symlink_to(tmp_path / "elsewhere.so")
+    else:
+        library.write_bytes(library.read_bytes()[: -build.HASH_BYTES])
+    forget()
+    check_bound(cpu.CPULayer)
+    assert not ran.exists()
+    (record,) = said(caplog)
+    assert record.getMessage() == f"{library} {why}: it is not used"
+    assert place.compiled() == 2 and not library.is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["lock", "log"])
+def test_links_in_the_cache_are_not_followed(
+    kind: str, place: Place, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """What they point at stays as it is."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    library = build.build_library(HEADER, "Softpick", "portable")
+    place.compile_with("exit 1")
+    library.unlink()
+    link = library.with_suffix(".log") if kind == "log" else Path(f"{library}.lock")
+    link.unlink(missing_ok=True)
+    link.symlink_to(mine)
+    forget()
+    check_bound(TorchLayer)
+    assert mine.read_text() == "precious"
+    says = "cannot be used" if kind == "lock" else "failed (exit code 1)"
+    assert says in only_warning(caplog)
+
+
+@pytest.mark.parametrize("source", ['extern "C" int attnserve_abi() { return 7; }', "int x;"])
+def test_library_of_another_version(
+    source: str, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its structs have other sizes, calling it would read past them; or it says nothing of them."""
+    library = build.build_library(HEADER, "Softpick", "portable")
+    compiled(place, library, source)
     check_bound(TorchLayer)
     assert f"{library} does not fit this version of attnserve: delete it" in only_warning(caplog)
 
@@ -437,3 +533,24 @@ def test_best_instruction_set_is_chosen(place: Place, monkeypatch: pytest.Monkey
     assert kernel is not None and kernel.isa == cpu.usable_isas()[0]
     (library,) = place.libraries()
     assert library.name.startswith(f"softpick-{kernel.isa}-")
+
+
+@pytest.mark.parametrize("what", ["attention", "weights"])
+def test_another_instruction_set_is_said(
+    what: str, place: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that is too old for the best one, for example."""
+    monkeypatch.delenv("ATTNSERVE_CPU_ISA")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "processor_features", lambda: AVX2)
+    place.compile_with('case "$*" in *-mavx2*) echo "error: no avx2" >&2; exit 1;; esac')
+    if what == "attention":
+        check_bound(cpu.CPULayer)
+    else:
+        ops._load.cache_clear()
+        assert ops.load(3) is not None
+        ops._load.cache_clear()
+    (record,) = said(caplog)
+    which = "softpick attention" if what == "attention" else "a weight of 3 bits"
+    start = f"attnserve: {which} runs with portable instructions instead of avx2, slower: "
+    assert record.getMessage().startswith(start) and "error: no avx2" in record.getMessage()

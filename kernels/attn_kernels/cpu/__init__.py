@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attn_kernels.cpu.build import HERE, BuildError, build_library, chosen_isas, usable_isas
+from attn_kernels.cpu.build import HERE, BuildError, best, build_library, chosen_isas, usable_isas
 from attn_kernels.cpu.kernel import CPUKernel, CPULayer, PrunedCPULayer
 from attn_kernels.paged import Layer, TorchLayer, head_size_of
 from attn_kernels.variant import Variant
@@ -43,14 +43,17 @@ def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
 def _load(variant: Variant, isas: tuple[str, ...]) -> CPUKernel | None:
     """Return the kernels for the first of `isas` that the compiler knows."""
     header = variant.cpu_header or HERE / "variants" / f"{variant.name}.hpp"
-    why = f"it has no C++ kernel ({header})"
-    for isa in isas if header.exists() else ():
-        try:
-            return CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa)
-        except BuildError as error:
-            why = str(error)
-    _warn(variant.name, why)
-    return None
+    if not header.exists():
+        _warn(variant.name, f"it has no C++ kernel ({header})")
+        return None
+    kernel, why = best(
+        f"{variant.name} attention",
+        isas,
+        lambda isa: CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa),
+    )
+    if kernel is None:
+        _warn(variant.name, why)
+    return kernel
 
 
 @functools.cache

@@ -3,7 +3,9 @@
 Attention has one library a variant and instruction set, from `kernel.cpp` and
 `variants/<name>.hpp`. The flags name the instruction set instead of saying "native", so that a
 library runs wherever its instructions do, and only instruction sets of the running processor are
-ever chosen. Its file name holds a hash of the sources and the flags, and one of the compiler.
+ever chosen. Its file name holds a hash of the sources and the flags, and one of the compiler; the
+file ends with a hash of itself. A library runs with all rights of its user, so that one is loaded
+only if nobody else, but root, can have written it.
 """
 
 from __future__ import annotations
@@ -17,14 +19,20 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
+from typing import TypeVar
 
 HERE = Path(__file__).parent
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
+
+HASH_BYTES = hashlib.sha256().digest_size
 
 FLAGS = (
     "-std=c++17",
@@ -165,18 +173,21 @@ def compile_library(
     try:
         compiler, version = find_compiler()
     except BuildError:
-        if built := sorted(folder.glob(f"{stem}-*.so")):
+        if built := [path for path in sorted(folder.glob(f"{stem}-*.so")) if is_whole(path)]:
             return built[0]
         raise
     by = hashlib.sha256("\0".join([*compiler, version]).encode())
     target = folder / f"{stem}-{by.hexdigest()[:8]}.so"
-    if target.exists():
+    if is_whole(target):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(folder / f"{target.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
+        lock = os.open(
+            folder / f"{target.name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
+        )
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not is_whole(target, quiet=True):
                 # A warning, so that it is shown where nobody has set up logging: it takes seconds.
                 logger.warning(
                     "Compiling the %s kernels for %s, once on this machine, into %s",
@@ -193,6 +204,55 @@ def compile_library(
     return target
 
 
+def is_whole(path: Path, quiet: bool = False) -> bool:
+    """Return whether a library is there that may be loaded; say, unless `quiet`, why one is not."""
+    try:
+        os.close(opened(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BuildError as error:
+        if not quiet:
+            logger.warning("%s: it is not used", error)
+        return False
+    return True
+
+
+def opened(path: Path) -> int:
+    """Return the descriptor of a library that may be loaded.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: it is not there.
+        BuildError: it is a link, somebody else can have written it, or it is not whole.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise BuildError(f"{path} cannot be opened ({error.strerror})") from None
+    about = os.fstat(descriptor)
+    content = b""
+    if stat.S_ISREG(about.st_mode):
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read()
+    why = ""
+    if about.st_uid not in (0, os.geteuid()):
+        why = "belongs to another user"
+    elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        why = "can be written by other users"
+    elif sealed(content[:-HASH_BYTES]) != content:
+        why = "is damaged"
+    if why:
+        os.close(descriptor)
+        raise BuildError(f"{path} {why}")
+    return descriptor
+
+
+def sealed(content: bytes) -> bytes:
+    """Return a library with the hash of it at its end, where loaders do not look."""
+    return content + hashlib.sha256(content).digest()
+
+
 def open_library(path: Path, abi: str, expected: int) -> ctypes.CDLL:
     """Return a library, loaded.
 
@@ -202,15 +262,47 @@ def open_library(path: Path, abi: str, expected: int) -> ctypes.CDLL:
         expected: what that is in this version.
 
     Raises:
-        BuildError: it does not load, or is of another version.
+        BuildError: it does not load, must not, or is of another version.
     """
     try:
-        library = ctypes.CDLL(str(path))
+        # What was looked at is loaded, whatever is at `path` now. It stays open: the loader takes
+        # two files of one name for the same.
+        library = ctypes.CDLL(f"/proc/self/fd/{opened(path)}")
+        if getattr(library, abi)() == expected:
+            return library
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded ({error}): delete it") from None
-    if getattr(library, abi)() != expected:
-        raise BuildError(f"{path} does not fit this version of attnserve: delete it")
-    return library
+    except AttributeError:
+        pass  # it has no such function
+    raise BuildError(f"{path} does not fit this version of attnserve: delete it")
+
+
+def best(what: str, isas: Sequence[str], make: Callable[[str], T]) -> tuple[T | None, str]:
+    """Return what `make(isa)` gives for the first instruction set for which it gives anything, and
+    why it gives nothing for the first of all.
+
+    Args:
+        what: runs, for a warning where that is not the first.
+        isas: instruction sets, best first.
+        make: may raise BuildError.
+    """
+    why = ""
+    for isa in isas:
+        try:
+            made = make(isa)
+        except BuildError as error:
+            why = why or str(error)
+            continue
+        if why:
+            logger.warning(
+                "attnserve: %s runs with %s instructions instead of %s, slower: %s",
+                what,
+                isa,
+                isas[0],
+                why,
+            )
+        return made, why
+    return None, why
 
 
 def _compile(command: list[str], target: Path) -> None:
@@ -220,10 +312,11 @@ def _compile(command: list[str], target: Path) -> None:
         done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
         if done.returncode:
             log = target.with_suffix(".log")
-            log.write_text(f"{' '.join(command)}\n{done.stderr}")
+            out.write_text(f"{' '.join(command)}\n{done.stderr}")
+            os.replace(out, log)  # what is there may be a link
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             why = errors[0] if errors else f"exit code {done.returncode}"
             raise BuildError(f"{command[0]} failed ({why}); all of it is in {log}")
-        with open(out, "rb") as written:
-            os.fsync(written.fileno())  # a truncated library kills the process that loads it
+        out.write_bytes(sealed(out.read_bytes()))
+        out.chmod(0o755)  # whatever the umask is
         os.replace(out, target)
