@@ -4,6 +4,7 @@ Everything is paired: the same sequences, before and after, for both sides.
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ def before(results: Sequence[SweepResult]) -> dict[str, SweepResult]:
 
 def losses(result: SweepResult, text: str = "test") -> NDArray[np.float64]:
     """Return the loss of each sequence of a text."""
-    return np.array(result.units["perplexity"][text]["sequence_losses"])
+    return np.array(result.units["perplexity"][text]["sequence_losses"], dtype=np.float64)
 
 
 def same_text(results: Sequence[SweepResult]) -> bool:
@@ -52,9 +53,10 @@ class Choice:
     margin: Estimate | None = None
 
     @property
-    def changes(self) -> dict[str, Estimate]:
-        """The change of loss of each checkpoint."""
-        return {r.checkpoint: r.summary["test loss change"] for r in self.results}
+    def changes(self) -> dict[str, float]:
+        """The change of loss of each checkpoint; what is no number is infinite."""
+        values = {r.checkpoint: r.summary["test loss change"].value for r in self.results}
+        return {name: math.inf if math.isnan(value) else value for name, value in values.items()}
 
 
 def choices(results: Sequence[SweepResult]) -> list[Choice]:
@@ -97,8 +99,9 @@ def cost(results: Sequence[SweepResult]) -> float:
 
 
 def mean_divergence(results: Sequence[SweepResult], text: str) -> float:
-    """Return the geometric mean of the divergences on a text."""
-    return float(stats.gmean([max(r.summary[f"{text} KL"].value, 1e-12) for r in results]))
+    """Return the geometric mean of the divergences on a text, infinite if one is no number."""
+    values = np.array([result.summary[f"{text} KL"].value for result in results])
+    return float(stats.gmean(values.clip(1e-12))) if np.isfinite(values).all() else math.inf
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def paired_rise(
     if not same_text([pair[1] for pair in pairs]):
         return None
     first, second = (losses(after, text) - losses(start, text) for after, start in pairs)
-    return np.asarray(first - second)
+    return first - second
 
 
 def differences(
@@ -140,7 +143,7 @@ def differences(
         for one, other in itertools.combinations(own, 2):
             pairs = [(result, unquantized[result.checkpoint]) for result in (other, one)]
             values = paired_rise(pairs)
-            if values is None or len(values) < 2:
+            if values is None or len(values) < 2 or not np.isfinite(values).all():
                 continue
             names = other.checkpoint, one.checkpoint
             found.append(Difference(choice.target, choice.bits, *names, mean_interval(values), 1))
@@ -198,10 +201,10 @@ class Answers:
         if not self.choices:
             return "Only unquantized models were measured so far."
         own = [choice for choice in self.choices if choice.target == self.targets[0]]
-        changes = {name: estimate.value for name, estimate in own[-1].changes.items()}
+        changes = own[-1].changes
         least, most = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
         several = len(changes) > 1
-        costs = [f"{max(e.value for e in c.changes.values()):.4f} at {c.bits} bits" for c in own]
+        costs = [f"{max(c.changes.values()):.4f} at {c.bits} bits" for c in own]
         ratios = f"{np.exp(changes[most]):.3g} times the perplexity"
         if several:
             ratios += f" for {most}, {np.exp(changes[least]):.3g} times for {least}"
@@ -230,10 +233,8 @@ class Answers:
     def verdicts(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows: which checkpoints differ from the baseline, and how many of all pairs
         differ."""
-        name, groups = (
-            self.baseline.checkpoint,
-            defaultdict[tuple[str, int], list[Difference]](list),
-        )
+        name = self.baseline.checkpoint
+        groups: dict[tuple[str, int], list[Difference]] = defaultdict(list)
         for each in self.differences:
             groups[each.target, each.bits].append(each)
         rows = []

@@ -1,5 +1,6 @@
 """Do outliers explain which checkpoint loses most? Rank correlation over checkpoints."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def mean_ranks(results: Sequence[SweepResult]) -> dict[str, NDArray[np.floating[
     names = [result.checkpoint for result in results if result.config == UNQUANTIZED]
     costs: dict[QuantConfig, dict[str, float]] = defaultdict(dict)
     for result in results:
-        if "test KL" in result.summary:
+        if "test KL" in result.summary and math.isfinite(result.summary["test KL"].value):
             costs[result.config][result.checkpoint] = result.summary["test KL"].value
     ranks: dict[str, list[NDArray[np.floating[Any]]]] = defaultdict(list)
     for config, cost in costs.items():

@@ -39,6 +39,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "grid.color": RULE,
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "text.color": TEXT,
     "axes.edgecolor": TEXT,
     "axes.labelcolor": TEXT,

@@ -269,14 +269,19 @@ def test_values_on_hover(opened: Chrome) -> None:
 
 
 def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
-    """They are in the tables, and have the color of the largest losses."""
-    results = [rising("softmax", UNQUANTIZED, 0, 0), rising("softmax", weights(4), 0.01)]
+    """They are in the tables, and have the color of the largest losses; no scheme wins by them."""
+    ssmax = [rising("ssmax", config, 0.01) for config in (UNQUANTIZED, weights(2))]
+    results = [rising("softmax", UNQUANTIZED, 0, 0), rising("softmax", weights(4), 0.01), *ssmax]
     lost = rising("softmax", weights(2), 1)
     for figure in ("test loss change", "test KL"):
         lost.summary[figure] = Estimate(math.nan, -math.inf, math.inf)
+    lost.units["perplexity"]["test"]["sequence_losses"] = [math.nan] * 3
+    rtn = [rising(variant, weights(2, "rtn"), 1) for variant in ("softmax", "ssmax")]
+    answers = Answers.of([*results, lost, *rtn])
+    assert [each.setting for each in answers.choices] == ["gptq, groups of 64", "rtn, groups of 64"]
     for folder, own in (("some", [*results, lost]), ("all", [results[0], lost])):
         for each in own:
-            store.write(store.path_of(tmp_path / folder, "softmax", each.config), each)
+            store.write(store.path_of(tmp_path / folder, each.checkpoint, each.config), each)
         text = Path(write(tmp_path / folder)["html"]).read_text()
         assert text.count('<td class="step3"') == 1 and "nan" in text
         assert ("no finite values" in text) == (folder == "all")
