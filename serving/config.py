@@ -396,6 +396,13 @@ class Config(Section):
 
     logging: Logging = Logging()
 
+    _signature: tuple[int, ...] | None = None
+
+    @property
+    def signature(self) -> tuple[int, ...] | None:
+        """Of the file, as it was when this was read from it."""
+        return self._signature
+
     @model_validator(mode="after")
     def _names_are_clear(self) -> Self:
         for what, names in (

@@ -11,12 +11,24 @@ from pydantic import ValidationError
 from serving.config import EVERY, Config, ConfigError
 
 
+def signature(path: Path | None) -> tuple[int, ...] | None:
+    """Return what changes when a file does; None if it is not there."""
+    if path is None:
+        return None
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
 def load(path: Path) -> Config:
     """Return the configuration in a file.
 
     Raises:
         ConfigError: with the file and what is wrong in it, in one line.
     """
+    found = signature(path)
     try:
         data = yaml.load(path.read_bytes(), StrictLoader)
     except OSError as error:
@@ -30,9 +42,11 @@ def load(path: Path) -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must have `models:` at its top; docs/GATEWAY.md has an example")
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{path}: {one_line(error)}") from None
+    config._signature = found
+    return config
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import pickle
 import resource
 import socket
 import sys
@@ -14,7 +15,7 @@ from serving.app import App
 from serving.client import Clients, Protocol
 from serving.config import Config
 from serving.observability.logging import configure
-from serving.state import GatewayState
+from serving.state import GatewayState, kept_config
 from serving.workers import run_workers
 
 
@@ -39,6 +40,9 @@ def run_process(
     return_large_blocks()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+    kept = kept_config(metrics_file) if metrics_file else None
+    if kept is not None and kept.exists():  # of the worker in whose place this one is
+        config = pickle.loads(kept.read_bytes())
     server = make_server(GatewayState(config, path, metrics_file))
     # What is there by now stays: a full collection that looked through it would hold up every
     # stream for some 70 ms.
