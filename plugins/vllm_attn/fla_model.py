@@ -56,7 +56,7 @@ class TransformerForCausalLM(VariantLlamaForCausalLM):
     hf_to_vllm_mapper = TO_LLAMA | LlamaForCausalLM.hf_to_vllm_mapper
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        names: set[str] = set()
+        names: dict[str, None] = {}
         loaded = super().load_weights(TO_LLAMA.apply(noted(weights, names)))
-        self.config.check_tensors(names)
+        self.config.check_tensors(set(names))
         return loaded

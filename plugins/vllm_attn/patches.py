@@ -167,12 +167,14 @@ def checked(load_weights: Callable[..., None]) -> Callable[..., None]:
         of_model = model.load_weights
 
         def load_and_check(tensors: Iterable[tuple[str, Tensor]]) -> Any:
-            seen: set[str] = set()
-            names = of_model(weights.noted(tensors, seen))
+            seen: dict[str, None] = {}
+            with weights.loading(seen):
+                names = of_model(weights.noted(tensors, seen))
             weights.check(model, names, seen)
             return names
 
         weights.mark(model)
+        weights.guard(model)
         model.load_weights = load_and_check
         try:
             load_weights(self, model, model_config)

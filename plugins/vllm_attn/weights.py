@@ -1,4 +1,4 @@
-"""No tensor of a model stays uninitialised.
+"""No tensor of a model stays uninitialised, and none is cut to fit.
 
 vLLM makes parameters of memory as it finds it and fills them from the checkpoint. It knows which
 names were loaded, but asks only for those without a method of quantization (norms, say), only of
@@ -9,7 +9,9 @@ fills it overwrites, and looked at afterwards (`patches.check_every_load`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +20,20 @@ from torch.nn.parameter import is_lazy
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from vllm_attn.report import StartupError
+
+StoredShape = Callable[[int, int], tuple[int, ...]]
 
 MARKS = {
     2: (torch.int16, 0x7FA5),
@@ -71,6 +82,132 @@ def mark(model: nn.Module) -> None:
                 places.fill_(MARKS[parameter.element_size()][1])
 
 
+def guard(model: nn.Module) -> None:
+    """Let layers refuse a tensor of another shape than theirs. vLLM takes their part of a larger
+    one and leaves the rest, and has assertions without a message for others."""
+    for name, module, parameter in expected(model):
+        if not hasattr(parameter, "weight_loader"):
+            continue  # vLLM's default, which models may look for; see `loading`
+        if getattr(module, "quant_method", None) is None:
+            parameter.weight_loader = fitting(parameter.weight_loader, model, name)
+        elif isinstance(module, LinearBase | VocabParallelEmbedding):
+            kind = name.rpartition(".")[2]
+            stored = getattr(parameter, "stored_shape", STORED_SHAPES.get(kind))
+            if stored is not None:
+                parameter.weight_loader = fitting(
+                    parameter.weight_loader, model, name, module, stored
+                )
+
+
+STORED_SHAPES: dict[str, StoredShape] = {
+    "weight": lambda rows, columns: (rows, columns),
+    "weight_scale": lambda rows, columns: (rows, 1),
+    "bias": lambda rows, columns: (rows,),
+}
+"""Shapes of a layer's tensors that are not packed."""
+
+
+def fitting(
+    loader: Callable[..., None],
+    model: nn.Module,
+    name: str,
+    layer: Any = None,
+    stored: StoredShape | None = None,
+) -> Callable[..., None]:
+    """Wrap a parameter's loader: one line says that a tensor does not fit.
+
+    Args:
+        loader: vLLM's, or the model's own.
+        model, name: whose parameter it is, and its name there.
+        layer: a layer whose shape is known.
+        stored: the shape that such a tensor has, of rows and columns.
+    """
+
+    def load(parameter: nn.Parameter, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shard = args[0] if args else kwargs.get("loaded_shard_id")
+        shape = None
+        if layer is not None and stored is not None:
+            shape = stored(*full_shape(layer, shard))
+            ours = is_ours(layer, layer.quant_method)
+            larger = any(a > b for a, b in zip(tensor.shape, shape, strict=False))
+            if larger or (ours and tuple(tensor.shape) != shape):
+                raise StartupError(misfit(part_name(model, name, shard), tensor.shape, shape))
+        try:
+            return loader(parameter, tensor, *args, **kwargs)
+        except (AssertionError, RuntimeError) as error:  # vLLM's assertions have no message
+            named = part_name(model, name, shard)
+            raise StartupError(misfit(named, tensor.shape, shape)) from error
+
+    return load
+
+
+def misfit(name: str, found: Sequence[int], wanted: Sequence[int] | None) -> str:
+    """Return the line for a tensor of another shape than its layer's."""
+    asks = f"asks for {list(wanted)}" if wanted is not None else "for another shape"
+    return (
+        f"{name} of the checkpoint is {list(found)}, and config.json {asks}: it describes another "
+        "model"
+    )
+
+
+def part_name(model: nn.Module, name: str, shard: Any) -> str:
+    """Return a parameter's name in the checkpoint, or that of the part that vLLM's loaders call
+    `shard`."""
+    parts = parts_of(model, name)
+    place = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if not isinstance(shard, tuple) else None
+    return parts[place] if isinstance(place, int) and place < len(parts) else name
+
+
+@contextmanager
+def loading(seen: dict[str, None]) -> Iterator[None]:
+    """Make one line of what vLLM says of a tensor that the model does not have, or that does not
+    fit a module without a loader of its own (norms).
+
+    Args:
+        seen: the tensors of the checkpoint so far.
+    """
+    try:
+        yield
+    except ValueError as error:
+        unknown = re.match(r"There is no module or parameter named '(.+?)'", str(error))
+        if unknown is None:
+            raise
+        inner = f".{unknown[1]}."
+        found = next((name for name in reversed(seen) if inner in f".{name}."), unknown[1])
+        raise StartupError(
+            f"the checkpoint has a tensor {found}, which the model that its config.json describes "
+            "does not have: it is of another model or format"
+        ) from error
+    except AssertionError as error:
+        if not str(error).startswith("Attempted to load weight"):
+            raise
+        found, wanted = re.findall(r"\(torch\.Size\(\[([\d, ]*)\]\)\)", str(error))
+        sizes = [[int(size) for size in text.split(",") if size] for text in (found, wanted)]
+        raise StartupError(misfit(next(reversed(seen)), *sizes)) from error
+
+
+def full_shape(layer: Any, shard: str | int | tuple[int, ...] | None) -> tuple[int, int]:
+    """Return `(rows, columns)` of what is one tensor in the checkpoint, on all ranks together.
+
+    Args:
+        layer: an embedding or a linear layer of vLLM.
+        shard: which part of a fused layer, as vLLM's loaders name it; None: the whole.
+    """
+    if isinstance(layer, VocabParallelEmbedding):
+        return layer.org_vocab_size, layer.embedding_dim
+    rows = layer.output_size
+    if isinstance(layer, QKVParallelLinear) and isinstance(shard, str):
+        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
+        rows = heads * (layer.v_head_size if shard == "v" else layer.head_size)
+    elif isinstance(shard, int):
+        rows = layer.output_sizes[shard]
+    elif isinstance(shard, tuple):
+        rows = sum(layer.output_sizes[part] for part in shard)
+    elif isinstance(layer, QKVParallelLinear):
+        rows = sum(full_shape(layer, part)[0] for part in "qkv")
+    return rows, layer.input_size
+
+
 def marked_places(parameter: Tensor) -> list[Tensor]:
     """Return views of a parameter as integers: all of a vector; both ends of every row and of every
     column of a matrix; of more dimensions (experts: `[experts, two fused parts, ...]`, fused along
@@ -98,7 +235,7 @@ def untouched(parameter: Tensor) -> bool:
     return any(bool(found.any()) for found in left)
 
 
-def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
+def check(model: nn.Module, loaded: set[str] | None, seen: Collection[str]) -> None:
     """Refuse a model with a parameter that was not loaded.
 
     Args:
@@ -125,10 +262,12 @@ def check(model: nn.Module, loaded: set[str] | None, seen: set[str]) -> None:
         )
 
 
-def noted(tensors: Iterable[tuple[str, Tensor]], seen: set[str]) -> Iterator[tuple[str, Tensor]]:
+def noted(
+    tensors: Iterable[tuple[str, Tensor]], seen: dict[str, None]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's tensors on, and add their names to `seen`."""
     for name, tensor in tensors:
-        seen.add(name)
+        seen[name] = None
         yield name, tensor
 
 
@@ -140,7 +279,7 @@ def parts_of(model: Any, name: str) -> list[str]:
     return [".".join(word for word in (parent, part, tensor) if word) for part in parts]
 
 
-def lacking(model: Any, name: str, seen: set[str]) -> str:
+def lacking(model: Any, name: str, seen: Collection[str]) -> str:
     """Return what a parameter lacks, by its name in the checkpoint: of a fused one, the first
     missing part. vLLM has names of its own for experts, and for what it computes from a tensor."""
     if all(other.rpartition(".")[2] != name.rpartition(".")[2] for other in seen):

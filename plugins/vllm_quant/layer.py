@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import QKVParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -21,6 +19,7 @@ from quant_kernels import Panels, panels
 from quant_kernels.pack import unpack, words
 from quant_kernels.weight import QuantSpec
 from vllm_attn.report import StartupError
+from vllm_attn.weights import full_shape
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Format(QuantSpec):
             loader: the layer's own, which finds this rank's part of a tensor.
             parts: tensors of the checkpoint that are fused in it.
 
+        Their `stored_shape` is what a checkpoint has for a matrix (`vllm_attn.weights.guard`).
         Packed zero points have 16 bits until `arrange`: a byte has no value that says that
         nothing was loaded (`vllm_attn.weights`).
         """
@@ -61,9 +61,11 @@ class Format(QuantSpec):
         packed = torch.empty(rows, words(columns, self.bits), dtype=torch.int32)
         scales = torch.empty(rows, self.groups(columns), dtype=torch.float32)
         layer.weight_packed = ModelWeightParameter(
-            data=packed, input_dim=1, output_dim=0, weight_loader=fitting(layer, loader)
+            data=packed, input_dim=1, output_dim=0, weight_loader=loader
         )
+        layer.weight_packed.stored_shape = lambda rows, columns: (rows, words(columns, self.bits))
         layer.weight_scale = scale(data=scales, weight_loader=loader, **place)
+        layer.weight_scale.stored_shape = lambda rows, columns: (rows, self.groups(columns))
         layer.weight_shape = BasevLLMParameter(
             data=torch.empty(parts, 2, dtype=torch.int64), weight_loader=comparing(layer)
         )
@@ -74,6 +76,10 @@ class Format(QuantSpec):
                 data=scales.to(torch.float16 if as_it_is else torch.int16),
                 weight_loader=loader if as_it_is else self.unpacking(loader, stored_rows),
                 **place,
+            )
+            layer.weight_zero_point.stored_shape = lambda rows, columns: (
+                rows if as_it_is else words(rows, self.bits),
+                self.groups(columns),
             )
 
     def unpacking(self, loader: Callable[..., None], rows: int) -> Callable[..., None]:
@@ -110,23 +116,6 @@ class Format(QuantSpec):
         layer.panels_shape = found[3:]
 
 
-def fitting(layer: Any, loader: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a layer's loader of packed values: it says in one line that a tensor does not fit."""
-
-    def load(parameter: nn.Parameter, packed: Tensor, *args: Any, **kwargs: Any) -> None:
-        try:
-            loader(parameter, packed, *args, **kwargs)
-        except (AssertionError, RuntimeError) as error:  # vLLM's assertions have no message
-            shard = args[0] if args else kwargs.get("loaded_shard_id")
-            raise StartupError(
-                f"{layer.prefix}.weight_packed of the checkpoint is {list(packed.shape)}, which is "
-                f"not what a matrix {list(full_shape(layer, shard))} has in this format: "
-                "config.json describes another model"
-            ) from error
-
-    return load
-
-
 def comparing(layer: Any) -> Callable[..., None]:
     """Return a loader of `weight_shape [parts, 2]`, which must be that of the layer, or of the part
     of it that is one tensor in the checkpoint."""
@@ -147,28 +136,6 @@ def comparing(layer: Any) -> Callable[..., None]:
             parameter.data[list(rows)] = stored
 
     return load
-
-
-def full_shape(layer: Any, shard: str | int | tuple[int, ...] | None) -> tuple[int, int]:
-    """Return `(rows, columns)` of what is one tensor in the checkpoint, on all ranks together.
-
-    Args:
-        layer: an embedding or a linear layer of vLLM.
-        shard: which part of a fused layer, as vLLM's loaders name it; None: the whole.
-    """
-    if isinstance(layer, VocabParallelEmbedding):
-        return layer.org_vocab_size, layer.embedding_dim
-    rows = layer.output_size
-    if isinstance(layer, QKVParallelLinear) and isinstance(shard, str):
-        heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
-        rows = heads * (layer.v_head_size if shard == "v" else layer.head_size)
-    elif isinstance(shard, int):
-        rows = layer.output_sizes[shard]
-    elif isinstance(shard, tuple):
-        rows = sum(layer.output_sizes[part] for part in shard)
-    elif isinstance(layer, QKVParallelLinear):
-        rows = sum(full_shape(layer, part)[0] for part in "qkv")
-    return rows, layer.input_size
 
 
 def weight_of(layer: Any) -> Panels:

@@ -199,6 +199,89 @@ def test_weight_shape_is_compared(
         load(copy)
 
 
+PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+PACKED = [
+    *(f"model.layers.0.{layer}" for layer in PROJECTIONS),
+    "model.embed_tokens",
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize("more", [(0, 1), (1, 0), (0, -1), (-1, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["weight_packed", "weight_scale", "weight_zero_point"])
+def test_packed_tensors_of_other_shapes(
+    checkpoints: dict[str, Path], kind: str, more: tuple[int, int], tmp_path: Path
+) -> None:
+    """A row or a column too many, which vLLM would cut off, or too few."""
+    for layer in PACKED:
+        name = f"{layer}.{kind}"
+        refused_with_shape(checkpoints["packed-softpick"], name, more, tmp_path / layer)
+
+
+@pytest.mark.parametrize("more", [(0, 1), (1, 0), (0, -1), (-1, 0)], ids=str)
+def test_plain_tensors_of_other_shapes(
+    checkpoints: dict[str, Path], more: tuple[int, int], tmp_path: Path
+) -> None:
+    for layer in PACKED:
+        refused_with_shape(checkpoints["ssmax"], f"{layer}.weight", more, tmp_path / layer)
+    if not more[1]:
+        for name in ("input_layernorm.weight", "self_attn.ssmax_scale"):
+            name = f"model.layers.0.{name}"
+            refused_with_shape(checkpoints["ssmax"], name, more, tmp_path / name)
+    layer = "model.layers.1.mlp.gate_proj"
+    refused_with_shape(
+        checkpoints["llama"],
+        f"{layer}.weight",
+        more,
+        tmp_path / layer,
+        attention_backend="SOFTPICK",
+    )
+
+
+def refused_with_shape(
+    source: Path, name: str, more: tuple[int, int], folder: Path, **options: Any
+) -> None:
+    """Check that the line names a tensor with more rows and columns than it may have."""
+    tensor = load_file(source / "model.safetensors")[name]
+    if tensor.dim() == 2 and tensor.shape[1] + more[1] < 1:
+        return
+    pads = (0, more[1], 0, more[0]) if tensor.dim() == 2 else (0, more[0])
+    other = torch.nn.functional.pad(tensor, pads).contiguous()
+    copy = changed(source, folder, {name: other})
+    line = rf"{re.escape(name)} of the checkpoint is {re.escape(str(list(other.shape)))}"
+    with pytest.raises(StartupError, match=line):
+        load(copy, **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.down_proj.weight_bias",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.0.mlp.extra_proj.weight",
+        "model.layers.7.mlp.down_proj.weight_packed",
+        "extra",
+    ],
+)
+def test_packed_tensors_too_many(checkpoints: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """Of another model or format: what they would change is not computed."""
+    copy = changed(checkpoints["packed-softpick"], tmp_path / "copy", {})
+    content = load_file(copy / "model.safetensors")
+    save_file(content | {name: torch.zeros(4, 4)}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StartupError, match=rf"has a tensor {re.escape(name)}, which the model"):
+        load(copy)
+
+
+def test_zero_points_of_symmetric_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """They say that the values mean something else."""
+    quantize([str(checkpoints["softpick"]), str(tmp_path / "a"), "--bits=4", "--scheme=rtn"])
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match=r"has a tensor model\..*zero_point, which the model"):
+        load(tmp_path / "a")
+
+
 def test_another_models_packed_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """One line instead of vLLM's assertion without a message."""
     copy = tmp_path / "copy"
