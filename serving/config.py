@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -410,12 +411,12 @@ class Config(Section):
             ("keys", [k.name for k in self.keys]),
             ("shadow.models", list(self.shadow.models) if self.shadow else []),
         ):
-            for name in names:
-                if names.count(name) > 1:
+            for name, times in Counter(names).items():
+                if times > 1:
                     raise ValueError(f"{what} has {name} twice")
-        hashes = [k.sha256 for k in self.keys]
+        hashes = Counter(k.sha256 for k in self.keys)
         for key in self.keys:
-            if hashes.count(key.sha256) > 1:
+            if hashes[key.sha256] > 1:
                 raise ValueError(f"keys has the key of {key.name} twice")
             if key.cost_per_day and any(
                 None in (m.prompt_price, m.completion_price) for m in self.models
