@@ -65,7 +65,7 @@ def gateway(
       GATEWAY_MAX_BODY_BYTES=4194304      Largest request body; larger ones get 413.
       GATEWAY_DRAIN_SECONDS=10            How long running requests may go on after SIGTERM.
     """
-    from serving.config import from_environment, load
+    from serving.config_file import from_environment, load
     from serving.run import run
 
     if check_config and config is None:
@@ -99,7 +99,8 @@ def new(
     from pydantic import ValidationError
 
     from serving.auth import digest, new_key
-    from serving.config import KeyEntry, one_line
+    from serving.config import KeyEntry
+    from serving.config_file import one_line
 
     key = new_key()
     try:

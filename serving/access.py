@@ -1,6 +1,8 @@
 """Which requests are let in, whatever they ask for: by their host, and by headers that may stand
 once. Which web pages may read the answers (CORS)."""
 
+from functools import lru_cache
+
 from starlette.datastructures import Headers as StarletteHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -31,6 +33,7 @@ class Access:
         self._any_host = "*" in hosts or not (hosts or self._loopback)
         self._hosts = frozenset(hosts)
         self._domains = tuple(host[1:] for host in hosts if host.startswith("*."))
+        self._is_own = lru_cache(16)(self._is_own_host)  # most requests have the same
         self._cors = None
         if config.cors_origins:
             self._cors = CORSMiddleware(
@@ -53,16 +56,18 @@ class Access:
                     message = f"The header {name.decode()} stands twice in the request."
                     raise ApiError(400, message, code="duplicate_header")
                 once[name] = value
-        if not self._any_host and (host := once.get(b"host")) is not None:
-            self._check_host(host_name(host))
-        return once
-
-    def _check_host(self, host: str) -> None:
-        """Refuse a name by which a web page could have been led here (DNS rebinding)."""
-        own = is_loopback(host) if self._loopback else ip_of(host) is not None
-        if not (own or host in self._hosts or host.endswith(self._domains)):
+        if not (self._any_host or self._is_own(once.get(b"host"))):
             message = "This gateway has another name; its setting `allowed_hosts` has those it may."
             raise ApiError(400, message, code="invalid_host")
+        return once
+
+    def _is_own_host(self, header: bytes | None) -> bool:
+        """Return whether no web page can have been led here by this name (DNS rebinding)."""
+        if header is None:
+            return True
+        host = host_name(header)
+        own = is_loopback(host) if self._loopback else ip_of(host) is not None
+        return own or host in self._hosts or host.endswith(self._domains)
 
     def preflight(self, scope: Scope) -> Response | None:
         """Return the answer to a browser that asks what a page may do; None if it does not ask."""

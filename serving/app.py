@@ -15,7 +15,7 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.client import ClientLeftError, body_is_missing, read_body, was_cut, watching
+from serving.client import ClientLeftError, body_is_missing, did_not_read, read_body, watching
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import CLOSE, Exchange
@@ -97,7 +97,7 @@ class App:
         except ClientLeftError:
             exchange.aborted = True
             exchange.status = exchange.status or CLIENT_LEFT
-            if was_cut(receive):
+            if did_not_read(receive):
                 exchange.code = "client_too_slow"
         except ApiError as error:
             await exchange.fail(error)

@@ -73,7 +73,7 @@ class Closer:
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
-        self.was_cut = False
+        self.not_reading = False
 
 
 class Protocol(HttpToolsProtocol):
@@ -127,7 +127,7 @@ class Protocol(HttpToolsProtocol):
 
     def cut(self, reason: str) -> None:
         """End the connection at once."""
-        self._closer.was_cut = True
+        self._closer.not_reading = self.flow.write_paused
         self.clients.state.metrics.connections_cut.labels(reason).inc()
         self.clients.silent.pop(self, None)
         self.transport.abort()
@@ -151,6 +151,7 @@ class Protocol(HttpToolsProtocol):
         for cycle in cycles:
             if not cycle.response_complete:
                 cycle.disconnected = True
+                cycle.waiting_for_100_continue = False
                 cycle.message_event.set()
 
     def _refuse(self, error: ApiError) -> None:
@@ -348,10 +349,10 @@ def too_large() -> ApiError:
     return ApiError(431, message, code="head_too_large")
 
 
-def was_cut(receive: Receive) -> bool:
-    """Return whether the client has not left: it was cut off, because it did not read."""
+def did_not_read(receive: Receive) -> bool:
+    """Return whether a client that has left was cut off, because it did not read."""
     closer = getattr(getattr(receive, "__self__", None), "transport", None)
-    return isinstance(closer, Closer) and closer.was_cut
+    return isinstance(closer, Closer) and closer.not_reading
 
 
 def body_is_missing(send: Send) -> bool:
@@ -443,6 +444,6 @@ async def read_body(
         hold(len(piece))
         length = max(length, len(body) + len(piece))
         if not message.get("more_body", False) and length <= limit:
-            return piece if not body else bytes(body + piece)
+            return b"".join((body, piece)) if body else piece
         body += piece
     raise ApiError(413, f"The request body is larger than {limit} bytes.", code="body_too_large")

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.config import EVERY
-from serving.openai.errors import ApiError, error_body, error_type, no_such_model
+from serving.openai.errors import UNEXPECTED, ApiError, error_body, error_type, no_such_model
 from serving.openapi import describe_proxied
 from serving.playground import add_playground
 from serving.state import GatewayState
@@ -118,12 +118,13 @@ async def served_models(model: Model, headers: list[tuple[bytes, bytes]]) -> lis
         try:
             status, body = await replica.get("/v1/models", headers)
             if status == 200:
-                entries = json.loads(body)["data"]
-                return [e for e in entries if isinstance(e["id"], str)]
+                entries = [e for e in json.loads(body)["data"] if isinstance(e["id"], str)]
+                JSONResponse(entries)  # an error if they cannot be passed on
+                return entries
             error = ApiError(status if status == 401 else 502, f"A model server said {status}.")
         except UpstreamError as e:
             error = ApiError(e.status, str(e), code=e.code, retry_after=1.0)
-        except (ValueError, KeyError, TypeError):
+        except UNEXPECTED:
             error = ApiError(502, "A model server's list of models is no such list.")
     raise error
 

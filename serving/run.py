@@ -1,6 +1,8 @@
 """The running gateway: one process, or several workers."""
 
+import ctypes
 import gc
+import pickle
 import resource
 import socket
 import sys
@@ -13,7 +15,7 @@ from serving.app import App
 from serving.client import Clients, Protocol
 from serving.config import Config
 from serving.observability.logging import configure
-from serving.state import GatewayState
+from serving.state import GatewayState, kept_config
 from serving.workers import run_workers
 
 
@@ -35,8 +37,12 @@ def run_process(
 ) -> None:
     """Run one process of the gateway; a worker of several has a socket and a file for metrics."""
     configure(config.logging.level)
+    return_large_blocks()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+    kept = kept_config(metrics_file) if metrics_file else None
+    if kept is not None and kept.exists():  # of the worker in whose place this one is
+        config = pickle.loads(kept.read_bytes())
     server = make_server(GatewayState(config, path, metrics_file))
     # What is there by now stays: a full collection that looked through it would hold up every
     # stream for some 70 ms.
@@ -45,6 +51,14 @@ def run_process(
     server.run(None if listening is None else [listening])
     if not server.started:
         sys.exit(1)
+
+
+def return_large_blocks() -> None:
+    """Have glibc give what a large body took back to the system, as soon as it is free. By itself
+    it would raise this threshold with the first one, and keep what the others leave."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc's
+        mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD, at its default
 
 
 def make_server(state: GatewayState) -> uvicorn.Server:
@@ -57,6 +71,7 @@ def make_server(state: GatewayState) -> uvicorn.Server:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,  # nothing asks for the client's address
         timeout_graceful_shutdown=state.config.timeouts.drain,
     )
     return uvicorn.Server(settings)

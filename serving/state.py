@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import logging
+import pickle
 import random
 import signal
 from functools import partial
 from pathlib import Path
 
+from attnserve.files import replacing
 from serving.access import Access
 from serving.auth import Keys
-from serving.config import Config, ConfigError, load
+from serving.config import Config, ConfigError
+from serving.config_file import load, signature
 from serving.observability.metrics import Metrics
 from serving.observability.pages import MetricsPages
 from serving.rate_limit import Account
@@ -43,7 +46,7 @@ class GatewayState:
         self.keys = Keys(())
         self._label_errors: dict[str, object] = {}  # as logged; by the name of the entry
         self._health_checks: dict[Replica, asyncio.Task[None]] = {}
-        self._signature = signature(path)
+        self._signature = config.signature
         self.config = config
         self.bound = config.host
         url = config.redis
@@ -121,6 +124,7 @@ class GatewayState:
             with contextlib.suppress(ValueError, NotImplementedError):  # not in the main thread
                 loop = asyncio.get_running_loop()
                 loop.add_signal_handler(signal.SIGHUP, self.reload)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # of a worker
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -178,16 +182,13 @@ class GatewayState:
             self.metrics.reloads.labels("refused").inc()
             log.error("configuration refused, the old one stays: %s", error)
             return
+        if self.pages is not None:
+            with replacing(kept_config(self.pages.file)) as file:
+                file.write_bytes(pickle.dumps(config))
         self.metrics.reloads.labels("used").inc()
         log.info("configuration reloaded")
 
 
-def signature(path: Path | None) -> tuple[int, ...] | None:
-    """Return what changes when a file does; None if it is not there."""
-    if path is None:
-        return None
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+def kept_config(metrics_file: Path) -> Path:
+    """Return where a worker keeps its configuration, for the one that may come in its place."""
+    return metrics_file.with_suffix(".config")

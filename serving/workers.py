@@ -21,7 +21,8 @@ from attnserve.errors import UserError
 log = logging.getLogger("attnserve")
 
 YOUNG_SECONDS = 10.0
-"""A worker that ends by itself before this age would do so again: the gateway ends, too."""
+"""A worker that ends by itself (no signal killed it) before this age would do so again: the gateway
+ends, too."""
 
 Work = Callable[[socket.socket, Path], None]
 """What a worker does, given its socket and the file for its metrics."""
@@ -57,7 +58,10 @@ def run_workers(count: int, host: str, port: int, work: Work) -> None:
         def start(index: int) -> None:
             file = Path(folder, f"{index}.prom")
             process = context.Process(target=worker, args=(work, sockets[index], file))
+            # Which would end it; it comes through once the worker can read its file again.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             process.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             processes[index] = process, time.monotonic()
             if stopping:  # since before it was there
                 process.terminate()
@@ -75,7 +79,8 @@ def run_workers(count: int, host: str, port: int, work: Work) -> None:
                 if stopping:
                     continue
                 log.error("worker %d ended with %s", index, process.exitcode)
-                if time.monotonic() - began > YOUNG_SECONDS:
+                killed = process.exitcode is not None and process.exitcode < 0
+                if killed or time.monotonic() - began > YOUNG_SECONDS:
                     start(index)
                 else:
                     failed = True

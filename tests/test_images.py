@@ -17,7 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from serving import config
+from serving import config_file
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
@@ -123,7 +123,7 @@ def test_compose(files: list[str]) -> None:
             if volume["type"] == "bind":
                 assert Path(volume["source"]).exists()
     names = [f"http://{name}:8000" for name in ("softpick", "softmax")]
-    known = config.load(ROOT / "docker/gateway/gateway.yaml")
+    known = config_file.load(ROOT / "docker/gateway/gateway.yaml")
     assert [replica for model in known.models for replica in model.replicas] == names
     for model in known.models:
         command_line = services[model.name]["command"]
@@ -171,7 +171,7 @@ def test_manifests_fit_together(name: str, tmp_path: Path) -> None:
         by_kind.setdefault(manifest["kind"], {})[manifest["metadata"]["name"]] = manifest
     gateway = tmp_path / "gateway.yaml"
     gateway.write_text(by_kind["ConfigMap"]["gateway"]["data"]["gateway.yaml"])
-    for model in config.load(gateway).models:
+    for model in config_file.load(gateway).models:
         servers = by_kind["StatefulSet"][model.name]["spec"]
         expected = [
             f"http://{model.name}-{i}.{servers['serviceName']}:8000"

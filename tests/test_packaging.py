@@ -229,7 +229,7 @@ def served(folder: Path, upstream: str) -> Iterator[str]:
     log = folder / "gateway.log"
     process = spawn([str(folder / "bin/attnserve"), "gateway"], log, settings)
     try:
-        wait_until_healthy(url, process, log, timeout=60)
+        wait_until_healthy(url, process, log, timeout=60, path="/metrics")
         yield url
     finally:
         end_group(process)

@@ -30,14 +30,20 @@ from benchmarks.servers import free_port, run
 from serving.launch.process import HOST, LaunchError, Service
 
 CSV = RESULTS / "gateway.csv"
-DIRECT, OURS, ROUTER = "direct", "attnserve", "vllm-router"
+DIRECT, OURS, WORKERS, ROUTER = "direct", "attnserve", "attnserve-2-workers", "vllm-router"
 MODES = ("stream", "spread", "whole")
 PROMPT = "It was the best of times, it was the worst of times. " * 4
 
 
 GatewayName = StrEnum(
     "GatewayName",
-    {"OURS": OURS, "AIOHTTP": "naive-aiohttp", "HTTPX": "naive-httpx", "ROUTER": ROUTER},
+    {
+        "OURS": OURS,
+        "WORKERS": WORKERS,
+        "AIOHTTP": "naive-aiohttp",
+        "HTTPX": "naive-httpx",
+        "ROUTER": ROUTER,
+    },
 )
 
 
@@ -70,14 +76,17 @@ class Gateway:
     ttft_ms: dict[str, list[float]] = field(default_factory=dict)
     rss_mb: float | None = None
 
-    def cpu_seconds(self) -> float:
-        """Return the CPU time of its processes so far."""
+    def processes(self) -> list[psutil.Process]:
+        """Return its processes."""
         if self.service is None:
-            return 0.0
+            return []
         assert self.service.process is not None
         root = psutil.Process(self.service.process.pid)
-        times = [p.cpu_times() for p in (root, *root.children(recursive=True))]
-        return sum(t.user + t.system for t in times)
+        return [root, *root.children(recursive=True)]
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of its processes so far."""
+        return sum(p.cpu_times().user + p.cpu_times().system for p in self.processes())
 
 
 @options_of(GatewayLoad)
@@ -101,7 +110,7 @@ def gateway(
     reversed every other round; its CPU time is read before and after (user and system, its
     children's too). Added time to first token is against the same load sent straight to the model
     server ("direct"); it needs an idle machine, because the load generator and the model server are
-    processes, too. Memory is what the process keeps resident after all rounds.
+    processes, too. Memory is what its processes keep resident after all rounds.
 
     Three loads, of so many clients that each send a request as soon as the last one is answered:
     `stream`, where they begin together and, answers being equally long, stay together, so that a
@@ -141,11 +150,12 @@ def command(
 ) -> tuple[list[str], str] | None:
     """Return how to start a gateway, and the path that answers then; None: it is not installed."""
     port = str(service.port)
-    if name == OURS:
+    if name in (OURS, WORKERS):
         file = service.log_file.with_suffix(".yaml")
         entry = {"name": "m", "variant": "softmax", "bits": 16, "replicas": [upstream]}
         file.write_text(json.dumps({"port": service.port, "models": [entry]}))  # JSON is YAML
-        return [sys.executable, "-m", "serving", "--config", str(file)], "/metrics"
+        workers = "--workers=2" if name == WORKERS else "--workers=1"
+        return [sys.executable, "-m", "serving", "--config", str(file), workers], "/metrics"
     if name == ROUTER:
         args = ["--worker-urls", upstream, "--host", HOST, "--port", port]
         args += ["--policy", "round_robin", "--prometheus-port", str(free_port())]
@@ -203,8 +213,8 @@ async def measure(gateways: Sequence[Gateway], plan: GatewayLoad) -> None:
                         each.ttft_ms.setdefault(mode, []).extend(times)
                     bar.update()
     for each in gateways:
-        if each.service is not None and each.service.process is not None:
-            each.rss_mb = psutil.Process(each.service.process.pid).memory_info().rss / 2**20
+        if each.service is not None:
+            each.rss_mb = sum(p.memory_info().rss for p in each.processes()) / 2**20
 
 
 async def measure_all(

@@ -1,5 +1,6 @@
 """Do outliers explain which checkpoint loses most? Rank correlation over checkpoints."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,22 +68,27 @@ def statistics(unquantized: Sequence[SweepResult]) -> dict[str, list[float]]:
     }
 
 
-def explanations(results: Sequence[SweepResult]) -> list[Explanation]:
-    """Return an explanation for each target and statistic. Only configs that all checkpoints have
-    count."""
-    unquantized = [result for result in results if result.config == UNQUANTIZED]
-    names = [result.checkpoint for result in unquantized]
+def mean_ranks(results: Sequence[SweepResult]) -> dict[str, NDArray[np.floating[Any]]]:
+    """Return for each target the checkpoints' mean ranks of divergence over all settings and bits,
+    the least first. Only configs that all checkpoints have count."""
+    names = [result.checkpoint for result in results if result.config == UNQUANTIZED]
     costs: dict[QuantConfig, dict[str, float]] = defaultdict(dict)
     for result in results:
-        if "test KL" in result.summary:
+        if "test KL" in result.summary and math.isfinite(result.summary["test KL"].value):
             costs[result.config][result.checkpoint] = result.summary["test KL"].value
     ranks: dict[str, list[NDArray[np.floating[Any]]]] = defaultdict(list)
     for config, cost in costs.items():
         if names and set(names) <= set(cost):
             ranks[config.target].append(stats.rankdata([cost[name] for name in names]))
+    return {target: np.mean(found, axis=0) for target, found in ranks.items()}
+
+
+def explanations(results: Sequence[SweepResult]) -> list[Explanation]:
+    """Return an explanation for each target and statistic."""
+    unquantized = [result for result in results if result.config == UNQUANTIZED]
     return [
-        Explanation(target, statistic, *spearman(values, np.mean(found, axis=0)), len(names))
-        for target, found in ranks.items()
+        Explanation(target, statistic, *spearman(values, ranks), len(unquantized))
+        for target, ranks in mean_ranks(results).items()
         for statistic, values in statistics(unquantized).items()
     ]
 

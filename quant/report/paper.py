@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.reports import Range
 from quant.config import UNQUANTIZED
+from quant.report.compare import paired_rise
 from quant.report.frame import text_of
 from quant.store import SweepResult
 
@@ -64,15 +63,14 @@ def find(results: Sequence[SweepResult], variant: str, row: PaperRow) -> SweepRe
 def our_advantage(results: Sequence[SweepResult], row: PaperRow, text: str) -> Estimate | None:
     """Return our advantage in nats per token, sequence by sequence of the same text; None if a
     config is missing or the texts differ."""
-    rises = []
+    pairs = []
     for variant in ("softmax", "softpick"):
         after, before = find(results, variant, row), find(results, variant, ROWS[0])
         if after is None or before is None:
             return None
-        losses = [s.units["perplexity"][text]["sequence_losses"] for s in (after, before)]
-        rises.append((np.subtract(*losses), before.key["texts"], before.key["samples"]))
-    (soft, *soft_key), (pick, *pick_key) = rises
-    return mean_interval(soft - pick) if soft_key == pick_key else None
+        pairs.append((after, before))
+    rises = paired_rise(pairs, text)
+    return None if rises is None else mean_interval(rises)
 
 
 def verdict(row: PaperRow, ours: Estimate) -> str:

@@ -1,6 +1,6 @@
 """The section on quantization of docs/RESULTS.md."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ from attnserve.reports import templates
 from quant import store
 from quant.config import UNQUANTIZED
 from quant.report import explain, paper
+from quant.report.compare import Answers
+from quant.report.figures import draw, questions
 from quant.report.frame import provenance, setting, shown, text_of
-from quant.report.plots import draw
 from quant.scorer import CHANGES, DIVERGENCES
 from quant.store import SweepResult
 
@@ -33,14 +34,13 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
     if not any(folder.glob("configs/*/*.json")):
         return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."
     results = store.read_all(folder)
-    plots = draw(results, figures, prefix="quantization-")
-    return section(results, [path.stem for path in plots.values()], plot_folder)
+    asked = questions(Answers.of(results))
+    plots = draw(asked, figures, prefix="quantization-")
+    return section(results, {q.title: f"{plot_folder}/{plots[q.name].name}" for q in asked})
 
 
-def section(
-    results: Sequence[SweepResult], plots: Sequence[str] = (), plot_folder: str = ""
-) -> str:
-    """Return the section as Markdown, with plots of these names."""
+def section(results: Sequence[SweepResult], plots: Mapping[str, str]) -> str:
+    """Return the section as Markdown, with figures: the paths of their files by title."""
     unquantized = [result for result in results if result.config == UNQUANTIZED]
     statistics, explanations = explain.statistics(unquantized), explain.explanations(results)
     values = np.array(list(statistics.values())).T
@@ -51,8 +51,8 @@ def section(
         paper=paper.table(results),
         metrics=[(title, *by_checkpoint(results, name)) for name, title in METRICS.items()],
         spread=spread(results),
+        answers=Answers.of(results),
         plots=plots,
-        plot_folder=plot_folder,
         statistics=statistics,
         outliers=zip([result.checkpoint for result in unquantized], values, strict=True),
         in_short=explain.in_short(explanations),

@@ -22,9 +22,11 @@ from serving.compare.scoring import (
     rounded_ms,
     same_vocabulary,
     score,
+    token_ids,
     unusable,
 )
 from serving.exchange import JSON, Exchange
+from serving.openai.errors import UNEXPECTED
 from serving.openai.request import beside_the_loop
 from serving.upstream.http import timed_out
 from serving.upstream.proxy import Proxy, api_error
@@ -131,8 +133,8 @@ class ModelComparison:
         part = self._part("/tokenize")
         await ask(self.proxy, part, asked.reference, asked.to_tokenize, answer)
         try:
-            return [int(id) for id in json.loads(answer.body)["tokens"]]
-        except (ValueError, KeyError, TypeError):
+            return token_ids(json.loads(answer.body)["tokens"])
+        except UNEXPECTED:
             why = "The model server does not say what tokens these are."
             raise unusable(asked.reference, why) from None
 

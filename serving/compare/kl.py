@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from serving.openai.errors import UNEXPECTED
+
 LEAST_REST = 1e-9
 """The least probability of all tokens that are not named; what is below it is rounding."""
+
+
+MAX_LOGPROB = 1e39
+"""No float32 is as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ def positions(answer: bytes, ids: Sequence[int], start: int) -> list[Position]:
         found = [
             position(id, entry) for id, entry in zip(ids[start:], entries[start:], strict=True)
         ]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except UNEXPECTED as error:
         raise ValueError("no logprobs of the prompt") from error
     return found
 
@@ -62,6 +68,8 @@ def positions(answer: bytes, ids: Sequence[int], start: int) -> list[Position]:
 def position(id: int, entry: dict[str, dict[str, Any]]) -> Position:
     """Return one of vLLM's entries: `{"ID": {"logprob": ..., "decoded_token": ...}, ...}`."""
     named = {int(key): float(value["logprob"]) for key, value in entry.items()}
+    if not all(-MAX_LOGPROB < logprob < 1 for logprob in named.values()):  # of NaN neither holds
+        raise ValueError
     named = dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
     named[id]  # KeyError: not of this token
     return Position(id, named, {int(k): v.get("decoded_token") for k, v in entry.items()})

@@ -3,6 +3,7 @@
 from typing import Any
 
 from serving.config import EVERY, Config
+from serving.openai.bodies import at_least_1
 from serving.openai.errors import ApiError, wrong_type
 from serving.openai.request import model_name, only_text, parse, read_request, to_json
 
@@ -128,7 +129,7 @@ def whole_number(fields: dict[str, Any], name: str, default: int) -> int:
         raise wrong_type(name, "an integer", value)
     if value < 1:
         raise refused(f"'{name}' must be at least 1, but is {value}.", name)
-    return value
+    return at_least_1(value)
 
 
 def refused(message: str, name: str) -> ApiError:

@@ -14,9 +14,9 @@ from serving.compare.kl import Position, other_text, positions
 from serving.compare.request import route_of
 from serving.config import Limits
 from serving.exchange import Exchange
-from serving.openai.errors import ApiError, error_type
+from serving.openai.errors import UNEXPECTED, ApiError
 from serving.openai.request import read_request, to_json
-from serving.openai.sse import END, event_data
+from serving.openai.sse import END, event_data, event_text
 from serving.upstream.proxy import Proxy
 
 MISMATCH = "vocabulary_mismatch"
@@ -58,23 +58,31 @@ class GeneratedAnswer(KeptAnswer):
         self.text = ""
         self.ids: list[int] = []
         self.finish_reason: str | None = None
-        self.error: dict[str, Any] | None = None
+        self.error = b""
+        self.broken = False
         self.times: list[float] = []  # of pieces with tokens, time.perf_counter's
         self._first = 0  # tokens of the first piece
 
     def feed(self, body: bytes) -> None:
         """Take whole events."""
         before = len(self.ids)
-        for event in END.split(body):
-            data = event_data(event) or {}
-            self.error = data.get("error", self.error)
-            for choice in data.get("choices") or ():
-                self.text += choice.get("text") or ""
-                self.ids += choice.get("token_ids") or ()
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        try:
+            for event in END.split(body):
+                self._take(event)
+        except UNEXPECTED:
+            self.broken = True
         if len(self.ids) > before:
             self._first = self._first or len(self.ids)
             self.times.append(time.perf_counter())
+
+    def _take(self, event: bytes) -> None:
+        data = event_data(event) or {}
+        if data.get("error") is not None:
+            self.error = event_text(event)
+        for choice in data.get("choices") or ():
+            self.text += choice.get("text") or ""
+            self.ids += token_ids(choice.get("token_ids") or [])
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def as_json(self, reference: list[int]) -> dict[str, Any]:
         """Return the answer and its times in milliseconds; `reference`: the token ids to compare
@@ -92,6 +100,17 @@ class GeneratedAnswer(KeptAnswer):
             "duration_ms": rounded_ms(self.seconds),
             "first_difference": first_difference(self.ids, reference),
         }
+
+
+def token_ids(value: Any) -> list[int]:
+    """Return what should be token ids.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
+        raise ValueError
+    return value
 
 
 def rounded_ms(seconds: float) -> float:
@@ -147,9 +166,9 @@ async def generate(
     options = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
     answer = GeneratedAnswer()
     await ask(proxy, part, name, {**fields, **options}, answer)
-    if (error := answer.error) is not None:
-        raise ApiError(502, f"{name}: {error['message']}", error_type(502), error["code"])
-    if not answer.ids:
+    if answer.error:
+        raise ApiError.of_upstream(502, answer.error).of_model(name)
+    if answer.broken or not answer.ids:
         raise unusable(name, "The model server does not say which tokens it wrote.")
     return answer
 

@@ -27,6 +27,7 @@ log = logging.getLogger("attnserve")
 # In JSON a quote inside a string is escaped, so these are only ever found outside of strings.
 PROMPT_IDS = re.compile(rb'("prompt_token_ids"\s*:\s*)\[([\d,\s]*)\]')
 ANSWER_IDS = re.compile(rb'("token_ids"\s*:\s*)\[([\d,\s]*)\]')
+ID = re.compile(rb"\d{1,18}")
 
 ONE_ANSWER = ("n", "best_of")
 CHANGED = ("echo", "suffix", "use_beam_search", "prompt_embeds", "return_token_ids")
@@ -169,9 +170,9 @@ class Tap:
         self.complete = self._good and not message["more_body"]
 
     def _keep_prompt(self, found: re.Match[bytes]) -> bytes:
-        self.prompt += map(int, found[2].split(b",")) if found[2].strip() else ()
+        self.prompt += map(int, ID.findall(found[2]))
         return found[1] + b"null"
 
     def _keep_answer(self, found: re.Match[bytes]) -> bytes:
-        self.answer += map(int, found[2].split(b",")) if found[2].strip() else ()
+        self.answer += map(int, ID.findall(found[2]))
         return found[1] + b"null"

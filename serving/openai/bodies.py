@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, Field, InstanceOf, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, WrapValidator
 
 from serving.openai.errors import ApiError, wrong_type
 
@@ -125,6 +125,8 @@ class Body(BaseModel):
 
 class StreamOptions(BaseModel):
     """What a stream has besides tokens."""
+
+    model_config = ConfigDict(extra="allow")  # as in vLLM: half surrogates are no names
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False

@@ -5,6 +5,9 @@ import math
 from http import HTTPStatus
 from typing import Any, Self
 
+UNEXPECTED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What is raised where a server's answer is not what it should be."""
+
 MAX_MESSAGE = 4096
 """Most bytes of an answer in no known shape that become an error's message."""
 
@@ -41,9 +44,10 @@ class ApiError(Exception):
         """Return the same error with the name of the model that it comes from."""
         error = self.body["error"]
         message = f"{name}: {error['message']}"
-        return ApiError(
-            self.status, message, error["type"], error["code"], error["param"], retry_after=1.0
-        )
+        kind, code, param = error["type"], error["code"], error["param"]
+        found = ApiError(self.status, message, kind, code, param, retry_after=1.0)
+        found.code = self.code  # a server's own is for the client, not a metric's label
+        return found
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that go with it."""

@@ -82,7 +82,7 @@ class EventParser:
                     continue
             if data.get("error") is not None or data.get("object") == "error":
                 self.error_status = error_status(data.get("error", data))
-                self.error = normalise(json.dumps(data).encode(), self.error_status)
+                self.error = normalise(event_text(event), self.error_status)
                 kept.append(b"data: %b\n\n" % json.dumps(self.error).encode())
                 break
             tokens += 1
@@ -185,9 +185,14 @@ def error_status(error: Any) -> int:
     return code if type(code) is int and 400 <= code < 600 else 500
 
 
+def event_text(event: bytes) -> bytes:
+    """Return the data of an event."""
+    return event.strip().removeprefix(b"data:").strip()
+
+
 def event_data(event: bytes) -> dict[str, Any] | None:
     """Return the JSON object in an event; None if that is not what is in it."""
-    data = event.strip().removeprefix(b"data:").strip()
+    data = event_text(event)
     if not data.startswith(b"{"):
         return None
     try:

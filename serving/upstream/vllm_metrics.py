@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from serving.config import ModelEntry
+from serving.openai.errors import UNEXPECTED
 
 SERVER_INFO = re.compile(rb"^attnserve:server_info\{(.*)\} ", re.MULTILINE)
 VLLM_NAME = re.compile(rb'^vllm:\w+\{[^\n]*?\bmodel_name="((?:[^"\\\n]|\\.)*)"', re.MULTILINE)
@@ -79,7 +80,7 @@ def model_names(listed: bytes) -> frozenset[str] | None:
     try:
         names = [entry["id"] for entry in json.loads(listed)["data"][:MAX_NAMES]]
         return frozenset(n for n in names if len(n) <= MAX_NAME and n.encode())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNEXPECTED:
         return None
 
 

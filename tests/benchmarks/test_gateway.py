@@ -11,6 +11,7 @@ from benchmarks.gateway.__main__ import (
     MODES,
     OURS,
     ROUTER,
+    WORKERS,
     Gateway,
     find_router,
     gateway,
@@ -25,9 +26,11 @@ def test_small_run(tmp_path: Path, commands: Commands) -> None:
     csv.write_text("gateway,kept\nold,1.50\n")
     sizes = ["--requests=8", "--rounds=1", "--concurrency=2", "--tokens=4", "--pause-ms=1"]
     files = [f"--csv={csv}", f"--log-folder={tmp_path}"]
-    found = json.loads(commands.run(gateway, "--gateways", OURS, ROUTER, *sizes, *files, "--json"))
+    found = json.loads(
+        commands.run(gateway, "--gateways", OURS, WORKERS, ROUTER, *sizes, *files, "--json")
+    )
     rows = {row["gateway"]: row for row in found["rows"]}
-    assert set(rows) == {DIRECT, OURS, ROUTER}
+    assert set(rows) == {DIRECT, OURS, WORKERS, ROUTER}
     assert rows[OURS]["rss_mb"] > 10
     assert rows[OURS]["stream_ttft_ms_p50"] > 0 < rows[OURS]["spread_ttft_ms_p50"]
     if find_router() is None:

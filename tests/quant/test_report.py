@@ -98,12 +98,12 @@ def test_ours_beside_the_papers(soft: list[float], pick: list[float], verdict: s
     assert ours is not None
     assert ours == pytest.approx(mean_interval(np.subtract(soft, pick)))
     assert paper.verdict(row, ours) == verdict
-    text = section(results, ["outliers"], "plots")
+    text = section(results, {"Do outliers explain it?": "plots/outliers.png"})
     (line,) = [line for line in text.splitlines() if line.startswith("| GPTQ-3")]
     assert f"**{verdict}**" in line and "34.57 -> 31.53" in line and "23.71 -> 29.07" in line
     (hqq,) = [line for line in text.splitlines() if line.startswith("| HQQ-2")]
     assert hqq.count("not measured") == 2
-    assert "![outliers](plots/outliers.png)" in text
+    assert "![Do outliers explain it?](plots/outliers.png)" in text
 
 
 def test_other_texts_are_not_compared() -> None:
@@ -170,7 +170,7 @@ def test_library_rows_of_the_paper() -> None:
 
 
 def test_metrics_as_people_read_them() -> None:
-    text = section(pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]))
+    text = section(pair([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]), {})
     _, after = text.split("### Perplexity, as a multiple")
     ratio, rest = after.split("### Tokens with the same likeliest token")
     assert "| 1.2214 [" in ratio and "90.0 [80.0, 100.0]" in rest
@@ -186,6 +186,6 @@ def test_the_section_of_a_folder(tmp_path: Path) -> None:
         store.write(store.path_of(tmp_path, result.checkpoint, result.config), result)
     text = write_section(tmp_path, tmp_path / "figures", "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    kinds = ("degradation-weights", "outliers")
+    kinds = ("weights", "differences", "outliers")
     assert names == {f"quantization-{kind}.png" for kind in kinds}
     assert all(f"](figures/{name})" in text for name in names)

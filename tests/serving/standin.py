@@ -41,6 +41,7 @@ class StandIn:
         self.runs: dict[str, str] = {}  # what it says that it runs, as our vLLM plugin does
         self.probabilities = (0.5, 0.25, 0.125)  # of a token that is read, and of the ids after it
         self.text = ""  # of an answer that is not streamed; else numbers
+        self.listed: bytes | None = None  # in the place of its list of models
         self.headers: list[tuple[bytes, bytes]] = []  # of answers, beside their own
         self.padding = ""  # behind each token of a stream
         self.vocabulary = "t"  # the text of a token, before its id
@@ -85,7 +86,8 @@ class StandIn:
             await reply(send, 200, self._gauges())
         elif path == "/v1/models":
             data = [{"id": m, "object": "model", "max_model_len": 99} for m in self.models]
-            await reply(send, 200, json.dumps({"object": "list", "data": data}).encode())
+            listed = json.dumps({"object": "list", "data": data}).encode()
+            await reply(send, 200, self.listed or listed)
         else:
             await self._complete(scope, receive, send)
 

@@ -13,6 +13,7 @@ import pytest
 
 from serving.auth import digest, new_key
 from serving.compare.kl import Position, drift, positions
+from serving.compare.scoring import token_ids
 from serving.upstream.vllm_metrics import kv_cache_sizes
 from tests.servers import free_port
 from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
@@ -97,7 +98,12 @@ def test_impossible_tokens_are_finite() -> None:
     assert drift(position(1, _1=0.5, _2=0.5), one).kl == pytest.approx(0.5 * 9999, rel=1e-3)
 
 
-@pytest.mark.parametrize("entry", ["null", "{}", '{"2": {"logprob": 0}}', '{"1": {}}', "[]"])
+@pytest.mark.parametrize("entry", [
+    "null", "{}", '{"2": {"logprob": 0}}', '{"1": {}}', "[]", '{"1": {"logprob": NaN}}',
+    '{"1": {"logprob": -1e999}}', '{"1": {"logprob": 1e308}}',
+    '{"1": {"logprob": 1%s}}' % (400 * "0"),
+    '{"x": {"logprob": 0}}', "[" * 100_000,
+])  # fmt: skip
 def test_answers_without_the_tokens_logprob_are_errors(entry: str) -> None:
     with pytest.raises(ValueError, match="no logprobs"):
         positions(b'{"choices": [{"prompt_logprobs": [null, %b]}]}' % entry.encode(), [5, 1], 1)
@@ -167,6 +173,7 @@ def test_models_are_all_others_by_default(pair: tuple[Running, StandIn, StandIn]
         ({"max_tokens": 4094}, 400, "max_tokens"),
         ({"max_tokens": 4097}, 400, "max_tokens"),
         ({"max_tokens": 10**400}, 400, "max_tokens"),
+        ({"prompt": [1], "max_tokens": 10**4300 - 1}, 400, "max_tokens"),  # one more: no text
         ({"max_tokens": 1000, "models": [f"b{i}" for i in range(16)]}, 400, "models"),
         ({"max_tokens": "3"}, 400, "max_tokens"),
         ({"top_k": True}, 400, "top_k"),
@@ -239,6 +246,32 @@ def test_a_failing_model_is_named() -> None:
         b.kill()
         answer = compare(gateway)
         assert (answer.status, error_of(answer)["code"]) == (503, "upstream_unreachable")
+
+
+@pytest.mark.parametrize("event", [
+    '{"choices": 5}', '{"choices": [1]}', '{"choices": [{"text": 5, "token_ids": [1]}]}',
+    '{"choices": [{"token_ids": "abc"}]}', '{"choices": [{"token_ids": [1e999]}]}',
+    '{"choices": [{"token_ids": [[1], null]}]}', '{"choices": [{"token_ids": [-1]}]}',
+])  # fmt: skip
+def test_answers_that_make_no_sense_are_the_servers_fault(event: str) -> None:
+    with both() as (gateway, a, _):
+        a.first_event = event
+        answer = compare(gateway)
+        assert answer.status == 502 and error_of(answer)["message"].startswith("a: ")
+
+
+def test_a_servers_code_is_no_label() -> None:
+    with both() as (gateway, a, _):
+        a.first_event = '{"error": {"message": "no", "code": "made-up"}}'
+        assert error_of(compare(gateway))["code"] == "made-up"
+        assert b"made-up" not in ask(gateway.url, "GET", "/metrics").body
+
+
+def test_what_tokenize_may_say() -> None:
+    assert token_ids([1, 2]) == [1, 2]
+    for value in (None, "12", {"1": 2}, [1.0], [True], [-1], [2**31], ["1"], [math.inf]):
+        with pytest.raises(ValueError):
+            token_ids(value)
 
 
 def test_one_replica_stands_in_for_another() -> None:

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from serving.auth import digest
-from serving.config import Config, ConfigError, Section, load
+from serving.config import Config, ConfigError, Section
+from serving.config_file import load
 from tests.servers import Server
 from tests.serving.helpers import ask, configured, open_request
 from tests.serving.standin import standin, wait_for

@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import random
 import resource
 import socket
 import threading
@@ -17,7 +18,7 @@ import pytest
 
 from serving.auth import digest
 from tests.servers import Server
-from tests.serving.helpers import Running, ask, configured, error_of, open_request, running
+from tests.serving.helpers import Running, ask, configured, error_of, metric, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for, wait_for_value
 
 KEYS = [{"name": "a", "sha256": digest("secret")}]
@@ -27,9 +28,10 @@ GOOD = json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}).encode()
 LENGTH = b"Content-Length: %d\r\n" % len(GOOD)
 WHOLE = POST + LENGTH + b"\r\n" + GOOD
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(GOOD), GOOD)
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"a: %b\r\n" % (b"b" * 40_000)
-SHORT = {"head": 1, "body": 1, "keep_alive": 1}
+SHORT = {"head": 2, "body": 2, "keep_alive": 2}
 
 
 @pytest.fixture(scope="module")
@@ -171,20 +173,31 @@ def test_upgrades_are_ignored(gateway: Running, protocol: bytes, body: str) -> N
     [
         ([b"nonsense\r\n\r\n"], 400, "invalid_http"),
         ([b"CONNECT x:1 HTTP/1.1\r\n\r\n"], 405, "method_not_supported"),
+        ([POST + UPGRADE + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n"], 400, "invalid_http"),
+        ([POST + UPGRADE + LENGTH + LENGTH + b"\r\n"], 400, "invalid_http"),
+        ([POST + UPGRADE + b"Transfer-Encoding: x\r\n\r\n"], 400, "invalid_http"),
+        (
+            [POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nq\r\n"],
+            400,
+            "invalid_http",
+        ),
         ([POST + b"Transfer-Encoding: chunked\r\n\r\n", b"q\r\n"], 400, "invalid_http"),
     ],
 )
-def test_what_is_not_http(gateway: Running, parts: list[bytes], status: int, code: str) -> None:
+def test_what_is_not_http(
+    gateway: Running, parts: list[bytes], status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with dial(gateway) as client:
         for part in parts:
             client.sendall(part)
             time.sleep(0.1)
         assert refusal(client) == (status, code)
+    assert "the gateway failed" not in caplog.text
 
 
 def test_nonsense_behind_a_request_is_no_part_of_its_answer(upstream: StandIn) -> None:
     body = {"model": "m", "prompt": "x", "max_tokens": 10, "stream": True}
-    upstream.between_s = 0.3
+    upstream.between_s = 0.4  # for longer than any of the times
     try:
         with running(upstream.url, timeouts=SHORT) as gateway:
             connection = open_request(gateway.url, body)
@@ -284,7 +297,7 @@ def test_client_that_does_not_read(
 def test_client_that_reads_slowly_has_it_all(upstream: StandIn) -> None:
     upstream.text = "x" * 20_000_000
     try:
-        times = {"send": 1, "keep_alive": 1}
+        times = {"send": 3, "keep_alive": 3}
         with running(upstream.url, timeouts=times) as gateway, dial(gateway) as client:
             client.sendall(WHOLE)
             response = http.client.HTTPResponse(client)
@@ -292,7 +305,7 @@ def test_client_that_reads_slowly_has_it_all(upstream: StandIn) -> None:
             size = 0
             while piece := response.read(2_000_000):
                 size += len(piece)
-                time.sleep(0.4)
+                time.sleep(0.5)
             assert size > 20_000_000
     finally:
         upstream.text = ""
@@ -301,7 +314,10 @@ def test_client_that_reads_slowly_has_it_all(upstream: StandIn) -> None:
 # Their number
 
 
-def test_at_the_limit_health_is_answered(upstream: StandIn) -> None:
+def test_at_the_limit_health_is_answered(
+    upstream: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.client.SILENT_SECONDS", 3600.0)
     body = {"model": "m", "prompt": "x", "stream": True}
     upstream.before_s = 60
     try:
@@ -316,6 +332,7 @@ def test_at_the_limit_health_is_answered(upstream: StandIn) -> None:
                 assert ask(gateway.url, "GET", "/health").status == 200
             clients = [stack.enter_context(dial(gateway)) for _ in range(33)]
             assert closed(clients[-1])  # not even the reserve has room
+            monkeypatch.setattr("serving.client.SILENT_SECONDS", 0.0)
             wait_for(lambda: ask_health(gateway), "the silent give way")
     finally:
         upstream.before_s = 0.0
@@ -376,3 +393,30 @@ def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:
                 flood(client, start, piece, megabytes=60)
             assert ask_health(gateway)
         assert process.memory_info().rss - before < 5 * 2**20
+
+
+def test_mutated_requests_do_no_harm(upstream: StandIn, tmp_path: Path) -> None:
+    """Several requests at once, with bytes changed or left out, in pieces of any size."""
+    chance = random.Random(0)
+    upgraded = POST + UPGRADE + CHUNKED[len(POST) :] + b"\r\n"
+    continued = POST + b"Expect: 100-continue\r\n" + LENGTH + b"\r\n" + GOOD
+    good = (WHOLE, CHUNKED + KEY + b"\r\n", upgraded, continued, HEALTH)
+    config = {"models": [{"name": "m", "replicas": [upstream.url]}], "timeouts": SHORT}
+    with configured(tmp_path, config) as gateway:
+        for _ in range(300):
+            data = bytearray(b"".join(chance.choices(good, k=chance.randint(1, 4))))
+            for _ in range(chance.randint(0, 3)):
+                at = chance.randrange(len(data))
+                if chance.random() < 0.5:
+                    data[at] = chance.randrange(256)
+                else:
+                    del data[at : at + chance.randint(1, 10)]
+            size = chance.choice((10, 100, 10_000))
+            with dial(gateway) as client, suppress(ConnectionError):
+                for i in range(0, len(data), size):
+                    client.sendall(data[i : i + size])
+                if chance.random() < 0.5:
+                    client.recv(1)
+        in_flight = "attnserve_requests_in_flight"
+        wait_for_value(lambda: metric(gateway.url, in_flight), 1, "only this one")
+        assert '"level": "error"' not in gateway.log()

@@ -7,14 +7,8 @@ from typing import Any
 
 import pytest
 
-from serving.config import (
-    ENVIRONMENT,
-    Config,
-    ConfigError,
-    ModelEntry,
-    Timeouts,
-    from_environment,
-)
+from serving.config import Config, ConfigError, ModelEntry, Timeouts
+from serving.config_file import ENVIRONMENT, from_environment
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,21 @@ def test_slash_at_the_end_of_the_gateways_own(gateway: Running) -> None:
     assert error_of(ask(gateway.url, "POST", "/v1/compare/", {}))["param"] == "reference"
 
 
+@pytest.mark.parametrize("data", [
+    b"5", b'[{"id": "m", "x": NaN}]', b'[{"id": "m", "x": "\\ud800"}]', b'[{"id": "\\ud800"}]',
+    b'[{"id": "m", "x": 1e999}]', b"[" * 100_000,
+])  # fmt: skip
+def test_a_list_of_models_that_is_none(gateway: Running, upstream: StandIn, data: bytes) -> None:
+    """The gateway says then what it knows itself."""
+    upstream.listed = b'{"data": %b}' % data
+    try:
+        listed = ask(gateway.url, "GET", "/v1/models")
+    finally:
+        upstream.listed = None
+    assert listed.status == 200
+    assert [entry["id"] for entry in listed.json()["data"]] == ["m"]
+
+
 def test_usage_is_asked_for_and_hidden(gateway: Running, upstream: StandIn) -> None:
     body = {"model": "m", "prompt": "x", "max_tokens": 2, "stream": True}
     plain = ask(gateway.url, "POST", "/v1/completions", body)

@@ -3,6 +3,7 @@
 test_compare_vllm.py has it in front of real servers.
 """
 
+import asyncio
 import json
 import logging
 import math
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
-from serving.compare.shadow import suitable
+from serving.compare.shadow import Tap, suitable
 from serving.config import Config, ShadowScoring
 from tests.serving.helpers import HttpAnswer, Running, ask, leave, open_request, running
 from tests.serving.standin import StandIn, standin, wait_for
@@ -206,6 +208,23 @@ def test_ids_inside_an_answer_are_text() -> None:
         await_count(gateway, "read", 1)
         assert sampled.json()["choices"][0]["text"] == a.text
         assert sampled.json()["choices"][0]["token_ids"] is None
+
+
+@pytest.mark.parametrize("ids", [",,", "1 2", "9" * 5000, ""])
+def test_ids_that_are_none_do_no_harm(ids: str) -> None:
+    sent = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def answer() -> None:
+        tap = Tap(send)
+        await tap.send({"type": "http.response.start", "status": 200, "headers": []})
+        body = b'{"token_ids": [%b]}' % ids.encode()
+        await tap.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    asyncio.run(answer())
+    assert sent[1]["body"] == b'{"token_ids": null}'
 
 
 @pytest.mark.parametrize(

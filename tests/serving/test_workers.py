@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from serving.auth import digest
 from serving.observability.metrics import Metrics
 from serving.observability.pages import MetricsPages
-from serving.workers import YOUNG_SECONDS
 from tests.servers import COMMON_ENV, Server, end_group, free_port, spawn, wait_until_healthy
-from tests.serving.helpers import ask, metric
+from tests.serving.helpers import ask, configured, metric
 from tests.serving.standin import standin, wait_for
 
 BODY = {"model": "m", "prompt": "x", "max_tokens": 2}
@@ -65,12 +64,49 @@ def test_a_worker_that_ends_is_replaced_and_its_counts_stay(gateway: Server) -> 
         ask(gateway.url, "POST", "/v1/completions", BODY)
     wait_for(lambda: answered(gateway) == 9, "all are counted")
     old = workers(gateway)
-    time.sleep(max(0.0, old[0].create_time() + YOUNG_SECONDS + 2 - time.time()))
     old[0].kill()
     wait_for(lambda: len(workers(gateway)) == 3 and old[0] not in workers(gateway), "a new one")
     for _ in range(9):  # whichever worker's connections they are, they wait for it
         assert ask(gateway.url, "POST", "/v1/completions", BODY).status == 200
     wait_for(lambda: answered(gateway) == 18, "what the killed one counted is there, too")
+
+
+def test_a_new_worker_has_the_configuration_of_the_one_before(tmp_path: Path) -> None:
+    """Not the one that the gateway began with, whose keys may be revoked by now; also where the
+    file is bad meanwhile, and where it is to be read again while the worker starts."""
+    names = {"old": "o" * 43, "new": "n" * 43}
+    entries = [{"name": name, "sha256": digest(key)} for name, key in names.items()]
+    with standin() as upstream:
+        models = [{"name": "m", "replicas": [upstream.url]}]
+        config = {"models": models, "keys": entries[:1]}
+        with configured(tmp_path, config, GATEWAY_WORKERS="2") as gateway:
+            file = tmp_path / "gateway.yaml"
+            text = file.read_text()
+
+            def statuses(name: str) -> set[int]:
+                key = f"Bearer {names[name]}"
+                answers = [
+                    ask(gateway.url, "POST", "/v1/completions", BODY, authorization=key)
+                    for _ in range(16)  # each on a connection of its own
+                ]
+                return {answer.status for answer in answers}
+
+            def replace_worker() -> None:
+                old = workers(gateway)[0]
+                old.kill()
+                wait_for(lambda: old not in workers(gateway), "it is gone")
+                wait_for(lambda: len(workers(gateway)) == 2, "there is a new one")
+                os.kill(gateway.pid, signal.SIGHUP)
+
+            assert statuses("old") == {200}
+            file.write_text(text.replace(entries[0]["sha256"], entries[1]["sha256"]))
+            wait_for(lambda: statuses("old") == {401}, "the key is revoked")
+            file.write_text("models: [")
+            replace_worker()
+            assert statuses("old") == {401} and statuses("new") == {200}
+            file.write_text(text)
+            replace_worker()
+            wait_for(lambda: statuses("old") == {200}, "what has changed meanwhile is read")
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
