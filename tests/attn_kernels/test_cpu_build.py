@@ -416,6 +416,7 @@ def compiled(place: Place, library: Path, source: str) -> None:
         ("others", "can be written by other users"),
         ("link", "cannot be opened (Too many levels of symbolic links)"),
         ("unsealed", "is damaged"),
+        ("pipe", "is damaged"),
     ],
 )
 def test_a_planted_library_is_not_loaded(
@@ -434,6 +435,9 @@ def test_a_planted_library_is_not_loaded(
     elif how == "link":
         library.rename(tmp_path / "elsewhere.so")
         library.symlink_to(tmp_path / "elsewhere.so")
+    elif how == "pipe":  # whoever reads one waits for a writer
+        library.unlink()
+        os.mkfifo(library, 0o700)
     else:
         library.write_bytes(library.read_bytes()[: -build.HASH_BYTES])
     forget()

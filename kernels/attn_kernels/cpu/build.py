@@ -225,7 +225,7 @@ def opened(path: Path) -> int:
         BuildError: it is a link, somebody else can have written it, or it is not whole.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
