@@ -236,6 +236,10 @@ class App:
         except ApiError as error:
             self.state.metrics.errors.labels("", "", "", error.code).inc()
             await exchange.fail(error)
+        except asyncio.CancelledError:
+            if exchange.status:
+                raise
+            await exchange.fail(why_cancelled(exchange))
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             status = str(exchange.status or CLIENT_LEFT)

@@ -146,7 +146,7 @@ class Proxy:
 
     def _headers_up(self, exchange: Exchange, length: int) -> Headers:
         """Return the headers of the request to a model server."""
-        headers = [header for header in exchange.headers if header[0] not in NOT_SENT_UP]
+        headers = end_to_end(exchange.headers, NOT_SENT_UP)
         if exchange.span is not None and self.tracer is not None:
             own = self.tracer.headers(exchange.span)
             headers = [(n, v) for n, v in headers if n not in own] + list(own.items())
@@ -233,7 +233,15 @@ def api_error(error: UpstreamError) -> ApiError:
 
 def headers_down(headers: Headers) -> Headers:
     """Return the upstream's headers that the client gets."""
-    return [header for header in headers if header[0] not in NOT_SENT_DOWN]
+    return end_to_end(headers, NOT_SENT_DOWN)
+
+
+def end_to_end(headers: Headers, dropped: frozenset[bytes]) -> Headers:
+    """Return headers without some, and without those that `Connection` says are for it only."""
+    for name, value in headers:
+        if name == b"connection":
+            dropped = dropped.union(n.strip() for n in value.lower().split(b","))
+    return [header for header in headers if header[0] not in dropped]
 
 
 def is_event_stream(headers: Headers) -> bool:

@@ -1,12 +1,15 @@
 """The YAML configuration: what is wrong with it is said in one line, and what is right is used."""
 
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -15,7 +18,7 @@ from serving.auth import digest
 from serving.config import Config, ConfigError, Section
 from serving.config_file import load
 from tests.servers import Server
-from tests.serving.helpers import ask, configured, open_request
+from tests.serving.helpers import HttpAnswer, ask, configured, error_of, metric, open_request
 from tests.serving.standin import standin, wait_for
 
 GOOD: dict[str, Any] = {"models": [{"name": "m", "replicas": ["http://127.0.0.1:1"]}]}
@@ -283,4 +286,22 @@ def test_shutdown_cuts_what_takes_longer_than_drain(tmp_path: Path) -> None:
             last = stream.read().strip().split(b"\n\n")[-1]
             assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "shutting_down"
             wait_for(lambda: upstream.aborted == 1, "the upstream is freed")
+            assert "Traceback" not in gateway.log()
+
+
+def test_shutdown_answers_what_waits_for_a_list_of_models(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        config = {
+            "models": [{"name": "m", "replicas": [url]}],
+            "timeouts": {"drain": 1},
+            "health": {"timeout": 60},
+        }
+        with configured(tmp_path, config) as gateway:
+            waiting = http.client.HTTPConnection(urlsplit(gateway.url).netloc, timeout=60)
+            waiting.request("GET", "/v1/models")
+            wait_for(lambda: metric(gateway.url, "attnserve_requests_in_flight") > 1, "it waits")
+            os.kill(gateway.pid, signal.SIGTERM)
+            answer = HttpAnswer(waiting.getresponse())
+            assert (answer.status, error_of(answer)["code"]) == (503, "shutting_down")
             assert "Traceback" not in gateway.log()

@@ -179,6 +179,19 @@ def test_a_list_of_models_that_is_none(gateway: Running, upstream: StandIn, data
     assert [entry["id"] for entry in listed.json()["data"]] == ["m"]
 
 
+def test_headers_of_one_connection_end_there(gateway: Running, upstream: StandIn) -> None:
+    """Those that Connection lists, too (RFC 9110, 7.6.1)."""
+    named = {"connection": "X-One, keep-alive", "x_one": "1", "x_two": "2"}
+    upstream.headers = [(b"connection", b"X-Three"), (b"x-three", b"3"), (b"x-four", b"4")]
+    try:
+        answer = ask(gateway.url, "POST", "/v1/completions", {"model": "m", **ANY}, **named)
+    finally:
+        upstream.headers = []
+    seen = upstream.seen[-1]["headers"]
+    assert "x-two" in seen and not {"x-one", "connection"} & seen.keys()
+    assert answer.headers["x-four"] == "4" and "x-three" not in answer.headers
+
+
 def test_usage_is_asked_for_and_hidden(gateway: Running, upstream: StandIn) -> None:
     body = {"model": "m", "prompt": "x", "max_tokens": 2, "stream": True}
     plain = ask(gateway.url, "POST", "/v1/completions", body)
