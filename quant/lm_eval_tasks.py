@@ -149,7 +149,7 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    class Model(TemplateLM):
+    class ScoredModel(TemplateLM):
         @property
         def eot_token_id(self) -> int:
             """What stands before a text that has nothing before it."""
@@ -195,4 +195,4 @@ def model(checkpoint: Checkpoint, scorer: Scorer) -> Any:
             """Refuse, as `load` does before: no such task gets here."""
             raise NotImplementedError("tasks that write text are refused when they are loaded")
 
-    return Model()
+    return ScoredModel()

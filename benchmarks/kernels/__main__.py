@@ -96,7 +96,7 @@ def kernels(
 
     from benchmarks.kernels.candidates import load_vllm
     from benchmarks.kernels.case import FULL, QUICK, cases_of, label
-    from benchmarks.kernels.measure import Limit, measure, read_bandwidth, sgemm_rate
+    from benchmarks.kernels.measure import MachineRate, measure, read_bandwidth, sgemm_rate
 
     if num_heads % num_kv_heads:
         raise UserError(f"{num_heads} heads cannot share {num_kv_heads} KV heads")
@@ -128,7 +128,7 @@ def kernels(
         "commit": machine.commit(),
     }
     makers = {"decode": lambda: read_bandwidth(cache), "prefill": sgemm_rate}
-    limits: dict[str, Limit] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
+    limits: dict[str, MachineRate] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
     rows: list[dict[str, Any]] = []
     progress = tqdm(cases, unit="case", disable=None)
     for case in progress:

@@ -26,7 +26,7 @@ SGEMM_SIZE = 2048
 MOST_ROUNDS = 400
 
 
-class Limit:
+class MachineRate:
     """A rate of the machine, in 1e9 bytes or operations (`unit`) per second, that is measured again
     and again while other things are measured; `amount` is what each method's call takes, and the
     best method counts."""
@@ -52,7 +52,7 @@ class Limit:
         return max(medians.items(), key=lambda item: item[1])
 
 
-def read_bandwidth(last_level_cache: int) -> Limit:
+def read_bandwidth(last_level_cache: int) -> MachineRate:
     """Return GB/s of reading a float32 buffer much larger than the last-level cache (bytes), with
     all threads."""
     columns = 4096
@@ -64,14 +64,16 @@ def read_bandwidth(last_level_cache: int) -> Limit:
         "torch.sum": lambda: torch.sum(flat),
         "torch.dot": lambda: torch.dot(*halves),
     }
-    return Limit("GB/s", buffer.nbytes, methods)
+    return MachineRate("GB/s", buffer.nbytes, methods)
 
 
-def sgemm_rate() -> Limit:
+def sgemm_rate() -> MachineRate:
     """Return GFLOP/s of a float32 product of two 2048 x 2048 matrices."""
     a, b = torch.randn(SGEMM_SIZE, SGEMM_SIZE), torch.randn(SGEMM_SIZE, SGEMM_SIZE)
     out = torch.empty_like(a)
-    return Limit("GFLOP/s", 2.0 * SGEMM_SIZE**3, {"torch.mm": lambda: torch.mm(a, b, out=out)})
+    return MachineRate(
+        "GFLOP/s", 2.0 * SGEMM_SIZE**3, {"torch.mm": lambda: torch.mm(a, b, out=out)}
+    )
 
 
 def interleave(
@@ -103,7 +105,7 @@ def measure(
     case: Case,
     kernels: Mapping[str, Any],
     peer_isa: str,
-    limit: Limit,
+    limit: MachineRate,
     cold_bytes: int,
     seconds: float,
     min_rounds: int,

@@ -40,7 +40,7 @@ def same_text(results: Sequence[SweepResult]) -> bool:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BestSetting:
     """The setting to take for a target at a number of bits."""
 
     target: str
@@ -59,7 +59,7 @@ class Choice:
         return {name: math.inf if math.isnan(value) else value for name, value in values.items()}
 
 
-def choices(results: Sequence[SweepResult]) -> list[Choice]:
+def choices(results: Sequence[SweepResult]) -> list[BestSetting]:
     """Return what to take for each target at each number of bits, most bits first.
 
     It is the setting with the least KL divergence (geometric mean over checkpoints), among those
@@ -78,7 +78,7 @@ def choices(results: Sequence[SweepResult]) -> list[Choice]:
         for bits in sorted(groups[target], reverse=True):
             settings = groups[target][bits]
             ranked = sorted(settings, key=lambda name: (-len(settings[name]), cost(settings[name])))
-            choice = Choice(target, bits, ranked[0], settings[ranked[0]])
+            choice = BestSetting(target, bits, ranked[0], settings[ranked[0]])
             if len(ranked) > 1 and len(settings[ranked[1]]) == len(choice.results):
                 margin = None
                 if same_text([*choice.results, *settings[ranked[1]]]):
@@ -133,7 +133,7 @@ def paired_rise(
 
 
 def differences(
-    chosen: Sequence[Choice], unquantized: Mapping[str, SweepResult]
+    chosen: Sequence[BestSetting], unquantized: Mapping[str, SweepResult]
 ) -> list[Difference]:
     """Return the difference of each two checkpoints for each choice, with Benjamini and
     Hochberg's correction over all of them."""
@@ -176,7 +176,7 @@ class Answers:
     """What a sweep's results say."""
 
     results: Sequence[SweepResult]
-    choices: list[Choice]
+    choices: list[BestSetting]
     differences: list[Difference]
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attn_kernels import causal_mask, get_variant
 from benchmarks.kernels.case import FULL, Case, Inputs, Paging, cases_of, copies_needed
-from benchmarks.kernels.measure import Limit, interleave, row
+from benchmarks.kernels.measure import MachineRate, interleave, row
 from benchmarks.results import spread
 
 DECODE = Case("decode", "bf16", 64, 300, 3, 1, 4, 2, 32)
@@ -107,7 +107,7 @@ def test_limit_is_the_best_method(monkeypatch: pytest.MonkeyPatch) -> None:
     def takes(seconds: float) -> None:
         clock[0] += seconds
 
-    limit = Limit("GB/s", 8e9, {"slow": lambda: takes(4.0), "fast": lambda: takes(2.0)})
+    limit = MachineRate("GB/s", 8e9, {"slow": lambda: takes(4.0), "fast": lambda: takes(2.0)})
     limit.probe()
     limit.amount = 4e9
     limit.probe()
