@@ -104,7 +104,9 @@ class Protocol(HttpToolsProtocol):
 
     # The connection
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(  # type: ignore[override]  # as uvicorn's own does
+        self, transport: asyncio.Transport
+    ) -> None:
         """Take a new connection, if there is room."""
         super().connection_made(transport)
         self._closer = Closer(transport, self._close)
@@ -297,6 +299,7 @@ class Protocol(HttpToolsProtocol):
             message = "The gateway has as many connections as it may."
             raise ApiError(503, message, code="too_many_connections", retry_after=1.0)
         super().on_headers_complete()
+        # No Transport, but all of one that uvicorn's cycle uses.
         self.cycle.transport = self._closer  # type: ignore[assignment]
         self.cycle.keep_alive &= not self.over_limit
         self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]

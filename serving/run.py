@@ -67,7 +67,7 @@ def make_server(state: GatewayState) -> uvicorn.Server:
         App(state),
         host=state.config.host,
         port=state.config.port,
-        http=partial(Protocol, Clients(state)),  # type: ignore[arg-type]
+        http=partial(Protocol, Clients(state)),  # type: ignore[arg-type]  # any callable will do
         access_log=False,
         log_config=None,
         server_header=False,

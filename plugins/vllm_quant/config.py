@@ -111,7 +111,7 @@ def stays_vllms(layer: nn.Module, format: Format) -> bool:
     """Return whether one of vLLM's own kernels takes a layer: they are known, ours are not timed.
 
     Embeddings never (vLLM has no zero points and no tied head there), nor float32, nor what is
-    beyond compressed-tensors' format: a short last group, zero points between codes.
+    beyond compressed-tensors' format: a short last group, zero points between quantized values.
     """
     if not isinstance(layer, LinearBase):
         return False

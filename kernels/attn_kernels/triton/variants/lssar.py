@@ -11,7 +11,7 @@ from attn_kernels.triton.variants.lssa import (  # noqa: F401 (this variant's, t
     query_factor,
     softplus,
 )
-from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401
+from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401 (this variant's, too)
 
 
 @triton.jit
