@@ -29,6 +29,9 @@ MAX_HEAD_BYTES = 64 * 1024
 """Of a request's URL, headers and trailers together, each of which counts 32 bytes more (as in
 HTTP/2), because it is an object; and of what comes without being any of these, or of a body."""
 
+MAX_HEADS_BYTES = 64 * 1024 * 1024
+"""Of the heads of all clients that have begun and not ended."""
+
 GRACE_SECONDS = 5.0
 """How long a client may go on sending after an answer that did not wait for all of its request
 (closed at once, its connection would lose the answer); and how much later than `timeouts.total` a
@@ -48,6 +51,7 @@ class Clients:
         self.state = state
         self.silent: dict[Protocol, float] = {}
         """Connections without a request, and since when; the longest silent first."""
+        self.head_bytes = 0  # of heads that have not ended
         self._logged = -math.inf
 
     @property
@@ -95,6 +99,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False  # of a request
         self._head_bytes = 0  # of the URL, headers and trailers so far
         self._unused_bytes = 0  # that came since the last head or piece of a body
+        self._held_bytes = 0  # of them, in the sum of all clients
         self._deaf = False  # it is about to close; what comes is dropped
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0  # for what is expected of a client without a request
@@ -122,6 +127,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell all requests of the connection that the client has left."""
         self.clients.silent.pop(self, None)
+        self._hold(0)
         if self._timer is not None:
             self._timer.cancel()
         self._give_up(self._unanswered)
@@ -243,6 +249,7 @@ class Protocol(HttpToolsProtocol):
                     data = self._head_without_upgrade() + data[upgrade.args[0] :]
             if self._unused_bytes > MAX_HEAD_BYTES:
                 raise too_large()
+            self._hold(self._unused_bytes if self._in_head else 0)
         except httptools.HttpParserError as error:
             cause = error.__context__
             not_http = ApiError(400, "This is not HTTP/1.1.", code="invalid_http")
@@ -252,6 +259,19 @@ class Protocol(HttpToolsProtocol):
         else:
             if self._in_head and not was_in_head and not self._answering:
                 self._wait(self.clients.state.config.timeouts.head)
+
+    def _hold(self, size: int) -> None:
+        """Have so many bytes of a head that has not ended in the sum of all clients.
+
+        Raises:
+            ApiError: 503; these are too many.
+        """
+        self.clients.head_bytes += size - self._held_bytes
+        self._held_bytes = size
+        if size and self.clients.head_bytes > MAX_HEADS_BYTES:
+            self._hold(0)
+            message = "The gateway waits for the ends of too many heads."
+            raise ApiError(503, message, code="too_many_connections", retry_after=1.0)
 
     def _head_without_upgrade(self) -> bytes:
         """Return the head of a request whose client would like another protocol, as if it did not.

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -379,6 +380,31 @@ def test_bodies_have_a_limit_together(upstream: StandIn) -> None:
         first.sendall(b" " * (300 - len(GOOD)) + GOOD)
         assert answer(first)[0] == 200
         wait_for(lambda: gateway.state.held_bytes == 0, "nothing is held any more")
+
+
+def test_heads_that_do_not_end_have_a_limit_together(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.client.MAX_HEADS_BYTES", 100_000)
+    half = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nx-a: " + b"b" * 40_000
+    with dial(gateway) as first, dial(gateway) as second, dial(gateway) as third:
+        for client in (first, second):
+            client.sendall(half)
+        wait_for(lambda: heads(gateway) == 2 * len(half), "both are here")
+        third.sendall(half)
+        assert refusal(third) == (503, "too_many_connections")
+        first.close()
+        wait_for(lambda: heads(gateway) == len(half), "there is room again")
+        second.sendall(b"\r\n\r\n")
+        assert answer(second)[0] == 200
+    assert heads(gateway) == 0
+
+
+def heads(gateway: Running) -> int:
+    """Return how many bytes of heads that have not ended the gateway holds."""
+    factory: Any = gateway.server.config.http
+    held: int = factory.args[0].head_bytes
+    return held
 
 
 def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:
