@@ -346,6 +346,7 @@ def ask_health(gateway: Running | Server) -> bool:
     return False
 
 
+@pytest.mark.integration
 def test_more_silent_clients_than_descriptors(upstream: StandIn, tmp_path: Path) -> None:
     config = {"models": [{"name": "m", "replicas": [upstream.url]}]}
     with configured(tmp_path, config) as gateway, ExitStack() as stack:
@@ -407,6 +408,7 @@ def heads(gateway: Running) -> int:
     return held
 
 
+@pytest.mark.integration
 def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:
     config = {"models": [{"name": "m", "replicas": [upstream.url]}], "keys": KEYS}
     with configured(tmp_path, config) as gateway:
@@ -421,6 +423,7 @@ def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:
         assert process.memory_info().rss - before < 5 * 2**20
 
 
+@pytest.mark.integration
 def test_mutated_requests_do_no_harm(upstream: StandIn, tmp_path: Path) -> None:
     """Several requests at once, with bytes changed or left out, in pieces of any size."""
     chance = random.Random(0)

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.conformance.hostile import ANSWERS, REQUESTS, hostile
+
+pytestmark = pytest.mark.integration
 
 
 def test_nothing_hostile_makes_the_gateway_fail(tmp_path: Path) -> None:

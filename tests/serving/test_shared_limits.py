@@ -37,9 +37,12 @@ from tests.serving.standin import StandIn, standin, wait_for
 
 pytest.importorskip("redis", reason="the Python package redis is not installed")
 PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
-pytestmark = pytest.mark.skipif(
-    PROGRAM is None, reason="neither redis-server nor valkey-server is installed"
-)
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(
+        PROGRAM is None, reason="neither redis-server nor valkey-server is installed"
+    ),
+]
 
 BODY = {"model": "m", "prompt": "x" * 40, "max_tokens": 10}  # reserves 20 tokens, uses 17
 ALICE, BOB = new_key(), new_key()

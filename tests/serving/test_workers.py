@@ -19,6 +19,8 @@ from tests.servers import COMMON_ENV, Server, end_group, free_port, spawn, wait_
 from tests.serving.helpers import ask, configured, metric
 from tests.serving.standin import standin, wait_for
 
+pytestmark = pytest.mark.integration
+
 BODY = {"model": "m", "prompt": "x", "max_tokens": 2}
 ANSWERED = "attnserve_requests_total{"
 
