@@ -48,7 +48,7 @@ def through_gateway(
 ) -> list[HttpAnswer]:
     """Answers to POSTs through a gateway in front of `handler`, with pauses after them."""
     body = {**BODY, "stream": True} if stream else BODY
-    config = {"timeouts": {"silence": 5, "idle": 2}, **config}
+    config = {"timeouts": {"read": 5, "idle": 2}, **config}
 
     async def run() -> list[HttpAnswer]:
         answers = []
