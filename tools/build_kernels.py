@@ -21,13 +21,16 @@ from quant_kernels import ops
 from quant_kernels.weight import BITS
 
 
-def build(name: str | int, isa: str) -> Path | None:
-    """One library, of a variant or of a width in bits; None where there is none to build."""
+def build(name: str | int, isa: str, quantized: bool) -> Path | None:
+    """One library, of a variant (for quantized caches or others) or of a width in bits; None where
+    there is none to build."""
     if isinstance(name, int):
         return ops.build(name, isa) if isa != "amx" else None  # AVX-512's is taken
     variant = get_variant(name)
     header = variant.cpu_header or HERE / "variants" / f"{name}.hpp"
-    return build_library(header, type(variant).__name__, isa) if header.exists() else None
+    if not header.exists():
+        return None
+    return build_library(header, type(variant).__name__, isa, quantized)
 
 
 def main() -> None:
@@ -38,17 +41,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="default: %(default)s")
     options = parser.parse_args()
 
-    names: list[str | int] = [*variant_names(), *BITS]
-    wanted = [(name, isa) for name in names for isa in options.isa]
+    names: list[tuple[str | int, bool]] = [(bits, False) for bits in BITS]
+    names += [(name, quantized) for name in variant_names() for quantized in (False, True)]
+    wanted = [(name, isa, quantized) for name, quantized in names for isa in options.isa]
     try:
         with ThreadPoolExecutor(options.jobs) as pool:
-            done = pool.map(lambda pair: build(*pair), wanted)
+            done = pool.map(lambda each: build(*each), wanted)
             libraries = list(tqdm(done, total=len(wanted), unit="library"))
     except BuildError as error:
         raise SystemExit(f"build_kernels: {error}") from None
-    for (name, isa), path in zip(wanted, libraries, strict=True):
-        what = f"{name} bits" if isinstance(name, int) else name
-        print(f"{what:12} {isa:10} {path or 'none of its own'}")
+    for (name, isa, quantized), path in zip(wanted, libraries, strict=True):
+        what = f"{name} bits" if isinstance(name, int) else name + ", quantized" * quantized
+        print(f"{what:24} {isa:10} {path or 'none of its own'}")
     print(json.dumps({"libraries": sum(path is not None for path in libraries)}))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from attn_kernels.kv_quant import KV_FORMATS
 from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
@@ -43,6 +44,12 @@ def kernels(
     threads: opt.Threads = opt.CORES,
     variants: Annotated[
         list[str] | None, opt.option("Which (default: all that have a C++ kernel).")
+    ] = None,
+    kv_formats: Annotated[
+        list[str] | None,
+        opt.option(
+            f"Each variant on quantized caches too: {' '.join(KV_FORMATS)} (default: none)."
+        ),
     ] = None,
     isa: Annotated[
         str | None, opt.option("Instruction set of our kernels (default: the best here).")
@@ -110,7 +117,9 @@ def kernels(
     cases = list(cases_of(grid, num_heads, num_kv_heads, block_size))
     torch.set_num_threads(threads)
     save = results.checked(csv, no_save)
-    loaded = load_kernels(variants, isa)
+    if unknown := set(kv_formats or ()) - set(KV_FORMATS):
+        raise UserError(f"--kv-formats {min(unknown)}: use {' or '.join(KV_FORMATS)}")
+    loaded = load_kernels(variants, isa, kv_formats or ())
     library = load_vllm(peer_isa)
     cache = machine.last_level_cache()
     cold_bytes = max(COLD_BYTES, 2 * cache)
@@ -167,11 +176,14 @@ def kernels(
     return 1 if failed else 0
 
 
-def load_kernels(names: Sequence[str] | None, isa: str | None) -> dict[str, Any]:
+def load_kernels(
+    names: Sequence[str] | None, isa: str | None, kv_formats: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the `CPUKernel` of each variant: of those that are named, else of all that have one;
-    by the best instruction set if none is named."""
+    by the best instruction set if none is named; and their `QuantizedKernel` of each format."""
     from attn_kernels import get_variant, variant_names
     from attn_kernels.cpu import load, usable_isas
+    from benchmarks.kernels.candidates import QuantizedKernel
 
     if isa is not None and isa not in usable_isas():
         raise UserError(f"--isa {isa}: this processor has {', '.join(usable_isas())}")
@@ -181,7 +193,12 @@ def load_kernels(names: Sequence[str] | None, isa: str | None) -> dict[str, Any]
     missing = [name for name in loaded if name not in found]
     if missing and (names or not found):
         raise UserError(f"no C++ kernel for {', '.join(missing)}; the warning above says why")
-    return found
+    quantized: dict[str, Any] = {}
+    for name in found if kv_formats else ():
+        kernel = load(get_variant(name), isa, quantized=True)
+        assert kernel is not None  # the other library was built
+        quantized |= {f"{name} {kv}": QuantizedKernel(kernel, KV_FORMATS[kv]) for kv in kv_formats}
+    return found | quantized
 
 
 def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int) -> None:
@@ -191,9 +208,9 @@ def check_memory(cases: Sequence[Case], kernels: Sequence[str], cold_bytes: int)
     from attn_kernels import get_variant
     from benchmarks.kernels.case import copies_needed
 
-    stateful = sum(get_variant(name).stateful for name in kernels)
-    # vLLM's, torch's, one for each stateful variant and one for all others.
-    pools = 2 + stateful + (stateful < len(kernels))
+    stateful = sum(get_variant(name.split()[0]).stateful for name in kernels)
+    # vLLM's, torch's, one for each stateful variant and one for all others of a format.
+    pools = 2 + stateful + len({name.partition(" ")[2] for name in kernels})
     needed, largest = max(
         (case.kv_bytes * (pools * copies_needed(case, cold_bytes) + 1) + SMALL_BYTES, str(case))
         for case in cases

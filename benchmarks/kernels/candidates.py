@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_kernels import Variant, get_variant
+from attn_kernels.cpu import CPUKernel, CPULayer
 from attn_kernels.dense import causal_mask
-from attn_kernels.paged import STATE_BYTES
+from attn_kernels.kv_quant import KVFormat
+from attn_kernels.paged import content_bytes
 from attnserve.errors import UserError
 from benchmarks.kernels.case import DTYPES, Inputs, Paging
 
@@ -39,18 +41,37 @@ class Candidate(Protocol):
         """Attend, and return `[batch * new_tokens, num_heads, head_dim]`."""
 
 
+class QuantizedKernel:
+    """A variant's kernel on a quantized cache, with a `CPUKernel`'s interface."""
+
+    def __init__(self, kernel: CPUKernel, kv_format: KVFormat) -> None:
+        self.kernel, self.kv_format = kernel, kv_format
+        self.variant, self.isa = kernel.variant, kernel.isa
+
+    def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
+        return self.kernel.unsupported(head_size, block_size, dtype, self.kv_format)
+
+    def layer(self, kv_cache: Tensor, **options: Any) -> CPULayer:
+        return self.kernel.layer(kv_cache, kv_format=self.kv_format, **options)
+
+
 class CopyPool:
-    """A paged cache that holds the copies of `paging`, filled by `write`; each slot has room for an
-    accumulator of `state_bytes`."""
+    """A paged cache that holds the copies of `paging`, filled by `write`, in a variant's format."""
 
     def __init__(
-        self, inputs: Inputs, paging: Paging, write: Write, *, state_bytes: int = 0
+        self,
+        inputs: Inputs,
+        paging: Paging,
+        write: Write,
+        variant: Variant,
+        kv_format: KVFormat | None = None,
     ) -> None:
         case = inputs.case
         dtype = DTYPES[case.dtype]
-        content = 2 * case.head_dim + state_bytes // dtype.itemsize
+        content = content_bytes(variant, case.head_dim, dtype, kv_format)
         shape = (paging.num_blocks, case.num_kv_heads, case.block_size, content)
-        self.kv = torch.zeros(shape, dtype=dtype)
+        kv = torch.zeros(shape, dtype=torch.uint8)
+        self.kv = kv if kv_format else kv.view(dtype)
         self._write = write
         self._tables = paging.tables
         self._copy = 0
@@ -87,9 +108,10 @@ class Ours:
         inputs: Inputs,
         paging: Paging,
         pools: dict[str, CopyPool],
+        kv_format: KVFormat | None = None,
     ) -> None:
         case = inputs.case
-        self.variant = variant
+        self.variant, self.kv_format = variant, kv_format
         self.learned = {
             name: torch.full((case.num_heads,), variant.initial(name)) for name in variant.learned
         }
@@ -100,10 +122,9 @@ class Ours:
         def write(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
             bind(kv, **settings).write_cache(key, value, slots)
 
-        name = variant.name if variant.stateful else "stateless"
+        name = f"{variant.name if variant.stateful else 'stateless'} {self.kv_format}"
         if name not in pools:
-            state_bytes = STATE_BYTES if variant.stateful else 0
-            pools[name] = CopyPool(inputs, paging, write, state_bytes=state_bytes)
+            pools[name] = CopyPool(inputs, paging, write, variant, self.kv_format)
         self.pool = pools[name]
         self.layer = bind(self.pool.kv, **settings)
         self.batch = inputs.batch(self.pool.table)
@@ -117,6 +138,11 @@ class Ours:
         return self.out
 
 
+def format_of(it: Any) -> KVFormat | None:
+    """Return how a kernel's cache, or a candidate's, is quantized, if it is."""
+    return getattr(it, "kv_format", None)
+
+
 class VllmSoftmax:
     """vLLM's `cpu_attention_with_kv_cache` (`load_vllm`); its scheduler's metadata are made once,
     as vLLM does for all layers."""
@@ -127,7 +153,7 @@ class VllmSoftmax:
         self.variant, self.learned = get_variant("softmax"), dict[str, Tensor]()
         self.ops, self.isa, self.inputs = ops, isa, inputs
         self.out = torch.zeros_like(inputs.query)
-        self.pool = CopyPool(inputs, paging, self._write)
+        self.pool = CopyPool(inputs, paging, self._write, self.variant)
         self.keys, self.values = self._halves(self.pool.kv)
         case = inputs.case
         self.metadata = ops.cpu_attn_get_scheduler_metadata(

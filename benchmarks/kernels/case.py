@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.batch import Batch
+from attn_kernels.kv_quant import KVFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,8 +48,14 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that a call must read."""
-        tokens = self.batch * self.seq_len
-        return tokens * self.num_kv_heads * 2 * self.head_dim * DTYPES[self.dtype].itemsize
+        return self.bytes_in(None)
+
+    def bytes_in(self, kv_format: KVFormat | None) -> int:
+        """Return `kv_bytes` where keys and values are quantized."""
+        vectors = 2 * self.batch * self.seq_len * self.num_kv_heads
+        if kv_format is not None:
+            return vectors * kv_format.vector_bytes(self.head_dim)
+        return vectors * self.head_dim * DTYPES[self.dtype].itemsize
 
     @property
     def flops(self) -> int:

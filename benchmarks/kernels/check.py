@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attn_kernels import Variant, reference, selectable_mask
+from attn_kernels.kv_quant import KVFormat
 from benchmarks.kernels.candidates import Candidate
 from benchmarks.kernels.case import Inputs
 
@@ -47,10 +48,19 @@ class Expected:
     output: Tensor
 
     @classmethod
-    def of(cls, variant: Variant, inputs: Inputs, learned: Mapping[str, Tensor]) -> Expected:
+    def of(
+        cls,
+        variant: Variant,
+        inputs: Inputs,
+        learned: Mapping[str, Tensor],
+        kv_format: KVFormat | None = None,
+    ) -> Expected:
         """Return those of `calls_checked` calls with the same queries, on accumulators that began
         at 0; torch's global generator draws the rows."""
         case = inputs.case
+        if kv_format is not None:
+            key, value = (kv_format.rounded(x) for x in (inputs.key, inputs.value))
+            inputs = replace(inputs, key=key, value=value)
         total = len(inputs.query)
         rows = sorted({0, total - 1, *torch.randint(total, (max(0, SAMPLES - 2),)).tolist()})
         outputs = []

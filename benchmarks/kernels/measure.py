@@ -13,8 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attn_kernels import get_variant
-from benchmarks.kernels.candidates import Candidate, CopyPool, Ours, TorchSdpa, VllmSoftmax
+from attn_kernels.kv_quant import KVFormat
+from benchmarks.kernels.candidates import (
+    Candidate,
+    CopyPool,
+    Ours,
+    TorchSdpa,
+    VllmSoftmax,
+    format_of,
+)
 from benchmarks.kernels.case import Case, Inputs, Paging, copies_needed
 from benchmarks.kernels.check import LIMITS, PEER_LIMITS, Expected, complaint, error_of
 from benchmarks.results import spread
@@ -112,9 +119,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return the CSV's rows of one case: one a variant.
 
-    `kernels` has `CPUKernel` by the variant's name. A decode case's keys and values are copied
-    until they take `cold_bytes`. The machine's `limit` is probed before and after; for `seconds`
-    and `min_rounds` see `interleave`.
+    `kernels` has `CPUKernel` and `QuantizedKernel` by the rows' names. A decode case's keys and
+    values are copied until they take `cold_bytes`. The machine's `limit` is probed before and
+    after; for `seconds` and `min_rounds` see `interleave`.
     """
     inputs = Inputs.make(case)
     copies = copies_needed(case, cold_bytes)
@@ -125,7 +132,7 @@ def measure(
         kernel = kernels[name]
         if why := kernel.unsupported(case.head_dim, case.block_size, inputs.key.dtype):
             raise ValueError(f"no {why}")
-        return Ours(get_variant(name), kernel.layer, inputs, paging, pools)
+        return Ours(kernel.variant, kernel.layer, inputs, paging, pools, format_of(kernel))
 
     makers: dict[str, Callable[[], Candidate]] = {name: partial(ours, name) for name in kernels}
     makers["vllm"] = partial(VllmSoftmax, inputs, paging, peer_isa)
@@ -138,10 +145,11 @@ def measure(
         errors[name] = float("nan")
         try:
             candidate = make()
-            variant = candidate.variant
-            if variant.name not in expected:
-                expected[variant.name] = Expected.of(variant, inputs, candidate.learned)
-            errors[name] = error_of(candidate, inputs, expected[variant.name])
+            variant, kv_format = candidate.variant, format_of(candidate)
+            answer = f"{variant.name} {kv_format}"
+            if answer not in expected:
+                expected[answer] = Expected.of(variant, inputs, candidate.learned, kv_format)
+            errors[name] = error_of(candidate, inputs, expected[answer])
             limits = LIMITS if name in kernels else PEER_LIMITS
             why[name] = complaint(errors[name], limits[case.dtype])
         except (RuntimeError, ValueError) as error:
@@ -157,9 +165,9 @@ def measure(
     _, rate = limit.best(probes=2)
     times: dict[str, NDArray[np.float64]] = dict(zip(ready, rounds.T, strict=True))
     return [
-        row(name, case, times, why, limit.unit, rate) | {"error": errors[name]}
-        | {"peer_isa": peer_isa}
-        for name in kernels
+        row(name, case, times, why, limit.unit, rate, format_of(kernel))
+        | {"error": errors[name], "peer_isa": peer_isa}
+        for name, kernel in kernels.items()
     ]  # fmt: skip
 
 
@@ -170,6 +178,7 @@ def row(
     why: Mapping[str, str],
     unit: str,
     limit: float,
+    kv_format: KVFormat | None = None,
 ) -> dict[str, Any]:
     """Return a variant's row from the seconds of each round of every candidate that was timed, and
     why others were not (empty: they were). `limit` is the machine's rate around this case, GB/s for
@@ -184,7 +193,7 @@ def row(
         # Inside a round: what changes the whole machine's speed from round to round cancels.
         both = name in times and peer in times
         found[f"ratio_{peer}"] = float(np.median(times[name] / times[peer])) if both else None
-    amount = case.kv_bytes if case.phase == "decode" else case.flops
+    amount = case.bytes_in(kv_format) if case.phase == "decode" else case.flops
     achieved = amount / (found["ms_median"] * 1e-3) / 1e9 if name in times else None
     found |= {"rate": achieved, "rate_unit": unit, "limit": limit}
     found["fraction_of_limit"] = None if achieved is None else achieved / limit

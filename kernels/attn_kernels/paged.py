@@ -3,7 +3,8 @@ correct everywhere and fast nowhere: the serving path where no kernel is built.
 
 The cache of one layer is `[num_blocks, num_kv_heads, block_size, content]`: `head_size` keys (after
 RoPE), `head_size` values and, for a stateful variant, one float32 accumulator, of which KV head 0's
-is used. Scores and sums are float32 whatever the cache's dtype.
+is used. A quantized cache (`kv_quant`) is one of bytes, as many as that takes. Scores and sums are
+float32 whatever the cache's dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from attn_kernels.batch import Batch
 from attn_kernels.checks import check_layer, check_learned
 from attn_kernels.dense import attend, causal_mask, selectable_mask
+from attn_kernels.kv_quant import KVFormat
 from attn_kernels.variant import Variant
 
 STATE_BYTES = 4
@@ -27,10 +29,24 @@ QUERY_TILE = 256
 """Queries whose scores are materialised at once, which bounds the memory of a long prefill."""
 
 
-def head_size_of(variant: Variant, kv_cache: Tensor) -> int:
-    """Return the head size of a variant's cache."""
-    state = STATE_BYTES // kv_cache.dtype.itemsize if variant.stateful else 0
-    return (kv_cache.shape[-1] - state) // 2
+def content_bytes(
+    variant: Variant, head_size: int, dtype: torch.dtype, kv_format: KVFormat | None = None
+) -> int:
+    """Return the bytes of a slot of one KV head; `dtype` counts where nothing is quantized."""
+    vector = kv_format.vector_bytes(head_size) if kv_format else head_size * dtype.itemsize
+    return 2 * vector + (STATE_BYTES if variant.stateful else 0)
+
+
+def head_size_of(variant: Variant, kv_cache: Tensor, kv_format: KVFormat | None = None) -> int:
+    """Return the head size of a variant's cache.
+
+    Raises:
+        ValueError: a quantized cache is not one of bytes.
+    """
+    if kv_format is not None and kv_cache.itemsize != 1:
+        raise ValueError(f"a cache of {kv_format} has bytes, not {kv_cache.dtype}")
+    vector = (kv_cache.shape[-1] * kv_cache.itemsize - STATE_BYTES * variant.stateful) // 2
+    return kv_format.head_size(vector) if kv_format else vector // kv_cache.itemsize
 
 
 class Layer(ABC):
@@ -46,6 +62,7 @@ class Layer(ABC):
         scale: factor of the raw scores, where the variant uses it.
         window: sliding window in tokens, the query's own included.
         learned: the variant's per-head tensors, each `[num_heads]`, as they are now.
+        kv_format: how keys and values are quantized; None: they are not.
 
     Raises:
         ValueError: the kernels do not support such a cache, or heads or shapes do not fit.
@@ -61,11 +78,12 @@ class Layer(ABC):
         scale: float,
         window: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
+        kv_format: KVFormat | None = None,
     ) -> None:
         self.variant, self.kv_cache, self.num_heads = variant, kv_cache, num_heads
         self.scale, self.window = scale, window
         self.learned = {name: (learned or {})[name] for name in variant.learned}
-        self.head_size = head_size_of(variant, kv_cache)
+        self.kv_format, self.head_size = kv_format, head_size_of(variant, kv_cache, kv_format)
         check_layer(num_heads, kv_cache.shape[1], window)
         for name, tensor in self.learned.items():
             check_learned(name, tensor, num_heads)
@@ -102,11 +120,14 @@ class TorchLayer(Layer):
 
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         num_tokens, block_size = slot_mapping.shape[0], self.kv_cache.shape[2]
-        content = torch.cat([key[:num_tokens], value[:num_tokens]], -1).to(self.kv_cache.dtype)
         real = slot_mapping >= 0
+        both, dtype = [x[:num_tokens][real] for x in (key, value)], self.kv_cache.dtype
+        if self.kv_format is not None:
+            both = [self.kv_format.pack(x).view(dtype) for x in both]
+        content = torch.cat(both, -1).to(dtype)
         slots = slot_mapping[real]
         blocks, offsets = slots // block_size, slots % block_size
-        self.kv_cache[blocks, :, offsets, : 2 * self.head_size] = content[real]
+        self.kv_cache[blocks, :, offsets, : content.shape[-1]] = content
         if self.variant.stateful:
             self.accumulators[blocks, offsets] = 0.0
 
@@ -121,7 +142,8 @@ class TorchLayer(Layer):
     @property
     def accumulators(self) -> Tensor:
         """A view `[num_blocks, block_size]` float32 of a stateful variant's accumulators."""
-        return self.kv_cache[:, 0, :, 2 * self.head_size :].view(torch.float32)[..., 0]
+        numbers = STATE_BYTES // self.kv_cache.itemsize
+        return self.kv_cache[:, 0, :, -numbers:].view(torch.float32)[..., 0]
 
     def _tile(self, query: Tensor, block_ids: Tensor, query_start: int) -> Tensor:
         """Attend with consecutive queries `[num_queries, num_heads, head_size]` of one request, the
@@ -134,8 +156,13 @@ class TorchLayer(Layer):
         keys = torch.arange(first_key, num_keys, device=query.device)
         blocks, offsets = block_ids[keys // block_size].long(), keys % block_size
         # Advanced indices around a slice put the tokens first: [num_keys, num_kv_heads, content].
-        kv = self.kv_cache[blocks, :, offsets, : 2 * size].float().transpose(0, 1)
-        q, k, v = query.float().transpose(0, 1), kv[..., :size], kv[..., size:]
+        kv = self.kv_cache[blocks, :, offsets].transpose(0, 1)
+        if self.kv_format is not None:
+            size = self.kv_format.vector_bytes(size)
+        q, k, v = query.float().transpose(0, 1), kv[..., :size], kv[..., size : 2 * size]
+        if self.kv_format is not None:
+            k, v = (self.kv_format.unpack(x.view(torch.uint8)) for x in (k, v))
+        k, v = k.float(), v.float()
         penalty = None
         if self.variant.stateful:
             state = self.accumulators

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from attn_kernels import Variant, causal_mask, cpu, get_variant, reference, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES, Layer, TorchLayer
+from attn_kernels.kv_quant import KV_FORMATS, KVFormat
+from attn_kernels.paged import Layer, TorchLayer, content_bytes
 
 ISAS = cpu.usable_isas()
 PATHS = ("torch", *ISAS)
@@ -106,11 +107,14 @@ class Cache:
         head_size: int,
         block_size: int,
         dtype: torch.dtype,
+        kv_format: KVFormat | None = None,
     ) -> Cache:
         blocks_each = [-(-n // block_size) for n in seq_lens]
         num_blocks = sum(blocks_each) + 3
-        content = 2 * head_size + variant.stateful * STATE_BYTES // dtype.itemsize
-        kv = torch.full((num_blocks, num_kv_heads, block_size, content), float("nan"), dtype=dtype)
+        content = content_bytes(variant, head_size, dtype, kv_format)
+        # NaN in every format, and as parameters of codes.
+        kv = torch.full((num_blocks, num_kv_heads, block_size, content), 255, dtype=torch.uint8)
+        kv = kv if kv_format else kv.view(dtype)
         order = torch.randperm(num_blocks).split([*blocks_each, 3])
         # Entries behind a request's last block name a block of NaN.
         table = torch.full((len(seq_lens), max(blocks_each) + 1), int(order[-1][0]))
@@ -127,14 +131,15 @@ class Cache:
     def layer(self, path: str, variant: Variant, num_heads: int, **options: Any) -> Layer:
         if path == "torch":
             return TorchLayer(variant, self.kv, num_heads=num_heads, **options)
-        kernel = cpu.load(variant, path)
+        kernel = cpu.load(variant, path, quantized=options.get("kv_format") is not None)
         assert kernel is not None, f"{variant.name} has no kernels for {path}"
         return kernel.layer(self.kv, num_heads=num_heads, **options)
 
 
 @dataclass
 class Case:
-    """Return requests of odd lengths, and what the reference makes of each."""
+    """Return requests of odd lengths, and what the reference makes of each, of keys and values as
+    they are cached."""
 
     variant: Variant
     seq_lens: list[int]
@@ -142,11 +147,21 @@ class Case:
     q: list[Tensor]
     k: list[Tensor]
     v: list[Tensor]
+    kv_format: KVFormat | None
     references: list[Tensor]
+
+    def cached(self, x: Tensor) -> Tensor:
+        return self.kv_format.rounded(x) if self.kv_format else x
 
 
 @functools.lru_cache(maxsize=2)  # the paths take turns at one case
-def make_case(name: str, shape: Shape, window: int | None, dtype: torch.dtype) -> Case:
+def make_case(
+    name: str,
+    shape: Shape,
+    window: int | None,
+    dtype: torch.dtype,
+    kv_format: KVFormat | None = None,
+) -> Case:
     torch.manual_seed(zlib.crc32(f"{name} {shape} {window} {dtype}".encode()))
     variant = get_variant(name)
     seq_lens = [1, 5, 33, shape.longest]
@@ -156,8 +171,8 @@ def make_case(name: str, shape: Shape, window: int | None, dtype: torch.dtype) -
         [(torch.randn(n, heads, shape.head_size) * size).to(dtype) for n in seq_lens]
         for heads, size in ((shape.num_heads, 2), (shape.num_kv_heads, 1), (shape.num_kv_heads, 1))
     )
-    case = Case(variant, seq_lens, learned, q, k, v, [])
-    for request in zip(q, k, v, strict=True):
+    case = Case(variant, seq_lens, learned, q, k, v, kv_format, [])
+    for request in zip(q, map(case.cached, k), map(case.cached, v), strict=True):
         expected, _ = reference.attention(
             variant,
             *(x.double().transpose(0, 1) for x in request),
@@ -170,18 +185,27 @@ def make_case(name: str, shape: Shape, window: int | None, dtype: torch.dtype) -
 
 
 def error_against_reference(
-    path: str, name: str, shape: Shape, window: int | None, dtype: torch.dtype, threads: int
+    path: str,
+    name: str,
+    shape: Shape,
+    window: int | None,
+    dtype: torch.dtype,
+    threads: int,
+    kv_format: KVFormat | None = None,
 ) -> float:
     """Run requests of odd lengths, prefilled in chunks and decoded in one mixed batch; return the
     largest error relative to its request's largest output (and to what rounded scores allow)."""
-    case = make_case(name, shape, window, dtype)
+    case = make_case(name, shape, window, dtype, kv_format)
     variant, seq_lens, learned = case.variant, case.seq_lens, case.learned
     q, k, v = case.q, case.k, case.v
     torch.set_num_threads(threads)
     num_heads, num_kv_heads, head_size = shape.num_heads, shape.num_kv_heads, shape.head_size
     scale = head_size**-0.5
-    cache = Cache.make(variant, seq_lens, num_kv_heads, head_size, shape.block_size, dtype)
-    layer = cache.layer(path, variant, num_heads, scale=scale, window=window, learned=learned)
+    cache = Cache.make(
+        variant, seq_lens, num_kv_heads, head_size, shape.block_size, dtype, kv_format
+    )
+    options = {"window": window, "learned": learned, "kv_format": kv_format}
+    layer = cache.layer(path, variant, num_heads, scale=scale, **options)
     outputs = [torch.zeros(n, num_heads, head_size) for n in seq_lens]
 
     done = [0] * len(seq_lens)
@@ -246,7 +270,8 @@ def reference_of_rounded_scores(
 ) -> Iterator[Tensor]:
     """Return the reference's outputs where each score is off by SCORE_ROUNDING, up or down."""
     variant = case.variant
-    q, k, v = (x.double().transpose(0, 1) for x in request)
+    q, k, v = request[0], *map(case.cached, request[1:])
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
     positions = torch.arange(q.shape[1])
     mask = causal_mask(positions, positions, window)[None]
     n = mask.sum(-1, keepdim=True).double()
@@ -284,6 +309,38 @@ def test_equals_reference(
 ) -> None:
     error = error_against_reference(path, name, shape, window, dtype, threads=1)
     assert error <= tolerance(path, dtype)
+
+
+def quantized_cases() -> Iterator[tuple[str, Shape, KVFormat, int | None, str]]:
+    """Every variant; where it matters how codes are read, every instruction set, with one that
+    reads them in every way."""
+    for name in variant_names():
+        for place, shape in enumerate((SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[4])):
+            for kv_format in KV_FORMATS.values():
+                window = 19 if (place + kv_format.bits) % 8 == 0 else None
+                for path in PATHS if name == "selective" else PATHS[:2]:
+                    yield name, shape, kv_format, window, path
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kv_format", "window", "path"), [*quantized_cases()], ids=str
+)
+def test_quantized_caches_equal_reference(
+    name: str, shape: Shape, kv_format: KVFormat, window: int | None, path: str
+) -> None:
+    """The reference sees the keys and values that `kv_quant` says the cache holds, to the bit."""
+    dtype = torch.bfloat16 if shape == SHAPES[2] else torch.float32
+    error = error_against_reference(path, name, shape, window, dtype, 1, kv_format)
+    assert error <= tolerance(path, torch.float32)
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS.values(), ids=str)
+def test_threads_write_and_read_a_quantized_cache(kv_format: KVFormat) -> None:
+    """Tokens side by side share bytes; contexts are cut into parts."""
+    shape = Shape(4, 2, 64, 32, 1100, 1097)
+    for name in ("softmax", "lssar", "selective"):
+        error = error_against_reference(PATHS[1], name, shape, 700, torch.float32, 3, kv_format)
+        assert error <= TOLERANCE, name
 
 
 @pytest.mark.parametrize("name", variant_names())

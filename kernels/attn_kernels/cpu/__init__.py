@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attn_kernels.cpu.build import HERE, BuildError, best, build_library, chosen_isas, usable_isas
 from attn_kernels.cpu.kernel import CPUKernel, CPULayer, PrunedCPULayer
+from attn_kernels.kv_quant import KVFormat
 from attn_kernels.paged import Layer, TorchLayer, head_size_of
 from attn_kernels.variant import Variant
 
@@ -22,12 +23,13 @@ __all__ = ["BuildError", "CPUKernel", "CPULayer", "PrunedCPULayer", "bind", "loa
 logger = logging.getLogger(__name__)
 
 
-def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
+def load(variant: Variant, isa: str | None = None, *, quantized: bool = False) -> CPUKernel | None:
     """Return the kernels of `variant`, built if need be (some seconds, once a machine).
 
     Args:
         variant: the attention function; its C++ struct has the name of its class.
         isa: one of `usable_isas()`; `$ATTNSERVE_CPU_ISA`, else the best, if None.
+        quantized: those for quantized caches (`kv_quant`).
 
     Returns:
         None, after one warning that says why, if it has no C++ kernel or nothing can be built:
@@ -36,21 +38,22 @@ def load(variant: Variant, isa: str | None = None) -> CPUKernel | None:
     Raises:
         ValueError: this processor lacks the instruction set.
     """
-    return _load(variant, chosen_isas(isa))
+    return _load(variant, chosen_isas(isa), quantized)
 
 
 @functools.cache
-def _load(variant: Variant, isas: tuple[str, ...]) -> CPUKernel | None:
+def _load(variant: Variant, isas: tuple[str, ...], quantized: bool) -> CPUKernel | None:
     """Return the kernels for the first of `isas` that the compiler knows."""
+
+    def kernel_for(isa: str) -> CPUKernel:
+        library = build_library(header, type(variant).__name__, isa, quantized)
+        return CPUKernel(variant, library, isa, quantized)
+
     header = variant.cpu_header or HERE / "variants" / f"{variant.name}.hpp"
     if not header.exists():
         _warn(variant.name, f"it has no C++ kernel ({header})")
         return None
-    kernel, why = best(
-        f"{variant.name} attention",
-        isas,
-        lambda isa: CPUKernel(variant, build_library(header, type(variant).__name__, isa), isa),
-    )
+    kernel, why = best(f"{variant.name} attention", isas, kernel_for)
     if kernel is None:
         _warn(variant.name, why)
     return kernel
@@ -69,10 +72,11 @@ def _warn(name: str, why: str) -> None:
 def bind(variant: Variant, kv_cache: Tensor, **options: Any) -> Layer:
     """Bind one layer's cache to the kernels or, where they cannot be used, to torch operations;
     with the options of `Layer`."""
-    kernel = load(variant)
+    kv_format: KVFormat | None = options.get("kv_format")
+    kernel = load(variant, quantized=kv_format is not None)
     if kernel is not None:
-        head_size, block_size = head_size_of(variant, kv_cache), kv_cache.shape[2]
-        why = kernel.unsupported(head_size, block_size, kv_cache.dtype)
+        head_size, block_size = head_size_of(variant, kv_cache, kv_format), kv_cache.shape[2]
+        why = kernel.unsupported(head_size, block_size, kv_cache.dtype, kv_format)
         if why is None:
             return kernel.layer(kv_cache, **options)
         _warn(variant.name, f"they do not support {why}")

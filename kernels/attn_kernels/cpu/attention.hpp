@@ -21,8 +21,8 @@ class Attention : public Spans<T> {
   using Base = Spans<T>;
   using Base::add_values, Base::cache, Base::call, Base::first_position, Base::first_visible,
       Base::for_each_span, Base::gather, Base::group_size, Base::head_size, Base::NARROW,
-      Base::norms, Base::num_spans, Base::queries_of, Base::query_offset, Base::scale, Base::score,
-      Base::SCORES, Base::SPAN, Base::TILES;
+      Base::norms, Base::num_spans, Base::queries_of, Base::query_offset, Base::ROTATED,
+      Base::scale, Base::score, Base::SCORES, Base::SPAN, Base::TILES;
   template <class U>
   using Span = typename Base::template Span<U>;
   template <class U>
@@ -85,11 +85,14 @@ class Attention : public Spans<T> {
     return t;
   }
 
-  // One head's query at a position, widened; returns what it is to be multiplied with.
+  // One head's query at a position, widened and rotated like the keys; returns what it is to be
+  // multiplied with.
   float prepare(int request, int position, int head, float* q) const {
     load_row(call.query_format, call.query, query_offset(request, position, head), head_size, q);
     const float n = position + 1 - first_visible(position);
-    return variant.query_factor(head, n, norm(q, head_size));
+    const float factor = variant.query_factor(head, n, norm(q, head_size));
+    rotate<T>(q, head_size);
+    return ROTATED ? factor / hadamard_block(head_size) : factor;
   }
 
   void start(Tile& t) const {
@@ -414,6 +417,13 @@ class Attention : public Spans<T> {
                           r / group_size - first_position(t.request);
     const int64_t head = t.kv_head * group_size + r % group_size;
     const int64_t offset = token * call.out_stride + head * head_size;
+    float turned[MAX_HEAD_SIZE];
+    if (ROTATED) {
+      std::copy_n(o, head_size, turned);
+      rotate<T>(turned, head_size);
+      o = turned;
+      factor /= hadamard_block(head_size);
+    }
     store_row(o, factor, head_size, call.out_format, call.out, offset);
   }
 

@@ -127,16 +127,17 @@ def find_compiler() -> tuple[list[str], str]:
 
 
 @functools.cache
-def build_library(header: Path, struct: str, isa: str) -> Path:
-    """Return the shared library of the variant whose C++ struct is `struct` in `header`.
+def build_library(header: Path, struct: str, isa: str, quantized: bool = False) -> Path:
+    """Return the shared library of the variant whose C++ struct is `struct` in `header`, for plain
+    or for quantized caches.
 
     Raises:
         BuildError: see `compile_library`.
     """
     return compile_library(
-        HERE / "kernel.cpp",
+        HERE / ("quantized.cpp" if quantized else "kernel.cpp"),
         isa,
-        name=header.stem,
+        name=header.stem + "-quantized" * quantized,
         define=f"VARIANT={struct}",
         reads={*HERE.glob("*.[hc]pp"), *(HERE / "variants").glob("*.hpp"), header},
         options=(f"-I{HERE}", "-include", str(header)),

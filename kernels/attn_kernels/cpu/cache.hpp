@@ -3,13 +3,15 @@
 //   keys          [block_size / 16][head_size][16]: panels of sixteen tokens
 //   values        [head_size / 16][block_size][16]: panels of sixteen dims
 //
-// In bfloat16 two rows of a panel are woven: [head_size / 2][16][2] and [block_size / 2][16][2].
+// In bfloat16 two rows of a panel are woven: [head_size / 2][16][2] and [block_size / 2][16][2]. So
+// they are in codes of 4 bits, with the halves of a byte for the last 2.
 //
+//   key, value parameters  [2][block_size] 32-bit words, of quantized formats
 //   accumulators  [block_size] float32, of stateful variants; KV head 0's are used
 //
 // Either product of attention then reads a block's memory once and in order (matmul.hpp).
 #pragma once
-#include "simd.hpp"
+#include "quantized.hpp"
 
 struct CacheShape {
   void* data;
@@ -28,31 +30,42 @@ struct Cache : CacheShape {
     return row / T::PAIR * T::PAIR * PANEL + column * T::PAIR + row % T::PAIR;
   }
   // Where the panel of the token at `offset` (a multiple of 16) in its block begins.
-  const T* keys(int64_t index, int kv_head, int offset) const {
-    return block(index, kv_head) + (ptrdiff_t)offset * head_size;
+  T* keys(int64_t index, int kv_head, int offset) const {
+    return block(index, kv_head) + units<T>((ptrdiff_t)offset * head_size);
   }
   // Where the token at `offset` (even) lies in the first panel; the next panel is value_panel()
   // further.
-  const T* values(int64_t index, int kv_head, int offset) const {
-    return block(index, kv_head) + (ptrdiff_t)block_size * head_size + offset * PANEL;
+  T* values(int64_t index, int kv_head, int offset) const {
+    return block(index, kv_head) + units<T>((ptrdiff_t)block_size * head_size + offset * PANEL);
   }
-  ptrdiff_t value_panel() const { return (ptrdiff_t)block_size * PANEL; }
+  ptrdiff_t value_panel() const { return units<T>((ptrdiff_t)block_size * PANEL); }
 
+  // Of the keys of a block; those of its values follow. None where nothing is quantized.
+  uint32_t* parameters(int64_t index, int kv_head) const {
+    return (uint32_t*)(block(index, kv_head) + units<T>((ptrdiff_t)2 * block_size * head_size));
+  }
   float* accumulators(int64_t index) const {
-    return (float*)(block(index, 0) + (ptrdiff_t)2 * block_size * head_size);
+    return (float*)parameters(index, 0) + (QUANTIZED<T> ? 2 * block_size : 0);
   }
 
-  // key, value: one token's [num_kv_heads, head_size].
-  void write(int64_t slot, const T* key, const T* value, bool stateful) const {
+  // One token's key and value [head_size] of a KV head: as they are, or float32 that is quantized,
+  // which changes them.
+  template <class U>
+  void write(int64_t slot, int kv_head, U* key, U* value) const {
     const int64_t index = slot / block_size;
     const int offset = slot % block_size;
-    for (int h = 0; h < num_kv_heads; h++, key += head_size, value += head_size) {
-      T* k = block(index, h) + (ptrdiff_t)(offset / PANEL * PANEL) * head_size;
-      for (int d = 0; d < head_size; d++) k[in_panel(d, offset % PANEL)] = key[d];
-      T* v = block(index, h) + (ptrdiff_t)block_size * head_size;
-      for (int d = 0; d < head_size; d++)
-        v[d / PANEL * value_panel() + in_panel(offset, d % PANEL)] = value[d];
+    T *k = keys(index, kv_head, offset / PANEL * PANEL), *v = values(index, kv_head, 0);
+    const auto key_at = [&](int d) { return in_panel(d, offset % PANEL); };
+    const auto value_panel_of = [&](int d) { return v + d / PANEL * value_panel(); };
+    const auto value_at = [&](int d) { return in_panel(offset, d % PANEL); };
+    if constexpr (QUANTIZED<T>) {
+      uint32_t* words = parameters(index, kv_head) + offset;
+      words[0] = quantize<T>(key, head_size, [&](int d, int code) { put(k, key_at(d), code); });
+      words[block_size] = quantize<T>(
+          value, head_size, [&](int d, int code) { put(value_panel_of(d), value_at(d), code); });
+    } else {
+      for (int d = 0; d < head_size; d++) k[key_at(d)] = key[d];
+      for (int d = 0; d < head_size; d++) value_panel_of(d)[value_at(d)] = value[d];
     }
-    if (stateful) accumulators(index)[offset] = 0.f;
   }
 };

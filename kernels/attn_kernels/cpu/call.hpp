@@ -5,7 +5,7 @@
 #include "arena.hpp"
 #include "cache.hpp"
 
-enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // the last two of a cache
 
 // A step's requests, for all layers; attn_kernels/batch.py has the same fields in the same order.
 struct Batch {

@@ -1,5 +1,6 @@
 // The entry points of one variant's library: compiled with -include variants/NAME.hpp and
-// -DVARIANT=Struct. Plain C arguments; no exception leaves.
+// -DVARIANT=Struct. Plain C arguments; no exception leaves. Quantized caches are in a library of
+// their own (quantized.cpp): either compiles in half the time.
 #include <omp.h>
 
 #include <atomic>
@@ -274,21 +275,36 @@ void attend(const AttendCall& call) {
 
 struct WriteCall {
   CacheShape cache;
-  const void *key, *value;  // [>= num_tokens, num_kv_heads, head_size], in the cache's format
+  // [>= num_tokens, num_kv_heads, head_size], in the cache's format unless that is quantized
+  const void *key, *value;
   int64_t key_stride, value_stride;  // of a token, in elements
   const int64_t* slot_mapping;       // [num_tokens]; -1 is padding
   int64_t num_tokens;
-  int32_t cache_format, threads;
+  int32_t key_format, value_format, cache_format, threads;
 };
 
 template <class T>
 void write(const WriteCall& w) {
   const Cache<T> cache(w.cache);
-#pragma omp parallel for num_threads(w.threads) if (w.num_tokens > 256) schedule(static)
-  for (int64_t i = 0; i < w.num_tokens; i++)
-    if (w.slot_mapping[i] >= 0)
-      cache.write(w.slot_mapping[i], (const T*)w.key + i * w.key_stride,
-                  (const T*)w.value + i * w.value_stride, VARIANT::stateful);
+#pragma omp parallel num_threads(w.threads) if (w.num_tokens > 256)
+  for (int64_t i = 0; i < w.num_tokens; i++) {
+    // Tokens of a panel may share bytes: the same thread writes them.
+    const int64_t slot = w.slot_mapping[i];
+    if (slot < 0 || slot / PANEL % omp_get_num_threads() != omp_get_thread_num()) continue;
+    for (int h = 0; h < cache.num_kv_heads; h++) {
+      const int64_t key = i * w.key_stride + h * cache.head_size,
+                    value = i * w.value_stride + h * cache.head_size;
+      if constexpr (QUANTIZED<T>) {
+        alignas(64) float k[MAX_HEAD_SIZE], v[MAX_HEAD_SIZE];
+        load_row(w.key_format, w.key, key, cache.head_size, k);
+        load_row(w.value_format, w.value, value, cache.head_size, v);
+        cache.write(slot, h, k, v);
+      } else {
+        cache.write(slot, h, (const T*)w.key + key, (const T*)w.value + value);
+      }
+    }
+    if (VARIANT::stateful) cache.accumulators(slot / cache.block_size)[slot % cache.block_size] = 0;
+  }
 }
 
 // Runs `f` on a value of the cache's format; 0, or 1 if memory ran out.
@@ -296,9 +312,14 @@ template <class F>
 int in_format(int32_t format, F&& f) {
   try {
     switch (format) {
+#ifdef QUANTIZED_CACHE
+      case INT8: f(Int8{}); break;
+      case INT4: f(Int4{}); break;
+#else
       case FLOAT32: f(Float32{}); break;
       case BFLOAT16: f(BFloat16{}); break;
       case FLOAT16: f(Float16{}); break;
+#endif
     }
     return 0;
   } catch (...) {
@@ -322,7 +343,8 @@ int attnserve_write(const WriteCall* w) {
 // Of a stateful variant within a budget: stores the new tokens and attends.
 int attnserve_attend_pruned(const PrunedCall* call) {
   return in_format(call->page_format, [&](auto t) {
-    if constexpr (VARIANT::stateful) Pruned<VARIANT, decltype(t)>(*call).run();
+    if constexpr (VARIANT::stateful && !QUANTIZED<decltype(t)>)
+      Pruned<VARIANT, decltype(t)>(*call).run();
   });
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from attn_kernels.batch import Batch, heads_together
 from attn_kernels.checks import VALUES, check_batch, check_out, check_rows, check_slots
 from attn_kernels.cpu.build import open_library
+from attn_kernels.kv_quant import KVFormat
 from attn_kernels.paged import Layer
 from attn_kernels.pruning import PageShape, PrunedLayer
 from attn_kernels.variant import Variant
@@ -22,6 +23,9 @@ HEAD_SIZES = range(32, 257, 16)
 LONGEST = 2**31 - 1
 """Tokens of a context: C++ counts them in 32 bits."""
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of tensors, and of a cache that is not quantized."""
+QUANTIZED = {KVFormat(8): 3, KVFormat(4): 4}
+"""Of a quantized cache."""
 
 
 def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -63,7 +67,7 @@ class WriteCall(ctypes.Structure):
         *fields(c_int64, "key_stride value_stride"),
         *fields(c_void_p, "slot_mapping"),
         *fields(c_int64, "num_tokens"),
-        *fields(c_int32, "cache_format threads"),
+        *fields(c_int32, "key_format value_format cache_format threads"),
     )
 
 
@@ -90,25 +94,34 @@ class CPUKernel:
     packed order (cache.hpp): fill it with `CPULayer.write_cache` only.
 
     Threads: as many as torch uses. Scores and sums are float32.
+
+    Args:
+        variant: the attention function.
+        library: its shared library.
+        isa: the library's instruction set.
+        quantized: whether it is for quantized caches, else for all others.
     """
 
-    def __init__(self, variant: Variant, library: Path, isa: str) -> None:
-        self.variant = variant
-        self.isa = isa
+    def __init__(self, variant: Variant, library: Path, isa: str, quantized: bool = False) -> None:
+        self.variant, self.isa, self.quantized = variant, isa, quantized
         attend, write, pruned = map(ctypes.sizeof, (AttendCall, WriteCall, PrunedCall))
         expected = attend * 1000000 + write * 1000 + pruned
         self.library = open_library(library, "attnserve_abi", expected)
         numbers = variant.numbers()
         self.values = (c_float * max(1, len(numbers)))(*numbers)
 
-    def unsupported(self, head_size: int, block_size: int, dtype: torch.dtype) -> str | None:
+    def unsupported(
+        self, head_size: int, block_size: int, dtype: torch.dtype, kv_format: KVFormat | None = None
+    ) -> str | None:
         """Return what keeps these kernels from serving a cache of this shape; None if nothing
         does."""
         if head_size not in HEAD_SIZES:
             return f"head size {head_size} (they take 32 to 256 in steps of 16)"
         if block_size % 16:
             return f"block size {block_size} (they take multiples of 16)"
-        return None if dtype in FORMATS else f"a KV cache of {dtype}"
+        if (kv_format is not None) != self.quantized:
+            return "quantized caches" if kv_format else "any but quantized caches"
+        return None if kv_format or dtype in FORMATS else f"a KV cache of {dtype}"
 
     def layer(self, kv_cache: Tensor, **options: Any) -> CPULayer:
         """Bind the kernels to one layer's cache, with the options of `CPULayer`."""
@@ -130,8 +143,10 @@ class CPULayer(Layer):
         num_kv_heads, block_size, content = kv_cache.shape[1:]
         if kv_cache.stride()[2:] != (content, 1):
             raise ValueError("the interior of the cache's blocks must be contiguous")
-        if reason := kernel.unsupported(self.head_size, block_size, kv_cache.dtype):
+        reason = kernel.unsupported(self.head_size, block_size, kv_cache.dtype, self.kv_format)
+        if reason:
             raise ValueError(f"the CPU kernels do not support {reason}")
+        cache_format = QUANTIZED[self.kv_format] if self.kv_format else FORMATS[kv_cache.dtype]
         shape = CacheShape(
             kv_cache.data_ptr(),
             kv_cache.stride(0),
@@ -140,14 +155,14 @@ class CPULayer(Layer):
             self.head_size,
             num_kv_heads,
         )
-        self._write = WriteCall(cache=shape, cache_format=FORMATS[kv_cache.dtype])
+        self._write = WriteCall(cache=shape, cache_format=cache_format)
         self._call = AttendCall(
             cache=shape,
             values=kernel.values,
             scale=self.scale,
             num_heads=self.num_heads,
             window=min(self.window or 0, LONGEST),
-            cache_format=FORMATS[kv_cache.dtype],
+            cache_format=cache_format,
         )
         # The call points into these.
         tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
@@ -156,7 +171,7 @@ class CPULayer(Layer):
         self._library = kernel.library
 
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        if key.dtype != self.kv_cache.dtype:
+        if self.kv_format is None and key.dtype != self.kv_cache.dtype:
             key, value = key.to(self.kv_cache.dtype), value.to(self.kv_cache.dtype)
         slot_mapping = slot_mapping.long().contiguous()
         num_tokens, num_kv_heads = slot_mapping.numel(), self.kv_cache.shape[1]
@@ -168,6 +183,7 @@ class CPULayer(Layer):
         call = self._write
         call.key, call.key_stride = key.data_ptr(), key.stride(0)
         call.value, call.value_stride = value.data_ptr(), value.stride(0)
+        call.key_format, call.value_format = FORMATS[key.dtype], FORMATS[value.dtype]
         call.slot_mapping, call.num_tokens = slot_mapping.data_ptr(), num_tokens
         call.threads = torch.get_num_threads()
         self._library.attnserve_write(byref(call))

@@ -17,9 +17,9 @@ constexpr int STREAMS = REGISTERS == 32 ? 4 : 1;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // C[R, NP * 16] = C * rescale[row] + A * panels. A's rows are LDA floats apart, C's LDC; panel p
-// starts at `panels + p * panel_stride`, at an even row. With ADD false, C is overwritten. `ahead`
-// is how many bytes behind a panel the memory lies that is to be fetched meanwhile: a few rows wait
-// for memory, and the processor's own prefetcher stops at every page.
+// starts at `panels + p * panel_stride` (in objects of T), at an even row. With ADD false, C is
+// overwritten. `ahead` is how many bytes behind a panel the memory lies that is to be fetched
+// meanwhile: a few rows wait for memory, and the processor's own prefetcher stops at every page.
 template <int R, int NP, int LDA, int LDC, bool ADD, class T>
 inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, ptrdiff_t depth,
                      float* c, const float* rescale, ptrdiff_t ahead) {
@@ -27,7 +27,7 @@ inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, pt
   // A row or two alone would wait for each addition: so many sums run side by side.
   constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4, STEP = CHAINS > PAIR ? CHAINS : PAIR;
   const auto at = [&](ptrdiff_t k, int j) {
-    return panels + j / PARTS * panel_stride + k * PANEL + j % PARTS * WIDTH * PAIR;
+    return panels + j / PARTS * panel_stride + units<T>(k * PANEL + j % PARTS * WIDTH * PAIR);
   };
   Vec sum[CHAINS][R][N] = {};
   ptrdiff_t k = 0;

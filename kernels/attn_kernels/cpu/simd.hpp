@@ -11,6 +11,7 @@
 
 // Tokens of a key panel and dims of a value panel; a whole number of vectors.
 constexpr int PANEL = 16;
+constexpr int MAX_HEAD_SIZE = 256;
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
@@ -28,8 +29,10 @@ typedef int32_t IntVec __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(WIDTH * 2)));
 
+typedef int8_t ByteVec __attribute__((vector_size(WIDTH)));
+
 // Storage formats of a cache. Arithmetic is float32 whatever they are. PAIR: a panel's rows come in
-// twos, row k and row k + 1 in the halves of 32-bit words (below).
+// twos, row k and row k + 1 in the halves of 32-bit words, or of bytes (below).
 struct Float32 {
   float value;
   static constexpr int PAIR = 1;
@@ -42,6 +45,31 @@ struct Float16 {
   uint16_t bits;
   static constexpr int PAIR = 1;
 };
+// Codes, whose parameters are those of their token (quantized.hpp).
+struct Int8 {
+  int8_t code;
+  static constexpr int PAIR = 1;
+};
+struct Int4 {
+  int8_t codes;  // of row k in the low half, of row k + 1 in the high one
+  static constexpr int PAIR = 2;
+};
+template <class T>
+constexpr bool QUANTIZED = false;
+template <>
+inline constexpr bool QUANTIZED<Int8> = true;
+template <>
+inline constexpr bool QUANTIZED<Int4> = true;
+
+// How many objects hold so many elements, of whole pairs of rows.
+template <class T>
+constexpr ptrdiff_t units(ptrdiff_t elements) {
+  return elements;
+}
+template <>
+constexpr ptrdiff_t units<Int4>(ptrdiff_t elements) {
+  return elements / 2;
+}
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
@@ -106,6 +134,27 @@ inline void load_rows(const BFloat16* p, Vec rows[2]) {
   std::memcpy(&words, p, sizeof words);
   rows[0] = (Vec)(words << 16);
   rows[1] = (Vec)(words & 0xffff0000u);
+}
+
+inline IntVec load_bytes(const void* p) {
+  ByteVec bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, IntVec);
+}
+inline void load_rows(const Int8* p, Vec rows[1]) {
+  rows[0] = __builtin_convertvector(load_bytes(p), Vec);
+}
+inline void load_rows(const Int4* p, Vec rows[2]) {
+  const IntVec bytes = load_bytes(p);
+#if defined(__AVX512F__)
+  // A lookup reads the low four bits of a lane, and gives a float.
+  const Vec table = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+  rows[0] = _mm512_permutexvar_ps((__m512i)bytes, table);
+  rows[1] = _mm512_permutexvar_ps((__m512i)(bytes >> 4), table);
+#else
+  rows[0] = __builtin_convertvector(bytes << 28 >> 28, Vec);
+  rows[1] = __builtin_convertvector(bytes >> 4, Vec);
+#endif
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }

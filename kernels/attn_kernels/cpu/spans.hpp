@@ -1,12 +1,9 @@
 // The keys and values of requests, a span at a time, and the two products with them.
 #pragma once
-#include <type_traits>
-
 #include "amx.hpp"
 #include "call.hpp"
 #include "matmul.hpp"
 
-constexpr int MAX_HEAD_SIZE = 256;
 // Row stride of the scratch matrices of queries and outputs. A panel more than the content, so that
 // rows do not share cache sets.
 constexpr int WIDE = MAX_HEAD_SIZE + PANEL;
@@ -22,6 +19,8 @@ class Spans {
   // cache. Tiles multiply so fast that the rest of a span's work counts.
   static constexpr bool TILES = HAS_AMX && std::is_same_v<T, BFloat16>;
   static constexpr int SPAN = TILES ? 256 : 128;
+  // Queries, keys, values and sums of outputs are all rotated (quantized.hpp).
+  static constexpr bool ROTATED = std::is_same_v<T, Int4>;
   static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
   static constexpr int NARROW = SPAN + 2 * PANEL;  // row stride of bfloat16 weights
 
@@ -68,6 +67,8 @@ class Spans {
     ptrdiff_t value_panel;
     int column, length;  // columns of the span
     ptrdiff_t ahead;     // bytes from this block to the request's next, 0 behind the last
+    // Of a quantized format: a word a token.
+    const uint32_t *key_parameters, *value_parameters;
   };
   template <class U>
   struct Span {
@@ -84,12 +85,15 @@ class Spans {
       const int block = p / cache.block_size;
       const bool last = (block + 1) * cache.block_size >= call.batch->seq_lens[request];
       const int64_t index = table[block], next = last ? index : table[block + 1];
+      const uint32_t* words = cache.parameters(index, kv_head) + offset;
       span.segments[span.count++] = {cache.keys(index, kv_head, offset),
                                      cache.values(index, kv_head, offset),
                                      cache.value_panel(),
                                      p - begin,
                                      length,
-                                     (next - index) * cache.block_stride * (ptrdiff_t)sizeof(T)};
+                                     (next - index) * cache.block_stride * (ptrdiff_t)sizeof(T),
+                                     words,
+                                     words + cache.block_size};
       p += length;
     }
     return span;
@@ -105,50 +109,61 @@ class Spans {
     }
   }
 
-  // `count` elements of whole rows, of pairs of rows as far as there are.
-  static void widen_panels(const T* from, int count, Float32* to) {
+  // Rows [0, count) of a panel, pairs of rows as far as there are, as float32. `decode(row, j)`
+  // says what codes stand for in the columns [j, j + WIDTH).
+  template <class D>
+  static void widen_panel(const T* from, int count, Float32* to, D&& decode) {
     constexpr int PAIR = T::PAIR;
-    for (int i = 0; i < count; i += PANEL * PAIR)
+    for (int row = 0; row < count; row += PAIR)
       for (int j = 0; j < PANEL; j += WIDTH) {
         Vec rows[PAIR];
-        load_rows(from + i + j * PAIR, rows);
-        for (int k = 0; k < PAIR; k++) store((float*)to + i + k * PANEL + j, rows[k]);
+        load_rows(from + units<T>(row * PANEL + j * PAIR), rows);
+        for (int k = 0; k < PAIR; k++) {
+          if constexpr (QUANTIZED<T>) rows[k] = decode(row + k, j)(rows[k]);
+          store((float*)to + (row + k) * PANEL + j, rows[k]);
+        }
       }
   }
   Span<Float32> gather(const Span<T>& span, Float32* wide_keys, Float32* wide_values, bool keys,
                        bool values) const {
     Span<Float32> wide{span.begin, span.end, 1, {}};
-    wide.segments[0] = {wide_keys, wide_values, SPAN * PANEL, 0, span.end - span.begin, 0};
+    wide.segments[0] = {wide_keys, wide_values, SPAN * PANEL, 0, span.end - span.begin,
+                        0,         nullptr,     nullptr};
     for (int i = 0; i < span.count; i++) {
       const Segment<T>& g = span.segments[i];
-      if (keys)
-        widen_panels(g.keys, round_up(g.length, PANEL) * head_size,
-                     wide_keys + g.column * head_size);
-      if (values)
-        for (int d = 0; d < head_size / PANEL; d++)
-          widen_panels(g.values + d * g.value_panel, g.length * PANEL,
-                       wide_values + (d * SPAN + g.column) * PANEL);
+      for (int c = 0; keys && c < g.length; c += PANEL)
+        widen_panel(g.keys + units<T>(c * head_size), head_size,
+                    wide_keys + (g.column + c) * head_size,
+                    [&](int, int j) { return Decoder<T>(g.key_parameters + c + j); });
+      for (int d = 0; values && d < head_size / PANEL; d++)
+        widen_panel(g.values + d * g.value_panel, g.length,
+                    wide_values + (d * SPAN + g.column) * PANEL,
+                    [&](int row, int) { return Decoder<T>(g.value_parameters[row]); });
     }
     return wide;
   }
 
-  // 1 / |k| of a span's keys.
+  // 1 / |k| of a span's keys. A rotated one is longer than the key.
   template <class U>
   void norms(const Span<U>& span, float* per_norm) const {
+    const float longer = ROTATED ? std::sqrt((float)hadamard_block(head_size)) : 1.f;
     for (int i = 0; i < span.count; i++) {
       const Segment<U>& g = span.segments[i];
       for (int c = 0; c < g.length; c += PANEL)
         for (int j = 0; j < PANEL; j += WIDTH) {
-          const U* k = g.keys + c * head_size + j * U::PAIR;
+          const U* k = g.keys + units<U>(c * head_size + j * U::PAIR);
           Vec squares[2] = {};
           for (int d = 0; d < head_size; d += 2) {
             Vec rows[2];
-            load_rows(k + d * PANEL, rows);
+            load_rows(k + units<U>(d * PANEL), rows);
             if constexpr (U::PAIR == 1) load_rows(k + (d + 1) * PANEL, rows + 1);
-            for (int i = 0; i < 2; i++) squares[i] += rows[i] * rows[i];
+            for (int i = 0; i < 2; i++) {
+              if constexpr (QUANTIZED<U>) rows[i] = Decoder<U>(g.key_parameters + c + j)(rows[i]);
+              squares[i] += rows[i] * rows[i];
+            }
           }
           store(per_norm + g.column + c + j,
-                1.f / max(broadcast(1e-12f), square_root(squares[0] + squares[1])));
+                longer / max(broadcast(longer * 1e-12f), square_root(squares[0] + squares[1])));
         }
     }
   }
@@ -158,11 +173,11 @@ class Spans {
   static constexpr int DIMS = 16;
   template <int NP, class U>
   void dot(int rows, const float* q, const U* panels, float* s, ptrdiff_t ahead) const {
-    const ptrdiff_t stride = (ptrdiff_t)head_size * PANEL;
+    const ptrdiff_t stride = units<U>((ptrdiff_t)head_size * PANEL);
     multiply_rows<NP, WIDE, SCORES, false>(rows, q, panels, stride, std::min(DIMS, head_size), s,
                                            nullptr, ahead);
     for (int d = DIMS; d < head_size; d += DIMS)
-      multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + d * PANEL, stride,
+      multiply_rows<NP, WIDE, SCORES, true>(rows, q + d, panels + units<U>(d * PANEL), stride,
                                             std::min(DIMS, head_size - d), s, ones, ahead);
   }
 
@@ -177,9 +192,10 @@ class Spans {
   void score(const Span<U>& span, int rows, const float* q, float* s, int from, int to) const {
     for (int i = 0; i < span.count; i++) {
       const Segment<U>& g = span.segments[i];
-      const int last = std::min(to, g.column + round_up(g.length, PANEL));
-      for (int c = std::max(from, g.column); c < last;) {
-        const U* k = g.keys + (ptrdiff_t)(c - g.column) * head_size;
+      const int first = std::max(from, g.column),
+                last = std::min(to, g.column + round_up(g.length, PANEL));
+      for (int c = first; c < last;) {
+        const U* k = g.keys + units<U>((ptrdiff_t)(c - g.column) * head_size);
         if (streams<U>(rows) && last - c >= STREAMS * PANEL) {
           dot<STREAMS>(rows, q, k, s + c, g.ahead);
           c += STREAMS * PANEL;
@@ -191,12 +207,50 @@ class Spans {
           c += PANEL;
         }
       }
+      if constexpr (QUANTIZED<U>)
+        for (int r = 0; r < rows; r++) decode_scores(g, q + r * WIDE, s + r * SCORES, first, last);
     }
   }
 
-  // o = o * rescale + weights . values over the span's columns [from, to).
+  // Products of a query with the codes of a segment's columns [from, to), of whole panels, become
+  // those with its keys: q.k = scale * q.codes + offset * sum(q).
   template <class U>
-  void add_values(const Span<U>& span, int rows, const float* weights, int from, int to, float* o,
+  void decode_scores(const Segment<U>& g, const float* q, float* s, int from, int to) const {
+    Vec sums = {};
+    if (ROTATED)
+      for (int d = 0; d < head_size; d += WIDTH) sums += load(q + d);
+    const float sum = horizontal_sum(sums);
+    for (int j = from; j < to; j += WIDTH) {
+      const Decoder<U> decoder(g.key_parameters + j - g.column);
+      store(s + j, load(s + j) * decoder.scale + decoder.offset * sum);
+    }
+  }
+
+  // Weights of a segment's columns [from, to) become those of its values' codes; returns what they
+  // add to every dim of the output: weights.v = (weights * scale).codes + weights.offset.
+  template <class U>
+  float encode_weights(const Segment<U>& g, float* weights, int from, int to) const {
+    const uint32_t* words = g.value_parameters - g.column;
+    Vec added = {};
+    int j = from;
+    for (; j + WIDTH <= to; j += WIDTH) {
+      const Decoder<U> decoder(words + j);
+      const Vec w = load(weights + j);
+      added += w * decoder.offset;
+      store(weights + j, w * decoder.scale);
+    }
+    float rest = 0;
+    for (; j < to; j++) {  // behind `to` there may be no token
+      const Decoder<U> decoder(words[j]);
+      rest += weights[j] * decoder.offset[0];
+      weights[j] *= decoder.scale[0];
+    }
+    return horizontal_sum(added) + rest;
+  }
+
+  // o = o * rescale + weights . values over the span's columns [from, to). The weights may change.
+  template <class U>
+  void add_values(const Span<U>& span, int rows, float* weights, int from, int to, float* o,
                   const float* rescale) const {
     for (int i = 0; i < span.count; i++) {
       const Segment<U>& g = span.segments[i];
@@ -204,7 +258,11 @@ class Spans {
       const int c = std::max(from / U::PAIR * U::PAIR, g.column),
                 depth = std::min(to, g.column + g.length) - c;
       if (depth <= 0) continue;
-      const U* v = g.values + (ptrdiff_t)(c - g.column) * PANEL;
+      float added[MAX_BLOCK] = {};
+      if constexpr (QUANTIZED<U>)
+        for (int r = 0; r < rows; r++)
+          added[r] = encode_weights(g, weights + r * SCORES, std::max(from, c), c + depth);
+      const U* v = g.values + units<U>((ptrdiff_t)(c - g.column) * PANEL);
       for (int d = 0; d < head_size; v += g.value_panel) {
         if (streams<U>(rows) && head_size - d >= STREAMS * PANEL) {
           multiply_rows<STREAMS, SCORES, WIDE, true>(rows, weights + c, v, g.value_panel, depth,
@@ -222,6 +280,10 @@ class Spans {
           d += PANEL;
         }
       }
+      if (QUANTIZED<U> && ROTATED)
+        for (int r = 0; r < rows; r++)
+          for (int d = 0; d < head_size; d += WIDTH)
+            store(o + r * WIDE + d, load(o + r * WIDE + d) + added[r]);
       rescale = ones;
     }
   }
