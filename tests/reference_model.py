@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from attn_kernels import get_variant, variant_from_config
+from attn_kernels.kv_quant import KVFormat
 from attn_kernels.reference import attention
 
 
@@ -49,9 +50,16 @@ class ReferenceModel:
     Args:
         folder: a Hugging Face folder of a `variant_llama` or a plain Llama (softmax).
         variant: what attention to use instead of the one that the configuration names.
+        kv_format: how keys and values are quantized when they are cached.
     """
 
-    def __init__(self, folder: Path, variant: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        variant: dict[str, Any] | None = None,
+        kv_format: KVFormat | None = None,
+    ) -> None:
+        self.kv_format = kv_format
         self.config = json.loads((folder / "config.json").read_text())
         named = {"attention_variant": variant} if variant else self.config
         self.variant = variant_from_config(named) or get_variant("softmax")
@@ -107,6 +115,9 @@ class ReferenceModel:
             (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), 1
         )
 
+    def _cached(self, x: Tensor) -> Tensor:
+        return x if self.kv_format is None else self.kv_format.rounded(x).double()
+
     def _attention(self, layer: int, x: Tensor) -> Tensor:
         name = f"model.layers.{layer}.self_attn."
         heads = self.config["num_attention_heads"]
@@ -118,8 +129,8 @@ class ReferenceModel:
         if self.budgets:
             output = self._pruned(layer, self._rotate(q), self._rotate(k), v)
             return self._linear(output.flatten(), name + "o_proj")
-        self.keys[layer].append(self._rotate(k))
-        self.values[layer].append(v)
+        self.keys[layer].append(self._cached(self._rotate(k)))
+        self.values[layer].append(self._cached(v))
         output, self.states[layer] = attention(
             self.variant,
             self._rotate(q)[:, None],

@@ -10,7 +10,6 @@ it: `attn_kernels.triton` on a GPU, `attn_kernels.cpu` (or, where that cannot be
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,10 +31,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES, Layer
+from attn_kernels.kv_quant import KV_FORMATS
+from attn_kernels.paged import Layer
 from attn_kernels.pruning import PageShape, PrunedLayer
-from vllm_attn import names, pruned
-from vllm_attn.preflight import FP8_DTYPES, KV_CACHE_DTYPES
+from vllm_attn import kv_dtypes, names, pruned
 from vllm_attn.pruned import PageSpec
 from vllm_attn.report import StartupError
 
@@ -49,7 +48,7 @@ class VariantBackend(AttentionBackend):
     # short context.
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*KV_CACHE_DTYPES, *FP8_DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*kv_dtypes.supported("cuda")]
 
     @classmethod
     def get_name(cls) -> str:
@@ -81,9 +80,9 @@ class VariantBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if not get_variant(cls.variant_name).stateful or isinstance(spec, PageSpec):
+        if isinstance(spec, PageSpec):
             return spec
-        return replace(spec, state_content_bytes=spec.state_content_size_bytes + STATE_BYTES)
+        return kv_dtypes.packed(spec, get_variant(cls.variant_name))
 
 
 class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
@@ -162,6 +161,7 @@ class VariantImpl(AttentionImpl[Batch]):
             raise StartupError("an attnserve backend was made without --attention-backend")
         declared = variant_from_config(vllm_config.model_config.hf_config)
         self.variant: Variant = declared or get_variant(name)
+        self.kv_cache_dtype, self.kv_format = kv_cache_dtype, KV_FORMATS.get(kv_cache_dtype)
         capped = self.prepare_kernels()
         unsupported = {
             **{
@@ -181,7 +181,6 @@ class VariantImpl(AttentionImpl[Batch]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window
-        self.kv_cache_dtype = kv_cache_dtype
         self.owns_cache = kv_sharing_target_layer_name is None
         self.cache: Tensor | None = None
         self.learned: dict[str, Tensor] = {}
@@ -202,7 +201,7 @@ class VariantImpl(AttentionImpl[Batch]):
             StartupError: there are none for this device.
         """
         if not current_platform.is_cuda_alike():
-            cpu.load(self.variant)
+            cpu.load(self.variant, quantized=self.kv_format is not None)
             return False
         from attn_kernels import triton
 
@@ -227,11 +226,12 @@ class VariantImpl(AttentionImpl[Batch]):
             shape = PageShape(self.budget, self.num_kv_heads, self.head_size, kv_cache.dtype)
             return pruned.bind(self.variant, kv_cache, shape, **options)
         options |= {"window": self.sliding_window, "learned": self.learned}
+        options["kv_format"] = self.kv_format
         if kv_cache.device.type == "cpu":
             return cpu.bind(self.variant, kv_cache, **options)
         from attn_kernels.triton import TritonLayer
 
-        quantized = self.kv_cache_dtype in FP8_DTYPES
+        quantized = self.kv_cache_dtype in kv_dtypes.FP8
         return TritonLayer(
             self.variant,
             kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache,

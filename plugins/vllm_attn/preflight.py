@@ -17,15 +17,11 @@ from attn_kernels.pruning import LARGEST_GPU_BUDGET
 from hf_attn.configuration import VariantLlamaConfig
 from hf_attn.files import tensor_shapes
 from hf_attn.unread import nested_variant, remedy_for
-from vllm_attn import library, names, report
+from vllm_attn import kv_dtypes, library, names, report
 from vllm_attn.report import StartupError
 
 logger = init_logger(f"vllm.{__name__}")
 
-KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
-"""KV caches without scales."""
-FP8_DTYPES = ("fp8", "fp8_e4m3")
-"""KV caches that GPU kernels take besides."""
 DRAFTLESS_SPECULATION = ("ngram", "ngram_gpu", "suffix")
 LOCAL_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 """KV connectors that copy whole blocks, and only bring them back to the engine they came from."""
@@ -137,13 +133,7 @@ def check_place(model_config: Any, declared: Variant | None, asked: str | None) 
 def check_options(vllm_config: Any, variant: Variant) -> None:
     """Refuse options under which this variant's answers would be wrong."""
     cache_config = vllm_config.cache_config
-    device = vllm_config.device_config.device_type
-    supported = KV_CACHE_DTYPES if device == "cpu" else KV_CACHE_DTYPES + FP8_DTYPES
-    if cache_config.cache_dtype not in supported:
-        raise StartupError(
-            f"--kv-cache-dtype {cache_config.cache_dtype} is not supported with {variant.name} "
-            f"attention on {device.upper()}: use one of {', '.join(supported)}"
-        )
+    kv_dtypes.check(vllm_config, variant)
     speculative = vllm_config.speculative_config
     if speculative is not None:
         if variant.stateful:
@@ -209,6 +199,7 @@ def check_budgets(vllm_config: Any, variant: Variant) -> None:
     if not budgets:
         return
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
     num_layers = model_config.hf_text_config.num_hidden_layers
     if len(budgets) != num_layers:
         raise StartupError(
@@ -220,8 +211,9 @@ def check_budgets(vllm_config: Any, variant: Variant) -> None:
         "convert it to VariantLlamaForCausalLM": (
             "VariantLlamaForCausalLM" not in model_config.architectures
         ),
-        "a float8 KV cache: drop --kv-cache-dtype": (
-            vllm_config.cache_config.cache_dtype not in KV_CACHE_DTYPES
+        f"a KV cache of {cache_dtype}, because what is evicted is decided by keys as they are: use "
+        f"one of {', '.join(kv_dtypes.PLAIN)} as --kv-cache-dtype": (
+            cache_dtype not in kv_dtypes.PLAIN
         ),
         "a sliding window: drop one of the two": bool(
             getattr(model_config.hf_text_config, "sliding_window", None)
@@ -319,7 +311,7 @@ def check_layer(backend: Any, selector_config: Any, capability: Any = None) -> N
     reasons = backend.get_class().validate_configuration(
         device_capability=capability, **selector_config._asdict()
     )
-    quantized = selector_config.kv_cache_dtype in FP8_DTYPES
+    quantized = selector_config.kv_cache_dtype in kv_dtypes.FP8
     if quantized and capability is not None and capability.to_int() < 89:
         reasons.append("float8 needs a GPU of compute capability 8.9 or later")
     if reasons:

@@ -137,9 +137,15 @@ inline void load_rows(const BFloat16* p, Vec rows[2]) {
 }
 
 inline IntVec load_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
   ByteVec bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   return __builtin_convertvector(bytes, IntVec);
+#endif
 }
 inline void load_rows(const Int8* p, Vec rows[1]) {
   rows[0] = __builtin_convertvector(load_bytes(p), Vec);

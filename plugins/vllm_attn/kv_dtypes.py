@@ -1,0 +1,68 @@
+"""What `--kv-cache-dtype` means to the variants' backends, and the page that vLLM sizes by it.
+
+The names are vLLM's own, and what it does with one is public: `KVQuantMode` in a layer's spec, and
+`state_content_bytes` for a backend that packs its page (`AttentionBackend.customize_spec`). vLLM
+derives from that how many tokens fit. A checkpoint may name its dtype too: `kv_cache_dtype` in
+config.json, which `--kv-cache-dtype` overrules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from attn_kernels import Variant
+from attn_kernels.kv_quant import KV_FORMATS
+from attn_kernels.paged import content_bytes
+from vllm_attn.report import StartupError
+
+logger = init_logger(f"vllm.{__name__}")
+
+PLAIN = ("auto", "float32", "float16", "bfloat16")
+"""KV caches without scales."""
+FP8 = ("fp8", "fp8_e4m3")
+"""KV caches with a scale a layer, which GPU kernels take."""
+FIELD = "kv_cache_dtype"
+"""Of config.json."""
+
+
+def supported(device: str) -> tuple[str, ...]:
+    """Return the names that a device ("cpu", "cuda") takes."""
+    return (*PLAIN, *KV_FORMATS, *(FP8 if device != "cpu" else ()))
+
+
+def check(vllm_config: Any, variant: Variant) -> None:
+    """Fill in the dtype that the checkpoint names, and refuse one that a device does not take.
+
+    Raises:
+        StartupError: with one line.
+    """
+    cache_config = vllm_config.cache_config
+    device = vllm_config.device_config.device_type
+    named = getattr(vllm_config.model_config.hf_config, FIELD, None)
+    if cache_config.cache_dtype == "auto" and named is not None:
+        if named not in supported(device):
+            raise StartupError(
+                f"config.json names the {FIELD} {named!r}, which {variant.name} attention does not "
+                f"have on {device.upper()}: pass --kv-cache-dtype, one of "
+                f"{', '.join(supported(device)[1:])}"
+            )
+        cache_config.cache_dtype = named
+        logger.info("%s KV cache, as the checkpoint's config.json says", named)
+    if cache_config.cache_dtype not in supported(device):
+        raise StartupError(
+            f"--kv-cache-dtype {cache_config.cache_dtype} is not supported with {variant.name} "
+            f"attention on {device.upper()}: use one of {', '.join(supported(device))}"
+        )
+
+
+def packed(spec: AttentionSpec, variant: Variant) -> AttentionSpec:
+    """Return a layer's spec with the page that a variant's kernels need."""
+    kv_format = KV_FORMATS.get(spec.kv_quant_mode.name.lower())
+    if kv_format is None and not variant.stateful:
+        return spec
+    content = content_bytes(variant, spec.head_size, spec.dtype, kv_format)
+    return replace(spec, state_content_bytes=content)
