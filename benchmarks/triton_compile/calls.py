@@ -15,7 +15,8 @@ from triton.backends import backends
 
 from attn_kernels import get_variant, variant_names
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES
+from attn_kernels.kv_quant import KV_FORMATS
+from attn_kernels.paged import content_bytes
 from attn_kernels.triton import TritonLayer
 from benchmarks.gpu_peers import call_unified, scratch
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
@@ -38,8 +39,9 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100 and H200, B200, MI300."""
 
 HEAD_DIMS = (64, 128, 256)
-DTYPES = ("float32", "bfloat16", "float16", "float8")
-"""Of queries and of the cache; float8: bfloat16 queries and a float8_e4m3fn cache."""
+DTYPES = ("float32", "bfloat16", "float16", "float8", *KV_FORMATS)
+"""Of queries and of the cache; float8: bfloat16 queries and a float8_e4m3fn cache; bfloat16
+queries, too, with the formats of quantized caches."""
 
 FLOAT8_ARCHS = ("sm_90", "sm_100")
 """Which convert it; Triton refuses it for sm_80, and CDNA3's format is another."""
@@ -102,9 +104,9 @@ def batch_of(phase: str) -> Any:
     )
 
 
-def empty_cache(head_dim: int, dtype: Any, extra_bytes: int = 0) -> Any:
-    """Return `[num_blocks, num_kv_heads, block_size, content]`, as vLLM's and ours."""
-    shape = (NUM_KV_HEADS, BLOCK_SIZE, 2 * head_dim + extra_bytes // dtype.itemsize)
+def empty_cache(content: int, dtype: Any) -> Any:
+    """Return `[num_blocks, num_kv_heads, block_size, bytes of the content]`, as vLLM's and ours."""
+    shape = (NUM_KV_HEADS, BLOCK_SIZE, content // dtype.itemsize)
     block = torch.Size(shape).numel() * dtype.itemsize
     return torch.empty(CACHE_BYTES // block, *shape, dtype=dtype)
 
@@ -113,15 +115,20 @@ def types_of(case: Case) -> tuple[Any, Any]:
     """Return the types of queries and of the cache."""
     if case["dtype"] == "float8":
         return torch.bfloat16, torch.float8_e4m3fn
+    if case["dtype"] in KV_FORMATS:
+        return torch.bfloat16, torch.uint8
     return getattr(torch, case["dtype"]), getattr(torch, case["dtype"])
 
 
 def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pair]:
     """Compile what our layer launches, and vLLM's kernel where the two can be compared."""
     variant, (query_dtype, cache_dtype) = get_variant(case["variant"]), types_of(case)
+    kv_format = KV_FORMATS.get(case["dtype"])
+    content = content_bytes(variant, case["head_dim"], cache_dtype, kv_format)
     layer = TritonLayer(
         variant,
-        empty_cache(case["head_dim"], cache_dtype, STATE_BYTES if variant.stateful else 0),
+        empty_cache(content, cache_dtype),
+        kv_format=kv_format,
         num_heads=NUM_HEADS,
         scale=case["head_dim"] ** -0.5,
         learned={name: torch.ones(NUM_HEADS) for name in variant.learned},
@@ -173,7 +180,9 @@ class Vllm:
         tokens = int(batch.query_start_loc[-1])
         query = torch.empty(tokens, NUM_HEADS, dim, dtype=dtype)
         # As vLLM's backend TRITON_ATTN takes its cache apart.
-        keys, values = empty_cache(dim, dtype).transpose(1, 2).split(dim, dim=-1)
+        keys, values = (
+            empty_cache(2 * dim * dtype.itemsize, dtype).transpose(1, 2).split(dim, dim=-1)
+        )
         descale = torch.ones(1).expand(batch.seq_lens.shape[0], keys.shape[2])
         split = case["phase"] == SPLIT
         parts = scratch(tokens, NUM_HEADS, dim, tokens) if split else {}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attn_kernels import Variant, get_variant, reference, variant_names
 from attn_kernels.batch import Batch
+from attn_kernels.kv_quant import KV_FORMATS, KVFormat
 from tests.attn_kernels import test_paged as paged
 from tests.attn_kernels import test_pruned_layers as pruned
 from tests.attn_kernels.test_example import sigmoid
@@ -92,6 +93,21 @@ def test_equals_the_reference(
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
     shape = SHAPES[window is not None]
     error = paged.error_against_reference(processors, name, shape, window, torch.float32, 1)
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS.values(), ids=str)
+@pytest.mark.parametrize("name", variant_names())
+def test_caches_of_few_bits(
+    name: str, kv_format: KVFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference sees the keys and values that `kv_quant` says the cache holds."""
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    whole = (kv_format.bits == 4) == (name in ("softpick", "lssa", "softmax"))
+    window, processors, shape = (24, "1", SHAPES[1]) if whole else (None, "132", SHAPES[0])
+    error = paged.error_against_reference(
+        processors, name, shape, window, torch.float32, 1, kv_format
+    )
     assert error <= TOLERANCE
 
 

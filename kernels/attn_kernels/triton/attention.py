@@ -6,8 +6,9 @@ the tile sees, `keys` at a time; a long context is cut into `splits` parts with 
 whose results `merge_kernel` adds up. The grid depends on the numbers of tokens and requests only,
 so that a CUDA graph can hold it.
 
-Inside its block each KV head has `block_size` keys, then as many values, then (stateful variants)
-as many float32 accumulators, of which KV head 0's are used: rows of keys and values are aligned.
+Inside its block each KV head has `block_size` keys, then as many values, then (caches of codes)
+their parameters (`triton/kv_quant.py`), then (stateful variants) as many float32 accumulators, of
+which KV head 0's are used: rows of keys and values are aligned.
 
 What is fixed when a kernel is compiled comes as named tuples: VARIANT (`Constants`), SHAPE
 (`Shape`) and TILE (`Tiling`). A variant's functions and parameters come one by one: Triton cannot
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+from attn_kernels.triton.kv_quant import load_codes, load_parameters, rotate, store_vector
 
 WHOLE, STATISTICS, OUTPUT = (tl.constexpr(i) for i in range(3))
 """What a launch computes for a variant that needs statistics of all scores first: all of it, or,
@@ -50,6 +53,9 @@ class Shape(NamedTuple):
     soft_cap: float
     """0: none."""
     quantized: bool
+    """With a scale for all keys, and one for all values."""
+    kv_bits: int
+    """Bits of codes with parameters of each token; 0: none."""
 
 
 class Tiling(NamedTuple):
@@ -111,23 +117,61 @@ def load_blocks(blocks, key, inside, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def find_parameters(blocks, block, kv_head, key, values: tl.constexpr, SHAPE: tl.constexpr):
+    """Return where the parameters of keys, or of values, are in a cache of codes."""
+    base = block * blocks.block_stride + kv_head * blocks.head_stride
+    ends = blocks.cache + base + SHAPE.block_size * SHAPE.head_size * SHAPE.kv_bits // 4
+    words = ends.to(tl.pointer_type(tl.int32)) + key % SHAPE.block_size
+    return words + SHAPE.block_size if values else words
+
+
+@triton.jit
 def load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
-    """Return keys `[dims, keys]`; 0 where there are none."""
+    """Return keys `[dims, keys]`, or their codes; 0 where there are none."""
     dim = tl.arange(0, SHAPE.dims)
     base = block * blocks.block_stride + kv_head * blocks.head_stride
-    base += (key % SHAPE.block_size) * SHAPE.head_size
     mask = inside[None, :] & (dim < SHAPE.head_size)[:, None]
-    return tl.load(blocks.cache + base[None, :] + dim[:, None], mask=mask, other=0.0).to(dtype)
+    token = (key % SHAPE.block_size)[None, :]
+    base = (blocks.cache + base)[None, :]
+    if SHAPE.kv_bits:
+        return load_codes(base, token, dim[:, None], mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+    return tl.load(base + token * SHAPE.head_size + dim[:, None], mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
 def load_values(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
-    """Return values `[keys, dims]`; 0 where there are none."""
+    """Return values `[keys, dims]`, or their codes; 0 where there are none."""
     dim = tl.arange(0, SHAPE.dims)
     base = block * blocks.block_stride + kv_head * blocks.head_stride
-    base += (SHAPE.block_size + key % SHAPE.block_size) * SHAPE.head_size
     mask = inside[:, None] & (dim < SHAPE.head_size)[None, :]
-    return tl.load(blocks.cache + base[:, None] + dim[None, :], mask=mask, other=0.0).to(dtype)
+    token = (SHAPE.block_size + key % SHAPE.block_size)[:, None]
+    base = (blocks.cache + base)[:, None]
+    if SHAPE.kv_bits:
+        return load_codes(base, token, dim[None, :], mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+    return tl.load(base + token * SHAPE.head_size + dim[None, :], mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def score_keys(q, k, words, inside, zeros, SHAPE: tl.constexpr):
+    """Return the products of queries `[rows, dims]` with keys `[dims, keys]`."""
+    s = multiply(q, k, zeros)
+    if SHAPE.kv_bits:
+        scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
+        s *= scale[None, :]
+        if SHAPE.kv_bits == 4:
+            s += tl.sum(q.to(tl.float32), 1)[:, None] * offset[None, :]
+    return s
+
+
+@triton.jit
+def add_values(weights, v, words, inside, output, SHAPE: tl.constexpr):
+    """Return `output + weights @ values`, in the values' dtype."""
+    if SHAPE.kv_bits:
+        scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
+        if SHAPE.kv_bits == 4:
+            output += tl.sum(weights * offset[None, :], 1)[:, None]
+        weights *= scale[None, :]
+    return multiply(weights.to(v.dtype), v, output)
 
 
 @triton.jit
@@ -153,10 +197,17 @@ def selections(x, seen, position, key, SELECTION: tl.constexpr):
 
 
 @triton.jit
-def unit(k):
+def unit(k, words, inside, SHAPE: tl.constexpr):
     """Return 1 / |k| of keys `[dims, keys]`."""
     k = k.to(tl.float32)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), 1e-12)
+    longer: tl.constexpr = (
+        (SHAPE.head_size & -SHAPE.head_size) ** 0.5 if SHAPE.kv_bits == 4 else 1.0
+    )
+    if SHAPE.kv_bits:
+        scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
+        there = (tl.arange(0, SHAPE.dims) < SHAPE.head_size)[:, None]
+        k = tl.where(there, k * scale[None, :] + offset[None, :], 0.0)
+    return longer / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), longer * 1e-12)
 
 
 @triton.jit
@@ -188,12 +239,13 @@ def attend_keys(
         inside = key < end
         block = load_blocks(blocks, key, inside, SHAPE)
         k = load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE)
-        s = multiply(rows.q, k, zeros)
+        words = find_parameters(blocks, block, kv_head, key, False, SHAPE)
+        s = score_keys(rows.q, k, words, inside, zeros, SHAPE)
         if SHAPE.soft_cap > 0.0:
             s = SHAPE.soft_cap * tanh(s * (scale / SHAPE.soft_cap))
         s *= rows.factor[:, None]
         if VARIANT.unit_keys:
-            s *= unit(k)[None, :]
+            s *= unit(k, words, inside, SHAPE)[None, :]
         seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
         if STATISTICS_ONLY:
             running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator)
@@ -205,7 +257,9 @@ def attend_keys(
                     selector_keys = k
                     if SHAPE.num_kv_heads > 1:
                         selector_keys = load_keys(blocks, block, 0, key, inside, dtype, SHAPE)
-                    x = multiply(rows.selecting, selector_keys, zeros) * scale
+                        words = find_parameters(blocks, block, 0, key, False, SHAPE)
+                    x = score_keys(rows.selecting, selector_keys, words, inside, zeros, SHAPE)
+                    x *= scale
                     chosen = seen & rows.valid[:, None]
                     added = selections(x, chosen, rows.position, key, SELECTION)
                     once = tl.where(rows.first_of_group[:, None], added, 0.0)
@@ -215,7 +269,8 @@ def attend_keys(
                 s, seen, running_max, denominator, mean, per_spread, PARAMS
             )
             v = load_values(blocks, block, kv_head, key, inside, dtype, SHAPE)
-            output = multiply(weights.to(dtype), v, output * rescale[:, None])
+            words = find_parameters(blocks, block, kv_head, key, True, SHAPE)
+            output = add_values(weights, v, words, inside, output * rescale[:, None], SHAPE)
     return running_max, denominator, output
 
 
@@ -275,6 +330,9 @@ def attend_kernel(
         scale *= tl.load(key_scale)
     rest = 1.0 if SHAPE.soft_cap > 0.0 else scale  # what a soft cap leaves to do
     factor = QUERY_FACTOR(n, norm, one_learned, two_learned, rest, SHAPE.head_size, PARAMS)
+    if SHAPE.kv_bits == 4:  # as the keys are
+        q = rotate(q, TILE.rows, SHAPE.dims, SHAPE.head_size)
+        selecting = rotate(selecting, TILE.rows, SHAPE.dims, SHAPE.head_size)
     rows = Rows(q, selecting, factor, position, row % SHAPE.group == 0, valid)
 
     begin = 0
@@ -320,6 +378,8 @@ def attend_kernel(
     )  # fmt: skip
     if SHAPE.quantized:
         output *= tl.load(value_scale)
+    if SHAPE.kv_bits == 4:
+        output = rotate(output, TILE.rows, SHAPE.dims, SHAPE.head_size)
     if TILE.splits > 1:
         tl.store(part_rows + 2 * part, running_max, mask=valid)
         tl.store(part_rows + 2 * part + 1, denominator, mask=valid)
@@ -384,8 +444,12 @@ def select_kernel(
     blocks = Blocks(cache, table, block_stride, head_stride)
     block = load_blocks(blocks, key, inside, SHAPE)
     k = load_keys(blocks, block, 0, key, inside, query.dtype.element_ty, SHAPE)
-    ends = cache + block * block_stride + 2 * SHAPE.block_size * SHAPE.head_size
-    accumulators = ends.to(tl.pointer_type(tl.float32)) + key % SHAPE.block_size
+    words = find_parameters(blocks, block, 0, key, False, SHAPE)
+    if SHAPE.kv_bits:
+        accumulators = words.to(tl.pointer_type(tl.float32)) + 2 * SHAPE.block_size
+    else:
+        ends = cache + block * block_stride + 2 * SHAPE.block_size * SHAPE.head_size
+        accumulators = ends.to(tl.pointer_type(tl.float32)) + key % SHAPE.block_size
     state = tl.load(accumulators, mask=inside, other=0.0)
     if SHAPE.quantized:
         scale *= tl.load(key_scale)
@@ -400,7 +464,9 @@ def select_kernel(
         token = (start_loc + index).to(tl.int64)
         mask = valid[:, None] & (dim < SHAPE.head_size)[None, :]
         q = tl.load(query + token[:, None] * query_stride + dim[None, :], mask=mask, other=0.0)
-        x = multiply(q, k, tl.zeros([ROWS, KEYS], tl.float32)) * scale
+        if SHAPE.kv_bits == 4:
+            q = rotate(q, ROWS, SHAPE.dims, SHAPE.head_size)
+        x = score_keys(q, k, words, inside, tl.zeros([ROWS, KEYS], tl.float32), SHAPE) * scale
         position = first_position + index
         seen = visible(position, key, SHAPE.window) & inside[None, :] & valid[:, None]
         state += tl.sum(selections(x, seen, position, key, SELECTION), 0)
@@ -423,10 +489,23 @@ def write_kernel(
     offset = slot % SHAPE.block_size
     dim = tl.arange(0, SHAPE.dims)
     mask = dim < SHAPE.head_size
-    k = tl.load(key + token * key_stride + head * SHAPE.head_size + dim, mask=mask).to(tl.float32)
-    v = tl.load(value + token * value_stride + head * SHAPE.head_size + dim, mask=mask).to(
-        tl.float32
-    )
+    row = head * SHAPE.head_size + dim
+    k = tl.load(key + token * key_stride + row, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(value + token * value_stride + row, mask=mask, other=0.0).to(tl.float32)
+    if SHAPE.kv_bits:
+        width: tl.constexpr = SHAPE.head_size * SHAPE.kv_bits // 8
+        words = (base + 2 * SHAPE.block_size * width).to(tl.pointer_type(tl.int32)) + offset
+        store_vector(
+            base + offset * width, words, k, mask, SHAPE.dims, SHAPE.head_size, SHAPE.kv_bits
+        )
+        store_vector(
+            base + (SHAPE.block_size + offset) * width, words + SHAPE.block_size, v, mask,
+            SHAPE.dims, SHAPE.head_size, SHAPE.kv_bits,
+        )  # fmt: skip
+        if STATEFUL:
+            accumulators = words.to(tl.pointer_type(tl.float32)) + 2 * SHAPE.block_size
+            tl.store(accumulators, 0.0, mask=head == 0)
+        return
     if SHAPE.quantized:  # beyond the format's largest value a conversion gives NaN
         k = tl.clamp(k / tl.load(key_scale), -LARGEST, LARGEST)
         v = tl.clamp(v / tl.load(value_scale), -LARGEST, LARGEST)

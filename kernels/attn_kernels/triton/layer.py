@@ -108,7 +108,7 @@ class TritonLayer(Layer):
     Args:
         variant: the attention function.
         kv_cache: the layer's cache, the last two dimensions contiguous; float32, bfloat16, float16,
-            or (with scales) float8_e4m3fn or int8.
+            (with scales) float8_e4m3fn or int8, or (with a `kv_format`) bytes.
         soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`.
         key_scale, value_scale: `[1]` float32: a quantized cache holds keys and values divided by
             them.
@@ -128,12 +128,14 @@ class TritonLayer(Layer):
         **options: Any,
     ) -> None:
         super().__init__(variant, kv_cache, **options)
+        if self.kv_format is not None:
+            self.kv_cache = kv_cache = kv_cache.view(torch.int8)
         num_kv_heads, block_size, content = kv_cache.shape[1:]
         if kv_cache.stride()[2:] != (content, 1):
             raise ValueError("the interior of the cache's blocks must be contiguous")
         if soft_cap and not takes_soft_cap(variant):
             raise ValueError(f"{variant.name} attention does not support a soft cap")
-        self.quantized = kv_cache.dtype in QUANTIZED
+        self.quantized = self.kv_format is None and kv_cache.dtype in QUANTIZED
         if self.quantized and (key_scale is None or value_scale is None):
             raise ValueError(f"a cache of {kv_cache.dtype} needs key_scale and value_scale")
         self.num_kv_heads, self.group = num_kv_heads, self.num_heads // num_kv_heads
@@ -146,7 +148,7 @@ class TritonLayer(Layer):
         dims = triton.next_power_of_2(self.head_size)
         self.shape = Shape(
             num_kv_heads, self.group, self.head_size, dims, block_size, self.window or 0,
-            soft_cap or 0.0, self.quantized,
+            soft_cap or 0.0, self.quantized, self.kv_format.bits if self.kv_format else 0,
         )  # fmt: skip
         given = {**functions(variant), "SHAPE": self.shape}
         self.attend_constants = constants(attend_kernel, given)
@@ -171,7 +173,10 @@ class TritonLayer(Layer):
             return
         phase = DECODE if batch.max_query_len == 1 else PREFILL
         run = functools.partial(self._attend, phase, query, batch, out)
-        tile = tile_for(phase, self.arch, self.head_size, query.element_size(), self.group)
+        tile = tile_for(
+            phase, self.arch, self.head_size, query.element_size(), self.group,
+            self.kv_format is not None,
+        )  # fmt: skip
         # A second run would advance accumulators twice.
         if tuning.AUTOTUNE and not self.variant.stateful and not capturing(query.device):
             kind = (phase, self.arch, query.dtype, self.variant, self.shape)

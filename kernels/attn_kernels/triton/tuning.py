@@ -43,7 +43,9 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 """Bytes that a program may have, by architecture (CUDA's and ROCm's documentation)."""
 
 
-def tile_for(phase: str, arch: str, head_size: int, element_size: int, group: int) -> Tile:
+def tile_for(
+    phase: str, arch: str, head_size: int, element_size: int, group: int, codes: bool = False
+) -> Tile:
     """Return the tile of a kernel.
 
     Args:
@@ -52,11 +54,14 @@ def tile_for(phase: str, arch: str, head_size: int, element_size: int, group: in
         head_size: of a head.
         element_size: bytes of an element of queries.
         group: query heads of a KV head.
+        codes: the cache holds codes, whose way to the queries' dtype takes registers.
     """
     least = max(16, triton.next_power_of_2(group))
     row_bytes = triton.next_power_of_2(head_size) * element_size
     stages = 1 if arch.startswith("gfx") else 2 if arch == "sm_90" else 3
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    if codes and row_bytes >= 256:
+        keys = max(16, keys // 2)
     # The largest that hardly spill a register where they are compiled (benchmarks.triton_compile).
     # float32 is multiplied by plain arithmetic, whose operands are in registers.
     num_warps = 8 if element_size == 4 else 4
