@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -19,6 +20,12 @@ SCHEME_TITLES = "; ".join(f"{name}: {scheme.title}" for name, scheme in SCHEMES.
 
 TENSORS = ("weights", "activations", "kv")
 """What can be quantized: weights, inputs of linear layers, keys and values in the cache."""
+
+FP8 = "fp8"
+"""Keys and values in e4m3: a target of its own, `kv-fp8`, because it has no bits to choose."""
+
+SERVED = {8: "int8_per_token_head", 4: "int4_per_token_head"}
+"""Formats of keys and values that servers have (`attn_kernels.kv_quant`), by their bits."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,21 @@ class QuantConfig:
     act_order: bool = False  # `gptq` takes the columns by their Hessian
     lm_head: bool = False  # the weights of the head are quantized too
     static: bool = False  # activations have calibrated scales instead of one for each token
+    # How keys and values are rounded: as servers do it, or FP8; None: simulated, one scale and zero
+    # point a token.
+    kv_format: str | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a result depends on. Results that are older than a field lack it, so its default
+        is left out."""
+        fields = dataclasses.asdict(self)
+        return fields if self.kv_format else {k: v for k, v in fields.items() if k != "kv_format"}
+
+    @property
+    def cache_symmetric(self) -> bool:
+        """Whether simulated keys and values have no zero points."""
+        return self.symmetric and self.weights is None
 
     @property
     def target(self) -> str:
@@ -57,7 +79,7 @@ class QuantConfig:
         if self.activations:
             parts.append(f"a{self.activations}" + "static" * self.static)
         if self.kv:
-            parts.append(f"kv{self.kv}")
+            parts.append("kvfp8" if self.kv_format == FP8 else f"kv{self.kv}")
         flags = {"sym": self.symmetric, "actorder": self.act_order, "head": self.lm_head}
         return "-".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
 
@@ -85,9 +107,9 @@ class SearchSpace:
             "--what",
             metavar="TARGET",
             help="What is quantized: weights, activations (the inputs of linear layers), kv (the "
-            "cache), or several joined by +.",
+            "cache), or several joined by +; kv-fp8, alone: the cache in float8 (e4m3).",
         ),
-    ] = field(default_factory=lambda: ["weights", "weights+activations", "kv"])
+    ] = field(default_factory=lambda: ["weights", "weights+activations", "kv", "kv-fp8"])
     bits: Annotated[
         list[int], Option(min=2, max=8, help="Bits of the first tensor of each target.")
     ] = field(default_factory=lambda: [2, 3, 4, 8])
@@ -118,10 +140,12 @@ class SearchSpace:
             get_scheme(scheme)
         for target in self.targets:
             tensors = target.split("+")
+            if target == "kv-fp8":
+                continue
             if not set(tensors) <= set(TENSORS) or len(set(tensors)) < len(tensors):
                 raise UserError(
                     f"unknown target {target!r}: use one or several of {', '.join(TENSORS)}, "
-                    "joined by +"
+                    "joined by +, or kv-fp8"
                 )
 
     def configs(self) -> list[QuantConfig]:
@@ -130,14 +154,19 @@ class SearchSpace:
         return list(dict.fromkeys(self._config(*values) for values in each))
 
     def _config(self, target: str, bits: int, scheme: str, group_size: int | None) -> QuantConfig:
+        if target == "kv-fp8":
+            return QuantConfig(kv=8, kv_format=FP8)
         weights, activations, kv = (name in target.split("+") for name in TENSORS)
+        kv_bits = (self.kv_bits if weights or activations else bits) if kv else None
+        kv_format = SERVED.get(kv_bits) if kv_bits else None
         return QuantConfig(
             weights=bits if weights else None,
             activations=(self.activation_bits if weights else bits) if activations else None,
-            kv=(self.kv_bits if weights or activations else bits) if kv else None,
+            kv=kv_bits,
+            kv_format=kv_format,
             scheme=scheme if weights else None,
             group_size=group_size if weights else None,
-            symmetric=self.symmetric and (weights or kv),
+            symmetric=self.symmetric and (weights or (kv and kv_format is None)),
             act_order=self.act_order and weights and scheme == "gptq",
             lm_head=self.lm_head and weights,
             static=self.static and activations,

@@ -62,7 +62,7 @@ class SweepTask:
         asked = {} if harness is None else {lm_eval_tasks.NAME: lm_eval_tasks.key(harness)}
         return {
             "checkpoint": self.digest,
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.key,
             "samples": dataclasses.asdict(self.samples),
             "texts": self.texts.key,
             "numerics": NUMERICS,
@@ -137,16 +137,15 @@ def quantized_model(
         layers = linears(model, config.lm_head)
         largest = largest_inputs(model, layers, texts) if config.static else None
         quantize_inputs(layers, config.activations, largest)
-    symmetric = config.symmetric and config.weights is None
     if config.kv is not None:
-        quantize_cache(model, config.kv, symmetric)
+        quantize_cache(model, config)
     item = (checkpoint.config.dtype or torch.float32).itemsize
     size = {
         "bytes": stored_bytes(model, stored, item),
         "quantized_bytes": sum(weight.packed_bytes for weight in stored.values()),
         "quantized_numbers": sum(weight.values.numel() for weight in stored.values()),
         "checkpoint_bytes": sum(f.stat().st_size for f in task.folder.glob("*.safetensors")),
-        "cache_bytes_per_token": cache_bytes(model.config, config.kv, symmetric, item),
+        "cache_bytes_per_token": cache_bytes(model.config, config, item),
     }
     return model, size
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from attn_kernels.kv_quant import KV_FORMATS
 from attnserve import machine
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
@@ -48,7 +47,8 @@ def kernels(
     kv_formats: Annotated[
         list[str] | None,
         opt.option(
-            f"Each variant on quantized caches too: {' '.join(KV_FORMATS)} (default: none)."
+            "Each variant on quantized caches too: int8_per_token_head int4_per_token_head "
+            "(default: none)."
         ),
     ] = None,
     isa: Annotated[
@@ -101,6 +101,7 @@ def kernels(
     import torch
     from tqdm import tqdm
 
+    from attn_kernels.kv_quant import KV_FORMATS
     from benchmarks.kernels.candidates import load_vllm
     from benchmarks.kernels.case import FULL, QUICK, cases_of, label
     from benchmarks.kernels.measure import MachineRate, measure, read_bandwidth, sgemm_rate
@@ -183,6 +184,7 @@ def load_kernels(
     by the best instruction set if none is named; and their `QuantizedKernel` of each format."""
     from attn_kernels import get_variant, variant_names
     from attn_kernels.cpu import load, usable_isas
+    from attn_kernels.kv_quant import KV_FORMATS
     from benchmarks.kernels.candidates import QuantizedKernel
 
     if isa is not None and isa not in usable_isas():

@@ -29,8 +29,10 @@ def setting(config: QuantConfig) -> str:
         parts += [str(config.scheme), groups]
         if config.activations:
             parts.append(f"{config.activations}-bit activations")
-    if config.kv and config.kv != config.bits:
+    if config.kv and (config.weights or config.activations):
         parts.append(f"{config.kv}-bit cache")
+    elif config.kv:
+        parts.append(config.kv_format or "simulated, one scale a token")
     flags = {
         "symmetric": config.symmetric,
         "act-order": config.act_order,

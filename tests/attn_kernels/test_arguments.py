@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attn_kernels import cpu, get_variant, variant_names
 from attn_kernels.batch import Batch
+from attn_kernels.kv_quant import KV_FORMATS
 from attn_kernels.paged import Layer, TorchLayer
 from attn_kernels.pruning import PageShape
 from quant_kernels import Panels, gather, multiply
@@ -45,9 +46,7 @@ def run(
 def test_random_arguments(name: str) -> None:
     """The result is that of torch operations, on caches as large as they must be."""
     chance, threads = random.Random(name), torch.get_num_threads()
-    kernel = cpu.load(get_variant(name))
-    assert kernel is not None
-    variant = kernel.variant
+    variant = get_variant(name)
     try:
         for seed in range(ROUNDS):
             g = seeded(seed)
@@ -56,6 +55,9 @@ def test_random_arguments(name: str) -> None:
             kv_heads, group = chance.randint(1, 3), chance.choice((1, 2, 3, 7))
             size, block = chance.choice((32, 48, 64, 80, 256)), chance.choice((16, 32, 48, 128))
             dtype = chance.choice((torch.float32, torch.bfloat16, torch.float16))
+            kv_format = chance.choice((None, None, *KV_FORMATS.values()))
+            kernel = cpu.load(variant, quantized=kv_format is not None)
+            assert kernel is not None
             lens = [chance.randint(1, chance.choice((40, 1500))) for _ in range(3)]
             counts = [chance.randint(0, n if n < 300 else 3) for n in lens]
             qkv = [
@@ -73,8 +75,9 @@ def test_random_arguments(name: str) -> None:
                 "learned": {
                     k: t.float() for k, t in make_learned(variant, kv_heads * group, g).items()
                 },
+                "kv_format": kv_format,
             }
-            cache = Cache.make(variant, lens, kv_heads, size, block, dtype)
+            cache = Cache.make(variant, lens, kv_heads, size, block, dtype, kv_format)
             other = Cache(cache.kv.clone(), cache.block_table)
             found = run(kernel.layer(cache.kv, **options), cache, lens, counts, qkv)
             expected = run(TorchLayer(variant, other.kv, **options), other, lens, counts, qkv)

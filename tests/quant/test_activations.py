@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from attn_kernels import variant_names
+from attn_kernels.kv_quant import KV_FORMATS
 from attnserve.evaluation.scorers import load
-from quant.activations import QuantizedCache, fake_quantize, quantize_inputs
+from quant.activations import QuantizedCache, fake_quantize, float8, quantize_inputs
+from quant.config import QuantConfig, SearchSpace
 from quant.model import largest_inputs, linears
 from quant.schemes.rtn import rtn
 from quant_kernels.weight import QuantSpec
@@ -73,25 +75,29 @@ def test_largest_inputs(softpick: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_cache_bits(name: str, tmp_path: Path) -> None:
-    """The fewer bits, the further from the exact cache; keys and values are on their specs."""
+    """The fewer bits, the further from the exact cache; keys and values are those of the format."""
     model = model_of(name, tmp_path)
     texts = ids(model)
     exact_cache = DynamicCache()
     exact = model(input_ids=texts, past_key_values=exact_cache, use_cache=True).logits
     errors = []
-    for bits in (8, 4, 2):
-        cache = QuantizedCache(model.config, bits, symmetric=False)
+    configs = SearchSpace(targets=["kv"], bits=[8, 4, 2]).configs()
+    assert [config.kv_format for config in configs] == [*KV_FORMATS, None]
+    for config in configs:
+        cache = QuantizedCache(model.config, config)
         logits = model(input_ids=texts, past_key_values=cache, use_cache=True).logits
         errors.append(float((logits - exact).square().mean().sqrt() / exact.std()))
         heads = model.config.num_key_value_heads
         for (keys, values, *_), (old_keys, old_values, *_) in zip(cache, exact_cache, strict=True):
             for found in (keys, values[:, :heads]):
                 quantized = {len(row.unique()) for row in found.flatten(0, 2)}
-                assert max(quantized) <= 2**bits
+                assert config.kv == 4 or max(quantized) <= 2 ** (config.kv or 0)
             assert values.shape == old_values.shape and keys.shape == old_keys.shape
-        # The first layer's keys, which have no error yet, are those of the model, rotated.
+        # The first layer's keys, which have no error yet, are those of the model.
         first, old = cache.layers[0].keys, exact_cache.layers[0].keys
-        torch.testing.assert_close(first, fake_quantize(old, bits, False))
+        kind = KV_FORMATS.get(config.kv_format or "")
+        rounded = kind.rounded(old) if kind else fake_quantize(old, 2, False)
+        torch.testing.assert_close(first, rounded)
     assert errors[0] < errors[1] < errors[2] and errors[0] < 0.05 < errors[2]
 
 
@@ -100,12 +106,18 @@ def test_cache_bits(name: str, tmp_path: Path) -> None:
 def test_decoding_meets_the_cache_of_a_prefill(name: str, tmp_path: Path) -> None:
     """A token at a time gives what all at once give: each is quantized once, when it is stored."""
     model = model_of(name, tmp_path)
-    texts = ids(model, 10)
-    whole = QuantizedCache(model.config, 4, symmetric=True)
+    texts, config = ids(model, 10), QuantConfig(kv=4, symmetric=True)
+    whole = QuantizedCache(model.config, config)
     logits = model(input_ids=texts, past_key_values=whole, use_cache=True).logits
-    cache = QuantizedCache(model.config, 4, symmetric=True)
+    cache = QuantizedCache(model.config, config)
     steps = [
         model(input_ids=texts[:, i : i + 1], past_key_values=cache, use_cache=True).logits
         for i in range(10)
     ]
     torch.testing.assert_close(torch.cat(steps, 1), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_float8() -> None:
+    """Three bits of mantissa, and the largest value for what is larger."""
+    x = torch.tensor([1.0, 1.06, 1.07, -300.0, 1e4, -1e4, 2.0**-9, 2.0**-11])
+    assert float8(x).tolist() == [1.0, 1.0, 1.125, -288.0, 448.0, -448.0, 2.0**-9, 0.0]

@@ -92,7 +92,9 @@ def test_tasks_in_cells(
     assert plain.summary["lm-eval: pairs acc"].value == pytest.approx(sum(hits) / 3)
     perplexity = plain.summary["lm-eval: texts word_perplexity"]
     assert perplexity.value == pytest.approx(math.exp(-sum(totals[::2]) / words), rel=1e-4)
-    quantized = read(path_of(tmp_path, "softpick", QuantConfig(kv=8)))
+    quantized = read(
+        path_of(tmp_path, "softpick", QuantConfig(kv=8, kv_format="int8_per_token_head"))
+    )
     assert -1 <= quantized.summary["lm-eval: pairs acc change"].value <= 1
     assert quantized.summary["lm-eval: texts word_perplexity"].value != perplexity.value
 

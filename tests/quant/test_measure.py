@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attn_kernels import variant_names
+from attn_kernels.kv_quant import KV_FORMATS
 from attnserve.errors import UserError
 from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from attnserve.evaluation.scorers import TransformersScorer, load
 from attnserve.evaluation.tasks import Blimp, Lambada
 from quant import store
 from quant.activations import cache_bytes
-from quant.config import QuantConfig, Samples, SearchSpace
+from quant.config import FP8, SERVED, QuantConfig, Samples, SearchSpace
 from quant.measure import SweepTask, changes, measure
 from quant.model import linears, put, quantize, stored_bytes
 from quant.outliers import figures
@@ -66,7 +67,8 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
         QuantConfig(weights=2, scheme="rtn", group_size=32),
         QuantConfig(weights=8, scheme="gptq", activations=8),
         QuantConfig(activations=4, static=True),
-        QuantConfig(kv=8),
+        QuantConfig(kv=8, kv_format="int8_per_token_head"),
+        QuantConfig(kv=8, kv_format=FP8),
         QuantConfig(kv=2),
     ):
         result = measured(folder, config, data, tmp_path)
@@ -80,7 +82,8 @@ def test_every_variant(variant: str, data: Data, tmp_path: Path) -> None:
         after, before = (r.summary["perplexity: test loss"].value for r in losses)
         assert change == pytest.approx(after - before, abs=1e-4)
     assert divergences["weights-rtn-w8-g32"] < 0.1 * divergences["weights-rtn-w2-g32"]
-    assert divergences["kv-kv8"] < 0.1 * divergences["kv-kv2"]
+    assert divergences["kv-kv8"] < 0.1 * divergences["kv-kv2"], divergences
+    assert divergences["kv-kvfp8"] < 0.1 * divergences["kv-kv2"], divergences
 
 
 @torch.inference_mode()
@@ -156,9 +159,31 @@ def test_sizes(softpick: Path) -> None:
 
 def test_cache_bytes(softpick: Path) -> None:
     config = load(softpick).config  # 2 layers, 2 KV heads of 32
-    assert cache_bytes(config, None, False, 2) == 2 * 2 * 2 * 32 * 2
-    assert cache_bytes(config, 4, True, 2) == 2 * 2 * 2 * (16 + 2)
-    assert cache_bytes(config, 3, False, 2) == 2 * 2 * 2 * (12 + 2 + 1)
+    for quantized, vector in (
+        (QuantConfig(), 32 * 2),
+        (QuantConfig(kv=4, symmetric=True), 16 + 2),
+        (QuantConfig(kv=3), 12 + 2 + 1),
+        (QuantConfig(kv=8, kv_format="int8_per_token_head"), 32 + 4),
+        (QuantConfig(kv=4, kv_format="int4_per_token_head"), 16 + 4),
+        (QuantConfig(kv=8, kv_format=FP8), 32),
+    ):
+        assert cache_bytes(config, quantized, 2) == 2 * 2 * 2 * vector
+
+
+def test_results_older_than_a_field_stay_valid() -> None:
+    """Committed results name no `kv_format`; those of served formats must not be taken for them."""
+    older: dict[str, Any] = {
+        "weights": None, "activations": None, "kv": 3, "scheme": None, "group_size": None,
+        "symmetric": False, "act_order": False, "lm_head": False, "static": False,
+    }  # fmt: skip
+    assert QuantConfig(kv=3).key == older and QuantConfig(**older) == QuantConfig(kv=3)
+    assert {kind.bits: name for name, kind in KV_FORMATS.items()} == SERVED
+    for bits, kv_format in SERVED.items():
+        config = QuantConfig(kv=bits, kv_format=kv_format)
+        assert config.name == f"kv-kv{bits}" and config.key == older | {
+            "kv": bits, "kv_format": kv_format
+        }  # fmt: skip
+        assert QuantConfig(**config.key) == config
 
 
 def test_a_tied_head_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
@@ -189,13 +214,13 @@ def test_configs() -> None:
 
     assert made() == [QuantConfig(weights=4, scheme="rtn", group_size=64)]
     everything = made(
-        targets=["weights", "weights+activations", "kv", "activations", "weights+kv"],
+        targets=["weights", "weights+activations", "kv", "activations", "weights+kv", "kv-fp8"],
         schemes=["rtn", "hqq", "gptq"],
         bits=[2, 3, 4, 8],
         group_sizes=[64, None],
         act_order=True,
     )
-    assert len(everything) == 3 * 4 * 3 * 2 + 4 + 4
+    assert len(everything) == 3 * 4 * 3 * 2 + 4 + 4 + 1
     names = [config.name for config in everything]
     assert len(set(names)) == len(names)
     for name in (
@@ -203,6 +228,7 @@ def test_configs() -> None:
         "weights+activations-rtn-w2-g64-a8",
         "weights+kv-hqq-w8-g64-kv6",
         "kv-kv3",
+        "kv-kvfp8",
         "activations-a2",
     ):
         assert name in names

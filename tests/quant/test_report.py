@@ -150,10 +150,9 @@ def test_tables() -> None:
     assert rows["bits per weight"].iloc[1] == 4.0
     channel = QuantConfig(weights=4, scheme="rtn", activations=8, static=True, symmetric=True)
     assert setting(channel) == "rtn, a row a group, 8-bit activations, symmetric, static"
-    assert (
-        setting(QuantConfig(kv=4)) == "one scale a token"
-        and setting(QuantConfig(kv=4, activations=8)) == "4-bit cache"
-    )
+    assert setting(QuantConfig(kv=3)) == "simulated, one scale a token"
+    assert setting(QuantConfig(kv=8, kv_format="fp8")) == "fp8"
+    assert setting(QuantConfig(kv=4, activations=8)) == "4-bit cache"
 
 
 def test_library_rows_of_the_paper() -> None:
