@@ -377,6 +377,12 @@ RULES: dict[str, Rule] = {
         setup="python -m quant.quantize checkpoints/softpick softpick-4bit-served --bits 4 "
         "--scheme rtn --embeddings 8",
     ),
+    **{
+        f"vllm serve checkpoints/softpick --kv-cache-dtype {dtype}": Serve(
+            f"vllm serve checkpoints/softpick {VLLM} --kv-cache-dtype {dtype}"
+        )
+        for dtype in ("int8_per_token_head", "int4_per_token_head")
+    },
     "python -m benchmarks.packed_products": Run(
         "python -m benchmarks.packed_products --bits 4 --rounds 1 --no-save",
         prints="x_bfloat16_median",

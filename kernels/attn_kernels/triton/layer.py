@@ -28,8 +28,8 @@ from attn_kernels.triton.attention import (
     attend_kernel,
     merge_kernel,
     select_kernel,
-    write_kernel,
 )
+from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
 from attn_kernels.variant import Variant
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.attention import LOG2E, find_request, multiply
+from attn_kernels.triton.attention import LOG2E, find_request
+from attn_kernels.triton.cache import multiply
 
 NOBODY = tl.constexpr(-2)  # sources: an empty slot
 STORED = tl.constexpr(-1)  # a token of an earlier step; others are indices of the step's own

@@ -1,0 +1,150 @@
+"""The paged cache: keys and values as kernels read and write them, and the two products with them.
+
+Inside its block each KV head has `block_size` keys, then as many values, then (caches of codes)
+their parameters (`triton/kv_quant.py`), then (stateful variants) as many float32 accumulators, of
+which KV head 0's are used: rows of keys and values are aligned. SHAPE is `attention.Shape`.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from attn_kernels.triton.kv_quant import load_codes, load_parameters, store_vector
+
+
+class Blocks(NamedTuple):
+    """A request's blocks of the cache: pointers and strides, in elements."""
+
+    cache: Any
+    table: Any
+    block_stride: Any
+    head_stride: Any
+
+
+@triton.jit
+def load_blocks(blocks, key, inside, SHAPE: tl.constexpr):
+    """Return the index in the cache of each key's block."""
+    return tl.load(blocks.table + key // SHAPE.block_size, mask=inside, other=0).to(tl.int64)
+
+
+@triton.jit
+def find_parameters(blocks, block, kv_head, key, values: tl.constexpr, SHAPE: tl.constexpr):
+    """Return where the parameters of keys, or of values, are in a cache of codes."""
+    base = block * blocks.block_stride + kv_head * blocks.head_stride
+    ends = blocks.cache + base + SHAPE.block_size * SHAPE.head_size * SHAPE.kv_bits // 4
+    words = ends.to(tl.pointer_type(tl.int32)) + key % SHAPE.block_size
+    return words + SHAPE.block_size if values else words
+
+
+@triton.jit
+def load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
+    """Return keys `[dims, keys]`, or their codes; 0 where there are none."""
+    dim = tl.arange(0, SHAPE.dims)
+    base = block * blocks.block_stride + kv_head * blocks.head_stride
+    mask = inside[None, :] & (dim < SHAPE.head_size)[:, None]
+    token = (key % SHAPE.block_size)[None, :]
+    base = (blocks.cache + base)[None, :]
+    if SHAPE.kv_bits:
+        return load_codes(base, token, dim[:, None], mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+    return tl.load(base + token * SHAPE.head_size + dim[:, None], mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def load_values(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
+    """Return values `[keys, dims]`, or their codes; 0 where there are none."""
+    dim = tl.arange(0, SHAPE.dims)
+    base = block * blocks.block_stride + kv_head * blocks.head_stride
+    mask = inside[:, None] & (dim < SHAPE.head_size)[None, :]
+    token = (SHAPE.block_size + key % SHAPE.block_size)[:, None]
+    base = (blocks.cache + base)[:, None]
+    if SHAPE.kv_bits:
+        return load_codes(base, token, dim[None, :], mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+    return tl.load(base + token * SHAPE.head_size + dim[None, :], mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def score_keys(q, k, words, inside, zeros, SHAPE: tl.constexpr):
+    """Return the products of queries `[rows, dims]` with keys `[dims, keys]`."""
+    s = multiply(q, k, zeros)
+    if SHAPE.kv_bits:
+        scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
+        s *= scale[None, :]
+        if SHAPE.kv_bits == 4:
+            s += tl.sum(q.to(tl.float32), 1)[:, None] * offset[None, :]
+    return s
+
+
+@triton.jit
+def add_values(weights, v, words, inside, output, SHAPE: tl.constexpr):
+    """Return `output + weights @ values`, in the values' dtype."""
+    if SHAPE.kv_bits:
+        scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
+        if SHAPE.kv_bits == 4:
+            output += tl.sum(weights * offset[None, :], 1)[:, None]
+        weights *= scale[None, :]
+    return multiply(weights.to(v.dtype), v, output)
+
+
+@triton.jit
+def multiply(a, b, acc):
+    """Return `acc + a @ b` in float32: no TF32, which keeps ten bits."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def unit(k, words, inside, SHAPE: tl.constexpr):
+    """Return 1 / |k| of keys `[dims, keys]`."""
+    k = k.to(tl.float32)
+    longer: tl.constexpr = (
+        (SHAPE.head_size & -SHAPE.head_size) ** 0.5 if SHAPE.kv_bits == 4 else 1.0
+    )
+    if SHAPE.kv_bits:
+        scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
+        there = (tl.arange(0, SHAPE.dims) < SHAPE.head_size)[:, None]
+        k = tl.where(there, k * scale[None, :] + offset[None, :], 0.0)
+    return longer / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), longer * 1e-12)
+
+
+@triton.jit
+def write_kernel(
+    key, value, cache, slot_mapping,
+    key_scale, value_scale,  # [1] float32, of a quantized cache
+    key_stride, value_stride, block_stride, head_stride,
+    SHAPE: tl.constexpr, STATEFUL: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Write one token and head; new accumulators start at 0. Grid: (num_tokens, num_kv_heads)."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:  # padding
+        return
+    base = cache + slot // SHAPE.block_size * block_stride + head * head_stride
+    offset = slot % SHAPE.block_size
+    dim = tl.arange(0, SHAPE.dims)
+    mask = dim < SHAPE.head_size
+    row = head * SHAPE.head_size + dim
+    k = tl.load(key + token * key_stride + row, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(value + token * value_stride + row, mask=mask, other=0.0).to(tl.float32)
+    if SHAPE.kv_bits:
+        width: tl.constexpr = SHAPE.head_size * SHAPE.kv_bits // 8
+        words = (base + 2 * SHAPE.block_size * width).to(tl.pointer_type(tl.int32)) + offset
+        store_vector(
+            base + offset * width, words, k, mask, SHAPE.dims, SHAPE.head_size, SHAPE.kv_bits
+        )
+        store_vector(
+            base + (SHAPE.block_size + offset) * width, words + SHAPE.block_size, v, mask,
+            SHAPE.dims, SHAPE.head_size, SHAPE.kv_bits,
+        )  # fmt: skip
+        if STATEFUL:
+            accumulators = words.to(tl.pointer_type(tl.float32)) + 2 * SHAPE.block_size
+            tl.store(accumulators, 0.0, mask=head == 0)
+        return
+    if SHAPE.quantized:  # beyond the format's largest value a conversion gives NaN
+        k = tl.clamp(k / tl.load(key_scale), -LARGEST, LARGEST)
+        v = tl.clamp(v / tl.load(value_scale), -LARGEST, LARGEST)
+    dtype: tl.constexpr = cache.dtype.element_ty
+    tl.store(base + offset * SHAPE.head_size + dim, k.to(dtype), mask=mask)
+    tl.store(base + (SHAPE.block_size + offset) * SHAPE.head_size + dim, v.to(dtype), mask=mask)
+    if STATEFUL:
+        ends = (base + 2 * SHAPE.block_size * SHAPE.head_size).to(tl.pointer_type(tl.float32))
+        tl.store(ends + offset, 0.0, mask=head == 0)
