@@ -347,7 +347,7 @@ RULES: dict[str, Rule] = {
             f"pip install --no-deps --no-build-isolation -e '.[{extra}]'",
             prints="Successfully installed attnserve",
         )
-        for extra in ("quant-libraries", "lm-eval")
+        for extra in ("quant-libraries", "lm-eval", "ray")
     },
     "python -m quant.report": Run(
         "python -m quant.report --results quant/results", prints="Report: quant/results/report.html"
