@@ -109,6 +109,9 @@ RULES: dict[str, Rule] = {
         "attnserve evaluate checkpoints/softpick --sequences 2",
         prints="per token",
     ),
+    "attnserve look checkpoints/softmax checkpoints/softpick --text README.md": Run(
+        prints="Page: look.html"
+    ),
     "python -m training.train --help": Run(prints="Usage"),
     "attnserve budgets CKPT": Run(
         "attnserve budgets checkpoints/selective --sequences 2 --judge 2 "
