@@ -99,14 +99,11 @@ def look(
         print(json.dumps({"out": str(out), "tokens": len(ids), "figures": figures}))
         return
     print(f"{len(ids)} tokens of {title}; means over all heads")
-    print(f"{'checkpoint':24} {'sink rate':>9} {'first':>7} {'zeros':>7} {'entropy':>7}")
-    for each in looked:
-        first, zeros, entropy = (
-            float(each.figures[name].mean()) for name in ("first token", "zeros", "entropy")
-        )
-        print(
-            f"{each.name:24} {each.sink_rate:9.3f} {first:7.3f} {100 * zeros:5.1f} % {entropy:7.3f}"
-        )
+    names = ("first token", "zeros", "entropy")
+    print(f"{'checkpoint':24} {'sink rate':>11}", *(f"{name:>11}" for name in names))
+    for found in looked:
+        values = [found.sink_rate, *(found.figures[name].mean() for name in names)]
+        print(f"{found.name:24}", *(f"{value:11.3f}" for value in values))
     print(f"Page: {out}")
 
 
