@@ -12,6 +12,7 @@ from attnserve import command
 from attnserve.budgets.command import budgets
 from attnserve.evaluation.books import books
 from attnserve.evaluation.evaluate import evaluate
+from attnserve.look.command import look
 from quant.quantize import quantize
 from quant.sweep import sweep
 from serving.__main__ import gateway, keys
@@ -46,6 +47,7 @@ command.add(app, "quantize", quantize)
 command.add(app, "sweep", sweep)
 command.add(app, "budgets", budgets)
 command.add(app, "evaluate", evaluate)
+command.add(app, "look", look)
 command.add(app, "books", books)
 
 
