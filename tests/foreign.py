@@ -72,7 +72,9 @@ def regrouped(weight: Tensor, spec: QuantSpec, act_order: bool) -> QuantizedWeig
     size, columns = spec.size(weight.shape[1]), weight.shape[1]
     if not act_order:
         return rtn(weight, spec)
-    g_idx = torch.arange(columns)[torch.randperm(columns)] // size
+    # Of layers with the same inputs GPTQ orders the columns alike.
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+    g_idx = order // size
     order = torch.argsort(g_idx, stable=True)
     found = rtn(weight[:, order], spec)
     values = torch.empty_like(found.values)
@@ -86,7 +88,6 @@ def write_gptq(source: Path, folder: Path, **settings: Any) -> PreTrainedModel:
     entry |= settings
     bits, group_size = entry["bits"], entry["group_size"]
     spec = QuantSpec(bits, None if group_size == -1 else group_size)
-    torch.manual_seed(0)
 
     def store(weight: Tensor) -> tuple[Stored, Tensor]:
         found = regrouped(weight, spec, entry["desc_act"])
@@ -168,7 +169,6 @@ def write_compressed(source: Path, folder: Path, act_order: bool) -> PreTrainedM
     """Write compressed-tensors' packed format, groups of 32; with act order as llm-compressor's
     `actorder: group`."""
     spec, entries = QuantSpec(4, 32), list[Entry]()
-    torch.manual_seed(0)
 
     def store(weight: Tensor) -> tuple[Stored, Tensor]:
         found = regrouped(weight, spec, act_order)
