@@ -1,9 +1,9 @@
 """Packed checkpoints in transformers: compressed-tensors' `pack-quantized`, whatever the bits.
 
-transformers gives that format to the library compressed-tensors, which misreads densely packed 3, 5,
-6 and 7 bits and has no embeddings, short groups, act order or zero points between quantized values.
-After `import hf_attn` weights are read as they are served (`quant_kernels.formats.packed`) and
-computed with in the model's dtype. The format's other kinds stay the library's.
+transformers gives that format to the library compressed-tensors, which misreads densely packed 3,
+5, 6 and 7 bits and has no embeddings, short groups or zero points between quantized values. After
+`import hf_attn` weights are read as they are served (`quant_kernels.formats.packed`) and computed
+with in the model's dtype. The format's other kinds stay the library's.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class Format(QuantSpec):
     """How a weight is stored.
 
     Args:
-        zero_dtype: of zero points: floating point as it is, else integers, packed like the weight's.
+        zero_dtype: of zero points: floating point as it is, else integers, packed like the
+            weight's.
         act_order: whether `weight_g_idx` says which columns are a group (GPTQ's `desc_act`).
     """
 
@@ -124,7 +125,6 @@ class Format(QuantSpec):
             delattr(layer, name)
             setattr(layer, name, None if tensor is None else nn.Parameter(tensor, False))
         layer.panels_shape = found[3:]
-
 
     def reorder(self, layer: Any, packed: Tensor, columns: int) -> Tensor:
         """Return packed rows whose groups are consecutive columns, and leave their order, in which

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant_kernels.formats import READERS, reader_of
+from quant_kernels.formats import READERS, gguf, reader_of
 from quant_kernels.formats.packed import (
     PARTS,
     entry_of,
@@ -159,3 +160,78 @@ def test_groups_of_another_size() -> None:
     for other in (g_idx.flip(0) * 0, torch.cat((g_idx, g_idx)), g_idx + 1):
         with pytest.raises(ValueError, match="g_idx does not name groups of 32 columns"):
             group_order(other, spec)
+
+
+@pytest.mark.parametrize("kind", sorted(gguf.READERS))
+def test_blocks_of_gguf(kind: str) -> None:
+    """Read as the package gguf reads them, whatever the bytes are."""
+    quants = pytest.importorskip("gguf.quants")
+    type_ = quants.GGMLQuantizationType[kind]
+    size = gguf.READERS[kind][1]
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (6, 2 * size), dtype=np.uint8)
+    blocks = data.reshape(-1, size)
+    blocks[:, 1] &= 0x3F  # scales: no infinity, and not all below 0
+    if kind[-1] in "1K":
+        blocks[:, 3] &= 0xBF
+        blocks[0, :2] = 0  # a scale of 0
+    expected = torch.from_numpy(quants.dequantize(data, type_)).double()
+    weight = gguf.read_blocks(data, kind)
+    assert weight is not None
+    found = weight.dequantize().double()
+    exact = kind.endswith("_0")
+    assert torch.equal(found, expected) if exact else error_of(found, expected) < 1e-6
+    again = read_stored(stored_tensors(weight), entry_of(weight))
+    assert torch.equal(again.dequantize(), weight.dequantize())
+    if exact:
+        written, type_name = gguf.write_blocks(weight)
+        assert type_name == kind and np.array_equal(written, data)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (QuantSpec(2, 64), "Q4_0"),
+        (QuantSpec(3, None), "Q4_0"),
+        (QuantSpec(4, 32), "Q5_0"),
+        (QuantSpec(4, 96, symmetric=True), "Q4_0"),
+        (QuantSpec(5, 32, symmetric=True), "Q5_0"),
+        (QuantSpec(7, 64), "Q8_0"),
+        (QuantSpec(8, None, symmetric=True), "Q8_0"),
+    ],
+)
+def test_weights_that_gguf_holds(spec: QuantSpec, kind: str) -> None:
+    quants = pytest.importorskip("gguf.quants")
+    matrix = torch.randn(5, 192, generator=torch.Generator().manual_seed(0))
+    scales, zeros = spec.qparams(matrix)
+    values = torch.randint(0, spec.qmax + 1, matrix.shape, dtype=torch.uint8)
+    values[:, 0], values[:, 1] = 0, spec.qmax
+    if zeros is not None:
+        zeros[0], zeros[1] = 0, spec.qmax
+    weight = QuantizedWeight(values, scales, zeros, spec)
+    data, found = gguf.write_blocks(weight)
+    assert found == kind and gguf.holding(spec, 192) is None
+    dense = quants.dequantize(data, quants.GGMLQuantizationType[kind])
+    assert torch.equal(torch.from_numpy(dense), weight.dequantize())
+
+
+def test_weights_that_gguf_does_not_hold() -> None:
+    """Said of the format alone, or of the values."""
+    values, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 2)
+    spec = QuantSpec(4, 32, symmetric=True)
+    for weight, says in (
+        (QuantizedWeight(values[:, :48], scales, None, spec), "48 columns are no blocks of 32"),
+        (QuantizedWeight(values, scales, None, QuantSpec(4, 48)), "groups of 48 columns are no"),
+        (QuantizedWeight(values, scales, scales.byte(), QuantSpec(8, 32)), "use --symmetric"),
+        (QuantizedWeight(values, scales, scales.half(), QuantSpec(4, 32)), "act order, and zero"),
+        (QuantizedWeight(values, scales + 1e-5, None, spec), "a scale is no number in float16"),
+    ):
+        with pytest.raises(ValueError, match=f"no type of GGUF holds its values: .*{says}"):
+            gguf.write_blocks(weight)
+
+
+def test_names_of_gguf() -> None:
+    for theirs in ("token_embd", "blk.11.ffn_down", "output_norm", "blk.0.attn_q"):
+        ours = gguf.our_name(f"{theirs}.weight")
+        assert ours is not None and gguf.their_name(ours) == f"{theirs}.weight"
+    assert gguf.our_name("rope_freqs.weight") is None

@@ -28,7 +28,9 @@ def reader_of(config: Mapping[str, Any]) -> Reader:
     try:
         return READERS[method](config)
     except KeyError as error:
-        raise ValueError(f"quantization_config of config.json has no {error}: it is incomplete") from None
+        raise ValueError(
+            f"quantization_config of config.json has no {error}: it is incomplete"
+        ) from None
 
 
 __all__ = ["READERS", "Reader", "reader_of"]

@@ -1,9 +1,9 @@
 """compressed-tensors' format `pack-quantized`, which `quant.quantize` writes and vLLM serves.
 
-`weight_packed` int32 `[rows, words]`, `weight_scale` `[rows, groups]`, `weight_shape`, and where they
-are needed `weight_zero_point` and `weight_g_idx`. Zero points that are quantized values are packed
-along the rows. Beyond what that library writes there are zero points in floating point (`zp_dtype`),
-a short last group, and embeddings.
+`weight_packed` int32 `[rows, words]`, `weight_scale` `[rows, groups]`, `weight_shape`, and where
+they are needed `weight_zero_point` and `weight_g_idx`. Zero points that are quantized values are
+packed along the rows. Beyond what that library writes there are zero points in floating point
+(`zp_dtype`), a short last group, and embeddings.
 """
 
 from __future__ import annotations

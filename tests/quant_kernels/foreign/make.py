@@ -1,7 +1,7 @@
 """Write this folder's files: layers that the original libraries quantized, beside the weights that
 they themselves dequantize them to.
 
-They need gptqmodel 7.6.0, bitsandbytes 0.50.2 and compressed-tensors 0.17.0, which the tests do not:
+It needs gptqmodel 7.6.0, bitsandbytes 0.50.2 and compressed-tensors 0.17.0; the tests do not:
 
     python tests/quant_kernels/foreign/make.py
 """
