@@ -68,8 +68,8 @@ def read_checkpoint(folder: Path) -> Contents:
         read = read_packed(stored, entry, empty_model(folder))
     else:
         raise UserError(
-            f"{folder} has the format {method} {entry.get('format', '')}, which cannot be "
-            f"converted: {', '.join(READERS)} and pack-quantized can"
+            f"{folder} has the format {entry.get('format') or method}, which cannot be converted: "
+            f"{', '.join(READERS)} and pack-quantized can"
         )
     found = dict(read)
     weights = {name: x for name, x in found.items() if isinstance(x, QuantizedWeight)}

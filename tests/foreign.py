@@ -143,7 +143,7 @@ def write_nf4(source: Path, folder: Path) -> PreTrainedModel:
         stored = {
             "weight": (flat[::2] << 4 | flat[1::2])[:, None],
             "weight.absmax": absmax,
-            "weight.quant_map": table,
+            "weight.quant_map": table.clone(),
             "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
         }
         return stored, (table[values] * absmax[:, None]).view(weight.shape)
