@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
 from attnserve.files import replacing
 from hf_attn.files import tensor_shapes, weight_files
+from quant.checks import check_no_experts, check_values
 from quant.contents import EMBEDDINGS, Contents
 from quant.gguf_file import check_model, check_spec, write_gguf
 from quant.kept import Kept
@@ -36,8 +36,6 @@ TABLES = (EMBEDDINGS, HEAD)
 PARTS = ["linear", "embeddings", "rest"]
 GGUF = "gguf"
 FORMATS = (PACKED, GGUF)
-LARGEST = 1e38
-"""Weight: the distance of two of them, which is what a scale is made of, is below 2^128."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,7 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
             f"{folder} is a {model.config.model_type}, whose layers {recipe.scheme} cannot "
             "quantize: use a model like Llama"
         )
-    if experts := [name for name, layer in model.named_modules() if name.endswith(".experts")]:
-        raise UserError(
-            f"{folder} has experts ({experts[0]}), which are not quantized yet: use a model without"
-        )
+    check_no_experts(folder, model)
     get_scheme(recipe.scheme).check(recipe.spec, columns(model))
     if recipe.format == GGUF:
         check_model(model.config, folder / TOKENIZER)
@@ -147,22 +142,6 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
                 f"{list(parameter.shape)}: it describes another model"
             )
     check_values(folder)
-
-
-def check_values(folder: Path) -> None:
-    """Check that every weight is a number, and that differences of two of them are, in float32."""
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  no mapping
-                tensor = opened.get_tensor(name)
-                if not tensor.is_floating_point() or not tensor.numel():
-                    continue
-                largest = float((tensor.float() if tensor.itemsize == 1 else tensor).abs().max())
-                if not largest <= LARGEST:  # NaN is not, either
-                    raise UserError(
-                        f"{name} in {file} has a weight of {largest:g}: only numbers up to "
-                        f"{LARGEST:g} can be quantized; copy or train the checkpoint again"
-                    )
 
 
 def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:

@@ -24,7 +24,7 @@ from quant_kernels.weight import BITS
 def build(name: str | int, isa: str) -> Path | None:
     """One library, of a variant or of a width in bits; None where there is none to build."""
     if isinstance(name, int):
-        return ops.build(name, isa) if isa != "amx" else None  # AVX-512's is taken
+        return ops.build(name, isa)
     variant = get_variant(name)
     header = variant.cpu_header or HERE / "variants" / f"{name}.hpp"
     return build_library(header, type(variant).__name__, isa) if header.exists() else None

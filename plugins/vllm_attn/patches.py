@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -167,6 +167,18 @@ def reader_for(loader: Any, model_config: Any) -> Reader | None:
     return getattr(get_quant_config(model_config, loader.load_config), "reader", None)
 
 
+def packed(tensors: Iterable[tuple[str, Tensor]], reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of such a checkpoint as ours would have them.
+
+    Raises:
+        StartupError: a layer is incomplete, or cannot be read.
+    """
+    try:
+        yield from packed_tensors(tensors, reader)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
 def checked(load_weights: Callable[..., None]) -> Callable[..., None]:
     """Wrap a loader's `load_weights`: mark parameters before it, and look at them afterwards."""
     from vllm_attn import weights
@@ -182,7 +194,7 @@ def checked(load_weights: Callable[..., None]) -> Callable[..., None]:
         def load_and_check(tensors: Iterable[tuple[str, Tensor]]) -> Any:
             seen: dict[str, None] = {}
             if reader is not None:
-                tensors = packed_tensors(tensors, reader)
+                tensors = packed(tensors, reader)
             with weights.loading(seen):
                 names = of_model(weights.noted(tensors, seen))
             weights.check(model, names, seen)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+
 from quant_kernels.formats import Reader, reader_of
 from quant_kernels.formats.packed import HEAD, config_of, weights_entry
 from vllm_attn.report import StartupError
@@ -19,9 +22,11 @@ class ForeignConfig(PackedConfig):
 
     Attributes:
         reader: of the checkpoint; `vllm_attn.patches` puts it between the files and the model.
+        library: its `quant_method`.
     """
 
     reader: Reader
+    library: str
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ForeignConfig:
@@ -40,4 +45,18 @@ class ForeignConfig(PackedConfig):
             groups = [(targets, weights_entry(reader.spec, act_order=reader.act_order))]
         made: ForeignConfig = super().from_config(config_of(groups, reader.ignore))
         made.reader = reader
+        made.library = config["quant_method"]
         return made
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method of one layer.
+
+        Raises:
+            StartupError: it is a layer of experts.
+        """
+        if isinstance(layer, RoutedExperts):
+            raise StartupError(
+                f"{prefix} has experts, which are not served quantized with {self.library} on a "
+                "CPU: use the unquantized checkpoint"
+            )
+        return super().get_quant_method(layer, prefix)
