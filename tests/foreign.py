@@ -10,17 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_attn  # noqa: F401  registers the models of variants
+from quant.contents import Contents
+from quant.gguf_file import write_gguf
 from quant.schemes.rtn import rtn
 from quant_kernels.formats.awq import PLACES
+from quant_kernels.formats.gguf import our_name, rope_rows
 from quant_kernels.formats.packed import config_of, entry_of, stored_tensors
 from quant_kernels.pack import pack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
+from tests.tiny import tiny_checkpoint
 
 Stored = dict[str, Tensor]
 Entry = dict[str, Any]
@@ -180,4 +185,54 @@ def write_compressed(source: Path, folder: Path, act_order: bool) -> PreTrainedM
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = config_of([(["Linear"], entries[0])], ["lm_head"])
     (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+MIXED = {"token_embd": "Q4_1", "attn_v": "Q6_K", "ffn_down": "Q5_K"}
+"""Types of tensors in `write_mixed_gguf`; the others of a layer are Q4_K."""
+
+
+def write_mixed_gguf(file: Path) -> PreTrainedModel:
+    """Write a GGUF file of a Llama of two layers with random blocks; return the model in float32
+    with the values that the package gguf reads."""
+    import gguf
+
+    folder = file.with_suffix(".source")
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
+    tiny_checkpoint(folder, "softmax", **shape, tie_word_embeddings=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stored = {k: x for k, x in model.state_dict().items() if k != "lm_head.weight"}
+    write_gguf(Contents({}, {}, stored), model.config, folder / "tokenizer.json", file)
+    random, heads = np.random.default_rng(0), {"attn_q": 4, "attn_k": 2}
+    written = gguf.GGUFReader(file)
+    again = gguf.GGUFWriter(file, "llama")
+    for name, field in written.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[0]
+            sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            again.add_key_value(name, field.contents(), kind, sub)
+    for tensor in written.tensors:
+        layer = tensor.name.split(".")[-2]
+        if "norm" in layer:
+            again.add_tensor(tensor.name, np.array(tensor.data))
+            continue
+        type_ = gguf.GGMLQuantizationType[MIXED.get(layer, "Q4_K")]
+        size, count = gguf.GGML_QUANT_SIZES[type_]
+        rows, columns = tensor.data.shape
+        blocks = random.integers(0, 256, (rows * columns // size, count), dtype=np.uint8)
+        scale = np.frombuffer(np.float16(0.0005).tobytes(), np.uint8)
+        for at in (208,) if type_.name == "Q6_K" else (0, 2):
+            blocks[:, at : at + 2] = scale
+        data = blocks.reshape(rows, -1)
+        again.add_tensor(tensor.name, data, raw_dtype=type_)
+        dense = torch.from_numpy(gguf.dequantize(data, type_).copy())
+        ours = our_name(tensor.name)
+        assert ours is not None
+        order = rope_rows(rows, heads[layer]) if layer in heads else slice(None)
+        stored[ours] = dense[order]
+    again.write_header_to_file()
+    again.write_kv_data_to_file()
+    again.write_tensors_to_file()
+    again.close()
+    model.load_state_dict(stored, strict=False)
     return model

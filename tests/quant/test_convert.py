@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from quant.contents import Contents
 from quant.convert import convert as command
-from quant.gguf_file import write_gguf
 from quant.quantize import quantize
 from tests import foreign
 from tests.conftest import Commands
@@ -135,48 +133,13 @@ def test_llama_cpp_loads_them(
     assert difference.pow(2).mean().sqrt() < 0.1 * expected.std()
 
 
-def test_types_that_are_mixed(source: Path, tmp_path: Path, commands: Commands) -> None:
+def test_types_that_are_mixed(tmp_path: Path, commands: Commands) -> None:
     """As in llama.cpp's Q4_K_M: what vLLM computes as one is packed if all of it can be."""
-    gguf = pytest.importorskip("gguf")
-    from quant_kernels.formats.gguf import rope_rows, their_name
-
-    types = gguf.GGMLQuantizationType
-    model = loaded(source)
-    random, config = np.random.default_rng(0), model.config
-    config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64
-    config.architectures = ["LlamaForCausalLM"]
-    model = type(model)(config)
-    file, stored = tmp_path / "mixed.gguf", dict(model.state_dict())
-    original = gguf.GGUFWriter.add_tensor
-
-    def add_tensor(self: Any, name: str, data: Any, raw_dtype: Any = None) -> None:
-        """Put random blocks in the place of a layer's weights."""
-        kind = {"attn_v": "Q6_K", "ffn_down": "Q5_K", "token_embd": "Q4_1"}.get(name.split(".")[-2])
-        kind = kind or ("Q4_K" if name.startswith("blk") and "norm" not in name else None)
-        if kind is None:
-            original(self, name, data, raw_dtype=raw_dtype)
-            return
-        size, bytes_ = gguf.GGML_QUANT_SIZES[types[kind]]
-        rows, columns = data.shape
-        blocks = random.integers(0, 256, (rows * columns // size, bytes_), dtype=np.uint8)
-        scale = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
-        for at in {"Q6_K": (208,), "Q4_1": (0, 2)}.get(kind, (0, 2)):
-            blocks[:, at : at + 2] = scale
-        data = blocks.reshape(rows, -1)
-        dense = torch.from_numpy(gguf.dequantize(data, types[kind]).copy())
-        ours = next(key for key in stored if their_name(key) == name)
-        heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
-        stored[ours] = dense if heads is None else dense[rope_rows(rows, heads)]
-        original(self, name, data, raw_dtype=types[kind])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf.GGUFWriter, "add_tensor", add_tensor)
-        write_gguf(Contents({}, {}, dict(stored)), config, source / "tokenizer.json", file)
-    model.load_state_dict(stored)
-    said = commands.run(command, file, tmp_path / "out")
-    # q, k and v: v has blocks of 16 columns. Of each layer o, gate, up and down; the embeddings.
+    expected = logits(foreign.write_mixed_gguf(tmp_path / "mixed.gguf"))
+    said = commands.run(command, tmp_path / "mixed.gguf", tmp_path / "out")
+    # Dequantized are q, k and v, since v has blocks of 16 columns; packed o, gate, up, down and
+    # the embeddings.
     assert "9 layers as they are, 4 dequantized" in said
-    expected = logits(model)
     assert (logits(loaded(tmp_path / "out")) - expected).abs().max() < 1e-4 * expected.std()
 
 

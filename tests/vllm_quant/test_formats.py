@@ -79,6 +79,14 @@ def converted(write: Write) -> Write:
     return convert
 
 
+def mixed_gguf(source: Path, folder: Path) -> PreTrainedModel:
+    """Write a GGUF file of several types and convert it."""
+    file = folder.with_suffix(".gguf")
+    model = foreign.write_mixed_gguf(file)
+    convert_checkpoint(file, folder, "pack-quantized", False)
+    return model
+
+
 FORMATS: dict[str, tuple[str, Write]] = {
     "GPTQ, 4 bits, sym: false": ("as it is", foreign.write_gptq),
     "GPTQ, 4 bits, desc_act": (
@@ -116,6 +124,7 @@ FORMATS: dict[str, tuple[str, Write]] = {
         "converted",
         quantized(Recipe(4, "rtn", embeddings=7, format="gguf"), "pack-quantized"),
     ),
+    "GGUF Q4_1, Q4_K, Q5_K, Q6_K": ("converted, Q6_K dequantized", mixed_gguf),
 }
 
 
