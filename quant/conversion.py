@@ -13,6 +13,7 @@ from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import read_config
 from attnserve.files import replacing
 from quant.checkpoint import FORMATS, GGUF
+from quant.checks import check_no_experts
 from quant.contents import Contents, read_checkpoint, servable
 from quant.gguf_file import check_model, read_gguf, write_gguf
 from quant.model import empty_model
@@ -44,7 +45,9 @@ def convert_checkpoint(source: Path, out: Path, format: str, overwrite: bool) ->
         else:
             read_config(source)
             folder, contents = source, read_checkpoint(source)
-        read, config = len(contents.weights), read_config(folder)
+        model = empty_model(folder)
+        check_no_experts(folder, model)
+        read, config = len(contents.weights), model.config
         if format == GGUF:
             check_model(config, folder / TOKENIZER)
         else:
@@ -53,7 +56,7 @@ def convert_checkpoint(source: Path, out: Path, format: str, overwrite: bool) ->
             if format == GGUF:
                 sizes = write_gguf(contents, config, folder / TOKENIZER, new)
             else:
-                entry = quantization_config(contents.weights, empty_model(folder))
+                entry = quantization_config(contents.weights, model)
                 command = "`python -m quant.convert`"
                 sizes = write_folder(contents, new, entry, folder, command)
             if out.is_dir():

@@ -28,11 +28,11 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a quantized checkpoint into another format, with the values that it has.
+    """Bring a quantized checkpoint into another format.
 
       python -m quant.convert model-Q4_0.gguf model-packed
 
-    Nothing is quantized again. Layers whose values are no integers times a scale (NF4, and of GGUF
+    The values stay: nothing is quantized again. Layers whose values are no integers times a scale (NF4, and of GGUF
     the types with blocks of 16 columns) are written dequantized. docs/QUANT.md says what is read.
     """
     from quant.conversion import convert_checkpoint

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from attnserve.errors import UserError
 from quant.contents import EMBEDDINGS, Contents
@@ -111,7 +112,7 @@ def is_int8(entry: Mapping[str, Any]) -> bool:
 
 
 def quantization_config(
-    weights: Mapping[str, QuantizedWeight], model: nn.Module, int8: bool = False
+    weights: Mapping[str, QuantizedWeight], model: PreTrainedModel, int8: bool = False
 ) -> dict[str, Any]:
     """Return the entry of `config.json` for packed weights.
 
@@ -121,22 +122,19 @@ def quantization_config(
         int8: they are signed bytes, and inputs are rounded to 8 bits, with one scale a token.
     """
     targets: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    plain = {name: weight for name, weight in weights.items() if name not in (EMBEDDINGS, HEAD)}
-    alone = len({str(entry_of(weight)) for weight in plain.values()}) == 1
-    for name in sorted(weights, key=lambda name: name in (EMBEDDINGS, HEAD)):
-        weight = weights[name]
-        # vLLM does not tell embeddings their name.
+    tables = (EMBEDDINGS, HEAD)
+    tied = EMBEDDINGS in weights and model.config.tie_word_embeddings
+    alone = len({str(entry_of(x)) for name, x in weights.items() if name not in tables}) == 1
+    for name in sorted(weights, key=lambda name: name in tables):
+        entry = entry_of(weights[name])
+        # Embeddings and head have a group of their own, and vLLM does not tell embeddings their
+        # name.
+        known, _ = targets.setdefault(f"{name in tables} {entry}", ([], entry))
         target = {EMBEDDINGS: "Embedding", HEAD: HEAD}.get(name, "Linear" if alone else name)
-        # A head has a group with the embeddings, and none with the layers.
-        key = f"{name in (EMBEDDINGS, HEAD)} {entry_of(weight)}"
-        known, _ = targets.setdefault(key, ([], entry_of(weight)))
-        known += [target] * (target not in known)
-        if name == EMBEDDINGS and model.config.tie_word_embeddings:
-            known.append(HEAD)
-    names = [*linears(model), HEAD]
-    tied = model.config.tie_word_embeddings and EMBEDDINGS in weights
+        known += [target] * (target not in known) + [HEAD] * (name == EMBEDDINGS and tied)
     quantized = {*weights, *([HEAD] if tied else [])}
-    made = config_of(list(targets.values()), [name for name in names if name not in quantized])
+    ignore = [name for name in (*linears(model), HEAD) if name not in quantized]
+    made = config_of(list(targets.values()), ignore)
     if int8:
         token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}
         made["format"] = "int-quantized"

@@ -89,8 +89,8 @@ def regrouped(weight: Tensor, spec: QuantSpec, act_order: bool) -> QuantizedWeig
 
 def write_gptq(source: Path, folder: Path, **settings: Any) -> PreTrainedModel:
     """Write GPTQ's format; settings: of `quantization_config`."""
-    entry = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
-    entry |= settings
+    entry: Entry = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    entry |= {"desc_act": False, **settings}
     bits, group_size = entry["bits"], entry["group_size"]
     spec = QuantSpec(bits, None if group_size == -1 else group_size)
 

@@ -43,7 +43,7 @@ class PackedConfig(CompressedTensorsConfig):
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
         """Read the entry of config.json. vLLM refuses act order, which is ours."""
         config = deepcopy(config)
-        ordered = {}
+        ordered: dict[str, str] = {}
         for group in (config.get("config_groups") or {}).values():
             entry = group.get("weights") or {}
             if is_act_order(entry):

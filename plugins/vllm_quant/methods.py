@@ -75,8 +75,9 @@ class PackedScheme(CompressedTensorsScheme):
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x @ weight.T + bias`."""
-        if layer.weight_order is not None:
-            x = x.index_select(-1, layer.weight_order)
+        order: Tensor | None = getattr(layer, "weight_order", None)
+        if order is not None:
+            x = x.index_select(-1, order)
         product = multiply(x, weight_of(layer))
         return product if bias is None else product + bias
 

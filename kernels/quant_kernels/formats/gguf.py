@@ -107,7 +107,7 @@ def nibbles(data: Bytes) -> Bytes:
 
 def fifth_bits(data: Bytes) -> Bytes:
     """Return 16 times each bit, `[blocks, 32]`."""
-    return np.unpackbits(data, axis=1, bitorder="little") << 4
+    return np.unpackbits(data, axis=1, bitorder="little") * np.uint8(16)
 
 
 def q4_0(data: Bytes) -> Blocks:
