@@ -32,8 +32,9 @@ def convert(
 
       python -m quant.convert model-Q4_0.gguf model-packed
 
-    The values stay: nothing is quantized again. Layers whose values are no integers times a scale (NF4, and of GGUF
-    the types with blocks of 16 columns) are written dequantized. docs/QUANT.md says what is read.
+    The values stay: nothing is quantized again. Layers whose values are no integers times a scale
+    (NF4, and of GGUF the types with blocks of 16 columns) are written dequantized. docs/QUANT.md
+    says what is read.
     """
     from quant.conversion import convert_checkpoint
 
