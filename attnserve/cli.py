@@ -13,6 +13,7 @@ from attnserve.budgets.command import budgets
 from attnserve.evaluation.books import books
 from attnserve.evaluation.evaluate import evaluate
 from attnserve.look.command import look
+from quant.convert import convert
 from quant.quantize import quantize
 from quant.sweep import sweep
 from serving.__main__ import gateway, keys
@@ -44,6 +45,7 @@ command.add(app, "gateway", gateway)
 app.add_typer(keys, name="keys")
 command.add(app, "doctor", doctor)
 command.add(app, "quantize", quantize)
+command.add(app, "convert", convert)
 command.add(app, "sweep", sweep)
 command.add(app, "budgets", budgets)
 command.add(app, "evaluate", evaluate)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -24,20 +20,22 @@ from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
 from attnserve.files import replacing
 from hf_attn.files import tensor_shapes, weight_files
+from quant.checks import check_no_experts, check_values
+from quant.contents import EMBEDDINGS, Contents
+from quant.gguf_file import check_model, check_spec, write_gguf
 from quant.kept import Kept
 from quant.model import HEAD, columns, empty_model, has_decoder_layers, linears, quantize
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
-from quant_kernels.pack import pack
+from quant.write import TOKENIZER, check_out, is_quantized, quantization_config, write_folder
+from quant_kernels.formats.packed import FORMAT as PACKED
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 CHUNK = 32  # group sizes are multiples of it, so that a group starts with a 32-bit word at all bits
-COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
-"""Tokenizer, generation settings, card, code that `auto_map` names."""
-TABLES = ("model.embed_tokens", HEAD)
+TABLES = (EMBEDDINGS, HEAD)
 PARTS = ["linear", "embeddings", "rest"]
-LARGEST = 1e38
-"""Weight: the distance of two of them, which is what a scale is made of, is below 2^128."""
+GGUF = "gguf"
+FORMATS = (PACKED, GGUF)
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class Recipe:
     # Bits of the token embeddings and the head; None: they stay as they are.
     embeddings: int | None = None
     activations: bool = False  # vLLM rounds the inputs of linear layers to 8 bits
+    format: str = PACKED  # of what is written
 
     def __post_init__(self) -> None:
         get_scheme(self.scheme)
@@ -60,6 +59,10 @@ class Recipe:
             raise UserError(
                 f"scheme {self.scheme} cannot be served: use one of {', '.join(SERVED)}"
             )
+        if self.format not in FORMATS:
+            raise UserError(f"--format {self.format}: use {' or '.join(FORMATS)}")
+        if self.activations and self.format == GGUF:
+            raise UserError("--activations is vLLM's: leave out --format gguf")
         if self.act_order and self.scheme != "gptq":
             raise UserError("--act-order is of the scheme gptq: leave it out")
         if self.group_size is not None and self.group_size % CHUNK:
@@ -79,6 +82,11 @@ class Recipe:
         return QuantSpec(self.bits, self.group_size, self.symmetric)
 
     @property
+    def tables(self) -> QuantSpec:
+        """How embeddings and head are quantized, if they are."""
+        return QuantSpec(self.embeddings or self.bits, self.group_size, self.symmetric)
+
+    @property
     def calibrated(self) -> bool:
         """Whether it needs text."""
         return get_scheme(self.scheme).calibrated
@@ -90,6 +98,7 @@ class Recipe:
         flags = ("symmetric", "act_order", "activations")
         parts += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(self, flag)]
         parts += [f"--embeddings {self.embeddings}"] * (self.embeddings is not None)
+        parts += [f"--format {self.format}"] * (self.format != PACKED)
         return " ".join(parts)
 
 
@@ -97,26 +106,11 @@ def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
     """Check that a checkpoint can be quantized and its new folder be written, and that nothing is
     overwritten that was not asked to be, or was not made here."""
     read_config(folder)
-    if _is_quantized(folder):
+    if is_quantized(folder):
         raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
     if not weight_files(folder):
         raise UserError(f"{folder} has no *.safetensors: save the checkpoint in that format first")
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{out} cannot be written, since {above} cannot: name another folder")
-    if not out.exists():
-        return
-    if out.resolve() == folder.resolve():
-        raise UserError(f"{out} is the checkpoint itself: name another folder")
-    if not overwrite:
-        raise UserError(f"{out} is there already: --overwrite replaces it")
-    if not (out.is_dir() and (_is_quantized(out) or not any(out.iterdir()))):
-        raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
-
-
-def _is_quantized(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
+    check_out(folder, out, overwrite)
 
 
 def check_layers(folder: Path, recipe: Recipe) -> None:
@@ -128,7 +122,13 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
             f"{folder} is a {model.config.model_type}, whose layers {recipe.scheme} cannot "
             "quantize: use a model like Llama"
         )
+    check_no_experts(folder, model)
     get_scheme(recipe.scheme).check(recipe.spec, columns(model))
+    if recipe.format == GGUF:
+        check_model(model.config, folder / TOKENIZER)
+        specs = [recipe.spec] if recipe.embeddings is None else [recipe.spec, recipe.tables]
+        for spec in specs:
+            check_spec(spec, recipe.scheme, columns(model))
     stored = tensor_shapes(folder)
     for name, parameter in model.named_parameters():
         if name not in stored:
@@ -142,22 +142,6 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
                 f"{list(parameter.shape)}: it describes another model"
             )
     check_values(folder)
-
-
-def check_values(folder: Path) -> None:
-    """Check that every weight is a number, and that differences of two of them are, in float32."""
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  no mapping
-                tensor = opened.get_tensor(name)
-                if not tensor.is_floating_point() or not tensor.numel():
-                    continue
-                largest = float((tensor.float() if tensor.itemsize == 1 else tensor).abs().max())
-                if not largest <= LARGEST:  # NaN is not, either
-                    raise UserError(
-                        f"{name} in {file} has a weight of {largest:g}: only numbers up to "
-                        f"{LARGEST:g} can be quantized; copy or train the checkpoint again"
-                    )
 
 
 def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
@@ -195,17 +179,15 @@ def quantize_checkpoint(
     try:
         with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
             for name in tables:  # first, so that calibrated schemes see them
-                assert recipe.embeddings is not None
                 weight = model.get_submodule(name).weight
-                spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
                 if name not in kept:
-                    kept[name] = rtn(weight.data, spec)
+                    kept[name] = rtn(weight.data, recipe.tables)
                 weight.data = kept[name].dequantize()  # a tied head's too
                 bar.update()
             quantize(model, scheme, recipe.spec, texts, on_layer=bar.update, **options)
         with replacing(out) as new:
-            sizes = write_checkpoint(folder, new, kept, recipe.activations, card)
-            if out.exists():
+            sizes = write_checkpoint(folder, new, kept, model, recipe, card)
+            if out.is_dir():
                 shutil.rmtree(out)
     except ValueError:  # what the next run would refuse, too
         kept.remove()
@@ -215,110 +197,34 @@ def quantize_checkpoint(
 
 
 def write_checkpoint(
-    source: Path, out: Path, quantized: Mapping[str, QuantizedWeight], int8: bool, card: str
+    source: Path,
+    out: Path,
+    quantized: Mapping[str, QuantizedWeight],
+    model: PreTrainedModel,
+    recipe: Recipe,
+    card: str,
 ) -> pd.DataFrame:
-    """Write a folder like `source` with quantized weights packed, or as signed bytes for vLLM's
-    int8 kernel.
+    """Write what is in `source` with these weights quantized.
 
     Returns:
         How many numbers linear layers, embeddings, the rest and all of it have, and their bytes
         before and after: a row each.
     """
-    out.mkdir()
-    rows: list[tuple[str, int, int, int]] = []
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(source):
-        for name, tensor in load_file(file).items():
-            layer = name.removesuffix(".weight")
-            new, part = {name: tensor}, "rest"
-            if layer in quantized:
-                stored = stored_tensors(quantized[layer], int8)
-                new = {f"{layer}.{key}": value for key, value in stored.items()}
-                part = "embeddings" if layer in TABLES else "linear"
-            after = sum(value.nbytes for value in new.values())
-            rows.append((part, tensor.numel(), tensor.nbytes, after))
-            tensors |= new
-    try:
-        save_torch_state_dict(tensors, out)
-    except SafetensorError as error:
-        raise UserError(f"{out.parent} cannot be written: {error}") from None
+    stored = {name: x for file in weight_files(source) for name, x in load_file(file).items()}
+    rest = {n: x for n, x in stored.items() if n.removesuffix(".weight") not in quantized}
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    contents = Contents(config, quantized, rest)
+    if recipe.format == GGUF:
+        after = write_gguf(contents, model.config, source / TOKENIZER, out)
+    else:
+        entry = quantization_config(quantized, model, recipe.activations)
+        after = write_folder(contents, out, entry, source, card)
+    rows = []
+    for name, tensor in stored.items():
+        layer = name.removesuffix(".weight")
+        part = "rest" if name in rest else "embeddings" if layer in TABLES else "linear"
+        rows.append((part, tensor.numel(), tensor.nbytes, after[name]))
     sizes = pd.DataFrame(rows, columns=["part", "numbers", "before", "after"])
     sizes = sizes.groupby("part").sum().reindex(PARTS).dropna().astype(int)
     sizes.loc["all"] = sizes.sum()
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            if file.name not in ("config.json", "model.safetensors.index.json"):
-                shutil.copy(file, out)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(quantized, int8)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    readme = out / "README.md"
-    old = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.exists() else ""
-    readme.write_text(
-        f"{old}## Quantized\n\n`{source.resolve().name}` with attnserve's {card}. What is said "
-        "above of weights, sizes and results is of the original.\n",
-        encoding="utf-8",
-    )
     return sizes
-
-
-def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
-    """Return a layer's tensors by name, in the format `int-quantized` (8 bits, symmetric, a
-    scale for each row) or `pack-quantized`."""
-    bits, zeros = weight.spec.bits, weight.zeros
-    if int8:
-        signed = (weight.values.short() - weight.spec.midpoint).to(torch.int8)
-        return {"weight": signed, "weight_scale": weight.scales}
-    tensors = {
-        "weight_packed": pack(weight.values, bits),
-        "weight_scale": weight.scales,
-        "weight_shape": torch.tensor(weight.values.shape),
-    }
-    if zeros is not None:
-        is_packed = zeros.dtype == torch.uint8
-        tensors["weight_zero_point"] = pack(zeros.T.contiguous(), bits).T if is_packed else zeros
-    return tensors
-
-
-def quantization_config(quantized: Mapping[str, QuantizedWeight], int8: bool) -> dict[str, Any]:
-    """Return the entry of `config.json`: a group for linear layers, another for embeddings and
-    head."""
-    tables = [weight for layer, weight in quantized.items() if layer in TABLES]
-    linear = next(weight for layer, weight in quantized.items() if layer not in TABLES)
-    of_targets = [(["Linear"], linear)]
-    if tables:
-        # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
-        of_targets.append((["Embedding", HEAD], tables[0]))
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    groups = {
-        f"group_{place}": {
-            "targets": targets,
-            "weights": _weights_entry(weight),
-            "input_activations": token if int8 else None,
-            "output_activations": None,
-        }
-        for place, (targets, weight) in enumerate(of_targets)
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized" if int8 else "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [] if tables else [HEAD],
-        "kv_cache_scheme": None,
-    }
-
-
-def _weights_entry(weight: QuantizedWeight) -> dict[str, Any]:
-    spec = weight.spec
-    entry: dict[str, Any] = {
-        "num_bits": spec.bits,
-        "type": "int",
-        "symmetric": spec.symmetric,
-        "strategy": "channel" if spec.group_size is None else "group",
-        "group_size": spec.group_size,
-        "dynamic": False,
-    }
-    if weight.zeros is not None and weight.zeros.dtype != torch.uint8:
-        entry["zp_dtype"] = str(weight.zeros.dtype)
-    return entry

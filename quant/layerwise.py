@@ -18,6 +18,7 @@ from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.files import Journal, write_text
+from quant.checks import check_no_experts, check_values
 from quant.config import LayerSettings
 from quant.measure import NUMERICS
 from quant.mixed import LayerBits, Price, Prices, spread, total, within
@@ -136,7 +137,10 @@ def analyze(
     """Measure a checkpoint's layers and choices of their bits. What has been measured is in a
     journal under `out` and is not measured again."""
     scheme = get_scheme(settings.scheme)
-    planned = columns(empty_model(folder), settings.lm_head)
+    shapes = empty_model(folder)
+    check_no_experts(folder, shapes)
+    check_values(folder)
+    planned = columns(shapes, settings.lm_head)
     for spec in settings.specs:
         scheme.check(spec, planned)
     checkpoint = Checkpoint(folder, longest=settings.length)

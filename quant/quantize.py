@@ -50,6 +50,13 @@ def quantize(
     calibration_text: options.CalibrationText = None,
     books: options.Books = None,
     text_from: options.TextFrom = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="pack-quantized, which vLLM serves, or gguf, which llama.cpp loads: then OUT is a "
+            "file, for Llamas with softmax attention.",
+        ),
+    ] = "pack-quantized",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a quantized checkpoint.")
     ] = False,
@@ -70,7 +77,7 @@ def quantize(
 
     folder = expanded(checkpoint)
     recipe = checkpoints.Recipe(
-        bits, scheme, group_size, symmetric, act_order, embeddings, activations
+        bits, scheme, group_size, symmetric, act_order, embeddings, activations, format
     )
     checkpoints.check_folders(folder, out, overwrite)
     checkpoints.check_layers(folder, recipe)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from quant import lm_eval_tasks, pool, store
+from quant.checks import check_no_experts, check_values
 from quant.config import UNQUANTIZED, QuantConfig, Samples
 from quant.lm_eval_tasks import Harness
 from quant.measure import SweepTask, measure
@@ -51,8 +52,10 @@ def plan(
 
 
 def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
-    """Check that every scheme can do its configs of a checkpoint."""
+    """Check that a checkpoint can be quantized, and that every scheme can do its configs."""
     model = empty_model(folder)
+    check_no_experts(folder, model)
+    check_values(folder)
     for config in configs:
         if config.scheme is not None:
             get_scheme(config.scheme).check(config.spec, columns(model, config.lm_head))

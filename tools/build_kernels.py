@@ -25,7 +25,7 @@ def build(name: str | int, isa: str, quantized: bool) -> Path | None:
     """One library, of a variant (for quantized caches or others) or of a width in bits; None where
     there is none to build."""
     if isinstance(name, int):
-        return ops.build(name, isa) if isa != "amx" else None  # AVX-512's is taken
+        return ops.build(name, isa)
     variant = get_variant(name)
     header = variant.cpu_header or HERE / "variants" / f"{name}.hpp"
     if not header.exists():

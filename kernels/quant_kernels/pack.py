@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def words(columns: int, bits: int) -> int:
@@ -22,16 +22,29 @@ def pack(values: Tensor, bits: int) -> Tensor:
     """Pack quantized values uint8 `[rows, columns]` into int32 `[rows, words]`; the bits that the
     last word of a row does not need are 0."""
     rows, columns = values.shape
-    planes = np.unpackbits(values.numpy()[:, :, None], axis=2, bitorder="little", count=bits)
-    room = np.zeros((rows, words(columns, bits) * 32), dtype=np.uint8)
-    room[:, : columns * bits] = planes.reshape(rows, -1)
-    return torch.from_numpy(np.packbits(room, axis=1, bitorder="little").view(np.int32))
+    chunks = pad(values, (0, -columns % 32)).view(rows, -1, 32)
+    packed = torch.zeros(rows, chunks.shape[1], bits, dtype=torch.int64)
+    for i, (word, shift) in enumerate(places(bits)):
+        value = chunks[:, :, i].long()
+        packed[:, :, word] |= value << shift
+        if shift + bits > 32:
+            packed[:, :, word + 1] |= value >> 32 - shift
+    return packed.view(rows, -1)[:, : words(columns, bits)].to(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return the quantized values uint8 `[rows, columns]` that `pack` packed."""
     rows = packed.shape[0]
-    planes = np.unpackbits(packed.numpy().view(np.uint8), axis=1, bitorder="little")
-    planes = planes[:, : columns * bits].reshape(rows, columns, bits)
-    values = np.packbits(planes, axis=2, bitorder="little")[:, :, 0]
-    return torch.from_numpy(np.ascontiguousarray(values))
+    chunks = pad(packed, (0, -packed.shape[1] % bits)).view(rows, -1, bits)
+    values = torch.empty(*chunks.shape[:2], 32, dtype=torch.uint8)
+    for i, (word, shift) in enumerate(places(bits)):
+        value = (chunks[:, :, word].long() & 0xFFFFFFFF) >> shift
+        if shift + bits > 32:
+            value |= chunks[:, :, word + 1].long() << 32 - shift
+        values[:, :, i] = value & 2**bits - 1
+    return values.view(rows, -1)[:, :columns].contiguous()
+
+
+def places(bits: int) -> list[tuple[int, int]]:
+    """Return of 32 values, which take `bits` words, the word and the bit where each begins."""
+    return [divmod(i * bits, 32) for i in range(32)]

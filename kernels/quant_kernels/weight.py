@@ -116,18 +116,27 @@ class QuantizedWeight:
         zeros: zero points `[rows, groups]`: uint8 quantized values, or floating point where the
             scheme allows zero to lie between two of them; None if symmetric.
         spec: bits, group size and symmetry.
+        g_idx: int32 `[columns]`, the group of each column, where GPTQ has put columns that are
+            quantized one after another into a group (`desc_act`, `actorder: group`); None:
+            consecutive columns are a group.
     """
 
     values: Tensor
     scales: Tensor
     zeros: Tensor | None
     spec: QuantSpec
+    g_idx: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """Return the matrix float32 `[rows, columns]`."""
-        spec, columns = self.spec, self.values.shape[1]
-        zeros = None if self.zeros is None else spec.expand(self.zeros, columns)
-        return spec.dequantize(self.values, spec.expand(self.scales, columns), zeros)
+        zeros = None if self.zeros is None else self.expand(self.zeros)
+        return self.spec.dequantize(self.values, self.expand(self.scales), zeros)
+
+    def expand(self, of_groups: Tensor) -> Tensor:
+        """Return `[rows, groups]` as `[rows, columns]`: each column has the value of its group."""
+        if self.g_idx is not None:
+            return of_groups[:, self.g_idx.long()]
+        return self.spec.expand(of_groups, self.values.shape[1])
 
     @property
     def packed_bytes(self) -> int:
@@ -135,11 +144,30 @@ class QuantizedWeight:
         each column of groups, in 32-bit words, as compressed-tensors lays them out."""
         (rows, columns), groups = self.values.shape, self.scales.shape[1]
         total = 4 * rows * words(columns, self.spec.bits) + self.scales.nbytes
+        if self.g_idx is not None:
+            total += self.g_idx.nbytes
         if self.zeros is None:
             return total
         if self.zeros.dtype == torch.uint8:
             return total + 4 * groups * words(rows, self.spec.bits)
         return total + self.zeros.nbytes
+
+
+def group_order(g_idx: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the columns in an order in which each group's are side by side, int64 `[columns]`.
+
+    Args:
+        g_idx: as in `QuantizedWeight`.
+        spec: whose group size it must have.
+
+    Raises:
+        ValueError: a group has more or fewer columns than the group size; only the last may.
+    """
+    order = torch.argsort(g_idx.long(), stable=True)
+    groups = torch.arange(len(g_idx)) // spec.size(len(g_idx))
+    if not torch.equal(g_idx.long()[order], groups):
+        raise ValueError(f"g_idx does not name groups of {spec.group_size} columns")
+    return order
 
 
 @dataclass(frozen=True)

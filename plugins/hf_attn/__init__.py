@@ -4,9 +4,10 @@ Importing this package registers
 
 - every variant as an attention function of its own name, so that
   `AutoModelForCausalLM.from_pretrained(path, attn_implementation="softpick")` runs a stock Llama,
-  Mistral or Qwen with it, and
+  Mistral or Qwen with it,
 - the models `variant_llama` (ours) and `transformer` (flash-linear-attention's, with softpick) with
-  the Auto classes, so that checkpoints of these `model_type`s load without remote code.
+  the Auto classes, so that checkpoints of these `model_type`s load without remote code, and
+- packed checkpoints of any model, as `quant.quantize` writes them (`quantized`).
 
 Every other model with an `attention_variant` in its configuration is refused from then on, unless
 that is the `attn_implementation`: transformers would run softmax.
@@ -20,10 +21,12 @@ from hf_attn.attention import register_attention_functions
 from hf_attn.configuration import VariantLlamaConfig
 from hf_attn.fla import TransformerConfig, TransformerForCausalLM, TransformerModel
 from hf_attn.modeling import VariantLlamaForCausalLM, VariantLlamaModel
+from hf_attn.quantized import register_packed_checkpoints
 from hf_attn.unread import refuse_unread_variants
 
 register_attention_functions()
 refuse_unread_variants()
+register_packed_checkpoints()
 register_checkpoint_conversion_mapping(TransformerConfig.model_type, fla.RENAMINGS, overwrite=True)
 for config, model, causal_lm in (
     (VariantLlamaConfig, VariantLlamaModel, VariantLlamaForCausalLM),

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from quant_kernels.formats import Reader
+from quant_kernels.formats.packed import packed_tensors
 from vllm_attn.report import StartupError
 
 logger = init_logger(f"vllm.{__name__}")
@@ -159,6 +161,27 @@ def check_every_load() -> None:
         loader.load_weights = checked(load_weights)
 
 
+def reader_for(loader: Any, model_config: Any) -> Reader | None:
+    """Return how layers are read that another library quantized (`vllm_quant.foreign`), if so."""
+    if model_config.quantization is None:
+        return None
+    from vllm.model_executor.model_loader.weight_utils import get_quant_config
+
+    return getattr(get_quant_config(model_config, loader.load_config), "reader", None)
+
+
+def packed(tensors: Iterable[tuple[str, Tensor]], reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of such a checkpoint as ours would have them.
+
+    Raises:
+        StartupError: a layer is incomplete, or cannot be read.
+    """
+    try:
+        yield from packed_tensors(tensors, reader)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
 def checked(load_weights: Callable[..., None]) -> Callable[..., None]:
     """Wrap a loader's `load_weights`: mark parameters before it, and look at them afterwards."""
     from vllm_attn import weights
@@ -169,8 +192,12 @@ def checked(load_weights: Callable[..., None]) -> Callable[..., None]:
             return
         of_model = model.load_weights
 
+        reader = reader_for(self, model_config)
+
         def load_and_check(tensors: Iterable[tuple[str, Tensor]]) -> Any:
             seen: dict[str, None] = {}
+            if reader is not None:
+                tensors = packed(tensors, reader)
             with weights.loading(seen):
                 names = of_model(weights.noted(tensors, seen))
             weights.check(model, names, seen)

@@ -39,6 +39,7 @@ def check(vllm_config: Any) -> None:
     device = vllm_config.device_config.device_type
     if device == "cpu":
         library.check()
+        check_fp8(vllm_config.model_config)
     variant = resolve(vllm_config)
     check_format(vllm_config.model_config)
     check_tokenizer(vllm_config.model_config)
@@ -51,6 +52,18 @@ def check(vllm_config: Any) -> None:
     check_options(vllm_config, variant)
     check_budgets(vllm_config, variant)
     check_learned_tensors(vllm_config.model_config, variant)
+
+
+def check_fp8(model_config: Any) -> None:
+    """Refuse fp8 for which vLLM 0.32 asks a CPU for an operator that only GPUs have."""
+    entry = getattr(model_config.hf_config, "quantization_config", None) or {}
+    whole = not entry.get("weight_block_size")
+    dynamic = entry.get("activation_scheme", "dynamic") == "dynamic"
+    if model_config.quantization in ("fp8", "fp8_per_tensor") and whole and dynamic:
+        raise StartupError(
+            "vLLM has no CPU kernel for fp8 with scales that follow the activations: use a "
+            "checkpoint with static ones, or quantize the original with python -m quant.quantize"
+        )
 
 
 def resolve(vllm_config: Any) -> Variant | None:

@@ -48,6 +48,11 @@ def one_line(error: BaseException | None) -> str | None:
             return str(error)
         if unknown := re.match(r"Unknown attention backend: '(\w+)'", str(error)):
             return unknown_backend(unknown[1])
+        if gguf := re.search(r"config file at '(.+\.gguf)' is not a valid JSON", str(error)):
+            return (
+                f"{gguf[1]} is a GGUF file, which vLLM does not read: python -m quant.convert "
+                f"{gguf[1]} OUT writes a folder that it serves"
+            )
         for detail in getattr(error, "errors", list)():
             wrapped = detail.get("ctx", {}).get("error") if isinstance(detail, dict) else None
             if isinstance(wrapped, VariantError):

@@ -1,14 +1,20 @@
 """The vLLM plugin for weights of 2 to 8 bits.
 
 vLLM 0.32 has no CPU kernel for packed weights but one for 4 bits, which needs AVX-512. This plugin
-serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`; on a GPU
-what vLLM has no kernel for. Other formats, and other devices, stay vLLM's.
+serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`, and on a CPU
+GPTQ, AWQ and bitsandbytes; on a GPU what vLLM has no kernel for. Other formats, and other devices,
+stay vLLM's.
 """
 
 from __future__ import annotations
 
 import functools
 from typing import Any
+
+from quant_kernels.formats import READERS
+
+ALIASES = ("auto_gptq", "gptq_marlin", "auto_awq", "awq_marlin")
+"""What vLLM calls GPTQ and AWQ besides; its classes of these names would claim the checkpoints."""
 
 
 @functools.cache
@@ -19,14 +25,19 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     class LazyConfig(QuantizationConfig):
-        """Stands for `PackedConfig`, whose imports take seconds in each of vLLM's processes, until
-        a checkpoint has one. Never an instance: what vLLM asks of those stays abstract."""
+        """Stands for `PackedConfig` and `ForeignConfig`, whose imports take seconds in each of
+        vLLM's processes, until a checkpoint has one. Never an instance: what vLLM asks of those
+        stays abstract."""
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
             from vllm_quant.config import PackedConfig
+            from vllm_quant.foreign import ForeignConfig
 
-            made: QuantizationConfig = PackedConfig.from_config(config)
+            foreign = config.get("quant_method") in READERS
+            made: QuantizationConfig = (ForeignConfig if foreign else PackedConfig).from_config(
+                config
+            )
             return made
 
         @staticmethod
@@ -35,3 +46,6 @@ def register() -> None:
 
     if current_platform.is_cpu() or current_platform.is_cuda_alike():
         register_quantization_config("compressed-tensors")(LazyConfig)
+    if current_platform.is_cpu():
+        for name in (*READERS, *ALIASES):
+            register_quantization_config(name)(LazyConfig)

@@ -6,6 +6,7 @@ vLLM's hook for it is `register_quantization_config`, which replaces a format's 
 from __future__ import annotations
 
 import importlib.util
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from quant_kernels.formats.packed import is_act_order
 from quant_kernels.ops import load
 from quant_kernels.panels import CHUNK
 from vllm_attn.patches import check_every_load
@@ -36,6 +38,21 @@ logger = init_logger(f"vllm.{__name__}")
 class PackedConfig(CompressedTensorsConfig):
     """Weight-only integers in the format `pack-quantized` are ours, on a GPU where vLLM has no
     kernel for them; all else is vLLM's."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PackedConfig:
+        """Read the entry of config.json. vLLM refuses act order, which is ours."""
+        config = deepcopy(config)
+        ordered: dict[str, str] = {}
+        for group in (config.get("config_groups") or {}).values():
+            entry = group.get("weights") or {}
+            if is_act_order(entry):
+                ordered |= dict.fromkeys(group["targets"], entry["actorder"])
+                entry["actorder"] = "weight"
+        made: PackedConfig = super().from_config(config)
+        for target, act_order in ordered.items():
+            made.target_scheme_map[target]["weights"].actorder = act_order
+        return made
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of one layer.
@@ -51,7 +68,11 @@ class PackedConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         weights: Any = scheme["weights"]
         format = Format(
-            weights.num_bits, weights.group_size, weights.symmetric, weights.zp_dtype or torch.int8
+            weights.num_bits,
+            weights.group_size,
+            weights.symmetric,
+            weights.zp_dtype or torch.int8,
+            is_act_order({"actorder": weights.actorder}),
         )
         on_gpu = current_platform.is_cuda_alike()
         if on_gpu and stays_vllms(layer, format):
@@ -61,6 +82,11 @@ class PackedConfig(CompressedTensorsConfig):
             raise StartupError(
                 f"{prefix or 'the embedding'} has groups of {format.group_size} columns: the "
                 f"{kernels} take multiples of {CHUNK}, or whole rows"
+            )
+        if isinstance(layer, VocabParallelEmbedding) and format.act_order:
+            raise StartupError(
+                f"{prefix or 'the embedding'} is quantized in act order, which only linear layers "
+                "can be: quantize it without"
             )
         if on_gpu:
             require_kernels()
@@ -111,13 +137,14 @@ def stays_vllms(layer: nn.Module, format: Format) -> bool:
     """Return whether one of vLLM's own kernels takes a layer: they are known, ours are not timed.
 
     Embeddings never (vLLM has no zero points and no tied head there), nor float32, nor what is
-    beyond compressed-tensors' format: a short last group, zero points between quantized values.
+    beyond compressed-tensors' format: a short last group, zero points between quantized values; nor
+    act order.
     """
     if not isinstance(layer, LinearBase):
         return False
     short = format.group_size is not None and layer.input_size % format.group_size
-    between = not format.symmetric and format.zero_dtype == torch.float16
-    if short or between or layer.params_dtype == torch.float32:
+    between = not format.symmetric and format.zero_dtype.is_floating_point
+    if short or between or format.act_order or layer.params_dtype == torch.float32:
         return False
     types: Any = stock.WNA16_SUPPORTED_TYPES_MAP
     if not format.symmetric:

@@ -16,8 +16,8 @@ from vllm.model_executor.parameter import (
 )
 
 from quant_kernels import Panels, panels
-from quant_kernels.pack import unpack, words
-from quant_kernels.weight import QuantSpec
+from quant_kernels.pack import pack, unpack, words
+from quant_kernels.weight import QuantSpec, group_order
 from vllm_attn.report import StartupError
 from vllm_attn.weights import full_shape
 
@@ -27,10 +27,13 @@ class Format(QuantSpec):
     """How a weight is stored.
 
     Args:
-        zero_dtype: of zero points: float16 as it is, else integers, packed like the weight's.
+        zero_dtype: of zero points: floating point as it is, else integers, packed like the
+            weight's.
+        act_order: whether `weight_g_idx` says which columns are a group (GPTQ's `desc_act`).
     """
 
     zero_dtype: torch.dtype = torch.int8
+    act_order: bool = False
 
     def create(
         self,
@@ -71,15 +74,20 @@ class Format(QuantSpec):
         )
         layer.weight_zero_point = None
         if not self.symmetric:
-            as_it_is = self.zero_dtype == torch.float16
+            as_it_is = self.zero_dtype.is_floating_point
             layer.weight_zero_point = scale(
-                data=scales.to(torch.float16 if as_it_is else torch.int16),
+                data=scales.to(self.zero_dtype if as_it_is else torch.int16),
                 weight_loader=loader if as_it_is else self.unpacking(loader, stored_rows),
                 **place,
             )
             layer.weight_zero_point.stored_shape = lambda rows, columns: (
                 rows if as_it_is else words(rows, self.bits),
                 self.groups(columns),
+            )
+
+        if self.act_order:
+            layer.weight_g_idx = BasevLLMParameter(
+                data=torch.empty(columns, dtype=torch.int32), weight_loader=agreeing(layer)
             )
 
     def unpacking(self, loader: Callable[..., None], rows: int) -> Callable[..., None]:
@@ -97,8 +105,11 @@ class Format(QuantSpec):
         zeros = None if self.symmetric else layer.weight_zero_point.data
         if zeros is not None and zeros.dtype == torch.int16:
             zeros = zeros.to(torch.uint8)
+        packed, layer.weight_order = layer.weight_packed.data, None
+        if self.act_order:
+            packed = self.reorder(layer, packed, columns)
         found = panels(
-            layer.weight_packed.data,
+            packed,
             layer.weight_scale.data,
             zeros,
             bits=self.bits,
@@ -114,6 +125,39 @@ class Format(QuantSpec):
             delattr(layer, name)
             setattr(layer, name, None if tensor is None else nn.Parameter(tensor, False))
         layer.panels_shape = found[3:]
+
+    def reorder(self, layer: Any, packed: Tensor, columns: int) -> Tensor:
+        """Return packed rows whose groups are consecutive columns, and leave their order, in which
+        a layer's inputs must be taken, in `weight_order`.
+
+        Raises:
+            StartupError: the groups are not of the group size.
+        """
+        try:
+            order = group_order(layer.weight_g_idx.data, self)
+        except ValueError as error:
+            raise StartupError(
+                f"{layer.prefix}.weight_g_idx of the checkpoint cannot be served: {error}"
+            ) from None
+        del layer.weight_g_idx
+        layer.weight_order = nn.Parameter(order, False)
+        return pack(unpack(packed, self.bits, columns)[:, order], self.bits)
+
+
+def agreeing(layer: Any) -> Callable[..., None]:
+    """Return a loader of `weight_g_idx [columns]`, of which parts that are fused have one."""
+    known: list[Tensor] = []
+
+    def load(parameter: nn.Parameter, stored: Tensor, *args: Any, **kwargs: Any) -> None:
+        if stored.shape != parameter.shape or (known and not torch.equal(known[0], stored)):
+            raise StartupError(
+                f"{layer.prefix}: its parts have their columns in different groups (g_idx), which "
+                "one product cannot compute: quantize them together, or without act order"
+            )
+        known[:] = [stored]
+        parameter.data.copy_(stored)
+
+    return load
 
 
 def comparing(layer: Any) -> Callable[..., None]:

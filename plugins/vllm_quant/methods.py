@@ -53,9 +53,13 @@ class PackedScheme(CompressedTensorsScheme):
             StartupError: tensor parallelism would cut through a group.
         """
         group_size = self.format.group_size
-        if input_size_per_partition != input_size and input_size_per_partition % (
-            group_size or CHUNK
-        ):
+        parted = input_size_per_partition != input_size
+        if parted and self.format.act_order:
+            raise StartupError(
+                "the groups of act order reach over the columns of all ranks: use "
+                "--tensor-parallel-size 1"
+            )
+        if parted and input_size_per_partition % (group_size or CHUNK):
             raise StartupError(
                 f"tensor parallelism gives each rank {input_size_per_partition} columns of packed "
                 f"weights, which is no multiple of {group_size or CHUNK}: use a smaller "
@@ -71,6 +75,9 @@ class PackedScheme(CompressedTensorsScheme):
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x @ weight.T + bias`."""
+        order: Tensor | None = getattr(layer, "weight_order", None)
+        if order is not None:
+            x = x.index_select(-1, order)
         product = multiply(x, weight_of(layer))
         return product if bias is None else product + bias
 

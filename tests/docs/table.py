@@ -79,6 +79,17 @@ RULES: dict[str, Rule] = {
         "--calibration 2 --length 64",
         prints=PACKED,
     ),
+    "python -m tests.vllm_quant.test_formats": Elsewhere("tests/vllm_quant/test_formats.py"),
+    "vllm serve model.gguf": Run(
+        "printf GGUF > served.gguf; vllm serve served.gguf",
+        prints="is a GGUF file, which vLLM does not read",
+        code=1,
+    ),
+    "python -m quant.convert model.gguf OUT": Run(
+        f"{YOUR_LLAMA} && python -m quant.quantize your-llama model.gguf --bits 4 --scheme rtn "
+        "--format gguf && python -m quant.convert model.gguf OUT-of-gguf",
+        prints=r"14 layers as they are, 0 dequantized",
+    ),
     "make serve CKPT=OUT": Serve(
         make_serve("out-4bit"),
         setup="python -m quant.quantize checkpoints/softpick out-4bit --bits 4 --scheme rtn",

@@ -8,6 +8,10 @@ import json
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
@@ -26,6 +30,8 @@ from attnserve.evaluation.scorers import load
 from quant.model import quantize
 from quant.quantize import quantize as command
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
+from quant.sensitivity import sensitivity
+from quant.sweep import sweep
 from quant.texts import Sources, calibration_text
 from quant_kernels.pack import unpack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
@@ -227,6 +233,12 @@ def of_gpt2(folder: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(folder)
 
 
+def of_mixtral(folder: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    MixtralForCausalLM(MixtralConfig(**shape, **heads)).save_pretrained(folder)
+
+
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (one_weight(DOWN, torch.nan), f"{DOWN} in *source/model.safetensors has a weight of nan"),
     (one_weight(DOWN, -torch.inf), f"{DOWN} in *source/model.safetensors has a weight of inf"),
@@ -239,6 +251,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (pointer, "source/model.safetensors is no whole safetensors file (*): copy or download it"),
     (index_of("{"), "source/model.safetensors.index.json is no index of safetensors: copy it"),
     (index_of('{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which is not th"),
+    (of_mixtral, "source has experts (model.layers.0.mlp.experts.gate_up_proj), which are not"),
     (of_gpt2, "source is a gpt2, whose layers gptq cannot quantize: use a model like Llama"),
 ]
 
@@ -259,6 +272,31 @@ def test_broken_checkpoints(
         pattern = says.replace("gptq", scheme).replace("[", "[[]")
         assert fnmatch.fnmatchcase(line, f"*{pattern}*"), line
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (one_weight(DOWN, torch.nan), f"{DOWN} in *source/model.safetensors has a weight of nan"),
+        (one_weight(NORM, -torch.inf), f"{NORM} in *source/model.safetensors has a weight of inf"),
+        (cut, "source/model.safetensors is no whole safetensors file (*): copy or download it"),
+        (of_mixtral, "source has experts (model.layers.0.mlp.experts.gate_up_proj), which are not"),
+    ],
+)
+@pytest.mark.parametrize("measure", [sweep, sensitivity])
+def test_broken_checkpoints_are_not_measured(
+    softpick: Path,
+    tmp_path: Path,
+    commands: Commands,
+    change: Callable[[Path], object],
+    says: str,
+    measure: Callable[..., None],
+) -> None:
+    source = Path(shutil.copytree(softpick, tmp_path / "source"))
+    change(source)
+    line = commands.refused(measure, source, "--out", tmp_path / "out")
+    assert fnmatch.fnmatchcase(line, f"*{says}*"), line
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_inputs_that_overflow(softpick: Path, tmp_path: Path, commands: Commands) -> None:
@@ -320,6 +358,40 @@ def test_a_killed_run_goes_on(
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+@pytest.mark.integration
+def test_sigkill(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process has no chance to say or mend anything."""
+    source = tiny_checkpoint(tmp_path / "source", "softpick", num_hidden_layers=40)
+    out, left = tmp_path / "out", tmp_path / ".out.quantized"
+    given = [str(source), str(out), "--bits=4", "--scheme=rtn"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quant.quantize", *given],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while len(list(left.glob("*.safetensors"))) < 20 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {file.name for file in left.glob("*.safetensors")}
+    assert 20 <= len(kept) < 280 and not out.exists()
+    made: list[Tensor] = []
+    original = Scheme.__call__
+
+    def counted(self: Scheme, weight: Tensor, *args: Any) -> QuantizedWeight:
+        made.append(weight)
+        return original(self, weight, *args)
+
+    monkeypatch.setattr(Scheme, "__call__", counted)
+    commands.run(command, *given)
+    assert len(made) == 280 - len(kept)
+    commands.run(command, source, tmp_path / "whole", *given[2:])
+    found, whole = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "whole"))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "whole"}
 
 
 def test_a_killed_run_with_other_settings(

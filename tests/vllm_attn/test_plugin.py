@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from attn_kernels import VariantError, get_variant, variant_names
 from vllm_attn import names, register
 from vllm_attn.backend import VariantBackend, VariantMetadataBuilder
-from vllm_attn.preflight import check_layer
+from vllm_attn.preflight import check_fp8, check_layer
 from vllm_attn.report import StartupError, one_line
 
 pytestmark = pytest.mark.integration
@@ -132,3 +133,25 @@ def test_one_line_finds_our_error_inside_others() -> None:
     assert one_line(unknown.value) == (
         f"unknown attention backend 'qqqqqq'; variants: {', '.join(variant_names())}"
     )
+    gguf = OSError("It looks like the config file at '/a/b.gguf' is not a valid JSON file.")
+    assert "/a/b.gguf is a GGUF file, which vLLM does not read" in str(one_line(gguf))
+
+
+@pytest.mark.parametrize(
+    ("method", "entry", "refused"),
+    [
+        ("fp8", None, True),  # --quantization fp8
+        ("fp8_per_tensor", None, True),
+        ("fp8", {"quant_method": "fp8", "activation_scheme": "dynamic"}, True),
+        ("fp8", {"quant_method": "fp8", "activation_scheme": "static"}, False),
+        ("fp8", {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, False),
+        ("compressed-tensors", {"format": "float-quantized"}, False),
+        (None, None, False),
+    ],
+)
+def test_fp8(method: str | None, entry: dict[str, Any] | None, refused: bool) -> None:
+    config = SimpleNamespace(
+        quantization=method, hf_config=SimpleNamespace(quantization_config=entry)
+    )
+    with pytest.raises(StartupError, match="no CPU kernel for fp8") if refused else nullcontext():
+        check_fp8(config)

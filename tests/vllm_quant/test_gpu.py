@@ -103,6 +103,14 @@ def test_the_others_are_ours(
     assert scheme(config(bits, group, zeros), inputs, dtype) == "PackedScheme"
 
 
+def test_act_order_is_ours() -> None:
+    """vLLM refuses it."""
+    entry = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 64}
+    groups = {"all": {"targets": ["Linear"], "weights": entry | {"actorder": "group"}}}
+    made = PackedConfig.from_config({"format": "pack-quantized", "config_groups": groups})
+    assert scheme(made) == "PackedScheme"
+
+
 def test_embeddings_are_ours() -> None:
     embedding = layer(VocabParallelEmbedding, 512, torch.bfloat16)
     method = config(4, 128).get_quant_method(embedding, "model.embed_tokens")

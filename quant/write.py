@@ -1,0 +1,142 @@
+"""Write quantized checkpoints as folders in compressed-tensors' formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attnserve.errors import UserError
+from quant.contents import EMBEDDINGS, Contents
+from quant.model import HEAD, linears
+from quant_kernels.formats.packed import config_of, entry_of, stored_tensors
+from quant_kernels.weight import QuantizedWeight
+
+COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
+"""Tokenizer, generation settings, card, code that `auto_map` names."""
+NOT_COPIED = (
+    "config.json",
+    "model.safetensors.index.json",
+    "quantize_config.json",  # of GPTQ
+    "quant_config.json",  # of AWQ
+)
+TOKENIZER = "tokenizer.json"
+
+
+def check_out(source: Path, out: Path, overwrite: bool) -> None:
+    """Check that a checkpoint can be written, and that nothing is overwritten that was not asked to
+    be, or was not made here."""
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{out} cannot be written, since {above} cannot: name another folder")
+    if not out.exists():
+        return
+    if out.resolve() == source.resolve():
+        raise UserError(f"{out} is the checkpoint itself: name another folder")
+    if not overwrite:
+        raise UserError(f"{out} is there already: --overwrite replaces it")
+    if out.is_file():
+        with out.open("rb") as file:
+            ours = file.read(4) == b"GGUF"
+    else:
+        ours = is_quantized(out) or not any(out.iterdir())
+    if not ours:
+        raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
+
+
+def is_quantized(folder: Path) -> bool:
+    """Return whether a checkpoint's config.json says so."""
+    config = folder / "config.json"
+    return config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
+
+
+def write_folder(
+    contents: Contents, out: Path, entry: Mapping[str, Any], source: Path, card: str
+) -> dict[str, int]:
+    """Write a folder; return the bytes of each tensor, packed ones as `LAYER.weight`.
+
+    Args:
+        contents: of the checkpoint.
+        out: the folder.
+        entry: `quantization_config`; its format says how weights are stored.
+        source: the folder of the tokenizer, the card and so on.
+        card: the command that the model card names.
+    """
+    out.mkdir()
+    tensors = dict(contents.rest)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    for layer, weight in contents.weights.items():
+        stored = int8_tensors(weight) if is_int8(entry) else stored_tensors(weight)
+        tensors |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in stored.items()}
+        sizes[f"{layer}.weight"] = sum(tensor.nbytes for tensor in stored.values())
+    try:
+        save_torch_state_dict(tensors, out)
+    except SafetensorError as error:
+        raise UserError(f"{out.parent} cannot be written: {error}") from None
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.name not in NOT_COPIED:
+                shutil.copy(file, out)
+    config = {**contents.config, "quantization_config": dict(entry)}
+    if not contents.weights:
+        del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    readme = out / "README.md"
+    old = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.exists() else ""
+    readme.write_text(
+        f"{old}## Quantized\n\n`{source.resolve().name}` with attnserve's {card}. What is said "
+        "above of weights, sizes and results is of the original.\n",
+        encoding="utf-8",
+    )
+    return sizes
+
+
+def int8_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return a layer's tensors in the format `int-quantized`: 8 bits, symmetric, a scale a row."""
+    signed = (weight.values.short() - weight.spec.midpoint).to(torch.int8)
+    return {"weight": signed, "weight_scale": weight.scales}
+
+
+def is_int8(entry: Mapping[str, Any]) -> bool:
+    """Return whether weights are stored as signed bytes for vLLM's int8 kernel."""
+    return entry["format"] == "int-quantized"
+
+
+def quantization_config(
+    weights: Mapping[str, QuantizedWeight], model: PreTrainedModel, int8: bool = False
+) -> dict[str, Any]:
+    """Return the entry of `config.json` for packed weights.
+
+    Args:
+        weights: by their layers' names.
+        model: whose layers they are; a head that is tied to the embeddings has none of its own.
+        int8: they are signed bytes, and inputs are rounded to 8 bits, with one scale a token.
+    """
+    targets: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    tables = (EMBEDDINGS, HEAD)
+    tied = EMBEDDINGS in weights and model.config.tie_word_embeddings
+    alone = len({str(entry_of(x)) for name, x in weights.items() if name not in tables}) == 1
+    for name in sorted(weights, key=lambda name: name in tables):
+        entry = entry_of(weights[name])
+        # Embeddings and head have a group of their own, and vLLM does not tell embeddings their
+        # name.
+        known, _ = targets.setdefault(f"{name in tables} {entry}", ([], entry))
+        target = {EMBEDDINGS: "Embedding", HEAD: HEAD}.get(name, "Linear" if alone else name)
+        known += [target] * (target not in known) + [HEAD] * (name == EMBEDDINGS and tied)
+    quantized = {*weights, *([HEAD] if tied else [])}
+    ignore = [name for name in (*linears(model), HEAD) if name not in quantized]
+    made = config_of(list(targets.values()), ignore)
+    if int8:
+        token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}
+        made["format"] = "int-quantized"
+        made["config_groups"]["group_0"]["input_activations"] = token | {"dynamic": True}
+    return made
