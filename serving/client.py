@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from serving.openai.errors import ApiError
 from serving.state import GatewayState
+from serving.upstream.http import BUFFER_BYTES
 
 log = logging.getLogger("attnserve")
 
@@ -31,6 +32,9 @@ HTTP/2), because it is an object; and of what comes without being any of these, 
 
 MAX_HEADS_BYTES = 64 * 1024 * 1024
 """Of the heads of all clients that have begun and not ended."""
+
+MAX_UNCOUNTED_BYTES = 16 * 1024
+"""Of answers that one client has not read and that do not count as such yet."""
 
 GRACE_SECONDS = 5.0
 """How long a client may go on sending after an answer that did not wait for all of its request
@@ -75,9 +79,30 @@ class Clients:
 class Closer:
     """The transport as uvicorn sees it: with another `close`."""
 
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        close: Callable[[], None],
+        cut: Callable[[str], None],
+    ) -> None:
+        self.write, self.is_closing = transport.write, transport.is_closing
+        self.close, self.cut = close, cut
         self.not_reading = False
+
+
+class CycleWithoutChunks(RequestResponseCycle):
+    """One request of a client that knows no chunks (HTTP/1.0): an answer whose length is not known
+    ends with its connection. uvicorn's own would be chunked all the same."""
+
+    async def send(self, message: Any) -> None:
+        """Send a message of the answer."""
+        if message["type"] == "http.response.start":
+            names = [name.lower() for name, _ in message["headers"]]
+            self.chunked_encoding = None if b"content-length" in names else False
+            self.unframed = self.chunked_encoding is False
+        elif self.unframed:
+            self.expected_content_length = len(message.get("body", b""))  # which is checked
+        await super().send(message)
 
 
 class Protocol(HttpToolsProtocol):
@@ -114,7 +139,8 @@ class Protocol(HttpToolsProtocol):
     ) -> None:
         """Take a new connection, if there is room."""
         super().connection_made(transport)
-        self._closer = Closer(transport, self._close)
+        self._closer = Closer(transport, self._close, self.cut)
+        transport.set_write_buffer_limits(MAX_UNCOUNTED_BYTES)
         now = self.loop.time()
         excess = len(self.connections) - self.clients.limit
         if excess > 0 and not self.clients.make_room(now):
@@ -127,6 +153,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell all requests of the connection that the client has left."""
         self.clients.silent.pop(self, None)
+        self.clients.state.unread.remove(self)
         self._hold(0)
         if self._timer is not None:
             self._timer.cancel()
@@ -138,6 +165,7 @@ class Protocol(HttpToolsProtocol):
         self._closer.not_reading = self.flow.write_paused
         self.clients.state.metrics.connections_cut.labels(reason).inc()
         self.clients.silent.pop(self, None)
+        self.clients.state.unread.remove(self)
         self.transport.abort()
 
     def _close(self) -> None:
@@ -228,9 +256,17 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Watch whether the client reads what is there for it."""
         super().pause_writing()
+        state = self.clients.state
         self._backlog = self.transport.get_write_buffer_size()
-        self._backlog_due = self.loop.time() + self.clients.state.config.timeouts.send
+        self._backlog_due = self.loop.time() + state.config.timeouts.send
         self._watch_until(self._backlog_due)
+        # What is read ahead from a server counts, too.
+        state.unread.add(self, self._backlog + BUFFER_BYTES, state.config.limits.max_unread_bytes)
+
+    def resume_writing(self) -> None:
+        """Note that the client has read nearly all that was there."""
+        super().resume_writing()
+        self.clients.state.unread.remove(self)
 
     # A request
 
@@ -322,6 +358,8 @@ class Protocol(HttpToolsProtocol):
         # No Transport, but all of one that uvicorn's cycle uses.
         self.cycle.transport = self._closer  # type: ignore[assignment]
         self.cycle.keep_alive &= not self.over_limit
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.__class__ = CycleWithoutChunks
         self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
         self._unanswered.append(self.cycle)
         if not self.pipeline:
@@ -372,16 +410,31 @@ def too_large() -> ApiError:
     return ApiError(431, message, code="head_too_large")
 
 
+def cycle_of(method: Receive | Send) -> RequestResponseCycle | None:
+    """Return uvicorn's own object behind one of a request's two functions; None: it is not its."""
+    cycle = getattr(method, "__self__", None)
+    return cycle if isinstance(cycle, RequestResponseCycle) else None
+
+
 def did_not_read(receive: Receive) -> bool:
     """Return whether a client that has left was cut off, because it did not read."""
-    closer = getattr(getattr(receive, "__self__", None), "transport", None)
-    return isinstance(closer, Closer) and closer.not_reading
+    cycle = cycle_of(receive)
+    return cycle is not None and isinstance(cycle.transport, Closer) and cycle.transport.not_reading
+
+
+def cut_unread(receive: Receive) -> bool:
+    """Cut a client off that does not read what was sent to it; return whether it is such a one."""
+    cycle = cycle_of(receive)
+    if cycle is None or not cycle.flow.write_paused or not isinstance(cycle.transport, Closer):
+        return False
+    cycle.transport.cut("ended")
+    return True
 
 
 def body_is_missing(send: Send) -> bool:
     """Return whether a part of the body of the request that `send` answers has not come yet."""
-    cycle = getattr(send, "__self__", None)
-    return type(cycle) is RequestResponseCycle and cycle.more_body
+    cycle = cycle_of(send)
+    return cycle is not None and cycle.more_body
 
 
 def direct_writer(send: Send) -> Callable[[bytes], bool] | None:
@@ -390,8 +443,8 @@ def direct_writer(send: Send) -> Callable[[bytes], bool] | None:
     It cannot wait for a slow client, so it returns whether there is room for more. None: this
     `send` is not uvicorn's own, or the body is not chunked.
     """
-    cycle = getattr(send, "__self__", None)
-    if type(cycle) is not RequestResponseCycle or not cycle.chunked_encoding:
+    cycle = cycle_of(send)
+    if cycle is None or not cycle.chunked_encoding:
         return None
     flow, transport = cycle.flow, cycle.transport
 

@@ -215,6 +215,11 @@ class Limits(Section):
     max_answer_bytes: int = Field(128 * 1024 * 1024, gt=0)
     """Largest answer of a server that is not streamed; for a larger one the client gets 502."""
 
+    max_unread_bytes: int = Field(512 * 1024 * 1024, gt=0)
+    """Bytes of all answers in memory at a time that clients have not read. Above it, clients that
+    have read nothing for a second are cut off, the longest first; if there is none, an answer that
+    is not streamed becomes 503."""
+
     max_compare_tokens: int = Field(4096, gt=0)
     """Longest prompt and answer of /v1/compare together, in tokens."""
 
@@ -440,6 +445,10 @@ class Config(Section):
         if self.protect_metrics and not self.keys:
             raise ValueError("protect_metrics needs keys")
         return self
+
+    def without_secrets(self) -> Self:
+        """Return a configuration that has no keys and no Redis, and else is the same."""
+        return self.model_copy(update={"keys": (), "redis": None})
 
     def check_workers(self) -> None:
         """Refuse limits that several processes would each give away in full.

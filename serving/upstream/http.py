@@ -149,6 +149,12 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
         return piece
 
+    def take_unread(self) -> tuple[bytes, bool]:
+        """Return what has come and was not fetched, and whether the server had to wait with more,
+        which it may have written meanwhile."""
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces), self._paused
+
     async def pour(self, sink: Sink) -> None:
         """Hand what comes of the body to `sink` as it comes, without waking a task for it.
 
@@ -161,8 +167,8 @@ class Connection(asyncio.Protocol):
         finally:
             self._sink = None
 
-    async def rest(self, limit: int) -> bytes:
-        """Return all that is left of the body.
+    async def rest(self, limit: int, hold: Callable[[int], None] | None = None) -> bytes:
+        """Return all that is left of the body; `hold` is told of so many more bytes in memory.
 
         Raises:
             UpstreamError: it failed, or has more than `limit` bytes.
@@ -170,6 +176,8 @@ class Connection(asyncio.Protocol):
         pieces = []
         while piece := await self.piece():
             pieces.append(piece)
+            if hold is not None:
+                hold(len(piece))
             limit -= len(piece)
             if limit < 0:
                 raise unusable("too many bytes")

@@ -17,9 +17,10 @@ BODY = {"model": "m", "prompt": "x"}
 
 
 @asynccontextmanager
-async def listening(handler: Handler) -> AsyncIterator[str]:
+async def listening(handler: Handler, health: bytes = OK) -> AsyncIterator[str]:
     """Run a TCP server on a free port; yield its URL. `handler` gets connections on which a
-    request has begun that is no health check; `Next` returns when one has been read whole."""
+    request has begun that is no health check, which `health` answers; `Next` returns when one has
+    been read whole."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heads = [await reader.readuntil(b"\r\n\r\n")]
@@ -30,7 +31,7 @@ async def listening(handler: Handler) -> AsyncIterator[str]:
 
         try:
             if heads[0].startswith(b"GET"):
-                writer.write(OK.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+                writer.write(health.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
             else:
                 await handler(following, reader, writer)
         except asyncio.IncompleteReadError:

@@ -17,6 +17,9 @@ from tests.serving.standin import StandIn, standin, started, wait_for
 
 TOKEN = b'data: {"choices": [{"text": "a"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
+DEAD = b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n"
+"""What a vLLM whose engine has died says to a health check."""
+
 AT_ONCE = {"failures": 1}
 """A circuit that opens at the first failure, so that it shows what counts as one."""
 
@@ -69,7 +72,7 @@ class Outcome:
         return error
 
 
-def outcome(handler: Handler, stream: bool = True, **config: Any) -> Outcome:
+def outcome(handler: Handler, stream: bool = True, health: bytes = OK, **config: Any) -> Outcome:
     """Return what becomes of a request to a gateway in front of `handler`."""
 
     def run(url: str) -> Outcome:
@@ -78,7 +81,7 @@ def outcome(handler: Handler, stream: bool = True, **config: Any) -> Outcome:
             return Outcome(gateway, ask(gateway.url, "POST", "/v1/completions", body))
 
     async def serve() -> Outcome:
-        async with listening(handler) as url:
+        async with listening(handler, health) as url:
             return await asyncio.to_thread(run, url)
 
     return asyncio.run(serve())
@@ -159,7 +162,12 @@ SAID = {"message": "no", "type": "x", "param": None}
     ],
 )
 @pytest.mark.parametrize("together", [True, False])
-def test_error_inside_a_stream(event: bytes, status: int, together: bool, logged: Any) -> None:
+@pytest.mark.parametrize("health", [OK, DEAD], ids=["healthy", "dead"])
+def test_error_inside_a_stream(
+    event: bytes, status: int, together: bool, health: bytes, logged: Any
+) -> None:
+    """With a server that is not healthy then, it stands for a crash (vLLM's EngineDeadError)."""
+
     async def fail(
         following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
@@ -173,17 +181,18 @@ def test_error_inside_a_stream(event: bytes, status: int, together: bool, logged
         writer.write(b"0\r\n\r\n")
         await writer.drain()
 
-    found = outcome(fail)
+    found = outcome(fail, health=health)
     assert found.answer.status == 200
     assert len(found.events) == 3
+    reason = ("error" if health is OK else "crashed") if status >= 500 else None
     error = found.last_error
     assert (error["message"], error["code"]) == ("no", None)
     assert found.codes == {"upstream_error"}
-    assert found.failures == ({"error": 1} if status >= 500 else {})
+    assert found.failures == ({reason: 1} if reason else {})
     assert found.circuit_open == (status >= 500)
     line = logged()
     assert (line["code"], line["upstream_status"]) == ("upstream_error", status)
-    assert line["upstream_error"] == ("error" if status >= 500 else None)
+    assert line["upstream_error"] == reason
 
 
 def test_server_whose_streams_all_fail_is_left_alone() -> None:

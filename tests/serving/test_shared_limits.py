@@ -179,7 +179,7 @@ def test_workers_without_redis(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert "several workers need `redis:` for the limits of alice" in ended.stderr
         unlimited = Config.model_validate({**config, "keys": config["keys"][1:]})
         worker = GatewayState(unlimited, file, tmp_path / "0.prom")
-        worker.reload()
+        asyncio.run(worker.reload())
         assert "alice" in caplog.text and worker.config is unlimited
 
 
