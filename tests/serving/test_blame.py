@@ -399,6 +399,31 @@ def test_server_without_the_model_leaves_its_rotation() -> None:
             wait_for(lambda: statuses() == {200} and without.started > 1, "it is back")
 
 
+def test_servers_of_every_name_are_asked_for_what_they_have() -> None:
+    """Also where one does not say what it has; a name that none has is asked for once."""
+    failures = "attnserve_upstream_errors_total{"
+
+    def ask_for(gateway: Running, name: str) -> int:
+        return ask(gateway.url, "POST", "/v1/completions", {**BODY, "model": name}).status
+
+    with standin("a") as first, standin("b") as second:
+        replicas = [first.url, second.url]
+        config = {"models": [{"name": "*", "replicas": replicas}], "breaker": AT_ONCE}
+        with running(**config) as gateway:
+            listed = ask(gateway.url, "GET", "/v1/models").json()["data"]
+            assert {model["id"] for model in listed} == {"a", "b"}
+            assert [ask_for(gateway, name) for name in "abab"] == [200] * 4
+            assert (first.started, second.started) == (2, 2)
+            assert ask_for(gateway, "made-up") == 404
+            assert first.started + second.started == 5
+            assert gateway.metric(failures) == 0
+        first.listed = second.listed = b"no list"
+        with running(**config) as gateway:
+            assert [ask_for(gateway, name) for name in "ab"] == [200] * 2
+            assert gateway.metric(failures) == gateway.metric("attnserve_retries_total{") == 1
+            assert gateway.metric("attnserve_replica_circuit_open{") == 0
+
+
 def test_model_that_no_server_has() -> None:
     with standin("a") as one, standin("b") as other, running(one.url, other.url) as gateway:
         for _ in range(3):

@@ -210,6 +210,31 @@ def test_nonsense_behind_a_request_is_no_part_of_its_answer(upstream: StandIn) -
         upstream.between_s = 0.0
 
 
+@pytest.mark.parametrize("head", [HEALTH, WHOLE, WHOLE + HEALTH, POST + LENGTH + b"\r\nno json"])
+def test_http_1_0_has_no_chunks(gateway: Running, head: bytes) -> None:
+    """An answer of known length says so, and the connection ends with it."""
+    with dial(gateway) as client:
+        client.sendall(head.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        _, headers, body = answer(client)
+        assert headers["connection"] == "close" and "transfer-encoding" not in headers
+        assert json.loads(body) and closed(client)
+
+
+def test_http_1_0_has_streams_without_chunks(gateway: Running) -> None:
+    body = {"model": "m", "prompt": "x", "max_tokens": 20, "stream": True}
+    expected = ask(gateway.url, "POST", "/v1/completions", body).body
+    raw = json.dumps(body).encode()
+    with dial(gateway) as client:
+        head = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Connection: keep-alive\r\n"
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
+        whole = b""
+        while piece := client.recv(65536):
+            whole += piece
+    fields, _, events = whole.partition(b"\r\n\r\n")
+    assert events == expected and events.count(b"data: ") == 21
+    assert b"transfer-encoding" not in fields and b"connection: close" in fields
+
+
 # Time
 
 
