@@ -434,17 +434,28 @@ def heads(gateway: Running) -> int:
 
 
 @pytest.mark.integration
-def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:
+def test_floods_leave_no_memory_behind(upstream: StandIn, tmp_path: Path) -> None:
+    """Of heads without end, and of bodies that take many times their bytes when they are parsed."""
+    numbers = ",".join(str(1000 + i % 9000) for i in range(800_000))
+    worst = b'{"model": "m", "max_tokens": 1, "prompt": [%b]}' % numbers.encode()
+    bearer = "Bearer secret"
     config = {"models": [{"name": "m", "replicas": [upstream.url]}], "keys": KEYS}
     with configured(tmp_path, config) as gateway:
         process = psutil.Process(gateway.pid)
+
+        def send_worst() -> int:
+            url = gateway.url
+            return ask(url, "POST", "/v1/completions", worst, authorization=bearer).status
+
         for _ in range(50):
             assert ask_health(gateway)
+        assert send_worst() == 200
         before = process.memory_info().rss
         for start, piece in FLOODS.values():
             with dial(gateway) as client:
                 flood(client, start, piece, megabytes=60)
             assert ask_health(gateway)
+        assert [send_worst() for _ in range(8)] == [200] * 8
         assert process.memory_info().rss - before < 5 * 2**20
 
 
