@@ -79,14 +79,8 @@ class Clients:
 class Closer:
     """The transport as uvicorn sees it: with another `close`."""
 
-    def __init__(
-        self,
-        transport: asyncio.Transport,
-        close: Callable[[], None],
-        cut: Callable[[str], None],
-    ) -> None:
-        self.write, self.is_closing = transport.write, transport.is_closing
-        self.close, self.cut = close, cut
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
         self.not_reading = False
 
 
@@ -139,7 +133,7 @@ class Protocol(HttpToolsProtocol):
     ) -> None:
         """Take a new connection, if there is room."""
         super().connection_made(transport)
-        self._closer = Closer(transport, self._close, self.cut)
+        self._closer = Closer(transport, self._close)
         transport.set_write_buffer_limits(MAX_UNCOUNTED_BYTES)
         now = self.loop.time()
         excess = len(self.connections) - self.clients.limit
@@ -410,31 +404,25 @@ def too_large() -> ApiError:
     return ApiError(431, message, code="head_too_large")
 
 
-def cycle_of(method: Receive | Send) -> RequestResponseCycle | None:
-    """Return uvicorn's own object behind one of a request's two functions; None: it is not its."""
-    cycle = getattr(method, "__self__", None)
-    return cycle if isinstance(cycle, RequestResponseCycle) else None
-
-
 def did_not_read(receive: Receive) -> bool:
     """Return whether a client that has left was cut off, because it did not read."""
-    cycle = cycle_of(receive)
-    return cycle is not None and isinstance(cycle.transport, Closer) and cycle.transport.not_reading
+    closer = getattr(getattr(receive, "__self__", None), "transport", None)
+    return isinstance(closer, Closer) and closer.not_reading
 
 
 def cut_unread(receive: Receive) -> bool:
     """Cut a client off that does not read what was sent to it; return whether it is such a one."""
-    cycle = cycle_of(receive)
-    if cycle is None or not cycle.flow.write_paused or not isinstance(cycle.transport, Closer):
+    cycle = getattr(receive, "__self__", None)
+    if not isinstance(cycle, RequestResponseCycle) or not cycle.flow.write_paused:
         return False
-    cycle.transport.cut("ended")
+    cycle.on_response.__self__.cut("ended")  # type: ignore[attr-defined]  # the Protocol's method
     return True
 
 
 def body_is_missing(send: Send) -> bool:
     """Return whether a part of the body of the request that `send` answers has not come yet."""
-    cycle = cycle_of(send)
-    return cycle is not None and cycle.more_body
+    cycle = getattr(send, "__self__", None)
+    return isinstance(cycle, RequestResponseCycle) and cycle.more_body
 
 
 def direct_writer(send: Send) -> Callable[[bytes], bool] | None:
@@ -443,8 +431,8 @@ def direct_writer(send: Send) -> Callable[[bytes], bool] | None:
     It cannot wait for a slow client, so it returns whether there is room for more. None: this
     `send` is not uvicorn's own, or the body is not chunked.
     """
-    cycle = cycle_of(send)
-    if cycle is None or not cycle.chunked_encoding:
+    cycle = getattr(send, "__self__", None)
+    if type(cycle) is not RequestResponseCycle or not cycle.chunked_encoding:
         return None
     flow, transport = cycle.flow, cycle.transport
 

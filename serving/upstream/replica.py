@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from serving.config import Config
-from serving.upstream.http import ConnectionPool, Headers, UpstreamError
+from serving.upstream.http import Headers, UpstreamError
+from serving.upstream.pool import ConnectionPool
 from serving.upstream.vllm_metrics import (
     UNKNOWN,
     ServerInfo,

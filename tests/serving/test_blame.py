@@ -12,33 +12,25 @@ from typing import Any
 import pytest
 
 from tests.serving.helpers import HttpAnswer, Running, ask, error_of, open_request, running
-from tests.serving.scripted import BODY, EVENTS, OK, Handler, Next, listening
+from tests.serving.scripted import (
+    BODY,
+    DONE,
+    EVENTS,
+    OK,
+    TOKEN,
+    Handler,
+    Next,
+    beside_server,
+    chunk,
+    says,
+)
 from tests.serving.standin import StandIn, standin, started, wait_for
 
-TOKEN = b'data: {"choices": [{"text": "a"}]}\n\n'
-DONE = b"data: [DONE]\n\n"
 DEAD = b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n"
 """What a vLLM whose engine has died says to a health check."""
 
 AT_ONCE = {"failures": 1}
 """A circuit that opens at the first failure, so that it shows what counts as one."""
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def says(answer: bytes) -> Handler:
-    """Return a server that says the same to every request, and then closes the connection."""
-
-    async def say(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await following()
-        writer.write(answer)
-        await writer.drain()
-
-    return say
 
 
 class Outcome:
@@ -80,11 +72,7 @@ def outcome(handler: Handler, stream: bool = True, health: bytes = OK, **config:
             body = {**BODY, "stream": stream}
             return Outcome(gateway, ask(gateway.url, "POST", "/v1/completions", body))
 
-    async def serve() -> Outcome:
-        async with listening(handler, health) as url:
-            return await asyncio.to_thread(run, url)
-
-    return asyncio.run(serve())
+    return beside_server(handler, run, health)
 
 
 @pytest.fixture
@@ -135,11 +123,7 @@ def test_client_that_does_not_read_is_no_silent_server(
             assert got == (b"".join(events) + DONE if ended else b"")
             return Outcome(gateway)
 
-    async def serve() -> Outcome:
-        async with listening(all_at_once) as url:
-            return await asyncio.to_thread(run, url)
-
-    found = asyncio.run(serve())
+    found = beside_server(all_at_once, run)
     assert not found.failures and not found.circuit_open
     code = None if ended else "client_too_slow"
     assert found.codes == ({code} if code else set())
@@ -207,11 +191,7 @@ def test_server_whose_streams_all_fail_is_left_alone() -> None:
                 assert ask(gateway.url, "POST", "/v1/completions", body).status == 200
             assert ask(gateway.url, "POST", "/v1/completions", body).status == 503
 
-    async def serve() -> None:
-        async with listening(says(answer)) as url:
-            await asyncio.to_thread(run, url)
-
-    asyncio.run(serve())
+    beside_server(says(answer), run)
 
 
 def test_null_is_no_error() -> None:
@@ -279,12 +259,9 @@ def test_second_answer_in_one_read_is_dropped(second: bytes, stream: bool) -> No
             body = {**BODY, "stream": stream}
             return [ask(gateway.url, "POST", "/v1/completions", body) for _ in range(2)]
 
-    async def serve() -> list[HttpAnswer]:
-        async with listening(talk) as url:
-            return await asyncio.to_thread(run, url)
-
     expected = TOKEN + DONE if stream else b"{}"
-    assert [(a.status, a.body) for a in asyncio.run(serve())] == [(200, expected)] * 2
+    answers = beside_server(talk, run)
+    assert [(a.status, a.body) for a in answers] == [(200, expected)] * 2
     assert connections == 2
 
 

@@ -457,6 +457,10 @@ def test_floods_leave_no_memory_behind(upstream: StandIn, tmp_path: Path) -> Non
             assert ask_health(gateway)
         assert [send_worst() for _ in range(8)] == [200] * 8
         assert process.memory_info().rss - before < 5 * 2**20
+        children = process.children(recursive=True)  # what reads large bodies
+        assert children
+        process.kill()
+        assert not psutil.wait_procs(children, timeout=30)[1]
 
 
 @pytest.mark.integration
