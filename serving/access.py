@@ -8,7 +8,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import Scope
 
-from serving.config import Config, ip_of, is_loopback
+from serving.addresses import ip_of, is_loopback
+from serving.config import Config
 from serving.openai.errors import ApiError
 from serving.upstream.http import Headers
 

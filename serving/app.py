@@ -15,15 +15,23 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.client import ClientLeftError, body_is_missing, did_not_read, read_body, watching
+from serving.client import (
+    ClientLeftError,
+    body_is_missing,
+    cut_unread,
+    did_not_read,
+    read_body,
+    watching,
+)
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import CLOSE, Exchange
+from serving.large_bodies import LARGE_BODY
 from serving.observability.gauges import StateGauges
 from serving.observability.metrics import CLIENT_LEFT
 from serving.observability.tracing import tracer
 from serving.openai.errors import ApiError
-from serving.openai.request import LARGE_BODY, beside_the_loop, read_request
+from serving.openai.request import read_request
 from serving.routes import make_routes
 from serving.state import GatewayState
 from serving.upstream.proxy import Proxy
@@ -102,7 +110,7 @@ class App:
         except ApiError as error:
             await exchange.fail(error)
         except asyncio.CancelledError:
-            await exchange.fail(why_cancelled(exchange))
+            await end(exchange, receive)
         except Exception:
             log.exception("the gateway failed", extra={"request_id": exchange.request_id})
             await exchange.fail(ApiError(500, "The gateway failed."))
@@ -164,10 +172,12 @@ class App:
         # A key's budget holds only if an answer cannot be longer than what is reserved for it.
         limited = exchange.account is not None and exchange.account.limits_answers
         chars = config.routing.prefix_chars
-        request = await beside_the_loop(
+        request = await self.state.bodies.read(
             read_request, raw, exchange.route, config.limits, chars, limited
         )
         model = exchange.use_model(self.state.router, request.model)
+        if request.padded_prompts:
+            request.pad(model.context_length(request.model))
         prompt = request.prompt_tokens
         cost = model.entry.cost(prompt, request.tokens - prompt)
         await exchange.reserve(request.tokens, cost)
@@ -239,7 +249,7 @@ class App:
         except asyncio.CancelledError:
             if exchange.status:
                 raise
-            await exchange.fail(why_cancelled(exchange))
+            await end(exchange, receive)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             status = str(exchange.status or CLIENT_LEFT)
@@ -253,6 +263,16 @@ class App:
             yield
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
+
+
+async def end(exchange: Exchange, receive: Receive) -> None:
+    """Answer for a request whose task has been cancelled from outside; a client that does not read
+    is cut off, as it would not read that either."""
+    error = why_cancelled(exchange)
+    if cut_unread(receive):
+        exchange.code = error.code
+    else:
+        await exchange.fail(error)
 
 
 def why_cancelled(exchange: Exchange) -> ApiError:

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from serving.openai.errors import ApiError
 from serving.state import GatewayState
+from serving.upstream.http import BUFFER_BYTES
 
 log = logging.getLogger("attnserve")
 
@@ -31,6 +32,9 @@ HTTP/2), because it is an object; and of what comes without being any of these, 
 
 MAX_HEADS_BYTES = 64 * 1024 * 1024
 """Of the heads of all clients that have begun and not ended."""
+
+MAX_UNCOUNTED_BYTES = 16 * 1024
+"""Of answers that one client has not read and that do not count as such yet."""
 
 GRACE_SECONDS = 5.0
 """How long a client may go on sending after an answer that did not wait for all of its request
@@ -80,6 +84,21 @@ class Closer:
         self.not_reading = False
 
 
+class CycleWithoutChunks(RequestResponseCycle):
+    """One request of a client that knows no chunks (HTTP/1.0): an answer whose length is not known
+    ends with its connection. uvicorn's own would be chunked all the same."""
+
+    async def send(self, message: Any) -> None:
+        """Send a message of the answer."""
+        if message["type"] == "http.response.start":
+            names = [name.lower() for name, _ in message["headers"]]
+            self.chunked_encoding = None if b"content-length" in names else False
+            self.unframed = self.chunked_encoding is False
+        elif self.unframed:
+            self.expected_content_length = len(message.get("body", b""))  # which is checked
+        await super().send(message)
+
+
 class Protocol(HttpToolsProtocol):
     """One connection of a client to uvicorn, with limits of size and time that uvicorn has not.
 
@@ -115,6 +134,7 @@ class Protocol(HttpToolsProtocol):
         """Take a new connection, if there is room."""
         super().connection_made(transport)
         self._closer = Closer(transport, self._close)
+        transport.set_write_buffer_limits(MAX_UNCOUNTED_BYTES)
         now = self.loop.time()
         excess = len(self.connections) - self.clients.limit
         if excess > 0 and not self.clients.make_room(now):
@@ -127,6 +147,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell all requests of the connection that the client has left."""
         self.clients.silent.pop(self, None)
+        self.clients.state.unread.remove(self)
         self._hold(0)
         if self._timer is not None:
             self._timer.cancel()
@@ -138,6 +159,7 @@ class Protocol(HttpToolsProtocol):
         self._closer.not_reading = self.flow.write_paused
         self.clients.state.metrics.connections_cut.labels(reason).inc()
         self.clients.silent.pop(self, None)
+        self.clients.state.unread.remove(self)
         self.transport.abort()
 
     def _close(self) -> None:
@@ -228,9 +250,17 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Watch whether the client reads what is there for it."""
         super().pause_writing()
+        state = self.clients.state
         self._backlog = self.transport.get_write_buffer_size()
-        self._backlog_due = self.loop.time() + self.clients.state.config.timeouts.send
+        self._backlog_due = self.loop.time() + state.config.timeouts.send
         self._watch_until(self._backlog_due)
+        # What is read ahead from a server counts, too.
+        state.unread.add(self, self._backlog + BUFFER_BYTES, state.config.limits.max_unread_bytes)
+
+    def resume_writing(self) -> None:
+        """Note that the client has read nearly all that was there."""
+        super().resume_writing()
+        self.clients.state.unread.remove(self)
 
     # A request
 
@@ -322,6 +352,8 @@ class Protocol(HttpToolsProtocol):
         # No Transport, but all of one that uvicorn's cycle uses.
         self.cycle.transport = self._closer  # type: ignore[assignment]
         self.cycle.keep_alive &= not self.over_limit
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.__class__ = CycleWithoutChunks
         self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
         self._unanswered.append(self.cycle)
         if not self.pipeline:
@@ -378,10 +410,19 @@ def did_not_read(receive: Receive) -> bool:
     return isinstance(closer, Closer) and closer.not_reading
 
 
+def cut_unread(receive: Receive) -> bool:
+    """Cut a client off that does not read what was sent to it; return whether it is such a one."""
+    cycle = getattr(receive, "__self__", None)
+    if not isinstance(cycle, RequestResponseCycle) or not cycle.flow.write_paused:
+        return False
+    cycle.on_response.__self__.cut("ended")  # type: ignore[attr-defined]  # the Protocol's method
+    return True
+
+
 def body_is_missing(send: Send) -> bool:
     """Return whether a part of the body of the request that `send` answers has not come yet."""
     cycle = getattr(send, "__self__", None)
-    return type(cycle) is RequestResponseCycle and cycle.more_body
+    return isinstance(cycle, RequestResponseCycle) and cycle.more_body
 
 
 def direct_writer(send: Send) -> Callable[[bytes], bool] | None:

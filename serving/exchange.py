@@ -72,6 +72,9 @@ class Exchange:
     cost: float = 0.0
     """What its tokens cost, by the models' prices."""
     usage_known: bool = False
+    unseen_tokens: int = 0
+    """What a server may have written beyond that while it waited for a client that did not read:
+    its key pays for it."""
     parts: list["Exchange"] = field(default_factory=list)
     """The gateway's own requests to models to answer this one."""
 
@@ -161,7 +164,10 @@ class Exchange:
                 self.cost += part.model.entry.cost(prompt, completion)
         self.prompt_tokens = sum(prompt for prompt, _ in used)
         self.completion_tokens = sum(completion for _, completion in used)
-        tokens = self.prompt_tokens + self.completion_tokens
+        unseen = sum(part.unseen_tokens for part in self_and_parts)
+        tokens = self.prompt_tokens + self.completion_tokens + unseen
+        if unseen and self.model is not None:
+            self.cost += self.model.entry.cost(0, unseen)
         if self.account is not None and self.reservation is not None:
             self.account.settle(self.reservation, tokens, self.cost)
         return tokens

@@ -108,25 +108,30 @@ async def all_models(state: GatewayState, authorization: bytes) -> list[dict[str
 
 
 async def served_models(model: Model, headers: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
-    """Return what one of a model's servers says that it serves.
+    """Return what one of a model's servers says that it serves; all of those for every name.
 
     Raises:
         ApiError: it cannot be asked.
     """
     error: Exception = ApiError(503, "The model server cannot be reached.", retry_after=1.0)
+    found: dict[str, dict[str, Any]] | None = None
     for replica in model.usable():
         try:
             status, body = await replica.get("/v1/models", headers)
             if status == 200:
                 entries = [e for e in json.loads(body)["data"] if isinstance(e["id"], str)]
                 JSONResponse(entries)  # an error if they cannot be passed on
-                return entries
+                found = {entry["id"]: entry for entry in entries} | (found or {})
+                if model.entry.name != EVERY:
+                    break
             error = ApiError(status if status == 401 else 502, f"A model server said {status}.")
         except UpstreamError as e:
             error = ApiError(e.status, str(e), code=e.code, retry_after=1.0)
         except UNEXPECTED:
             error = ApiError(502, "A model server's list of models is no such list.")
-    raise error
+    if found is None:
+        raise error
+    return list(found.values())
 
 
 async def api_error(_: Request, error: Exception) -> Response:

@@ -22,8 +22,16 @@ LEASE_SECONDS = 10.0
 TIMEOUT_SECONDS = 1.0
 """Longest wait for Redis, and how long it is left alone after it has failed."""
 
+REMEMBERED_SECONDS = 600
+"""How long Redis knows that a request has been settled, and how long a gateway whose attempt may
+have been lost goes on trying."""
+
+KEPT = ("used", "running", "held", "settled")
+"""What Redis has of each client's key."""
+
 # KEYS of each script: a hash of what is used of each limit, and when (`at`) that was; the running
-# requests by the end of their lease; a hash of what each of them holds.
+# requests by the end of their lease; a hash of what each of them holds; the requests that have been
+# settled by the time until which that is remembered.
 
 # ARGV: the request, the lease, how many may run (-1: any), and of each limit: how much (-1: any),
 # in how many seconds, and the amount to reserve. Returns the place of the limit that refuses it (0:
@@ -70,20 +78,26 @@ for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, 172800) end
 return {refused, unpack(used)}
 """
 
-# ARGV: the request, and what it has used of each limit. One whose lease has ended holds nothing.
+# ARGV: the request, how long to remember that it is settled, and what it has used of each limit.
+# One whose lease has ended holds nothing. A second call, if the answer to the first was lost,
+# changes nothing.
 SETTLE = """
-local i = 1
+local time = redis.call('TIME')
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', time[1])
+if redis.call('ZADD', KEYS[4], 'NX', time[1] + ARGV[2], ARGV[1]) == 0 then return end
+local i = 2
 local held = {}
 for amount in string.gmatch(redis.call('HGET', KEYS[3], ARGV[1]) or '', '%S+') do
   i = i + 1
   held[i] = amount
 end
-for i = 2, #ARGV do
-  redis.call('HINCRBYFLOAT', KEYS[1], i - 1, ARGV[i] - (held[i] or 0))
+for i = 3, #ARGV do
+  redis.call('HINCRBYFLOAT', KEYS[1], i - 2, ARGV[i] - (held[i] or 0))
 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('EXPIRE', KEYS[1], 172800)
+redis.call('EXPIRE', KEYS[4], ARGV[2])
 """
 
 # ARGV: the lease, and the requests that go on.
@@ -156,7 +170,7 @@ class SharedLimits:
         if time.monotonic() < self._gone_until:
             raise ConnectionError
         try:
-            names = [f"attnserve:{{{key}}}:{what}" for what in ("used", "running", "held")]
+            names = [f"attnserve:{{{key}}}:{what}" for what in KEPT]
             answer = await script(names, arguments)
         except self.errors as error:
             if not self._gone_until:
@@ -177,12 +191,14 @@ class SharedLimits:
         task.add_done_callback(self._settling.discard)
 
     async def _settle(self, key: str, request: str, used: tuple[float, ...]) -> None:
-        while True:
+        began = time.monotonic()
+        while time.monotonic() < began + REMEMBERED_SECONDS - 2 * TIMEOUT_SECONDS:
             try:
-                await self.call(self.settle, key, request, *used)
+                await self.call(self.settle, key, request, REMEMBERED_SECONDS, *used)
                 return
             except self.errors:
                 await asyncio.sleep(TIMEOUT_SECONDS)
+        log.error("Redis was gone for too long, a request is not counted: %s", request)
 
     async def _renew_leases(self) -> None:
         while True:

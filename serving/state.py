@@ -14,10 +14,12 @@ from serving.access import Access
 from serving.auth import Keys
 from serving.config import Config, ConfigError
 from serving.config_file import load, signature
+from serving.large_bodies import BodyReader
 from serving.observability.metrics import Metrics
 from serving.observability.pages import MetricsPages
 from serving.rate_limit import Account
 from serving.shared_limits import SharedAccount, SharedLimits
+from serving.unread import UnreadAnswers
 from serving.upstream.replica import Replica
 from serving.upstream.router import Model, Router
 
@@ -42,11 +44,14 @@ class GatewayState:
         self.in_flight = 0
         self.held_bytes = 0
         """Of all requests' bodies, as they came."""
+        self.unread = UnreadAnswers()
         self.replicas: dict[str, Replica] = {}
         self.keys = Keys(())
+        self.bodies = BodyReader()
         self._label_errors: dict[str, object] = {}  # as logged; by the name of the entry
         self._health_checks: dict[Replica, asyncio.Task[None]] = {}
         self._signature = config.signature
+        self._reload_now = asyncio.Event()
         self.config = config
         self.bound = config.host
         url = config.redis
@@ -123,7 +128,7 @@ class GatewayState:
         if self.path is not None:
             with contextlib.suppress(ValueError, NotImplementedError):  # not in the main thread
                 loop = asyncio.get_running_loop()
-                loop.add_signal_handler(signal.SIGHUP, self.reload)
+                loop.add_signal_handler(signal.SIGHUP, self._reload_now.set)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # of a worker
         return self
 
@@ -132,6 +137,7 @@ class GatewayState:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.bodies.close()
         for replica in self.replicas.values():
             replica.pool.close()
         if self.shared is not None:
@@ -164,16 +170,19 @@ class GatewayState:
 
     async def _reload_on_change(self) -> None:
         while self.path is not None:
-            await asyncio.sleep(RELOAD_SECONDS)
-            if signature(self.path) != self._signature:
-                self.reload()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RELOAD_SECONDS):
+                    await self._reload_now.wait()
+            if self._reload_now.is_set() or signature(self.path) != self._signature:
+                self._reload_now.clear()
+                await self.reload()
 
-    def reload(self) -> None:
+    async def reload(self) -> None:
         """Read the file again; a bad one is refused in one line and changes nothing."""
         assert self.path is not None
         self._signature = signature(self.path)
         try:
-            config = load(self.path)
+            config = await asyncio.to_thread(load, self.path)  # of many keys, 0.1 s
             for name in ("host", "port", "redis"):
                 if getattr(config, name) != getattr(self.config, name):
                     log.warning("a changed %s needs a restart", name)
@@ -183,10 +192,15 @@ class GatewayState:
             log.error("configuration refused, the old one stays: %s", error)
             return
         if self.pages is not None:
-            with replacing(kept_config(self.pages.file)) as file:
-                file.write_bytes(pickle.dumps(config))
+            await asyncio.to_thread(keep_config, config, self.pages.file)
         self.metrics.reloads.labels("used").inc()
         log.info("configuration reloaded")
+
+
+def keep_config(config: Config, metrics_file: Path) -> None:
+    """Keep the configuration of a worker, for the one that may come in its place."""
+    with replacing(kept_config(metrics_file)) as file:
+        file.write_bytes(pickle.dumps(config))
 
 
 def kept_config(metrics_file: Path) -> Path:

@@ -22,7 +22,15 @@ log = logging.getLogger("attnserve")
 
 YOUNG_SECONDS = 10.0
 """A worker that ends by itself (no signal killed it) before this age would do so again: the gateway
-ends, too."""
+ends, too. One that is killed before it is started anew after a while."""
+
+BACKOFF_SECONDS = 0.5
+"""How long a worker is left alone that was killed young; doubled each time in a row."""
+
+MAX_BACKOFF_SECONDS = 8.0
+
+MAX_YOUNG_DEATHS = 6
+"""After so many in a row of one worker, the gateway ends."""
 
 Work = Callable[[socket.socket, Path], None]
 """What a worker does, given its socket and the file for its metrics."""
@@ -36,12 +44,15 @@ def run_workers(count: int, host: str, port: int, work: Work) -> None:
     connections have waited meanwhile.
 
     Raises:
-        UserError: the port cannot be listened on, or a worker ended as soon as it began.
+        UserError: the port cannot be listened on, or a worker ended as soon as it began, or was
+            killed young again and again.
     """
     context = multiprocessing.get_context("spawn")
     sockets = shared_sockets(count, host, port)
     stopping = False
     processes: dict[int, tuple[BaseProcess, float]] = {}
+    waiting: dict[int, float] = {}  # for their start, until when
+    young_deaths = [0] * count  # in a row
 
     def pass_on(number: int, _: object) -> None:
         """Send a signal on to all workers; all but SIGHUP end them."""
@@ -68,9 +79,15 @@ def run_workers(count: int, host: str, port: int, work: Work) -> None:
 
         for index in range(count):
             start(index)
-        failed = False
-        while processes:
-            wait([process.sentinel for process, _ in processes.values()])
+        failure = ""
+        while processes or waiting:
+            now = time.monotonic()
+            for index in [index for index, due in waiting.items() if stopping or due <= now]:
+                del waiting[index]
+                if not stopping:
+                    start(index)
+            sentinels = [process.sentinel for process, _ in processes.values()]
+            wait(sentinels, 0.1 if waiting or not sentinels else None)
             for index, (process, began) in list(processes.items()):
                 if process.is_alive():
                     continue
@@ -80,13 +97,23 @@ def run_workers(count: int, host: str, port: int, work: Work) -> None:
                     continue
                 log.error("worker %d ended with %s", index, process.exitcode)
                 killed = process.exitcode is not None and process.exitcode < 0
-                if killed or time.monotonic() - began > YOUNG_SECONDS:
-                    start(index)
+                young = time.monotonic() - began <= YOUNG_SECONDS
+                deaths = young_deaths[index] = young_deaths[index] + 1 if young else 0
+                if young and not killed:
+                    failure = "a worker of the gateway ended as soon as it began"
+                elif deaths >= MAX_YOUNG_DEATHS:
+                    failure = f"a worker of the gateway was killed {deaths} times as it began"
                 else:
-                    failed = True
+                    waiting[index] = time.monotonic() + backoff(deaths)
+                if failure:
                     pass_on(signal.SIGTERM, None)
-        if failed:
-            raise UserError("a worker of the gateway ended as soon as it began")
+        if failure:
+            raise UserError(failure)
+
+
+def backoff(deaths: int) -> float:
+    """Return the seconds to wait after so many deaths of a young worker in a row."""
+    return min(BACKOFF_SECONDS * 2 ** (deaths - 1), MAX_BACKOFF_SECONDS) if deaths else 0.0
 
 
 def shared_sockets(count: int, host: str, port: int) -> list[socket.socket]:

@@ -27,7 +27,6 @@ from serving.compare.scoring import (
 )
 from serving.exchange import JSON, Exchange
 from serving.openai.errors import UNEXPECTED
-from serving.openai.request import beside_the_loop
 from serving.upstream.http import timed_out
 from serving.upstream.proxy import Proxy, api_error
 from serving.upstream.vllm_metrics import Description, kv_cache_sizes
@@ -42,7 +41,7 @@ async def compare(proxy: Proxy, exchange: Exchange, raw: bytes) -> None:
         ApiError: a model failed, or the models cannot be compared.
     """
     state = proxy.state
-    asked = await beside_the_loop(ComparisonRequest, raw, state.config)
+    asked = await state.bodies.read(ComparisonRequest, raw, state.config.without_secrets())
     names = (asked.reference, *asked.models)
     entries = [state.router.model(name).entry for name in names]
     exchange.use_model(state.router, asked.reference)

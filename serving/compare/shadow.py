@@ -97,7 +97,7 @@ class Shadow:
         """Return whether a model could take a request at once: clients go first."""
         model = self.state.router.model(name)
         waiting = self.state.router.queue_length(model)
-        return waiting == 0 and any(r.has_room for r in model.usable())
+        return waiting == 0 and any(r.has_room for r in model.usable(name))
 
     def _count(self, models: Iterable[Labels], result: str) -> None:
         for labels in models:

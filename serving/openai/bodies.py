@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, WrapValidator
 
@@ -233,6 +233,7 @@ class EmbeddingBody(Body):
         WrapValidator(or_none),
     ] = None
     messages: Annotated[Each[Message] | Each[Conversation] | None, WrapValidator(or_none)] = None
+    padding: Literal["max_length", "do_not_pad"] | None = None
 
     def prompts(self, fields: dict[str, Any]) -> Prompts:
         """Return both, whichever of them vLLM takes."""

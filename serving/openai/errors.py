@@ -33,6 +33,10 @@ class ApiError(Exception):
         self.body = error_body(message, kind or error_type(status), code, param)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make it again in another process."""
+        return ApiError, (self.status, str(self)), self.__dict__
+
     @classmethod
     def of_upstream(cls, status: int, body: bytes) -> Self:
         """Return the error that a model server has answered with; it may be tried again."""

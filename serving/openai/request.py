@@ -5,30 +5,19 @@ of which the fields that matter here are repeated. So "300" is 300 where vLLM ta
 what vLLM would refuse is refused. All other fields are left to vLLM.
 """
 
-import asyncio
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
 from serving.config import Limits
-from serving.openai.bodies import BODIES, Body, GeneratingBody, missing, tokens_in
+from serving.openai.bodies import BODIES, Body, EmbeddingBody, GeneratingBody, missing, tokens_in
 from serving.openai.errors import ApiError, json_type, wrong_type
-
-LARGE_BODY = 256 * 1024
-"""A larger body, in bytes, is read beside the event loop."""
 
 MAX_PARTS = 200_000
 """Most characters in a body that could begin an array, an object or a field's value: parsed, each
 of these takes up to a hundred times its bytes."""
-
-T = TypeVar("T")
-
-_reader = ThreadPoolExecutor(1, "large-bodies")
-"""A single thread: a parser does not let go of Python, so the event loop waits for one at most."""
 
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -51,6 +40,14 @@ class ModelRequest:
     """Whether the stream's usage, which the gateway needs, is not for the client."""
     stream_interval: int
     """How many tokens an event of the stream may have."""
+    padded_prompts: int = 0
+    """How many prompts are made as long as the model's context."""
+
+    def pad(self, context: int) -> None:
+        """Have the padded prompts be as long as a context of so many tokens; an embedding has no
+        other tokens."""
+        self.prompt_tokens = max(self.prompt_tokens, self.padded_prompts * context)
+        self.tokens = max(self.tokens, self.prompt_tokens)
 
     def tokens_of(self, events: int) -> int:
         """Return the most tokens of so many events, of a stream that ends without its usage."""
@@ -107,27 +104,8 @@ def read_request(
         with_fields(raw, fields, added) if added else raw,
         hide_usage,
         interval,
+        found.count if isinstance(body, EmbeddingBody) and body.padding == "max_length" else 0,
     )
-
-
-async def beside_the_loop(read: Callable[..., T], raw: bytes, *rest: Any) -> T:
-    """Return `read(raw, *rest)`; streams go on meanwhile if the body is large."""
-    if len(raw) <= LARGE_BODY:
-        return read(raw, *rest)
-    found: list[T] = []
-    refused: list[ApiError] = []
-
-    def run() -> None:
-        try:
-            found.append(read(raw, *rest))
-        except ApiError as error:
-            refused.append(error)
-
-    # Not by the future's own result: it is part of a cycle, in which bodies would pile up.
-    await asyncio.get_running_loop().run_in_executor(_reader, run)
-    if refused:
-        raise refused.pop()
-    return found.pop()
 
 
 def model_name(fields: dict[str, Any], field: str) -> str:

@@ -116,7 +116,7 @@ class EventStream(EventParser):
 
     async def pass_on(self, events: bytes) -> None:
         """Send the first events to the client, and all that follow, each as soon as it is whole;
-        an error ends them.
+        an error is the last of them.
 
         Raises:
             UpstreamError: the stream breaks off.
@@ -142,8 +142,23 @@ class EventStream(EventParser):
             if self.error or not (piece := await self.connection.piece()):
                 break
             events = self._timed(piece)
+
+    async def end(self) -> None:
+        """End the answer after its events.
+
+        Raises:
+            UpstreamError: the stream breaks off.
+        """
         last = b"" if self.error else self._end()
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await self.exchange.send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def take_unread(self) -> bool:
+        """Count what has come and has not gone on, where the client has left; return whether there
+        may be more that nobody has seen, because the server had to wait for the client."""
+        rest, more = self.connection.take_unread()
+        if self.error is None and rest:
+            self.feed(rest)
+        return more and self.error is None
 
     def _end(self) -> bytes:
         """Return what is left to send where the stream has ended: nothing, or a last [DONE] without

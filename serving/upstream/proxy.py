@@ -88,11 +88,13 @@ class Proxy:
                     raise api_error(error) from None
                 if error.reason == "broken" and not await attempt.replica.is_healthy():
                     error.reason = "crashed"
-                self._count(exchange, error.reason)
-                if error.reason not in NOT_ITS_FAULT:
-                    attempt.failed()
                 may_have_run += error.was_read
                 following = self._another(exchange, error, tried) if may_have_run < 2 else None
+                made_up = error.reason == "no_such_model" and exchange.model.entry.name == EVERY
+                if following is not None or not made_up:  # by the client
+                    self._count(exchange, error.reason)
+                if error.reason not in NOT_ITS_FAULT:
+                    attempt.failed()
                 if following is None:
                     raise api_error(error) from None
                 metrics.retries.labels(*exchange.metrics.labels, error.reason).inc()
@@ -112,8 +114,8 @@ class Proxy:
         if exchange.retries >= self.state.config.routing.retries:
             return None
         model = self.state.router.model(exchange.model_name)
-        usable = model.usable(tried)
-        return model.choose(usable, b"") if usable else None
+        lacked = error.reason == "no_such_model"
+        return model.another(exchange.model_name, tried, lacked)
 
     async def _send(self, exchange: Exchange, request: ModelRequest, attempt: Attempt) -> None:
         """Send the request to one replica, and its answer to the client.
@@ -137,8 +139,7 @@ class Proxy:
             if connection.status < 500 and is_event_stream(connection.headers):
                 await self._stream(exchange, request, connection, attempt)
             else:
-                content = await connection.rest(self.state.config.limits.max_answer_bytes)
-                await self._whole(exchange, connection, connection.status, content, attempt)
+                await self._rest(exchange, connection, attempt)
         except BaseException:
             connection.close()
             raise
@@ -157,6 +158,38 @@ class Proxy:
         assert exchange.metrics is not None
         exchange.upstream_error = reason
         self.state.metrics.upstream_errors.labels(*exchange.metrics.labels, reason).inc()
+
+    async def _blame(self, exchange: Exchange, attempt: Attempt) -> None:
+        """Count an error inside a stream, which may stand for a crash."""
+        reason = "error"
+        try:
+            if not await attempt.replica.is_healthy():
+                reason = "crashed"
+        finally:  # the client may leave meanwhile
+            self._count(exchange, reason)
+
+    async def _rest(self, exchange: Exchange, connection: Connection, attempt: Attempt) -> None:
+        """Send an answer that is not streamed, once all of it is here.
+
+        Raises:
+            ApiError: 503; clients have too many bytes to read as it is.
+        """
+        unread, limits = self.state.unread, self.state.config.limits
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            held += size
+            unread.bytes += size
+            if not unread.make_room(limits.max_unread_bytes):
+                message = "The gateway holds as many bytes of answers as it may."
+                raise ApiError(503, message, code="too_many_unread_bytes", retry_after=1.0)
+
+        try:
+            content = await connection.rest(limits.max_answer_bytes, hold)
+            await self._whole(exchange, connection, connection.status, content, attempt)
+        finally:
+            unread.bytes -= held
 
     async def _whole(
         self,
@@ -178,9 +211,10 @@ class Proxy:
         headers = headers_down(connection.headers)
         if status >= 400:
             body = normalise(content, status)
-            model = exchange.model.entry.name if exchange.model else EVERY
-            if body["error"]["code"] == "model_not_found" and model != EVERY:
-                attempt.replica.note_lack(model)
+            if body["error"]["code"] == "model_not_found" and exchange.model is not None:
+                attempt.succeeded()
+                if exchange.model.entry.name != EVERY:
+                    attempt.replica.note_lack(exchange.model.entry.name)
                 raise AnswerError(status, "no_such_model", content, was_read=False)
             if status >= 500:
                 self._count(exchange, "error")
@@ -212,16 +246,22 @@ class Proxy:
             headers = [header for header in headers if header[0] not in dict(NO_BUFFERING)]
             await exchange.start(connection.status, headers + NO_BUFFERING)
             await stream.pass_on(events)
-            if stream.error is None or stream.error_status < 500:
-                attempt.succeeded()
-            else:
-                attempt.failed()
-                self._count(exchange, "error")
             if stream.error is not None:
                 exchange.code, exchange.upstream_status = "upstream_error", stream.error_status
+            failed = stream.error is not None and stream.error_status >= 500
+            if failed:
+                attempt.failed()
+                await self._blame(exchange, attempt)
+            await stream.end()
+            if not failed:
+                attempt.succeeded()
         finally:
+            behind = stream.take_unread()
             exchange.completion_tokens = request.tokens_of(stream.count)
             exchange.note_usage(stream.usage)
+            if behind and not exchange.usage_known:
+                most = request.tokens - request.prompt_tokens
+                exchange.unseen_tokens = max(0, most - exchange.completion_tokens)
 
 
 def api_error(error: UpstreamError) -> ApiError:

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from serving.config import Config
-from serving.upstream.http import ConnectionPool, Headers, UpstreamError
+from serving.upstream.http import Headers, UpstreamError
+from serving.upstream.pool import ConnectionPool
 from serving.upstream.vllm_metrics import (
     UNKNOWN,
     ServerInfo,
+    context_lengths,
     kv_cache_sizes,
     load_gauges,
-    model_names,
     parse_info,
 )
 
@@ -37,7 +38,7 @@ class Replica:
         self.kv_usage: float | None = None  # a fraction; None: not known
         self.kv_bytes: int | None = None  # of the whole cache
         self.waiting: float | None = None
-        self.models: frozenset[str] | None = None  # names that it lists; None: not known
+        self.models: dict[str, int] | None = None  # that it lists, and their contexts' lengths
         self.lacks: set[str] = set()  # names that it has answered "no such model" to
         self.ask_models = True  # at the next check
         self._others = 0.0  # requests of other clients here, at the last check
@@ -79,7 +80,7 @@ class Replica:
         self.ask_models, page = False, b""
         with contextlib.suppress(UpstreamError):
             _, page = await self.get("/v1/models")
-        self.models = model_names(page)
+        self.models = context_lengths(page)
         self.lacks = {n for n in self.lacks if self.models is not None and n not in self.models}
 
     def note_lack(self, name: str) -> None:

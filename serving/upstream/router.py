@@ -66,13 +66,33 @@ class Model:
         pairs = zip(self.replicas, self.servers, strict=True)
         return next((known for r, known in pairs if r.url == url), self.description)
 
-    def usable(self, tried: Collection[Replica] = ()) -> list[Replica]:
-        """Return the replicas that may be asked: of those whose circuit lets a request through the
-        ones that have the model, and of these the healthy ones; all if none is (a server that is
-        merely slow is better than none)."""
+    def usable(self, name: str | None = None, tried: Collection[Replica] = ()) -> list[Replica]:
+        """Return the replicas that may be asked, for the model by this name: of those whose circuit
+        lets a request through the ones that have it, and of these the healthy ones; all if none is
+        (a server that is merely slow is better than none)."""
         accepting = [r for r in self.replicas if r.accepts and r not in tried]
-        having = [r for r in accepting if self.entry.name not in r.lacks] or accepting
+        having = [r for r in accepting if self._has(r, name)] or accepting
         return [r for r in having if r.healthy is not False] or having
+
+    def _has(self, replica: Replica, name: str | None) -> bool:
+        """Return whether a replica has a model, as far as is known. Of an entry for every name, a
+        list of those that a replica lacks would have no end."""
+        if self.entry.name == EVERY:
+            return name is None or replica.models is None or name in replica.models
+        return self.entry.name not in replica.lacks
+
+    def another(self, name: str, tried: Collection[Replica], lacked: bool) -> Replica | None:
+        """Return a replica to try after others; None if there is none, or where those lacked the
+        model, none that may have it."""
+        usable = self.usable(name, tried)
+        if lacked and self.entry.name == EVERY:
+            usable = [r for r in usable if self._has(r, name)]
+        return self.choose(usable, b"") if usable else None
+
+    def context_length(self, name: str) -> int:
+        """Return the tokens of the model's context, of the longest where replicas differ; 0: not
+        known."""
+        return max((r.models.get(name, 0) for r in self.replicas if r.models), default=0)
 
     def choose(self, candidates: Sequence[Replica], prefix: bytes) -> Replica:
         """Return one of the candidates, by the policy; among equals, the configuration's first."""
@@ -87,13 +107,13 @@ class Model:
                     return replica
         return min(candidates, key=lambda r: r.load)
 
-    def attempt(self, prefix: bytes) -> Attempt | None:
-        """Return an attempt at a replica with room; None if none has.
+    def attempt(self, name: str, prefix: bytes) -> Attempt | None:
+        """Return an attempt at a replica with room for the model by this name; None if none has.
 
         Raises:
             ApiError: 503; no replica can be asked.
         """
-        usable = self.usable()
+        usable = self.usable(name)
         if not usable:
             wait = min(r.seconds_open for r in self.replicas)
             message = "The model server cannot be reached."
@@ -142,14 +162,14 @@ class Router:
 
         Args:
             model: the model.
-            name: its name in the request, to find it again where the configuration has changed.
+            name: its name in the request.
             prefix: the beginning of the prompt.
 
         Raises:
             ApiError: 404 no such model any more; 503 no replica can be reached, or too many
                 requests wait, or this one waited too long.
         """
-        if not self._queues.get(model.entry.name) and (attempt := model.attempt(prefix)):
+        if not self._queues.get(model.entry.name) and (attempt := model.attempt(name, prefix)):
             return attempt
         limits = model.replicas[0].config.limits
         queue = self._queues[model.entry.name]
@@ -160,7 +180,7 @@ class Router:
         try:
             async with asyncio.timeout(limits.queue_seconds):
                 while True:
-                    if queue[0] is place and (attempt := self.model(name).attempt(prefix)):
+                    if queue[0] is place and (attempt := self.model(name).attempt(name, prefix)):
                         return attempt
                     await place
                     at = queue.index(place)

@@ -75,11 +75,16 @@ def kv_cache_sizes(page: bytes) -> dict[str, Any]:
     }
 
 
-def model_names(listed: bytes) -> frozenset[str] | None:
-    """Return the names in an answer of /v1/models; None if it is no such list."""
+def context_lengths(listed: bytes) -> dict[str, int] | None:
+    """Return the names in an answer of /v1/models with the lengths of their contexts in tokens, 0
+    where one is not known; None if it is no such list."""
     try:
-        names = [entry["id"] for entry in json.loads(listed)["data"][:MAX_NAMES]]
-        return frozenset(n for n in names if len(n) <= MAX_NAME and n.encode())
+        found = {}
+        for entry in json.loads(listed)["data"][:MAX_NAMES]:
+            name, length = entry["id"], entry.get("max_model_len")
+            if len(name) <= MAX_NAME and name.encode():
+                found[name] = length if type(length) is int and 0 < length < 2**31 else 0
+        return found
     except UNEXPECTED:
         return None
 

@@ -1,8 +1,10 @@
 """Hostile requests and hostile answers: a corpus of both, mutated at random, against one gateway.
 
 Each request goes out on a connection of its own, or after another one on a kept one, and the model
-server answers it with one of the hostile answers or a good one. Whatever happens, the gateway must
-not answer 500, log a traceback, or grow; and /health must answer all the while.
+server answers it with one of the hostile answers or a good one; so it does with the gateway's own
+requests: health checks, lists of models, comparisons of two models and shadow scoring. Whatever
+happens, the gateway must not answer 500, log a traceback, or grow; and /health must answer all the
+while.
 """
 
 import asyncio
@@ -29,8 +31,9 @@ SEED = 1
 AT_ONCE = 16
 LOOK_SECONDS = 0.15
 """How long a client waits for the next bytes of an answer before it hangs up."""
-WARM_UP = 2000
-"""Requests after which memory may not grow any more."""
+WARM_UP = 8000
+"""Requests after which memory may not grow any more: each of the large answers has been parsed a
+few times by then, at the same time as others, which leaves pieces of memory between them."""
 GROWTH_MB = 5.0
 KEY = "attnserve-" + "k" * 43
 
@@ -65,7 +68,17 @@ REQUESTS = [
     post(STREAM),
     post(CHAT, path="/v1/chat/completions"),
     post(b'{"model":"m","input":"x"}', path="/v1/embeddings"),
-    post(b'{"models":["m"],"reference":"m","prompt":"x"}', path="/v1/compare"),
+    *(post(body, path="/v1/compare") for body in (
+        b'{"models":["m"],"reference":"m","prompt":"x"}',
+        b'{"models":["n"],"reference":"m","prompt":"x","max_tokens":2}',
+        b'{"models":["n"],"reference":"m","prompt":[1],"max_tokens":2,"generate":false}',
+        b'{"models":["m","z"],"reference":"n","messages":[{"role":"u","content":"x"}]}',
+        b'{"models":["n"],"reference":"m","prompt":[-1],"top_k":1e9,"temperature":"x"}',
+    )),
+    post(GOOD.replace(b'"m"', b'"n"')),
+    post(b'{"model":"n","input":["x",[1]],"padding":"max_length"}', path="/v1/embeddings"),
+    post(GOOD).replace(b"HTTP/1.1", b"HTTP/1.0"),
+    post(STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"),
     post(CHUNKED + b"\r\n", TE),
     *(f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()
       for path in ("/health", "/v1/models", "/v1/models/m", "/playground", "/openapi.json", "/%0")),
@@ -144,9 +157,27 @@ def events(*pieces: bytes) -> bytes:
 JSON_LINE = "content-type: application/json"
 TOKEN = b'data: {"id":"x","choices":[{"index":0,"text":"t"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
-WHOLE = json.dumps({"choices": [{"text": "t"}],
-                    "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()  # fmt: skip
+ID_TOKEN = b'data: {"choices":[{"text":"t","token_ids":[5],"prompt_token_ids":[1]}]}\n\n'
+
+
+def whole(**choice: object) -> bytes:
+    """Return the body of an answer in one piece."""
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    return json.dumps({"choices": [{"text": "t", **choice}], "usage": usage}).encode()
+
+
+def read(*ids: object, **logprob: object) -> bytes:
+    """Return what a model says of token ids that it has read."""
+    entry = {"logprob": -0.5, "rank": 1, "decoded_token": "t", **logprob}
+    return whole(prompt_logprobs=[None, *({str(i): entry, "7": entry} for i in ids)])
+
+
+WHOLE = whole()
+IDS = whole(token_ids=[5], prompt_token_ids=[1])
 OK = answer(WHOLE, JSON_LINE)
+GOOD_READ = answer(read(5), JSON_LINE)
+GOOD_IDS = [answer(IDS, JSON_LINE), events(ID_TOKEN, DONE)]
+TOKENIZED = answer(b'{"tokens":[1],"count":1}', JSON_LINE)
 
 ANSWERS = [
     OK,
@@ -191,6 +222,82 @@ ANSWERS = [
 ]  # fmt: skip
 
 
+READS = [
+    GOOD_READ,
+    *(answer(body, JSON_LINE) for body in (
+        read(), read(5, 5), read("x"), read(10**30), read(5, logprob="NaN"),
+        read(5, logprob=1e308), read(5, logprob=None), read(5, decoded_token=["x"]),
+        read(5, decoded_token="\ud800"), read(*range(20_000)), whole(prompt_logprobs={}),
+        whole(prompt_logprobs=[[]]), whole(prompt_logprobs=[None, None]),
+    )),
+    answer(b'{"error":{"message":"out of vocabulary","code":400}}', JSON_LINE, status="400 X"),
+]  # fmt: skip
+
+TOKENS = [
+    TOKENIZED,
+    *(answer(body, JSON_LINE) for body in (
+        b'{"tokens":[]}', b'{"tokens":"x"}', b'{"tokens":[-1,1e9,true]}', b'{"tokens":null}',
+        b'{"tokens":[' + b"1," * 200_000 + b"1]}",
+    )),
+]  # fmt: skip
+
+
+def page(*lines: bytes) -> bytes:
+    """Return a page of metrics."""
+    return answer(b"\n".join((*lines, b"")), "content-type: text/plain")
+
+
+GOOD_PAGE = page(
+    b'vllm:num_requests_waiting{model_name="m"} 0', b'vllm:kv_cache_usage_perc{engine="0"} 0.1',
+    b'attnserve:server_info{model_name="m",variant="softpick",weight_bits="16"} 1.0',
+)  # fmt: skip
+PAGES = [
+    GOOD_PAGE,
+    page(b"vllm:kv_cache_usage_perc NaN", b"vllm:num_requests_waiting -1e999"),
+    page(b"vllm:num_requests_running " + b"9" * 5000),
+    page(b'attnserve:server_info{variant="' + b"x" * 5000 + b'",weight_bits="nan"} 1.0'),
+    page(b'attnserve:server_info{variant="a\\"b\xff",weight_bits="4,4,x"} 1.0'),
+    page(*[b'attnserve:server_info{variant="softmax"} 1.0'] * 5000),
+    page(b'vllm:cache_config_info{kv_cache_memory_bytes="' + b"9" * 400 + b'"} 1.0'),
+    page(b'vllm:x{model_name="' + b"\\" * 100_000 + b'"} 1'),
+    page(b"{" * 300_000),
+    page(b"\0" * 300_000),
+]
+
+
+def listed(*entries: object) -> bytes:
+    """Return a list of models."""
+    return answer(json.dumps({"object": "list", "data": entries}).encode(), JSON_LINE)
+
+
+GOOD_LIST = listed({"id": "m", "object": "model", "max_model_len": 99}, {"id": "n"})
+LISTS = [
+    GOOD_LIST,
+    listed(*({"id": f"{i}"} for i in range(5000))),
+    listed({"id": "m", "max_model_len": -1}, {"id": "n", "max_model_len": 10**40}),
+    listed({"id": "\ud800"}),
+    listed({"id": "x" * 100_000}),
+    listed({"id": None}, {}, [], 7),
+    answer(b'{"data":{}}', JSON_LINE),
+    answer(b'{"data":[{"id":"m","x":NaN}]}', JSON_LINE),
+]
+HEALTH = [answer(b""), answer(b"", status="503 X"), answer(b"x" * 100_000), b"HTTP/1.1 200 OK\r\n"]
+
+
+def answers_to(method: bytes, path: bytes, body: bytes) -> tuple[bytes, list[bytes]]:
+    """Return the good answer to a request of the gateway's, and the hostile ones of its kind."""
+    if method == b"GET":
+        by_path = {b"/metrics": (GOOD_PAGE, PAGES), b"/v1/models": (GOOD_LIST, LISTS)}
+        return by_path.get(path, (HEALTH[0], HEALTH))
+    if path == b"/tokenize":
+        return TOKENIZED, TOKENS
+    if b'"prompt_logprobs"' in body:
+        return GOOD_READ, READS
+    if b'"return_token_ids"' in body:
+        return GOOD_IDS[b'"stream": true' in body or b'"stream":true' in body], GOOD_IDS
+    return OK, ANSWERS
+
+
 def mutated(data: bytes, chance: random.Random) -> bytes:
     """Return data as it is, or with a few bytes or lines changed, repeated, swapped or cut."""
     for _ in range(chance.choice((0, 0, 1, 1, 2, 4))):
@@ -232,7 +339,7 @@ class Found:
 
 
 class ModelServer:
-    """Answers POSTs by the next of the hostile answers, and anything else well."""
+    """Answers most requests, also those of the gateway's own, by one of the hostile answers."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -242,13 +349,16 @@ class ModelServer:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-                await reader.readexactly(int(length or 0))
-                data = OK
-                if head.startswith(b"POST") and self.chance.random() < 0.7:
-                    data = mutated(self.chance.choice(ANSWERS), self.chance)
+                body = await reader.readexactly(int(length or 0))
+                method, _, path = head.partition(b"\r\n")[0].rpartition(b" ")[0].partition(b" ")
+                good, hostile = answers_to(method, path, body)
+                data = good
+                if self.chance.random() < (0.7 if method == b"POST" else 0.4):
+                    kind = hostile if self.chance.random() < 0.7 else ANSWERS
+                    data = mutated(self.chance.choice(kind), self.chance)
                 writer.write(data)
                 await writer.drain()
-                if data is not OK:
+                if data is not good:
                     return
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
             pass
@@ -340,7 +450,9 @@ def hostile(requests: int, log_file: Path) -> Found:
         tempfile.TemporaryDirectory(prefix="hostile-") as folder,
     ):
         config = {
-            "models": [{"name": name, "replicas": [upstream]} for name in ("m", "*")],
+            "models": [{"name": name, "replicas": [upstream]} for name in ("m", "n", "*")],
+            "shadow": {"reference": "m", "models": ["n"], "sample": 0.5, "max_concurrent": 4},
+            "health": {"every": 0.1},
             "keys": [{"name": "k", "sha256": digest(KEY)}],
             "timeouts": {"body": 2, "read": 2, "connect": 2},
             "breaker": {"failures": 10**6},

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.serving.helpers import HttpAnswer, ask, running
 
@@ -14,12 +14,35 @@ Handler = Callable[[Next, asyncio.StreamReader, asyncio.StreamWriter], Awaitable
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 BODY = {"model": "m", "prompt": "x"}
+TOKEN = b'data: {"choices": [{"text": "a"}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+T = TypeVar("T")
+
+
+def chunk(data: bytes) -> bytes:
+    """Return data as a chunk of a body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def says(answer: bytes) -> Handler:
+    """Return a server that says the same to every request, and then closes the connection."""
+
+    async def say(
+        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await following()
+        writer.write(answer)
+        await writer.drain()
+
+    return say
 
 
 @asynccontextmanager
-async def listening(handler: Handler) -> AsyncIterator[str]:
+async def listening(handler: Handler, health: bytes = OK) -> AsyncIterator[str]:
     """Run a TCP server on a free port; yield its URL. `handler` gets connections on which a
-    request has begun that is no health check; `Next` returns when one has been read whole."""
+    request has begun that is no health check, which `health` answers; `Next` returns when one has
+    been read whole."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heads = [await reader.readuntil(b"\r\n\r\n")]
@@ -30,7 +53,7 @@ async def listening(handler: Handler) -> AsyncIterator[str]:
 
         try:
             if heads[0].startswith(b"GET"):
-                writer.write(OK.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+                writer.write(health.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
             else:
                 await handler(following, reader, writer)
         except asyncio.IncompleteReadError:
@@ -43,6 +66,16 @@ async def listening(handler: Handler) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
+def beside_server(handler: Handler, client: Callable[[str], T], health: bytes = OK) -> T:
+    """Return what `client` does, which gets the address of a server that runs meanwhile."""
+
+    async def serve() -> T:
+        async with listening(handler, health) as url:
+            return await asyncio.to_thread(client, url)
+
+    return asyncio.run(serve())
+
+
 def through_gateway(
     handler: Handler, *pauses: float, stream: bool = False, **config: Any
 ) -> list[HttpAnswer]:
@@ -50,17 +83,12 @@ def through_gateway(
     body = {**BODY, "stream": True} if stream else BODY
     config = {"timeouts": {"read": 5, "idle": 2}, **config}
 
-    async def run() -> list[HttpAnswer]:
+    def ask_all(url: str) -> list[HttpAnswer]:
         answers = []
-
-        def ask_all(url: str) -> None:
-            with running(url, **config) as gateway:
-                for pause in pauses:
-                    answers.append(ask(gateway.url, "POST", "/v1/completions", body))
-                    time.sleep(pause)
-
-        async with listening(handler) as url:
-            await asyncio.to_thread(ask_all, url)
+        with running(url, **config) as gateway:
+            for pause in pauses:
+                answers.append(ask(gateway.url, "POST", "/v1/completions", body))
+                time.sleep(pause)
         return answers
 
-    return asyncio.run(run())
+    return beside_server(handler, ask_all)

@@ -12,30 +12,25 @@ from typing import Any
 import pytest
 
 from tests.serving.helpers import HttpAnswer, Running, ask, error_of, open_request, running
-from tests.serving.scripted import BODY, EVENTS, OK, Handler, Next, listening
+from tests.serving.scripted import (
+    BODY,
+    DONE,
+    EVENTS,
+    OK,
+    TOKEN,
+    Handler,
+    Next,
+    beside_server,
+    chunk,
+    says,
+)
 from tests.serving.standin import StandIn, standin, started, wait_for
 
-TOKEN = b'data: {"choices": [{"text": "a"}]}\n\n'
-DONE = b"data: [DONE]\n\n"
+DEAD = b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n"
+"""What a vLLM whose engine has died says to a health check."""
+
 AT_ONCE = {"failures": 1}
 """A circuit that opens at the first failure, so that it shows what counts as one."""
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def says(answer: bytes) -> Handler:
-    """Return a server that says the same to every request, and then closes the connection."""
-
-    async def say(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await following()
-        writer.write(answer)
-        await writer.drain()
-
-    return say
 
 
 class Outcome:
@@ -69,7 +64,7 @@ class Outcome:
         return error
 
 
-def outcome(handler: Handler, stream: bool = True, **config: Any) -> Outcome:
+def outcome(handler: Handler, stream: bool = True, health: bytes = OK, **config: Any) -> Outcome:
     """Return what becomes of a request to a gateway in front of `handler`."""
 
     def run(url: str) -> Outcome:
@@ -77,11 +72,7 @@ def outcome(handler: Handler, stream: bool = True, **config: Any) -> Outcome:
             body = {**BODY, "stream": stream}
             return Outcome(gateway, ask(gateway.url, "POST", "/v1/completions", body))
 
-    async def serve() -> Outcome:
-        async with listening(handler) as url:
-            return await asyncio.to_thread(run, url)
-
-    return asyncio.run(serve())
+    return beside_server(handler, run, health)
 
 
 @pytest.fixture
@@ -132,11 +123,7 @@ def test_client_that_does_not_read_is_no_silent_server(
             assert got == (b"".join(events) + DONE if ended else b"")
             return Outcome(gateway)
 
-    async def serve() -> Outcome:
-        async with listening(all_at_once) as url:
-            return await asyncio.to_thread(run, url)
-
-    found = asyncio.run(serve())
+    found = beside_server(all_at_once, run)
     assert not found.failures and not found.circuit_open
     code = None if ended else "client_too_slow"
     assert found.codes == ({code} if code else set())
@@ -159,7 +146,12 @@ SAID = {"message": "no", "type": "x", "param": None}
     ],
 )
 @pytest.mark.parametrize("together", [True, False])
-def test_error_inside_a_stream(event: bytes, status: int, together: bool, logged: Any) -> None:
+@pytest.mark.parametrize("health", [OK, DEAD], ids=["healthy", "dead"])
+def test_error_inside_a_stream(
+    event: bytes, status: int, together: bool, health: bytes, logged: Any
+) -> None:
+    """With a server that is not healthy then, it stands for a crash (vLLM's EngineDeadError)."""
+
     async def fail(
         following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
@@ -173,17 +165,18 @@ def test_error_inside_a_stream(event: bytes, status: int, together: bool, logged
         writer.write(b"0\r\n\r\n")
         await writer.drain()
 
-    found = outcome(fail)
+    found = outcome(fail, health=health)
     assert found.answer.status == 200
     assert len(found.events) == 3
+    reason = ("error" if health is OK else "crashed") if status >= 500 else None
     error = found.last_error
     assert (error["message"], error["code"]) == ("no", None)
     assert found.codes == {"upstream_error"}
-    assert found.failures == ({"error": 1} if status >= 500 else {})
+    assert found.failures == ({reason: 1} if reason else {})
     assert found.circuit_open == (status >= 500)
     line = logged()
     assert (line["code"], line["upstream_status"]) == ("upstream_error", status)
-    assert line["upstream_error"] == ("error" if status >= 500 else None)
+    assert line["upstream_error"] == reason
 
 
 def test_server_whose_streams_all_fail_is_left_alone() -> None:
@@ -198,11 +191,7 @@ def test_server_whose_streams_all_fail_is_left_alone() -> None:
                 assert ask(gateway.url, "POST", "/v1/completions", body).status == 200
             assert ask(gateway.url, "POST", "/v1/completions", body).status == 503
 
-    async def serve() -> None:
-        async with listening(says(answer)) as url:
-            await asyncio.to_thread(run, url)
-
-    asyncio.run(serve())
+    beside_server(says(answer), run)
 
 
 def test_null_is_no_error() -> None:
@@ -270,12 +259,9 @@ def test_second_answer_in_one_read_is_dropped(second: bytes, stream: bool) -> No
             body = {**BODY, "stream": stream}
             return [ask(gateway.url, "POST", "/v1/completions", body) for _ in range(2)]
 
-    async def serve() -> list[HttpAnswer]:
-        async with listening(talk) as url:
-            return await asyncio.to_thread(run, url)
-
     expected = TOKEN + DONE if stream else b"{}"
-    assert [(a.status, a.body) for a in asyncio.run(serve())] == [(200, expected)] * 2
+    answers = beside_server(talk, run)
+    assert [(a.status, a.body) for a in answers] == [(200, expected)] * 2
     assert connections == 2
 
 
@@ -388,6 +374,31 @@ def test_server_without_the_model_leaves_its_rotation() -> None:
             assert gateway.metric(reason) == 1
             without.models = ("other", "m")
             wait_for(lambda: statuses() == {200} and without.started > 1, "it is back")
+
+
+def test_servers_of_every_name_are_asked_for_what_they_have() -> None:
+    """Also where one does not say what it has; a name that none has is asked for once."""
+    failures = "attnserve_upstream_errors_total{"
+
+    def ask_for(gateway: Running, name: str) -> int:
+        return ask(gateway.url, "POST", "/v1/completions", {**BODY, "model": name}).status
+
+    with standin("a") as first, standin("b") as second:
+        replicas = [first.url, second.url]
+        config = {"models": [{"name": "*", "replicas": replicas}], "breaker": AT_ONCE}
+        with running(**config) as gateway:
+            listed = ask(gateway.url, "GET", "/v1/models").json()["data"]
+            assert {model["id"] for model in listed} == {"a", "b"}
+            assert [ask_for(gateway, name) for name in "abab"] == [200] * 4
+            assert (first.started, second.started) == (2, 2)
+            assert ask_for(gateway, "made-up") == 404
+            assert first.started + second.started == 5
+            assert gateway.metric(failures) == 0
+        first.listed = second.listed = b"no list"
+        with running(**config) as gateway:
+            assert [ask_for(gateway, name) for name in "ab"] == [200] * 2
+            assert gateway.metric(failures) == gateway.metric("attnserve_retries_total{") == 1
+            assert gateway.metric("attnserve_replica_circuit_open{") == 0
 
 
 def test_model_that_no_server_has() -> None:

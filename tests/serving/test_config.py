@@ -1,5 +1,6 @@
 """The YAML configuration: what is wrong with it is said in one line, and what is right is used."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +19,7 @@ import yaml
 from serving.auth import digest
 from serving.config import Config, ConfigError, Section
 from serving.config_file import load
+from serving.state import GatewayState
 from tests.servers import Server
 from tests.serving.helpers import HttpAnswer, ask, configured, error_of, metric, open_request
 from tests.serving.standin import standin, wait_for
@@ -203,6 +206,37 @@ def test_keys_new() -> None:
 def models(gateway: Server) -> list[str]:
     """Return the ids of /v1/models."""
     return [entry["id"] for entry in ask(gateway.url, "GET", "/v1/models").json()["data"]]
+
+
+def test_streams_go_on_while_a_configuration_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With thousands of keys, that takes a second."""
+    state = GatewayState(load(write(tmp_path, GOOD)), tmp_path / "gateway.yaml")
+    ticks = 0
+
+    def slowly(path: Path) -> Config:
+        nonlocal ticks
+        ticks = 0
+        time.sleep(0.5)
+        assert ticks > 10
+        return load(path)
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    async def reload() -> None:
+        before = state.config
+        ticking = asyncio.create_task(tick())
+        await state.reload()
+        ticking.cancel()
+        assert state.config is not before
+
+    monkeypatch.setattr("serving.state.load", slowly)
+    asyncio.run(reload())
 
 
 def test_reload(tmp_path: Path) -> None:

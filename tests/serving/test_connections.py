@@ -210,6 +210,31 @@ def test_nonsense_behind_a_request_is_no_part_of_its_answer(upstream: StandIn) -
         upstream.between_s = 0.0
 
 
+@pytest.mark.parametrize("head", [HEALTH, WHOLE, WHOLE + HEALTH, POST + LENGTH + b"\r\nno json"])
+def test_http_1_0_has_no_chunks(gateway: Running, head: bytes) -> None:
+    """An answer of known length says so, and the connection ends with it."""
+    with dial(gateway) as client:
+        client.sendall(head.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        _, headers, body = answer(client)
+        assert headers["connection"] == "close" and "transfer-encoding" not in headers
+        assert json.loads(body) and closed(client)
+
+
+def test_http_1_0_has_streams_without_chunks(gateway: Running) -> None:
+    body = {"model": "m", "prompt": "x", "max_tokens": 20, "stream": True}
+    expected = ask(gateway.url, "POST", "/v1/completions", body).body
+    raw = json.dumps(body).encode()
+    with dial(gateway) as client:
+        head = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Connection: keep-alive\r\n"
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
+        whole = b""
+        while piece := client.recv(65536):
+            whole += piece
+    fields, _, events = whole.partition(b"\r\n\r\n")
+    assert events == expected and events.count(b"data: ") == 21
+    assert b"transfer-encoding" not in fields and b"connection: close" in fields
+
+
 # Time
 
 
@@ -409,18 +434,33 @@ def heads(gateway: Running) -> int:
 
 
 @pytest.mark.integration
-def test_floods_cost_no_memory(upstream: StandIn, tmp_path: Path) -> None:
+def test_floods_leave_no_memory_behind(upstream: StandIn, tmp_path: Path) -> None:
+    """Of heads without end, and of bodies that take many times their bytes when they are parsed."""
+    numbers = ",".join(str(1000 + i % 9000) for i in range(800_000))
+    worst = b'{"model": "m", "max_tokens": 1, "prompt": [%b]}' % numbers.encode()
+    bearer = "Bearer secret"
     config = {"models": [{"name": "m", "replicas": [upstream.url]}], "keys": KEYS}
     with configured(tmp_path, config) as gateway:
         process = psutil.Process(gateway.pid)
+
+        def send_worst() -> int:
+            url = gateway.url
+            return ask(url, "POST", "/v1/completions", worst, authorization=bearer).status
+
         for _ in range(50):
             assert ask_health(gateway)
+        assert send_worst() == 200
         before = process.memory_info().rss
         for start, piece in FLOODS.values():
             with dial(gateway) as client:
                 flood(client, start, piece, megabytes=60)
             assert ask_health(gateway)
+        assert [send_worst() for _ in range(8)] == [200] * 8
         assert process.memory_info().rss - before < 5 * 2**20
+        children = process.children(recursive=True)  # what reads large bodies
+        assert children
+        process.kill()
+        assert not psutil.wait_procs(children, timeout=30)[1]
 
 
 @pytest.mark.integration

@@ -38,6 +38,26 @@ def complete(gateway: Running, key: str = ALICE, **fields: Any) -> HttpAnswer:
     return ask(gateway.url, "POST", "/v1/completions", body, authorization=bearer)
 
 
+@pytest.mark.parametrize("model", ["m", "*"])
+def test_padded_prompts_are_as_long_as_the_context(model: str) -> None:
+    """vLLM's `padding`, for embeddings: known before the server works on it."""
+    body = {"model": "m", "input": ["a", "b", "c"]}
+    with standin() as upstream:  # which says that its context is 99 tokens
+        models = [{"name": model, "replicas": [upstream.url]}]
+        with running(models=models, keys=[entry(ALICE, "a", tokens_per_minute=296)]) as gateway:
+
+            def embed(**fields: Any) -> HttpAnswer:
+                bearer = f"Bearer {ALICE}"
+                path = "/v1/embeddings"
+                return ask(gateway.url, "POST", path, {**body, **fields}, authorization=bearer)
+
+            refused = embed(padding="max_length")
+            assert refused.status == 429 and "Requested 297." in error_of(refused)["message"]
+            assert embed(padding="max_length", input="a").status == 200
+            assert embed(padding="do_not_pad").status == embed(padding=None).status == 200
+            assert error_of(embed(padding="x"))["param"] == "padding"
+
+
 def test_keys_are_random_and_long() -> None:
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100

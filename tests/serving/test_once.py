@@ -11,7 +11,8 @@ from contextlib import ExitStack
 import pytest
 import uvloop
 
-from serving.upstream.http import Connection, ConnectionPool
+from serving.upstream.http import Connection
+from serving.upstream.pool import ConnectionPool
 from tests.serving.helpers import HttpAnswer, ask, error_of, open_request, running
 from tests.serving.scripted import BODY, OK, Next, listening
 from tests.serving.standin import StandIn, standin, wait_for, wait_for_value

@@ -2,24 +2,22 @@
 
 import asyncio
 import json
-import threading
+import os
+import signal
 import time
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.config import Limits
+from serving.large_bodies import LARGE_BODY, BodyReader
 from serving.openai.bodies import BODIES, MAX_TOKENS
 from serving.openai.errors import ApiError
-from serving.openai.request import (
-    LARGE_BODY,
-    MAX_PARTS,
-    ModelRequest,
-    beside_the_loop,
-    read_request,
-)
+from serving.openai.request import MAX_PARTS, ModelRequest, read_request
+from tests.serving.standin import wait_for
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 
@@ -224,10 +222,40 @@ def test_any_json_is_read_or_refused(fields: dict[str, Any], route: str) -> None
     assert json.dumps(sent) == json.dumps(fields)
 
 
-def test_large_bodies_are_read_beside_the_event_loop() -> None:
-    async def thread(size: int) -> int:
-        return await beside_the_loop(lambda raw: threading.get_ident(), bytes(size))
+def process_of(raw: bytes) -> int:
+    """Return the process that reads a body; one of zeros ends it, one of spaces is refused."""
+    if raw[:1] == b"\0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if raw[:1] == b" ":
+        raise ApiError(400, "no", code="c", param="p", retry_after=3.0)
+    return os.getpid()
 
-    here = threading.get_ident()
-    assert asyncio.run(thread(LARGE_BODY)) == here
-    assert asyncio.run(thread(LARGE_BODY + 1)) != here
+
+def test_large_bodies_are_read_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is killed is replaced, and one without work ends."""
+
+    async def read() -> None:
+        reader = BodyReader()
+
+        async def pid(start: bytes, size: int = LARGE_BODY + 1) -> int:
+            return await reader.read(process_of, start.ljust(size, b"x"))
+
+        assert await pid(b"x", LARGE_BODY) == os.getpid()
+        first = await pid(b"x")
+        assert first != os.getpid() and await pid(b"x") == first
+        with pytest.raises(ApiError, match="no") as refused:
+            await pid(b" ")
+        error = refused.value
+        assert (error.status, error.code, error.retry_after) == (400, "c", 3.0)
+        assert error.body["error"]["param"] == "p"
+        with pytest.raises(ApiError) as failed:
+            await pid(b"\0")
+        assert (failed.value.status, failed.value.code) == (503, "body_not_read")
+        monkeypatch.setattr("serving.large_bodies.IDLE_SECONDS", 0.0)
+        last = await pid(b"x")
+        assert last not in (first, os.getpid())
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(wait_for, lambda: not psutil.pid_exists(last), "it ends")
+        assert not psutil.pid_exists(first)
+
+    asyncio.run(read())

@@ -108,6 +108,7 @@ READ: dict[str, st.SearchStrategy[Any]] = {
     "stream_options": mostly(OPTIONS | st.none(), ANYTHING),
     "stream_interval": NUMBERS,
     "suffix": mostly(TEXTS, ANYTHING),
+    "padding": mostly(st.sampled_from(["max_length", "do_not_pad", None]), ANYTHING),
 }
 """Fields that the gateway reads."""
 UNREAD: dict[str, st.SearchStrategy[Any]] = {
@@ -202,6 +203,13 @@ def prompts_of(request: Any) -> int:
     return sum(len(prompt_to_seq(prompts)) for prompts in given if prompts is not None)
 
 
+def inputs_of(request: Any) -> int:
+    """Return how many inputs vLLM makes embeddings of."""
+    from vllm.renderers.inputs.preprocess import prompt_to_seq
+
+    return len(prompt_to_seq(request.input))
+
+
 def most_tokens(request: Any) -> int:
     """Return the most tokens that vLLM writes: OpenAIServingCompletion and OpenAIServingChat.
 
@@ -258,6 +266,10 @@ def check(raw: bytes, route: str, adapter: TypeAdapter[Any]) -> tuple[bool, bool
             assert ours.hide_usage is not at_end
         else:
             assert not ours.hide_usage
+    elif theirs.padding != "max_length":
+        assert ours.padded_prompts == 0
+    elif "input" in type(theirs).model_fields:
+        assert ours.padded_prompts == inputs_of(theirs)
     return True, True
 
 

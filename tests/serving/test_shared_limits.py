@@ -179,7 +179,7 @@ def test_workers_without_redis(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert "several workers need `redis:` for the limits of alice" in ended.stderr
         unlimited = Config.model_validate({**config, "keys": config["keys"][1:]})
         worker = GatewayState(unlimited, file, tmp_path / "0.prom")
-        worker.reload()
+        asyncio.run(worker.reload())
         assert "alice" in caplog.text and worker.config is unlimited
 
 
@@ -304,6 +304,51 @@ def test_the_script_counts_as_a_bucket_does(redis: str) -> None:
         await shared.close()
 
     asyncio.run(compare())
+
+
+def test_a_settlement_whose_answer_is_lost_counts_once(redis: str) -> None:
+    """It is tried again, as it may not have been there; so is one of a lease that has ended."""
+    port = int(redis.rpartition(":")[2])
+    deaf = False
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, there = await asyncio.open_connection("127.0.0.1", port)
+
+        async def pipe(
+            source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool
+        ) -> None:
+            while data := await source.read(65536):
+                if not (answers and deaf):
+                    sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pipe(reader, there, False), pipe(back, writer, True))
+
+    async def settle(lease_ended: bool) -> None:
+        nonlocal deaf
+        server = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+        shared = SharedLimits(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        direct = SharedLimits(redis)
+        account = SharedAccount(shared, key := digest(new_key()))
+        account.set(KeyEntry(name="a", sha256=key, tokens_per_day=1000))
+        reservation = await account.reserve(100, 0.0)
+        if lease_ended:
+            await direct._redis.zrem(f"attnserve:{{{key}}}:running", reservation.request)
+            await direct._redis.hdel(f"attnserve:{{{key}}}:held", reservation.request)
+            await direct._redis.hset(f"attnserve:{{{key}}}:used", "3", 0)
+        deaf = True
+        account.settle(reservation, 70, 0.0)
+        await asyncio.sleep(2.5)  # it has given up waiting, and waits before it tries again
+        deaf = False
+        await asyncio.gather(*shared._settling)
+        used = await direct._redis.hget(f"attnserve:{{{key}}}:used", "3")
+        assert float(used) == pytest.approx(70, abs=0.2)  # refilled a little meanwhile
+        server.close()
+        await direct._redis.aclose()
+        await shared._redis.aclose()
+
+    for lease_ended in (False, True):
+        asyncio.run(settle(lease_ended))
 
 
 def test_a_changed_address_needs_a_restart(redis: str, tmp_path: Path) -> None:

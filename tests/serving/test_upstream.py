@@ -9,7 +9,17 @@ import pytest
 
 from tests.servers import free_port
 from tests.serving.helpers import ask, error_of, gateway_server, leave, open_request, running
-from tests.serving.scripted import BODY, EVENTS, OK, Next, listening, through_gateway
+from tests.serving.scripted import (
+    BODY,
+    EVENTS,
+    OK,
+    TOKEN,
+    Next,
+    beside_server,
+    chunk,
+    says,
+    through_gateway,
+)
 
 
 def test_upstream_that_always_hangs_up_is_an_error() -> None:
@@ -46,15 +56,7 @@ def test_no_connection_is_used_after_idling(pause: float, expected: int) -> None
 
 
 def test_stream_that_breaks_off_ends_with_an_error_event() -> None:
-    async def half_a_stream(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await following()
-        event = b'data: {"choices": [{"text": "a"}]}\n\n'
-        writer.write(EVENTS + b"%x\r\n%b\r\n" % (len(event), event))
-        await writer.drain()
-
-    (answer,) = through_gateway(half_a_stream, 0)
+    (answer,) = through_gateway(says(EVENTS + chunk(TOKEN)), 0)
     first, last = answer.body.decode().strip().split("\n\n")
     assert json.loads(first.removeprefix("data: "))["choices"]
     error = json.loads(last.strip().removeprefix("data: "))["error"]
@@ -63,14 +65,7 @@ def test_stream_that_breaks_off_ends_with_an_error_event() -> None:
 
 
 def test_answer_that_breaks_off_is_an_error() -> None:
-    async def half_an_answer(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await following()
-        writer.write(OK[:-1])
-        await writer.drain()
-
-    (answer,) = through_gateway(half_an_answer, 0)
+    (answer,) = through_gateway(says(OK[:-1]), 0)
     assert (answer.status, error_of(answer)["code"]) == (502, "upstream_broken")
 
 
@@ -112,13 +107,9 @@ EMBEDDINGS = b'{"detail": "Not Found"}'
 def test_error_bodies_of_any_kind_get_openais_shape(
     body: bytes, message: str, kind: str, param: str | None
 ) -> None:
-    async def fail(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await following()
-        writer.write(b"HTTP/1.1 400 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-
-    (answer,) = through_gateway(fail, 0)
+    (answer,) = through_gateway(
+        says(b"HTTP/1.1 400 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)), 0
+    )
     error = error_of(answer)
     assert (answer.status, error["message"], error["type"]) == (400, message, kind)
     assert (error["param"], error["code"]) == (param, None)
@@ -162,27 +153,15 @@ def test_answer_in_any_pieces_is_the_same() -> None:
 
 
 def test_answer_that_ends_with_its_connection() -> None:
-    async def until_closed(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await following()
-        writer.write(b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n{}")
-        await writer.drain()
-
-    (answer,) = through_gateway(until_closed, 0)
+    (answer,) = through_gateway(
+        says(b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n{}"), 0
+    )
     assert (answer.status, answer.body) == (200, b"{}")
 
 
 @pytest.mark.parametrize("garbage", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nx y\r\n\r\n"])
 def test_no_http_is_an_error(garbage: bytes) -> None:
-    async def talk(
-        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await following()
-        writer.write(garbage)
-        await writer.drain()
-
-    (answer,) = through_gateway(talk, 0)
+    (answer,) = through_gateway(says(garbage), 0)
     assert (answer.status, error_of(answer)["code"]) == (502, "upstream_broken")
 
 
@@ -198,25 +177,21 @@ def test_slow_client_holds_the_upstream_back() -> None:
         writer.write(EVENTS)
         event = b'data: {"choices": [{"text": "%b"}]}\n\n' % (b"a" * 8000)
         while not writer.is_closing():
-            writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+            writer.write(chunk(event))
             await writer.drain()
             sent += len(event)
 
-    async def run() -> None:
-        def client(url: str) -> None:
-            with running(url) as gateway:
-                connection = open_request(gateway.url, {**BODY, "stream": True})
-                connection.getresponse().read(10)
-                before = -1
-                while sent != before:  # until it stands still
-                    before = sent
-                    time.sleep(0.5)
-                leave(connection)
+    def client(url: str) -> None:
+        with running(url) as gateway:
+            connection = open_request(gateway.url, {**BODY, "stream": True})
+            connection.getresponse().read(10)
+            before = -1
+            while sent != before:  # until it stands still
+                before = sent
+                time.sleep(0.5)
+            leave(connection)
 
-        async with listening(endless) as url:
-            await asyncio.to_thread(client, url)
-
-    asyncio.run(run())
+    beside_server(endless, client)
     assert sent < 50_000_000  # sockets' buffers, at most some megabytes each
 
 
@@ -232,24 +207,20 @@ def test_client_that_pauses_gets_every_event_in_order() -> None:
         await following()
         writer.write(EVENTS)
         for event in events:
-            writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+            writer.write(chunk(event))
             await writer.drain()
         writer.write(b"0\r\n\r\n")
         await writer.drain()
 
-    async def run() -> None:
-        def client(url: str) -> None:
-            nonlocal got
-            with running(url) as gateway:
-                connection = open_request(gateway.url, {**BODY, "stream": True})
-                answer = connection.getresponse()
-                for _ in range(3):
-                    got += answer.read(2_000_000)
-                    time.sleep(0.3)
-                got += answer.read()
+    def client(url: str) -> None:
+        nonlocal got
+        with running(url) as gateway:
+            connection = open_request(gateway.url, {**BODY, "stream": True})
+            answer = connection.getresponse()
+            for _ in range(3):
+                got += answer.read(2_000_000)
+                time.sleep(0.3)
+            got += answer.read()
 
-        async with listening(all_at_once) as url:
-            await asyncio.to_thread(client, url)
-
-    asyncio.run(run())
+    beside_server(all_at_once, client)
     assert got == b"".join(events)

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from serving.auth import digest
 from serving.observability.metrics import Metrics
 from serving.observability.pages import MetricsPages
+from serving.workers import MAX_YOUNG_DEATHS, backoff
 from tests.servers import COMMON_ENV, Server, end_group, free_port, spawn, wait_until_healthy
 from tests.serving.helpers import ask, configured, metric
 from tests.serving.standin import standin, wait_for
@@ -127,6 +130,33 @@ def test_a_port_in_use_is_said(gateway: Server) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert f"cannot listen on 127.0.0.1:{port}" in line
+
+
+def die(_: socket.socket, __: Path) -> None:
+    """Be killed at once, as a worker is that takes too much memory."""
+    print("began", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_again_and_again_is_given_up() -> None:
+    code = (
+        "from attnserve import command; from serving import workers; from tests.serving import "
+        "test_workers; workers.BACKOFF_SECONDS = 0.1\n"
+        f"workers.run_workers(1, '127.0.0.1', {free_port()}, test_workers.die)"
+    )
+    env = {**os.environ, **COMMON_ENV}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stdout.count("began") == MAX_YOUNG_DEATHS
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"a worker of the gateway was killed {MAX_YOUNG_DEATHS} times as it began" in last
+    assert time.monotonic() > began + sum(0.1 * 2**n for n in range(MAX_YOUNG_DEATHS - 1))
+
+
+def test_the_wait_for_a_worker_doubles() -> None:
+    assert [backoff(deaths) for deaths in range(8)] == [0, 0.5, 1, 2, 4, 8, 8, 8]
 
 
 def test_pages_add_up(tmp_path: Path) -> None:
