@@ -9,17 +9,18 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.client import ClientLeftError, body_is_missing, did_not_read, read_body, watching
+from serving.client import ClientLeftError, Watch, body_is_missing, did_not_read, read_body
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import CLOSE, Exchange
 from serving.observability.gauges import StateGauges
+from serving.observability.logging import log_request
 from serving.observability.metrics import CLIENT_LEFT
 from serving.observability.tracing import tracer
 from serving.openai.errors import ApiError
@@ -92,7 +93,7 @@ class App:
             exchange.span = self.tracer.start(name, exchange.headers)
         try:
             body = await self._read(exchange, scope, receive)
-            with watching(receive):
+            with Watch(receive):
                 await handler(exchange, body)
         except ClientLeftError:
             exchange.aborted = True
@@ -129,8 +130,14 @@ class App:
         if once.get(b"content-type", b"").lower().split(b";", 1)[0] != b"application/json":
             message = "Unsupported Media Type: Only 'application/json' is allowed"
             raise ApiError(415, message, code="unsupported_media_type")
+        # A timeout costs more than to take a body that is here.
+        in_time = (
+            asyncio.timeout(state.config.timeouts.body)
+            if body_is_missing(exchange.send)
+            else nullcontext()
+        )
         try:
-            async with asyncio.timeout(state.config.timeouts.body):
+            async with in_time:
                 length = int(once.get(b"content-length", b"0"))
                 limit = state.config.limits.max_body_bytes
                 body = await read_body(receive, limit, length, partial(self._hold, exchange))
@@ -191,7 +198,7 @@ class App:
         if log_it or exchange.span is not None:
             fields = exchange.log_fields(seconds)
             if log_it:
-                log.info("request", extra=fields)
+                log_request(log, fields)
             if exchange.span is not None and self.tracer is not None:
                 self.tracer.end(exchange.span, fields)
         self._count(exchange, seconds, tokens)
