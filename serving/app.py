@@ -20,7 +20,7 @@ from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import CLOSE, Exchange
 from serving.observability.gauges import StateGauges
-from serving.observability.logging import log_request
+from serving.observability.logging import log_requests
 from serving.observability.metrics import CLIENT_LEFT
 from serving.observability.tracing import tracer
 from serving.openai.errors import ApiError
@@ -34,6 +34,9 @@ log = logging.getLogger("attnserve")
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 COMPARE = "/v1/compare"
 
+COUNTED_AFTER_SECONDS = 0.01
+"""After which a request that has ended is counted and logged, with those that end meanwhile."""
+
 Handler = Callable[[Exchange, bytes], Awaitable[None]]
 """Answers a request, whose body is the second argument."""
 
@@ -45,6 +48,7 @@ class App:
         self.state = state
         state.metrics.registry.register(StateGauges(state))
         self.tracer = tracer()
+        self._finished: list[tuple[Exchange, float, float, int]] = []
         self.proxy = Proxy(state, self.tracer)
         self.shadow = Shadow(self.proxy)
         self.fastapi = make_routes(state, self._lifespan)
@@ -63,6 +67,8 @@ class App:
             path = path.rstrip("/")
             if path in self.handlers or path == "/v1/models":
                 scope = {**scope, "path": path}
+        elif path == "/metrics":
+            self._count_finished()
         exchange = Exchange.begin(scope, send)
         self.state.in_flight += 1
         try:
@@ -190,18 +196,31 @@ class App:
         self.shadow.offer(exchange, tap)
 
     def _finish(self, exchange: Exchange) -> None:
-        """Settle, count and log a request that is over."""
+        """Settle a request that is over, and have it counted and logged a little later: the
+        requests that come meanwhile go first."""
         self.state.held_bytes -= exchange.held_bytes
         seconds = time.perf_counter() - exchange.arrival
         tokens = exchange.settle()
-        log_it = self.state.config.logging.requests and log.isEnabledFor(logging.INFO)
-        if log_it or exchange.span is not None:
-            fields = exchange.log_fields(seconds)
-            if log_it:
-                log_request(log, fields)
-            if exchange.span is not None and self.tracer is not None:
-                self.tracer.end(exchange.span, fields)
-        self._count(exchange, seconds, tokens)
+        if exchange.account is not None:
+            exchange.account.running.discard(asyncio.current_task())
+        if not self._finished:
+            asyncio.get_running_loop().call_later(COUNTED_AFTER_SECONDS, self._count_finished)
+        self._finished.append((exchange, time.time(), seconds, tokens))
+
+    def _count_finished(self) -> None:
+        """Count and log the requests that have ended."""
+        finished, self._finished = self._finished, []
+        log_them = self.state.config.logging.requests and log.isEnabledFor(logging.INFO)
+        lines = []
+        for exchange, at, seconds, tokens in finished:
+            if log_them or exchange.span is not None:
+                fields = exchange.log_fields(seconds)
+                lines.append((at, fields))
+                if exchange.span is not None and self.tracer is not None:
+                    self.tracer.end(exchange.span, fields, at)
+            self._count(exchange, seconds, tokens)
+        if log_them:
+            log_requests(lines)
 
     def _count(self, exchange: Exchange, seconds: float, tokens: int) -> None:
         """Count a request by how it ended."""
@@ -213,7 +232,6 @@ class App:
             if exchange.queued is not None:
                 of_model.queue.observe(exchange.queued)
         if exchange.account is not None:
-            exchange.account.running.discard(asyncio.current_task())
             metrics.key_requests.labels(exchange.account.name).inc()
             metrics.key_tokens.labels(exchange.account.name).inc(tokens)
         if exchange.aborted:
@@ -258,6 +276,8 @@ class App:
             gc.collect()
             gc.freeze()  # what is here now stays: not to be visited in every collection
             yield
+            self._count_finished()  # for the last page of a worker's metrics
+        self._count_finished()  # what was cancelled at the end
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
 

@@ -319,19 +319,18 @@ class Protocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """Keep a piece of the URL."""
-        self._count(len(url))
+        self._head_bytes += len(url)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise too_large()
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; what comes behind the body, a trailer, is dropped."""
-        self._count(len(name) + len(value) + 32)
-        if self._in_head:
-            super().on_header(name, value)
-
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
+        self._head_bytes += len(name) + len(value) + 32
         if self._head_bytes > MAX_HEAD_BYTES:
             raise too_large()
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begin a request."""

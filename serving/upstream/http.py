@@ -301,7 +301,8 @@ class Connection(asyncio.Protocol):
         if self._size > BUFFER_BYTES and not self._paused and not self._complete:
             self._paused = True
             self.transport.pause_reading()
-        self._wake()
+        if self._pieces or self._complete:
+            self._wake()
 
     def _refuse(self, error: UpstreamError) -> None:
         """End a connection on which something has come that cannot be used."""
