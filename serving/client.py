@@ -72,8 +72,8 @@ class Clients:
 
 
 class Closer:
-    """The transport as uvicorn sees it: with another `close`, and a head that waits for the first
-    bytes behind it, which saves a system call and a packet."""
+    """The transport as uvicorn sees it: with another `close`, and with bytes that wait for those
+    behind them, which saves a system call and a packet."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write: Callable[[bytes], None] = transport.write
@@ -84,12 +84,12 @@ class Closer:
         self.on_leaving: dict[RequestResponseCycle, Callable[[], None]] = {}
         """What is called when the client of a request leaves."""
 
-    def hold_head(self) -> None:
-        """Have what is written next, a head, wait for what is written then."""
+    def hold_next(self) -> None:
+        """Have what is written next wait for what is written then."""
         self.write = self._hold
 
-    def _hold(self, head: bytes) -> None:
-        self._held, self.write = head, self._release
+    def _hold(self, data: bytes) -> None:
+        self._held, self.write = self._held + data, self._release
 
     def _release(self, data: bytes) -> None:
         data, self._held, self.write = self._held + data, b"", self._write
@@ -407,11 +407,11 @@ def body_is_missing(send: Send) -> bool:
     return type(cycle) is RequestResponseCycle and cycle.more_body
 
 
-def hold_head(send: Send) -> None:
-    """Have the head of an answer wait for the first bytes behind it, which are sent next."""
+def hold_next(send: Send) -> None:
+    """Have what is sent next (a head, the last events) wait for what is sent right after it."""
     closer = getattr(getattr(send, "__self__", None), "transport", None)
     if isinstance(closer, Closer):
-        closer.hold_head()
+        closer.hold_next()
 
 
 def direct_writer(send: Send) -> Callable[[bytes], bool] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Scope, Send
 
-from serving.client import body_is_missing, hold_head
+from serving.client import body_is_missing, hold_next
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import ApiError, printable
 from serving.rate_limit import Account, Reservation
@@ -117,7 +117,7 @@ class Exchange:
             headers += self.account.headers()
         if body_is_missing(self.send):
             headers.append(CLOSE)
-        hold_head(self.send)
+        hold_next(self.send)
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def answer(self, status: int, headers: Headers, content: bytes) -> None:
