@@ -9,7 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 
 from fastapi import FastAPI
@@ -17,17 +17,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.client import (
     ClientLeftError,
+    Watch,
     body_is_missing,
     cut_unread,
     did_not_read,
     read_body,
-    watching,
 )
 from serving.compare.handler import compare
 from serving.compare.shadow import Shadow, Tap, with_token_ids
 from serving.exchange import CLOSE, Exchange
 from serving.large_bodies import LARGE_BODY
 from serving.observability.gauges import StateGauges
+from serving.observability.logging import log_requests
 from serving.observability.metrics import CLIENT_LEFT
 from serving.observability.tracing import tracer
 from serving.openai.errors import ApiError
@@ -41,6 +42,9 @@ log = logging.getLogger("attnserve")
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 COMPARE = "/v1/compare"
 
+COUNTED_AFTER_SECONDS = 0.01
+"""After which a request that has ended is counted and logged, with those that end meanwhile."""
+
 Handler = Callable[[Exchange, bytes], Awaitable[None]]
 """Answers a request, whose body is the second argument."""
 
@@ -52,6 +56,7 @@ class App:
         self.state = state
         state.metrics.registry.register(StateGauges(state))
         self.tracer = tracer()
+        self._finished: list[tuple[Exchange, float, float, int]] = []
         self.proxy = Proxy(state, self.tracer)
         self.shadow = Shadow(self.proxy)
         self.fastapi = make_routes(state, self._lifespan)
@@ -70,6 +75,8 @@ class App:
             path = path.rstrip("/")
             if path in self.handlers or path == "/v1/models":
                 scope = {**scope, "path": path}
+        elif path == "/metrics":
+            self._count_finished()
         exchange = Exchange.begin(scope, send)
         self.state.in_flight += 1
         try:
@@ -100,7 +107,7 @@ class App:
             exchange.span = self.tracer.start(name, exchange.headers)
         try:
             body = await self._read(exchange, scope, receive)
-            with watching(receive):
+            with Watch(receive):
                 await handler(exchange, body)
         except ClientLeftError:
             exchange.aborted = True
@@ -137,8 +144,14 @@ class App:
         if once.get(b"content-type", b"").lower().split(b";", 1)[0] != b"application/json":
             message = "Unsupported Media Type: Only 'application/json' is allowed"
             raise ApiError(415, message, code="unsupported_media_type")
+        # A timeout costs more than to take a body that is here.
+        in_time = (
+            asyncio.timeout(state.config.timeouts.body)
+            if body_is_missing(exchange.send)
+            else nullcontext()
+        )
         try:
-            async with asyncio.timeout(state.config.timeouts.body):
+            async with in_time:
                 length = int(once.get(b"content-length", b"0"))
                 limit = state.config.limits.max_body_bytes
                 body = await read_body(receive, limit, length, partial(self._hold, exchange))
@@ -193,18 +206,31 @@ class App:
         self.shadow.offer(exchange, tap)
 
     def _finish(self, exchange: Exchange) -> None:
-        """Settle, count and log a request that is over."""
+        """Settle a request that is over, and have it counted and logged a little later: the
+        requests that come meanwhile go first."""
         self.state.held_bytes -= exchange.held_bytes
         seconds = time.perf_counter() - exchange.arrival
         tokens = exchange.settle()
-        log_it = self.state.config.logging.requests and log.isEnabledFor(logging.INFO)
-        if log_it or exchange.span is not None:
-            fields = exchange.log_fields(seconds)
-            if log_it:
-                log.info("request", extra=fields)
-            if exchange.span is not None and self.tracer is not None:
-                self.tracer.end(exchange.span, fields)
-        self._count(exchange, seconds, tokens)
+        if exchange.account is not None:
+            exchange.account.running.discard(asyncio.current_task())
+        if not self._finished:
+            asyncio.get_running_loop().call_later(COUNTED_AFTER_SECONDS, self._count_finished)
+        self._finished.append((exchange, time.time(), seconds, tokens))
+
+    def _count_finished(self) -> None:
+        """Count and log the requests that have ended."""
+        finished, self._finished = self._finished, []
+        log_them = self.state.config.logging.requests and log.isEnabledFor(logging.INFO)
+        lines = []
+        for exchange, at, seconds, tokens in finished:
+            if log_them or exchange.span is not None:
+                fields = exchange.log_fields(seconds)
+                lines.append((at, fields))
+                if exchange.span is not None and self.tracer is not None:
+                    self.tracer.end(exchange.span, fields, at)
+            self._count(exchange, seconds, tokens)
+        if log_them:
+            log_requests(lines)
 
     def _count(self, exchange: Exchange, seconds: float, tokens: int) -> None:
         """Count a request by how it ended."""
@@ -216,7 +242,6 @@ class App:
             if exchange.queued is not None:
                 of_model.queue.observe(exchange.queued)
         if exchange.account is not None:
-            exchange.account.running.discard(asyncio.current_task())
             metrics.key_requests.labels(exchange.account.name).inc()
             metrics.key_tokens.labels(exchange.account.name).inc(tokens)
         if exchange.aborted:
@@ -261,6 +286,8 @@ class App:
             gc.collect()
             gc.freeze()  # what is here now stays: not to be visited in every collection
             yield
+            self._count_finished()  # for the last page of a worker's metrics
+        self._count_finished()  # what was cancelled at the end
         if self.tracer is not None:
             await asyncio.to_thread(self.tracer.close)
 

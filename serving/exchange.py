@@ -2,14 +2,14 @@
 
 import json
 import re
+import secrets
 import time
-import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Scope, Send
 
-from serving.client import body_is_missing
+from serving.client import body_is_missing, hold_next
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import ApiError, printable
 from serving.rate_limit import Account, Reservation
@@ -83,7 +83,7 @@ class Exchange:
         """Return the exchange of an ASGI request that has just come."""
         headers: Headers = scope["headers"]
         given = next((value for name, value in headers if name == b"x-request-id"), b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
         id_header = (b"x-request-id", request_id)
         return cls(scope["path"], headers, id_header, send, query=scope["query_string"])
 
@@ -113,13 +113,14 @@ class Exchange:
         return self.id_header[1].decode("ascii")
 
     async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of the answer."""
+        """Send the head of the answer, of which something of the body has to be sent next."""
         self.status = status
         headers = [*headers, self.id_header, *self.cors]
         if self.account is not None:
             headers += self.account.headers()
         if body_is_missing(self.send):
             headers.append(CLOSE)
+        hold_next(self.send)
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def answer(self, status: int, headers: Headers, content: bytes) -> None:

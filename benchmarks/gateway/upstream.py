@@ -40,18 +40,27 @@ def answer(fields: dict[str, object]) -> bytes:
     return head % len(body) + body
 
 
-class ModelServer(asyncio.Protocol):
-    """A connection; its methods are those that asyncio and httptools call."""
+class Answers:
+    """What the server sends, made once: not while a new connection waits for it."""
 
-    def __init__(self, tokens: int, pause: float) -> None:
-        self.pause = pause
-        self.parser = httptools.HttpRequestParser(self)
-        self.body = b""
+    def __init__(self, tokens: int) -> None:
         texts = [f" token{i}" for i in range(tokens)]
         usage = {"prompt_tokens": 16, "total_tokens": 16 + tokens, "completion_tokens": tokens}
         self.events = [event(choices=choices(text)) for text in texts]
         self.usage = event(choices=[], usage=usage)
         self.whole = answer({**HEAD, "choices": choices("".join(texts)), "usage": usage})
+        self.models = answer({"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+
+class ModelServer(asyncio.Protocol):
+    """A connection; its methods are those that asyncio and httptools call."""
+
+    def __init__(self, answers: Answers, pause: float) -> None:
+        self.answers = answers
+        self.pause = pause
+        self.parser = httptools.HttpRequestParser(self)
+        self.body = b""
+        self.lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass of it
@@ -60,7 +69,7 @@ class ModelServer(asyncio.Protocol):
         self.parser.feed_data(data)
 
     def connection_lost(self, _: Exception | None) -> None:
-        self.events = []
+        self.lost = True
 
     def on_message_begin(self) -> None:
         self.body = b""
@@ -71,31 +80,34 @@ class ModelServer(asyncio.Protocol):
     def on_message_complete(self) -> None:
         fields = json.loads(self.body) if self.body else {}
         if not self.body:
-            models = [{"id": "m", "object": "model"}]
-            self.transport.write(answer({"object": "list", "data": models}))
+            self.transport.write(self.answers.models)
         elif fields.get("stream"):
             self.transport.write(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
                 b"transfer-encoding: chunked\r\n\r\n"
             )
-            last = self.usage if (fields.get("stream_options") or {}).get("include_usage") else b""
+            options = fields.get("stream_options") or {}
+            last = self.answers.usage if options.get("include_usage") else b""
             self.step(0, last + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         else:
-            self.transport.write(self.whole)
+            self.transport.write(self.answers.whole)
 
     def step(self, i: int, last: bytes) -> None:
         """Send one event, and later the next."""
-        if i < len(self.events):
-            self.transport.write(self.events[i])
+        if self.lost:
+            return
+        if i < len(self.answers.events):
+            self.transport.write(self.answers.events[i])
             asyncio.get_running_loop().call_later(self.pause, self.step, i + 1, last)
-        elif self.events:
+        else:
             self.transport.write(last)
 
 
 async def serve(port: int, tokens: int, pause: float) -> None:
     """Serve until the process is killed."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: ModelServer(tokens, pause), "127.0.0.1", port)
+    answers = Answers(tokens)
+    server = await loop.create_server(lambda: ModelServer(answers, pause), "127.0.0.1", port)
     await server.serve_forever()
 
 

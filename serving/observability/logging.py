@@ -1,12 +1,17 @@
 """Log lines as JSON, one object a line, on stderr. No line has a key, a prompt or an answer."""
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 RENDERED = {"message", "asctime", "color_message"}
+
+_as_json = json.JSONEncoder(default=str).encode
 
 
 class JsonLines(logging.Formatter):
@@ -14,18 +19,37 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line of JSON."""
-        at = time.gmtime(record.created)
-        line: dict[str, Any] = {
-            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        # Asked here, not at import: a library (vLLM does) may change what every record carries.
-        standard = RENDERED.union(vars(logging.makeLogRecord({})))
-        line |= {k: v for k, v in record.__dict__.items() if k not in standard and v is not None}
+        standard = standard_fields(logging.getLogRecordFactory())
+        fields = {k: v for k, v in record.__dict__.items() if k not in standard}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+            fields["exception"] = self.formatException(record.exc_info)
+        return json_line(record.created, record.levelname.lower(), record.getMessage(), fields)
+
+
+@lru_cache(1)
+def standard_fields(_: object) -> frozenset[str]:
+    """Return what every record of a factory has: a library (vLLM does) may set its own factory."""
+    return frozenset(RENDERED.union(vars(logging.makeLogRecord({}))))
+
+
+def json_line(at: float, level: str, message: str, fields: dict[str, Any]) -> str:
+    """Return a line of a Unix time, a level, a message, and the fields that are not None."""
+    time_of_day = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+    line = {
+        "time": f"{time_of_day}.{int(at % 1 * 1000):03d}Z",
+        "level": level,
+        "message": message,
+    }
+    return _as_json(line | {name: value for name, value in fields.items() if value is not None})
+
+
+def log_requests(lines: Iterable[tuple[float, dict[str, Any]]]) -> None:
+    """Write the lines of requests, each by its Unix time and its fields, at once: logging's way of
+    a record to its handler would cost more than the line."""
+    text = "".join(f"{json_line(at, 'info', 'request', fields)}\n" for at, fields in lines)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def configure(level: str) -> None:

@@ -49,8 +49,8 @@ class Tracer:
         self._propagator.inject(carrier, set_span_in_context(span))
         return {k.encode("latin-1"): v.encode("latin-1") for k, v in carrier.items()}
 
-    def end(self, span: Any, fields: Mapping[str, Any]) -> None:
-        """End a request's span, with the fields of its log line."""
+    def end(self, span: Any, fields: Mapping[str, Any], at: float) -> None:
+        """End a request's span at a Unix time, with the fields of its log line."""
         from opentelemetry.trace import StatusCode
 
         for name, value in fields.items():
@@ -58,7 +58,7 @@ class Tracer:
                 span.set_attribute(f"attnserve.{name}", value)
         if fields.get("status", 0) >= 500:
             span.set_status(StatusCode.ERROR)
-        span.end()
+        span.end(int(at * 1e9))
 
     def close(self) -> None:
         """Send what has not been sent yet."""

@@ -5,7 +5,7 @@ import re
 import time
 from typing import Any
 
-from serving.client import direct_writer
+from serving.client import direct_writer, hold_next
 from serving.exchange import Exchange
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import normalise
@@ -136,6 +136,8 @@ class EventStream(EventParser):
 
         while True:
             if events:
+                if self.connection.ended:
+                    hold_next(send)
                 await send({"type": "http.response.body", "body": events, "more_body": True})
                 if self._last_token and not self.error and (write := direct_writer(send)):
                     await self.connection.pour(write_piece)

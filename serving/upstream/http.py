@@ -155,7 +155,8 @@ class Connection(asyncio.Protocol):
     async def pour(self, sink: Sink) -> None:
         """Hand what comes of the body to `sink` as it comes, without waking a task for it.
 
-        Returns at the body's end, or when `sink` takes no more; `piece` goes on from there.
+        Returns when the body's last bytes are here, or when `sink` takes no more; `piece` goes on
+        from there.
         """
         self._sink = sink
         try:
@@ -187,9 +188,14 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     @property
+    def ended(self) -> bool:
+        """Whether all of the answer has been fetched."""
+        return self._complete and not self._pieces
+
+    @property
     def reusable(self) -> bool:
         """Whether the answer is complete and the connection good for another request."""
-        return self._complete and self.keep and not self.lost and not self._pieces
+        return self.ended and self.keep and not self.lost
 
     def stop_timer(self) -> None:
         """Stop watching the time, at the end of an answer."""
@@ -290,23 +296,24 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._refuse(broken())
             return
-        if self._size > size:
+        has_body = self._size > size
+        if has_body:
             self._bodiless = 0
         elif not self._complete:
             self._bodiless += len(data)
             if self._bodiless > MAX_HEAD_BYTES:
                 self._refuse(unusable(f"a head of more than {MAX_HEAD_BYTES} bytes"))
                 return
-        if self._sink is not None and self._pieces:
+        if self._sink is not None and self._pieces and not self._complete:
             pieces, self._pieces, self._size = self._pieces, [], 0
-            if not self._sink(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
-                self._sink = None
-            elif not self._complete:
+            if self._sink(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
                 return
+            self._sink = None
         if self._size > BUFFER_BYTES and not self._paused and not self._complete:
             self._paused = True
             self.transport.pause_reading()
-        self._wake()
+        if has_body or self._complete:
+            self._wake()
 
     def _refuse(self, error: UpstreamError) -> None:
         """End a connection on which something has come that cannot be used."""

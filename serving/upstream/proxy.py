@@ -32,7 +32,7 @@ NOT_SENT_DOWN = CONNECTION_HEADERS.union(
 )
 
 NO_BUFFERING = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-
+NOT_STREAMED_DOWN = NOT_SENT_DOWN.union(name for name, _ in NO_BUFFERING)
 
 RETRIED = frozenset({"unreachable", "unavailable", "crashed", "no_such_model"})
 """Why a server fails a request that another one may then get."""
@@ -242,8 +242,7 @@ class Proxy:
                 await self._whole(exchange, connection, stream.error_status, content, attempt)
                 return
             attempt.began()
-            headers = headers_down(connection.headers)
-            headers = [header for header in headers if header[0] not in dict(NO_BUFFERING)]
+            headers = end_to_end(connection.headers, NOT_STREAMED_DOWN)
             await exchange.start(connection.status, headers + NO_BUFFERING)
             await stream.pass_on(events)
             if stream.error is not None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 import yaml
 
+from serving.app import COUNTED_AFTER_SECONDS
 from serving.config import Config
 from serving.run import make_server
 from serving.state import GatewayState
@@ -176,3 +178,10 @@ def error_of(answer: HttpAnswer) -> dict[str, Any]:
     assert error["param"] is None or isinstance(error["param"], str)
     assert error["code"] is None or isinstance(error["code"], str)
     return error
+
+
+def request_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """Return what has been logged of requests since the last call, once it surely has been."""
+    time.sleep(5 * COUNTED_AFTER_SECONDS)
+    lines = (json.loads(line) for line in capsys.readouterr().err.splitlines() if line[:1] == "{")
+    return [line for line in lines if line["message"] == "request"]

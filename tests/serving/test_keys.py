@@ -20,6 +20,7 @@ from tests.serving.helpers import (
     leave,
     metric,
     open_request,
+    request_lines,
     running,
 )
 from tests.serving.standin import standin, wait_for, wait_for_value
@@ -364,7 +365,9 @@ def test_reservations_add_up() -> None:
     assert account.buckets[1].level == pytest.approx(750, abs=50)  # 17 tokens come back each second
 
 
-def test_no_secret_in_logs(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_secret_in_logs(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     config = {"keys": [entry(ALICE, "alice")], "logging": {"level": "debug"}}
     with standin() as upstream, running(upstream.url, **config) as gateway:
@@ -376,6 +379,7 @@ def test_no_secret_in_logs(caplog: pytest.LogCaptureFixture) -> None:
         complete(gateway)
         wait_for(lambda: "not healthy" in caplog.text, "it is noticed")
     text = caplog.text + json.dumps([vars(r) for r in caplog.records], default=str)
+    text += json.dumps(request_lines(capsys))
     assert "alice" in text
     for secret in (ALICE, BOB, digest(ALICE), "a private prompt", " 0 1 2"):
         assert secret not in text

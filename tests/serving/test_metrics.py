@@ -20,7 +20,15 @@ from serving.compare.shadow import observe
 from serving.observability.histogram import Histogram
 from serving.observability.logging import JsonLines
 from serving.observability.metrics import SECONDS
-from tests.serving.helpers import Running, ask, configured, leave, open_request, running
+from tests.serving.helpers import (
+    Running,
+    ask,
+    configured,
+    leave,
+    open_request,
+    request_lines,
+    running,
+)
 from tests.serving.standin import standin, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -142,14 +150,14 @@ def test_histogram_is_prometheus_own() -> None:
     assert generate_latest(ours) == generate_latest(theirs)
 
 
-def test_log_line_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_line_of_a_request(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "attnserve")
     with standin() as upstream, running(upstream.url) as gateway:
         body = {**BODY, "stream": True}
         ask(gateway.url, "POST", "/v1/completions", body, x_request_id="my-id")
-        wait_for(lambda: "my-id" in str([vars(r) for r in caplog.records]), "it is logged")
-        (record,) = (r for r in caplog.records if getattr(r, "request_id", "") == "my-id")
-        line = json.loads(JsonLines().format(record))
+        (line,) = request_lines(capsys)
     times = {k: line.pop(k) for k in ("time", "queue_ms", "ttft_ms", "duration_ms")}
     assert line == {
         "level": "info",

@@ -15,7 +15,7 @@ from serving.upstream.vllm_metrics import (
     numbers,
     parse_info,
 )
-from tests.serving.helpers import Running, ask, running
+from tests.serving.helpers import Running, ask, request_lines, running
 from tests.serving.standin import StandIn, standin, wait_for
 
 SOFTPICK = {
@@ -137,7 +137,9 @@ def test_page_with_odd_values() -> None:
     assert numbers("4.25,8") == [4.25, 8] and numbers("4,") == []
 
 
-def test_wrong_label_is_shown_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_label_is_shown_and_logged_once(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     def logged(start: str) -> list[str]:
         messages = [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO]
         return [m for m in messages if m.startswith(start)]
@@ -162,8 +164,8 @@ def test_wrong_label_is_shown_and_logged_once(caplog: pytest.LogCaptureFixture) 
             assert (health.status, health.json()["models"]["m"]["label_errors"]) == (200, [error])
             assert mismatches(gateway) == 1
             ask(gateway.url, "POST", "/v1/completions", BODY)
-            (record,) = (r for r in caplog.records if r.getMessage() == "request")
-            assert vars(record)["variant"] == "softpick"  # the server's, not the label's
+            (line,) = request_lines(capsys)
+            assert line["variant"] == "softpick"  # the server's, not the label's
             assert gateway.metric("attnserve_completion_tokens_total") == 3
 
             # A health check later nothing has changed; then the label does, then the server.
