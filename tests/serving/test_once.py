@@ -120,7 +120,8 @@ def test_request_that_may_have_been_read_is_not_sent_again(
     async def run() -> list[HttpAnswer]:
         def ask_all(*urls: str) -> list[HttpAnswer]:
             routing = {"retries": retries, "policy": "least_loaded"}
-            with running(*urls, routing=routing) as gateway:
+            health = {"every": 60.0}  # one between the two would take the kept connection
+            with running(*urls, routing=routing, health=health) as gateway:
                 found = [ask(gateway.url, "POST", "/v1/completions", BODY) for _ in range(2)]
                 assert (
                     gateway.metric(

@@ -113,7 +113,7 @@ def test_client_that_does_not_read_pays_for_what_nobody_has_seen(upstream: Stand
     with running(upstream.url, keys=KEYS) as gateway:
         account = account_of(gateway)
         with unread(gateway, STREAM):
-            wait_for(lambda: held(gateway) > 0 and waits(), "its server has to wait")
+            wait_for(lambda: held(gateway) > 0 and waits(gateway), "its server has to wait")
         wait_for(lambda: account.in_flight == 0, "it has left")
         assert used(account) == 10 + TOKENS  # the prompt's by the guess
         assert gateway.metric("attnserve_completion_tokens_total{") < TOKENS
@@ -133,6 +133,8 @@ def used(account: Account) -> int:
     return round(account.buckets[2].limit - account.buckets[2].level)  # type: ignore[operator]
 
 
-def waits() -> bool:
+def waits(gateway: Running) -> bool:
     """Return whether a gateway has stopped reading from a server."""
-    return any(isinstance(o, Connection) and o._paused for o in gc.get_objects())
+    loop = gateway.server.servers[0].get_loop()
+    own = (o for o in gc.get_objects() if isinstance(o, Connection) and o.loop is loop)
+    return any(connection._paused for connection in own)
