@@ -480,8 +480,8 @@ class ClientLeftError(Exception):
 
 
 class Watch:
-    """A context that is cancelled when the client leaves. (A task that waits for this would cost
-    more than all that is done to the request.)
+    """A context that is cancelled when the client leaves. (A task that waits for that would cost a
+    request as much as reading its JSON.)
 
     Raises:
         ClientLeftError: it has left.

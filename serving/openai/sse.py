@@ -136,7 +136,7 @@ class EventStream(EventParser):
 
         while True:
             if events:
-                if self.connection.ended:
+                if self.connection.ended and not self.error:  # an error waits for a health check
                     hold_next(send)
                 await send({"type": "http.response.body", "body": events, "more_body": True})
                 if self._last_token and not self.error and (write := direct_writer(send)):

@@ -182,6 +182,20 @@ def test_error_inside_a_stream(
     assert line.get("upstream_error") == reason
 
 
+def test_error_ends_a_stream_whose_server_says_nothing_more() -> None:
+    async def fail(
+        following: Next, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await following()
+        writer.write(EVENTS + chunk(TOKEN))
+        await writer.drain()
+        await asyncio.sleep(0.3)
+        writer.write(chunk(b'data: {"error": {"message": "no", "code": 500}}\n\n'))
+        await reader.read()  # the gateway closes the connection
+
+    assert outcome(fail).last_error["message"] == "no"
+
+
 def test_server_whose_streams_all_fail_is_left_alone() -> None:
     """Though each of them begins well."""
     error = b'data: {"error": {"message": "no", "code": 500}}\n\n'
