@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ import pytest
 from serving.auth import digest
 from serving.rate_limit import Account
 from serving.upstream.http import Connection
-from tests.serving.helpers import Running, ask, error_of, running
+from tests.serving.helpers import Running, ask, error_of, request_lines, running
 from tests.serving.standin import StandIn, standin, wait_for
 
 KEY = "secret"
@@ -91,10 +90,9 @@ def test_streams_have_a_limit_together(upstream: StandIn, monkeypatch: pytest.Mo
 
 
 def test_drain_ends_a_client_that_does_not_read(
-    upstream: StandIn, caplog: pytest.LogCaptureFixture
+    upstream: StandIn, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is logged and settled like any other."""
-    caplog.set_level(logging.INFO, "attnserve")
     with running(upstream.url, keys=KEYS) as gateway, unread(gateway, STREAM):
         wait_for(lambda: held(gateway) > 0, "the answer waits")
         account = account_of(gateway)
@@ -103,7 +101,7 @@ def test_drain_ends_a_client_that_does_not_read(
         gateway.thread.join(30)
         assert not gateway.thread.is_alive()
     assert account.in_flight == 0 and account.running == set()
-    (line,) = [vars(r) for r in caplog.records if r.getMessage() == "request"]
+    (line,) = request_lines(capsys)
     assert (line["code"], line["key"]) == ("shutting_down", "a")
     assert "Traceback" not in caplog.text
 
