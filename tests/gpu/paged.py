@@ -16,7 +16,8 @@ from torch import Tensor
 
 from attn_kernels import Variant, get_variant, reference
 from attn_kernels.batch import Batch
-from attn_kernels.paged import STATE_BYTES
+from attn_kernels.kv_quant import KVFormat
+from attn_kernels.paged import content_bytes
 
 ON_GPU = (pytest.mark.gpu, pytest.mark.timeout(90, method="thread"))
 """Of a test of kernels on a GPU. One that hangs ends its process, which xdist replaces."""
@@ -61,6 +62,7 @@ class Setup:
         device: where the kernels run: "cuda", or "cpu" for Triton's interpreter.
         longest: tokens of the longest request.
         fp8: the cache is float8_e4m3fn.
+        bits: of codes in the cache; 0: none.
     """
 
     variant: str
@@ -71,11 +73,12 @@ class Setup:
     device: str = "cuda"
     longest: int = 150
     fp8: bool = False
+    bits: int = 0
     num_kv_heads: int = 2
     block_size: int = 16
 
     def __str__(self) -> str:
-        cache = " fp8 cache" if self.fp8 else ""
+        cache = " fp8 cache" if self.fp8 else f" int{self.bits} cache" if self.bits else ""
         window = f" window {self.window}" if self.window else ""
         shape = f"D{self.head_dim} G{self.group}{window}"
         return f"{self.device} {self.variant} {self.dtype}{cache} {shape}"
@@ -84,6 +87,11 @@ class Setup:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each request."""
         return (8, max(9, self.longest // 4), self.longest)
+
+    @property
+    def kv_format(self) -> KVFormat | None:
+        """How the cache is quantized, token by token."""
+        return KVFormat(self.bits) if self.bits else None
 
     @property
     def num_heads(self) -> int:
@@ -127,6 +135,8 @@ class PagedRequests:
         k, v = self.k[request].double(), self.v[request].double()
         if self.setup.fp8:
             k, v = stored(k, KEY_SCALE), stored(v, VALUE_SCALE)
+        if self.setup.kv_format:
+            k, v = (self.setup.kv_format.rounded(x).double() for x in (k, v))
         output, _ = reference.attention(
             self.variant,
             *(x.double().transpose(0, 1) for x in (q, k, v)),
@@ -168,11 +178,11 @@ class Paged:
         self.size = setup.block_size
         self.blocks_each = [-(-n // self.size) for n in setup.lengths]
         dtype = torch.float8_e4m3fn if setup.fp8 else DTYPES[setup.dtype]
-        content = 2 * setup.head_dim
-        content += requests.variant.stateful * STATE_BYTES // dtype.itemsize
+        dtype = torch.uint8 if setup.bits else dtype
+        content = content_bytes(requests.variant, setup.head_dim, dtype, setup.kv_format)
         shape = (2 * sum(self.blocks_each) + 1, setup.num_kv_heads, self.size, content)
         # All bits set is NaN in all of these formats.
-        bits = torch.full((*shape[:3], content * dtype.itemsize), 255, dtype=torch.uint8)
+        bits = torch.full(shape, 255, dtype=torch.uint8)
         self.kv = bits.to(self.device).view(dtype)
         scales: dict[str, Any] = {}
         if setup.fp8:
@@ -185,6 +195,7 @@ class Paged:
             scale=setup.head_dim**-0.5,
             window=setup.window,
             learned={name: t.to(self.device) for name, t in requests.learned.items()},
+            kv_format=setup.kv_format,
             **scales,
         )
         self.order = torch.randperm(shape[0], generator=requests.generator)

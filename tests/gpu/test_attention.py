@@ -48,15 +48,16 @@ def tiny(variant: str, window: int | None = None, **settings: Any) -> Setup:
 
 def full() -> list[Setup]:
     """Return all setups for a GPU: first each variant in each dtype in its most usual shape, then
-    float8 caches, then the rest in random order, so that a run that is cut short has seen something
-    of all."""
+    float8 caches and caches of codes, then the rest in random order, so that a run that is cut
+    short has seen something of all."""
     variants = variant_names()
     first = [Setup(variant, dtype, 128, 4) for dtype, variant in product(DTYPES, variants)]
     float8 = [Setup(v, "bf16", size, 4, fp8=True) for size, v in product(HEAD_DIMS, variants)]
+    codes = [Setup(v, "bf16", 64, 4, bits=bits) for bits, v in product((8, 4), variants)]
     rest = [Setup(*each) for each in product(variants, DTYPES, HEAD_DIMS, GROUPS, WINDOWS)]
     rest = [setup for setup in rest if setup not in first]
     random.Random(0).shuffle(rest)
-    return first + float8 + rest
+    return first + float8 + codes + rest
 
 
 def phases(
@@ -81,6 +82,7 @@ def phases(
 @pytest.mark.parametrize(
     "setup",
     [tiny(name, 6 if name == "selective" else None) for name in variant_names()]
+    + [tiny("softpick", bits=4)]
     + [pytest.param(setup, marks=ON_GPU) for setup in full()],
     ids=str,
 )
