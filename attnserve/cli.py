@@ -12,7 +12,11 @@ from attnserve import command
 from attnserve.budgets.command import budgets
 from attnserve.evaluation.books import books
 from attnserve.evaluation.evaluate import evaluate
+<<<<<<< HEAD
 from quant.convert import convert
+=======
+from attnserve.look.command import look
+>>>>>>> main
 from quant.quantize import quantize
 from quant.sweep import sweep
 from serving.__main__ import gateway, keys
@@ -48,6 +52,7 @@ command.add(app, "convert", convert)
 command.add(app, "sweep", sweep)
 command.add(app, "budgets", budgets)
 command.add(app, "evaluate", evaluate)
+command.add(app, "look", look)
 command.add(app, "books", books)
 
 

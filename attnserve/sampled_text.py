@@ -91,11 +91,11 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
         chosen: writes for all in place of that rule.
     """
     checkpoints = {folder: Checkpoint(folder) for folder in folders}
-    alphabets = {folder: _alphabet(checkpoint) for folder, checkpoint in checkpoints.items()}
+    alphabets = {folder: alphabet(checkpoint) for folder, checkpoint in checkpoints.items()}
     if chosen is not None:
-        wanted = _alphabet(Checkpoint(chosen))
-        for folder, alphabet in alphabets.items():
-            if alphabet != wanted:
+        wanted = alphabet(Checkpoint(chosen))
+        for folder, own in alphabets.items():
+            if own != wanted:
                 raise UserError(
                     f"{chosen} cannot write text for {folder}, which has another tokenizer: "
                     "name a checkpoint with the same one, or leave it out"
@@ -104,10 +104,10 @@ def writers(folders: Sequence[Path], chosen: Path | None = None) -> dict[Path, P
     found: dict[Hashable, Path] = {}
     for folder in sorted(folders, key=lambda one: checkpoints[one].variant != "softmax"):  # stable
         found.setdefault(alphabets[folder], folder)
-    return {folder: found[alphabet] for folder, alphabet in alphabets.items()}
+    return {folder: found[own] for folder, own in alphabets.items()}
 
 
-def _alphabet(checkpoint: Checkpoint) -> Hashable:
+def alphabet(checkpoint: Checkpoint) -> Hashable:
     """Return what tells whether two tokenizers give a token id the same meaning."""
     return checkpoint.bos, frozenset(checkpoint.tokenizer.get_vocab().items())
 

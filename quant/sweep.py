@@ -84,7 +84,10 @@ def sweep(
     config is done: a sweep that was killed goes on where it was when the command is given again.
     """
     if ray and not installed("ray"):
-        raise UserError("--ray needs the library ray, which is not installed: leave it out")
+        raise UserError(
+            "--ray needs the library ray, which is not installed: pip install -e '.[ray]', or "
+            "leave it out"
+        )
     if (lm_eval_include or lm_eval_limit) and not lm_eval:
         raise UserError(
             "--lm-eval-include and --lm-eval-limit need tasks: name them with --lm-eval"

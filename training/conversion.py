@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from attn_kernels import Variant, get_variant, variant_from_config
 from attnserve import machine
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint, read_config
-from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
+from training.data import data_tokens
 from training.finetune import FineTune
 from training.recipe import Conversion, FineTuning
 from training.tokenizer import complete
@@ -111,15 +111,17 @@ def write(
     tuning: FineTuning,
     data: Sequence[Path],
     compiled: bool,
+    device: str,
 ) -> dict[str, Any]:
-    """Fine-tune what `convert` gives, if `tuning` has steps, write its folder and return what
-    conversion.json holds.
+    """Fine-tune what `convert` gives on a device, if `tuning` has steps, write its folder and
+    return what conversion.json holds.
 
     The folder is there whole or not at all; meanwhile there is `out.part`. `train_length` is that
     of the `Conversion`.
     """
     part = out.with_name(out.name + ".part")
     tokenizer = AutoTokenizer.from_pretrained(source)
+    complete(tokenizer)
     config, dtype = model.config, model.dtype
     record = {
         "source": source.name,
@@ -131,9 +133,11 @@ def write(
         "initial": learned_summary(model),
     }
     if tuning.steps:
-        tokens = read_tokens(data, tokenizer)
+        tokens = data_tokens(data, tokenizer)
         bos = Checkpoint(source).bos
-        tune = FineTune(model.float(), tuning, tokens, bos, part, record)
+        teacher = teacher_of(source, tuning.precision, device) if tuning.distill else None
+        model = model.float().to(device)
+        tune = FineTune(model, tuning, tokens, bos, part, record, teacher=teacher)
         tune.run(compiled)
         record["finetuning"] = tuned_record(tune, data)
     record["machine"] = machine.cpu_model()
@@ -141,13 +145,20 @@ def write(
     record["commit"] = machine.commit()
     folder = part / "model"
     shutil.rmtree(folder, ignore_errors=True)
-    model.to(dtype).save_pretrained(folder)
-    complete(tokenizer)
+    model.to("cpu", dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     folder.rename(out)
     shutil.rmtree(part)
     return record
+
+
+def teacher_of(source: Path, precision: str, device: str) -> PreTrainedModel:
+    """Return the model whose predictions a conversion may follow: the source, in the precision of
+    the training."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return teacher.eval().requires_grad_(False).to(device)
 
 
 def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
@@ -159,5 +170,6 @@ def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
         "loss_first_fifth": round(sum(tune.losses[:fifth]) / fifth, 4),
         "loss_last_fifth": round(sum(tune.losses[-fifth:]) / fifth, 4),
         "losses": [round(loss, 4) for loss in tune.losses],
+        "divergences": [round(each, 5) for each in tune.others],
         "learned": learned_summary(tune.model),
     }

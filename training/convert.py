@@ -11,7 +11,6 @@ from typer import Argument, Option
 
 from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
-from attnserve.evaluation.arguments import Texts
 from training.arguments import Variant
 from training.recipe import LEARNING_RATES, Conversion, FineTuning
 
@@ -26,10 +25,21 @@ def convert(
         Path, Argument(metavar="OUT", help="Folder to write; a new one.", show_default=False)
     ],
     variant: Variant,
-    data: Texts = None,
+    data: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="FILE",
+            help="UTF-8 text files; a file named *.jsonl holds chats, "
+            '{"messages": [...]} a line, which SRC\'s chat template writes out.',
+            show_default=False,
+        ),
+    ] = None,
     compiled: Annotated[
         bool, Option("--compile", help="Use torch.compile; all scores are in memory at once.")
     ] = False,
+    device: Annotated[
+        str | None, Option(help="Where to train: cpu, cuda. Default: cuda if there is one.")
+    ] = None,
     as_json: AsJson = False,
     *,
     change: Conversion,
@@ -41,24 +51,41 @@ def convert(
 
     As in the SSMax paper (arXiv 2501.19399), every layer and head starts from the scale
     1 / mean(ln n over n = 1 ... train length), with which the scores keep their size on average
-    over the lengths that the model was trained on (0.168 for 1,024). A few steps of fine-tuning on
-    --data may follow (--steps). Variants without learned tensors can be named as well: softpick and
-    the like, on weights that were trained with softmax, are experiments.
+    over the lengths that the model was trained on (0.168 for 1,024). Fine-tuning on --data may
+    follow (--steps): the other variants need it, since weights that were trained with softmax know
+    no other attention.
+
+      python -m training.convert SRC OUT --variant softpick --train all --steps 2000
+        --data books.txt chats.jsonl --distill 0.9 --blend 0.5 --precision bf16
+
+    --distill follows SRC's own predictions on the same tokens, which takes fewer tokens than the
+    text alone; --blend lets attention go over from softmax to the variant little by little.
 
     OUT is a Hugging Face folder that `vllm serve OUT` runs; its conversion.json says how it was
     made. A chat template or pad token that SRC lacks is added. An interrupted fine-tuning is kept
     in OUT.part: the same command goes on from there.
     """
+    import torch
+
     from training import conversion
 
     if out.exists():
         raise UserError(f"{out} is there already: choose another folder or delete it")
     if bool(tuning.steps) != bool(data):
         raise UserError("--steps and --data go together: give both or neither")
+    if not tuning.steps and (tuning.distill or tuning.blend):
+        raise UserError("--distill and --blend are of a fine-tuning: give --steps and --data too")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda") or (
+        device != "cpu" and not torch.cuda.is_available()
+    ):
+        raise UserError(f"there is no device {device}: leave out --device")
     if not tuning.learning_rate:
         tuning = replace(tuning, learning_rate=LEARNING_RATES[tuning.train])
     model = conversion.convert(source, variant, change)
-    record = conversion.write(model, source, out, change.train_length, tuning, data or [], compiled)
+    record = conversion.write(
+        model, source, out, change.train_length, tuning, data or [], compiled, device
+    )
     if as_json:
         print(json.dumps(record))
         return

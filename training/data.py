@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from attnserve.errors import UserError
-from attnserve.evaluation.texts import Tokens
+from attnserve.evaluation.texts import Tokens, read, read_tokens
+
+
+def data_tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Return texts and chats one after another, `[num_tokens]`, each ended by the end-of-text
+    token.
+
+    A file named `*.jsonl` holds a chat a line, `{"messages": [{"role": ..., "content": ...}]}`,
+    which is written as the tokenizer's chat template says. Others are UTF-8 text.
+    """
+    parts = []
+    for file in files:
+        if file.suffix == ".jsonl":
+            parts += list(_chats(file, tokenizer))
+        else:
+            parts.append(read_tokens([file], tokenizer))
+    return np.concatenate(parts)
+
+
+def _chats(file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    for number, line in enumerate(read(file).splitlines(), 1):
+        try:
+            text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        except (ValueError, KeyError, TypeError, TemplateError) as error:
+            raise UserError(
+                f"{file}, line {number}, is no chat of this tokenizer ({error}): a line is "
+                '{"messages": [{"role": "user", "content": "..."}, ...]}'
+            ) from None
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        yield np.array([*ids, tokenizer.eos_token_id], dtype=np.int64)
 
 
 def fingerprint(tokens: Tokens) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from attn_kernels import Variant
 from attn_kernels.variants.softmax import Softmax
 from attn_kernels.variants.ssmax import SSMax
 from attnserve.errors import UserError
@@ -25,52 +27,85 @@ from training.data import Batches, fingerprint
 from training.recipe import FineTuning
 from training.resumable import Resumable, loss_function
 
+Forward = Callable[..., tuple[Tensor, None]]
+
 
 def fused_forward(
     attention: VariantLlamaAttention,
+    variant: Variant,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute what the attention module does for whole sequences without padding, by torch's fused
     softmax attention: memory in proportion to the length, and on a CPU three times as fast at 1,024
-    tokens. For variants that are softmax of changed queries and keys.
+    tokens.
 
     Args:
         attention: the module.
+        variant: softmax of changed queries and keys; the module's own, or softmax in its place.
         hidden_states: `[batch, num_tokens, hidden_size]`.
         position_embeddings: cosines and sines `[batch, num_tokens, head_size]`.
     """
     q, k, v = project(attention, hidden_states)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     n = torch.arange(1, q.shape[-2] + 1, device=q.device, dtype=torch.float32)[:, None]
-    learned = {name: getattr(attention, name) for name in attention.variant.learned}
-    q, k = attention.variant.transform(q, k, n, learned)
+    learned = {name: getattr(attention, name) for name in variant.learned}
+    q, k = variant.transform(q, k, n, learned)
     k, v = (x.repeat_interleave(attention.num_key_value_groups, 1) for x in (k, v))
     output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
     return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 
 
 @contextmanager
-def fused_attention(model: VariantLlamaForCausalLM) -> Iterator[bool]:
-    """Let the model's attention run `fused_forward` meanwhile; yield whether its variant allows
-    that."""
-    fits = isinstance(model.config.variant, Softmax | SSMax) and not model.config.sliding_window
-    modules = [layer.self_attn for layer in model.model.layers] if fits else []
+def attention_forward(model: VariantLlamaForCausalLM, forward: Forward | None) -> Iterator[None]:
+    """Let the model's attention modules run another forward meanwhile, which gets the module first;
+    None: their own."""
+    if forward is None:
+        yield
+        return
+    modules = [layer.self_attn for layer in model.model.layers]
     for attention in modules:
-        attention.forward = fused_forward.__get__(attention)
+        attention.forward = functools.partial(forward, attention)
     try:
-        yield fits
+        yield
     finally:
         for attention in modules:
             del attention.forward
 
 
+def fused(model: VariantLlamaForCausalLM) -> Forward | None:
+    """Return what computes the model's attention faster, if its variant allows that."""
+    if not isinstance(model.config.variant, Softmax | SSMax) or model.config.sliding_window:
+        return None
+    return lambda attention, *args, **kwargs: fused_forward(
+        attention, attention.variant, *args, **kwargs
+    )
+
+
+def blended(share: Tensor) -> Forward:
+    """Return attention between softmax's and the variant's: its output is `share` of the variant's
+    and the rest of softmax's.
+
+    Args:
+        share: 0 to 1, read at each call.
+    """
+
+    def forward(attention: VariantLlamaAttention, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        # What follows attention is linear: both outputs may come after it.
+        own, _ = type(attention).forward(attention, *args, **kwargs)
+        softmax, _ = fused_forward(attention, Softmax(), *args, **kwargs)
+        return torch.lerp(softmax, own, share.to(own.dtype)), None
+
+    return forward
+
+
 class FineTune(Resumable):
-    """One fine-tuning, in place, of a model in float32.
+    """One fine-tuning, in place and on its device, of a model in float32.
 
     `folder` holds `state.pt`, which is written after `save_seconds` at the earliest. `origin` is
-    what else a continued run must have in common with the first.
+    what else a continued run must have in common with the first. `teacher`, on the same device, is
+    the model whose predictions are followed, if the settings have a weight for that.
     """
 
     def __init__(
@@ -82,8 +117,12 @@ class FineTune(Resumable):
         folder: Path,
         origin: Mapping[str, Any] | None = None,
         save_seconds: float = 60.0,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.model, self.settings, self.save_seconds = model, settings, save_seconds
+        if bool(settings.distill) != (teacher is not None):
+            raise ValueError("a teacher and a weight for what it teaches go together")
+        self.teacher = teacher
         learned = model.config.variant.learned
         if settings.train == "scale" and not learned:
             raise UserError(
@@ -105,15 +144,43 @@ class FineTune(Resumable):
         super().save()
         self._saved = time.monotonic()
 
+    def objective(self, loss: Tensor, other: Tensor) -> Tensor:
+        """Return the loss and the divergence from the teacher, with their weights."""
+        return torch.lerp(loss, other, self.settings.distill)
+
     def run(self, compiled: bool = False, quiet: bool = False) -> None:
         """Take the remaining steps."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trained)
-        loss_of = loss_function(self.model.train(), self.settings.precision, compiled)
-        with fused_attention(self.model) as fused:
-            if not fused and not compiled:
-                self.model.gradient_checkpointing_enable()  # dense scores of one layer at a time
-            self.take_steps(
-                loss_of, lambda: time.monotonic() - self._saved > self.save_seconds, quiet
-            )
+        self.model.train()
+        changing = round(self.settings.blend * self.settings.steps)
+        share = torch.zeros((), device=self.model.device)
+        self._take(blended(share), compiled, quiet, changing, share)
+        self._take(fused(self.model), compiled, quiet)
         self.model.eval()
+
+    def _take(
+        self,
+        forward: Forward | None,
+        compiled: bool,
+        quiet: bool,
+        until: int | None = None,
+        share: Tensor | None = None,
+    ) -> None:
+        """Take the steps before step `until` with an attention, of which `share` grows to 1."""
+        steps = self.settings.steps if until is None else until
+        if self.step >= steps:
+            return
+        if not compiled and (forward is None or share is not None):
+            self.model.gradient_checkpointing_enable()  # dense scores of one layer at a time
+        inner = loss_function(self.model, self.settings.precision, compiled, teacher=self.teacher)
+
+        def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+            if share is not None:
+                share.fill_((self.step + 1) / (steps + 1))
+            return inner(inputs, targets)
+
+        with attention_forward(self.model, forward):
+            self.take_steps(
+                loss_of, lambda: time.monotonic() - self._saved > self.save_seconds, quiet, steps
+            )

@@ -70,6 +70,22 @@ class FineTuning:
     batch: Annotated[int, Option(min=1, help="Sequences of a step.")] = 1
     seed: Annotated[int, Option(help="Seed of the text's order.")] = 0
     precision: Annotated[Precision, Option(help="Of matrix products.")] = "fp32"
+    distill: Annotated[
+        float,
+        Option(
+            min=0.0,
+            max=1.0,
+            help="Weight of the divergence from SRC's own predictions; the rest is the text's.",
+        ),
+    ] = 0.0
+    blend: Annotated[
+        float,
+        Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the steps in which attention goes over from softmax to the variant.",
+        ),
+    ] = 0.0
     clip: ClassVar[float] = 1.0
     """Largest norm of the gradient."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 
 from attnserve.errors import UserError
@@ -20,6 +20,7 @@ from training.recipe import FineTuning, TrainingRecipe
 
 STATE = "state.pt"
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""A function of inputs and targets that gives the mean cross entropy and what else is minimised."""
 
 
 FULLY_MASKED = 1.0
@@ -47,10 +48,15 @@ def memory_share(penalties: Sequence[Tensor]) -> Tensor:
 
 
 def loss_function(
-    model: VariantLlamaForCausalLM, precision: str, compiled: bool = False, memory: bool = False
+    model: VariantLlamaForCausalLM,
+    precision: str,
+    compiled: bool = False,
+    memory: bool = False,
+    teacher: nn.Module | None = None,
 ) -> Loss:
     """Return a function of inputs and targets, `[batch, context]` each, that gives the mean cross
-    entropy in nats, and `memory_share` (of a stateful variant, if asked for) or None.
+    entropy in nats, and `memory_share` (of a stateful variant, if asked for), or the mean
+    divergence from a teacher's predictions on the same tokens in nats, or None.
 
     "bf16" runs matrix products outside attention in bfloat16. Compiling fuses attention's
     elementwise operations.
@@ -61,8 +67,15 @@ def loss_function(
         wanted = {"penalties": penalties} if memory else {}
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(input_ids=inputs, use_cache=False, **wanted).logits
-        share = memory_share(penalties) if memory else None
-        return cross_entropy(logits.float().flatten(0, 1), targets.flatten()), share
+            if teacher is not None:
+                with torch.no_grad():
+                    wished = teacher(input_ids=inputs, use_cache=False).logits
+        logits = logits.float().flatten(0, 1)
+        other = memory_share(penalties) if memory else None
+        if teacher is not None:
+            wished = wished.float().flatten(0, 1).log_softmax(-1)
+            other = kl_div(logits.log_softmax(-1), wished, reduction="batchmean", log_target=True)
+        return cross_entropy(logits, targets.flatten()), other
 
     return torch.compile(loss, dynamic=False) if compiled else loss
 
@@ -76,12 +89,9 @@ class Resumable:
 
     Attributes:
         losses: mean cross entropy of every step so far, in nats per token.
-        memory: `memory_share` of every step, if it is trained on.
+        others: the other term of what is minimised, of every step, if there is one.
         seconds: time of the steps.
     """
-
-    memory_loss = 0.0
-    """Weight of `memory_share` in what is minimised."""
 
     def __init__(
         self,
@@ -95,7 +105,7 @@ class Resumable:
         self.folder, self.identity, self.schedule = folder, dict(identity), schedule
         self.batches, self.trained, self.optimizer = batches, dict(trained), optimizer
         self.losses: list[float] = []
-        self.memory: list[float] = []
+        self.others: list[float] = []
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
@@ -106,8 +116,12 @@ class Resumable:
         """Steps taken."""
         return len(self.losses)
 
+    def objective(self, loss: Tensor, other: Tensor) -> Tensor:
+        """Return what is minimised, of the two terms."""
+        raise NotImplementedError
+
     def _load(self) -> None:
-        state = torch.load(self.folder / STATE, weights_only=True)
+        state = torch.load(self.folder / STATE, weights_only=True, map_location="cpu")
         for name, value in self.identity.items():
             if (found := state["identity"].get(name)) != value:
                 raise UserError(
@@ -117,7 +131,7 @@ class Resumable:
         for name, parameter in self.trained.items():
             parameter.data.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.memory, self.seconds = state["losses"], state["memory"], state["seconds"]
+        self.losses, self.others, self.seconds = state["losses"], state["others"], state["seconds"]
 
     def save(self) -> None:
         """Write the state."""
@@ -126,20 +140,27 @@ class Resumable:
             "trained": {name: parameter.detach() for name, parameter in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
-            "memory": self.memory,
+            "others": self.others,
             "seconds": self.seconds,
         }
         with replacing(self.folder / STATE) as temporary:
             torch.save(state, temporary)
 
-    def take_steps(self, loss_of: Loss, is_due: Callable[[], bool], quiet: bool = False) -> None:
-        """Take the remaining steps; save the state where it `is_due`, and after the last."""
+    def take_steps(
+        self,
+        loss_of: Loss,
+        is_due: Callable[[], bool],
+        quiet: bool = False,
+        until: int | None = None,
+    ) -> None:
+        """Take the remaining steps, or those before step `until`; save the state where it `is_due`,
+        and after the last."""
         steps = self.schedule.steps
         started = time.monotonic() - self.seconds
         with tqdm(
             initial=self.step, total=steps, unit="step", disable=quiet, smoothing=0.05
         ) as progress:
-            while self.step < steps:
+            while self.step < (steps if until is None else until):
                 self._take_step(loss_of)
                 self.seconds = time.monotonic() - started
                 progress.update()
@@ -150,12 +171,12 @@ class Resumable:
     def _take_step(self, loss_of: Loss) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate_at(self.step)
-        loss, memory = loss_of(*self.batches(self.step))
-        objective = loss if memory is None else loss + self.memory_loss * memory
-        objective.backward()
+        device = next(iter(self.trained.values())).device
+        loss, other = loss_of(*(part.to(device) for part in self.batches(self.step)))
+        (loss if other is None else self.objective(loss, other)).backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(loss.item())
-        if memory is not None:
-            self.memory.append(memory.item())
+        if other is not None:
+            self.others.append(other.item())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from attnserve.errors import UserError
@@ -36,7 +37,6 @@ class Run(Resumable):
         tokens: Tokens,
     ) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.memory_loss = recipe.memory_loss
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         batches = Batches(tokens, recipe.context, recipe.batch, bos, recipe.seed)
         settings = dataclasses.asdict(recipe)
@@ -73,6 +73,15 @@ class Run(Resumable):
         )
         super().__init__(folder, identity, recipe, batches, trained, optimizer)
 
+    @property
+    def memory(self) -> list[float]:
+        """`memory_share` of every step, if it is trained on."""
+        return self.others
+
+    def objective(self, loss: Tensor, other: Tensor) -> Tensor:
+        """Return the loss, and the memory loss with its weight."""
+        return loss + self.recipe.memory_loss * other
+
     def save(self) -> None:
         """Write the state, then the losses."""
         super().save()
@@ -91,6 +100,6 @@ class Run(Resumable):
 
     def train(self, save_every: int, compiled: bool = False, quiet: bool = False) -> None:
         """Take the remaining steps, with a saved state after every `save_every` of them."""
-        memory = self.memory_loss > 0
+        memory = self.recipe.memory_loss > 0
         loss_of = loss_function(self.model, self.recipe.precision, compiled, memory)
         self.take_steps(loss_of, lambda: self.step % save_every == 0, quiet)

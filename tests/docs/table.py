@@ -120,6 +120,9 @@ RULES: dict[str, Rule] = {
         "attnserve evaluate checkpoints/softpick --sequences 2",
         prints="per token",
     ),
+    "attnserve look checkpoints/softmax checkpoints/softpick --text README.md": Run(
+        prints="Page: look.html"
+    ),
     "python -m training.train --help": Run(prints="Usage"),
     "attnserve budgets CKPT": Run(
         "attnserve budgets checkpoints/selective --sequences 2 --judge 2 "
@@ -358,7 +361,7 @@ RULES: dict[str, Rule] = {
             f"pip install --no-deps --no-build-isolation -e '.[{extra}]'",
             prints="Successfully installed attnserve",
         )
-        for extra in ("quant-libraries", "lm-eval")
+        for extra in ("quant-libraries", "lm-eval", "ray")
     },
     "python -m quant.report": Run(
         "python -m quant.report --results quant/results", prints="Report: quant/results/report.html"

@@ -10,6 +10,9 @@ from attnserve.evaluation.measures import Data
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
 
+SAMPLES = {"sequences": 2, "length": 48, "pairs": 2, "passages": 2, "calibration": 2, "jobs": 1}
+SMALL = [f"--{name}={value}" for name, value in SAMPLES.items()]
+
 
 @pytest.fixture(scope="session")
 def sampled_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,6 +30,12 @@ def cache(sampled_texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     """Books and evaluation sets of a few hundred words."""
     return Data(*write_texts(tmp_path_factory.mktemp("texts")))
+
+
+@pytest.fixture(scope="session")
+def texts(data: Data) -> list[str]:
+    """Return the options that name small texts and samples."""
+    return [*SMALL, f"--books={data.books}", f"--eval={data.evaluation}"]
 
 
 @pytest.fixture(scope="session")

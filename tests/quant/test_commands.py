@@ -20,7 +20,7 @@ from quant.store import SweepResult, read_all
 from quant.sweep import sweep
 from quant.texts import Sources, bundled_checkpoints, calibration_text
 from tests.conftest import Commands
-from tests.quant.test_sweep import SMALL
+from tests.quant.conftest import SMALL
 from tests.tiny import LICENSE, tiny_checkpoint
 
 pytestmark = pytest.mark.integration

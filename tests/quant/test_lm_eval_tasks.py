@@ -18,7 +18,7 @@ from quant.schemes.registry import installed
 from quant.store import path_of, read
 from quant.sweep import sweep
 from tests.conftest import Commands
-from tests.quant.test_sweep import SMALL
+from tests.quant.conftest import SMALL
 
 HERE = installed("lm_eval")
 needs_lm_eval = pytest.mark.skipif(

@@ -15,7 +15,6 @@ import pandas as pd
 import psutil
 import pytest
 
-from attnserve.evaluation.measures import Data
 from quant import runner
 from quant.config import QuantConfig
 from quant.measure import SweepTask, measure
@@ -24,16 +23,9 @@ from quant.schemes.registry import SCHEMES, installed
 from quant.store import SweepResult, read, read_all
 from quant.sweep import sweep
 from tests.conftest import Commands
+from tests.quant.conftest import SMALL
 
 ROOT = Path(__file__).parents[2]
-SAMPLES = {"sequences": 2, "length": 48, "pairs": 2, "passages": 2, "calibration": 2, "jobs": 1}
-SMALL = [f"--{name}={value}" for name, value in SAMPLES.items()]
-
-
-@pytest.fixture(scope="session")
-def texts(data: Data) -> list[str]:
-    """Return the options that name small texts and samples."""
-    return [*SMALL, f"--books={data.books}", f"--eval={data.evaluation}"]
 
 
 def times(out: Path) -> dict[str, int]:
@@ -184,7 +176,7 @@ def test_a_result_of_something_else_is_not_replaced(
         ("--schemes compressed-tensors --groups 48", "cannot cut 128 columns into groups of 48"),
         ("--what cache", "unknown target 'cache': use one or several of weights, activations, kv"),
         ("--groups 0", "0 is neither a whole number above 0 nor channel"),
-        ("--ray", "--ray needs the library ray, which is not installed: leave it out"),
+        ("--ray", "--ray needs the library ray, which is not installed: pip install -e '.[ray]'"),
         ("--books nowhere", "emma.txt is not there"),
         ("--eval nowhere", "name its folder with --eval"),
     ],

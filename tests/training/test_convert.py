@@ -24,9 +24,11 @@ from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaForCausalLM
 from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer
-from training.conversion import convert, initial_scale
+from training import finetune
+from training.conversion import convert, initial_scale, teacher_of
 from training.convert import convert as command
-from training.finetune import FineTune, fused_attention
+from training.data import data_tokens
+from training.finetune import FineTune
 from training.recipe import Conversion, FineTuning
 from training.resumable import STATE
 from training.tokenizer import PARAGRAPHS
@@ -232,8 +234,9 @@ def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: T
     for fused in (False, True):
         model.zero_grad()
         if fused:
-            with fused_attention(model) as fits:
-                assert fits == (variant != "softpick")
+            faster = finetune.fused(model)
+            assert (faster is None) == (variant == "softpick")
+            with finetune.attention_forward(model, faster):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         else:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -242,13 +245,74 @@ def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: T
     torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize("variant", ["softpick", "selective"])
+def test_blended_attention(variant: str, plain: Path, ids: Tensor) -> None:
+    """All softmax, all the variant, and in the first layer exactly between them."""
+    model = convert(plain, {"name": variant}, Conversion())
+    share, found = torch.zeros(()), []
+    outputs: list[Tensor] = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *call: outputs.append(call[2][0]))
+    for value in (0.0, 1.0, 0.25):
+        share.fill_(value)
+        with finetune.attention_forward(model, finetune.blended(share)):
+            found.append(logits(model, ids))
+    torch.testing.assert_close(found[0], logits(load(plain), ids), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(found[1], logits(model, ids), atol=2e-4, rtol=2e-4)
+    between = 0.75 * outputs[0] + 0.25 * outputs[1]
+    torch.testing.assert_close(outputs[2], between, atol=1e-5, rtol=1e-5)
+    assert (outputs[0] - outputs[1]).abs().max() > 0.01
+
+
+def test_what_is_distilled(tmp_path: Path) -> None:
+    """The divergence of the first step is that of the predictions, and training lowers it."""
+    tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(TRAINED))
+    settings = FineTuning(
+        steps=20, train="all", learning_rate=5e-5, sequence=64, batch=2, distill=1.0, blend=0.5
+    )
+    model = convert(TRAINED, {"name": "softpick"}, Conversion()).float()
+    teacher = teacher_of(TRAINED, "fp32", "cpu")
+
+    def divergence(ids: Tensor) -> float:
+        ours, theirs = (logits(each, ids).double().log_softmax(-1) for each in (model, teacher))
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    run = FineTune(model, settings, tokens, 0, tmp_path, teacher=teacher)
+    (inputs, _), (others, _) = run.batches(0), run.batches(21)
+    with finetune.attention_forward(model, finetune.blended(torch.tensor(1 / 11))):
+        first = divergence(inputs)
+    before = divergence(others)
+    run.run(quiet=True)
+    assert run.others[0] == pytest.approx(first, rel=1e-2) and len(run.others) == 20
+    assert divergence(others) < 0.7 * before
+    with pytest.raises(ValueError, match="go together"):
+        FineTune(model, settings, tokens, 0, tmp_path)
+
+
+def test_chats_in_the_mix(plain: Path, tmp_path: Path, commands: Commands) -> None:
+    """They are written as the chat template says, each followed by the end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.chat_template = PARAGRAPHS
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The licence."}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(f"{json.dumps({'messages': chat})}\n" * 2)
+    found = data_tokens([file, LICENSE], tokenizer)
+    one = [*tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False)), 0]
+    assert "The licence." in tokenizer.decode(one)
+    assert found.tolist() == 2 * one + read_tokens([LICENSE], tokenizer).tolist()
+    file.write_text('{"messages": 3}\n')
+    argv = (plain, tmp_path / "out", "--variant", "ssmax", "--steps", "1", "--data", file)
+    assert "line 1, is no chat of this tokenizer" in commands.refused(command, *argv)
+
+
 def tune(plain: Path, folder: Path, **changes: Any) -> FineTune:
-    settings = FineTuning(steps=100, learning_rate=0.01, sequence=16, seed=1)
+    settings = FineTuning(
+        steps=100, learning_rate=0.01, sequence=16, seed=1, distill=0.5, blend=0.5
+    )
     tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
     model = convert(plain, {"name": "ssmax"}, Conversion())
-    return FineTune(
-        model, dataclasses.replace(settings, **changes), tokens, 0, folder, save_seconds=0.0
-    )
+    settings = dataclasses.replace(settings, **changes)
+    teacher = teacher_of(plain, "fp32", "cpu")
+    return FineTune(model, settings, tokens, 0, folder, save_seconds=0.0, teacher=teacher)
 
 
 def test_interrupted_and_continued_equals_uninterrupted(plain: Path, tmp_path: Path) -> None:
@@ -324,6 +388,8 @@ REFUSED = {
         ["{plain}", "{tmp}/out", "--steps", "2", "--data", "{tmp}/softpick/config.json"],
         "too few for sequences of 1024: name more --data or shorter sequences",
     ),
+    "a teacher alone": (["{plain}", "{tmp}/out", "--distill", "1"], "give --steps and --data too"),
+    "no such device": (["{plain}", "{tmp}/out", "--device", "tpu"], "there is no device tpu"),
     "train length": (["{plain}", "{tmp}/out", "--train-length", "1"], "at least 2 tokens"),
     "no tensors": (
         ["{plain}", "{tmp}/out", "--variant", "lssa", "--steps", "2", "--data", "{license}"],

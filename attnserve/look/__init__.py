@@ -1,0 +1,1 @@
+"""A page that shows a checkpoint's attention: maps of every head, word by word."""
