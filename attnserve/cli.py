@@ -12,11 +12,8 @@ from attnserve import command
 from attnserve.budgets.command import budgets
 from attnserve.evaluation.books import books
 from attnserve.evaluation.evaluate import evaluate
-<<<<<<< HEAD
-from quant.convert import convert
-=======
 from attnserve.look.command import look
->>>>>>> main
+from quant.convert import convert
 from quant.quantize import quantize
 from quant.sweep import sweep
 from serving.__main__ import gateway, keys
