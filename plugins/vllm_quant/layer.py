@@ -76,7 +76,7 @@ class Format(QuantSpec):
         if not self.symmetric:
             as_it_is = self.zero_dtype.is_floating_point
             layer.weight_zero_point = scale(
-                data=scales.to(self.zero_dtype if as_it_is else torch.int16),
+                data=torch.empty_like(scales, dtype=self.zero_dtype if as_it_is else torch.int16),
                 weight_loader=loader if as_it_is else self.unpacking(loader, stored_rows),
                 **place,
             )
