@@ -402,6 +402,8 @@ RULES: dict[str, Rule] = {
         prints="x_bfloat16_median",
         slow=True,
     ),
+    "python -m benchmarks.engines --packed w4 --ckpt smollm2 --gguf q4_0.gguf "
+    "--llama-python llama/bin/python --clock cpu": NotHere("llama-cpp-python"),
     # docs/RESULTS.md
     "python -m training.learning_rate": Run(prints=BOOKS, code=2, slow=True),
     "python -m training.convert": Elsewhere("tests/training/test_convert.py"),
