@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -24,12 +25,14 @@ from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
 from attnserve.files import replacing
 from hf_attn.files import tensor_shapes, weight_files
+from quant.config import sized
 from quant.kept import Kept
 from quant.model import HEAD, columns, empty_model, has_decoder_layers, linears, quantize
+from quant.options import AUTO
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
 from quant_kernels.pack import pack
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant_kernels.weight import QuantizedWeight, QuantSpec, TwoLevelWeight
 
 CHUNK = 32  # group sizes are multiples of it, so that a group starts with a 32-bit word at all bits
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
@@ -44,28 +47,35 @@ LARGEST = 1e38
 class Recipe:
     """How a checkpoint is quantized."""
 
-    # bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
+    # bits, scheme, group_size, symmetric, act_order, search: of linear layers, as in `QuantConfig`;
+    # the two last are of gptq, and others leave them out.
     bits: int
     scheme: str
-    group_size: int | None = 64
+    group_size: int | None = AUTO
     symmetric: bool = False
     act_order: bool = False
+    search: bool = False
     # Bits of the token embeddings and the head; None: they stay as they are.
     embeddings: int | None = None
     activations: bool = False  # vLLM rounds the inputs of linear layers to 8 bits
+    # Of all linear layers together; each then has bits of its own (`quant.budget`), and `bits` are
+    # the nearest. None: `bits` everywhere.
+    bits_per_weight: float | None = None
 
     def __post_init__(self) -> None:
-        get_scheme(self.scheme)
+        scheme = get_scheme(self.scheme)
         if self.scheme not in SERVED:
             raise UserError(
                 f"scheme {self.scheme} cannot be served: use one of {', '.join(SERVED)}"
             )
-        if self.act_order and self.scheme != "gptq":
-            raise UserError("--act-order is of the scheme gptq: leave it out")
-        if self.group_size is not None and self.group_size % CHUNK:
+        if not scheme.two_level and self.group_size is not None and self.group_size % CHUNK:
             raise UserError(
                 f"--group-size {self.group_size}: use a multiple of {CHUNK}, or channel"
             )
+        if self.bits_per_weight is not None and not self.calibrated:
+            raise UserError("--bits-per-weight needs a calibrated scheme: two-level or gptq")
+        if self.bits_per_weight is not None and self.symmetric:
+            raise UserError("--bits-per-weight: leave out --symmetric")
         int8 = self.bits == 8 and self.symmetric and self.group_size is None
         if self.activations and (not int8 or self.embeddings is not None):
             raise UserError(
@@ -76,7 +86,21 @@ class Recipe:
     @property
     def spec(self) -> QuantSpec:
         """How linear layers are quantized."""
-        return QuantSpec(self.bits, self.group_size, self.symmetric)
+        scheme = get_scheme(self.scheme)
+        return QuantSpec(self.bits, sized(self.group_size, scheme, self.bits), self.symmetric)
+
+    @property
+    def table_spec(self) -> QuantSpec:
+        """How embeddings and head are quantized, by round to nearest."""
+        assert self.embeddings is not None
+        size = AUTO if get_scheme(self.scheme).two_level else self.group_size
+        size = sized(size, get_scheme("rtn"), self.embeddings)
+        return QuantSpec(self.embeddings, size, self.symmetric)
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What schemes are told besides the spec."""
+        return {"act_order": self.act_order, "search": self.search}
 
     @property
     def calibrated(self) -> bool:
@@ -85,10 +109,16 @@ class Recipe:
 
     def __str__(self) -> str:
         """Return the options of `python -m quant.quantize`."""
-        parts = [f"--bits {self.bits} --scheme {self.scheme}"]
-        parts.append(f"--group-size {self.group_size or 'channel'}")
-        flags = ("symmetric", "act_order", "activations")
-        parts += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(self, flag)]
+        parts = [f"--bits {self.bits}", f"--scheme {self.scheme}"]
+        size: int | str | None = self.spec.group_size
+        if self.bits_per_weight is not None:
+            parts[0] = f"--bits-per-weight {self.bits_per_weight:g}"
+            size = "auto" if self.group_size == AUTO else size
+        parts.append(f"--group-size {size or 'channel'}")
+        if get_scheme(self.scheme).has_options:
+            parts.append("--act-order" if self.act_order else "--no-act-order")
+            parts.append("--search" if self.search else "--no-search")
+        parts += [f"--{flag}" for flag in ("symmetric", "activations") if getattr(self, flag)]
         parts += [f"--embeddings {self.embeddings}"] * (self.embeddings is not None)
         return " ".join(parts)
 
@@ -168,7 +198,12 @@ def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
 
 
 def quantize_checkpoint(
-    folder: Path, out: Path, recipe: Recipe, calibration: Text | None, card: str
+    folder: Path,
+    out: Path,
+    recipe: Recipe,
+    calibration: Text | None,
+    card: str,
+    specs: Mapping[str, QuantSpec] = MappingProxyType({}),
 ) -> tuple[PreTrainedModel, pd.DataFrame]:
     """Quantize a checkpoint and write it; the new folder replaces `out` when it is complete. What
     a killed run has quantized is beside `out`, and the next run goes on there.
@@ -177,6 +212,7 @@ def quantize_checkpoint(
         folder, out, recipe: from where, to where, and how.
         calibration: text that a calibrated scheme is calibrated on.
         card: what the model card says of how it was made.
+        specs: of linear layers by name that are not quantized as the recipe says.
 
     Returns:
         The model in float32 with dequantized weights, and the sizes that `write_checkpoint` gives.
@@ -189,20 +225,27 @@ def quantize_checkpoint(
         "recipe": str(recipe),
         "checkpoint": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "texts": hashlib.sha256(texts.numpy().tobytes()).hexdigest(),
+        "specs": {name: str(spec) for name, spec in specs.items()},
     }
     kept = Kept(out.with_name(f".{out.name}.quantized"), key)
-    options: dict[str, Any] = {"act_order": recipe.act_order, "quantized": kept}
     try:
         with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
             for name in tables:  # first, so that calibrated schemes see them
-                assert recipe.embeddings is not None
                 weight = model.get_submodule(name).weight
-                spec = QuantSpec(recipe.embeddings, recipe.group_size, recipe.symmetric)
                 if name not in kept:
-                    kept[name] = rtn(weight.data, spec)
+                    kept[name] = rtn(weight.data, recipe.table_spec)
                 weight.data = kept[name].dequantize()  # a tied head's too
                 bar.update()
-            quantize(model, scheme, recipe.spec, texts, on_layer=bar.update, **options)
+            quantize(
+                model,
+                scheme,
+                recipe.spec,
+                texts,
+                options=recipe.options,
+                on_layer=bar.update,
+                quantized=kept,
+                specs=specs,
+            )
         with replacing(out) as new:
             sizes = write_checkpoint(folder, new, kept, recipe.activations, card)
             if out.exists():
@@ -264,7 +307,7 @@ def write_checkpoint(
 
 def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
     """Return a layer's tensors by name, in the format `int-quantized` (8 bits, symmetric, a
-    scale for each row) or `pack-quantized`."""
+    scale for each row), `pack-quantized` or `two-level`."""
     bits, zeros = weight.spec.bits, weight.zeros
     if int8:
         signed = (weight.values.short() - weight.spec.midpoint).to(torch.int8)
@@ -274,6 +317,8 @@ def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
         "weight_scale": weight.scales,
         "weight_shape": torch.tensor(weight.values.shape),
     }
+    if isinstance(weight, TwoLevelWeight):
+        tensors["weight_levels"] = weight.levels
     if zeros is not None:
         is_packed = zeros.dtype == torch.uint8
         tensors["weight_zero_point"] = pack(zeros.T.contiguous(), bits).T if is_packed else zeros
@@ -281,32 +326,43 @@ def stored_tensors(weight: QuantizedWeight, int8: bool) -> dict[str, Tensor]:
 
 
 def quantization_config(quantized: Mapping[str, QuantizedWeight], int8: bool) -> dict[str, Any]:
-    """Return the entry of `config.json`: a group for linear layers, another for embeddings and
-    head."""
-    tables = [weight for layer, weight in quantized.items() if layer in TABLES]
-    linear = next(weight for layer, weight in quantized.items() if layer not in TABLES)
-    of_targets = [(["Linear"], linear)]
-    if tables:
-        # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
-        of_targets.append((["Embedding", HEAD], tables[0]))
+    """Return the entry of `config.json`, in compressed-tensors' words: a group for each way in
+    which layers are quantized. Two-level scales are no format of that library: what has them is
+    `attnserve`'s, so that nobody else takes it for what he knows."""
+    ways: dict[str, tuple[QuantizedWeight, list[str]]] = {}
+    for layer, weight in quantized.items():
+        way = f"{layer in TABLES} {_weights_entry(weight)} {_format(weight, int8)}"
+        ways.setdefault(way, (weight, []))[1].append(layer)
+    linear_ways = sum(names[0] not in TABLES for _, names in ways.values())
     token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    groups = {
-        f"group_{place}": {
+    groups: dict[str, dict[str, Any]] = {}
+    for weight, names in sorted(ways.values(), key=lambda way: way[1][0] in TABLES):
+        targets = names if linear_ways > 1 else ["Linear"]
+        if names[0] in TABLES:
+            # vLLM does not tell embeddings their name. A tied head has no tensors of its own.
+            targets = ["Embedding", HEAD]
+        groups[f"group_{len(groups)}"] = {
             "targets": targets,
             "weights": _weights_entry(weight),
             "input_activations": token if int8 else None,
             "output_activations": None,
+            "format": _format(weight, int8),
         }
-        for place, (targets, weight) in enumerate(of_targets)
-    }
+    formats = {group["format"] for group in groups.values()}
     return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized" if int8 else "pack-quantized",
+        "quant_method": "attnserve" if "two-level" in formats else "compressed-tensors",
+        "format": groups["group_0"]["format"],
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [] if tables else [HEAD],
+        "ignore": [] if any(name in TABLES for name in quantized) else [HEAD],
         "kv_cache_scheme": None,
     }
+
+
+def _format(weight: QuantizedWeight, int8: bool) -> str:
+    if isinstance(weight, TwoLevelWeight):
+        return "two-level"
+    return "int-quantized" if int8 else "pack-quantized"
 
 
 def _weights_entry(weight: QuantizedWeight) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from attn_kernels.cpu.kernel import fields
 from quant_kernels.panels import Panels, check, dequantize
 
 HERE = Path(__file__).parent
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, None: 4}
+FORMATS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.uint8: 3,
+    None: 4,
+    torch.int8: 5,
+}
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,8 +8,9 @@
 // sixteen lanes.
 //
 // weight = (value - zero point) * scale, with one scale and zero point for each output and group of
-// inputs: `scales[panel][group][16]`, likewise zeros. A group is whole chunks; the last one may be
-// shorter.
+// inputs: `scales[panel][group][16]`, likewise zeros. A group is whole chunks, or half of one; the
+// last one may be shorter. With two-level scales `zeros` are bytes of groups instead, and scales
+// are of rows, `scales[panel][16]` (quant_kernels/levels.py).
 #include <omp.h>
 
 #include <algorithm>
@@ -27,7 +28,7 @@ constexpr int MIDPOINT = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
 constexpr int CHUNK = 32;             // values that take BITS words
 constexpr int PARTS = PANEL / WIDTH;  // vectors of a panel
 
-enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE };
+enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE, LEVELS };
 
 struct ProductCall {
   const uint32_t* words;
@@ -107,10 +108,27 @@ struct QuantizedValues {
   }
 };
 
-// Zero points of WIDTH lanes, less the midpoint.
-inline Vec zero_at(const ProductCall& c, int64_t at) {
-  return c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDPOINT;
-}
+// A step of the zero points of two-level scales, which have sixteen of them.
+constexpr float ZERO_STEP = MASK / 15.0;
+
+// What WIDTH outputs have for a group of inputs, from lane `part * WIDTH` of a panel on; zero
+// points are less the midpoint.
+struct Group {
+  Vec scale, zero;
+
+  Group(const ProductCall& c, int64_t panel, int64_t group, int part = 0) {
+    const int64_t at = (panel * c.groups() + group) * PANEL + part * WIDTH;
+    if (c.zero_format == LEVELS) {
+      const UintVec bits = __builtin_convertvector(load_as(c.zeros, at, UINT8), UintVec);
+      const Vec row = load_as(c.scales, panel * PANEL + part * WIDTH, c.scale_format);
+      scale = __builtin_convertvector((bits & 15) + 1, Vec) * (1 / 16.0f) * row;
+      zero = __builtin_convertvector(bits >> 4, Vec) * ZERO_STEP - (float)MIDPOINT;
+      return;
+    }
+    scale = load_as(c.scales, at, c.scale_format);
+    zero = c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDPOINT;
+  }
+};
 
 // Results [rows, stride] of the outputs from `panel` on, at most `count` of them.
 void store_results(const ProductCall& c, int64_t first, int64_t rows, int64_t panel, int64_t count,
@@ -150,9 +168,10 @@ constexpr int FEW = 4;
 // they are long, the words that follow.
 constexpr int64_t AHEAD = 512, NEXT_PANELS = 32768;
 
-// P panels from `panel` on times R rows; panels behind `last` are `last` again. `x`: R rows of
+// P panels from `panel` on times R rows; panels behind `last` are `last` again. UNIT inputs of a
+// chunk are of one group: all, or half of them. `x`: R rows of
 // padded() floats; `sums`: of each row and group of x.
-template <int R, int P>
+template <int R, int P, int UNIT>
 void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float* x,
                   const float* sums, float* out) {
   constexpr int N = P * PARTS;
@@ -169,10 +188,11 @@ void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float
     words[j] = c.words + panels[j] * length;
   }
   Vec total[R][N] = {};
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t end = std::min((g + 1) * chunks_per_group, chunks);
+  // Group g, inputs FIRST to FIRST + UNIT of chunks `begin` to `end`.
+  const auto add_group = [&](int64_t g, int64_t begin, int64_t end, auto first) {
+    constexpr int FIRST = decltype(first)::value;
     Vec sum[CHAINS][R][N] = {};
-    for (int64_t chunk = g * chunks_per_group; chunk < end; chunk++) {
+    for (int64_t chunk = begin; chunk < end; chunk++) {
       const int64_t here = chunk * BITS * PANEL;
       const float* xs = x + chunk * CHUNK;
 #pragma GCC unroll 4
@@ -181,7 +201,7 @@ void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float
         for (int w = 0; w < BITS; w++)
           __builtin_prefetch(words[j] + here + w * PANEL + ahead, 0, 2);
 #pragma GCC unroll 32
-      for (int i = 0; i < CHUNK; i++)
+      for (int i = FIRST; i < FIRST + UNIT; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < N; j++) {
           const Vec value = quantized.at(words[j / PARTS] + here + j % PARTS * WIDTH, i);
@@ -191,15 +211,24 @@ void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float
     }
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
-      const int64_t at = (panels[j / PARTS] * groups + g) * PANEL + j % PARTS * WIDTH;
-      const Vec scale = load_as(c.scales, at, c.scale_format), zero = zero_at(c, at);
+      const Group group(c, panels[j / PARTS], g, j % PARTS);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         Vec products = sum[0][r][j];
 #pragma GCC unroll 4
         for (int chain = 1; chain < CHAINS; chain++) products += sum[chain][r][j];
-        total[r][j] += scale * (products - zero * sums[r * groups + g]);
+        total[r][j] += group.scale * (products - group.zero * sums[r * groups + g]);
       }
+    }
+  };
+  if constexpr (UNIT == CHUNK) {
+    for (int64_t g = 0; g < groups; g++)
+      add_group(g, g * chunks_per_group, std::min((g + 1) * chunks_per_group, chunks),
+                std::integral_constant<int, 0>{});
+  } else {
+    for (int64_t g = 0; g < groups; g += 2) {
+      add_group(g, g / 2, g / 2 + 1, std::integral_constant<int, 0>{});
+      if (g + 1 < groups) add_group(g + 1, g / 2, g / 2 + 1, std::integral_constant<int, UNIT>{});
     }
   }
 #pragma GCC unroll 4
@@ -228,7 +257,10 @@ void few_rows(const ProductCall& c) {
     constexpr int P = REGISTERS == 32 ? (R <= 2 ? 4 : 2) : R == 1 ? 2 : 1;
     float out[R * P * PANEL];
     for (int64_t panel = begin; panel < end; panel += P) {
-      multiply_few<R, P>(c, panel, end - 1, x, sums, out);
+      if (c.group_size < CHUNK)
+        multiply_few<R, P, CHUNK / 2>(c, panel, end - 1, x, sums, out);
+      else
+        multiply_few<R, P, CHUNK>(c, panel, end - 1, x, sums, out);
       const int64_t count = std::min<int64_t>(P, end - panel) * PANEL;
       store_results(c, 0, c.rows, panel, count, out, P * PANEL);
     }
@@ -247,16 +279,19 @@ static_assert(BLOCK % STRIP_ROWS == 0 && DEPTH % CHUNK == 0);
 // Inputs `begin` to `end` of a panel as floats [inputs][STRIP_WIDTH].
 void dequantize(const ProductCall& c, int64_t panel, int64_t begin, int64_t end, float* to) {
   const QuantizedValues quantized;
-  const int64_t chunks = c.chunks(), groups = c.groups();
+  const int64_t chunks = c.chunks(), last = c.groups() - 1;
   for (int64_t k = begin; k < end; k += CHUNK) {
     const uint32_t* words = c.words + (panel * chunks + k / CHUNK) * BITS * PANEL;
     for (int j = 0; j < PARTS; j++) {
-      const int64_t at = (panel * groups + k / c.group_size) * PANEL + j * WIDTH;
-      const Vec scale = load_as(c.scales, at, c.scale_format), zero = zero_at(c, at);
+      Group group(c, panel, k / c.group_size, j);
       float* here = to + (k - begin) * STRIP_WIDTH + j * WIDTH;
 #pragma GCC unroll 32
-      for (int i = 0; i < CHUNK; i++)
-        store(here + i * STRIP_WIDTH, (quantized.at(words + j * WIDTH, i) - zero) * scale);
+      for (int i = 0; i < CHUNK; i++) {
+        if (i == CHUNK / 2 && c.group_size < CHUNK)
+          group = Group(c, panel, std::min((k + i) / c.group_size, last), j);
+        store(here + i * STRIP_WIDTH,
+              (quantized.at(words + j * WIDTH, i) - group.zero) * group.scale);
+      }
     }
   }
 }
@@ -398,10 +433,9 @@ void many_rows_amx(const ProductCall& c) {
           weave(c, other, k, end, woven + depth * PANEL);
           Vec scale[WIDE / WIDTH], zero[WIDE / WIDTH];
           for (int j = 0; j < WIDE / WIDTH; j++) {
-            const int64_t at =
-                ((j < PARTS ? panel : other) * groups + g) * PANEL + j % PARTS * WIDTH;
-            scale[j] = load_as(c.scales, at, c.scale_format);
-            zero[j] = zero_at(c, at);
+            const Group group(c, j < PARTS ? panel : other, g, j % PARTS);
+            scale[j] = group.scale;
+            zero[j] = group.zero;
           }
           for (int64_t r = 0; r < rows; r += TILE_ROWS) {
             amx_multiply<2, false>(x + r * padded + k, padded, woven, depth * PANEL, end - k,
@@ -427,7 +461,7 @@ void multiply(const ProductCall& c) {
   if (c.rows == 2) return few_rows<2>(c);
   if (c.rows <= FEW) return few_rows<FEW>(c);
   if constexpr (HAS_AMX)
-    if (c.format == BFLOAT16 && amx_permitted()) return many_rows_amx(c);
+    if (c.format == BFLOAT16 && c.group_size >= CHUNK && amx_permitted()) return many_rows_amx(c);
   many_rows(c);
 }
 
@@ -445,10 +479,18 @@ bool gather(const ProductCall& c, const int64_t* ids) {
       uint64_t bits = words[word * PANEL];
       if (offset + BITS > 32) bits |= (uint64_t)words[(word + 1) * PANEL] << 32;
       const int64_t at = (panel * groups + k / c.group_size) * PANEL + lane;
-      const float zero = c.zero_format == NONE ? MIDPOINT : value_at(c.zeros, at, c.zero_format);
       const float value = (float)((bits >> offset) & MASK);
-      store_as(c.out, r * c.inputs + k, (value - zero) * value_at(c.scales, at, c.scale_format),
-               c.format);
+      float scale, zero;
+      if (c.zero_format == LEVELS) {
+        const int level = ((const uint8_t*)c.zeros)[at];
+        scale =
+            ((level & 15) + 1) / 16.0f * value_at(c.scales, panel * PANEL + lane, c.scale_format);
+        zero = (level >> 4) * ZERO_STEP;
+      } else {
+        scale = value_at(c.scales, at, c.scale_format);
+        zero = c.zero_format == NONE ? MIDPOINT : value_at(c.zeros, at, c.zero_format);
+      }
+      store_as(c.out, r * c.inputs + k, (value - zero) * scale, c.format);
     }
   }
   return true;

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant_kernels.levels import scales_of, zeros_of
+
 PANEL = 16
 """Outputs of a panel."""
 CHUNK = 32
@@ -20,10 +22,12 @@ class Panels(NamedTuple):
 
     Attributes:
         words: int32 `[panels, words of a row, 16]`: 32-bit words of densely packed values.
-        scales: `[panels, groups, 16]`, float32, bfloat16 or float16.
-        zeros: zero points of the same shape, uint8 or float16; None: the midpoint `2**(bits - 1)`.
+        scales: `[panels, groups, 16]`, float32, bfloat16 or float16; of two-level scales those of
+            rows, `[panels, 1, 16]`.
+        zeros: zero points `[panels, groups, 16]`, uint8 or float16; None: the midpoint
+            `2**(bits - 1)`; int8: the bytes of two-level scales (`quant_kernels.levels`).
         bits: of a quantized value, 2 to 8.
-        group_size: inputs that share a scale, a multiple of 32.
+        group_size: inputs that share a scale, a multiple of 32, or 16 with two-level scales.
         outputs, inputs: the shape of the matrix.
     """
 
@@ -35,6 +39,11 @@ class Panels(NamedTuple):
     outputs: int
     inputs: int
 
+    @property
+    def groups(self) -> int:
+        """The groups of a row."""
+        return -(-self.inputs // self.group_size)
+
 
 def check(weight: Panels) -> None:
     """Refuse a matrix whose tensors have other shapes than its numbers say.
@@ -43,13 +52,16 @@ def check(weight: Panels) -> None:
         ValueError: with one line.
     """
     words, scales, zeros, bits, size, outputs, inputs = weight
-    if size < CHUNK or size % CHUNK or not 2 <= bits <= 8 or words.dtype != torch.int32:
+    two_level = zeros is not None and zeros.dtype == torch.int8
+    whole = size >= CHUNK and size % CHUNK == 0
+    half = two_level and size == CHUNK // 2
+    if not (whole or half) or not 2 <= bits <= 8 or words.dtype != torch.int32:
         raise ValueError(f"{bits} bits in groups of {size} columns, in {words.dtype}")
     panels, chunks = -(-outputs // PANEL), -(-inputs // CHUNK)
     numbers = panels * -(-inputs // size) * PANEL
     if (
         words.numel() != panels * chunks * bits * PANEL
-        or scales.numel() != numbers
+        or scales.numel() != (panels * PANEL if two_level else numbers)
         or (zeros is not None and zeros.numel() != numbers)
     ):
         raise ValueError(
@@ -72,9 +84,11 @@ def panels(
     Args:
         packed: int32 `[outputs, words]`, as `quant_kernels.pack.pack` packs.
         scales: `[outputs, groups]`; kept in 16 bits where these hold them exactly.
-        zeros: zero points `[outputs, groups]`, uint8 or float16; None if quantization is symmetric.
+        zeros: zero points `[outputs, groups]`, uint8 or float16; None if quantization is symmetric;
+            int8: the bytes of two-level scales, and `scales` are `[outputs, 1]`.
         bits: of a quantized value, 2 to 8.
-        group_size: inputs that share a scale, a multiple of 32; None: all of a row.
+        group_size: inputs that share a scale, a multiple of 32, or 16 with two-level scales; None:
+            all of a row.
         inputs: columns of the matrix.
     """
     chunks = math.ceil(inputs / CHUNK)
@@ -110,6 +124,9 @@ def dequantize(weight: Panels) -> Tensor:
     both = wide[:, first // 32] | wide[:, first // 32 + 1] << 32
     values = (both >> first % 32 & (2**weight.bits - 1)).float()
     groups = columns // weight.group_size
+    if weight.zeros is not None and weight.zeros.dtype == torch.int8:
+        levels = rows(weight.zeros).view(torch.uint8)[:, groups]
+        return (values - zeros_of(levels, weight.bits)) * scales_of(levels, rows(weight.scales))
     zeros: Tensor | float = float(2 ** (weight.bits - 1))
     if weight.zeros is not None:
         zeros = rows(weight.zeros).float()[:, groups]

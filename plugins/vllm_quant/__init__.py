@@ -1,8 +1,9 @@
 """The vLLM plugin for weights of 2 to 8 bits.
 
 vLLM 0.32 has no CPU kernel for packed weights but one for 4 bits, which needs AVX-512. This plugin
-serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`; on a GPU
-what vLLM has no kernel for. Other formats, and other devices, stay vLLM's.
+serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`, and
+two-level scales; on a GPU what vLLM has no kernel for. Other formats, and other devices, stay
+vLLM's.
 """
 
 from __future__ import annotations
@@ -34,4 +35,5 @@ def register() -> None:
             return []
 
     if current_platform.is_cpu() or current_platform.is_cuda_alike():
-        register_quantization_config("compressed-tensors")(LazyConfig)
+        for name in ("compressed-tensors", "attnserve"):
+            register_quantization_config(name)(LazyConfig)

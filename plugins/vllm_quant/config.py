@@ -30,6 +30,10 @@ from vllm_attn.report import StartupError
 from vllm_quant.layer import Format
 from vllm_quant.methods import CAPABILITY, PackedEmbeddingMethod, PackedScheme
 
+TWO_LEVEL = "two-level"
+"""The format of a config group whose scales are two-level ones: no format of compressed-tensors, so
+that checkpoints with it name `attnserve` as their method."""
+
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -51,13 +55,18 @@ class PackedConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         weights: Any = scheme["weights"]
         format = Format(
-            weights.num_bits, weights.group_size, weights.symmetric, weights.zp_dtype or torch.int8
+            weights.num_bits,
+            weights.group_size,
+            weights.symmetric,
+            weights.zp_dtype or torch.int8,
+            scheme["format"] == TWO_LEVEL,
         )
         on_gpu = current_platform.is_cuda_alike()
         if on_gpu and stays_vllms(layer, format):
             return super().get_quant_method(layer, prefix)
         kernels = "GPU kernels" if on_gpu else "CPU kernels"
-        if format.group_size is not None and format.group_size % CHUNK:
+        small = format.two_level and format.group_size == CHUNK // 2
+        if format.group_size is not None and format.group_size % CHUNK and not small:
             raise StartupError(
                 f"{prefix or 'the embedding'} has groups of {format.group_size} columns: the "
                 f"{kernels} take multiples of {CHUNK}, or whole rows"
@@ -79,7 +88,7 @@ def is_packed(scheme: dict[str, Any]) -> bool:
     8 bits with scales of rows or groups, activations as they are."""
     weights = scheme["weights"]
     return (
-        scheme["format"] == "pack-quantized"
+        scheme["format"] in ("pack-quantized", TWO_LEVEL)
         and scheme.get("input_activations") is None
         and scheme.get("output_activations") is None
         and weights.type == "int"
@@ -117,7 +126,7 @@ def stays_vllms(layer: nn.Module, format: Format) -> bool:
         return False
     short = format.group_size is not None and layer.input_size % format.group_size
     between = not format.symmetric and format.zero_dtype == torch.float16
-    if short or between or layer.params_dtype == torch.float32:
+    if format.two_level or short or between or layer.params_dtype == torch.float32:
         return False
     types: Any = stock.WNA16_SUPPORTED_TYPES_MAP
     if not format.symmetric:

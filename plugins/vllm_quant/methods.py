@@ -3,6 +3,7 @@ which are one matrix where they are tied."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,13 +53,11 @@ class PackedScheme(CompressedTensorsScheme):
         Raises:
             StartupError: tensor parallelism would cut through a group.
         """
-        group_size = self.format.group_size
-        if input_size_per_partition != input_size and input_size_per_partition % (
-            group_size or CHUNK
-        ):
+        whole = math.lcm(self.format.group_size or CHUNK, CHUNK)
+        if input_size_per_partition != input_size and input_size_per_partition % whole:
             raise StartupError(
                 f"tensor parallelism gives each rank {input_size_per_partition} columns of packed "
-                f"weights, which is no multiple of {group_size or CHUNK}: use a smaller "
+                f"weights, which is no multiple of {whole}: use a smaller "
                 "--tensor-parallel-size"
             )
         self.inputs = input_size_per_partition
