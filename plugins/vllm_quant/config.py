@@ -41,6 +41,10 @@ class PackedConfig(CompressedTensorsConfig):
     """Weight-only integers in the format `pack-quantized` are ours, on a GPU where vLLM has no
     kernel for them; all else is vLLM's."""
 
+    def get_name(self) -> Any:
+        """Return the method that the checkpoint names."""
+        return (self.config or {}).get("quant_method", super().get_name())
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of one layer.
 

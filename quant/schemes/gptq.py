@@ -117,11 +117,16 @@ def with_feedback(
     return quantized
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the damped inverse, float32 `[columns, columns]`."""
-    damped = hessian.double()
-    diagonal = damped.diagonal()
+def damped(hessian: Tensor) -> Tensor:
+    """Return a Hessian that can be inverted, float64 `[columns, columns]`."""
+    found = hessian.to(torch.float64, copy=True)
+    diagonal = found.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return found
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the damped inverse, float32 `[columns, columns]`."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     return torch.linalg.cholesky(inverse, upper=True).float()

@@ -355,7 +355,7 @@ REFUSALS = [
     (["--bits=4", "--bits-per-weight=4.5"], "give either --bits or --bits-per-weight"),
     (["--bits-per-weight=3", "--scheme=rtn"], "needs a calibrated scheme: two-level or gptq"),
     (["--bits-per-weight=3", "--scheme=gptq", "--symmetric"], "per-weight: leave out --symmetric"),
-    (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.13"),
+    (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.12"),
     (["--bits=2", "--group=48"], "scheme two-level has groups of 16 or of a multiple of 32"),
     (
         ["--bits=4", "--scheme=rtn", "--group=48"],

@@ -75,7 +75,7 @@ def said_of(out: Path) -> tuple[str, str]:
         group for group in config["config_groups"].values() if "lm_head" not in group["targets"]
     ]
     bits = sorted({group["weights"]["num_bits"] for group in groups})
-    return "+".join(map(str, bits)), config["quant_method"]
+    return ",".join(map(str, bits)), config["quant_method"]
 
 
 def differences(
