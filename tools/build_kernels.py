@@ -44,6 +44,9 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             done = pool.map(lambda pair: build(*pair), wanted)
             libraries = list(tqdm(done, total=len(wanted), unit="library"))
+        # What calls those of the bit-widths; of no instruction set.
+        wanted.append(("operators", "portable"))
+        libraries.append(ops.build_operators())
     except BuildError as error:
         raise SystemExit(f"build_kernels: {error}") from None
     for (name, isa), path in zip(wanted, libraries, strict=True):

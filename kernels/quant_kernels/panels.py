@@ -45,31 +45,6 @@ class Panels(NamedTuple):
         return -(-self.inputs // self.group_size)
 
 
-def check(weight: Panels) -> None:
-    """Refuse a matrix whose tensors have other shapes than its numbers say.
-
-    Raises:
-        ValueError: with one line.
-    """
-    words, scales, zeros, bits, size, outputs, inputs = weight
-    two_level = zeros is not None and zeros.dtype == torch.int8
-    whole = size >= CHUNK and size % CHUNK == 0
-    half = two_level and size == CHUNK // 2
-    if not (whole or half) or not 2 <= bits <= 8 or words.dtype != torch.int32:
-        raise ValueError(f"{bits} bits in groups of {size} columns, in {words.dtype}")
-    panels, chunks = -(-outputs // PANEL), -(-inputs // CHUNK)
-    numbers = panels * -(-inputs // size) * PANEL
-    if (
-        words.numel() != panels * chunks * bits * PANEL
-        or scales.numel() != (panels * PANEL if two_level else numbers)
-        or (zeros is not None and zeros.numel() != numbers)
-    ):
-        raise ValueError(
-            f"a matrix [{outputs}, {inputs}] of {bits} bits in groups of {size} columns does not "
-            f"have words {list(words.shape)} and scales {list(scales.shape)}"
-        )
-
-
 def panels(
     packed: Tensor,
     scales: Tensor,

@@ -227,22 +227,22 @@ def test_bad_arguments_of_pruned_layers(changes: dict[str, Any], says: str) -> N
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"words": torch.zeros(1, 12, 16, dtype=torch.int32)}, "does not have words"),
-        ({"words": torch.zeros(2, 12, 16, dtype=torch.uint8)}, "in torch.uint8"),
-        ({"scales": torch.ones(2, 2, 16)}, "does not have words"),
-        ({"zeros": torch.zeros(2, 3, 15)}, "does not have words"),
+        ({"words": torch.zeros(1, 12, 16, dtype=torch.int32)}, r"does not have \d+ words"),
+        ({"words": torch.zeros(2, 12, 16, dtype=torch.uint8)}, "in words of 32 bits"),
+        ({"scales": torch.ones(2, 2, 16)}, r"does not have \d+ words"),
+        ({"zeros": torch.zeros(2, 3, 15)}, r"does not have \d+ words"),
         ({"group_size": 48}, "4 bits in groups of 48 columns"),
         ({"group_size": 0}, "4 bits in groups of 0 columns"),
-        ({"bits": 9}, "9 bits in groups of 32 columns"),
+        ({"bits": 9}, "a weight of 9 bits"),
         ({"outputs": 33}, r"a matrix \[33, 96\]"),
         ({"inputs": 97}, r"a matrix \[20, 97\]"),
     ],
 )
 def test_matrices_of_other_shapes(changes: dict[str, Any], says: str) -> None:
     stored: Panels = in_panels(weight(4, 20, 96, 32, "integers"))._replace(**changes)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, RuntimeError), match=says):
         multiply(torch.randn(3, stored.inputs), stored)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, RuntimeError), match=says):
         gather(torch.tensor([3]), stored, torch.float32)
 
 
@@ -253,9 +253,9 @@ def test_bad_arguments_of_products() -> None:
         torch.randn(3, 96).double(),
         torch.ones(3, 96, dtype=torch.uint8),
     ):
-        with pytest.raises(ValueError, match=r"x is .*, not \[\.\.\., 96\] in float32"):
+        with pytest.raises(RuntimeError, match=r"x is not \[\.\.\., 96\] in float32"):
             multiply(x, stored)
-    with pytest.raises(ValueError, match=r"rows in torch\.float64"):
+    with pytest.raises(RuntimeError, match="rows are float32"):
         gather(torch.tensor([3]), stored, torch.float64)
     # Ids of another width are read as what they are.
     ids = torch.tensor([3, 19, 0])
