@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import pandas as pd
 import torch
@@ -21,10 +21,12 @@ from attnserve.evaluation.texts import Text
 from attnserve.files import replacing
 from hf_attn.files import tensor_shapes, weight_files
 from quant.checks import check_no_experts, check_values
+from quant.config import sized
 from quant.contents import EMBEDDINGS, Contents
 from quant.gguf_file import check_model, check_spec, write_gguf
 from quant.kept import Kept
 from quant.model import HEAD, columns, empty_model, has_decoder_layers, linears, quantize
+from quant.options import AUTO
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
 from quant.write import TOKENIZER, check_out, is_quantized, quantization_config, write_folder
@@ -42,19 +44,24 @@ FORMATS = (PACKED, GGUF)
 class Recipe:
     """How a checkpoint is quantized."""
 
-    # bits, scheme, group_size, symmetric, act_order: of linear layers, as in `QuantConfig`.
+    # bits, scheme, group_size, symmetric, act_order, search: of linear layers, as in `QuantConfig`;
+    # the two last are of gptq, and others leave them out.
     bits: int
     scheme: str
-    group_size: int | None = 64
+    group_size: int | None = AUTO
     symmetric: bool = False
     act_order: bool = False
+    search: bool = False
     # Bits of the token embeddings and the head; None: they stay as they are.
     embeddings: int | None = None
     activations: bool = False  # vLLM rounds the inputs of linear layers to 8 bits
     format: str = PACKED  # of what is written
+    # Of all linear layers together; each then has bits of its own (`quant.budget`), and `bits` are
+    # the nearest. None: `bits` everywhere.
+    bits_per_weight: float | None = None
 
     def __post_init__(self) -> None:
-        get_scheme(self.scheme)
+        scheme = get_scheme(self.scheme)
         if self.scheme not in SERVED:
             raise UserError(
                 f"scheme {self.scheme} cannot be served: use one of {', '.join(SERVED)}"
@@ -63,12 +70,18 @@ class Recipe:
             raise UserError(f"--format {self.format}: use {' or '.join(FORMATS)}")
         if self.activations and self.format == GGUF:
             raise UserError("--activations is vLLM's: leave out --format gguf")
-        if self.act_order and self.scheme != "gptq":
-            raise UserError("--act-order is of the scheme gptq: leave it out")
-        if self.group_size is not None and self.group_size % CHUNK:
+        if scheme.two_level and self.format == GGUF:
+            raise UserError(
+                f"--format gguf has no type for the scheme {self.scheme}: use --scheme gptq"
+            )
+        if not scheme.two_level and self.group_size is not None and self.group_size % CHUNK:
             raise UserError(
                 f"--group-size {self.group_size}: use a multiple of {CHUNK}, or channel"
             )
+        if self.bits_per_weight is not None and not self.calibrated:
+            raise UserError("--bits-per-weight needs a calibrated scheme: two-level or gptq")
+        if self.bits_per_weight is not None and self.symmetric:
+            raise UserError("--bits-per-weight: leave out --symmetric")
         int8 = self.bits == 8 and self.symmetric and self.group_size is None
         if self.activations and (not int8 or self.embeddings is not None):
             raise UserError(
@@ -79,12 +92,21 @@ class Recipe:
     @property
     def spec(self) -> QuantSpec:
         """How linear layers are quantized."""
-        return QuantSpec(self.bits, self.group_size, self.symmetric)
+        scheme = get_scheme(self.scheme)
+        return QuantSpec(self.bits, sized(self.group_size, scheme, self.bits), self.symmetric)
 
     @property
-    def tables(self) -> QuantSpec:
-        """How embeddings and head are quantized, if they are."""
-        return QuantSpec(self.embeddings or self.bits, self.group_size, self.symmetric)
+    def table_spec(self) -> QuantSpec:
+        """How embeddings and head are quantized, by round to nearest."""
+        assert self.embeddings is not None
+        size = AUTO if get_scheme(self.scheme).two_level else self.group_size
+        size = sized(size, get_scheme("rtn"), self.embeddings)
+        return QuantSpec(self.embeddings, size, self.symmetric)
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What schemes are told besides the spec."""
+        return {"act_order": self.act_order, "search": self.search}
 
     @property
     def calibrated(self) -> bool:
@@ -93,10 +115,16 @@ class Recipe:
 
     def __str__(self) -> str:
         """Return the options of `python -m quant.quantize`."""
-        parts = [f"--bits {self.bits} --scheme {self.scheme}"]
-        parts.append(f"--group-size {self.group_size or 'channel'}")
-        flags = ("symmetric", "act_order", "activations")
-        parts += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(self, flag)]
+        parts = [f"--bits {self.bits}", f"--scheme {self.scheme}"]
+        size: int | str | None = self.spec.group_size
+        if self.bits_per_weight is not None:
+            parts[0] = f"--bits-per-weight {self.bits_per_weight:g}"
+            size = "auto" if self.group_size == AUTO else size
+        parts.append(f"--group-size {size or 'channel'}")
+        if get_scheme(self.scheme).has_options:
+            parts.append("--act-order" if self.act_order else "--no-act-order")
+            parts.append("--search" if self.search else "--no-search")
+        parts += [f"--{flag}" for flag in ("symmetric", "activations") if getattr(self, flag)]
         parts += [f"--embeddings {self.embeddings}"] * (self.embeddings is not None)
         parts += [f"--format {self.format}"] * (self.format != PACKED)
         return " ".join(parts)
@@ -126,7 +154,7 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
     get_scheme(recipe.scheme).check(recipe.spec, columns(model))
     if recipe.format == GGUF:
         check_model(model.config, folder / TOKENIZER)
-        specs = [recipe.spec] if recipe.embeddings is None else [recipe.spec, recipe.tables]
+        specs = [recipe.spec] if recipe.embeddings is None else [recipe.spec, recipe.table_spec]
         for spec in specs:
             check_spec(spec, recipe.scheme, columns(model))
     stored = tensor_shapes(folder)
@@ -152,7 +180,12 @@ def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
 
 
 def quantize_checkpoint(
-    folder: Path, out: Path, recipe: Recipe, calibration: Text | None, card: str
+    folder: Path,
+    out: Path,
+    recipe: Recipe,
+    calibration: Text | None,
+    card: str,
+    specs: Mapping[str, QuantSpec] = MappingProxyType({}),
 ) -> tuple[PreTrainedModel, pd.DataFrame]:
     """Quantize a checkpoint and write it; the new folder replaces `out` when it is complete. What
     a killed run has quantized is beside `out`, and the next run goes on there.
@@ -161,6 +194,7 @@ def quantize_checkpoint(
         folder, out, recipe: from where, to where, and how.
         calibration: text that a calibrated scheme is calibrated on.
         card: what the model card says of how it was made.
+        specs: of linear layers by name that are not quantized as the recipe says.
 
     Returns:
         The model in float32 with dequantized weights, and the sizes that `write_checkpoint` gives.
@@ -173,18 +207,27 @@ def quantize_checkpoint(
         "recipe": str(recipe),
         "checkpoint": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "texts": hashlib.sha256(texts.numpy().tobytes()).hexdigest(),
+        "specs": {name: str(spec) for name, spec in specs.items()},
     }
     kept = Kept(out.with_name(f".{out.name}.quantized"), key)
-    options: dict[str, Any] = {"act_order": recipe.act_order, "quantized": kept}
     try:
         with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
             for name in tables:  # first, so that calibrated schemes see them
                 weight = model.get_submodule(name).weight
                 if name not in kept:
-                    kept[name] = rtn(weight.data, recipe.tables)
+                    kept[name] = rtn(weight.data, recipe.table_spec)
                 weight.data = kept[name].dequantize()  # a tied head's too
                 bar.update()
-            quantize(model, scheme, recipe.spec, texts, on_layer=bar.update, **options)
+            quantize(
+                model,
+                scheme,
+                recipe.spec,
+                texts,
+                options=recipe.options,
+                on_layer=bar.update,
+                quantized=kept,
+                specs=specs,
+            )
         with replacing(out) as new:
             sizes = write_checkpoint(folder, new, kept, model, recipe, card)
             if out.is_dir():

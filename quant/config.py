@@ -11,7 +11,7 @@ from typer import Option
 
 from attnserve.errors import UserError
 from quant import options
-from quant.schemes.registry import SCHEMES, get_scheme
+from quant.schemes.registry import SCHEMES, Scheme, get_scheme
 
 if TYPE_CHECKING:
     from quant_kernels.weight import QuantSpec
@@ -41,24 +41,32 @@ class QuantConfig:
     group_size: int | None = None
     # No zero points in the weights, else in the cache; activations never have any.
     symmetric: bool = False
-    act_order: bool = False  # `gptq` takes the columns by their Hessian
+    # act_order, search: of `gptq`.
+    act_order: bool = False
     lm_head: bool = False  # the weights of the head are quantized too
     static: bool = False  # activations have calibrated scales instead of one for each token
     # How keys and values are rounded: as servers do it, or FP8; None: simulated, one scale and zero
     # point a token.
     kv_format: str | None = None
+    search: bool = False
 
     @property
     def key(self) -> dict[str, Any]:
         """What a result depends on. Results that are older than a field lack it, so its default
         is left out."""
         fields = dataclasses.asdict(self)
-        return fields if self.kv_format else {k: v for k, v in fields.items() if k != "kv_format"}
+        later = ("kv_format", "search")
+        return {name: value for name, value in fields.items() if name not in later or value}
 
     @property
     def cache_symmetric(self) -> bool:
         """Whether simulated keys and values have no zero points."""
         return self.symmetric and self.weights is None
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What schemes are told besides the spec."""
+        return {"act_order": self.act_order, "search": self.search}
 
     @property
     def target(self) -> str:
@@ -80,7 +88,12 @@ class QuantConfig:
             parts.append(f"a{self.activations}" + "static" * self.static)
         if self.kv:
             parts.append("kvfp8" if self.kv_format == FP8 else f"kv{self.kv}")
-        flags = {"sym": self.symmetric, "actorder": self.act_order, "head": self.lm_head}
+        flags = {
+            "sym": self.symmetric,
+            "actorder": self.act_order,
+            "search": self.search,
+            "head": self.lm_head,
+        }
         return "-".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
 
     @property
@@ -93,6 +106,11 @@ class QuantConfig:
 
 
 UNQUANTIZED = QuantConfig()
+
+
+def sized(group_size: int | None, scheme: Scheme, bits: int) -> int | None:
+    """Return the columns of a group, the scheme's own where they are `AUTO`."""
+    return scheme.group_size(bits) if group_size == options.AUTO else group_size
 
 
 @dataclass(frozen=True)
@@ -115,15 +133,16 @@ class SearchSpace:
     ] = field(default_factory=lambda: [2, 3, 4, 8])
     schemes: Annotated[
         list[str], Option(metavar="SCHEME", help=f"How weights are quantized. {SCHEME_TITLES}.")
-    ] = field(default_factory=lambda: ["rtn", "hqq", "gptq"])
+    ] = field(default_factory=lambda: ["rtn", "hqq", "gptq", "two-level"])
     group_sizes: Annotated[
         list[int],
         Option(
             "--group-sizes", "--groups", parser=options.columns, metavar="N", help=options.COLUMNS
         ),
-    ] = field(default_factory=lambda: [64])
+    ] = field(default_factory=lambda: [options.AUTO])
     symmetric: options.Symmetric = False
-    act_order: options.ActOrder = False
+    act_order: options.ActOrder = True
+    search: options.Search = True
     lm_head: options.LmHead = False
     static: Annotated[
         bool, Option("--static", help="Calibrate scales of activations; else one for each token.")
@@ -156,6 +175,7 @@ class SearchSpace:
     def _config(self, target: str, bits: int, scheme: str, group_size: int | None) -> QuantConfig:
         if target == "kv-fp8":
             return QuantConfig(kv=8, kv_format=FP8)
+        named = get_scheme(scheme)
         weights, activations, kv = (name in target.split("+") for name in TENSORS)
         kv_bits = (self.kv_bits if weights or activations else bits) if kv else None
         kv_format = SERVED.get(kv_bits) if kv_bits else None
@@ -165,9 +185,10 @@ class SearchSpace:
             kv=kv_bits,
             kv_format=kv_format,
             scheme=scheme if weights else None,
-            group_size=group_size if weights else None,
+            group_size=sized(group_size, named, bits) if weights else None,
             symmetric=self.symmetric and (weights or (kv and kv_format is None)),
-            act_order=self.act_order and weights and scheme == "gptq",
+            act_order=self.act_order and weights and named.has_options,
+            search=self.search and weights and named.has_options,
             lm_head=self.lm_head and weights,
             static=self.static and activations,
         )
@@ -194,9 +215,11 @@ class LayerSettings:
     bits: Annotated[list[int], Option(min=2, max=8, help="Bits of a layer.")] = field(
         default_factory=lambda: [2, 3, 4, 8]
     )
-    scheme: Annotated[str, Option(help=f"One of {', '.join(SCHEMES)}.")] = "gptq"
-    group_size: options.GroupSize = 64
+    scheme: Annotated[str, Option(help=f"One of {', '.join(SCHEMES)}.")] = "two-level"
+    group_size: options.GroupSize = options.AUTO
     symmetric: options.Symmetric = False
+    act_order: options.ActOrder = True
+    search: options.Search = True
     lm_head: options.LmHead = False
     sequences: Annotated[int, Option(min=1, help="Sequences of each text.")] = 8
     length: options.Length = 512
@@ -204,9 +227,20 @@ class LayerSettings:
     seed: options.Seed = 0
 
     @property
+    def columns(self) -> int | str | None:
+        """Columns of a group; `auto` where they go with the bits."""
+        named = get_scheme(self.scheme)
+        if named.two_level and self.group_size == options.AUTO:
+            return "auto"
+        return sized(self.group_size, named, self.bits[0])
+
+    @property
     def specs(self) -> list[QuantSpec]:
         """How a layer is quantized, with fewer bits first."""
         from quant_kernels.weight import QuantSpec  # with torch
 
-        bits = sorted(set(self.bits))
-        return [QuantSpec(each, self.group_size, self.symmetric) for each in bits]
+        named = get_scheme(self.scheme)
+        return [
+            QuantSpec(bits, sized(self.group_size, named, bits), self.symmetric)
+            for bits in sorted(set(self.bits))
+        ]

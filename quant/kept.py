@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from attnserve.errors import UserError
 from quant_kernels.pack import pack, unpack
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant_kernels.weight import QuantizedWeight, QuantSpec, TwoLevelWeight
 
 
 class Kept(dict[str, QuantizedWeight]):
@@ -40,6 +40,8 @@ class Kept(dict[str, QuantizedWeight]):
         tensors = {"packed": pack(weight.values, spec.bits), "scales": weight.scales}
         if weight.zeros is not None:
             tensors["zeros"] = weight.zeros
+        if isinstance(weight, TwoLevelWeight):
+            tensors["levels"] = weight.levels
         about = [spec.bits, spec.group_size, spec.symmetric, weight.values.shape[1]]
         part = self.folder / "part"
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -64,4 +66,6 @@ def read(file: Path) -> QuantizedWeight:
         }
     values = unpack(tensors["packed"], bits, columns)
     spec = QuantSpec(bits, group_size, symmetric)
+    if "levels" in tensors:
+        return TwoLevelWeight(values, tensors["scales"], None, spec, tensors["levels"])
     return QuantizedWeight(values, tensors["scales"], tensors.get("zeros"), spec)

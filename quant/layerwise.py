@@ -20,6 +20,7 @@ from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.files import Journal, write_text
 from quant.checks import check_no_experts, check_values
 from quant.config import LayerSettings
+from quant.divergence import Divergence
 from quant.measure import NUMERICS
 from quant.mixed import LayerBits, Price, Prices, spread, total, within
 from quant.model import columns, empty_model, linears, put
@@ -70,27 +71,6 @@ class Sensitivity:
         return folder / f"{self.name}.json"
 
 
-class Divergence:
-    """KL divergence of a changed model from what it was, on a text."""
-
-    def __init__(self, model: nn.Module, text: Text) -> None:
-        self.model, self.rows = model, text.rows
-        self.reference = [self._logprobs(row) for row in self.rows]
-
-    def __call__(self) -> list[float]:
-        """Return the mean over tokens of each sequence, in nats."""
-        found = []
-        for row, reference in zip(self.rows, self.reference, strict=True):
-            each = reference.exp() * (reference - self._logprobs(row))
-            found.append(float(each.sum(-1).mean()))
-        return found
-
-    @torch.inference_mode()
-    def _logprobs(self, row: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
-        return logits.float().log_softmax(-1)
-
-
 class MixedModel:
     """A model whose layers can each be set to some bits.
 
@@ -109,7 +89,13 @@ class MixedModel:
                     self.model(input_ids=text[None], use_cache=False)
         self.quantized: dict[str, dict[int, QuantizedWeight]] = {
             name: {
-                spec.bits: scheme(layer.weight.data, spec, hessians.get(name))
+                spec.bits: scheme(
+                    layer.weight.data,
+                    spec,
+                    hessians.get(name),
+                    act_order=settings.act_order,
+                    search=settings.search,
+                )
                 for spec in settings.specs
             }
             for name, layer in tqdm(self.layers.items(), desc="quantize", unit="layer")
@@ -153,6 +139,7 @@ def analyze(
         "texts": fingerprint([chosen, measured, calibration]),
         "numerics": NUMERICS,
         **{k: value for k, value in vars(settings).items() if k != "bits"},
+        "group_size": settings.columns,
     }
     titles = (chosen.title, measured.title, calibration.title)
     found = Sensitivity(checkpoint.name, key, *titles, prices={}, choices=[])

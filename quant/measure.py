@@ -132,7 +132,7 @@ def quantized_model(
     stored = {}
     if config.scheme is not None:
         scheme = get_scheme(config.scheme)
-        stored = quantize(model, scheme, config.spec, texts, config.lm_head, config.act_order)
+        stored = quantize(model, scheme, config.spec, texts, config.lm_head, options=config.options)
     if config.activations is not None:
         layers = linears(model, config.lm_head)
         largest = largest_inputs(model, layers, texts) if config.static else None

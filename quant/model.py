@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -53,18 +54,20 @@ def quantize(
     spec: QuantSpec,
     texts: Tensor,
     lm_head: bool = False,
-    act_order: bool = False,
+    options: Mapping[str, bool] = MappingProxyType({}),
     on_layer: Callable[[], object] = lambda: None,
     quantized: dict[str, QuantizedWeight] | None = None,
+    specs: Mapping[str, QuantSpec] = MappingProxyType({}),
 ) -> dict[str, QuantizedWeight]:
     """Quantize a model's linear layers in place; it computes with the dequantized weights.
 
     Args:
         model: in float32.
         scheme, spec: of all layers.
+        specs: of layers by name that have another one.
         texts: token ids `[sequences, tokens]` that a calibrated scheme calibrates on.
         lm_head: the head too; one that is tied to the embeddings gets a matrix of its own.
-        act_order: see `gptq`.
+        options: of the scheme, see `gptq`.
         on_layer: called after each layer, for progress.
         quantized: gets the weights; layers that it has already are not quantized again.
     """
@@ -77,7 +80,9 @@ def quantize(
                 f"the inputs of {name} are too large for float32: use a scheme without calibration"
             )
         if name not in quantized:
-            quantized[name] = scheme(chosen[name].weight.data, spec, hessian, act_order)
+            quantized[name] = scheme(
+                chosen[name].weight.data, specs.get(name, spec), hessian, **options
+            )
         put(chosen[name], quantized[name])
         on_layer()
 

@@ -7,15 +7,24 @@ import typer
 
 OUT = Path("runs") / "quant"
 """Where the commands write and read results if no folder is named, in the current folder."""
-COLUMNS = "Columns of the weights that share a scale, or channel for a whole row."
+COLUMNS = (
+    "Columns of the weights that share a scale, or channel for a whole row, or auto: 64, and of "
+    "two-level scales 16 for 2 bits and 32 for more."
+)
+
+
+AUTO = 0
+"""The columns of a group where each scheme is to have its own number."""
 
 
 def columns(text: str | int) -> int | None:
     """Return the columns of a group, None for `channel`."""
     if text == "channel":
         return None
+    if text in ("auto", AUTO):
+        return AUTO
     if not str(text).isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text} is neither a whole number above 0 nor channel")
+        raise typer.BadParameter(f"{text} is neither a whole number above 0 nor channel nor auto")
     return int(text)
 
 
@@ -24,7 +33,16 @@ GroupSize = Annotated[
 ]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="Use no zero points.")]
 ActOrder = Annotated[
-    bool, typer.Option("--act-order", help="gptq takes the columns by their Hessian.")
+    bool,
+    typer.Option("--act-order/--no-act-order", help="gptq takes the columns by their Hessian."),
+]
+Search = Annotated[
+    bool,
+    typer.Option(
+        "--search/--no-search",
+        help="gptq chooses scales and zero points by the error they leave, not by extremes. With "
+        "neither this nor --act-order it is GPTQ as published.",
+    ),
 ]
 LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantize the head's weights too.")]
 Length = Annotated[

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from attnserve.errors import UserError
 from quant.contents import EMBEDDINGS, Contents
 from quant.model import HEAD, linears
-from quant_kernels.formats.packed import config_of, entry_of, stored_tensors
+from quant_kernels.formats.packed import config_of, entry_of, format_of, stored_tensors
 from quant_kernels.weight import QuantizedWeight
 
 COPIED = ("*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "LICENSE*")
@@ -121,15 +121,16 @@ def quantization_config(
         model: whose layers they are; a head that is tied to the embeddings has none of its own.
         int8: they are signed bytes, and inputs are rounded to 8 bits, with one scale a token.
     """
-    targets: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    targets: dict[str, tuple[list[str], dict[str, Any], str]] = {}
     tables = (EMBEDDINGS, HEAD)
     tied = EMBEDDINGS in weights and model.config.tie_word_embeddings
-    alone = len({str(entry_of(x)) for name, x in weights.items() if name not in tables}) == 1
+    alone = len({_way(x) for name, x in weights.items() if name not in tables}) == 1
     for name in sorted(weights, key=lambda name: name in tables):
-        entry = entry_of(weights[name])
+        weight = weights[name]
         # Embeddings and head have a group of their own, and vLLM does not tell embeddings their
         # name.
-        known, _ = targets.setdefault(f"{name in tables} {entry}", ([], entry))
+        way = f"{name in tables} {_way(weight)}"
+        known, *_ = targets.setdefault(way, ([], entry_of(weight), format_of(weight)))
         target = {EMBEDDINGS: "Embedding", HEAD: HEAD}.get(name, "Linear" if alone else name)
         known += [target] * (target not in known) + [HEAD] * (name == EMBEDDINGS and tied)
     quantized = {*weights, *([HEAD] if tied else [])}
@@ -137,6 +138,11 @@ def quantization_config(
     made = config_of(list(targets.values()), ignore)
     if int8:
         token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}
-        made["format"] = "int-quantized"
+        made["format"] = made["config_groups"]["group_0"]["format"] = "int-quantized"
         made["config_groups"]["group_0"]["input_activations"] = token | {"dynamic": True}
     return made
+
+
+def _way(weight: QuantizedWeight) -> str:
+    """Return how a weight is stored: layers of one way are one group."""
+    return f"{format_of(weight)} {entry_of(weight)}"

@@ -22,7 +22,7 @@ from quant.gguf_file import write_gguf
 from quant.schemes.rtn import rtn
 from quant_kernels.formats.awq import PLACES
 from quant_kernels.formats.gguf import our_name, rope_rows
-from quant_kernels.formats.packed import config_of, entry_of, stored_tensors
+from quant_kernels.formats.packed import FORMAT, config_of, entry_of, stored_tensors
 from quant_kernels.pack import pack
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 from tests.tiny import tiny_checkpoint
@@ -183,7 +183,7 @@ def write_compressed(source: Path, folder: Path, act_order: bool) -> PreTrainedM
     entry: Entry = {}
     model = write(source, folder, entry, store)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = config_of([(["Linear"], entries[0])], ["lm_head"])
+    config["quantization_config"] = config_of([(["Linear"], entries[0], FORMAT)], ["lm_head"])
     (folder / "config.json").write_text(json.dumps(config))
     return model
 

@@ -31,7 +31,7 @@ struct Digits {
 };
 
 inline int64_t block_of(const ProductCall& c) {
-  return c.group_size % DIGIT_BLOCK ? CHUNK : DIGIT_BLOCK;
+  return c.group_size % DIGIT_BLOCK ? std::min<int64_t>(c.group_size, CHUNK) : DIGIT_BLOCK;
 }
 inline int64_t blocks_of(const ProductCall& c) {
   return (c.padded() + block_of(c) - 1) / block_of(c);
@@ -84,7 +84,7 @@ __attribute__((target("avx512vnni"))) void multiply_digits(const ProductCall& c,
                                                            float* out) {
   const int64_t words = c.chunks() * BITS, block = block_of(c), ahead = words_ahead(c, P);
   const int64_t block_words = block * BITS / 32, blocks = blocks_of(c),
-                per_group = c.group_size / block;
+                per_group = c.group_size / block, last_group = c.groups() - 1;
   int64_t panels[P];
   const uint32_t* from[P];
   for (int j = 0; j < P; j++) {
@@ -123,7 +123,7 @@ __attribute__((target("avx512vnni"))) void multiply_digits(const ProductCall& c,
     }
 #pragma GCC unroll 4
     for (int j = 0; j < P; j++) {
-      const Group group(c, panels[j], b / per_group);
+      const Group group(c, panels[j], std::min(b / per_group, last_group));
       const Vec zero = group.zero + (float)MIDPOINT;
 #pragma GCC unroll 6
       for (int r = 0; r < R; r++) {

@@ -8,9 +8,10 @@ namespace {
 
 constexpr int FEW = 4;
 
-// P panels from `panel` on times R rows; panels behind `last` are `last` again. `x`: R rows of
+// P panels from `panel` on times R rows; panels behind `last` are `last` again. UNIT inputs of a
+// chunk are of one group: all, or half of them. `x`: R rows of
 // padded() floats; `sums`: of each row and group of x.
-template <int R, int P>
+template <int R, int P, int UNIT>
 void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float* x,
                   const float* sums, float* out) {
   constexpr int N = P * PARTS;
@@ -27,10 +28,11 @@ void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float
     words[j] = c.words + panels[j] * length;
   }
   Vec total[R][N] = {};
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t end = std::min((g + 1) * chunks_per_group, chunks);
+  // Group g, inputs FIRST to FIRST + UNIT of chunks `begin` to `end`.
+  const auto add_group = [&](int64_t g, int64_t begin, int64_t end, auto first) {
+    constexpr int FIRST = decltype(first)::value;
     Vec sum[CHAINS][R][N] = {};
-    for (int64_t chunk = g * chunks_per_group; chunk < end; chunk++) {
+    for (int64_t chunk = begin; chunk < end; chunk++) {
       const int64_t here = chunk * BITS * PANEL;
       const float* xs = x + chunk * CHUNK;
 #pragma GCC unroll 4
@@ -39,7 +41,7 @@ void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float
         for (int w = 0; w < BITS; w++)
           __builtin_prefetch(words[j] + here + w * PANEL + ahead, 0, 2);
 #pragma GCC unroll 32
-      for (int i = 0; i < CHUNK; i++)
+      for (int i = FIRST; i < FIRST + UNIT; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < N; j++) {
           const Vec value = quantized.at(words[j / PARTS] + here + j % PARTS * WIDTH, i);
@@ -57,6 +59,16 @@ void multiply_few(const ProductCall& c, int64_t panel, int64_t last, const float
         for (int chain = 1; chain < CHAINS; chain++) products += sum[chain][r][j];
         total[r][j] += group.scale * (products - group.zero * sums[r * groups + g]);
       }
+    }
+  };
+  if constexpr (UNIT == CHUNK) {
+    for (int64_t g = 0; g < groups; g++)
+      add_group(g, g * chunks_per_group, std::min((g + 1) * chunks_per_group, chunks),
+                std::integral_constant<int, 0>{});
+  } else {
+    for (int64_t g = 0; g < groups; g += 2) {
+      add_group(g, g / 2, g / 2 + 1, std::integral_constant<int, 0>{});
+      if (g + 1 < groups) add_group(g + 1, g / 2, g / 2 + 1, std::integral_constant<int, UNIT>{});
     }
   }
 #pragma GCC unroll 4
@@ -85,7 +97,10 @@ void few_rows(const ProductCall& c) {
     constexpr int P = REGISTERS == 32 ? (R <= 2 ? 4 : 2) : R == 1 ? 2 : 1;
     float out[R * P * PANEL];
     for (int64_t panel = begin; panel < end; panel += P) {
-      multiply_few<R, P>(c, panel, end - 1, x, sums, out);
+      if (c.group_size < CHUNK)
+        multiply_few<R, P, CHUNK / 2>(c, panel, end - 1, x, sums, out);
+      else
+        multiply_few<R, P, CHUNK>(c, panel, end - 1, x, sums, out);
       const int64_t count = std::min<int64_t>(P, end - panel) * PANEL;
       store_results(c, 0, c.rows, panel, count, out, P * PANEL);
     }
@@ -103,16 +118,19 @@ static_assert(BLOCK % STRIP_ROWS == 0 && DEPTH % CHUNK == 0);
 // Inputs `begin` to `end` of a panel as floats [inputs][STRIP_WIDTH].
 void dequantize(const ProductCall& c, int64_t panel, int64_t begin, int64_t end, float* to) {
   const QuantizedValues quantized;
-  const int64_t chunks = c.chunks();
+  const int64_t chunks = c.chunks(), last = c.groups() - 1;
   for (int64_t k = begin; k < end; k += CHUNK) {
     const uint32_t* words = c.words + (panel * chunks + k / CHUNK) * BITS * PANEL;
     for (int j = 0; j < PARTS; j++) {
-      const Group group(c, panel, k / c.group_size, j);
+      Group group(c, panel, k / c.group_size, j);
       float* here = to + (k - begin) * STRIP_WIDTH + j * WIDTH;
 #pragma GCC unroll 32
-      for (int i = 0; i < CHUNK; i++)
+      for (int i = 0; i < CHUNK; i++) {
+        if (i == CHUNK / 2 && c.group_size < CHUNK)
+          group = Group(c, panel, std::min((k + i) / c.group_size, last), j);
         store(here + i * STRIP_WIDTH,
               (quantized.at(words + j * WIDTH, i) - group.zero) * group.scale);
+      }
     }
   }
 }

@@ -30,6 +30,7 @@ Format format_of(ScalarType type) {
     case ScalarType::BFloat16: return BFLOAT16;
     case ScalarType::Half: return FLOAT16;
     case ScalarType::Byte: return UINT8;
+    case ScalarType::Char: return LEVELS;
     default: return NONE;
   }
 }
@@ -39,7 +40,9 @@ bool floating(ScalarType type) { return format_of(type) < UINT8; }
 // A call with a weight, whose tensors have the shapes that its numbers say.
 ProductCall call_of(const Tensor& words, const Tensor& scales, const std::optional<Tensor>& zeros,
                     int64_t bits, int64_t group_size, int64_t outputs, int64_t inputs) {
-  STD_TORCH_CHECK(bits >= 2 && bits <= 8 && group_size >= CHUNK && group_size % CHUNK == 0 &&
+  const bool two_level = zeros && zeros->scalar_type() == ScalarType::Char;
+  const bool whole = group_size >= CHUNK && group_size % CHUNK == 0;
+  STD_TORCH_CHECK(bits >= 2 && bits <= 8 && (whole || (two_level && group_size == CHUNK / 2)) &&
                       words.scalar_type() == ScalarType::Int && outputs >= 0 && inputs >= 0,
                   bits, " bits in groups of ", group_size, " columns, in words of 32 bits");
   STD_TORCH_CHECK(kernels[bits].multiply, "the kernels of ", bits, " bits are not loaded");
@@ -47,7 +50,8 @@ ProductCall call_of(const Tensor& words, const Tensor& scales, const std::option
   c.outputs = outputs, c.inputs = inputs, c.group_size = group_size;
   const int64_t numbers = c.panels() * c.groups() * PANEL;
   STD_TORCH_CHECK(
-      words.numel() == c.panels() * c.chunks() * bits * PANEL && scales.numel() == numbers &&
+      words.numel() == c.panels() * c.chunks() * bits * PANEL &&
+          scales.numel() == (two_level ? c.panels() * PANEL : numbers) &&
           (!zeros || zeros->numel() == numbers) && words.is_contiguous() &&
           scales.is_contiguous() && (!zeros || zeros->is_contiguous()) &&
           floating(scales.scalar_type()) && (!zeros || format_of(zeros->scalar_type()) != NONE),

@@ -9,7 +9,8 @@ namespace {
 void multiply(const ProductCall& c) {
   if (c.rows == 0) return;
   if constexpr (HAS_AMX)
-    if (c.rows > FEW && c.format == BFLOAT16 && amx_permitted()) return many_rows_amx(c);
+    if (c.rows > FEW && c.format == BFLOAT16 && c.group_size >= CHUNK && amx_permitted())
+      return many_rows_amx(c);
   if constexpr (IN_BYTES)
     if (has_vnni()) {
       if (c.rows <= FEW) return multiply_bytes<3>(c);
@@ -39,10 +40,18 @@ void gather(const ProductCall& c, const int64_t* ids) {
       uint64_t bits = words[word * PANEL];
       if (offset + BITS > 32) bits |= (uint64_t)words[(word + 1) * PANEL] << 32;
       const int64_t at = (panel * groups + k / c.group_size) * PANEL + lane;
-      const float zero = c.zero_format == NONE ? MIDPOINT : value_at(c.zeros, at, c.zero_format);
       const float value = (float)((bits >> offset) & MASK);
-      store_as(c.out, r * c.inputs + k, (value - zero) * value_at(c.scales, at, c.scale_format),
-               c.format);
+      float scale, zero;
+      if (c.zero_format == LEVELS) {
+        const int level = ((const uint8_t*)c.zeros)[at];
+        scale =
+            ((level & 15) + 1) / 16.0f * value_at(c.scales, panel * PANEL + lane, c.scale_format);
+        zero = (level >> 4) * ZERO_STEP;
+      } else {
+        scale = value_at(c.scales, at, c.scale_format);
+        zero = c.zero_format == NONE ? MIDPOINT : value_at(c.zeros, at, c.zero_format);
+      }
+      store_as(c.out, r * c.inputs + k, (value - zero) * scale, c.format);
     }
   }
 }

@@ -8,8 +8,9 @@
 // sixteen lanes.
 //
 // weight = (value - zero point) * scale, with one scale and zero point for each output and group of
-// inputs: `scales[panel][group][16]`, likewise zeros. A group is whole chunks; the last one may be
-// shorter.
+// inputs: `scales[panel][group][16]`, likewise zeros. A group is whole chunks, or half of one; the
+// last one may be shorter. With two-level scales `zeros` are bytes of groups instead, and scales
+// are of rows, `scales[panel][16]` (quant_kernels/levels.py).
 #pragma once
 #include <omp.h>
 
@@ -115,6 +116,9 @@ struct QuantizedValues {
   }
 };
 
+// A step of the zero points of two-level scales, which have sixteen of them.
+constexpr float ZERO_STEP = MASK / 15.0;
+
 // What WIDTH outputs have for a group of inputs, from lane `part * WIDTH` of a panel on; zero
 // points are less the midpoint.
 struct Group {
@@ -122,6 +126,13 @@ struct Group {
 
   Group(const ProductCall& c, int64_t panel, int64_t group, int part = 0) {
     const int64_t at = (panel * c.groups() + group) * PANEL + part * WIDTH;
+    if (c.zero_format == LEVELS) {
+      const UintVec bits = __builtin_convertvector(load_as(c.zeros, at, UINT8), UintVec);
+      const Vec row = load_as(c.scales, panel * PANEL + part * WIDTH, c.scale_format);
+      scale = __builtin_convertvector((bits & 15) + 1, Vec) * (1 / 16.0f) * row;
+      zero = __builtin_convertvector(bits >> 4, Vec) * ZERO_STEP - (float)MIDPOINT;
+      return;
+    }
     scale = load_as(c.scales, at, c.scale_format);
     zero = c.zero_format == NONE ? Vec{} : load_as(c.zeros, at, c.zero_format) - (float)MIDPOINT;
   }

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant_kernels.levels import scales_of, zeros_of
+
 PANEL = 16
 """Outputs of a panel."""
 CHUNK = 32
@@ -20,10 +22,12 @@ class Panels(NamedTuple):
 
     Attributes:
         words: int32 `[panels, words of a row, 16]`: 32-bit words of densely packed values.
-        scales: `[panels, groups, 16]`, float32, bfloat16 or float16.
-        zeros: zero points of the same shape, uint8 or float16; None: the midpoint `2**(bits - 1)`.
+        scales: `[panels, groups, 16]`, float32, bfloat16 or float16; of two-level scales those of
+            rows, `[panels, 1, 16]`.
+        zeros: zero points `[panels, groups, 16]`, uint8 or float16; None: the midpoint
+            `2**(bits - 1)`; int8: the bytes of two-level scales (`quant_kernels.levels`).
         bits: of a quantized value, 2 to 8.
-        group_size: inputs that share a scale, a multiple of 32.
+        group_size: inputs that share a scale, a multiple of 32, or 16 with two-level scales.
         outputs, inputs: the shape of the matrix.
     """
 
@@ -34,6 +38,11 @@ class Panels(NamedTuple):
     group_size: int
     outputs: int
     inputs: int
+
+    @property
+    def groups(self) -> int:
+        """The groups of a row."""
+        return -(-self.inputs // self.group_size)
 
 
 def panels(
@@ -50,9 +59,11 @@ def panels(
     Args:
         packed: int32 `[outputs, words]`, as `quant_kernels.pack.pack` packs.
         scales: `[outputs, groups]`; kept in 16 bits where these hold them exactly.
-        zeros: zero points `[outputs, groups]`, uint8 or float16; None if quantization is symmetric.
+        zeros: zero points `[outputs, groups]`, uint8 or float16; None if quantization is symmetric;
+            int8: the bytes of two-level scales, and `scales` are `[outputs, 1]`.
         bits: of a quantized value, 2 to 8.
-        group_size: inputs that share a scale, a multiple of 32; None: all of a row.
+        group_size: inputs that share a scale, a multiple of 32, or 16 with two-level scales; None:
+            all of a row.
         inputs: columns of the matrix.
     """
     chunks = math.ceil(inputs / CHUNK)
@@ -88,6 +99,9 @@ def dequantize(weight: Panels) -> Tensor:
     both = wide[:, first // 32] | wide[:, first // 32 + 1] << 32
     values = (both >> first % 32 & (2**weight.bits - 1)).float()
     groups = columns // weight.group_size
+    if weight.zeros is not None and weight.zeros.dtype == torch.int8:
+        levels = rows(weight.zeros).view(torch.uint8)[:, groups]
+        return (values - zeros_of(levels, weight.bits)) * scales_of(levels, rows(weight.scales))
     zeros: Tensor | float = float(2 ** (weight.bits - 1))
     if weight.zeros is not None:
         zeros = rows(weight.zeros).float()[:, groups]

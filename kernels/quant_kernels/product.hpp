@@ -4,7 +4,7 @@
 
 constexpr int CHUNK = 32;  // values that take a whole number of words, whatever their bits
 
-enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE };
+enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, UINT8, NONE, LEVELS };
 
 struct ProductCall {
   const uint32_t* words;

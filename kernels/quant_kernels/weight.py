@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant_kernels.levels import scales_of, zeros_of
 from quant_kernels.pack import words
 
 BITS = range(2, 9)
@@ -168,6 +169,34 @@ def group_order(g_idx: Tensor, spec: QuantSpec) -> Tensor:
     if not torch.equal(g_idx.long()[order], groups):
         raise ValueError(f"g_idx does not name groups of {spec.group_size} columns")
     return order
+
+
+@dataclass(frozen=True)
+class TwoLevelWeight(QuantizedWeight):
+    """A quantized matrix whose scales and zero points are themselves quantized: see
+    `quant_kernels.levels`.
+
+    Args:
+        scales: of rows, bfloat16 `[rows, 1]`.
+        zeros: None.
+        levels: of groups, uint8 `[rows, groups]`.
+    """
+
+    levels: Tensor
+
+    def dequantize(self) -> Tensor:
+        """Return the matrix float32 `[rows, columns]`."""
+        columns = self.values.shape[1]
+        levels = self.spec.expand(self.levels, columns)
+        zeros = zeros_of(levels, self.spec.bits)
+        return self.spec.dequantize(self.values, scales_of(levels, self.scales), zeros)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes when packed: values along each row in 32-bit words, a byte a group, a scale a
+        row."""
+        rows, columns = self.values.shape
+        return 4 * rows * words(columns, self.spec.bits) + self.levels.nbytes + self.scales.nbytes
 
 
 @dataclass(frozen=True)

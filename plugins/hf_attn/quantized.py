@@ -17,9 +17,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quant_kernels.formats.packed import PARTS, entry_for, is_packed, read_stored
+from quant_kernels.formats.packed import METHOD, PARTS, entry_for, is_packed, read_stored
 
-METHOD = "compressed-tensors"
+STOCK = "compressed-tensors"
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -30,7 +30,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     def __init__(self, **entry: Any) -> None:
         self.entry = entry
-        self.quant_method = METHOD
+        self.quant_method = entry["quant_method"]
 
     @classmethod
     def from_dict(
@@ -107,8 +107,8 @@ class Dequantize(ConversionOps):
         return {"weight": read_stored(parts, entry).dequantize().to(module.weight.dtype)}
 
 
-STOCK_CONFIG: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
-STOCK_QUANTIZER: Any = auto.AUTO_QUANTIZER_MAPPING[METHOD]
+STOCK_CONFIG: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[STOCK]
+STOCK_QUANTIZER: Any = auto.AUTO_QUANTIZER_MAPPING[STOCK]
 
 
 def register_packed_checkpoints() -> None:
@@ -116,5 +116,6 @@ def register_packed_checkpoints() -> None:
 
     `register_quantizer` takes no name that is there already.
     """
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
+    for name in (STOCK, METHOD):
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = PackedConfig
+        auto.AUTO_QUANTIZER_MAPPING[name] = PackedQuantizer

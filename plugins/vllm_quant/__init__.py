@@ -1,9 +1,9 @@
 """The vLLM plugin for weights of 2 to 8 bits.
 
 vLLM 0.32 has no CPU kernel for packed weights but one for 4 bits, which needs AVX-512. This plugin
-serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`, and on a CPU
-GPTQ, AWQ and bitsandbytes; on a GPU what vLLM has no kernel for. Other formats, and other devices,
-stay vLLM's.
+serves every width of compressed-tensors' `pack-quantized` format with `quant_kernels`, and
+two-level scales; on a CPU GPTQ, AWQ and bitsandbytes, too; on a GPU what vLLM has no kernel for.
+Other formats, and other devices, stay vLLM's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 from quant_kernels.formats import READERS
+from quant_kernels.formats.packed import METHOD
 
 ALIASES = ("auto_gptq", "gptq_marlin", "auto_awq", "awq_marlin")
 """What vLLM calls GPTQ and AWQ besides; its classes of these names would claim the checkpoints."""
@@ -45,7 +46,8 @@ def register() -> None:
             return []
 
     if current_platform.is_cpu() or current_platform.is_cuda_alike():
-        register_quantization_config("compressed-tensors")(LazyConfig)
+        for name in ("compressed-tensors", METHOD):
+            register_quantization_config(name)(LazyConfig)
     if current_platform.is_cpu():
         for name in (*READERS, *ALIASES):
             register_quantization_config(name)(LazyConfig)

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from quant_kernels.formats.packed import is_act_order
+from quant_kernels.formats.packed import FORMAT, TWO_LEVEL, is_act_order
 from quant_kernels.ops import load
 from quant_kernels.panels import CHUNK
 from vllm_attn.patches import check_every_load
@@ -32,12 +32,19 @@ from vllm_attn.report import StartupError
 from vllm_quant.layer import Format
 from vllm_quant.methods import CAPABILITY, PackedEmbeddingMethod, PackedScheme
 
+"""The format of a config group whose scales are two-level ones: no format of compressed-tensors, so
+that checkpoints with it name `attnserve` as their method."""
+
 logger = init_logger(f"vllm.{__name__}")
 
 
 class PackedConfig(CompressedTensorsConfig):
     """Weight-only integers in the format `pack-quantized` are ours, on a GPU where vLLM has no
     kernel for them; all else is vLLM's."""
+
+    def get_name(self) -> Any:
+        """Return the method that the checkpoint names."""
+        return (self.config or {}).get("quant_method", super().get_name())
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
@@ -73,12 +80,14 @@ class PackedConfig(CompressedTensorsConfig):
             weights.symmetric,
             weights.zp_dtype or torch.int8,
             is_act_order({"actorder": weights.actorder}),
+            scheme["format"] == TWO_LEVEL,
         )
         on_gpu = current_platform.is_cuda_alike()
         if on_gpu and stays_vllms(layer, format):
             return super().get_quant_method(layer, prefix)
         kernels = "GPU kernels" if on_gpu else "CPU kernels"
-        if format.group_size is not None and format.group_size % CHUNK:
+        small = format.two_level and format.group_size == CHUNK // 2
+        if format.group_size is not None and format.group_size % CHUNK and not small:
             raise StartupError(
                 f"{prefix or 'the embedding'} has groups of {format.group_size} columns: the "
                 f"{kernels} take multiples of {CHUNK}, or whole rows"
@@ -105,7 +114,7 @@ def is_packed(scheme: dict[str, Any]) -> bool:
     8 bits with scales of rows or groups, activations as they are."""
     weights = scheme["weights"]
     return (
-        scheme["format"] == "pack-quantized"
+        scheme["format"] in (FORMAT, TWO_LEVEL)
         and scheme.get("input_activations") is None
         and scheme.get("output_activations") is None
         and weights.type == "int"
@@ -144,7 +153,9 @@ def stays_vllms(layer: nn.Module, format: Format) -> bool:
         return False
     short = format.group_size is not None and layer.input_size % format.group_size
     between = not format.symmetric and format.zero_dtype.is_floating_point
-    if short or between or format.act_order or layer.params_dtype == torch.float32:
+    if format.two_level or format.act_order or short or between:
+        return False
+    if layer.params_dtype == torch.float32:
         return False
     types: Any = stock.WNA16_SUPPORTED_TYPES_MAP
     if not format.symmetric:

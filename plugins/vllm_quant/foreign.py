@@ -12,7 +12,7 @@ import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from quant_kernels.formats import Reader, reader_of
-from quant_kernels.formats.packed import HEAD, config_of, weights_entry
+from quant_kernels.formats.packed import FORMAT, HEAD, config_of, weights_entry
 from vllm_attn.report import StartupError
 from vllm_quant.config import PackedConfig
 
@@ -42,7 +42,8 @@ class ForeignConfig(PackedConfig):
         groups = []
         if reader.spec is not None:
             targets = ["Linear"] if HEAD in reader.ignore else ["Linear", HEAD]
-            groups = [(targets, weights_entry(reader.spec, act_order=reader.act_order))]
+            entry = weights_entry(reader.spec, act_order=reader.act_order)
+            groups = [(targets, entry, FORMAT)]
         made: ForeignConfig = super().from_config(config_of(groups, reader.ignore))
         made.reader = reader
         made.library = config["quant_method"]

@@ -30,10 +30,13 @@ class Format(QuantSpec):
         zero_dtype: of zero points: floating point as it is, else integers, packed like the
             weight's.
         act_order: whether `weight_g_idx` says which columns are a group (GPTQ's `desc_act`).
+        two_level: scales are two-level ones (`quant_kernels.levels`): those of rows, and a byte a
+            group.
     """
 
     zero_dtype: torch.dtype = torch.int8
     act_order: bool = False
+    two_level: bool = False
 
     def create(
         self,
@@ -54,26 +57,36 @@ class Format(QuantSpec):
             parts: tensors of the checkpoint that are fused in it.
 
         Their `stored_shape` is what a checkpoint has for a matrix (`vllm_attn.weights.guard`).
-        Packed zero points have 16 bits until `arrange`: a byte has no value that says that
-        nothing was loaded (`vllm_attn.weights`).
+        Packed zero points and bytes of groups have 16 bits until `arrange`: a byte has no value
+        that says that nothing was loaded (`vllm_attn.weights`).
         """
+        of_rows: dict[str, Any] = {"output_dim": 0}
+        of_groups = of_rows | {"input_dim": 1}
         scale: Any = ChannelQuantScaleParameter
-        place = {"output_dim": 0}
-        if self.group_size is not None:
-            scale, place = GroupQuantScaleParameter, {"output_dim": 0, "input_dim": 1}
+        place = of_rows
+        if self.group_size is not None and not self.two_level:
+            scale, place = GroupQuantScaleParameter, of_groups
+        scale_columns = (lambda columns: 1) if self.two_level else self.groups
         packed = torch.empty(rows, words(columns, self.bits), dtype=torch.int32)
-        scales = torch.empty(rows, self.groups(columns), dtype=torch.float32)
+        scales = torch.empty(rows, scale_columns(columns), dtype=torch.float32)
         layer.weight_packed = ModelWeightParameter(
             data=packed, input_dim=1, output_dim=0, weight_loader=loader
         )
         layer.weight_packed.stored_shape = lambda rows, columns: (rows, words(columns, self.bits))
         layer.weight_scale = scale(data=scales, weight_loader=loader, **place)
-        layer.weight_scale.stored_shape = lambda rows, columns: (rows, self.groups(columns))
+        layer.weight_scale.stored_shape = lambda rows, columns: (rows, scale_columns(columns))
         layer.weight_shape = BasevLLMParameter(
             data=torch.empty(parts, 2, dtype=torch.int64), weight_loader=comparing(layer)
         )
         layer.weight_zero_point = None
-        if not self.symmetric:
+        if self.two_level:
+            layer.weight_levels = GroupQuantScaleParameter(
+                data=torch.empty(rows, self.groups(columns), dtype=torch.int16),
+                weight_loader=loader,
+                **of_groups,
+            )
+            layer.weight_levels.stored_shape = lambda rows, columns: (rows, self.groups(columns))
+        elif not self.symmetric:
             as_it_is = self.zero_dtype.is_floating_point
             layer.weight_zero_point = scale(
                 data=torch.empty_like(scales, dtype=self.zero_dtype if as_it_is else torch.int16),
@@ -102,9 +115,13 @@ class Format(QuantSpec):
 
     def arrange(self, layer: Any, columns: int) -> None:
         """Replace the loaded parameters by those that the kernels read."""
-        zeros = None if self.symmetric else layer.weight_zero_point.data
-        if zeros is not None and zeros.dtype == torch.int16:
-            zeros = zeros.to(torch.uint8)
+        if self.two_level:
+            zeros = layer.weight_levels.data.to(torch.uint8).view(torch.int8)
+            del layer.weight_levels
+        else:
+            zeros = None if self.symmetric else layer.weight_zero_point.data
+            if zeros is not None and zeros.dtype == torch.int16:
+                zeros = zeros.to(torch.uint8)
         packed, layer.weight_order = layer.weight_packed.data, None
         if self.act_order:
             packed = self.reorder(layer, packed, columns)

@@ -3,6 +3,7 @@ which are one matrix where they are tied."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,17 +53,17 @@ class PackedScheme(CompressedTensorsScheme):
         Raises:
             StartupError: tensor parallelism would cut through a group.
         """
-        group_size = self.format.group_size
+        whole = math.lcm(self.format.group_size or CHUNK, CHUNK)
         parted = input_size_per_partition != input_size
         if parted and self.format.act_order:
             raise StartupError(
                 "the groups of act order reach over the columns of all ranks: use "
                 "--tensor-parallel-size 1"
             )
-        if parted and input_size_per_partition % (group_size or CHUNK):
+        if parted and input_size_per_partition % whole:
             raise StartupError(
                 f"tensor parallelism gives each rank {input_size_per_partition} columns of packed "
-                f"weights, which is no multiple of {group_size or CHUNK}: use a smaller "
+                f"weights, which is no multiple of {whole}: use a smaller "
                 "--tensor-parallel-size"
             )
         self.inputs = input_size_per_partition

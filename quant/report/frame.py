@@ -8,6 +8,7 @@ import pandas as pd
 
 from attnserve.evaluation.intervals import Estimate
 from quant.config import UNQUANTIZED, QuantConfig
+from quant.schemes.registry import SCHEMES
 from quant.store import SweepResult
 
 ENDS = ("", " low", " high")
@@ -25,8 +26,9 @@ def setting(config: QuantConfig) -> str:
     """Return everything about a config but the bits that the sweep varies."""
     parts = []
     if config.weights:
-        groups = f"groups of {config.group_size}" if config.group_size else "a row a group"
-        parts += [str(config.scheme), groups]
+        parts.append(str(config.scheme))
+        if not is_own_size(config):
+            parts.append(f"groups of {config.group_size}" if config.group_size else "a row a group")
         if config.activations:
             parts.append(f"{config.activations}-bit activations")
     if config.kv and (config.weights or config.activations):
@@ -36,11 +38,20 @@ def setting(config: QuantConfig) -> str:
     flags = {
         "symmetric": config.symmetric,
         "act-order": config.act_order,
+        "searched ranges": config.search,
         "static": config.static,
         "with head": config.lm_head,
     }
     found = ", ".join([*parts, *(flag for flag, is_set in flags.items() if is_set)])
     return found or ("" if config == UNQUANTIZED else "one scale a token")
+
+
+def is_own_size(config: QuantConfig) -> bool:
+    """Return whether the group size is the scheme's own and goes with the bits."""
+    scheme = SCHEMES.get(config.scheme or "")
+    if scheme is None or not scheme.two_level or config.weights is None:
+        return False
+    return config.group_size == scheme.group_size(config.weights)
 
 
 def frame(results: Sequence[SweepResult]) -> pd.DataFrame:

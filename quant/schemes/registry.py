@@ -41,22 +41,37 @@ def wants_of_quanto(spec: QuantSpec) -> str | None:
     return "has 2 and 4 bits with zero points only: leave out --symmetric" * spec.symmetric or None
 
 
+def wants_small_groups(spec: QuantSpec) -> str | None:
+    """Return why two-level scales cannot do what is asked, and what to do."""
+    if spec.group_size != 16 and (spec.group_size is None or spec.group_size % 32):
+        return "has groups of 16 or of a multiple of 32 columns: use one for --group-size"
+    return None
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A way to choose quantized values, scales and zero points."""
 
     name: str  # on the command line and in results
     title: str  # one line for people
-    # `module:name` of `(weight, spec)`, or of `(weight, spec, hessian, act_order)` if calibrated.
+    # `module:name` of `(weight, spec)`, or of `(weight, spec, hessian)` if calibrated.
     function: str
     calibrated: bool = False  # it needs the Hessian of the layer's inputs
+    has_options: bool = False  # its function takes `act_order` and `search`, too
     symmetric: bool = True  # it has a symmetric form
     short_groups: bool = True  # it takes groups that do not divide the columns
     bits: Sequence[int] = range(2, 9)  # those that it can do
+    two_level: bool = False  # what it makes has two-level scales (`TwoLevelWeight`)
     # Returns why it cannot do a spec and what to do, or None.
     wants: Callable[[QuantSpec], str | None] | None = None
     library: str | None = None  # the import package that it needs
     requirement: str | None = None  # what pip calls it, with the version that it was tried with
+
+    def group_size(self, bits: int) -> int:
+        """Return the columns of a group where nobody asks for others."""
+        if not self.two_level:
+            return 64
+        return 16 if bits == 2 else 32
 
     def check(self, spec: QuantSpec, columns: set[int]) -> None:
         """Check before any work that a scheme can do what is asked of matrices with these
@@ -85,13 +100,15 @@ class Scheme:
         weight: Tensor,
         spec: QuantSpec,
         hessian: Tensor | None = None,
-        act_order: bool = False,
+        **options: bool,
     ) -> QuantizedWeight:
-        """Quantize float32 `[rows, columns]`; the Hessian is needed only if `calibrated`."""
+        """Quantize float32 `[rows, columns]`; the Hessian is needed only if `calibrated`, and
+        options only matter if it `has_options`."""
         module, _, name = self.function.partition(":")
         run = getattr(importlib.import_module(module), name)
         result: QuantizedWeight
-        result = run(weight, spec, hessian, act_order) if self.calibrated else run(weight, spec)
+        needed = (hessian,) if self.calibrated else ()
+        result = run(weight, spec, *needed, **(options if self.has_options else {}))
         return result
 
 
@@ -103,7 +120,22 @@ SCHEMES = {
     for scheme in (
         Scheme("rtn", "round to nearest", f"{OWN}.rtn:rtn"),
         Scheme("hqq", "HQQ, zero points optimised without data", f"{OWN}.hqq:hqq", symmetric=False),
-        Scheme("gptq", "GPTQ, calibrated on text", f"{OWN}.gptq:gptq", calibrated=True),
+        Scheme(
+            "gptq",
+            "GPTQ, calibrated on text",
+            f"{OWN}.gptq:gptq",
+            calibrated=True,
+            has_options=True,
+        ),
+        Scheme(
+            "two-level",
+            "GPTQ with small groups, whose scales and zero points have 4 bits each",
+            f"{OWN}.two_level:two_level",
+            calibrated=True,
+            symmetric=False,
+            two_level=True,
+            wants=wants_small_groups,
+        ),
         Scheme(
             "compressed-tensors",
             "the library's own round to nearest",
@@ -143,8 +175,8 @@ SCHEMES = {
         ),
     )
 }
-SERVED = ("rtn", "hqq", "gptq", "compressed-tensors")
-"""Schemes whose quantized values, scales and zero points compressed-tensors' format has."""
+SERVED = ("two-level", "gptq", "hqq", "rtn", "compressed-tensors")
+"""Schemes that a checkpoint can be written with."""
 
 
 def get_scheme(name: str) -> Scheme:

@@ -224,7 +224,7 @@ def test_configs() -> None:
     names = [config.name for config in everything]
     assert len(set(names)) == len(names)
     for name in (
-        "weights-gptq-w3-gchannel-actorder",
+        "weights-gptq-w3-gchannel-actorder-search",
         "weights+activations-rtn-w2-g64-a8",
         "weights+kv-hqq-w8-g64-kv6",
         "kv-kv3",

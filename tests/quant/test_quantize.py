@@ -65,7 +65,7 @@ def read_back(tensors: dict[str, Tensor], layer: str, args: dict[str, Any]) -> T
         (3, ["--scheme=hqq", "--group=32"]),
         (4, ["--scheme=rtn", "--symmetric"]),
         (5, ["--scheme=rtn", "--group=channel"]),
-        (8, ["--scheme=gptq", "--act-order", "--group=128"]),
+        (8, ["--scheme=gptq", "--group=128"]),
     ],
 )
 def test_files_hold_the_sweeps_weights(
@@ -86,7 +86,7 @@ def test_files_hold_the_sweeps_weights(
         reader, sources = Checkpoint(softpick, longest=512), Sources(books=data.books)
         texts = calibration_text(sources, reader, 16, 0).rows
     spec = QuantSpec(bits, args["group_size"], args["symmetric"])
-    found = quantize(model, scheme, spec, texts, act_order="--act-order" in arguments)
+    found = quantize(model, scheme, spec, texts, options={"act_order": True, "search": True})
     tensors = load_file(out / "model.safetensors")
     assert len(found) == LAYERS
     for layer in found:
@@ -333,7 +333,7 @@ def test_full_disk(softpick: Path, tmp_path: Path, commands: Commands) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("scheme", ["rtn", "gptq", "hqq"])
+@pytest.mark.parametrize("scheme", ["rtn", "gptq", "hqq", "two-level"])
 def test_a_killed_run_goes_on(
     softpick: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
@@ -342,11 +342,11 @@ def test_a_killed_run_goes_on(
     made: list[Tensor] = []
     original = Scheme.__call__
 
-    def counted(self: Scheme, weight: Tensor, *args: Any) -> QuantizedWeight:
+    def counted(self: Scheme, weight: Tensor, *args: Any, **options: Any) -> QuantizedWeight:
         made.append(weight)
         if len(made) == 9:
             raise KeyboardInterrupt
-        return original(self, weight, *args)
+        return original(self, weight, *args, **options)
 
     monkeypatch.setattr(Scheme, "__call__", counted)
     commands.run(command, softpick, tmp_path / "out", *given, code=130)
@@ -399,7 +399,7 @@ def test_a_killed_run_with_other_settings(
 ) -> None:
     """What it has left is of no use."""
 
-    def killed(self: Scheme, *args: Any) -> QuantizedWeight:
+    def killed(self: Scheme, *args: Any, **options: bool) -> QuantizedWeight:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -417,13 +417,18 @@ def test_a_killed_run_with_other_settings(
 REFUSALS = [
     (["--bits=9", "--scheme=rtn"], "less than or equal to 8"),
     (["--bits=4", "--scheme=rtn", "--embeddings=1"], "greater than or equal to 2"),
-    (["--bits=4", "--scheme=best"], "unknown scheme 'best': use one of rtn, hqq, gptq"),
+    (["--bits=4", "--scheme=best"], "unknown scheme 'best': use one of rtn, hqq, gptq, two-level"),
     (
         ["--bits=4", "--scheme=bnb-nf4"],
-        "scheme bnb-nf4 cannot be served: use one of rtn, hqq, gptq",
+        "scheme bnb-nf4 cannot be served: use one of two-level, gptq, hqq, rtn",
     ),
     (["--bits=4", "--scheme=hqq", "--symmetric"], "scheme hqq has no symmetric form"),
-    (["--bits=4", "--scheme=rtn", "--act-order"], "--act-order is of the scheme gptq"),
+    (["--scheme=rtn"], "give either --bits or --bits-per-weight"),
+    (["--bits=4", "--bits-per-weight=4.5"], "give either --bits or --bits-per-weight"),
+    (["--bits-per-weight=3", "--scheme=rtn"], "needs a calibrated scheme: two-level or gptq"),
+    (["--bits-per-weight=3", "--scheme=gptq", "--symmetric"], "per-weight: leave out --symmetric"),
+    (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.12"),
+    (["--bits=2", "--group=48"], "scheme two-level has groups of 16 or of a multiple of 32"),
     (
         ["--bits=4", "--scheme=rtn", "--group=48"],
         "--group-size 48: use a multiple of 32",

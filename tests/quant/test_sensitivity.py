@@ -13,7 +13,7 @@ import pytest
 from attnserve.errors import UserError
 from attnserve.evaluation.measures import Data
 from attnserve.files import Journal
-from quant import layerwise
+from quant.divergence import Divergence
 from quant.mixed import Price, path, total, within
 from quant.sensitivity import sensitivity
 from tests.conftest import Commands
@@ -96,13 +96,13 @@ def test_command(softpick: Path, data: Data, tmp_path: Path, commands: Commands)
     journal.write_text("".join(lines[:-1]) + lines[-1][:5])
     with pytest.MonkeyPatch.context() as patch:
         calls: list[int] = []
-        original = layerwise.Divergence.__call__
+        original = Divergence.__call__
 
-        def counted(divergence: layerwise.Divergence) -> list[float]:
+        def counted(divergence: Divergence) -> list[float]:
             calls.append(1)
             return original(divergence)
 
-        patch.setattr(layerwise.Divergence, "__call__", counted)
+        patch.setattr(Divergence, "__call__", counted)
         again = run("--budget", str(sizes[2]))
     assert again["points"][: len(found["points"])] == found["points"] and len(calls) <= 2
     (budget,) = [p for p in again["points"] if p[0] == "budget"]

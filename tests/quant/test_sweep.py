@@ -171,7 +171,7 @@ def test_a_result_of_something_else_is_not_replaced(
         ("--bits 1", "Input should be greater than or equal to 2"),
         ("--bits 4 16", "Input should be less than or equal to 8"),
         ("--bits four", "Input should be a valid integer"),
-        ("--schemes awq", "unknown scheme 'awq': use one of rtn, hqq, gptq, compressed-tensors"),
+        ("--schemes awq", "unknown scheme 'awq': use one of rtn, hqq, gptq, two-level, compressed"),
         ("--schemes hqq --symmetric", "scheme hqq has no symmetric form: leave out --symmetric"),
         ("--schemes compressed-tensors --groups 48", "cannot cut 128 columns into groups of 48"),
         ("--what cache", "unknown target 'cache': use one or several of weights, activations, kv"),

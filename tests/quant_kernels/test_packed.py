@@ -10,7 +10,7 @@ from attn_kernels.cpu.build import usable_isas
 from quant_kernels import Panels, gather, multiply, ops, panels
 from quant_kernels.pack import pack
 from quant_kernels.panels import dequantize
-from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec, TwoLevelWeight
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of an output, relative to the sum of the absolute products; a 16-bit output is rounded once."""
@@ -22,12 +22,16 @@ are no lookup."""
 
 
 def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) -> QuantizedWeight:
-    """Return a random one; zero points are integers, halves between them, or none."""
+    """Return a random one; zero points are integers, halves between them, none, or they and the
+    scales are two-level ones."""
     generator = torch.Generator().manual_seed(bits)
     spec = QuantSpec(bits, group, zeros == "none")
     shape = outputs, spec.groups(inputs)
     values = torch.randint(0, 2**bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(shape, generator=generator) + 0.1).bfloat16()
+    if zeros == "levels":
+        levels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return TwoLevelWeight(values, scales[:, :1], None, spec, levels)
     points: Tensor | None = None
     if zeros == "integers":
         points = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
@@ -39,6 +43,10 @@ def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) 
 def reference(quantized: QuantizedWeight) -> Tensor:
     """Float64 `[outputs, inputs]`."""
     spec, columns = quantized.spec, quantized.values.shape[1]
+    if isinstance(quantized, TwoLevelWeight):
+        levels = spec.expand(quantized.levels, columns).double()
+        zeros = (levels / 16).floor() / 15 * spec.qmax
+        return (quantized.values - zeros) * ((levels % 16 + 1) / 16 * quantized.scales.double())
     zero: Tensor | int = spec.midpoint
     if quantized.zeros is not None:
         zero = spec.expand(quantized.zeros.double(), columns)
@@ -56,6 +64,8 @@ def in_panels(quantized: QuantizedWeight) -> Panels:
         packed[:, -1] |= -1 << used
     group_size = quantized.spec.group_size
     qparams = quantized.scales, quantized.zeros
+    if isinstance(quantized, TwoLevelWeight):
+        qparams = quantized.scales, quantized.levels.view(torch.int8)
     return panels(packed, *qparams, bits=bits, group_size=group_size, inputs=columns)
 
 
@@ -104,6 +114,8 @@ def test_products(bits: int) -> None:
             (17, 96, 32, "integers"),
             (75, 300, 64, "half"),
             (33, 77, None, "none"),
+            (40, 180, 16, "levels"),
+            (17, 300, 96, "levels"),
         ):
             dtype = (torch.float32, torch.bfloat16, torch.float16)[(rows + outputs) % 3]
             check(weight(bits, outputs, inputs, group, zeros), poisoned(rows, inputs, dtype))
@@ -113,21 +125,22 @@ def test_products(bits: int) -> None:
 def test_instruction_sets(isa: str, bits: int) -> None:
     """Each of them that this machine has."""
     for rows in (1, 4, 7, 14):
-        for zeros in ("integers", "half", "none"):
+        for zeros, group in (("integers", 64), ("half", 64), ("none", 64), ("levels", 16)):
             for dtype in TOLERANCE:
-                check(weight(bits, 45, 330, 64, zeros), poisoned(rows, 330, dtype))
+                check(weight(bits, 45, 330, group, zeros), poisoned(rows, 330, dtype))
 
 
 def test_many_rows_and_threads() -> None:
     """More rows than a block, more inputs than a piece, by several threads."""
-    quantized = weight(4, 130, 700, 128, "integers")
+    matrices = weight(4, 130, 700, 128, "integers"), weight(4, 130, 700, 16, "levels")
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             for rows in (1, 6, 301):
                 for dtype in (torch.float32, torch.bfloat16):
-                    check(quantized, poisoned(rows, 700, dtype))
+                    for quantized in matrices:
+                        check(quantized, poisoned(rows, 700, dtype))
     finally:
         torch.set_num_threads(threads)
 
@@ -165,13 +178,13 @@ def test_no_number(bad: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("zeros", ["integers", "half", "none"])
+@pytest.mark.parametrize("zeros", ["integers", "half", "none", "levels"])
 def test_lookups_are_exact(bits: int, zeros: str) -> None:
-    quantized = weight(bits, 53, 77, 32, zeros)
+    quantized = weight(bits, 53, 77, 16 if zeros == "levels" else 32, zeros)
     ids = torch.tensor([[0, 52, 17], [16, 15, 0]])
     rows = gather(ids, in_panels(quantized), torch.float32)
     assert torch.equal(rows, quantized.dequantize()[ids])
-    if zeros != "half":  # then float32 has no more to round
+    if zeros in ("integers", "none"):  # then float32 has no more to round
         assert torch.equal(rows.double(), reference(quantized)[ids])
 
 
@@ -195,11 +208,13 @@ def test_no_lookup_reads_past_the_matrix(
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_without_a_compiler(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch operations give the same."""
-    quantized = weight(bits, 20, 77, 32, "integers")
+    quantized, small = weight(bits, 20, 77, 32, "integers"), weight(bits, 20, 77, 16, "levels")
     matrix = dequantize(in_panels(quantized))
     assert torch.equal(matrix.double(), reference(quantized))
+    assert torch.equal(dequantize(in_panels(small)), small.dequantize())
     monkeypatch.setattr(ops, "loaded", {bits: False})
     check(quantized, poisoned(3, 77, torch.float32))
+    check(small, poisoned(3, 77, torch.float32))
 
 
 def test_compiled_graphs_hold_an_operator() -> None:

@@ -21,6 +21,8 @@ SHAPES = (
     (2, 17, 77, None, "half"),
     (9, 33, 77, None, "none"),
     (20, 75, 300, 64, "half"),
+    (2, 17, 120, 16, "levels"),
+    (9, 33, 120, 16, "levels"),
 )
 """Rows, outputs, inputs, group, zero points: no whole panel, chunk, group or tile."""
 
@@ -71,13 +73,13 @@ def test_every_tile(bits: int, dtype: torch.dtype) -> None:
     """More inputs than a program has at once, more outputs and rows than one has."""
     for rows in (1, 3, 4, 5, 16, 17, 70):
         outputs = 20 if rows < 5 else 150
-        for group, zeros in ((96, "half"), (128, "integers"), (None, "none")):
+        for group, zeros in ((96, "half"), (128, "integers"), (None, "none"), (16, "levels")):
             x = packed.poisoned(rows, 1100, dtype)
             packed.check(packed.weight(bits, outputs, 1100, group, zeros), x)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("zeros", ["integers", "half", "none"])
+@pytest.mark.parametrize("zeros", ["integers", "half", "none", "levels"])
 def test_lookups_are_exact(bits: int, zeros: str) -> None:
     packed.test_lookups_are_exact(bits, zeros)
     quantized = packed.weight(bits, 20, 600, 64, zeros)

@@ -15,8 +15,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
+from quant.budget import candidates, spend
 from quant.checkpoint import Recipe, quantize_checkpoint
+from quant.schemes.registry import get_scheme
 from quant.texts import Sources, calibration_text
+from quant_kernels.weight import QuantSpec
 from tests.servers import failed_start, vllm_server
 from tests.tiny import tiny_checkpoint
 from tests.training.texts import write_texts
@@ -46,7 +49,14 @@ def quantized(
         if recipe.calibrated
         else None
     )
-    model, sizes = quantize_checkpoint(source, tmp_path / "out", recipe, text, "a test")
+    specs: dict[str, QuantSpec] = {}
+    if recipe.bits_per_weight is not None:
+        assert text is not None
+        scheme, budget = get_scheme(recipe.scheme), recipe.bits_per_weight
+        widths = candidates(scheme, budget, recipe.group_size)
+        specs = spend(source, scheme, recipe.options, widths, budget, text, text)
+        assert len(set(specs.values())) > 1, "all layers have the same width"
+    model, sizes = quantize_checkpoint(source, tmp_path / "out", recipe, text, "a test", specs)
     assert sizes.loc["linear", "after"] < sizes.loc["linear", "before"]
     return tmp_path / "out", model
 
@@ -58,10 +68,14 @@ def log_probabilities(model: PreTrainedModel, prompt: list[int]) -> Tensor:
     return logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
 
 
-def bits_of(out: Path) -> str:
-    """Of linear layers."""
-    config = json.loads((out / "config.json").read_text())
-    return str(config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"])
+def said_of(out: Path) -> tuple[str, str]:
+    """Bits of linear layers, and the method."""
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    groups = [
+        group for group in config["config_groups"].values() if "lm_head" not in group["targets"]
+    ]
+    bits = sorted({group["weights"]["num_bits"] for group in groups})
+    return ",".join(map(str, bits)), config["quant_method"]
 
 
 def differences(
@@ -79,7 +93,7 @@ def differences(
     with vllm_server(out, *SERVE, f"--dtype={dtype}", *arguments) as server:
         client = Client(server)
         info = client.server_info()
-        assert (info.weight_bits, info.weight_method) == (bits_of(out), "compressed-tensors")
+        assert (info.weight_bits, info.weight_method) == said_of(out)
         served = torch.tensor(client.prompt_logprobs(prompt))
         assert logged in server.log()
         # A decoding step goes through the kernel for one row.
@@ -93,9 +107,10 @@ def differences(
     return torch.cat([served - expected, again - expected_again]).abs() / expected.std()
 
 
-def test_4_bits(tmp_path: Path, data: Data) -> None:
-    """Linear layers of 4 bits, and one 8-bit matrix for tied embeddings and head."""
-    recipe = Recipe(4, "rtn", embeddings=8)
+def test_mixed_bits(tmp_path: Path, data: Data) -> None:
+    """Linear layers of several widths with two-level scales, some in groups of 16, and one 8-bit
+    matrix for tied embeddings and head."""
+    recipe = Recipe(2, "two-level", embeddings=8, bits_per_weight=2.6)
     out, model = quantized(tmp_path, data, recipe, tie_word_embeddings=True)
     assert differences(out, model).max() < 1e-4
 
@@ -123,6 +138,8 @@ def test_ids_beyond_the_table(embeddings: int | None, tmp_path: Path) -> None:
     [
         (Recipe(2, "gptq"), "softpick"),
         (Recipe(3, "hqq", embeddings=3), "softmax"),
+        (Recipe(3, "two-level"), "selective"),
+        (Recipe(4, "rtn", embeddings=8), "lssa"),
         (Recipe(4, "gptq", 32, symmetric=True), "ssmax"),
         (Recipe(5, "rtn", 128), "lssa"),
         (Recipe(6, "rtn", None), "lssar"),

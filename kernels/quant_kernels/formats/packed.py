@@ -4,6 +4,10 @@
 they are needed `weight_zero_point` and `weight_g_idx`. Zero points that are quantized values are
 packed along the rows. Beyond what that library writes there are zero points in floating point
 (`zp_dtype`), a short last group, and embeddings.
+
+Two-level scales (`quant_kernels.levels`) are the format `two-level`: `weight_scale` `[rows, 1]` and
+`weight_levels`. A checkpoint with them names the method `attnserve`, so that no other program takes
+it for what it knows.
 """
 
 from __future__ import annotations
@@ -17,10 +21,19 @@ from torch import Tensor
 
 from quant_kernels.formats.reader import Reader, check_shapes
 from quant_kernels.pack import pack, unpack, words
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant_kernels.weight import QuantizedWeight, QuantSpec, TwoLevelWeight
 
-FORMAT = "pack-quantized"
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
+FORMAT, TWO_LEVEL = "pack-quantized", "two-level"
+METHOD = "attnserve"
+"""`quant_method` of a checkpoint with two-level scales."""
+PARTS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_levels",
+    "weight_g_idx",
+    "weight_shape",
+)
 HEAD = "lm_head"
 
 
@@ -36,6 +49,8 @@ def stored_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
         is_packed = zeros.dtype == torch.uint8
         packed = pack(zeros.T.contiguous(), bits).T.contiguous() if is_packed else zeros
         tensors["weight_zero_point"] = packed
+    if isinstance(weight, TwoLevelWeight):
+        tensors["weight_levels"] = weight.levels
     if weight.g_idx is not None:
         tensors["weight_g_idx"] = weight.g_idx
     return tensors
@@ -74,12 +89,16 @@ def read_stored(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Quanti
     rows, columns = parts["weight_shape"].tolist()
     values = unpack_any(parts["weight_packed"], spec.bits, columns)
     scales, zeros = parts["weight_scale"], None
+    if len(values) != rows:
+        raise ValueError(f"weight_shape says {rows} rows")
+    if "weight_levels" in parts:
+        levels = parts["weight_levels"]
+        check_shapes(values, levels, None, spec)
+        return TwoLevelWeight(values, scales, None, spec, levels=levels)
     if not spec.symmetric:
         zeros = parts["weight_zero_point"]
         if zeros.dtype == torch.int32:
             zeros = unpack_any(zeros.T.contiguous(), spec.bits, rows).T.contiguous()
-    if len(values) != rows:
-        raise ValueError(f"weight_shape says {rows} rows")
     check_shapes(values, scales, zeros, spec)
     g_idx = parts["weight_g_idx"] if is_act_order(entry) else None
     return QuantizedWeight(values, scales, zeros, spec, g_idx)
@@ -131,18 +150,24 @@ def entry_of(weight: QuantizedWeight) -> dict[str, Any]:
     )
 
 
+def format_of(weight: QuantizedWeight) -> str:
+    """Return the format that a weight is stored in."""
+    return TWO_LEVEL if isinstance(weight, TwoLevelWeight) else FORMAT
+
+
 def config_of(
-    groups: Sequence[tuple[Sequence[str], Mapping[str, Any]]], ignore: Sequence[str]
+    groups: Sequence[tuple[Sequence[str], Mapping[str, Any], str]], ignore: Sequence[str]
 ) -> dict[str, Any]:
     """Return the entry `quantization_config`.
 
     Args:
-        groups: targets and what `weights_entry` says of them.
+        groups: targets, what `weights_entry` says of them, and their format.
         ignore: modules that are not quantized.
     """
+    formats = [format for _, _, format in groups]
     return {
-        "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "quant_method": METHOD if TWO_LEVEL in formats else "compressed-tensors",
+        "format": formats[0] if formats else FORMAT,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{place}": {
@@ -150,8 +175,9 @@ def config_of(
                 "weights": dict(entry),
                 "input_activations": None,
                 "output_activations": None,
+                "format": format,
             }
-            for place, (targets, entry) in enumerate(groups)
+            for place, (targets, entry, format) in enumerate(groups)
         },
         "ignore": list(ignore),
         "kv_cache_scheme": None,
@@ -175,7 +201,7 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     activations as they are."""
     groups = (config.get("config_groups") or {}).values()
     return bool(groups) and all(
-        (group.get("format") or config.get("format")) == FORMAT
+        (group.get("format") or config.get("format")) in (FORMAT, TWO_LEVEL)
         and (group.get("weights") or {}).get("type", "int") == "int"
         and not group.get("input_activations")
         for group in groups

@@ -13,29 +13,31 @@ FEW = 4
 """Most rows that are multiplied without tensor cores, which take 16."""
 
 
-def tile_for(rows: int, group_chunks: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_for(rows: int, group_size: int, dtype: torch.dtype) -> dict[str, int]:
     """Return how a product is cut up and compiled: guesses from the compiled code, nothing was
     timed.
 
     Args:
         rows: of x.
-        group_chunks: chunks of a group.
+        group_size: inputs of a group, 16 or a multiple of 32.
         dtype: of x.
 
     Returns:
         What the kernels are launched with: ROWS of x, a power of two; OUTPUTS, a power of two, at
-        least 16; CHUNKS of 32 inputs that are multiplied at once, a power of two; and warps.
+        least 16; UNIT inputs that one group has; CHUNKS of them that are multiplied at once, a
+        power of two; and warps.
     """
+    unit = min(group_size, CHUNK)
     if rows <= FEW:
-        return {"ROWS": rows, "OUTPUTS": PANEL, "CHUNKS": 32, "num_warps": 4}
-    chunks = 2 if group_chunks % 2 == 0 else 1
+        return {"ROWS": rows, "OUTPUTS": PANEL, "UNIT": unit, "CHUNKS": 32, "num_warps": 4}
+    inputs = {"UNIT": unit, "CHUNKS": 2 if group_size % (2 * CHUNK) == 0 else 1}
     if rows <= 16:
-        return {"ROWS": 16, "OUTPUTS": 32, "CHUNKS": chunks, "num_warps": 4}
+        return {"ROWS": 16, "OUTPUTS": 32, **inputs, "num_warps": 4}
     if dtype == torch.float32:  # multiplied by plain arithmetic, from registers
-        return {"ROWS": 32, "OUTPUTS": 32, "CHUNKS": chunks, "num_warps": 4}
+        return {"ROWS": 32, "OUTPUTS": 32, **inputs, "num_warps": 4}
     if rows <= 32:
-        return {"ROWS": 32, "OUTPUTS": 64, "CHUNKS": chunks, "num_warps": 4}
-    return {"ROWS": 64, "OUTPUTS": 128, "CHUNKS": chunks, "num_warps": 8}
+        return {"ROWS": 32, "OUTPUTS": 64, **inputs, "num_warps": 4}
+    return {"ROWS": 64, "OUTPUTS": 128, **inputs, "num_warps": 8}
 
 
 def multiply(x: Tensor, weight: Panels) -> Tensor:
@@ -46,12 +48,11 @@ def multiply(x: Tensor, weight: Panels) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.outputs)
     if not len(rows):
         return out
-    group_chunks = weight.group_size // CHUNK
-    tile = tile_for(len(rows), group_chunks, x.dtype)
+    tile = tile_for(len(rows), weight.group_size, x.dtype)
     kernel = few_kernel if len(rows) <= FEW else many_kernel
     kernel[(triton.cdiv(weight.outputs, tile["OUTPUTS"]), triton.cdiv(len(rows), tile["ROWS"]))](
-        out, rows, *weight[:3], len(rows), weight.outputs, weight.inputs, weight.scales.shape[1],
-        group_chunks, rows.stride(0),
+        out, rows, *weight[:3], len(rows), weight.outputs, weight.inputs, weight.groups,
+        weight.group_size, rows.stride(0),
         BITS=weight.bits, **tile, enable_fp_fusion=True, num_stages=1,
     )  # fmt: skip
     return out
@@ -64,8 +65,8 @@ def gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
         return out
     columns = 512
     gather_kernel[(ids.numel(), triton.cdiv(weight.inputs, columns))](
-        out, ids.contiguous(), *weight[:3], weight.outputs, weight.inputs, weight.scales.shape[1],
-        weight.group_size // CHUNK,
+        out, ids.contiguous(), *weight[:3], weight.outputs, weight.inputs, weight.groups,
+        weight.group_size,
         BITS=weight.bits, COLUMNS=columns, enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,0 +1,142 @@
+"""Bits for each layer of a checkpoint within a number of bits a weight, by measured sensitivity.
+
+Layers that vLLM fuses into one matrix (queries, keys and values; gate and up) are one unit, with
+one width. Each unit alone is quantized with few bits and the divergence measured on a text. What
+other widths would cost follows from the squared error of the unit's outputs on the calibration
+text, which its divergence is proportional to as long as that is small. So a unit is measured
+once, however many widths there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attnserve.errors import UserError
+from attnserve.evaluation.scorers import load
+from attnserve.evaluation.texts import Text
+from quant.divergence import Divergence
+from quant.mixed import Price, within
+from quant.model import linears, put
+from quant.options import AUTO
+from quant.schemes.hessian import layer_by_layer
+from quant.schemes.registry import Scheme
+from quant_kernels.weight import QuantizedWeight, QuantSpec
+
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+REACH = 2.5  # widths are tried that are at most so many bits from the budget
+MEASURED = 8  # sequences of the text
+
+
+def candidates(scheme: Scheme, bits_per_weight: float, group_size: int | None) -> list[QuantSpec]:
+    """Return the widths to choose from; `AUTO` is the scheme's own group size, and of two-level
+    scales others beside it.
+
+    Raises:
+        UserError: not even the fewest bits fit.
+    """
+    sizes = {2: (16, 32, 64), 3: (16, 32)} if scheme.two_level else {}
+
+    def of_bits(bits: int) -> tuple[int | None, ...]:
+        own = (scheme.group_size(bits),)
+        return sizes.get(bits, own) if group_size == AUTO else (group_size,)
+
+    found = [
+        QuantSpec(bits, size)
+        for bits in scheme.bits
+        if abs(bits - bits_per_weight) <= REACH
+        for size in of_bits(bits)
+    ]
+    of_group = 8 if scheme.two_level else 16
+    least = min(spec.bits + of_group / (spec.group_size or 1e9) for spec in found)
+    if least > bits_per_weight:
+        raise UserError(f"--bits-per-weight {bits_per_weight}: the least possible is {least:.2f}")
+    return found
+
+
+def units_of(layers: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of layers that have one width, by the name of the first of them."""
+    found: dict[tuple[str, object], list[str]] = {}
+    for layer in layers:
+        parent, _, name = layer.rpartition(".")
+        fused = next((place for place, names in enumerate(FUSED) if name in names), name)
+        found.setdefault((parent, fused), []).append(layer)
+    return {names[0]: names for names in found.values()}
+
+
+def spend(
+    folder: Path,
+    scheme: Scheme,
+    options: Mapping[str, bool],
+    specs: Sequence[QuantSpec],
+    bits_per_weight: float,
+    calibration: Text,
+    measured: Text,
+) -> dict[str, QuantSpec]:
+    """Return how each linear layer is to be quantized.
+
+    Args:
+        folder: the checkpoint.
+        scheme, options: how layers are quantized.
+        specs: the widths to choose from.
+        bits_per_weight: of all linear layers together, scales and zero points included.
+        calibration: text that the scheme is calibrated on.
+        measured: another one, that divergences are measured on.
+
+    Raises:
+        UserError: not even the fewest bits fit.
+    """
+    model = load(folder)
+    layers = linears(model)
+    units = units_of(list(layers))
+    errors: dict[str, list[float]] = {}
+    sizes: dict[str, list[int]] = {}
+    probes: dict[str, QuantizedWeight] = {}
+    numbers = sum(layer.weight.numel() for layer in layers.values())
+    with tqdm(total=len(layers), desc="quantize", unit="layer") as bar:
+
+        def try_all(name: str, hessian: Tensor) -> None:
+            weight = layers[name].weight.data
+            made = [scheme(weight, spec, hessian, **options) for spec in specs]
+            errors[name] = [output_error(weight, each, hessian) for each in made]
+            sizes[name] = [each.packed_bytes for each in made]
+            probes[name] = made[0]
+            bar.update()
+
+        layer_by_layer(model, layers, calibration.rows, try_all)
+    order = sorted(range(len(specs)), key=lambda place: sum(own[place] for own in sizes.values()))
+    divergence = Divergence(model, measured)
+    prices: dict[str, dict[int, Price]] = {}
+    for unit, names in tqdm(units.items(), desc="measure", unit="unit"):
+        own = [sum(errors[name][place] for name in names) for place in range(len(specs))]
+        cost = measure({name: (layers[name], probes[name]) for name in names}, divergence)
+        prices[unit] = {
+            rank: Price(
+                cost * own[place] / max(own[0], 1e-30), sum(sizes[name][place] for name in names)
+            )
+            for rank, place in enumerate(order)
+        }
+    chosen = within(prices, int(bits_per_weight * numbers / 8))
+    return {name: specs[order[chosen[unit]]] for unit, names in units.items() for name in names}
+
+
+def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
+    """Return the squared error of a layer's outputs on what its Hessian is of, over all rows."""
+    error = quantized.dequantize() - weight
+    return float((error @ hessian * error).sum())
+
+
+def measure(
+    layers: Mapping[str, tuple[nn.Linear, QuantizedWeight]], divergence: Divergence
+) -> float:
+    """Return the mean divergence with only these layers quantized, in nats a token."""
+    before = {name: layer.weight for name, (layer, _) in layers.items()}
+    for layer, quantized in layers.values():
+        put(layer, quantized)
+    try:
+        return float(torch.tensor(divergence()).mean())
+    finally:
+        for name, (layer, _) in layers.items():
+            layer.weight = before[name]
