@@ -67,5 +67,5 @@ def read(file: Path) -> QuantizedWeight:
     values = unpack(tensors["packed"], bits, columns)
     spec = QuantSpec(bits, group_size, symmetric)
     if "levels" in tensors:
-        return TwoLevelWeight(values, tensors["scales"], None, spec, tensors["levels"])
+        return TwoLevelWeight(values, tensors["scales"], None, spec, levels=tensors["levels"])
     return QuantizedWeight(values, tensors["scales"], tensors.get("zeros"), spec)

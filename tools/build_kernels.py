@@ -49,7 +49,7 @@ def main() -> None:
             done = pool.map(lambda each: build(*each), wanted)
             libraries = list(tqdm(done, total=len(wanted), unit="library"))
         # What calls those of the bit-widths; of no instruction set.
-        wanted.append(("operators", "portable"))
+        wanted.append(("operators", "portable", False))
         libraries.append(ops.build_operators())
     except BuildError as error:
         raise SystemExit(f"build_kernels: {error}") from None

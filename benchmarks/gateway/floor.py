@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving.client import direct_writer
 from serving.exchange import JSON
-from serving.upstream.http import ConnectionPool
+from serving.upstream.pool import ConnectionPool
 
 TIMEOUTS = {"connect_timeout": 5.0, "read_timeout": 600.0, "total_timeout": 3600.0}
 

@@ -7,7 +7,7 @@ consecutive columns. If the group size does not divide the columns, a row's last
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ class TwoLevelWeight(QuantizedWeight):
         levels: of groups, uint8 `[rows, groups]`.
     """
 
-    levels: Tensor
+    levels: Tensor = field(kw_only=True)
 
     def dequantize(self) -> Tensor:
         """Return the matrix float32 `[rows, columns]`."""

@@ -48,7 +48,7 @@ def two_level(weight: Tensor, spec: QuantSpec, hessian: Tensor) -> TwoLevelWeigh
         return scales_of(own, row_scales[:, 0]), zeros_of(own, spec.bits)
 
     values = with_feedback(left, spec, upper, torch.arange(columns), qparams, fit)
-    found = TwoLevelWeight(values, row_scales, None, spec, levels)
+    found = TwoLevelWeight(values, row_scales, None, spec, levels=levels)
     improve(left, found, damped(hessian).float())
     return found
 

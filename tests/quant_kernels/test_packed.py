@@ -31,7 +31,7 @@ def weight(bits: int, outputs: int, inputs: int, group: int | None, zeros: str) 
     scales = (torch.rand(shape, generator=generator) + 0.1).bfloat16()
     if zeros == "levels":
         levels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return TwoLevelWeight(values, scales[:, :1], None, spec, levels)
+        return TwoLevelWeight(values, scales[:, :1], None, spec, levels=levels)
     points: Tensor | None = None
     if zeros == "integers":
         points = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
