@@ -165,9 +165,11 @@ def measure(folder: Path) -> pd.DataFrame:
 
 @pytest.mark.integration
 def test_formats_of_others(tmp_path: Path) -> None:
-    """In float32: the same weights, summed in another order."""
+    """In float32: the same weights, summed in another order. The random blocks of the last one make
+    scores of hundreds, and log-probabilities that hardly vary."""
     found = measure(tmp_path)
-    assert (found["of_spread"] < 1e-4).all(), found
+    *scaled, random = found["of_spread"]
+    assert max(scaled) < 1e-4 and random < 1e-2, found
     assert list(found["format"]) == list(pd.read_csv(TABLE)["format"])
 
 
