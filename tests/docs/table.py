@@ -74,8 +74,8 @@ RULES: dict[str, Rule] = {
         f"vllm serve your-llama {VLLM} --attention-backend softpick",
         setup=YOUR_LLAMA,
     ),
-    "python -m quant.quantize CKPT OUT --bits 4 --scheme gptq --embeddings 8": Run(
-        "python -m quant.quantize checkpoints/lssa OUT --bits 4 --scheme gptq --embeddings 8 "
+    "python -m quant.quantize CKPT OUT --bits 4 --embeddings 8": Run(
+        "python -m quant.quantize checkpoints/lssa OUT --bits 4 --embeddings 8 "
         "--calibration 2 --length 64",
         prints=PACKED,
     ),
@@ -379,9 +379,8 @@ RULES: dict[str, Rule] = {
     "--bits 8 --group-sizes channel --symmetric --targets weights": NotHere("bitsandbytes"),
     "HF_HUB_OFFLINE=1 python -m quant.sweep checkpoints/softpick --out results-lm-eval "
     "--lm-eval arc_easy mine --lm-eval-include tasks --lm-eval-limit 200": NotHere("lm-eval"),
-    "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq "
-    "--embeddings 8": Run(
-        "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --scheme gptq "
+    "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 --embeddings 8": Run(
+        "python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4 "
         "--embeddings 8 --calibration 2 --length 64",
         prints=PACKED,
         slow=True,
@@ -397,6 +396,14 @@ RULES: dict[str, Rule] = {
         )
         for dtype in ("int8_per_token_head", "int4_per_token_head")
     },
+
+    "python -m quant.quantize CKPT OUT --bits-per-weight 2.5": Run(
+        "python -m quant.quantize checkpoints/softpick OUT-2.5 --bits-per-weight 2.5 "
+        "--calibration 2 --length 64",
+        PACKED,
+        slow=True,
+    ),
+    "python -m benchmarks.quantization --books BOOKS": NotHere("the thirteen novels, llama.cpp"),
     "python -m benchmarks.packed_products": Run(
         "python -m benchmarks.packed_products --bits 4 --rounds 1 --no-save",
         prints="x_bfloat16_median",
@@ -473,7 +480,7 @@ RULES: dict[str, Rule] = {
         command: Run(f"(test -d my-model || {MY_MODEL}my-model) && {command}", prints)
         for command, prints in (
             ("attnserve evaluate my-model --text docs/GATEWAY.md", "per token"),
-            ("attnserve quantize my-model my-model-4bit --bits 4 --scheme gptq", PACKED),
+            ("attnserve quantize my-model my-model-4bit --bits 4", PACKED),
         )
     },
     "attnserve serve my-model-4bit": Serve(
