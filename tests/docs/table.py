@@ -396,7 +396,6 @@ RULES: dict[str, Rule] = {
         )
         for dtype in ("int8_per_token_head", "int4_per_token_head")
     },
-
     "python -m quant.quantize CKPT OUT --bits-per-weight 2.5": Run(
         "python -m quant.quantize checkpoints/softpick OUT-2.5 --bits-per-weight 2.5 "
         "--calibration 2 --length 64",
