@@ -98,7 +98,7 @@ def test_cache_bits(name: str, tmp_path: Path) -> None:
         kind = KV_FORMATS.get(config.kv_format or "")
         rounded = kind.rounded(old) if kind else fake_quantize(old, 2, False)
         torch.testing.assert_close(first, rounded)
-    assert errors[0] < errors[1] < errors[2] and errors[0] < 0.05 < errors[2]
+    assert errors[0] < errors[1] < errors[2] and errors[0] < 0.07 < errors[2]
 
 
 @pytest.mark.parametrize("name", NAMES)
