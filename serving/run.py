@@ -12,8 +12,8 @@ from pathlib import Path
 import uvicorn
 
 from serving.app import App
-from serving.client import Clients, Protocol
 from serving.config import Config
+from serving.connection import Clients, Protocol
 from serving.observability.logging import configure
 from serving.state import GatewayState, kept_config
 from serving.workers import run_workers

@@ -343,7 +343,7 @@ def test_client_that_reads_slowly_has_it_all(upstream: StandIn) -> None:
 def test_at_the_limit_health_is_answered(
     upstream: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.client.SILENT_SECONDS", 3600.0)
+    monkeypatch.setattr("serving.connection.SILENT_SECONDS", 3600.0)
     body = {"model": "m", "prompt": "x", "stream": True}
     upstream.before_s = 60
     try:
@@ -358,7 +358,7 @@ def test_at_the_limit_health_is_answered(
                 assert ask(gateway.url, "GET", "/health").status == 200
             clients = [stack.enter_context(dial(gateway)) for _ in range(33)]
             assert closed(clients[-1])  # not even the reserve has room
-            monkeypatch.setattr("serving.client.SILENT_SECONDS", 0.0)
+            monkeypatch.setattr("serving.connection.SILENT_SECONDS", 0.0)
             wait_for(lambda: ask_health(gateway), "the silent give way")
     finally:
         upstream.before_s = 0.0
@@ -411,7 +411,7 @@ def test_bodies_have_a_limit_together(upstream: StandIn) -> None:
 def test_heads_that_do_not_end_have_a_limit_together(
     gateway: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.client.MAX_HEADS_BYTES", 100_000)
+    monkeypatch.setattr("serving.connection.MAX_HEADS_BYTES", 100_000)
     half = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nx-a: " + b"b" * 40_000
     with dial(gateway) as first, dial(gateway) as second, dial(gateway) as third:
         for client in (first, second):
