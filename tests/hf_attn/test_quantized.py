@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from attnserve.evaluation.texts import Text
 from quant.checkpoint import Recipe, quantize_checkpoint
+from quant_kernels.weight import QuantSpec
 from tests.foreign import write_compressed
 from tests.tiny import tiny_checkpoint, write_tiny_llama
 
@@ -39,19 +41,31 @@ RECIPES = [
     Recipe(6, "hqq", 128, embeddings=8),
     Recipe(7, "rtn", None, symmetric=True),
     Recipe(8, "rtn", embeddings=2),
+    Recipe(2, "two-level", embeddings=8),
+    Recipe(3, "two-level"),
 ]
+TEXT = Text("numbers", 0, [list(range(start, start + 48)) for start in range(3, 99, 8)])
+"""What calibrated schemes are calibrated on."""
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_all_that_is_written(recipe: Recipe, source: Path, tmp_path: Path) -> None:
     """A loaded model is a plain one, which can be saved."""
-    expected, _ = quantize_checkpoint(source, tmp_path / "out", recipe, None, "a test")
+    text = TEXT if recipe.calibrated else None
+    expected, _ = quantize_checkpoint(source, tmp_path / "out", recipe, text, "a test")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert same(model, expected)
     assert not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path / "again")
     assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text())
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), expected)
+
+
+def test_layers_of_different_bits(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe(2, "two-level", bits_per_weight=2.6)
+    specs = {"model.layers.1.mlp.down_proj": QuantSpec(3, 32)}
+    expected, _ = quantize_checkpoint(source, tmp_path / "out", recipe, TEXT, "a test", specs)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])
