@@ -28,6 +28,7 @@ WRONG = {
     "benchmarks.serve": "--ckpts {bad}",
     "benchmarks.memory": "--ckpts {bad}",
     "benchmarks.engines": "--packed {bad} --ckpt {bad}",
+    "benchmarks.quantization": "{bad} --books {bad}",
     "benchmarks.smollm2": "{file}",
 }
 """A path that is no checkpoint, text or folder, where the command reads or writes one."""
@@ -48,7 +49,13 @@ def test_every_command_is_here() -> None:
         for file in (CHECKOUT / package).rglob("*.py"):
             parts = file.relative_to(CHECKOUT).with_suffix("").parts
             module = ".".join(parts).removesuffix(".__main__")
-            inside = {"worker", "naive", "upstream", "engine"}  # processes that a command starts
+            inside = {
+                "worker",
+                "naive",
+                "floor",
+                "upstream",
+                "engine",
+            }  # processes that a command starts
             if '__name__ == "__main__"' in file.read_text() and file.stem not in inside:
                 found.add(module)
     assert set(TRAINING) < found

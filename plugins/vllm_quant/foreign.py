@@ -28,6 +28,10 @@ class ForeignConfig(PackedConfig):
     reader: Reader
     library: str
 
+    def get_name(self) -> Any:
+        """Return the method that the checkpoint names."""
+        return self.library
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ForeignConfig:
         """Read the entry of config.json.

@@ -115,7 +115,7 @@ OF_SETS = ("wikitext2 KL", "blimp change", "lambada loss change")
 """Columns that are there only where the evaluation sets were measured."""
 HEAD = ("checkpoint", "target", "bits", "how", "MB", "bits/weight")
 ESTIMATE = 27  # characters of an estimate with its interval, as a rule
-WIDTHS = {"checkpoint": 18, "target": 19, "bits": 4, "how": 36, "MB": 7, "bits/weight": 11}
+WIDTHS = {"checkpoint": 18, "target": 19, "bits": 4, "how": 46, "MB": 7, "bits/weight": 11}
 """Characters of the other columns, as a rule: rows that are printed one by one are aligned."""
 
 

@@ -57,7 +57,7 @@ def test_the_sweep_needs_nothing(
     assert head.split("  ")[0] == "checkpoint" and head.endswith("same top-1, %")
     assert {row.split()[0] for row in rows[:2]} == {"softpick", "soft"}  # the unquantized ones
     assert all(row.split()[1] == "unquantized" for row in rows[:2])
-    assert all("gptq, groups of 64" in row for row in rows[2:])
+    assert all("gptq, groups of 64, act-order, searched ranges" in row for row in rows[2:])
     assert all(row[head.index("KL") :][0].isdigit() for row in rows[2:])  # below their headings
     assert "Report: runs/quant/report.html" in lines
     page = (empty / "runs/quant/report.html").read_text()
@@ -66,7 +66,7 @@ def test_the_sweep_needs_nothing(
     assert set(found) == {
         f"{name} {config}"
         for name in ("softpick", "soft")
-        for config in ("unquantized", "weights-gptq-w4-g64")
+        for config in ("unquantized", "weights-gptq-w4-g64-actorder-search")
     }
     keys = {stored.key["texts"] for stored in found.values()}
     assert len(keys) == 1  # a hash of the tokens
@@ -90,7 +90,7 @@ def test_text_from(softpick: Path, tmp_path: Path, empty: Path, commands: Comman
     commands.run(sweep, softpick, *FEW, "4", f"--text-from={other}", "--out=elsewhere")
     own, others = (results(Path(out)) for out in ("runs/quant", "elsewhere"))
     assert own.keys() == others.keys()
-    name = "softpick weights-gptq-w4-g64"
+    name = "softpick weights-gptq-w4-g64-actorder-search"
     assert own[name].key["texts"] != others[name].key["texts"]
 
 
@@ -98,7 +98,7 @@ def test_one_file(softpick: Path, empty: Path, commands: Commands) -> None:
     shutil.copy(LICENSE, "mine.txt")
     output = commands.run(sweep, softpick, *FEW, "4", "--text", "mine.txt")
     assert output.startswith("Measured on: mine.txt. Calibrated on: text sampled from softpick.\n")
-    stored = results(Path("runs/quant"))["softpick weights-gptq-w4-g64"]
+    stored = results(Path("runs/quant"))["softpick weights-gptq-w4-g64-actorder-search"]
     assert stored.texts == {"measured": "mine.txt", "calibration": "text sampled from softpick"}
     Path("short.txt").write_text("Reader, I married him.")
     for text in ("--text", "--calibration-text"):
@@ -111,7 +111,7 @@ def test_the_sets_alone(softpick: Path, data: Any, empty: Path, commands: Comman
     """WikiText-2, BLiMP and LAMBADA where they are named, beside sampled text."""
     output = commands.run(sweep, softpick, *FEW, "4", f"--eval={data.evaluation}")
     assert "BLiMP change, %" in output
-    stored = results(Path("runs/quant"))["softpick weights-gptq-w4-g64"]
+    stored = results(Path("runs/quant"))["softpick weights-gptq-w4-g64-actorder-search"]
     assert {"test KL", "wikitext2 KL", "blimp change", "lambada loss change"} <= set(stored.summary)
     assert "validation KL" not in stored.summary
 
@@ -124,7 +124,7 @@ def test_every_bundled_checkpoint_is_the_default(
     samples = Samples(2, 48, 2, 2, 2)
     tasks = runner.plan(folders, SearchSpace().configs(), samples, Sources(), empty)
     assert {task.folder for task in tasks} == set(folders)
-    assert len(tasks) == len(folders) * (1 + 2 * 3 * 4 + 4)
+    assert len(tasks) == len(folders) * (1 + 2 * 4 * 4 + 4 + 1)
     assert len({task.texts.key for task in tasks}) == 1
     assert tasks[0].texts.titles["measured"] == "text sampled from softmax"
     monkeypatch.setattr(texts, "CHECKPOINTS", empty)  # as where pip has installed the package
@@ -158,7 +158,8 @@ def test_quantize_gives_the_sweeps_weights(softpick: Path, empty: Path) -> None:
     """Both calibrate on the same text, where none is named."""
     configs = SearchSpace(["weights"], schemes=["gptq"]).configs()
     task = runner.plan([softpick], configs, Samples(2, 48, 2, 2, 4), Sources(), empty)[-1]
-    assert task.config == QuantConfig(weights=8, scheme="gptq", group_size=64)
+    options = {"act_order": True, "search": True}
+    assert task.config == QuantConfig(weights=8, scheme="gptq", group_size=64, **options)
     text = calibration_text(Sources(writer=softpick), Checkpoint(softpick, longest=48), 4, seed=0)
     assert text == task.texts.calibration
 

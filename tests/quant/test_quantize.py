@@ -380,9 +380,9 @@ def test_sigkill(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyP
     made: list[Tensor] = []
     original = Scheme.__call__
 
-    def counted(self: Scheme, weight: Tensor, *args: Any) -> QuantizedWeight:
+    def counted(self: Scheme, weight: Tensor, *args: Any, **options: bool) -> QuantizedWeight:
         made.append(weight)
-        return original(self, weight, *args)
+        return original(self, weight, *args, **options)
 
     monkeypatch.setattr(Scheme, "__call__", counted)
     commands.run(command, *given)

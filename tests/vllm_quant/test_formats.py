@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -142,28 +142,29 @@ def served(folders: list[Path], prompt: list[int]) -> Mapping[str, list[float]]:
     return json.loads(lines[0].removeprefix("FOUND "))
 
 
-def measure(folder: Path) -> pd.DataFrame:
-    """Serve every format; return a row each, with the largest difference of a log-probability from
-    the dequantized model's, absolute and in units of their spread."""
+def measure(folder: Path, names: Sequence[str] = tuple(FORMATS)) -> pd.DataFrame:
+    """Serve formats; return a row each, with the largest difference of a log-probability from the
+    dequantized model's, absolute and in units of their spread."""
+    formats = {name: FORMATS[name] for name in names}
     source = tiny_checkpoint(
         folder / "source", "softmax", intermediate_size=192, initializer_range=0.08
     )
     prompt = torch.randint(2, 256, (LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = {}
-    for place, (_, write) in enumerate(FORMATS.values()):
+    for place, (_, write) in enumerate(formats.values()):
         model = write(source, folder / f"{place}")
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([prompt])).logits[0, :-1]
         expected[str(folder / f"{place}")] = logits.log_softmax(-1)[range(LENGTH - 1), prompt[1:]]
     found = served([Path(name) for name in expected], prompt)
     rows = []
-    for (name, (how, _)), (out, right) in zip(FORMATS.items(), expected.items(), strict=True):
+    for (name, (how, _)), (out, right) in zip(formats.items(), expected.items(), strict=True):
         difference = float((torch.tensor(found[out]) - right).abs().max())
         rows.append((name.strip(), how, difference, difference / float(right.std())))
     return pd.DataFrame(rows, columns=["format", "served", "largest_difference", "of_spread"])
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_formats_of_others(tmp_path: Path) -> None:
     """In float32: the same weights, summed in another order. The random blocks of the last one make
     scores of hundreds, and log-probabilities that hardly vary."""
@@ -171,6 +172,13 @@ def test_formats_of_others(tmp_path: Path) -> None:
     *scaled, random = found["of_spread"]
     assert max(scaled) < 1e-4 and random < 1e-2, found
     assert list(found["format"]) == list(pd.read_csv(TABLE)["format"])
+
+
+@pytest.mark.integration
+def test_one_of_each_kind(tmp_path: Path) -> None:
+    """Groups in act order, no integers, and a converted file."""
+    found = measure(tmp_path, ["GPTQ, 4 bits, desc_act", "bitsandbytes NF4", "GGUF Q4_0"])
+    assert found["of_spread"].max() < 1e-4, found
 
 
 if __name__ == "__main__":
