@@ -380,7 +380,7 @@ def test_sigkill(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyP
     made: list[Tensor] = []
     original = Scheme.__call__
 
-    def counted(self: Scheme, weight: Tensor, *args: Any, **options: bool) -> QuantizedWeight:
+    def counted(self: Scheme, weight: Tensor, *args: Any, **options: Any) -> QuantizedWeight:
         made.append(weight)
         return original(self, weight, *args, **options)
 
