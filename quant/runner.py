@@ -120,7 +120,7 @@ def run(
                 else:
                     store.write(task.path, outcome)
                     with bar.external_write_mode():
-                        show(outcome)
+                        show(store.read(task.path))  # as it is shown ever after
                 bar.set_postfix_str(task.name)
                 bar.update()
 
