@@ -63,8 +63,7 @@ class ClientLeftError(Exception):
 
 
 class Watch:
-    """A context that is cancelled when the client leaves. (A task that waits for that would cost a
-    request as much as reading its JSON.)
+    """A context that is cancelled when the client leaves, without a task that waits for that.
 
     Raises:
         ClientLeftError: it has left.
