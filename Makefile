@@ -1,7 +1,7 @@
 # attnserve: every target sets up what it needs in .venv; nothing has to be activated.
 #
 #   make serve        vLLM on 127.0.0.1:8000 and the gateway on 127.0.0.1:8080; Ctrl-C stops both
-#   make test-fast    those that start no vLLM server (under 3 minutes on 2 cores)
+#   make test-fast    those that start no vLLM server (5 minutes on 2 cores)
 #   make test         the tests of every day (under 30 minutes on 2 cores)
 #   make test-slow    the tests that take longer than a minute each
 #   make test-gpu     the tests that need a GPU; needs GPU_PYTHON=
