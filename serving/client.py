@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from starlette.types import Receive, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -70,7 +71,8 @@ class Watch:
     """
 
     def __init__(self, receive: Receive) -> None:
-        self._cycle: RequestResponseCycle = receive.__self__  # type: ignore[attr-defined]
+        method: Any = receive  # of uvicorn's request, whose transport is a `Closer`
+        self._cycle = method.__self__
         self._left = False
 
     def _cancel(self) -> None:
@@ -83,12 +85,12 @@ class Watch:
         assert task is not None
         self._task = task
         self._cycle.flow.resume_reading()
-        self._cycle.transport.on_leaving[self._cycle] = self._cancel  # type: ignore[attr-defined]
+        self._cycle.transport.on_leaving[self._cycle] = self._cancel
         if self._cycle.disconnected:  # before anything was done for it
             self._cancel()
 
     def __exit__(self, *_: object) -> None:
-        del self._cycle.transport.on_leaving[self._cycle]  # type: ignore[attr-defined]
+        del self._cycle.transport.on_leaving[self._cycle]
         if self._left:
             self._task.uncancel()
             raise ClientLeftError from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def loss_function(
     return torch.compile(loss, dynamic=False) if compiled else loss
 
 
-class Resumable:
+class Resumable(ABC):
     """A training in a folder: it goes on from the state, `state.pt`, if there is one.
 
     Args:
@@ -116,9 +117,9 @@ class Resumable:
         """Steps taken."""
         return len(self.losses)
 
+    @abstractmethod
     def objective(self, loss: Tensor, other: Tensor) -> Tensor:
         """Return what is minimised, of the two terms."""
-        raise NotImplementedError
 
     def _load(self) -> None:
         state = torch.load(self.folder / STATE, weights_only=True, map_location="cpu")
