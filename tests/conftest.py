@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -25,6 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 with pytest.MonkeyPatch.context() as _patch:
     _patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
     importlib.import_module("triton.language")
+
+# The same examples in each run; HYPOTHESIS_PROFILE=default draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # The default action ends Python at once and would leave the servers of a test running.
 signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -236,7 +236,7 @@ class EmbeddingBody(Body):
     padding: Literal["max_length", "do_not_pad"] | None = None
 
     def prompts(self, fields: dict[str, Any]) -> Prompts:
-        """Return both, whichever of them vLLM takes."""
+        """Return both, whichever of them vLLM takes; no messages are a conversation, too."""
         if self.input is None and self.messages is None:
             if fields.get("input") is None:
                 raise missing("input")
@@ -245,8 +245,10 @@ class EmbeddingBody(Body):
         found = Prompts()
         found.add(self.input)
         if self.messages is not None:
+            inputs, found.count = found.count, 0
             found.add(self.messages)
             found.add_for_template(fields)
+            found.count = max(inputs, found.count, 1)
         return found
 
 
