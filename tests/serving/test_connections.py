@@ -444,6 +444,12 @@ def heads(gateway: Running) -> int:
     return held
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU time of a process so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 @pytest.mark.integration
 def test_floods_leave_no_memory_behind(upstream: StandIn, tmp_path: Path) -> None:
     """Of heads without end, and of bodies that take many times their bytes when they are parsed."""
@@ -466,11 +472,14 @@ def test_floods_leave_no_memory_behind(upstream: StandIn, tmp_path: Path) -> Non
             with dial(gateway) as client:
                 flood(client, start, piece, megabytes=60)
             assert ask_health(gateway)
-        assert [send_worst() for _ in range(8)] == [200] * 8
-        # The last body may still be on its way to the process that reads it.
-        wait_for(lambda: process.memory_info().rss - before < 5 * 2**20, "nothing is left of them")
         children = process.children(recursive=True)  # what reads large bodies
         assert children
+        own, reader = cpu_seconds(process), cpu_seconds(children[-1])
+        assert [send_worst() for _ in range(8)] == [200] * 8
+        own, reader = cpu_seconds(process) - own, cpu_seconds(children[-1]) - reader
+        assert own < reader / 2, "streams wait while the gateway itself reads them"
+        # The last body may still be on its way to the process that reads it.
+        wait_for(lambda: process.memory_info().rss - before < 5 * 2**20, "nothing is left of them")
         process.kill()
         assert not psutil.wait_procs(children, timeout=30)[1]
 
