@@ -112,7 +112,7 @@ class Cache:
         blocks_each = [-(-n // block_size) for n in seq_lens]
         num_blocks = sum(blocks_each) + 3
         content = content_bytes(variant, head_size, dtype, kv_format)
-        # NaN in every format, and as parameters of codes.
+        # NaN in every format, and as parameters of 8 and 4 bits.
         kv = torch.full((num_blocks, num_kv_heads, block_size, content), 255, dtype=torch.uint8)
         kv = kv if kv_format else kv.view(dtype)
         order = torch.randperm(num_blocks).split([*blocks_each, 3])
@@ -312,7 +312,7 @@ def test_equals_reference(
 
 
 def quantized_cases() -> Iterator[tuple[str, Shape, KVFormat, int | None, str]]:
-    """Every variant; where it matters how codes are read, every instruction set, with one that
+    """Every variant; where it matters how few bits are read, every instruction set, with one that
     reads them in every way."""
     for name in variant_names():
         for place, shape in enumerate((SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[4])):

@@ -61,7 +61,7 @@ class Shape(NamedTuple):
     quantized: bool
     """With a scale for all keys, and one for all values."""
     kv_bits: int
-    """Bits of codes with parameters of each token; 0: none."""
+    """Bits of keys and values that are quantized with parameters of each token; 0: none."""
 
 
 class Tiling(NamedTuple):
