@@ -275,13 +275,13 @@ class Answers:
         for each in self.differences:
             if each.measure == measure:
                 groups[each.target, each.bits].append(each)
-        digits = 4 if measure == LOSS else 5
+        digits = "z.4f" if measure == LOSS else ".2g"  # divergences of 8 bits are about 1e-5
         rows = []
         for (target, bits), pairs in groups.items():
             own = sorted((e for e in pairs if e.second == name), key=lambda e: e.rise.value)
             more, less = (
                 [
-                    f"{e.first} ({e.rise.value:+z.{digits}f})"
+                    f"{e.first} ({e.rise.value:+{digits}})"
                     for e in own[::-sign]
                     if e.significant and e.rise.value * sign > 0
                 ]

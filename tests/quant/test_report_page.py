@@ -139,7 +139,7 @@ def test_checkpoints_are_compared_by_divergence_too() -> None:
     assert found.chance == pytest.approx(float(stats.ttest_1samp(exact, 0).pvalue))
     header, (row,) = answers.verdicts("KL divergence")
     assert header[2] == "more KL divergence than softmax"
-    assert row[2] == f"softpick ({found.rise.value:+.5f})" and row[-1] == "1 of 1"
+    assert row[2] == f"softpick ({found.rise.value:+.2g})" and row[-1] == "1 of 1"
     assert answers.verdicts("loss")[1][0][2:5] == ["none", "none", "softpick"]
 
 
