@@ -250,12 +250,13 @@ def schemes(target: str, settings: dict[str, list[SweepResult]]) -> View:
     return View(what(target), 2, draw)
 
 
-def compared(target: str, answers: Answers) -> View:
-    """Return how much more each checkpoint's loss rises than the baseline's: a panel for each
+def compared(target: str, measure: str, answers: Answers) -> View:
+    """Return how much more few bits cost each checkpoint than the baseline: a panel for each
     number of bits, a row a checkpoint."""
     baseline = answers.baseline.checkpoint
     variants = {result.checkpoint: result.variant for result in answers.results}
-    own = [e for e in answers.differences if (e.target, e.second) == (target, baseline)]
+    wanted = (target, measure, baseline)
+    own = [e for e in answers.differences if (e.target, e.measure, e.second) == wanted]
     names, widths = (
         list(dict.fromkeys(found)) for found in zip(*((e.first, e.bits) for e in own), strict=True)
     )
@@ -276,7 +277,7 @@ def compared(target: str, answers: Answers) -> View:
             axes.xaxis.set_major_locator(ticker.MaxNLocator(2))
             axes.xaxis.set_major_formatter(DECIMALS)
 
-    return View(what(target), len(widths), draw)
+    return View(f"{what(target)}, {measure}", len(widths), draw)
 
 
 def outliers(target: str, ranks: Sequence[float], own: Sequence[SweepResult], kind: str) -> View:
@@ -325,14 +326,15 @@ def questions(answers: Answers) -> list[Question]:
         reading = "Lower is better. Each point is a mean of the checkpoints."
         asked.append(Question("schemes", title, reading, of_schemes))
     name = answers.baseline.checkpoint
-    compared_targets = dict.fromkeys(e.target for e in answers.differences if e.second == name)
-    if compared_targets:
+    pairs = dict.fromkeys((e.target, e.measure) for e in answers.differences if e.second == name)
+    if pairs:
         title = f"Which variants lose more or less than {name}?"
         reading = (
-            f"Nats by which a variant's loss rises more than {name}'s at the same bits: to the "
-            "left it loses less. Filled points are significant. " + BARS
+            f"Nats a token by which a variant's loss rises more, or it diverges further, than "
+            f"{name} at the same bits: to the left it loses less. Filled points are significant. "
+            + BARS
         )
-        views = [compared(target, answers) for target in compared_targets]
+        views = [compared(*pair, answers) for pair in pairs]
         asked.append(Question("differences", title, reading, views))
     own = [result for result in answers.results if result.config == UNQUANTIZED]
     ranks = explain.mean_ranks(answers.results)
