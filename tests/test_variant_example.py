@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attn_kernels.test_example import example
+from tests.attn_kernels.test_example import example, write_example
 
 pytestmark = pytest.mark.integration
 
@@ -25,9 +25,7 @@ exec(open({file!r}).read(), vars(paper_formulas))
 @pytest.mark.timeout(3600)  # four instruction sets are compiled, and 260 tests run
 def test_example_is_covered_by_the_tests_as_they_are(tmp_path: Path) -> None:
     """In a package of its own, named by an entry point; its kernels are compiled (some minutes)."""
-    (tmp_path / "sigmoid.py").write_text(example("python", "class Sigmoid"))
-    (tmp_path / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
-    (tmp_path / "sigmoid_triton.py").write_text(example("python", "import triton"))
+    write_example(tmp_path / "sigmoid")
     info = tmp_path / "sigmoid_attention-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sigmoid-attention\nVersion: 1\n")

@@ -1,8 +1,10 @@
 """What an attention variant is, and the registry of all of them.
 
-A variant is one file in `attn_kernels/variants/` (or a module of another package that names
-itself in the entry-point group `attnserve.variants`). It says its name, its parameters, and how a
-row of raw scores becomes a row of weights. Everything else iterates the registry.
+A variant is one folder in `attn_kernels/variants/` (or a package of its own that names itself in
+the entry-point group `attnserve.variants`): `__init__.py` says its name, its parameters, and how a
+row of raw scores becomes a row of weights; `kernel.hpp` says the same to CPUs
+(`attn_kernels/cpu/variant.hpp`) and `kernel.py` to GPUs (`attn_kernels.triton.variant`). Everything
+else iterates the registry.
 
 Notation, as in the papers: query `i` sees `n_i` keys; `x_ij = scale * q_i . k_j` is a raw score.
 """
@@ -13,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
 import math
 import pkgutil
 import reprlib
@@ -40,10 +43,6 @@ class Variant(ABC):
         uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
         stateful: keeps a float32 accumulator for each cached token and defines `selection`.
         prunable: is a `PrunableVariant`, whose layers can keep a fixed number of tokens.
-        cpu_header: the C++ header of a variant of another package (what is in it:
-            `attn_kernels/cpu/variant.hpp`); None: `attn_kernels/cpu/variants/<name>.hpp`, if any.
-        triton_module: the module with its Triton functions (what is in it:
-            `attn_kernels.triton.variants`); None: `attn_kernels.triton.variants.<name>`, if any.
     """
 
     name: ClassVar[str]
@@ -51,8 +50,11 @@ class Variant(ABC):
     uses_scale: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
     prunable: ClassVar[bool] = False
-    cpu_header: ClassVar[Path | None] = None
-    triton_module: ClassVar[str | None] = None
+
+    @classmethod
+    def folder(cls) -> Path:
+        """Return where its kernels lie: beside the module that defines it."""
+        return Path(inspect.getfile(cls)).parent
 
     @property
     def learned(self) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""docs/VARIANT.md's example as it is printed there: a variant of another package, whose Python
-files and C++ header lie in a folder of their own."""
+"""docs/VARIANT.md's example as it is printed there: a variant of another package, whose files
+lie in a folder of their own."""
 
 from __future__ import annotations
 
@@ -28,19 +28,25 @@ def example(language: str, what: str) -> str:
     return str(block)
 
 
+def write_example(folder: Path) -> None:
+    """Write the example's files, as the page names them."""
+    folder.mkdir()
+    (folder / "__init__.py").write_text(example("python", "class Sigmoid"))
+    (folder / "kernel.hpp").write_text(example("cpp", "struct Sigmoid"))
+    (folder / "kernel.py").write_text(example("python", "import triton"))
+
+
 @pytest.fixture
 def sigmoid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant]:
     """Return the example, registered for one test."""
     variant_names()  # loads what there is, so that only the example is forgotten afterwards
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "sigmoid.py").write_text(example("python", "class Sigmoid"))
-    (tmp_path / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
-    (tmp_path / "sigmoid_triton.py").write_text(example("python", "import triton"))
+    write_example(tmp_path / "sigmoid")
     importlib.import_module("sigmoid")
     yield get_variant("sigmoid")
     del sys.modules["sigmoid"]
-    sys.modules.pop("sigmoid_triton", None)
+    sys.modules.pop("sigmoid.kernel", None)
 
 
 @pytest.mark.parametrize("shape", [cases.SHAPES[3], cases.SHAPES[7], cases.SHAPES[11]], ids=str)

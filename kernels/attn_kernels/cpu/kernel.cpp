@@ -1,4 +1,4 @@
-// The entry points of one variant's library: compiled with -include variants/NAME.hpp and
+// The entry points of one variant's library: compiled with -include variants/NAME/kernel.hpp and
 // -DVARIANT=Struct. Plain C arguments; no exception leaves. Quantized caches are in a library of
 // their own (quantized.cpp): either compiles in half the time.
 #include <omp.h>

@@ -1,5 +1,5 @@
-// What a variant's struct is. One file a variant in variants/, named as in config.json; the struct
-// is named as its Python class.
+// What a variant's struct is: that in the kernel.hpp of its folder in ../variants/. The struct
+// has the name of its Python class.
 //
 //   scores, s      a row of q.k, times query_factor; `masked` where the query does not see the key
 //   query_factor   (head, n, |q|): what a query is multiplied with; n is how many keys it sees

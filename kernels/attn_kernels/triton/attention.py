@@ -6,7 +6,7 @@ the tile sees, `keys` at a time; a long context is cut into `splits` parts with 
 whose results `merge_kernel` adds up. The grid depends on the numbers of tokens and requests only,
 so that a CUDA graph can hold it.
 
-What is fixed when a kernel is compiled comes as named tuples: VARIANT (`Constants`), SHAPE
+What is fixed when a kernel is compiled comes as named tuples: VARIANT (`variant.Constants`), SHAPE
 (`Shape`) and TILE (`Tiling`). A variant's functions and parameters come one by one: Triton cannot
 write down a tuple of functions where a hook watches compilations, as vLLM's does, and Triton 3.6
 cannot pass on a tuple inside a tuple.
@@ -34,14 +34,6 @@ WHOLE, STATISTICS, OUTPUT = (tl.constexpr(i) for i in range(3))
 where a context is cut into parts, the statistics or the output. For all others: WHOLE."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Constants(NamedTuple):
-    """What is constant of a variant (`variants/__init__.py`), as compile-time arguments."""
-
-    unit_keys: bool
-    first_max: float
-    num_learned: int
 
 
 class Shape(NamedTuple):

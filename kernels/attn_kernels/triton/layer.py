@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from attn_kernels.triton.attention import (
     OUTPUT,
     STATISTICS,
     WHOLE,
-    Constants,
     Shape,
     Tiling,
     attend_kernel,
@@ -31,47 +28,11 @@ from attn_kernels.triton.attention import (
 )
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
+from attn_kernels.triton.variant import constants, functions, takes_soft_cap
 from attn_kernels.variant import Variant
 
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 """Cache dtypes that need scales."""
-
-
-@functools.cache
-def functions(variant: Variant) -> dict[str, Any]:
-    """Return what the variant gives to the kernels (`variants/__init__.py`), by the names of their
-    arguments; None for a function that it needs none of.
-
-    Raises:
-        ValueError: it has no Triton kernel.
-    """
-    name = variant.triton_module or f"attn_kernels.triton.variants.{variant.name}"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ValueError(f"{variant.name} has no Triton kernel ({name})") from None
-    always = ("query_factor", "update", "merge", "epilogue")
-    return {
-        **{name.upper(): getattr(module, name) for name in always},
-        "UPDATE_STATISTICS": getattr(module, "update_statistics", None),
-        "FINISH_STATISTICS": getattr(module, "finish_statistics", None),
-        "SELECTION": module.selection if variant.stateful else None,
-        "PARAMS": tuple(variant.numbers()),
-        "VARIANT": Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
-    }
-
-
-def constants(kernel: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the given compile-time arguments that a kernel takes."""
-    return {name: given[name] for name in kernel.arg_names if name in given}
-
-
-def takes_soft_cap(variant: Variant) -> bool:
-    """Return whether raw scores can be capped: where the variant's are the model's, in one pass."""
-    one_pass = functions(variant)["UPDATE_STATISTICS"] is None
-    return variant.uses_scale and not variant.stateful and one_pass
 
 
 _buffers: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)

@@ -1,7 +1,7 @@
 // Re-weighted softplus attention (arXiv 2501.13428): weights proportional to relu(s - mean)^power
 // of LSSA's s, in units of (largest - mean)^power so that the largest term is 1.
 #pragma once
-#include "lssa.hpp"
+#include "lssa/kernel.hpp"
 
 struct LSSAR : LSSA {
   static constexpr bool two_pass = true;

@@ -1,7 +1,7 @@
 // Softplus attention with length scaling (arXiv 2501.13428):
 // s = softplus(ln(d) ln(n) q.k / |q||k|), weights s / sum s.
 #pragma once
-#include "../variant.hpp"
+#include "variant.hpp"
 
 struct LSSA : OnePass {
   static constexpr float masked = -INFINITY;

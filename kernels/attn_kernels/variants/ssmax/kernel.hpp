@@ -1,6 +1,6 @@
 // Scalable softmax (arXiv 2501.19399): softmax of queries scaled by s ln(n) + b.
 #pragma once
-#include "softmax.hpp"
+#include "softmax/kernel.hpp"
 
 struct SSMax : Softmax {
   const float *scales = nullptr, *biases = nullptr;  // learned, one a head

@@ -1,6 +1,6 @@
 // Softpick (arXiv 2504.20966): relu(e^x - 1) / (sum |e^x - 1| + eps).
 #pragma once
-#include "../variant.hpp"
+#include "variant.hpp"
 
 struct Softpick : OnePass {
   static constexpr float masked = 0.f;  // e^0 - 1 adds nothing to either sum

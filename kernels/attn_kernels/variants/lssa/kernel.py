@@ -4,7 +4,7 @@ s = softplus(ln(d) ln(n) q.k / |q||k|), weights s / sum s."""
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import epilogue  # noqa: F401 (this variant's, too)
 
 UNIT_KEYS = True
 FIRST_MAX = 0.0

@@ -1,4 +1,4 @@
-"""Softmax (arXiv 1706.03762), in powers of two. What a file here has: `__init__.py`."""
+"""Softmax (arXiv 1706.03762), in powers of two. What is said: `attn_kernels.triton.variant`."""
 
 import triton
 import triton.language as tl

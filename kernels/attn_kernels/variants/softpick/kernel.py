@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import query_factor  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import query_factor  # noqa: F401 (this variant's, too)
 
 UNIT_KEYS = False
 FIRST_MAX = 0.0  # never below 0: a row without a positive score is 0 anyway

@@ -1,6 +1,6 @@
-// Softmax (arXiv 1706.03762). What every variant's struct has is explained in ../variant.hpp.
+// Softmax (arXiv 1706.03762). What every variant's struct has is explained in cpu/variant.hpp.
 #pragma once
-#include "../variant.hpp"
+#include "variant.hpp"
 
 struct Softmax : OnePass {
   static constexpr float masked = -INFINITY;

@@ -4,14 +4,14 @@ of LSSA's s, in units of (largest - mean)^power so that the largest term is 1.""
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.lssa import (  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.lssa.kernel import (  # noqa: F401 (this variant's, too)
     FIRST_MAX,
     UNIT_KEYS,
     merge,
     query_factor,
     softplus,
 )
-from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import epilogue  # noqa: F401 (this variant's, too)
 
 
 @triton.jit
