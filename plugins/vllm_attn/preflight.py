@@ -81,7 +81,8 @@ def resolve(vllm_config: Any) -> Variant | None:
     if declared is None:
         if asked is None:
             return None
-        if asked != "softmax":
+        # A checkpoint with the variant's learned tensors (gpt-oss) was trained with it.
+        if asked != "softmax" and not get_variant(asked).learned:
             logger.warning(
                 "%s was trained with softmax attention; serving it with %s is an experiment",
                 model_config.model,

@@ -192,8 +192,8 @@ def compile_library(
     features = [feature.replace("amx_", "amx-").replace("2_", "2") for feature in ISAS[isa]]
     flags = [*FLAGS, *(f"-m{feature}" for feature in features), f"-D{define}"]
     key = hashlib.sha256("\0".join([platform.machine(), *flags]).encode())
-    for name, read in sorted((f"{read.parent.name}/{read.name}", read) for read in reads):
-        key.update(name.encode() + b"\0" + read.read_bytes())
+    for place, read in sorted((f"{read.parent.name}/{read.name}", read) for read in reads):
+        key.update(place.encode() + b"\0" + read.read_bytes())
     folder = cache_folder()
     stem = f"{name}-{isa}-{key.hexdigest()[:16]}"
     try:

@@ -261,7 +261,7 @@ class Plan {
         const Factors f = attention.variant.merge(row, part_rows[other]);
         for (int j = 0; j < d; j++) o[j] = o[j] * f.mine + part_outputs[other * d + j] * f.theirs;
       }
-      attention.write_out(tile, r, o, attention.variant.epilogue(row));
+      attention.write_out(tile, r, o, attention.variant.epilogue(row, tile.query[r]));
     }
   }
 };

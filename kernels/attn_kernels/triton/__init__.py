@@ -2,6 +2,6 @@
 the `kernel.py` of its folder."""
 
 from attn_kernels.triton.layer import TritonLayer, TritonPrunedLayer
-from attn_kernels.triton.variant import functions, takes_soft_cap
+from attn_kernels.triton.variant import functions
 
-__all__ = ["TritonLayer", "TritonPrunedLayer", "functions", "takes_soft_cap"]
+__all__ = ["TritonLayer", "TritonPrunedLayer", "functions"]

@@ -4,26 +4,34 @@ It has these `triton.jit` functions. `[R]` are the query rows of a program, `[R,
 scores against a tile of keys, `[S]` the parts of a split context; all float32. `params` are the
 variant's parameters as compile-time constants, in the order of its dataclass, None as NaN.
 
-    query_factor(n, norm, first, second, scale, head_size, params) -> [R]
+`query` is what is known of each row's query (`Query`):
+
+    head, position: integers; the head is this rank's, the position counts from 0.
+    n: how many keys it sees. norm: |q|.
+    first, second: its head's learned tensors, in the order of `Variant.learned`.
+
+    query_factor(query, scale, head_size, params) -> [R]
         What a row's raw scores q.k are multiplied with, times log2(e): scores are exponents of 2.
-        `n` [R]: keys that the row sees; `norm` [R]: |q| (0 unless UNIT_KEYS); `first`, `second`
-        [R]: its head's learned tensors, in the order of `Variant.learned`; `scale`: the model's,
-        and 1 where a soft cap has had it already.
-    update(s, seen, running_max, denominator, mean, per_spread, params)
+    update(s, seen, running_max, denominator, mean, per_spread, query, params)
             -> weights [R, N], rescale [R], running_max, denominator
         The weights, 0 where not `seen`, and the factor of what was summed up so far.
     merge(maxima, denominators) -> factors [S], running_max, denominator
         The parts of a split context as one.
-    epilogue(running_max, denominator, params) -> factor of the output after the last key.
+    epilogue(running_max, denominator, query, params) -> factor of the output after the last key.
 
 UNIT_KEYS = True: the scores are also divided by |k|. FIRST_MAX: the running maximum
 before the first key; the denominator is 0 there.
 
-A variant that needs statistics of all scores before the first weight has two more:
+A variant that adds something to its scores has one more:
 
-    update_statistics(s, seen, row_max, row_sum) -> row_max, row_sum
+    score_bias(query, distance, params) -> [R, N]
+        `distance` [R, N]: how far before the query the key is; anything where it is behind.
+
+One that needs statistics of all scores before the first weight has two more:
+
+    update_statistics(s, seen, row_max, row_sum, query) -> row_max, row_sum
         In a first pass over the keys.
-    finish_statistics(maxima [R, S], sums [R, S], n) -> mean, per_spread
+    finish_statistics(maxima [R, S], sums [R, S], query) -> mean, per_spread
         What `update` is given, from all parts of the first pass.
 
 A stateful variant has one more:
@@ -51,6 +59,17 @@ class Constants(NamedTuple):
     num_learned: int
 
 
+class Query(NamedTuple):
+    """What is known of each row's query, `[R]` each."""
+
+    head: Any
+    position: Any
+    n: Any
+    norm: Any
+    first: Any
+    second: Any
+
+
 @functools.cache
 def functions(variant: Variant) -> dict[str, Any]:
     """Return what the variant gives to the kernels, by the names of their arguments; None for a
@@ -66,6 +85,7 @@ def functions(variant: Variant) -> dict[str, Any]:
     always = ("query_factor", "update", "merge", "epilogue")
     return {
         **{name.upper(): getattr(module, name) for name in always},
+        "SCORE_BIAS": getattr(module, "score_bias", None),
         "UPDATE_STATISTICS": getattr(module, "update_statistics", None),
         "FINISH_STATISTICS": getattr(module, "finish_statistics", None),
         "SELECTION": module.selection if variant.stateful else None,
@@ -77,9 +97,3 @@ def functions(variant: Variant) -> dict[str, Any]:
 def constants(kernel: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the given compile-time arguments that a kernel takes."""
     return {name: given[name] for name in kernel.arg_names if name in given}
-
-
-def takes_soft_cap(variant: Variant) -> bool:
-    """Return whether raw scores can be capped: where the variant's are the model's, in one pass."""
-    one_pass = functions(variant)["UPDATE_STATISTICS"] is None
-    return variant.uses_scale and not variant.stateful and one_pass

@@ -12,8 +12,8 @@ struct SSMax : Softmax {
     if (p.values[1] != 0.f) biases = p.learned[next];
   }
 
-  float query_factor(int head, float n, float) const {
-    const float s = scales ? scales[head] : fixed_scale;
-    return scale * (s * std::log(n) + (biases ? biases[head] : 0.f));
+  float query_factor(const Query& query) const {
+    const float s = scales ? scales[query.head] : fixed_scale;
+    return scale * (s * std::log(query.n) + (biases ? biases[query.head] : 0.f));
   }
 };
