@@ -187,11 +187,7 @@ class VariantImpl(AttentionImpl[Batch]):
         }
         for what, present in unsupported.items():
             if present:
-                other = [v for v in variant_names() if what.strip("`") in get_variant(v).learned]
-                raise StartupError(
-                    f"{name} attention does not support {what}, which the model has"
-                    + f": pass --attention-backend {other[0]}" * bool(other)
-                )
+                raise StartupError(f"{name} attention does not support {what}, which the model has")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

@@ -322,6 +322,11 @@ def check_layer(backend: Any, selector_config: Any, capability: Any = None) -> N
         selector_config: what vLLM says of the layer.
         capability: the GPU's; None on a CPU.
     """
+    if selector_config.has_sink and not backend.get_class().supports_sink():
+        raise StartupError(
+            f"the model has learned sinks, which {backend.name.lower()} attention has not: pass "
+            "--attention-backend sinks"
+        )
     reasons = backend.get_class().validate_configuration(
         device_capability=capability, **selector_config._asdict()
     )

@@ -67,7 +67,7 @@ def test_variant_describes_itself(name: str) -> None:
         ("softpik", "did you mean 'softpick'"),
         ("sofmax", "did you mean 'softmax'"),
         ("SSMax", "did you mean 'ssmax'"),
-        ("zzz", "known: .*selective, softmax, softpick"),
+        ("zzz", "known: .*selective, sigmoid, sinks, softmax"),
         ("", "known: "),
     ],
 )

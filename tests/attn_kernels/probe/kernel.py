@@ -20,7 +20,7 @@ def query_factor(query, scale, head_size: tl.constexpr, params: tl.constexpr):
 
 @triton.jit
 def score_bias(query, distance, params: tl.constexpr):
-    return -query.first[:, None] * 1.4426950408889634 * tl.sqrt(distance)
+    return -query.first[:, None] * 1.4426950408889634 * tl.sqrt(tl.maximum(distance, 0.0))
 
 
 @triton.jit
