@@ -189,6 +189,15 @@ inline Vec exchange(Vec v) {
 #endif
 }
 
+// first, first + 1, ...
+inline Vec counting_from(float first) {
+  float lanes[WIDTH];
+  for (int i = 0; i < WIDTH; i++) lanes[i] = i;
+  Vec v;
+  std::memcpy(&v, lanes, sizeof v);
+  return v + first;
+}
+
 inline float horizontal_max(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(v);
@@ -298,6 +307,15 @@ inline Vec exp2(Vec y, float exponent = 0.f) {
   y = max(broadcast(exponent - 127.f), y);
   const Whole whole(y, exponent);
   return exp2m1_fraction(y - whole.n) * whole.power + whole.power;
+}
+
+// m / (m + 2) with m = e^2|x| - 1, which keeps small x exact.
+inline Vec tanh(Vec x) {
+  const Vec y = -max(broadcast(-40.f), absolute(x) * (-2 * LOG2E));
+  const Whole whole(y, 0.f);
+  const Vec m = exp2m1_fraction(y - whole.n) * whole.power + (whole.power - 1.f);
+  const Vec t = m / (m + 2.f);
+  return x < 0.f ? -t : t;
 }
 
 // log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity.
