@@ -7,19 +7,20 @@ and the tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attn_kernels import variant_from_config
 from attnserve.errors import UserError
 from quant.contents import Contents
 from quant_kernels.formats import gguf as blocks
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant_kernels.weight import QuantizedWeight, QuantSpec, TwoLevelWeight
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -154,16 +155,63 @@ def check_model(config: Any, tokenizer: Path) -> None:
     splitter_of(tokenizer)
 
 
-def check_spec(spec: QuantSpec, scheme: str, columns: set[int]) -> None:
+def check_spec(spec: QuantSpec, scheme: str, config: Any) -> None:
     """Refuse before any work what no type of GGUF holds.
+
+    Args:
+        spec: of the layers.
+        scheme: how they are quantized.
+        config: as transformers reads it.
 
     Raises:
         UserError: with one line.
     """
+    heads = config.num_attention_heads * config.head_dim
+    columns = {config.hidden_size, heads, feed_forward_length(config)}
     found = [blocks.holding(spec, count) for count in sorted(columns)]
     found += ["zero points between quantized values have no place there"] * (scheme == "hqq")
     if why := next((line for line in found if line), None):
         raise UserError(f"--format gguf cannot hold these weights: {why}")
+
+
+def feed_forward_length(config: Any) -> int:
+    """Return the columns that MLPs have in a file: whole blocks."""
+    return -(-config.intermediate_size // blocks.BLOCK) * blocks.BLOCK
+
+
+def with_whole_blocks(contents: Contents, columns: int) -> Contents:
+    """Return contents whose MLPs have so many columns. What is added is 0 and changes nothing:
+    silu(0) * 0 is 0."""
+
+    def added(layer: str, shape: Sequence[int]) -> tuple[int, int]:
+        rows = columns - shape[0] if layer.endswith(("mlp.gate_proj", "mlp.up_proj")) else 0
+        return rows, columns - shape[1] if layer.endswith("mlp.down_proj") else 0
+
+    weights = {
+        layer: with_zeros(weight, *added(layer, weight.values.shape))
+        for layer, weight in contents.weights.items()
+    }
+    rest = {}
+    for name, tensor in contents.rest.items():
+        rows, more = added(name.removesuffix(".weight"), tensor.shape)
+        rest[name] = pad(tensor, (0, more, 0, rows)) if rows or more else tensor
+    return Contents(contents.config, weights, rest)
+
+
+def with_zeros(weight: QuantizedWeight, rows: int, columns: int) -> QuantizedWeight:
+    """Return a weight with rows more, and with columns more in its last group, all of them 0."""
+    if not rows and not columns:
+        return weight
+    spec, zeros = weight.spec, weight.zeros
+    zero = torch.full((len(weight.values), 1), spec.midpoint) if zeros is None else zeros[:, -1:]
+    values = torch.cat((weight.values, zero.to(torch.uint8).expand(-1, columns)), 1)
+    return QuantizedWeight(
+        pad(values, (0, 0, 0, rows), value=spec.midpoint),
+        pad(weight.scales, (0, 0, 0, rows), value=1),
+        None if zeros is None else pad(zeros, (0, 0, 0, rows), value=spec.midpoint),
+        spec,
+        weight.g_idx,
+    )
 
 
 def splitter_of(tokenizer: Path) -> str:
@@ -204,7 +252,9 @@ def write_gguf(contents: Contents, config: Any, tokenizer: Path, file: Path) -> 
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    columns = feed_forward_length(config)
+    contents = with_whole_blocks(contents, columns)
+    writer.add_feed_forward_length(columns)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
@@ -227,6 +277,11 @@ def write_gguf(contents: Contents, config: Any, tokenizer: Path, file: Path) -> 
     for layer, weight in contents.weights.items():
         name = f"{layer}.weight"
         order = row_order(name, len(weight.values), *heads).argsort()
+        if isinstance(weight, TwoLevelWeight):
+            raise UserError(
+                "--format gguf has no type for two-level scales: quantize the original with "
+                "--scheme gptq --format gguf"
+            )
         try:
             data, kind = blocks.write_blocks(with_rows(weight, order))
         except ValueError as error:

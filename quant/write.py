@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnserve.errors import UserError
+from attnserve.files import replacing
 from quant.contents import EMBEDDINGS, Contents
 from quant.model import HEAD, linears
 from quant_kernels.formats.packed import config_of, entry_of, format_of, stored_tensors
@@ -53,10 +55,26 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
 
 
+@contextmanager
+def replacing_checkpoint(out: Path) -> Iterator[Path]:
+    """Yield where to write a folder or a file, which takes the place of `out` at the end, of
+    whatever kind that is; see `replacing`."""
+    out = out.resolve()  # rather what a link points at than the link
+    with replacing(out) as new:
+        yield new
+        if out.is_dir():
+            shutil.rmtree(out)
+        elif new.is_dir():
+            out.unlink(missing_ok=True)
+
+
 def is_quantized(folder: Path) -> bool:
     """Return whether a checkpoint's config.json says so."""
-    config = folder / "config.json"
-    return config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "quantization_config" in config
 
 
 def write_folder(
