@@ -59,6 +59,9 @@ class Contents:
         check_tensors(source, model, shapes | {name: x.shape for name, x in self.rest.items()})
         for name, tensor in self.rest.items():
             check_numbers(source, name, tensor)
+        for layer, weight in self.weights.items():
+            if not bool(torch.isfinite(weight.scales).all()):
+                raise UserError(f"{layer} in {source} has scales that are no numbers")
 
 
 def read_checkpoint(folder: Path, model: nn.Module) -> Contents:

@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from attnserve.errors import UserError
+from attnserve.evaluation.checkpoint import first_line
 from quant.checkpoint import FORMATS, GGUF
 from quant.checks import check_no_experts
-from quant.contents import Contents, blockwise, dequantized, read_checkpoint, servable
+from quant.contents import blockwise, dequantized, read_checkpoint, servable
 from quant.gguf_file import check_model, read_gguf, write_gguf
 from quant.model import empty_model
 from quant.write import (
@@ -44,8 +45,9 @@ def convert_checkpoint(source: Path, out: Path, format: str, overwrite: bool) ->
     with tempfile.TemporaryDirectory() as made:
         if source.is_file():
             folder, contents = Path(made), read_gguf(source)
-            write_about(contents, source, folder)
+            (folder / "config.json").write_text(json.dumps(dict(contents.config)), encoding="utf-8")
             model = empty_model(folder)
+            write_tokenizer(source, folder)
         else:
             folder, model = source, empty_model(source)
             check_no_experts(folder, model)
@@ -68,8 +70,15 @@ def convert_checkpoint(source: Path, out: Path, format: str, overwrite: bool) ->
     return {"packed": packed, "dequantized": read - packed, "bytes": sum(sizes.values())}
 
 
-def write_about(contents: Contents, file: Path, folder: Path) -> None:
-    """Write config.json and the tokenizer of a GGUF file."""
-    (folder / "config.json").write_text(json.dumps(dict(contents.config)), encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+def write_tokenizer(file: Path, folder: Path) -> None:
+    """Write the tokenizer of a GGUF file.
+
+    Raises:
+        UserError: with one line: it has none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # transformers lets anything through that a wrong file causes
+        why = first_line(error)
+        raise UserError(f"{file} has no tokenizer that can be read: {why}") from None
     tokenizer.save_pretrained(folder)

@@ -7,6 +7,7 @@ and the tokenizer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,11 @@ def dense_tensor(tensor: Any) -> Tensor:
     kind = tensor.tensor_type.name
     if kind == "F16":
         return torch.from_numpy(tensor.data.copy())
-    dense = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise UserError(f"{tensor.name} is of the type {kind}, which is not read") from None
+    dense = torch.from_numpy(np.array(values, np.float32))
     return dense.bfloat16() if kind == "BF16" else dense
 
 
@@ -101,30 +106,43 @@ def with_rows(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:
 
 
 def config_from(settings: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """Return config.json of a file's settings."""
+    """Return config.json of a file's settings.
 
-    def setting(name: str, default: Any = None) -> Any:
-        return settings.get(f"llama.{name}", default)
+    Raises:
+        UserError: with one line: one is missing, or no number above 0.
+    """
 
-    heads, hidden = setting("attention.head_count"), setting("embedding_length")
+    def setting(name: str, kind: type, default: Any = None) -> Any:
+        found = settings.get(f"llama.{name}", default)
+        if not isinstance(found, kind) or not 0 < found < math.inf:
+            raise UserError(
+                f"the GGUF file's setting llama.{name} is {found}, no number above 0: copy or "
+                "convert it again"
+            )
+        return found
+
+    tokens = settings.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise UserError("the GGUF file has no tokenizer: copy or convert it again")
+    heads, hidden = setting("attention.head_count", int), setting("embedding_length", int)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "float32",
         "hidden_size": hidden,
-        "intermediate_size": setting("feed_forward_length"),
-        "num_hidden_layers": setting("block_count"),
+        "intermediate_size": setting("feed_forward_length", int),
+        "num_hidden_layers": setting("block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": setting("attention.head_count_kv", heads),
-        "head_dim": setting("attention.key_length", hidden // heads),
-        "max_position_embeddings": setting("context_length"),
-        "rms_norm_eps": setting("attention.layer_norm_rms_epsilon"),
+        "num_key_value_heads": setting("attention.head_count_kv", int, heads),
+        "head_dim": setting("attention.key_length", int, hidden // heads),
+        "max_position_embeddings": setting("context_length", int),
+        "rms_norm_eps": setting("attention.layer_norm_rms_epsilon", float),
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": setting("rope.freq_base", 10000.0),
+            "rope_theta": setting("rope.freq_base", float, 10000.0),
         },
         "tie_word_embeddings": tied,
-        "vocab_size": setting("vocab_size", len(settings["tokenizer.ggml.tokens"])),
+        "vocab_size": setting("vocab_size", int, len(tokens)),
         "bos_token_id": settings.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": settings.get("tokenizer.ggml.eos_token_id"),
     }
@@ -152,7 +170,7 @@ def check_model(config: Any, tokenizer: Path) -> None:
     }.items():
         if present:
             raise UserError(f"--format gguf does not write {what}")
-    splitter_of(tokenizer)
+    splitter_of(tokenizer, config.vocab_size)
 
 
 def check_spec(spec: QuantSpec, scheme: str, config: Any) -> None:
@@ -214,23 +232,34 @@ def with_zeros(weight: QuantizedWeight, rows: int, columns: int) -> QuantizedWei
     )
 
 
-def splitter_of(tokenizer: Path) -> str:
+def splitter_of(tokenizer: Path, rows: int) -> str:
     """Return llama.cpp's name of how a tokenizer splits text.
 
+    Args:
+        tokenizer: tokenizer.json.
+        rows: of the embedding table.
+
     Raises:
-        UserError: with one line: it has none that is known here.
+        UserError: with one line: it has none that is known here, or more tokens than rows.
     """
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer} is not there, and a GGUF file has its tokenizer in it")
-    content = json.loads(tokenizer.read_text(encoding="utf-8"))
-    entry = content["pre_tokenizer"] or {}
-    steps = entry.get("pretokenizers", [entry])
-    key = tuple(step.get("pattern", {}).get("Regex") or step.get("type", "") for step in steps)
-    if content["model"]["type"] != "BPE" or key not in SPLITTERS:
+    try:
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        entry, kind = content["pre_tokenizer"] or {}, content["model"]["type"]
+        steps = entry.get("pretokenizers", [entry])
+        key = tuple(step.get("pattern", {}).get("Regex") or step.get("type", "") for step in steps)
+        added = [token["id"] for token in content["added_tokens"]]
+        last = max([*content["model"]["vocab"].values(), *added])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{tokenizer} is no whole tokenizer: copy it again") from None
+    if kind != "BPE" or key not in SPLITTERS:
         raise UserError(
             f"{tokenizer} is of another kind than byte-level BPE as in GPT-2, SmolLM and Llama 3: "
             "--format gguf does not write it"
         )
+    if last >= rows:
+        raise UserError(f"{tokenizer} has token ids up to {last}, and the embeddings {rows} rows")
     return SPLITTERS[key]
 
 
@@ -307,7 +336,7 @@ def add_tokenizer(writer: Any, file: Path, config: Any) -> None:
         kinds[added["id"]] = CONTROL if added["special"] else ADDED
     merges = content["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitter_of(file))
+    writer.add_tokenizer_pre(splitter_of(file, config.vocab_size))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -319,4 +348,4 @@ def add_tokenizer(writer: Any, file: Path, config: Any) -> None:
             getattr(writer, f"add_{name}_token_id")(token_id)
     bos = config.bos_token_id
     post = json.dumps(content["post_processor"])
-    writer.add_add_bos_token(bos is not None and json.dumps(tokens[bos]) in post)
+    writer.add_add_bos_token(bos in range(len(tokens)) and json.dumps(tokens[bos]) in post)

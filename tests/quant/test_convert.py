@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,28 @@ def test_broken_checkpoints_of_others(
     assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
 
 
+SETTINGS: list[tuple[str, object, str]] = [
+    ("llama.attention.head_count", 0, "setting llama.attention.head_count is 0, no number above 0"),
+    ("llama.attention.head_count", 7, "128 rows of queries or keys are not those of 7 heads"),
+    ("llama.embedding_length", 96, "and config.json asks for [512, 96]: it describes another mod"),
+    ("llama.block_count", 3, "has no tensor model.layers.2.self_attn.q_proj.weight: it is inc"),
+    ("llama.context_length", math.nan, "setting llama.context_length is nan, no number above 0"),
+    ("llama.attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon is None, no number"),
+    ("tokenizer.ggml.tokens", None, "the GGUF file has no tokenizer: copy or convert it again"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), SETTINGS)
+def test_broken_settings_of_gguf(
+    name: str, value: object, says: str, source: Path, tmp_path: Path, commands: Commands
+) -> None:
+    whole, file = tmp_path / "whole.gguf", tmp_path / "model.gguf"
+    commands.run(quantize, source, whole, "--bits=4", "--scheme=rtn", "--format=gguf")
+    foreign.copy_gguf(whole, file, {name: value})
+    assert says in commands.refused(command, file, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.gguf", "model.gguf"}
+
+
 def test_what_is_no_quantized_checkpoint(source: Path, tmp_path: Path, commands: Commands) -> None:
     file, out = tmp_path / "model.gguf", tmp_path / "out"
     file.write_bytes(b"GGUF" + bytes(20))
@@ -243,6 +267,14 @@ def test_what_gguf_does_not_hold(source: Path, tmp_path: Path, commands: Command
     assert "zero points between quantized values" in refused(source, "--bits=4", "--scheme=hqq")
     assert "use --symmetric" in refused(source, "--bits=8", "--scheme=rtn")
     assert "use --symmetric" in refused(source, *rtn, "--embeddings=8")
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(source, tokenizer)
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 512})
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    assert "token ids up to 512, and the embeddings 512 rows" in refused(tokenizer, *rtn)
+    (tokenizer / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is no whole tokenizer: copy it again" in refused(tokenizer, *rtn)
     config = LlamaConfig.from_pretrained(source)
     assert config.rope_parameters["rope_type"] == "default"
     for entry, says in (
