@@ -45,11 +45,19 @@ OURS: Sequence[Scheme] = [
     ("gptq", 2, 64, {}),
     ("gptq", 2, 64, {"act_order": True, "search": True}),
     ("gptq", 2, 32, {}),
+    ("two-level", 2, 32, {}),
     ("two-level", 2, 16, {}),
 ]
 """Scheme, bits, columns of a group, options."""
-BUDGETS = (2.55,)
+BUDGETS = (2.5, 2.554, 3, 3.31, 4, 4.305)
+"""Bits a weight to spend; some are exactly those of two-level scales with 2, 3 and 4 bits."""
 LIBRARY: Sequence[Scheme] = [("hqq-library", bits, 64, {}) for bits in (4, 3, 2)]
+GPTQMODEL: Sequence[Scheme] = [
+    ("gptqmodel", bits, 64, options)
+    for bits in (4, 3, 2)
+    for options in ({}, {"desc_act": True, "static_groups": True})
+]
+AUTO_ROUND: Sequence[Scheme] = [("auto-round", bits, 64, {}) for bits in (4, 3, 2)]
 TYPES = ("Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS")
 WITHOUT_DATA = ("Q4_0", "Q4_K", "Q3_K", "Q2_K")
 """Types that llama.cpp makes without an importance matrix, too."""
@@ -68,6 +76,7 @@ def quantization(
         Path | None,
         opt.option("The folder of the package llama_cpp, if it is not installed.", metavar="DIR"),
     ] = None,
+    iterations: Annotated[int, opt.count("Iterations of AutoRound, whose default it is.")] = 200,
     only: Annotated[
         str, opt.option("Only methods whose name has this in it.", metavar="TEXT")
     ] = "",
@@ -85,6 +94,7 @@ def quantization(
     llama.cpp's own arithmetic; --only two-level leaves them and all other schemes out.
     """
     from attnserve.evaluation.checkpoint import Checkpoint
+    from quant.budget import MEASURED
     from quant.texts import Sources, calibration_text, text_for
 
     save = results.checked(csv, no_save)
@@ -101,9 +111,9 @@ def quantization(
         by = Sources(writer=folder) if sampled else given
         calibration = calibration_text(by, checkpoint, CALIBRATION, 0)
         measured = text_for("evaluation", given, checkpoint, sequences, LENGTH)
-        validation = text_for("validation", given, checkpoint, 8, LENGTH - 1)
-        of_one = Measurement(checkpoint, calibration, measured)
-        for method, run in methods(of_one, validation, llama_cpp).items():
+        validation = text_for("validation", given, checkpoint, MEASURED, LENGTH - 1)
+        of_one = Measurement(checkpoint, calibration, validation, measured, iterations)
+        for method, run in methods(of_one, llama_cpp).items():
             if only in method:
                 rows.append({"checkpoint": checkpoint.name, "method": method, **of_one.row(*run())})
                 print(rows[-1], file=sys.stderr, flush=True)
@@ -113,13 +123,22 @@ def quantization(
 
 
 class Measurement:
-    """One checkpoint, and what it is calibrated and measured on."""
+    """One checkpoint, and what it is calibrated, chosen and measured on."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Text, measured: Text) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Text,
+        validation: Text,
+        measured: Text,
+        iterations: int,
+    ) -> None:
         from attnserve.evaluation.scorers import load
         from quant.divergence import Divergence
 
-        self.folder, self.calibration = checkpoint.folder, calibration
+        self.folder, self.tokenizer = checkpoint.folder, checkpoint.tokenizer
+        self.calibration, self.validation = calibration, validation
+        self.iterations = iterations
         self.divergence = Divergence(load(checkpoint.folder), measured)
 
     def row(self, bits: float, model: Any) -> results.Row:
@@ -147,17 +166,62 @@ class Measurement:
         stored = sum(weight.packed_bytes for weight in made.values())
         return 8 * stored / numbers, model
 
-    def within(self, budget: float, validation: Text) -> tuple[float, Any]:
+    def within(self, budget: float) -> tuple[float, Any]:
         """Return the same of two-level scales within a number of bits a weight, which is spent by
         sensitivity on the validation book."""
-        from quant.budget import candidates, spend
+        from quant.budget import choose
+
+        widths, units = self.widths_of(budget), self.sensitivities
+        return self.quantized("two-level", widths[0], {}, choose(units, widths, budget))
+
+    def widths_of(self, budget: float) -> Any:
+        """Return the widths that `quant.quantize --bits-per-weight` chooses from."""
+        from quant.budget import candidates
         from quant.options import AUTO
         from quant.schemes.registry import get_scheme
 
+        return candidates(get_scheme("two-level"), budget, AUTO)
+
+    @cached_property
+    def sensitivities(self) -> Any:
+        """Return what all these widths cost in each unit of layers."""
+        from quant.budget import sensitivities
+        from quant.schemes.registry import get_scheme
+
+        widths = list(dict.fromkeys(spec for b in BUDGETS for spec in self.widths_of(b)))
         scheme = get_scheme("two-level")
-        widths = candidates(scheme, budget, AUTO)
-        specs = spend(self.folder, scheme, {}, widths, budget, self.calibration, validation)
-        return self.quantized(scheme.name, widths[0], {}, specs)
+        return sensitivities(self.folder, scheme, {}, widths, self.calibration, self.validation)
+
+    def by_gptqmodel(self, spec: Any, options: Any) -> tuple[float, Any]:
+        """Return the same of GPTQModel, one decoder layer after another as by this project."""
+        from attnserve.evaluation.scorers import load
+        from benchmarks.calibrated_peers import gptqmodel
+        from quant.model import linears
+        from quant.schemes.hessian import layer_by_layer
+
+        model = load(self.folder)
+        layers = linears(model)
+
+        def replace(name: str, hessian: Tensor) -> None:
+            weight = layers[name].weight.data
+            layers[name].weight.data = gptqmodel(weight, spec, hessian, **options)
+
+        layer_by_layer(model, layers, self.calibration.rows, replace)
+        return self.bits_of_groups(spec), model
+
+    def by_auto_round(self, spec: Any) -> tuple[float, Any]:
+        """Return the same of AutoRound."""
+        from attnserve.evaluation.scorers import load
+        from benchmarks.calibrated_peers import auto_round
+
+        model, rows = load(self.folder), self.calibration.rows
+        auto_round(model, self.tokenizer, spec, rows, self.iterations)
+        return self.bits_of_groups(spec), model
+
+    def bits_of_groups(self, spec: Any) -> float:
+        """Return bits of a weight in groups with a scale of 16 bits and a zero point of as many
+        bits as a value."""
+        return self.quantized("rtn", spec, {}, {})[0]
 
     def of_type(self, llama_cpp: Path | None, kind: str, calibrated: bool) -> tuple[float, Any]:
         """Return the same of one of llama.cpp's types, with an importance matrix or without."""
@@ -183,22 +247,27 @@ class Measurement:
         return {name: hessian.diagonal().clone() for name, hessian in hessians.items()}
 
 
-def methods(of_one: Measurement, validation: Text, llama_cpp: Path | None) -> dict[str, Method]:
-    """Return what is measured, by name: this project's schemes, the library hqq where it is
-    installed, and llama.cpp's types."""
+def methods(of_one: Measurement, llama_cpp: Path | None) -> dict[str, Method]:
+    """Return what is measured, by name: this project's schemes, the libraries hqq, GPTQModel and
+    AutoRound where they are installed, and llama.cpp's types."""
     from quant.schemes.registry import installed
     from quant_kernels.weight import QuantSpec
 
     found: dict[str, Method] = {}
-    libraries = LIBRARY if installed("hqq") else []
+    theirs = {"hqq": LIBRARY, "gptqmodel": GPTQMODEL, "auto_round": AUTO_ROUND}
+    libraries = [scheme for name, own in theirs.items() if installed(name) for scheme in own]
     for name, bits, size, options in [*OURS, *libraries]:
         flags = "".join(f", {option.replace('_', '-')}" for option in options)
         spec = QuantSpec(bits, size)
-        found[f"{name}, {bits} bits, groups of {size}{flags}"] = partial(
-            of_one.quantized, name, spec, options, {}
-        )
+        run: Method = partial(of_one.quantized, name, spec, options, {})
+        if name == "gptqmodel":
+            run = partial(of_one.by_gptqmodel, spec, options)
+        elif name == "auto-round":
+            run = partial(of_one.by_auto_round, spec)
+            flags = f", {of_one.iterations} iterations"
+        found[f"{name}, {bits} bits, groups of {size}{flags}"] = run
     for budget in BUDGETS:
-        found[f"two-level, --bits-per-weight {budget}"] = partial(of_one.within, budget, validation)
+        found[f"two-level, --bits-per-weight {budget}"] = partial(of_one.within, budget)
     for kind in WITHOUT_DATA:
         found[f"llama.cpp {kind}"] = partial(of_one.of_type, llama_cpp, kind, False)
     for kind in TYPES:

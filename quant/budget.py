@@ -8,8 +8,10 @@ once, however many widths there are.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -88,13 +90,34 @@ def spend(
     Raises:
         UserError: not even the fewest bits fit.
     """
+    return choose(
+        sensitivities(folder, scheme, options, specs, calibration, measured), specs, bits_per_weight
+    )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers with one width, and what each width costs."""
+
+    layers: list[str]
+    numbers: int  # weights
+    prices: dict[QuantSpec, Price]
+
+
+def sensitivities(
+    folder: Path,
+    scheme: Scheme,
+    options: Mapping[str, bool],
+    specs: Sequence[QuantSpec],
+    calibration: Text,
+    measured: Text,
+) -> list[Unit]:
+    """Return what each width costs in each unit. The arguments are those of `spend`."""
     model = load(folder)
     layers = linears(model)
-    units = units_of(list(layers))
     errors: dict[str, list[float]] = {}
     sizes: dict[str, list[int]] = {}
     probes: dict[str, QuantizedWeight] = {}
-    numbers = sum(layer.weight.numel() for layer in layers.values())
     with tqdm(total=len(layers), desc="quantize", unit="layer") as bar:
 
         def try_all(name: str, hessian: Tensor) -> None:
@@ -106,20 +129,35 @@ def spend(
             bar.update()
 
         layer_by_layer(model, layers, calibration.rows, try_all)
-    order = sorted(range(len(specs)), key=lambda place: sum(own[place] for own in sizes.values()))
     divergence = Divergence(model, measured)
-    prices: dict[str, dict[int, Price]] = {}
-    for unit, names in tqdm(units.items(), desc="measure", unit="unit"):
-        own = [sum(errors[name][place] for name in names) for place in range(len(specs))]
+    found = []
+    for names in tqdm(units_of(list(layers)).values(), desc="measure", unit="unit"):
         cost = measure({name: (layers[name], probes[name]) for name in names}, divergence)
-        prices[unit] = {
-            rank: Price(
-                cost * own[place] / max(own[0], 1e-30), sum(sizes[name][place] for name in names)
-            )
-            for rank, place in enumerate(order)
+        error, size = (np.sum([of[name] for name in names], axis=0) for of in (errors, sizes))
+        ratios = error / max(error[0], 1e-30)
+        prices = {
+            spec: Price(cost * float(ratio), int(total))
+            for spec, ratio, total in zip(specs, ratios, size, strict=True)
         }
-    chosen = within(prices, int(bits_per_weight * numbers / 8))
-    return {name: specs[order[chosen[unit]]] for unit, names in units.items() for name in names}
+        found.append(Unit(names, sum(layers[name].weight.numel() for name in names), prices))
+    return found
+
+
+def choose(
+    units: Sequence[Unit], specs: Sequence[QuantSpec], bits_per_weight: float
+) -> dict[str, QuantSpec]:
+    """Return one of the widths for each layer, so that all together cost little and fit."""
+
+    def size(spec: QuantSpec) -> int:
+        return sum(unit.prices[spec].size for unit in units)
+
+    order = sorted(specs, key=size)
+    prices = {
+        unit.layers[0]: {rank: unit.prices[spec] for rank, spec in enumerate(order)}
+        for unit in units
+    }
+    chosen = within(prices, int(bits_per_weight * sum(unit.numbers for unit in units) / 8))
+    return {name: order[chosen[unit.layers[0]]] for unit in units for name in unit.layers}
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:

@@ -99,12 +99,14 @@ def measure(task: SweepTask) -> SweepResult:
     model, size = quantized_model(checkpoint, task)
     watcher = Recorder(task.record) if unquantized else KLComparison(task.record)
     summary, units = score(task, checkpoint, WatchedScorer(model, watcher))
-    compared, details = watcher.finish()
-    if unquantized:
+    if isinstance(watcher, Recorder):
+        watcher.finish()
         layers = linears(model)
         compared, inputs = input_outliers(model, layers, task.texts.calibration.rows)
         details = {"weight outliers": weight_outliers(layers), "input outliers": inputs}
     else:
+        compared, details = watcher.finish()
+        units["divergence"] = watcher.sequences()
         before = read(path_of(task.out, task.checkpoint, UNQUANTIZED))
         compared |= changes(units, before.units)
     return SweepResult(

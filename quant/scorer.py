@@ -40,13 +40,12 @@ class Recorder:
         file = self.staged / f"{text}.{index}.npz"
         np.savez(file, logprobs=logprobs.half().numpy(), best=best)
 
-    def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    def finish(self) -> None:
         """Put the folder in its place; if another process was first, its own is as good."""
         try:
             self.staged.rename(self.folder)
         except OSError:
             shutil.rmtree(self.staged)
-        return {}, {}
 
 
 class KLComparison:
@@ -77,6 +76,13 @@ class KLComparison:
         self.agreement[text][index] = float((logprobs.argmax(-1) == best).double().mean())
         after, before = (p.gather(-1, tokens[:, None]).exp()[:, 0] for p in (logprobs, reference))
         self.change[text][index] = (after - before).double().numpy()
+
+    def sequences(self) -> dict[str, list[float]]:
+        """Return the mean divergence of each sequence in nats a token, by text."""
+        return {
+            text: [float(f"{each[index].mean():.6g}") for index in sorted(each)]
+            for text, each in self.divergence.items()
+        }
 
     def finish(self) -> tuple[dict[str, Estimate], dict[str, Any]]:
         """Return means over sequences (nats per token, shares, and changes of probability; RMS:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attn_kernels.kv_quant import FIELD
 from attnserve.errors import UserError
 from attnserve.files import replacing
 from quant.contents import EMBEDDINGS, Contents
@@ -50,7 +51,7 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
         with out.open("rb") as file:
             ours = file.read(4) == b"GGUF"
     else:
-        ours = is_quantized(out) or not any(out.iterdir())
+        ours = is_quantized(out) or FIELD in config_in(out) or not any(out.iterdir())
     if not ours:
         raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
 
@@ -70,11 +71,16 @@ def replacing_checkpoint(out: Path) -> Iterator[Path]:
 
 def is_quantized(folder: Path) -> bool:
     """Return whether a checkpoint's config.json says so."""
+    return "quantization_config" in config_in(folder)
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json; empty where there is none that can be read."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return "quantization_config" in config
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def write_folder(

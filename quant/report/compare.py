@@ -21,6 +21,11 @@ from quant.store import SweepResult
 
 LEVEL = 0.05
 """Share of false discoveries among the differences that are called significant."""
+BOOKS = ("test", "validation")
+"""Texts on which checkpoints are compared: the held-out books, or the one text that there is."""
+LOSS, KL = "loss", "KL divergence"
+MEASURES = (LOSS, KL)
+"""By what checkpoints are compared: how much their loss rises, and how far they diverge."""
 
 
 def before(results: Sequence[SweepResult]) -> dict[str, SweepResult]:
@@ -106,34 +111,48 @@ def mean_divergence(results: Sequence[SweepResult], text: str) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more the loss of one checkpoint rises than another's."""
+    """How much more few bits cost one checkpoint than another."""
 
     target: str
     bits: int
+    measure: str  # one of `MEASURES`
     first: str
     second: str
-    rise: Estimate  # nats a token more for the first
-    chance: float  # p of the paired t test, corrected for the number of comparisons
+    rise: Estimate  # nats a token more for the first, over the sequences of all books
+    chance: float  # the largest p of the books' paired t tests, corrected for all comparisons
 
     @property
     def significant(self) -> bool:
-        """Whether such a difference is rarer by chance than is allowed."""
+        """Whether such a difference is rarer by chance than is allowed, on every book."""
         return self.chance < LEVEL
 
 
-def paired_rise(
-    pairs: Sequence[tuple[SweepResult, SweepResult]], text: str = "test"
+def costs(
+    measure: str, result: SweepResult, unquantized: SweepResult, text: str
 ) -> NDArray[np.float64] | None:
-    """Return how much more the loss of the first of two (after, before) pairs rises than that of
-    the second, sequence by sequence; None if they were measured on different texts."""
+    """Return what few bits cost on each sequence of a text, in nats a token; None if that was not
+    measured."""
+    if text not in result.units["perplexity"]:
+        return None
+    if measure == LOSS:
+        return losses(result, text) - losses(unquantized, text)
+    own = result.units.get("divergence", {}).get(text)
+    return None if own is None else np.array(own, dtype=np.float64)
+
+
+def paired_rise(
+    pairs: Sequence[tuple[SweepResult, SweepResult]], text: str = "test", measure: str = LOSS
+) -> NDArray[np.float64] | None:
+    """Return how much more few bits cost the first of two (after, before) pairs than the second,
+    sequence by sequence; None if they were not measured on the same text."""
     if not same_text([pair[1] for pair in pairs]):
         return None
-    first, second = (losses(after, text) - losses(start, text) for after, start in pairs)
-    return first - second
+    first, second = (costs(measure, *pair, text) for pair in pairs)
+    return None if first is None or second is None else first - second
 
 
 def differences(
-    chosen: Sequence[BestSetting], unquantized: Mapping[str, SweepResult]
+    measure: str, chosen: Sequence[BestSetting], unquantized: Mapping[str, SweepResult]
 ) -> list[Difference]:
     """Return the difference of each two checkpoints for each choice, with Benjamini and
     Hochberg's correction over all of them."""
@@ -142,14 +161,27 @@ def differences(
         own = [result for result in choice.results if result.checkpoint in unquantized]
         for one, other in itertools.combinations(own, 2):
             pairs = [(result, unquantized[result.checkpoint]) for result in (other, one)]
-            values = paired_rise(pairs)
-            if values is None or len(values) < 2 or not np.isfinite(values).all():
+            every = [paired_rise(pairs, text, measure) for text in BOOKS]
+            books = [values for values in every if values is not None]
+            if not books or any(len(v) < 2 or not np.isfinite(v).all() for v in books):
                 continue
+            rise = mean_interval(np.concatenate(books))
             names = other.checkpoint, one.checkpoint
-            found.append(Difference(choice.target, choice.bits, *names, mean_interval(values), 1))
-            chances.append(stats.ttest_1samp(values, 0).pvalue if np.ptp(values) else 1.0)
+            found.append(Difference(choice.target, choice.bits, measure, *names, rise, 1))
+            chances.append(max(chance_of(values, rise.value) for values in books))
     corrected = stats.false_discovery_control(chances) if chances else []
     return [replace(each, chance=float(p)) for each, p in zip(found, corrected, strict=True)]
+
+
+def chance_of(values: NDArray[np.float64], rise: float) -> float:
+    """Return p of a t test of values whose mean is to have the sign of `rise`; 1 if it has not."""
+    if not np.ptp(values) or values.mean() * rise <= 0:
+        return 1.0
+    return float(stats.ttest_1samp(values, 0).pvalue)
+
+
+TEXTS = {"validation": "validation book", "wikitext2": "WikiText-2"}
+"""Titles of the texts beside the main one."""
 
 
 def signed(estimate: Estimate) -> str:
@@ -182,8 +214,9 @@ class Answers:
     @classmethod
     def of(cls, results: Sequence[SweepResult]) -> Self:
         """Compare results with each other."""
-        chosen = choices(results)
-        return cls(results, chosen, differences(chosen, before(results)))
+        chosen, unquantized = choices(results), before(results)
+        found = [differences(measure, chosen, unquantized) for measure in MEASURES]
+        return cls(results, chosen, list(itertools.chain(*found)))
 
     @property
     def targets(self) -> list[str]:
@@ -230,19 +263,25 @@ class Answers:
         return ["quantized", "bits", "take", "the next best, and how much more loss"], rows
 
     @property
-    def verdicts(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows: which checkpoints differ from the baseline, and how many of all pairs
-        differ."""
+    def measures(self) -> list[str]:
+        """By what the checkpoints can be compared."""
+        return list(dict.fromkeys(each.measure for each in self.differences))
+
+    def verdicts(self, measure: str) -> tuple[list[str], list[list[str]]]:
+        """Return header and rows: which checkpoints differ from the baseline, and how many of all
+        pairs differ."""
         name = self.baseline.checkpoint
         groups: dict[tuple[str, int], list[Difference]] = defaultdict(list)
         for each in self.differences:
-            groups[each.target, each.bits].append(each)
+            if each.measure == measure:
+                groups[each.target, each.bits].append(each)
+        digits = "z.4f" if measure == LOSS else ".2g"  # divergences of 8 bits are about 1e-5
         rows = []
         for (target, bits), pairs in groups.items():
             own = sorted((e for e in pairs if e.second == name), key=lambda e: e.rise.value)
             more, less = (
                 [
-                    f"{e.first} ({e.rise.value:+z.4f})"
+                    f"{e.first} ({e.rise.value:+{digits}})"
                     for e in own[::-sign]
                     if e.significant and e.rise.value * sign > 0
                 ]
@@ -251,5 +290,23 @@ class Answers:
             same = [e.first for e in own if not e.significant]
             count = f"{sum(e.significant for e in pairs)} of {len(pairs)}"
             rows.append([what(target), str(bits), *map(listed, (more, less, same)), count])
-        header = ["quantized", "bits", f"lose more than {name}", f"lose less than {name}"]
+        header = ["quantized", "bits", f"more {measure} than {name}", f"less {measure} than {name}"]
         return [*header, f"cannot be told from {name}", "pairs that differ"], rows
+
+    @property
+    def texts(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: what each choice costs on each text, mean of the checkpoints."""
+        unquantized, rows = before(self.results), []
+        titles = {"test": self.baseline.texts["measured"]} | TEXTS
+        names = [text for text in titles if text in self.baseline.units["perplexity"]]
+        for choice in self.choices:
+            own = [result for result in choice.results if result.checkpoint in unquantized]
+            if not own or not same_text(own):
+                continue
+            cells = []
+            for text in names:
+                changes = [losses(r, text) - losses(unquantized[r.checkpoint], text) for r in own]
+                loss = signed(mean_interval(np.mean(changes, axis=0)))
+                cells.append(f"{loss}; {mean_divergence(own, text):.5f}")
+            rows.append([what(choice.target), str(choice.bits), *cells])
+        return ["quantized", "bits", *(titles[text] for text in names)], rows

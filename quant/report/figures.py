@@ -20,7 +20,7 @@ from scipy.optimize import isotonic_regression
 
 from attnserve.evaluation.intervals import Estimate
 from attnserve.reports import color, save_figure
-from quant.config import UNQUANTIZED
+from quant.config import FP8, UNQUANTIZED, QuantConfig
 from quant.outliers import FIGURES
 from quant.report import explain
 from quant.report.compare import Answers, mean_divergence, signed, what
@@ -183,11 +183,17 @@ def told(result: SweepResult) -> str:
     return ", ".join(parts)
 
 
+def series(config: QuantConfig) -> str:
+    """Return the setting, or what formats of caches have in common that follow from their bits."""
+    formats = config.target == "kv" and config.kv_format != FP8
+    return "8 and 4 bits as served, others simulated" if formats else setting(config)
+
+
 def by_setting(results: Iterable[SweepResult]) -> dict[str, list[SweepResult]]:
     """Return the results of each setting, with fewer bits first."""
     found: dict[str, list[SweepResult]] = {}
     for result in sorted(results, key=lambda result: result.config.bits or 0):
-        found.setdefault(setting(result.config), []).append(result)
+        found.setdefault(series(result.config), []).append(result)
     return found
 
 
@@ -205,7 +211,7 @@ def variants(own: Sequence[SweepResult]) -> View:
                 lines.append(Line(name, shade_of(chosen[0].variant), points))
             panel(axes, whole_bits(axes, lines, bits), bits_of(own[0].config.target), title)
 
-    return View(setting(own[0].config), 2, draw)
+    return View(series(own[0].config), 2, draw)
 
 
 def bits_of(target: str) -> str:
@@ -244,12 +250,13 @@ def schemes(target: str, settings: dict[str, list[SweepResult]]) -> View:
     return View(what(target), 2, draw)
 
 
-def compared(target: str, answers: Answers) -> View:
-    """Return how much more each checkpoint's loss rises than the baseline's: a panel for each
+def compared(target: str, measure: str, answers: Answers) -> View:
+    """Return how much more few bits cost each checkpoint than the baseline: a panel for each
     number of bits, a row a checkpoint."""
     baseline = answers.baseline.checkpoint
     variants = {result.checkpoint: result.variant for result in answers.results}
-    own = [e for e in answers.differences if (e.target, e.second) == (target, baseline)]
+    wanted = (target, measure, baseline)
+    own = [e for e in answers.differences if (e.target, e.measure, e.second) == wanted]
     names, widths = (
         list(dict.fromkeys(found)) for found in zip(*((e.first, e.bits) for e in own), strict=True)
     )
@@ -270,7 +277,7 @@ def compared(target: str, answers: Answers) -> View:
             axes.xaxis.set_major_locator(ticker.MaxNLocator(2))
             axes.xaxis.set_major_formatter(DECIMALS)
 
-    return View(what(target), len(widths), draw)
+    return View(f"{what(target)}, {measure}", len(widths), draw)
 
 
 def outliers(target: str, ranks: Sequence[float], own: Sequence[SweepResult], kind: str) -> View:
@@ -319,14 +326,15 @@ def questions(answers: Answers) -> list[Question]:
         reading = "Lower is better. Each point is a mean of the checkpoints."
         asked.append(Question("schemes", title, reading, of_schemes))
     name = answers.baseline.checkpoint
-    compared_targets = dict.fromkeys(e.target for e in answers.differences if e.second == name)
-    if compared_targets:
+    pairs = dict.fromkeys((e.target, e.measure) for e in answers.differences if e.second == name)
+    if pairs:
         title = f"Which variants lose more or less than {name}?"
         reading = (
-            f"Nats by which a variant's loss rises more than {name}'s at the same bits: to the "
-            "left it loses less. Filled points are significant. " + BARS
+            f"Nats a token by which a variant's loss rises more, or it diverges further, than "
+            f"{name} at the same bits: to the left it loses less. Filled points are significant. "
+            + BARS
         )
-        views = [compared(target, answers) for target in compared_targets]
+        views = [compared(*pair, answers) for pair in pairs]
         asked.append(Question("differences", title, reading, views))
     own = [result for result in answers.results if result.config == UNQUANTIZED]
     ranks = explain.mean_ranks(answers.results)

@@ -23,9 +23,6 @@ METRICS = {
     "test loss change": "Perplexity, as a multiple of the unquantized model's",
     "test top-1": "Tokens with the same likeliest token as the unquantized model, %",
 }
-SPREAD = ("weights", "gptq", 64)
-"""Target, scheme and group size of the configs whose spread over tokens is shown; `configs.csv`
-has all."""
 
 
 def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
@@ -43,15 +40,15 @@ def section(results: Sequence[SweepResult], plots: Mapping[str, str]) -> str:
     """Return the section as Markdown, with figures: the paths of their files by title."""
     unquantized = [result for result in results if result.config == UNQUANTIZED]
     statistics, explanations = explain.statistics(unquantized), explain.explanations(results)
-    values = np.array(list(statistics.values())).T
+    values, answers = np.array(list(statistics.values())).T, Answers.of(results)
     template = templates(TEMPLATES).get_template("section.md")
     text = template.render(
         results=results,
         text=text_of(results),
         paper=paper.table(results),
         metrics=[(title, *by_checkpoint(results, name)) for name, title in METRICS.items()],
-        spread=spread(results),
-        answers=Answers.of(results),
+        spread=spread(answers),
+        answers=answers,
         plots=plots,
         statistics=statistics,
         outliers=zip([result.checkpoint for result in unquantized], values, strict=True),
@@ -88,19 +85,20 @@ def by_checkpoint(results: Sequence[SweepResult], metric: str) -> tuple[list[str
     return ["target", "how", "bits", *names], rows.astype(str).to_numpy().tolist()
 
 
-def spread(results: Sequence[SweepResult]) -> tuple[list[str], list[list[str]]]:
-    """Return how far single tokens are off, as llama.cpp's perplexity tool shows it."""
+def spread(answers: Answers) -> tuple[list[str], list[list[str]]]:
+    """Return how far single tokens are off with the settings to take for weights, as llama.cpp's
+    perplexity tool shows it; `configs.csv` has all."""
     rows = []
-    for result in results:
-        config, details = result.config, result.details
-        chosen = (config.target, config.scheme, config.group_size) == SPREAD
-        if not chosen or "p change over tokens" not in details:
+    chosen = [choice for choice in answers.choices if choice.target == "weights"]
+    for result in sorted((r for c in chosen for r in c.results), key=lambda result: result.order):
+        details = result.details
+        if "p change over tokens" not in details:
             continue
         divergence, change = (details[f"{of} over tokens"]["test"] for of in ("KL", "p change"))
         rows.append(
             [
                 result.checkpoint,
-                str(config.bits),
+                str(result.config.bits),
                 *(f"{divergence[name]:.2g}" for name in DIVERGENCES),
                 *(f"{100 * change[name]:+.2f}" for name in CHANGES),
                 result.summary["test p change, RMS"].shown(2, 100.0),

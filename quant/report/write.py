@@ -79,7 +79,14 @@ def page(answers: Answers) -> str:
     }
     head, *table = lines(results, any(OF_SETS[0] in result.summary for result in results))
     every = [
-        [what(e.target), e.bits, f"{e.first} - {e.second}", signed(e.rise), f"{e.chance:.2g}"]
+        [
+            what(e.target),
+            e.bits,
+            e.measure,
+            f"{e.first} - {e.second}",
+            signed(e.rise),
+            f"{e.chance:.2g}",
+        ]
         for e in answers.differences
     ]
     return (

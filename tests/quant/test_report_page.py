@@ -74,13 +74,73 @@ def test_differences_are_paired_and_corrected() -> None:
     assert [each.chance for each in found.values()] == pytest.approx(list(corrected))
     exact = mean_interval(np.subtract(pick, soft))
     assert found["softpick", "softmax"].rise == pytest.approx(exact)
-    header, (row,) = answers.verdicts
-    assert header[2] == "lose more than softmax"
+    assert answers.measures == ["loss"]
+    header, (row,) = answers.verdicts("loss")
+    assert header[2] == "more loss than softmax"
     assert row == ["the weights", "2", "softpick (+0.2000)", "none", "ssmax", "2 of 3"]
 
     results[2].key["texts"] = results[3].key["texts"] = "another text"
     pairs = [(each.first, each.second) for each in Answers.of(results).differences]
     assert pairs == [("ssmax", "softmax")]
+
+
+SOFT, PICK = [0.10, 0.12, 0.11], [0.15, 0.16, 0.165]
+
+
+def on_two_books(second: list[float]) -> list[SweepResult]:
+    """Return results of two checkpoints, of which one loses more on the first book; `second` is
+    what it loses more on the other."""
+    results = []
+    for variant, rise, more in (("softmax", SOFT, [0.0] * 3), ("softpick", PICK, second)):
+        for config, change in ((UNQUANTIZED, [0.0] * 3), (weights(2), rise)):
+            own = result(variant, config, change)
+            other = np.add(own.units["perplexity"]["test"]["sequence_losses"], 1)
+            if config != UNQUANTIZED:
+                other += np.subtract(more, rise) + SOFT
+                own.summary["validation KL"] = own.summary["test KL"]
+            own.units["perplexity"]["validation"] = {"sequence_losses": other.tolist()}
+            results.append(own)
+    return results
+
+
+def test_checkpoints_differ_on_every_book() -> None:
+    """The larger p of the two books counts, and books that contradict each other show nothing."""
+    first, same, opposite = [0.05, 0.04, 0.055], [0.06, 0.05, 0.05], [-0.02, -0.021, -0.019]
+    assert np.subtract(PICK, SOFT) == pytest.approx(first)
+    (found,) = Answers.of(on_two_books(same)).differences
+    chances = [float(stats.ttest_1samp(own, 0).pvalue) for own in (first, same)]
+    assert found.chance == pytest.approx(max(chances)) and found.significant
+    assert found.rise == pytest.approx(mean_interval(first + same))
+    (found,) = Answers.of(on_two_books(opposite)).differences
+    assert found.rise.value > 0 and found.chance == 1 and not found.significant
+    (found,) = Answers.of(on_two_books([0.3, -0.2, 0.1])).differences
+    assert not found.significant
+
+    header, (row,) = Answers.of(on_two_books(same)).texts
+    assert header[2:] == ["test book", "validation book"]
+    change = mean_interval(np.mean([SOFT, np.add(SOFT, same)], axis=0)).value
+    assert row[3].startswith(f"{change:+.4f} [")
+
+
+def test_checkpoints_are_compared_by_divergence_too() -> None:
+    """Sequence by sequence, where it was kept; it can tell what the loss cannot."""
+    results = on_two_books([0.3, -0.2, 0.1])
+    kls = {"softmax": [0.010, 0.011, 0.012], "softpick": [0.014, 0.0152, 0.0161]}
+    for each in results:
+        if each.config != UNQUANTIZED:
+            own = kls[each.checkpoint]
+            each.units["divergence"] = {"test": own, "validation": [2 * kl for kl in own]}
+    answers = Answers.of(results)
+    assert answers.measures == ["loss", "KL divergence"]
+    _, found = answers.differences
+    exact = np.subtract(kls["softpick"], kls["softmax"])
+    assert found.measure == "KL divergence" and found.significant
+    assert found.rise == pytest.approx(mean_interval([*exact, *(2 * exact)]))
+    assert found.chance == pytest.approx(float(stats.ttest_1samp(exact, 0).pvalue))
+    header, (row,) = answers.verdicts("KL divergence")
+    assert header[2] == "more KL divergence than softmax"
+    assert row[2] == f"softpick ({found.rise.value:+.2g})" and row[-1] == "1 of 1"
+    assert answers.verdicts("loss")[1][0][2:5] == ["none", "none", "softpick"]
 
 
 def test_one_sentence_in_front() -> None:
@@ -119,6 +179,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for each in found:
             size["bytes"] = 1_000_000 + 420_000 * (each.config.weights or 16)
             each.size.update(size)
+            if each.config != UNQUANTIZED:
+                kl = each.summary["test KL"].value
+                each.units["divergence"] = {"test": [kl, 1.1 * kl, 1.3 * kl]}
             store.write(store.path_of(folder, variant, each.config), each)
     # Measured for one checkpoint at one width: no panel of its own.
     nf4 = rising("softmax", weights(4, "bnb-nf4"), 0.01)

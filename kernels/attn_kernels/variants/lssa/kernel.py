@@ -1,0 +1,34 @@
+"""Softplus attention with length scaling (arXiv 2501.13428):
+s = softplus(ln(d) ln(n) q.k / |q||k|), weights s / sum s."""
+
+import triton
+import triton.language as tl
+
+from attn_kernels.variants.softmax.kernel import epilogue  # noqa: F401 (this variant's, too)
+
+UNIT_KEYS = True
+FIRST_MAX = 0.0
+
+
+@triton.jit
+def query_factor(query, scale, head_size: tl.constexpr, params: tl.constexpr):
+    log_size = tl.log(tl.zeros_like(query.n) + head_size)
+    return log_size * tl.log(query.n) / tl.maximum(query.norm, 1e-12) * 1.4426950408889634
+
+
+@triton.jit
+def softplus(s, seen):
+    """In units of ln 2, which cancel."""
+    return tl.where(seen, tl.maximum(s, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(s))), 0.0)
+
+
+@triton.jit
+def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
+    # Scores are bounded by ln(d) ln(n): there is no running maximum.
+    weights = softplus(s, seen)
+    return weights, tl.zeros_like(denominator) + 1.0, running_max, denominator + tl.sum(weights, 1)
+
+
+@triton.jit
+def merge(maxima, denominators):
+    return tl.zeros_like(maxima) + 1.0, tl.max(maxima, 0), tl.sum(denominators, 0)

@@ -1,0 +1,100 @@
+// Re-weighted softplus attention (arXiv 2501.13428): weights proportional to relu(s - mean)^power
+// of LSSA's s, in units of (largest - mean)^power so that the largest term is 1.
+#pragma once
+#include "lssa/kernel.hpp"
+
+struct LSSAR : LSSA {
+  static constexpr bool two_pass = true;
+
+  float power;
+  bool by_squaring;  // a whole power
+  // Smaller bases are taken as 0: their powers are subnormal, which processors handle slowly.
+  float least;
+
+  explicit LSSAR(const Parameters& p)
+      : LSSA(p),
+        power(p.values[0]),
+        by_squaring(power == std::floor(power) && power <= 64.f),
+        least(std::exp2(-126.f / power)) {}
+
+  struct Row {
+    double row_sum = 0.;  // of s over the visible keys; its error is raised to the power
+    float row_max = 0.f, mean = 0.f;  // of s
+    float per_spread = 0.f;           // 1 / (row_max - mean); 0 says that all scores are equal
+    Vec sum = {};                     // of the weights
+  };
+
+  // First pass: scores become s, and the row gathers their sum and maximum.
+  void update_statistics(Row& row, float* s, int count, const Query&) const {
+    Vec sum = {}, row_max = {};
+    for (int i = 0; i < count; i += WIDTH) {
+      const Vec w = softplus2(load(s + i));
+      store(s + i, w);
+      sum += w;
+      row_max = max(row_max, w);
+    }
+    row.row_sum += horizontal_sum(sum);
+    row.row_max = larger(row.row_max, horizontal_max(row_max));
+  }
+
+  void merge_statistics(Row& row, const Row& other) const {
+    row.row_sum += other.row_sum;
+    row.row_max = larger(row.row_max, other.row_max);
+  }
+
+  void finish_statistics(Row& row, const Query& query) const {
+    row.mean = query.n <= 3.f ? 0.f : (float)(row.row_sum / query.n);
+    const float spread = row.row_max - row.mean;
+    row.per_spread = spread <= 16 * 0x1p-23f * row.row_max ? 0.f : 1.f / spread;
+  }
+
+  // Second pass.
+  float update(Row& row, float* s, int count, const Query&) const {
+    constexpr int SIDE_BY_SIDE = REGISTERS / 4;
+    Vec sum = {};
+    int i = 0;
+    for (; i + SIDE_BY_SIDE * WIDTH <= count; i += SIDE_BY_SIDE * WIDTH)
+      sum += to_weights<SIDE_BY_SIDE>(row, s + i);
+    for (; i < count; i += WIDTH) sum += to_weights<1>(row, s + i);
+    row.sum += sum;
+    return 1.f;
+  }
+
+  // Turns N vectors of s into weights; returns their sum.
+  template <int N>
+  Vec to_weights(const Row& row, float* s) const {
+    Vec w[N], sum = {};
+    for (int i = 0; i < N; i++) {
+      const Vec x = load(s + i * WIDTH), base = (x - row.mean) * row.per_spread;
+      if (row.per_spread == 0.f)
+        w[i] = x > 0.f ? broadcast(1.f) : Vec{};  // masked keys have s = 0
+      else
+        w[i] = base > least ? base : Vec{};
+    }
+    raise(w);
+    for (int i = 0; i < N; i++) {
+      store(s + i * WIDTH, w[i]);
+      sum += w[i];
+    }
+    return sum;
+  }
+
+  // To the power, several vectors side by side since each product waits for the one before.
+  template <int N>
+  void raise(Vec (&base)[N]) const {
+    if (!by_squaring) {
+      for (Vec& b : base)
+        for (int lane = 0; lane < WIDTH; lane++) b[lane] = std::pow(b[lane], power);
+      return;
+    }
+    Vec result[N];
+    for (Vec& r : result) r = broadcast(1.f);
+    for (int n = (int)power;; n >>= 1) {
+      if (n & 1)
+        for (int i = 0; i < N; i++) result[i] *= base[i];
+      if (n <= 1) break;
+      for (Vec& b : base) b *= b;
+    }
+    for (int i = 0; i < N; i++) base[i] = result[i];
+  }
+};

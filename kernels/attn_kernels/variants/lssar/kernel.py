@@ -1,0 +1,46 @@
+"""Re-weighted softplus attention (arXiv 2501.13428): weights proportional to relu(s - mean)^power
+of LSSA's s, in units of (largest - mean)^power so that the largest term is 1."""
+
+import triton
+import triton.language as tl
+
+from attn_kernels.variants.lssa.kernel import (  # noqa: F401 (this variant's, too)
+    FIRST_MAX,
+    UNIT_KEYS,
+    merge,
+    query_factor,
+    softplus,
+)
+from attn_kernels.variants.softmax.kernel import epilogue  # noqa: F401 (this variant's, too)
+
+
+@triton.jit
+def update_statistics(s, seen, row_max, row_sum, query):
+    s = softplus(s, seen)
+    return tl.maximum(row_max, tl.max(s, 1)), row_sum + tl.sum(s, 1)
+
+
+@triton.jit
+def finish_statistics(maxima, sums, query):
+    row_max = tl.max(maxima, 1)
+    mean = tl.where(query.n <= 3.0, 0.0, tl.sum(sums, 1) / query.n)
+    spread = row_max - mean
+    # 0 says that all scores are equal, within rounding: then the weights are uniform.
+    equal = spread <= 16 * 1.1920929e-07 * row_max
+    return mean, tl.where(equal, 0.0, 1.0 / tl.where(equal, 1.0, spread))
+
+
+@triton.jit
+def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
+    base = tl.maximum((softplus(s, seen) - mean[:, None]) * per_spread[:, None], 0.0)
+    power: tl.constexpr = params[0]
+    if power == 15.0:
+        square = base * base
+        cube = square * base
+        weights = cube * cube
+        weights = weights * weights * cube
+    else:
+        weights = tl.exp2(power * tl.log2(base))  # 0 for 0
+    weights = tl.where((per_spread == 0.0)[:, None], 1.0, weights)
+    weights = tl.where(seen, weights, 0.0)
+    return weights, tl.zeros_like(denominator) + 1.0, running_max, denominator + tl.sum(weights, 1)
