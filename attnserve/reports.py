@@ -19,6 +19,9 @@ COLORS = {
     "lssa": "tab:green",
     "lssar": "tab:red",
     "selective": "tab:purple",
+    "sigmoid": "tab:brown",
+    "sinks": "tab:olive",
+    "softmax1": "tab:pink",
 }
 """A variant's color in every figure; others are grey."""
 

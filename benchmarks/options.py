@@ -42,7 +42,7 @@ def size(given: str | int) -> int:
 # typer takes lists of enums, and none of literals.
 Dtype = StrEnum("Dtype", ["FLOAT32", "BFLOAT16", "FLOAT16"])
 ShortDtype = StrEnum("ShortDtype", ["FP32", "BF16", "FP16"])
-Phase = StrEnum("Phase", ["DECODE", "PREFILL"])
+Phase = StrEnum("Phase", ["DECODE", "PREFILL", "WRITE"])
 
 Threads = Annotated[int, count("OpenMP threads of a server, or of what is timed.")]
 PromptLen = Annotated[int, count("Tokens of a prompt.")]

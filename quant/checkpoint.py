@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from attn_kernels.kv_quant import FIELD, KV_FORMATS
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import read_config
 from attnserve.evaluation.scorers import load
@@ -45,8 +46,8 @@ class Recipe:
     """How a checkpoint is quantized."""
 
     # bits, scheme, group_size, symmetric, act_order, search: of linear layers, as in `QuantConfig`;
-    # the two last are of gptq, and others leave them out.
-    bits: int
+    # the two last are of gptq, and others leave them out. No bits: linear layers stay as they are.
+    bits: int | None
     scheme: str
     group_size: int | None = AUTO
     symmetric: bool = False
@@ -59,9 +60,16 @@ class Recipe:
     # Of all linear layers together; each then has bits of its own (`quant.budget`), and `bits` are
     # the nearest. None: `bits` everywhere.
     bits_per_weight: float | None = None
+    kv_cache_dtype: str | None = None  # of keys and values, where the server is told none
 
     def __post_init__(self) -> None:
         scheme = get_scheme(self.scheme)
+        if self.kv_cache_dtype not in (None, *KV_FORMATS):
+            raise UserError(
+                f"--kv-cache-dtype {self.kv_cache_dtype}: use {' or '.join(KV_FORMATS)}"
+            )
+        if self.kv_cache_dtype is not None and self.format == GGUF:
+            raise UserError("--kv-cache-dtype is vLLM's: leave out --format gguf")
         if self.scheme not in SERVED:
             raise UserError(
                 f"scheme {self.scheme} cannot be served: use one of {', '.join(SERVED)}"
@@ -91,7 +99,8 @@ class Recipe:
 
     @property
     def spec(self) -> QuantSpec:
-        """How linear layers are quantized."""
+        """How linear layers are quantized, if they are."""
+        assert self.bits is not None
         scheme = get_scheme(self.scheme)
         return QuantSpec(self.bits, sized(self.group_size, scheme, self.bits), self.symmetric)
 
@@ -111,22 +120,25 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it needs text."""
-        return get_scheme(self.scheme).calibrated
+        return self.bits is not None and get_scheme(self.scheme).calibrated
 
     def __str__(self) -> str:
         """Return the options of `python -m quant.quantize`."""
-        parts = [f"--bits {self.bits}", f"--scheme {self.scheme}"]
-        size: int | str | None = self.spec.group_size
-        if self.bits_per_weight is not None:
-            parts[0] = f"--bits-per-weight {self.bits_per_weight:g}"
-            size = "auto" if self.group_size == AUTO else size
-        parts.append(f"--group-size {size or 'channel'}")
-        if get_scheme(self.scheme).has_options:
-            parts.append("--act-order" if self.act_order else "--no-act-order")
-            parts.append("--search" if self.search else "--no-search")
+        parts = []
+        if self.bits is not None:
+            parts = [f"--bits {self.bits}", f"--scheme {self.scheme}"]
+            size: int | str | None = self.spec.group_size
+            if self.bits_per_weight is not None:
+                parts[0] = f"--bits-per-weight {self.bits_per_weight:g}"
+                size = "auto" if self.group_size == AUTO else size
+            parts.append(f"--group-size {size or 'channel'}")
+            if get_scheme(self.scheme).has_options:
+                parts.append("--act-order" if self.act_order else "--no-act-order")
+                parts.append("--search" if self.search else "--no-search")
         parts += [f"--{flag}" for flag in ("symmetric", "activations") if getattr(self, flag)]
         parts += [f"--embeddings {self.embeddings}"] * (self.embeddings is not None)
         parts += [f"--format {self.format}"] * (self.format != PACKED)
+        parts += [f"--kv-cache-dtype {self.kv_cache_dtype}"] * (self.kv_cache_dtype is not None)
         return " ".join(parts)
 
 
@@ -151,7 +163,10 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
             "quantize: use a model like Llama"
         )
     check_no_experts(folder, model)
-    get_scheme(recipe.scheme).check(recipe.spec, columns(model))
+    if recipe.bits is not None:
+        get_scheme(recipe.scheme).check(recipe.spec, columns(model))
+    if recipe.kv_cache_dtype is not None:
+        check_cache(folder, recipe.kv_cache_dtype)
     if recipe.format == GGUF:
         check_model(model.config, folder / TOKENIZER)
         specs = [recipe.spec] if recipe.embeddings is None else [recipe.spec, recipe.table_spec]
@@ -170,6 +185,19 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
                 f"{list(parameter.shape)}: it describes another model"
             )
     check_values(folder)
+
+
+def check_cache(folder: Path, dtype: str) -> None:
+    """Check that a checkpoint's keys and values can be served like this."""
+    config = read_config(folder)
+    KV_FORMATS[dtype].vector_bytes(
+        config.head_dim or config.hidden_size // config.num_attention_heads
+    )
+    variant = getattr(config, "attention_variant", None) or {}
+    if variant.get("kv_budgets"):
+        raise UserError(
+            f"{folder} has kv_budgets, which do not go with --kv-cache-dtype: leave out one of them"
+        )
 
 
 def tables_of(model: PreTrainedModel, recipe: Recipe) -> Sequence[str]:
@@ -218,16 +246,17 @@ def quantize_checkpoint(
                     kept[name] = rtn(weight.data, recipe.table_spec)
                 weight.data = kept[name].dequantize()  # a tied head's too
                 bar.update()
-            quantize(
-                model,
-                scheme,
-                recipe.spec,
-                texts,
-                options=recipe.options,
-                on_layer=bar.update,
-                quantized=kept,
-                specs=specs,
-            )
+            if recipe.bits is not None:
+                quantize(
+                    model,
+                    scheme,
+                    recipe.spec,
+                    texts,
+                    options=recipe.options,
+                    on_layer=bar.update,
+                    quantized=kept,
+                    specs=specs,
+                )
         with replacing(out) as new:
             sizes = write_checkpoint(folder, new, kept, model, recipe, card)
             if out.is_dir():
@@ -256,6 +285,8 @@ def write_checkpoint(
     stored = {name: x for file in weight_files(source) for name, x in load_file(file).items()}
     rest = {n: x for n, x in stored.items() if n.removesuffix(".weight") not in quantized}
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if recipe.kv_cache_dtype is not None:
+        config[FIELD] = recipe.kv_cache_dtype
     contents = Contents(config, quantized, rest)
     if recipe.format == GGUF:
         after = write_gguf(contents, model.config, source / TOKENIZER, out)

@@ -56,6 +56,15 @@ def quantize(
             "int8 kernel; with --bits 8 --symmetric --group-size channel.",
         ),
     ] = False,
+    kv_cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Keys and values too, when they are served: int8_per_token_head or "
+            "int4_per_token_head, which config.json then names. Without --bits, weights stay as "
+            "they are.",
+        ),
+    ] = None,
     calibration: options.Calibration = 16,
     length: options.Length = 512,
     seed: options.Seed = 0,
@@ -78,6 +87,7 @@ def quantize(
 
       python -m quant.quantize checkpoints/softpick softpick-4bit --bits 4
       python -m quant.quantize checkpoints/softpick softpick-small --bits-per-weight 2.5
+      python -m quant.quantize checkpoints/softpick softpick-kv --kv-cache-dtype int8_per_token_head
 
     Linear layers are quantized as `python -m quant.sweep` does it, with the same settings. What is
     calibrated is calibrated on text that the checkpoint writes itself, if no --calibration-text is
@@ -91,10 +101,11 @@ def quantize(
     from quant.texts import calibration_text as read_calibration_text
 
     folder = expanded(checkpoint)
-    if (bits is None) == (bits_per_weight is None):
+    chosen = [bits is not None, bits_per_weight is not None]
+    if all(chosen) or not (any(chosen) or kv_cache_dtype):
         raise UserError("give either --bits or --bits-per-weight")
     recipe = checkpoints.Recipe(
-        bits or min(8, int(bits_per_weight or 0)),
+        bits if bits_per_weight is None else min(8, int(bits_per_weight)),
         scheme,
         group_size,
         symmetric,
@@ -104,6 +115,7 @@ def quantize(
         activations,
         format,
         bits_per_weight,
+        kv_cache_dtype,
     )
     checkpoints.check_folders(folder, out, overwrite)
     checkpoints.check_layers(folder, recipe)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attn_kernels.kv_quant import FIELD
 from attnserve.errors import UserError
 from quant.contents import EMBEDDINGS, Contents
 from quant.model import HEAD, linears
@@ -48,15 +49,21 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
         with out.open("rb") as file:
             ours = file.read(4) == b"GGUF"
     else:
-        ours = is_quantized(out) or not any(out.iterdir())
+        ours = is_quantized(out) or FIELD in config_in(out) or not any(out.iterdir())
     if not ours:
         raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
 
 
 def is_quantized(folder: Path) -> bool:
     """Return whether a checkpoint's config.json says so."""
-    config = folder / "config.json"
-    return config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
+    return "quantization_config" in config_in(folder)
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json; empty where there is none."""
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return config
 
 
 def write_folder(

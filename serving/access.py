@@ -44,23 +44,21 @@ class Access:
                 allow_headers=("*",),
             )
 
-    def check(self, headers: Headers) -> dict[bytes, bytes]:
-        """Return those of a request's headers that may stand once.
+    def check(self, headers: Headers, by_name: dict[bytes, bytes]) -> None:
+        """Let a request with these headers in, which `by_name` has once each.
 
         Raises:
-            ApiError: 400; one stands twice, or the host is none of ours.
+            ApiError: 400; one that may stand once stands twice, or the host is none of ours.
         """
-        once: dict[bytes, bytes] = {}
-        for name, value in headers:
-            if name in ONCE:
-                if name in once:
+        if len(by_name) < len(headers):
+            names = [name for name, _ in headers]
+            for name in ONCE:
+                if names.count(name) > 1:
                     message = f"The header {name.decode()} stands twice in the request."
                     raise ApiError(400, message, code="duplicate_header")
-                once[name] = value
-        if not (self._any_host or self._is_own(once.get(b"host"))):
+        if not (self._any_host or self._is_own(by_name.get(b"host"))):
             message = "This gateway has another name; its setting `allowed_hosts` has those it may."
             raise ApiError(400, message, code="invalid_host")
-        return once
 
     def _is_own_host(self, header: bytes | None) -> bool:
         """Return whether no web page can have been led here by this name (DNS rebinding)."""
@@ -76,11 +74,10 @@ class Access:
         asks = "origin" in headers and "access-control-request-method" in headers
         return self._cors.preflight_response(headers) if self._cors and asks else None
 
-    def cors_headers(self, once: dict[bytes, bytes]) -> Headers:
-        """Return what the answer to a request with these headers says to a browser."""
+    def cors_headers(self, origin: bytes | None) -> Headers:
+        """Return what the answer to a request of this origin says to a browser."""
         if self._cors is None:
             return []
-        origin = once.get(b"origin")
         found = [(b"vary", b"Origin")]
         if origin is not None and self._cors.is_allowed_origin(origin.decode("latin-1")):
             found.append((b"access-control-allow-origin", origin))

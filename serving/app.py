@@ -9,7 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
@@ -80,7 +80,7 @@ class App:
         exchange = Exchange.begin(scope, send)
         self.state.in_flight += 1
         try:
-            if preflight := self._preflight(scope):
+            if scope["method"] == "OPTIONS" and (preflight := self.state.access.preflight(scope)):
                 await self._run_asgi(preflight, exchange, scope, receive)
             elif handler := self.handlers.get(scope["path"]):
                 await self._run(handler, exchange, scope, receive)
@@ -88,10 +88,6 @@ class App:
                 await self._run_asgi(self.fastapi, exchange, scope, receive)
         finally:
             self.state.in_flight -= 1
-
-    def _preflight(self, scope: Scope) -> ASGIApp | None:
-        """Return the answer to a browser that asks first, for every route."""
-        return self.state.access.preflight(scope) if scope["method"] == "OPTIONS" else None
 
     async def _run(
         self, handler: Handler, exchange: Exchange, scope: Scope, receive: Receive
@@ -132,31 +128,30 @@ class App:
                 JSON; 408 or 413 for the body.
         """
         state = self.state
-        once = self._check(exchange)
+        self._check(exchange)
+        by_name = exchange.by_name
         if scope["method"] != "POST":
             message = f"Not allowed to {scope['method']} on {exchange.route}"
             raise ApiError(405, message, code="method_not_supported")
         if state.keys:
-            exchange.account = state.keys.account(once.get(b"authorization", b""))
+            exchange.account = state.keys.account(by_name.get(b"authorization", b""))
             exchange.account.running.add(asyncio.current_task())
             exchange.headers = [h for h in exchange.headers if h[0] != b"authorization"]
         # As vLLM does it: a web page can send anything else without asking first.
-        if once.get(b"content-type", b"").lower().split(b";", 1)[0] != b"application/json":
+        if by_name.get(b"content-type", b"").lower().split(b";", 1)[0] != b"application/json":
             message = "Unsupported Media Type: Only 'application/json' is allowed"
             raise ApiError(415, message, code="unsupported_media_type")
-        # A timeout costs more than to take a body that is here.
-        in_time = (
-            asyncio.timeout(state.config.timeouts.body)
-            if body_is_missing(exchange.send)
-            else nullcontext()
-        )
-        try:
-            async with in_time:
-                length = int(once.get(b"content-length", b"0"))
-                limit = state.config.limits.max_body_bytes
-                body = await read_body(receive, limit, length, partial(self._hold, exchange))
-        except TimeoutError:
-            raise ApiError(408, "The request's body did not come in time.") from None
+        length = int(by_name.get(b"content-length", b"0"))
+        limit = state.config.limits.max_body_bytes
+        reading = read_body(receive, limit, length, partial(self._hold, exchange))
+        if not body_is_missing(exchange.send):  # a timeout costs more than to take it
+            body = await reading
+        else:
+            try:
+                async with asyncio.timeout(state.config.timeouts.body):
+                    body = await reading
+            except TimeoutError:
+                raise ApiError(408, "The request's body did not come in time.") from None
         exchange.stage = "queue"
         return body
 
@@ -172,12 +167,11 @@ class App:
             message = "The gateway holds as many bytes of requests as it may."
             raise ApiError(503, message, code="too_many_bytes", retry_after=1.0)
 
-    def _check(self, exchange: Exchange) -> dict[bytes, bytes]:
-        """Return the headers that may stand once, of a request that is let in."""
+    def _check(self, exchange: Exchange) -> None:
+        """Let a request in by its headers."""
         access = self.state.access
-        once = access.check(exchange.headers)
-        exchange.cors = access.cors_headers(once)
-        return once
+        access.check(exchange.headers, exchange.by_name)
+        exchange.cors = access.cors_headers(exchange.by_name.get(b"origin"))
 
     async def _pass_on(self, exchange: Exchange, raw: bytes) -> None:
         """Pass a request on to a model server, as it came."""
@@ -236,8 +230,10 @@ class App:
         """Count a request by how it ended."""
         metrics, of_model = self.state.metrics, exchange.metrics
         labels = of_model.labels if of_model else ("", "", "")
-        metrics.requests.labels(exchange.route, *labels, str(exchange.status)).inc()
-        if of_model is not None:
+        if of_model is None:
+            metrics.requests.labels(exchange.route, *labels, str(exchange.status)).inc()
+        else:
+            of_model.requests(exchange.route, exchange.status).inc()
             of_model.duration.observe(seconds)
             if exchange.queued is not None:
                 of_model.queue.observe(exchange.queued)

@@ -1,14 +1,19 @@
 """The client of a request: its body, whether it is still there, and ways to write to it."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
 from starlette.types import Receive, Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from serving.connection import Closer
 from serving.openai.errors import ApiError
+from serving.upstream.http import Headers
+
+NO_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
+"""What no head has."""
 
 
 def did_not_read(receive: Receive) -> bool:
@@ -57,6 +62,33 @@ def direct_writer(send: Send) -> Callable[[bytes], bool] | None:
         return not flow.write_paused
 
     return write
+
+
+def write_answer(send: Send, status: int, headers: Headers, content: bytes) -> bool:
+    """Write a whole answer, as `send` does in two steps, at once; `headers` have its length.
+
+    Returns whether it has: not where this `send` is not uvicorn's own, or has to wait for the
+    client.
+    """
+    cycle = getattr(send, "__self__", None)
+    if type(cycle) is not RequestResponseCycle or cycle.flow.write_paused or cycle.more_body:
+        return False
+    if cycle.disconnected:
+        return True
+    headers = [*cycle.default_headers, *headers]
+    if not cycle.keep_alive:
+        headers.append((b"connection", b"close"))
+    head = b"".join([b"%b: %b\r\n" % header for header in headers])
+    if NO_HEAD.search(head) or head.count(b"\n") != len(headers):
+        raise ValueError("a header of an answer has characters that none may have")
+    cycle.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, content))
+    cycle.waiting_for_100_continue = False
+    cycle.response_started = cycle.response_complete = True
+    cycle.message_event.set()
+    if not cycle.keep_alive:
+        cycle.transport.close()
+    cycle.on_response()
+    return True
 
 
 class ClientLeftError(Exception):
@@ -111,7 +143,12 @@ async def read_body(
         ApiError: 413; it has more than `limit` bytes.
         ClientLeftError: the client left before it was here.
     """
+    cycle: Any = receive.__self__  # type: ignore[attr-defined]  # uvicorn's request
     body = bytearray()
+    if not (cycle.more_body or cycle.disconnected) and len(cycle.body) <= limit:
+        body, cycle.body = cycle.body, body  # all of it is here: no message is needed for it
+        hold(len(body))
+        return bytes(body)
     while length <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":

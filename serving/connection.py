@@ -358,8 +358,11 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes += len(name) + len(value) + 32
         if self._head_bytes > MAX_HEAD_BYTES:
             raise too_large()
-        if self._in_head:
-            super().on_header(name, value)
+        if self._in_head:  # as uvicorn's own, which is called for each header
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Begin a request."""

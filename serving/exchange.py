@@ -1,15 +1,15 @@
 """One request of a client and its answer: what is known of it, and how the answer is sent."""
 
 import json
+import os
 import re
-import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Scope, Send
 
-from serving.client import body_is_missing, hold_next
+from serving.client import body_is_missing, hold_next, write_answer
 from serving.observability.metrics import ModelMetrics
 from serving.openai.errors import ApiError, printable
 from serving.rate_limit import Account, Reservation
@@ -28,6 +28,8 @@ class Exchange:
     route: str
     headers: Headers
     """Of the client; without its key once that has been recognised."""
+    by_name: dict[bytes, bytes]
+    """The same, of several of a name the last; with the key."""
     id_header: tuple[bytes, bytes]
     """The request's id, for the client and for model servers."""
     send: Send
@@ -82,10 +84,12 @@ class Exchange:
     def begin(cls, scope: Scope, send: Send) -> "Exchange":
         """Return the exchange of an ASGI request that has just come."""
         headers: Headers = scope["headers"]
-        given = next((value for name, value in headers if name == b"x-request-id"), b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
+        by_name = dict(headers)
+        request_id = by_name.get(b"x-request-id", b"")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = os.urandom(16).hex().encode()
         id_header = (b"x-request-id", request_id)
-        return cls(scope["path"], headers, id_header, send, query=scope["query_string"])
+        return cls(scope["path"], headers, by_name, id_header, send, query=scope["query_string"])
 
     def part(self, route: str, suffix: str) -> "Exchange":
         """Return an exchange of the gateway's own with a model server, to answer this one.
@@ -95,7 +99,7 @@ class Exchange:
         """
         name, own_id = self.id_header
         id_header = (name, own_id + suffix.encode("ascii"))
-        return Exchange(route, self.headers, id_header, self.send, span=self.span)
+        return Exchange(route, self.headers, {}, id_header, self.send, span=self.span)
 
     def use_model(self, router: Router, name: str) -> Model:
         """Look up and return the model that the request asks for.
@@ -115,17 +119,26 @@ class Exchange:
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of the answer, of which something of the body has to be sent next."""
         self.status = status
+        headers = self._with_own(headers)
+        hold_next(self.send)
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def _with_own(self, headers: Headers) -> Headers:
+        """Return the headers of an answer with the gateway's own."""
         headers = [*headers, self.id_header, *self.cors]
         if self.account is not None:
             headers += self.account.headers()
         if body_is_missing(self.send):
             headers.append(CLOSE)
-        hold_next(self.send)
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        return headers
 
     async def answer(self, status: int, headers: Headers, content: bytes) -> None:
         """Send an answer in one piece."""
-        await self.start(status, [*headers, (b"content-length", b"%d" % len(content))])
+        headers = [*headers, (b"content-length", b"%d" % len(content))]
+        if write_answer(self.send, status, self._with_own(headers), content):
+            self.status = status
+            return
+        await self.start(status, headers)
         await self.send({"type": "http.response.body", "body": content, "more_body": False})
 
     async def fail(self, error: ApiError) -> None:
@@ -155,18 +168,18 @@ class Exchange:
 
     def settle(self) -> int:
         """Count the tokens of the request for its models and its key; return how many they are."""
-        self_and_parts = self.parts or [self]
-        used = [part.used() for part in self_and_parts]
-        for part, (prompt, completion) in zip(self_and_parts, used, strict=True):
+        prompts = answers = unseen = 0
+        for part in self.parts or (self,):
+            prompt, completion = part.used()
             if part.metrics is not None:
                 part.metrics.prompt_tokens.inc(prompt)
                 part.metrics.completion_tokens.inc(completion)
             if part.model is not None:
                 self.cost += part.model.entry.cost(prompt, completion)
-        self.prompt_tokens = sum(prompt for prompt, _ in used)
-        self.completion_tokens = sum(completion for _, completion in used)
-        unseen = sum(part.unseen_tokens for part in self_and_parts)
-        tokens = self.prompt_tokens + self.completion_tokens + unseen
+            prompts, answers = prompts + prompt, answers + completion
+            unseen += part.unseen_tokens
+        self.prompt_tokens, self.completion_tokens = prompts, answers
+        tokens = prompts + answers + unseen
         if unseen and self.model is not None:
             self.cost += self.model.entry.cost(0, unseen)
         if self.account is not None and self.reservation is not None:

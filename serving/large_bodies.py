@@ -1,4 +1,4 @@
-"""Large bodies are read in a process of their own.
+"""Large bodies, of requests and of answers, are read in a process of their own.
 
 Parsed, a body can take many times its bytes, in small objects. Python gives their memory back only
 where none that lives on has come between them, and while other requests run, some always do. Nor

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from attn_kernels import get_variant, variant_from_config
+from attn_kernels import Rows, get_variant, variant_from_config
 from attn_kernels.kv_quant import KVFormat
 from attn_kernels.reference import attention
 
@@ -162,11 +162,8 @@ class ReferenceModel:
         scores = (keys.repeat_interleave(group, 0) @ q[:, :, None])[..., 0] * q.shape[-1] ** -0.5
         penalties = torch.tensor([token.accumulator for token in stored]).double() / 2**16
         rows = (scores - penalties)[:, None]
-        seen, n = (
-            torch.ones_like(rows, dtype=torch.bool),
-            torch.full_like(rows[..., :1], len(stored)),
-        )
-        weights = self.variant.weights(rows, seen, n)
+        seen = torch.ones_like(rows, dtype=torch.bool)
+        weights = self.variant.weights(rows, Rows.of(seen, {}, rows.dtype))
         added = self.variant.selection(scores[0])
         for token, score in zip(stored[:-1], added.tolist(), strict=False):
             if token.position:

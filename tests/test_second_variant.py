@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 
 PYTHON = '''
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from attn_kernels.variant import PrunableVariant, register
@@ -30,8 +29,6 @@ class Damped(PrunableVariant, Softpick):
     """Softpick of scores less what earlier queries have masked by the squares of theirs."""
 
     name: ClassVar[str] = "damped"
-    cpu_header: ClassVar[Path | None] = Path(__file__).with_suffix(".hpp")
-    triton_module: ClassVar[str | None] = "damped_triton"
 
     def selection(self, scores):
         return 0.25 * scores.relu() ** 2
@@ -39,7 +36,7 @@ class Damped(PrunableVariant, Softpick):
 
 CPP = """
 #pragma once
-#include "variants/softpick.hpp"
+#include "softpick/kernel.hpp"
 
 struct Damped : Softpick {
   static constexpr bool stateful = true;
@@ -56,7 +53,7 @@ TRITON = """
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softpick import (
+from attn_kernels.variants.softpick.kernel import (
     FIRST_MAX, UNIT_KEYS, epilogue, merge, query_factor, update
 )
 
@@ -110,9 +107,11 @@ assert answers == [expected.tokens for _, expected in asked], (answers, asked)
 
 def run(folder: Path, *command: str, **environment: str) -> str:
     """Run Python in a process that has the variant's package installed; return what it prints."""
-    (folder / "damped.py").write_text(PYTHON)
-    (folder / "damped.hpp").write_text(CPP)
-    (folder / "damped_triton.py").write_text(TRITON)
+    package = folder / "damped"
+    package.mkdir()
+    (package / "__init__.py").write_text(PYTHON)
+    (package / "kernel.hpp").write_text(CPP)
+    (package / "kernel.py").write_text(TRITON)
     info = folder / "damped_attention-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: damped-attention\nVersion: 1\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attn_kernels.test_example import example
+from tests.attn_kernels.test_example import example, write_example
 
 pytestmark = pytest.mark.integration
 
@@ -25,19 +25,17 @@ exec(open({file!r}).read(), vars(paper_formulas))
 @pytest.mark.timeout(3600)  # four instruction sets are compiled, and 260 tests run
 def test_example_is_covered_by_the_tests_as_they_are(tmp_path: Path) -> None:
     """In a package of its own, named by an entry point; its kernels are compiled (some minutes)."""
-    (tmp_path / "sigmoid.py").write_text(example("python", "class Sigmoid"))
-    (tmp_path / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
-    (tmp_path / "sigmoid_triton.py").write_text(example("python", "import triton"))
-    info = tmp_path / "sigmoid_attention-1.dist-info"
+    write_example(tmp_path / "relu")
+    info = tmp_path / "relu_attention-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sigmoid-attention\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[attnserve.variants]\nsigmoid = sigmoid\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: relu-attention\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[attnserve.variants]\nrelu = relu\n")
     formula = tmp_path / "formula.txt"
     formula.write_text(example("python", "FORMULAS["))
-    (tmp_path / "sigmoid_formula.py").write_text(PLUGIN.format(file=str(formula)))
+    (tmp_path / "relu_formula.py").write_text(PLUGIN.format(file=str(formula)))
 
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "sigmoid", "-m", "not slow and not gpu"]
-    command += ["-p", "sigmoid_formula", "-p", "no:cacheprovider", "--timeout=1800"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "relu", "-m", "not slow and not gpu"]
+    command += ["-p", "relu_formula", "-p", "no:cacheprovider", "--timeout=1800"]
     # These register the example themselves.
     command += [f"--ignore=tests/attn_kernels/test_{name}.py" for name in ("example", "registry")]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from attn_kernels import get_variant, variant_names
-from attn_kernels.cpu.build import HERE, ISAS, BuildError, build_library
+from attn_kernels.cpu.build import ISAS, BuildError, build_library, header_of
 from quant_kernels import ops
 from quant_kernels.weight import BITS
 
@@ -27,8 +27,8 @@ def build(name: str | int, isa: str, quantized: bool) -> Path | None:
     if isinstance(name, int):
         return ops.build(name, isa)
     variant = get_variant(name)
-    header = variant.cpu_header or HERE / "variants" / f"{name}.hpp"
-    if not header.exists():
+    header = header_of(variant)
+    if header is None:
         return None
     return build_library(header, type(variant).__name__, isa, quantized)
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from attn_kernels import Variant
-from attn_kernels.variants.softmax import Softmax
-from attn_kernels.variants.ssmax import SSMax
+from attn_kernels import Rows, Variant
+from attn_kernels.variants.softmax import Softmax, is_softmax
 from attnserve.errors import UserError
 from attnserve.evaluation.texts import Tokens
 from attnserve.evaluation.tiled import project
@@ -50,8 +49,9 @@ def fused_forward(
     q, k, v = project(attention, hidden_states)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     n = torch.arange(1, q.shape[-2] + 1, device=q.device, dtype=torch.float32)[:, None]
-    learned = {name: getattr(attention, name) for name in variant.learned}
-    q, k = variant.transform(q, k, n, learned)
+    learned = {name: getattr(attention, name)[:, None, None] for name in variant.learned}
+    # The mask, which would take memory, is of no use here.
+    q, k = variant.transform(q, k, Rows(torch.ones(1, 1, dtype=torch.bool), n, learned))
     k, v = (x.repeat_interleave(attention.num_key_value_groups, 1) for x in (k, v))
     output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
     return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
@@ -76,7 +76,8 @@ def attention_forward(model: VariantLlamaForCausalLM, forward: Forward | None) -
 
 def fused(model: VariantLlamaForCausalLM) -> Forward | None:
     """Return what computes the model's attention faster, if its variant allows that."""
-    if not isinstance(model.config.variant, Softmax | SSMax) or model.config.sliding_window:
+    variant = model.config.variant
+    if not is_softmax(variant) or variant.stateful or model.config.sliding_window:
         return None
     return lambda attention, *args, **kwargs: fused_forward(
         attention, attention.variant, *args, **kwargs

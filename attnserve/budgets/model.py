@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from attn_kernels import attend, get_variant, variant_from_config
 from attn_kernels.pruning import FRACTION_BITS
-from attn_kernels.variants.softmax import Softmax
+from attn_kernels.variants.softmax import is_softmax
 from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
@@ -108,7 +108,7 @@ class Forward:
         penalty = q.new_zeros(1, 1, 1)
         if accumulated is not None:
             penalty = accumulated.to(q.dtype) / 2**FRACTION_BITS
-        if isinstance(self.variant, Softmax):  # several times faster
+        if is_softmax(self.variant):  # several times faster
             bias = torch.where(mask, -penalty[:, None], -torch.inf)
             output = scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True

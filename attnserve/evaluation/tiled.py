@@ -86,6 +86,7 @@ def _forward(
             scale=module.scaling,
             learned=learned,
             penalty=penalty,
+            positions=position_ids[:, None, start:end, None],
         )
         start = end
     joined = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)

@@ -43,6 +43,7 @@ GatewayName = StrEnum(
         "AIOHTTP": "naive-aiohttp",
         "HTTPX": "naive-httpx",
         "FLOOR": "floor-asgi",
+        "FLOOR_WORKERS": "floor-asgi-2-workers",
         "PIPE": "floor-pipe",
         "ROUTER": ROUTER,
     },
@@ -112,12 +113,12 @@ def gateway(
     """Measure the CPU time of one request in a gateway, ours beside others.
 
     All gateways stand in front of the same model server, a small one that streams events at an even
-    pace; the two floors are one Python process each that only passes bytes on, with HTTP on both
-    sides and without. In each round every gateway gets the same load in turn, and the order of the
-    turn is reversed every other round; its CPU time is read before and after (user and system, its
-    children's too). Added time to first token is against the same load sent straight to the model
-    server ("direct"); it needs an idle machine, because the load generator and the model server are
-    processes, too. Memory is what its processes keep resident after all rounds.
+    pace; the floors are Python processes that only pass bytes on: one, or two workers, with HTTP on
+    both sides, and one without. In each round every gateway gets the same load in turn, and the
+    order of the turn is reversed every other round; its CPU time is read before and after (user and
+    system, its children's too). Added time to first token is against the same load sent straight to
+    the model server ("direct"); it needs an idle machine, because the load generator and the model
+    server are processes, too. Memory is what its processes keep resident after all rounds.
 
     Three loads, of so many clients that each send a request as soon as the last one is answered:
     `stream`, where they begin together and, answers being equally long, stay together, so that a
@@ -167,8 +168,8 @@ def command(
         args = ["--worker-urls", upstream, "--host", HOST, "--port", port]
         args += ["--policy", "round_robin", "--prometheus-port", str(free_port())]
         return ([str(router), *args], "/health") if router else None
-    peer, kind = name.split("-")
-    module = [sys.executable, "-m", f"benchmarks.gateway.{peer}", kind, upstream, port]
+    peer, kind, *workers = name.removesuffix("-workers").split("-")
+    module = [sys.executable, "-m", f"benchmarks.gateway.{peer}", kind, upstream, port, *workers]
     return module, "/openapi.json"
 
 

@@ -1,12 +1,16 @@
-"""python -m benchmarks.gateway.floor KIND UPSTREAM PORT: the least that one Python process costs.
+"""python -m benchmarks.gateway.floor KIND UPSTREAM PORT [WORKERS]: the least that Python costs.
 
 KIND is "asgi", the gateway's own HTTP on both sides (uvicorn with uvloop and httptools, and its
-connections to a server) with nothing between them but bytes; or "pipe", which reads no HTTP at all
-and has one connection to the server for each client's. Neither notices that a client has left.
+connections to a server) with nothing between them but bytes, in one process or in so many workers;
+or "pipe", one process that reads no HTTP at all and has one connection to the server for each
+client's. Neither notices that a client has left.
 """
 
 import asyncio
+import socket
 import sys
+from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -16,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from serving.client import direct_writer
 from serving.exchange import JSON
 from serving.upstream.pool import ConnectionPool
+from serving.workers import run_workers
 
 TIMEOUTS = {"connect_timeout": 5.0, "read_timeout": 600.0, "total_timeout": 3600.0}
 
@@ -87,10 +92,21 @@ async def pipe(upstream: str, port: int) -> None:
     await server.serve_forever()
 
 
+def forward(
+    upstream: str, port: int, listening: socket.socket | None = None, _: Path | None = None
+) -> None:
+    """Serve a `Forwarder` until the process is killed; a worker has a socket that listens."""
+    app = Forwarder(upstream)
+    config = uvicorn.Config(app, port=port, log_level="warning", access_log=False, lifespan="off")
+    uvicorn.Server(config).run(None if listening is None else [listening])
+
+
 if __name__ == "__main__":
-    kind, upstream, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    kind, upstream, port, *workers = sys.argv[1:]
     if kind == "pipe":
-        uvloop.run(pipe(upstream, port))
+        uvloop.run(pipe(upstream, int(port)))
+    elif workers:
+        work = partial(forward, upstream, int(port))
+        run_workers(int(workers[0]), "127.0.0.1", int(port), work)
     else:
-        app = Forwarder(upstream)
-        uvicorn.run(app, port=port, log_level="warning", access_log=False, lifespan="off")
+        forward(upstream, int(port))

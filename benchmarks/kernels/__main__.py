@@ -66,16 +66,21 @@ def kernels(
     num_heads: Annotated[int, opt.count("Query heads.")] = 8,
     num_kv_heads: Annotated[int, opt.count("KV heads.")] = 2,
     block_size: Annotated[int, opt.count("Tokens in a block of both caches.")] = 128,
-    phases: Annotated[list[opt.Phase] | None, opt.option("Which (default: both).")] = None,
+    phases: Annotated[
+        list[opt.Phase] | None, opt.option("Which (default: decode prefill).")
+    ] = None,
     dtypes: Annotated[
         list[opt.ShortDtype] | None, opt.option("Of all tensors (default: fp32 bf16).")
     ] = None,
     head_dims: Annotated[Counts, opt.count("Elements of a head (default: 64 128).")] = None,
     ctx: Annotated[
-        Counts, opt.count("Decode: tokens of a request in the cache (default: 512 4096 16384).")
+        Counts,
+        opt.count("Decode, write: tokens of a request in the cache (default: 512 4096 16384)."),
     ] = None,
-    batch: Annotated[Counts, opt.count("Decode: requests (default: 1 8 32).")] = None,
-    new_tokens: Annotated[Counts, opt.count("Prefill: the chunk (default: 512 2048).")] = None,
+    batch: Annotated[Counts, opt.count("Decode, write: requests (default: 1 8 32).")] = None,
+    new_tokens: Annotated[
+        Counts, opt.count("Prefill, write: the chunk (default: 512 2048).")
+    ] = None,
     context: Annotated[
         Counts, opt.option("Prefill: tokens before the chunk (default: 0 4096).", min=0)
     ] = None,
@@ -95,7 +100,9 @@ def kernels(
     is copied until it is larger than the caches, and each call takes the next copy, as a model's
     layers would. "of limit" is, in decode, the rate at which keys and values are read by the read
     bandwidth, and in prefill the rate of arithmetic by torch's float32 matrix product (for bf16
-    too); both limits are measured before and after each case.
+    too); both limits are measured before and after each case. The phase write is storing the new
+    tokens' keys and values: its peers are vLLM's `cpu_attn_reshape_and_cache` and a copy into dense
+    tensors, its rate what is written, its limit that of reading.
     """  # fmt: skip
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read where vLLM is imported
     import torch
@@ -137,8 +144,10 @@ def kernels(
         "compiler": machine.compiler(),
         "commit": machine.commit(),
     }
-    makers = {"decode": lambda: read_bandwidth(cache), "prefill": sgemm_rate}
-    limits: dict[str, MachineRate] = {phase: makers[phase]() for phase in {c.phase for c in cases}}
+    limits: dict[str, MachineRate] = {
+        phase: sgemm_rate() if phase == "prefill" else read_bandwidth(cache)
+        for phase in {case.phase for case in cases}
+    }
     rows: list[dict[str, Any]] = []
     progress = tqdm(cases, unit="case", disable=None)
     for case in progress:
@@ -252,7 +261,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the JSON object has of a row."""
     names = ["variant", "phase", "dtype", "head_dim", "ctx", "batch"]
-    names += ["new_tokens"] * (row["phase"] == "prefill")
+    names += ["new_tokens"] * (row["phase"] != "decode")
     found = {name: row[name] for name in names}
     for name in ("ratio_vllm", "ratio_sdpa", "fraction_of_limit"):
         found[name] = None if row[name] is None else round(row[name], 4)

@@ -27,18 +27,38 @@ Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """`(key, value, kv_cache, slot_mapping)`, as `attn_kernels.paged.write_cache`."""
 
 
-class Candidate(Protocol):
+class Timed(Protocol):
+    """What is timed."""
+
+    def prepare(self) -> None:
+        """Do what comes before each call and is not timed."""
+
+    def run(self) -> object:
+        """Do what is timed."""
+
+
+class Candidate(Timed, Protocol):
     """One way to compute attention."""
 
     variant: Variant
     learned: dict[str, Tensor]
     """The variant's per-head tensors."""
 
-    def prepare(self) -> None:
-        """Do what comes before each call and is not timed."""
+    def write(self) -> None:
+        """Go to the next copy and write its new tokens."""
 
     def run(self) -> Tensor:
         """Attend, and return `[batch * new_tokens, num_heads, head_dim]`."""
+
+
+class Writing:
+    """A candidate's writing, without attention."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.run = candidate.write
+
+    def prepare(self) -> None:
+        """Do nothing."""
 
 
 class QuantizedKernel:
@@ -72,7 +92,6 @@ class CopyPool:
         shape = (paging.num_blocks, case.num_kv_heads, case.block_size, content)
         kv = torch.zeros(shape, dtype=torch.uint8)
         self.kv = kv if kv_format else kv.view(dtype)
-        self._write = write
         self._tables = paging.tables
         self._copy = 0
         key, value = inputs.key.flatten(0, 1), inputs.value.flatten(0, 1)
@@ -88,10 +107,10 @@ class CopyPool:
         """Block table of the copy whose turn it is, int32 `[batch, blocks]`."""
         return self._tables[self._copy]
 
-    def next_copy(self) -> None:
-        """Go to the next copy and write its new tokens."""
+    def next_copy(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Go to the next copy; return its new tokens' keys, values and slots."""
         self._copy = (self._copy + 1) % len(self._tables)
-        self._write(self._new_key, self._new_value, self.kv, self._new_slots[self._copy])
+        return self._new_key, self._new_value, self._new_slots[self._copy]
 
 
 class Ours:
@@ -129,8 +148,11 @@ class Ours:
         self.layer = bind(self.pool.kv, **settings)
         self.batch = inputs.batch(self.pool.table)
 
+    def write(self) -> None:
+        self.layer.write_cache(*self.pool.next_copy())
+
     def prepare(self) -> None:
-        self.pool.next_copy()
+        self.write()
         self.batch = self.inputs.batch(self.pool.table)
 
     def run(self) -> Tensor:
@@ -181,8 +203,11 @@ class VllmSoftmax:
     def _write(self, key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
         self.ops.cpu_attn_reshape_and_cache(key, value, *self._halves(kv), slots, self.isa)
 
-    def prepare(self) -> None:
-        self.pool.next_copy()
+    def write(self) -> None:
+        key, value, slots = self.pool.next_copy()
+        self.ops.cpu_attn_reshape_and_cache(key, value, self.keys, self.values, slots, self.isa)
+
+    prepare = write
 
     def run(self) -> Tensor:
         inputs = self.inputs
@@ -221,16 +246,18 @@ class TorchSdpa:
         self.options: dict[str, Any] = {"scale": inputs.scale, "enable_gqa": True}
         if case.phase == "prefill" and case.ctx == 0:
             self.options["is_causal"] = True
-        elif case.phase == "prefill":
+        elif case.phase != "decode":
             positions = torch.arange(case.seq_len)
             visible = causal_mask(positions[self.new], positions)
             mask = torch.zeros(visible.shape, dtype=inputs.query.dtype)
             self.options["attn_mask"] = mask.masked_fill_(~visible, -torch.inf)
 
-    def prepare(self) -> None:
+    def write(self) -> None:
         self.copy = (self.copy + 1) % len(self.keys)
         self.keys[self.copy, :, :, self.new] = self.key[:, :, self.new]
         self.values[self.copy, :, :, self.new] = self.value[:, :, self.new]
+
+    prepare = write
 
     def run(self) -> Tensor:
         out = scaled_dot_product_attention(

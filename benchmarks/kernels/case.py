@@ -20,9 +20,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Case:
     """A batch of equal requests, each with `new_tokens` queries against its cached context.
 
-    The phase is "decode", with one query a request, or "prefill"; the dtype, a key of DTYPES, that
-    of queries, keys, values and outputs. `ctx` are tokens in the cache, in decode with the new one,
-    in prefill without the new ones; `block_size` are tokens in a block of the paged cache.
+    The phase is "decode", with one query a request, "prefill", or "write", in which the new tokens'
+    keys and values are stored; the dtype, a key of DTYPES, that of queries, keys, values and
+    outputs. `ctx` are tokens in the cache, in decode with the new one, else without the new ones;
+    `block_size` are tokens in a block of the paged cache.
     """
 
     phase: str
@@ -52,7 +53,14 @@ class Case:
 
     def bytes_in(self, kv_format: KVFormat | None) -> int:
         """Return `kv_bytes` where keys and values are quantized."""
-        vectors = 2 * self.batch * self.seq_len * self.num_kv_heads
+        return self._bytes(self.seq_len, kv_format)
+
+    def written_in(self, kv_format: KVFormat | None) -> int:
+        """Return the bytes of the new tokens' keys and values."""
+        return self._bytes(self.new_tokens, kv_format)
+
+    def _bytes(self, tokens: int, kv_format: KVFormat | None) -> int:
+        vectors = 2 * self.batch * tokens * self.num_kv_heads
         if kv_format is not None:
             return vectors * kv_format.vector_bytes(self.head_dim)
         return vectors * self.head_dim * DTYPES[self.dtype].itemsize
@@ -72,7 +80,8 @@ def label(case: Mapping[str, Any]) -> str:
     """Return a short name, without phase and dtype, of a case or of its row."""
     if case["phase"] == "decode":
         return f"D{case['head_dim']} ctx {case['ctx']} x{case['batch']}"
-    return f"D{case['head_dim']} {case['ctx']}+{case['new_tokens']}"
+    batch = f" x{case['batch']}" if case["phase"] == "write" else ""
+    return f"D{case['head_dim']} {case['ctx']}+{case['new_tokens']}{batch}"
 
 
 Grid = Mapping[str, Sequence[Any]]
@@ -89,12 +98,14 @@ QUICK: Grid = {**FULL, "head_dims": (64,), "ctx": (512, 4096), "batch": (8,), "n
 
 
 def cases_of(grid: Grid, num_heads: int, num_kv_heads: int, block_size: int) -> Iterator[Case]:
-    """Yield decode over `ctx x batch`, then prefill (batch 1) over `context x new_tokens`, both in
-    every dtype and head size."""
+    """Yield decode over `ctx x batch`, prefill (batch 1) over `context x new_tokens`, writes over
+    `ctx x batch x new_tokens`, in every dtype and head size."""
     for phase, dtype, head_dim in product(grid["phases"], grid["dtypes"], grid["head_dims"]):
         sizes = product(grid["context"], (1,), grid["new_tokens"])
         if phase == "decode":
             sizes = product(grid["ctx"], grid["batch"], (1,))
+        elif phase == "write":
+            sizes = product(grid["ctx"], grid["batch"], grid["new_tokens"])
         for size in sizes:
             yield Case(phase, dtype, head_dim, *size, num_heads, num_kv_heads, block_size)
 

@@ -18,8 +18,10 @@ from benchmarks.kernels.candidates import (
     Candidate,
     CopyPool,
     Ours,
+    Timed,
     TorchSdpa,
     VllmSoftmax,
+    Writing,
     format_of,
 )
 from benchmarks.kernels.case import Case, Inputs, Paging, copies_needed
@@ -84,7 +86,7 @@ def sgemm_rate() -> MachineRate:
 
 
 def interleave(
-    candidates: Sequence[Candidate], *, seconds: float, min_rounds: int, max_rounds: int
+    candidates: Sequence[Timed], *, seconds: float, min_rounds: int, max_rounds: int
 ) -> NDArray[np.float64]:
     """Time the candidates in turn, A B C A B C ..., so that all see the same noise.
 
@@ -157,10 +159,10 @@ def measure(
         if not why[name]:
             ready[name] = candidate
 
+    writing = case.phase == "write"
+    timed: list[Timed] = [Writing(each) if writing else each for each in ready.values()]
     limit.probe()
-    rounds = interleave(
-        list(ready.values()), seconds=seconds, min_rounds=min_rounds, max_rounds=MOST_ROUNDS
-    )
+    rounds = interleave(timed, seconds=seconds, min_rounds=min_rounds, max_rounds=MOST_ROUNDS)
     limit.probe()
     _, rate = limit.best(probes=2)
     times: dict[str, NDArray[np.float64]] = dict(zip(ready, rounds.T, strict=True))
@@ -181,8 +183,8 @@ def row(
     kv_format: KVFormat | None = None,
 ) -> dict[str, Any]:
     """Return a variant's row from the seconds of each round of every candidate that was timed, and
-    why others were not (empty: they were). `limit` is the machine's rate around this case, GB/s for
-    decode and GFLOP/s for prefill."""
+    why others were not (empty: they were). `limit` is the machine's rate around this case, GFLOP/s
+    for prefill, else GB/s."""
     found: dict[str, Any] = {"variant": name, "phase": case.phase, "dtype": case.dtype}
     for field in ("head_dim", "ctx", "batch", "new_tokens", "num_heads", "num_kv_heads"):
         found[field] = getattr(case, field)
@@ -193,7 +195,8 @@ def row(
         # Inside a round: what changes the whole machine's speed from round to round cancels.
         both = name in times and peer in times
         found[f"ratio_{peer}"] = float(np.median(times[name] / times[peer])) if both else None
-    amount = case.bytes_in(kv_format) if case.phase == "decode" else case.flops
+    amounts = {"decode": case.bytes_in(kv_format), "write": case.written_in(kv_format)}
+    amount = amounts.get(case.phase, case.flops)
     achieved = amount / (found["ms_median"] * 1e-3) / 1e9 if name in times else None
     found |= {"rate": achieved, "rate_unit": unit, "limit": limit}
     found["fraction_of_limit"] = None if achieved is None else achieved / limit

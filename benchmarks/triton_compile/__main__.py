@@ -41,7 +41,8 @@ def triton_compile(
         str,
         opt.option(
             "Only cases whose name has this regular expression: 'sm_90 64 .* softpick "
-            "decode$', or with --packed 'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup)."
+            "decode$', or with --packed 'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup; then "
+            "two-level, of such scales)."
         ),
     ] = "",
     csv: Annotated[

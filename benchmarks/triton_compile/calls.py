@@ -26,6 +26,7 @@ from quant_kernels import triton as packed
 PACKED_ROWS = (1, 4, 16, 64, 0)
 """Rows of x, a kernel for each; 0: a lookup."""
 
+TWO_LEVEL = "two-level"
 OUTPUTS, INPUTS, GROUP_SIZE = 4096, 2048, 64
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE, CONTEXT, REQUESTS = 32, 8, 16, 4096, 3
 CACHE_BYTES = 2**31 + 2**24
@@ -57,18 +58,24 @@ Pair = tuple[Compiled, Compiled | None]
 
 
 def packed_cases() -> Iterator[Case]:
-    """Yield products and lookups; nothing but a cache is stored in float8."""
+    """Yield products and lookups, with a scale and a zero point in each group and with two-level
+    scales; nothing but a cache is stored in float8."""
     for arch, dtype, bits, rows in product(ARCHS, DTYPES[:3], range(2, 9), PACKED_ROWS):
-        yield {"arch": arch, "dtype": dtype, "bits": bits, "rows": rows}
+        case = {"arch": arch, "dtype": dtype, "bits": bits, "rows": rows}
+        yield case
+        yield case | {"scales": TWO_LEVEL}
 
 
 def compile_packed(compiler: DryCompiler, case: Case) -> list[Pair]:
-    """Compile what a server launches for so many rows of x, with a zero point in each group."""
+    """Compile what a server launches for so many rows of x."""
     kind, bits = getattr(torch, case["dtype"]), case["bits"]
-    scales = torch.empty(OUTPUTS // 16, INPUTS // GROUP_SIZE, 16, dtype=torch.bfloat16)
-    words = torch.empty(OUTPUTS // 16, INPUTS * bits // 32, 16, dtype=torch.int32)
-    shape = (bits, GROUP_SIZE, OUTPUTS, INPUTS)
-    weight = Panels(words, scales, scales.to(torch.uint8), *shape)
+    two_level = case.get("scales") == TWO_LEVEL
+    group_size = (16 if bits == 2 else 32) if two_level else GROUP_SIZE
+    panels, groups = OUTPUTS // 16, INPUTS // group_size
+    words = torch.empty(panels, INPUTS * bits // 32, 16, dtype=torch.int32)
+    scales = torch.empty(panels, 1 if two_level else groups, 16, dtype=torch.bfloat16)
+    zeros = torch.empty(panels, groups, 16, dtype=torch.int8 if two_level else torch.uint8)
+    weight = Panels(words, scales, zeros, bits, group_size, OUTPUTS, INPUTS)
     with compiler.target(case["arch"]) as found:
         if case["rows"]:
             x = torch.empty(case["rows"], INPUTS, dtype=kind)

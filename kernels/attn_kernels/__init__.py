@@ -7,6 +7,7 @@ float64 reference that every kernel is compared with.
 
 from attn_kernels.dense import attend, causal_mask, selectable_mask
 from attn_kernels.variant import (
+    Rows,
     Variant,
     VariantError,
     get_variant,
@@ -16,6 +17,7 @@ from attn_kernels.variant import (
 )
 
 __all__ = [
+    "Rows",
     "Variant",
     "VariantError",
     "attend",

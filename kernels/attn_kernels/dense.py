@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attn_kernels.variant import Variant
+from attn_kernels.variant import Rows, Variant
 
 
 def causal_mask(
@@ -53,6 +53,9 @@ def attend(
     scale: float | None = None,
     learned: Mapping[str, Tensor] | None = None,
     penalty: Tensor | None = None,
+    positions: Tensor | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output of attention and its weights.
 
@@ -68,6 +71,11 @@ def attend(
         penalty: `[..., num_queries, num_keys]`, subtracted from the scores of every head. A
             stateful variant computes it (`Variant.select`) where none is given and the queries are
             those of all the keys.
+        positions: of the queries, broadcastable to `[..., num_heads, num_queries, 1]`; None: key j
+            is at position j, and a query where the last key is that it sees.
+        soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`.
+        alibi_slopes: `[num_heads]`; a key's score falls by its head's slope a token between the
+            query and the key.
 
     Returns:
         `(output [..., num_heads, num_queries, value_size],
@@ -76,26 +84,52 @@ def attend(
     Raises:
         TypeError: a 16-bit dtype, in which neither scores nor the length of a context are exact;
             two dtypes; a mask that is not bool.
-        ValueError: shapes that do not fit; a learned tensor is missing; a stateful variant's
+        ValueError: shapes that do not fit; a learned tensor is missing; the variant takes no
+            modifiers; a stateful variant's
             penalty is missing and cannot be computed from these queries.
     """
     learned = learned or {}
     _check_arguments(variant, q, k, v, mask, learned)
+    check_modifiers(variant, q.shape[-3], soft_cap, alibi_slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if variant.stateful and penalty is None:
         penalty = _penalty_of_all(variant, q, k, mask, scale)
     num_kv_heads = k.shape[-3]
-    n = mask.sum(-1, keepdim=True).to(q.dtype)
-    q, k = variant.transform(q, k, n, learned)
+    learned = {name: learned[name] for name in variant.learned}
+    rows = Rows.of(mask, learned, q.dtype, positions)
+    q, k = variant.transform(q, k, rows)
     if variant.uses_scale:
         q = q * scale
     groups = q.unflatten(-3, (num_kv_heads, -1))
     scores = (groups @ k.unsqueeze(-3).mT).flatten(-4, -3)
+    if soft_cap:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[:, None, None].to(scores.dtype) * rows.distance
+    bias = variant.score_bias(rows)
+    if bias is not None:
+        scores = scores + bias
     if penalty is not None:
         scores = scores - penalty.unsqueeze(-3)
-    weights = variant.weights(scores, mask, n)
+    weights = variant.weights(scores, rows)
     output = (weights.unflatten(-3, (num_kv_heads, -1)) @ v.unsqueeze(-3)).flatten(-4, -3)
     return output, weights
+
+
+def check_modifiers(
+    variant: Variant, num_heads: int, soft_cap: float | None, alibi_slopes: Tensor | None
+) -> None:
+    """Refuse a soft cap and ALiBi where the variant does not define them.
+
+    Raises:
+        ValueError: with one line.
+    """
+    given = {"a soft cap": bool(soft_cap), "ALiBi": alibi_slopes is not None}
+    for what, present in given.items():
+        if present and not variant.takes_modifiers:
+            raise ValueError(f"{variant.name} attention does not support {what}")
+    if alibi_slopes is not None and alibi_slopes.shape != (num_heads,):
+        raise ValueError(f"alibi_slopes is {list(alibi_slopes.shape)}, not [{num_heads}]")
 
 
 def _check_arguments(

@@ -3,11 +3,11 @@
 Each token's key and value of each KV head is quantized when it is written, with parameters of its
 own that lie in the same block: nothing is calibrated. The names, and what they mean, are vLLM's:
 
-- `int8_per_token_head`: `scale * code`, code from -127 to 127, a float32 scale.
-- `int4_per_token_head`: `offset + scale * code`, code from -8 to 7, scale and offset in bfloat16,
-  of the vector times a Hadamard matrix (QuaRot, arXiv 2404.00456). That spreads a few large
-  dimensions, which keys have after RoPE, over all of them. A query times the same matrix has the
-  same product with the key, and the output is turned back once.
+- `int8_per_token_head`: `scale * quantized`, quantized from -127 to 127, a float32 scale.
+- `int4_per_token_head`: `offset + scale * quantized`, quantized from -8 to 7, scale and offset in
+  bfloat16, of the vector times a Hadamard matrix (QuaRot, arXiv 2404.00456). That spreads a few
+  large dimensions, which keys have after RoPE, over all of them. A query times the same matrix has
+  the same product with the key, and the output is turned back once.
 
 Kernels compute the same numbers, to the bit on a CPU: sums and differences in the same order,
 divisions, and no product that rounds. The Hadamard matrix has entries of 1 and -1, and what is left
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 PARAMETER_BYTES = 4
-"""What a stored vector has besides its codes."""
+"""What a stored vector has besides its quantized values."""
+
+FIELD = "kv_cache_dtype"
+"""Of a checkpoint's config.json: the name of the format that its keys and values are served in."""
 
 LEAST_SCALE = 2.0**-100
 """The scale of a vector of zeros."""
@@ -33,7 +36,7 @@ class KVFormat:
     """How keys and values are stored.
 
     Args:
-        bits: of a code, 8 or 4.
+        bits: of a quantized value, 8 or 4.
     """
 
     bits: int
@@ -61,7 +64,7 @@ class KVFormat:
         return (vector_bytes - PARAMETER_BYTES) * 8 // self.bits
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `(codes int8 [..., size], scale [..., 1], offset [..., 1])` of vectors
+        """Return `(quantized int8 [..., size], scale [..., 1], offset [..., 1])` of vectors
         `[..., size]`, rotated if the format says so; scale and offset are float32."""
         x = x.float()
         if self.bits == 8:
@@ -74,9 +77,10 @@ class KVFormat:
         scale = _bfloat16(scale, 0xFFFF).clamp(min=LEAST_SCALE)
         return ((x - offset) / scale).round().clamp(-8, 7).char(), scale, offset
 
-    def dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        """Return the vectors `[..., size]` that codes stand for, in the dtype of the scale."""
-        x = codes.to(scale.dtype) * scale + offset
+    def dequantize(self, quantized: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """Return the vectors `[..., size]` that quantized values stand for, in the dtype of the
+        scale."""
+        x = quantized.to(scale.dtype) * scale + offset
         return hadamard(x) / block_of(x.shape[-1]) if self.rotated else x
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -84,25 +88,25 @@ class KVFormat:
         return self.dequantize(*self.quantize(x))
 
     def pack(self, x: Tensor) -> Tensor:
-        """Return what is stored of vectors `[..., size]`: uint8 `[..., vector_bytes]`. The codes
-        come first, of 4 bits an even dimension's in the low half of a byte."""
-        codes, scale, offset = self.quantize(x)
+        """Return what is stored of vectors `[..., size]`: uint8 `[..., vector_bytes]`. Quantized
+        values come first, of 4 bits an even dimension's in the low half of a byte."""
+        quantized, scale, offset = self.quantize(x)
         parameters = scale
         if self.bits == 4:
-            codes = codes[..., ::2] & 15 | codes[..., 1::2] << 4
+            quantized = quantized[..., ::2] & 15 | quantized[..., 1::2] << 4
             parameters = torch.cat([scale.bfloat16(), offset.bfloat16()], -1)
-        return torch.cat([codes.view(torch.uint8), parameters.view(torch.uint8)], -1)
+        return torch.cat([quantized.view(torch.uint8), parameters.view(torch.uint8)], -1)
 
     def unpack(self, stored: Tensor) -> Tensor:
         """Return the vectors that `pack` has stored, float32 `[..., size]`."""
-        codes, parameters = stored.tensor_split([-PARAMETER_BYTES], -1)
-        codes, parameters = codes.view(torch.int8), parameters.contiguous()
+        quantized, parameters = stored.tensor_split([-PARAMETER_BYTES], -1)
+        quantized, parameters = quantized.view(torch.int8), parameters.contiguous()
         if self.bits == 8:
             scale = parameters.view(torch.float32)
-            return self.dequantize(codes, scale, torch.zeros_like(scale))
-        codes = torch.stack([codes << 4 >> 4, codes >> 4], -1).flatten(-2)
+            return self.dequantize(quantized, scale, torch.zeros_like(scale))
+        quantized = torch.stack([quantized << 4 >> 4, quantized >> 4], -1).flatten(-2)
         scale, offset = parameters.view(torch.bfloat16).float().split(1, -1)
-        return self.dequantize(codes, scale, offset)
+        return self.dequantize(quantized, scale, offset)
 
 
 KV_FORMATS = {str(kind): kind for kind in (KVFormat(8), KVFormat(4))}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attn_kernels.batch import Batch
 from attn_kernels.checks import check_layer, check_learned
-from attn_kernels.dense import attend, causal_mask, selectable_mask
+from attn_kernels.dense import attend, causal_mask, check_modifiers, selectable_mask
 from attn_kernels.kv_quant import KVFormat
 from attn_kernels.variant import Variant
 
@@ -63,6 +63,8 @@ class Layer(ABC):
         window: sliding window in tokens, the query's own included.
         learned: the variant's per-head tensors, each `[num_heads]`, as they are now.
         kv_format: how keys and values are quantized; None: they are not.
+        soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`; None or 0: they do not.
+        alibi_slopes: `[num_heads]`: a key's score falls by its head's slope a token of distance.
 
     Raises:
         ValueError: the kernels do not support such a cache, or heads or shapes do not fit.
@@ -79,12 +81,16 @@ class Layer(ABC):
         window: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
         kv_format: KVFormat | None = None,
+        soft_cap: float | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> None:
         self.variant, self.kv_cache, self.num_heads = variant, kv_cache, num_heads
         self.scale, self.window = scale, window
+        self.soft_cap, self.alibi_slopes = soft_cap or None, alibi_slopes
         self.learned = {name: (learned or {})[name] for name in variant.learned}
         self.kv_format, self.head_size = kv_format, head_size_of(variant, kv_cache, kv_format)
         check_layer(num_heads, kv_cache.shape[1], window)
+        check_modifiers(variant, num_heads, soft_cap, alibi_slopes)
         for name, tensor in self.learned.items():
             check_learned(name, tensor, num_heads)
 
@@ -172,6 +178,16 @@ class TorchLayer(Layer):
             )
         mask = causal_mask(queries, keys, self.window)[None]
         output, _ = attend(
-            self.variant, q, k, v, mask, scale=self.scale, learned=self.learned, penalty=penalty
+            self.variant,
+            q,
+            k,
+            v,
+            mask,
+            scale=self.scale,
+            learned=self.learned,
+            penalty=penalty,
+            positions=queries[:, None],
+            soft_cap=self.soft_cap,
+            alibi_slopes=self.alibi_slopes,
         )
         return output.transpose(0, 1)

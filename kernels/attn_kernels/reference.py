@@ -28,6 +28,8 @@ def attention(
     scale: float | None = None,
     learned: Mapping[str, Tensor] | None = None,
     state: Tensor | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute causal attention of a chunk of queries, in float64.
 
@@ -42,6 +44,7 @@ def attention(
         learned: the variant's per-head tensors, each `[num_heads]`.
         state: a stateful variant's accumulators before this chunk, `[..., <= num_keys]`; keys
             beyond it start at 0. None before the first token.
+        soft_cap, alibi_slopes: as in `attend`.
 
     Returns:
         `(output [..., num_heads, num_queries, value_size], state [..., num_keys] or None)`.
@@ -66,5 +69,16 @@ def attention(
         state = pad(state.double(), (0, num_keys - state.shape[-1]))
         selectable = selectable_mask(queries, keys, window)
         penalty, state = variant.select(q, k, selectable, scale, state)
-    output, _ = attend(variant, q, k, v, mask[None], scale=scale, learned=learned, penalty=penalty)
+    output, _ = attend(
+        variant,
+        q,
+        k,
+        v,
+        mask[None],
+        scale=scale,
+        learned=learned,
+        penalty=penalty,
+        soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes,
+    )
     return output, state

@@ -1,8 +1,10 @@
 """What an attention variant is, and the registry of all of them.
 
-A variant is one file in `attn_kernels/variants/` (or a module of another package that names
-itself in the entry-point group `attnserve.variants`). It says its name, its parameters, and how a
-row of raw scores becomes a row of weights. Everything else iterates the registry.
+A variant is one folder in `attn_kernels/variants/` (or a package of its own that names itself in
+the entry-point group `attnserve.variants`): `__init__.py` says its name, its parameters, and how a
+row of raw scores becomes a row of weights; `kernel.hpp` says the same to CPUs
+(`attn_kernels/cpu/variant.hpp`) and `kernel.py` to GPUs (`attn_kernels.triton.variant`). Everything
+else iterates the registry.
 
 Notation, as in the papers: query `i` sees `n_i` keys; `x_ij = scale * q_i . k_j` is a raw score.
 """
@@ -13,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
 import math
 import pkgutil
 import reprlib
@@ -22,11 +25,59 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 
 class VariantError(ValueError):
     """A variant's name or parameters are wrong; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a variant may know of the rows of scores, `[..., num_heads, num_queries, num_keys]`,
+    beside the scores. All of it broadcasts to them; numbers are in the scores' dtype.
+
+    Args:
+        mask: bool, True where the query sees the key.
+        n: `[..., num_queries, 1]`: how many keys the query sees.
+        learned: the tensors that the variant's `learned` names, `[num_heads, 1, 1]` each.
+        positions: what `position` is.
+    """
+
+    mask: Tensor
+    n: Tensor
+    learned: Mapping[str, Tensor]
+    positions: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        mask: Tensor,
+        learned: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        positions: Tensor | None = None,
+    ) -> Rows:
+        """Make them of a mask and tensors `[num_heads]`; `n` is what the mask says."""
+        learned = {name: tensor[:, None, None].to(dtype) for name, tensor in learned.items()}
+        n = mask.sum(-1, keepdim=True).to(dtype)
+        return cls(mask, n, learned, None if positions is None else positions.to(dtype))
+
+    @property
+    def position(self) -> Tensor:
+        """`[..., num_queries, 1]`: where the query is in its sequence, from 0; unless given, key j
+        is at position j, and a query where the last key is that it sees."""
+        if self.positions is not None:
+            return self.positions
+        keys = torch.arange(self.mask.shape[-1], device=self.mask.device)
+        return (self.mask * keys).amax(-1, keepdim=True).to(self.n.dtype)
+
+    @property
+    def distance(self) -> Tensor:
+        """`[..., num_queries, num_keys]`: how far before the query the key is, 0 for its own, of a
+        query that sees consecutive keys up to its own; anything finite where it sees none."""
+        later = self.mask.flip(-1).cumsum(-1).flip(-1) - self.mask.int()
+        return later.to(self.n.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +91,6 @@ class Variant(ABC):
         uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
         stateful: keeps a float32 accumulator for each cached token and defines `selection`.
         prunable: is a `PrunableVariant`, whose layers can keep a fixed number of tokens.
-        cpu_header: the C++ header of a variant of another package (what is in it:
-            `attn_kernels/cpu/variant.hpp`); None: `attn_kernels/cpu/variants/<name>.hpp`, if any.
-        triton_module: the module with its Triton functions (what is in it:
-            `attn_kernels.triton.variants`); None: `attn_kernels.triton.variants.<name>`, if any.
     """
 
     name: ClassVar[str]
@@ -51,14 +98,24 @@ class Variant(ABC):
     uses_scale: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
     prunable: ClassVar[bool] = False
-    cpu_header: ClassVar[Path | None] = None
-    triton_module: ClassVar[str | None] = None
+
+    @classmethod
+    def folder(cls) -> Path:
+        """Return where its kernels lie: beside the module that defines it."""
+        return Path(inspect.getfile(cls)).parent
 
     @property
     def learned(self) -> tuple[str, ...]:
         """Names of the per-head tensors, each `[num_heads]`, that a checkpoint must carry in every
         layer (`model.layers.N.self_attn.<name>`)."""
         return ()
+
+    @property
+    def takes_modifiers(self) -> bool:
+        """Whether a model's soft cap and ALiBi may change the scores: where they are the products
+        of queries and keys, times the model's scale, and nothing else depends on them."""
+        plain = type(self).transform is Variant.transform
+        return plain and self.uses_scale and not self.stateful
 
     @property
     def kv_budgets(self) -> tuple[int, ...]:
@@ -80,27 +137,27 @@ class Variant(ABC):
         scratch."""
         raise KeyError(learned_name)
 
-    def transform(
-        self, q: Tensor, k: Tensor, n: Tensor, learned: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def transform(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Change queries and keys before the product (after RoPE).
 
         Args:
             q: `[..., num_heads, num_queries, head_size]`.
             k: `[..., num_kv_heads, num_keys, head_size]`.
-            n: visible keys of each query, broadcastable to `[..., num_heads, num_queries, 1]`.
-            learned: the tensors named by `learned`.
+            rows: of the scores; it has nothing for each key.
         """
         return q, k
 
+    def score_bias(self, rows: Rows) -> Tensor | None:
+        """Return what is added to the raw scores, broadcastable to them; None: nothing."""
+        return None
+
     @abstractmethod
-    def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, rows: Rows) -> Tensor:
         """Turn raw scores into weights: what the paper calls its attention function.
 
         Args:
             scores: `[..., num_heads, num_queries, num_keys]`, finite.
-            mask: bool, broadcastable to scores, True where the query sees the key.
-            n: visible keys of each query, broadcastable to `[..., num_heads, num_queries, 1]`.
+            rows: of the scores.
 
         Returns:
             Weights of the shape and dtype of `scores`, 0 where masked. A row that sees no key is 0.

@@ -53,6 +53,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     penalty: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attend with the variant called `name`, as transformers calls it.
@@ -71,6 +72,7 @@ def attention_forward(
         dropout: must be 0.
         penalty: what a stateful variant subtracts, `[batch, num_queries, num_keys]`. Without it
             the queries must be those of all the keys.
+        position_ids: `[batch or 1, num_queries]`; of another shape they are not looked at.
 
     Returns:
         `(output [batch, num_queries, num_heads, value_size],
@@ -88,14 +90,22 @@ def attention_forward(
         )
     if dropout:
         raise ValueError(f"{name} attention has no dropout: set attention_dropout to 0")
-    for feature in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(feature) is not None:
+    defined = {
+        "softcap": variant.takes_modifiers,
+        "s_aux": "sinks" in variant.learned,  # the module's own
+        "position_bias": False,
+    }
+    for feature, is_defined in defined.items():
+        if kwargs.get(feature) is not None and not is_defined:
             raise ValueError(f"{name} attention is not defined with this model's {feature}")
     if missing := [tensor for tensor in variant.learned if not hasattr(module, tensor)]:
         raise ValueError(
             f"{name} attention needs the learned tensor {missing[0]}, which "
             f"{type(module).__name__} lacks: use a checkpoint of VariantLlamaForCausalLM"
         )
+    positions = None
+    if position_ids is not None and position_ids.dim() == 2:
+        positions = position_ids[:, None, :, None]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
@@ -121,6 +131,8 @@ def attention_forward(
             scale=scaling,
             learned={tensor: getattr(module, tensor).to(dtype) for tensor in variant.learned},
             penalty=penalty,
+            positions=positions,
+            soft_cap=kwargs.get("softcap"),
         )
     return output.transpose(1, 2).contiguous().to(query.dtype), weights.to(query.dtype)
 

@@ -114,6 +114,7 @@ class VariantLlamaAttention(LlamaAttention):
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
             penalty=penalty,
+            position_ids=position_ids,
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights

@@ -75,6 +75,10 @@ class VariantBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return "sinks" in get_variant(cls.variant_name).learned
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)
 
@@ -138,7 +142,8 @@ class VariantImpl(AttentionImpl[Batch]):
     """Attention of one layer.
 
     Models pass arguments of their own through vLLM's layer (`sinks`, say), often as None: those are
-    taken, and any that asks for something is refused by its name.
+    taken, as is a tensor that the variant learns, and any other that asks for something is refused
+    by its name.
     """
 
     def __init__(
@@ -162,14 +167,21 @@ class VariantImpl(AttentionImpl[Batch]):
         declared = variant_from_config(vllm_config.model_config.hf_config)
         self.variant: Variant = declared or get_variant(name)
         self.kv_cache_dtype, self.kv_format = kv_cache_dtype, KV_FORMATS.get(kv_cache_dtype)
-        capped = self.prepare_kernels()
+        self.prepare_kernels()
+        self.learned: dict[str, Tensor] = {
+            tensor: others.pop(tensor)
+            for tensor in self.variant.learned
+            if others.get(tensor) is not None
+        }
+        """The variant's per-head tensors, `[num_heads]` each; the model class may add some."""
+        plain = self.variant.takes_modifiers
         unsupported = {
             **{
                 f"`{argument}`": asks_for_something(argument, value)
                 for argument, value in others.items()
             },
-            "ALiBi": alibi_slopes is not None,
-            "a soft cap on the scores": bool(logits_soft_cap) and not capped,
+            "ALiBi": alibi_slopes is not None and not plain,
+            "a soft cap on the scores": bool(logits_soft_cap) and not plain,
             "KV sharing between layers": kv_sharing_target_layer_name is not None
             and self.variant.stateful,
         }
@@ -183,30 +195,26 @@ class VariantImpl(AttentionImpl[Batch]):
         self.sliding_window = sliding_window
         self.owns_cache = kv_sharing_target_layer_name is None
         self.cache: Tensor | None = None
-        self.learned: dict[str, Tensor] = {}
-        """The variant's per-head tensors, `[num_heads]` each; the model class fills it."""
         self.soft_cap = logits_soft_cap or None
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
         self.budget: int | None = None
         """Tokens of a request that the layer keeps; None: all. The model class sets it."""
         self.layer: Layer | PrunedLayer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
 
-    def prepare_kernels(self) -> bool:
+    def prepare_kernels(self) -> None:
         """Find or build them now rather than in the first request.
-
-        Returns:
-            Whether they cap scores: only those for GPUs do.
 
         Raises:
             StartupError: there are none for this device.
         """
         if not current_platform.is_cuda_alike():
             cpu.load(self.variant, quantized=self.kv_format is not None)
-            return False
+            return
         from attn_kernels import triton
 
         try:
-            return triton.takes_soft_cap(self.variant)
+            triton.functions(self.variant)
         except ValueError as error:
             raise StartupError(f"{error}: serve it on a CPU") from None
 
@@ -226,7 +234,9 @@ class VariantImpl(AttentionImpl[Batch]):
             shape = PageShape(self.budget, self.num_kv_heads, self.head_size, kv_cache.dtype)
             return pruned.bind(self.variant, kv_cache, shape, **options)
         options |= {"window": self.sliding_window, "learned": self.learned}
-        options["kv_format"] = self.kv_format
+        options |= {"kv_format": self.kv_format, "soft_cap": self.soft_cap}
+        if self.alibi_slopes is not None:
+            options["alibi_slopes"] = self.alibi_slopes.to(kv_cache.device)
         if kv_cache.device.type == "cpu":
             return cpu.bind(self.variant, kv_cache, **options)
         from attn_kernels.triton import TritonLayer
@@ -235,7 +245,6 @@ class VariantImpl(AttentionImpl[Batch]):
         return TritonLayer(
             self.variant,
             kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache,
-            soft_cap=self.soft_cap,
             key_scale=layer._k_scale,
             value_scale=layer._v_scale,
             **options,

@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from attn_kernels import Variant
-from attn_kernels.kv_quant import KV_FORMATS
+from attn_kernels.kv_quant import FIELD, KV_FORMATS
 from attn_kernels.paged import content_bytes
 from vllm_attn.report import StartupError
 
@@ -25,8 +25,6 @@ PLAIN = ("auto", "float32", "float16", "bfloat16")
 """KV caches without scales."""
 FP8 = ("fp8", "fp8_e4m3")
 """KV caches with a scale a layer, which GPU kernels take."""
-FIELD = "kv_cache_dtype"
-"""Of config.json."""
 
 
 def supported(device: str) -> tuple[str, ...]:

@@ -81,7 +81,8 @@ def resolve(vllm_config: Any) -> Variant | None:
     if declared is None:
         if asked is None:
             return None
-        if asked != "softmax":
+        # A checkpoint with the variant's learned tensors (gpt-oss) was trained with it.
+        if asked != "softmax" and not get_variant(asked).learned:
             logger.warning(
                 "%s was trained with softmax attention; serving it with %s is an experiment",
                 model_config.model,
@@ -321,6 +322,11 @@ def check_layer(backend: Any, selector_config: Any, capability: Any = None) -> N
         selector_config: what vLLM says of the layer.
         capability: the GPU's; None on a CPU.
     """
+    if selector_config.has_sink and not backend.get_class().supports_sink():
+        raise StartupError(
+            f"the model has learned sinks, which {backend.name.lower()} attention has not: pass "
+            "--attention-backend sinks"
+        )
     reasons = backend.get_class().validate_configuration(
         device_capability=capability, **selector_config._asdict()
     )

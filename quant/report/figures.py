@@ -20,7 +20,7 @@ from scipy.optimize import isotonic_regression
 
 from attnserve.evaluation.intervals import Estimate
 from attnserve.reports import color, save_figure
-from quant.config import UNQUANTIZED
+from quant.config import FP8, UNQUANTIZED, QuantConfig
 from quant.outliers import FIGURES
 from quant.report import explain
 from quant.report.compare import Answers, mean_divergence, signed, what
@@ -183,11 +183,17 @@ def told(result: SweepResult) -> str:
     return ", ".join(parts)
 
 
+def series(config: QuantConfig) -> str:
+    """Return the setting, or what formats of caches have in common that follow from their bits."""
+    formats = config.target == "kv" and config.kv_format != FP8
+    return "8 and 4 bits as served, others simulated" if formats else setting(config)
+
+
 def by_setting(results: Iterable[SweepResult]) -> dict[str, list[SweepResult]]:
     """Return the results of each setting, with fewer bits first."""
     found: dict[str, list[SweepResult]] = {}
     for result in sorted(results, key=lambda result: result.config.bits or 0):
-        found.setdefault(setting(result.config), []).append(result)
+        found.setdefault(series(result.config), []).append(result)
     return found
 
 
@@ -205,7 +211,7 @@ def variants(own: Sequence[SweepResult]) -> View:
                 lines.append(Line(name, shade_of(chosen[0].variant), points))
             panel(axes, whole_bits(axes, lines, bits), bits_of(own[0].config.target), title)
 
-    return View(setting(own[0].config), 2, draw)
+    return View(series(own[0].config), 2, draw)
 
 
 def bits_of(target: str) -> str:

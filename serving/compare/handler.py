@@ -22,11 +22,10 @@ from serving.compare.scoring import (
     rounded_ms,
     same_vocabulary,
     score,
-    token_ids,
+    tokenized,
     unusable,
 )
 from serving.exchange import JSON, Exchange
-from serving.openai.errors import UNEXPECTED
 from serving.upstream.http import timed_out
 from serving.upstream.proxy import Proxy, api_error
 from serving.upstream.vllm_metrics import Description, kv_cache_sizes
@@ -132,8 +131,8 @@ class ModelComparison:
         part = self._part("/tokenize")
         await ask(self.proxy, part, asked.reference, asked.to_tokenize, answer)
         try:
-            return token_ids(json.loads(answer.body)["tokens"])
-        except UNEXPECTED:
+            return await self.state.bodies.read(tokenized, answer.body)
+        except ValueError:
             why = "The model server does not say what tokens these are."
             raise unusable(asked.reference, why) from None
 

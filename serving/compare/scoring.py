@@ -2,6 +2,7 @@
 those of clients, with the answer kept here."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +103,18 @@ class GeneratedAnswer(KeptAnswer):
         }
 
 
+def tokenized(body: bytes) -> list[int]:
+    """Return the token ids in an answer of /tokenize.
+
+    Raises:
+        ValueError: there are none.
+    """
+    try:
+        return token_ids(json.loads(body)["tokens"])
+    except UNEXPECTED as error:
+        raise ValueError from error
+
+
 def token_ids(value: Any) -> list[int]:
     """Return what should be token ids.
 
@@ -196,8 +209,7 @@ async def score(
     with same_vocabulary():
         await ask(proxy, part, name, fields, answer)
     try:
-        # In a thread: streams go on meanwhile.
-        found = await asyncio.to_thread(positions, answer.body, ids, start)
+        found = await proxy.state.bodies.read(positions, answer.body, ids, start)
     except ValueError as error:
         raise unusable(name, f"The model server's answer has {error}.") from None
     return found, answer.seconds

@@ -250,8 +250,8 @@ def built_before(name: str, isas: Sequence[str]) -> bool:
     from attn_kernels.cpu import build
 
     variant = get_variant(name)
-    header = variant.cpu_header or build.HERE / "variants" / f"{name}.hpp"
-    if not header.exists():
+    header = build.header_of(variant)
+    if header is None:
         return True
     for isa in isas:
         with contextlib.suppress(build.BuildError):

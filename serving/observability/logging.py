@@ -34,13 +34,18 @@ def standard_fields(_: object) -> frozenset[str]:
 
 def json_line(at: float, level: str, message: str, fields: dict[str, Any]) -> str:
     """Return a line of a Unix time, a level, a message, and the fields that are not None."""
-    time_of_day = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
     line = {
-        "time": f"{time_of_day}.{int(at % 1 * 1000):03d}Z",
+        "time": f"{second_of(int(at))}.{int(at % 1 * 1000):03d}Z",
         "level": level,
         "message": message,
     }
     return _as_json(line | {name: value for name, value in fields.items() if value is not None})
+
+
+@lru_cache(1)
+def second_of(at: int) -> str:
+    """Return a Unix time as ISO 8601 has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
 
 
 def log_requests(lines: Iterable[tuple[float, dict[str, Any]]]) -> None:

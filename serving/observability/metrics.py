@@ -1,6 +1,7 @@
 """What the gateway counts. docs/GATEWAY.md has the list; the dashboard asks for nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics
 
@@ -139,6 +140,9 @@ class ModelMetrics:
 
     def __init__(self, metrics: Metrics, labels: Labels) -> None:
         self.labels = labels
+        self.requests: Callable[[str, int], Counter] = cache(
+            lambda route, status: metrics.requests.labels(route, *labels, str(status))
+        )
         self.ttft = metrics.ttft.labels(*labels)
         self.itl = metrics.itl.labels(*labels)
         self.duration = metrics.duration.labels(*labels)

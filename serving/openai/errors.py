@@ -8,6 +8,9 @@ from typing import Any, Self
 UNEXPECTED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What is raised where a server's answer is not what it should be."""
 
+MAX_ERROR = 128 * 1024
+"""Most bytes of an answer that is looked into for an error's message."""
+
 MAX_MESSAGE = 4096
 """Most bytes of an answer in no known shape that become an error's message."""
 
@@ -119,7 +122,7 @@ def normalise(body: bytes, status: int) -> dict[str, Any]:
     anything else is the message itself.
     """
     try:
-        parsed = json.loads(body)
+        parsed = json.loads(body) if len(body) <= MAX_ERROR else None
     except (ValueError, RecursionError):
         parsed = None
     error = unwrapped(parsed)

@@ -85,6 +85,8 @@ class Connection(asyncio.Protocol):
         self.parser = httptools.HttpResponseParser(self)
         self.transport: asyncio.Transport
         self.lost = False
+        self.answering = False
+        """Whether an answer is awaited or being fetched."""
         self.uses = 0
         self.idle_since = 0.0
         self._acknowledged = 0  # bytes, before the request; 0: not known
@@ -123,9 +125,10 @@ class Connection(asyncio.Protocol):
         if self.lost:
             raise unreachable()
         now = self.loop.time()
+        self.answering = True
         self._read_timeout, self._last_read = read_timeout, now
         self._deadline = now + total_timeout
-        self._timer = self.loop.call_at(now + min(read_timeout, total_timeout), self._check_time)
+        self._watch_until(now + min(read_timeout, total_timeout))
         self.transport.write(data)
         while not (self._pieces or self._complete):
             await self._wait()
@@ -172,7 +175,8 @@ class Connection(asyncio.Protocol):
             UpstreamError: it failed, or has more than `limit` bytes.
         """
         pieces = []
-        while piece := await self.piece():
+        while not self.ended:
+            piece = await self.piece()
             pieces.append(piece)
             if hold is not None:
                 hold(len(piece))
@@ -183,7 +187,10 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection at once; the server sees that its client has left."""
-        self.stop_timer()
+        self.answering = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not self.lost:
             self.transport.abort()
 
@@ -196,12 +203,6 @@ class Connection(asyncio.Protocol):
     def reusable(self) -> bool:
         """Whether the answer is complete and the connection good for another request."""
         return self.ended and self.keep and not self.lost
-
-    def stop_timer(self) -> None:
-        """Stop watching the time, at the end of an answer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def _wait(self) -> asyncio.Future[None]:
         """Return a future that is done when something has happened.
@@ -223,19 +224,29 @@ class Connection(asyncio.Protocol):
             self._error = error
             self._wake()
 
+    def _watch_until(self, due: float) -> None:
+        """Have the connection's one timer fire no later than this; it is not set again with each
+        request, but when it has fired."""
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(due, self._check_time)
+
     def _check_time(self) -> None:
-        """Set the one timer of a request again where bytes have come meanwhile, else fail.
+        """Fail the request whose time is over, or come back when it may be.
 
         A server that has to wait for the client is not silent.
         """
+        self._timer = None
+        if not self.answering:
+            return
         now = self.loop.time()
         last = now if self._paused else self._last_read
         due = min(last + self._read_timeout, self._deadline)
         if now < due:
-            self._timer = self.loop.call_at(due, self._check_time)
-            return
-        self._timer = None
-        if self._paused:
+            self._watch_until(due)
+        elif self._paused:
             self._fail(timed_out("slow_client"))
         else:
             overtime = self._began and due == self._deadline
@@ -285,7 +296,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come, and wake who waits for it."""
-        if self._timer is None or self._complete:  # nothing was asked for
+        if not self.answering or self._complete:  # nothing was asked for
             self.transport.abort()
             return
         self._began = True
@@ -328,7 +339,7 @@ class Connection(asyncio.Protocol):
         if self.status and not self.framed and self._error is None and exc is None:
             self._complete = True
             self._wake()
-        if self._timer is not None and not self._complete:
+        if self.answering and not self._complete:
             self._fail(broken(self._was_read(exc)))
 
     # httptools.HttpResponseParser

@@ -94,7 +94,7 @@ class ConnectionPool:
         if not connection.reusable:
             connection.close()
             return
-        connection.stop_timer()
+        connection.answering = False
         loop = connection.loop
         connection.idle_since = loop.time()
         self._idle.append(connection)

@@ -20,6 +20,7 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
     ("ssmax", {"bias": True}),
     ("ssmax", {"scale": 0.168, "bias": True}),
     ("lssar", {"power": 3.0}),
+    ("sigmoid", {"bias": -1.5}),
 ]
 CONFIGURATION_IDS = ["-".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p in CONFIGURATIONS]
 VARIANTS = [get_variant(name, **parameters) for name, parameters in CONFIGURATIONS]

@@ -127,6 +127,25 @@ def selective(s: Sequence, head: int, i: int) -> Vector:
     return shares([(s.x(head, i, j) - selective_penalty(s, i, j)).exp() for j in s.visible(i)])
 
 
+def softmax1(s: Sequence, head: int, i: int) -> Vector:
+    """exp(x_ij) / (1 + sum_j exp(x_ij)) (Miller, Attention Is Off By One)"""
+    e = [s.x(head, i, j).exp() for j in s.visible(i)]
+    return [y / (ONE + sum(e, ZERO)) for y in e]
+
+
+def sinks(s: Sequence, head: int, i: int) -> Vector:
+    """Softmax of the scores and the head's sink, whose own weight is dropped (gpt-oss)."""
+    scores = [s.x(head, i, j) for j in s.visible(i)]
+    return shares([y.exp() for y in [*scores, s.learned["sinks"][head]]])[:-1]
+
+
+def sigmoid(s: Sequence, head: int, i: int) -> Vector:
+    """1 / (1 + exp(-(x_ij + b))), b = -ln N_i unless given (2409.04431)"""
+    given = s.parameters["bias"]
+    bias = -Decimal(s.n(i)).ln() if given is None else Decimal(given)
+    return [ONE / (ONE + (-(s.x(head, i, j) + bias)).exp()) for j in s.visible(i)]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A variant's row formula and what its rows add up to (None: anything)."""
@@ -142,6 +161,9 @@ FORMULAS: dict[str, Entry] = {
     "lssa": Entry(lssa),
     "lssar": Entry(lssar),
     "selective": Entry(selective),
+    "softmax1": Entry(softmax1, row_sum="at most one"),
+    "sinks": Entry(sinks, row_sum="at most one"),
+    "sigmoid": Entry(sigmoid, row_sum=None),
 }
 
 

@@ -31,7 +31,7 @@ from tests.attn_kernels.test_paged import TORCH_TOLERANCE, Cache, relative_error
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-HEADER = build.HERE / "variants" / "softpick.hpp"
+HEADER = build.VARIANTS / "softpick/kernel.hpp"
 REMEMBERED = (cpu._load, cpu._warn, build.build_library, build.processor_features)
 
 
@@ -200,21 +200,32 @@ def test_killed_build_stops_nobody(
     assert place.compiled() == 2 and len(place.libraries()) == 1
 
 
-@pytest.mark.parametrize("changed", ["kernel.cpp", "variants/softmax.hpp"])
+@pytest.mark.parametrize(
+    ("changed", "builds"),
+    [
+        ("cpu/kernel.cpp", 2),
+        ("variants/ssmax/kernel.hpp", 2),
+        ("variants/softmax/kernel.hpp", 2),  # which ssmax's includes
+        ("variants/softpick/kernel.hpp", 1),
+    ],
+)
 def test_changed_source_is_another_library(
-    place: Place, changed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    place: Place, changed: str, builds: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "cpu"
-    shutil.copytree(build.HERE, copy)
-    before = build.build_library(HEADER, "Softpick", "portable")
-    monkeypatch.setattr(build, "HERE", copy)
-    same = build.build_library(copy / "variants/softpick.hpp", "Softpick", "portable")
-    assert same == before and place.compiled() == 1, "the folder's own name does not matter"
+    copy = tmp_path / "copy"
+    for folder in (build.HERE, build.VARIANTS):
+        shutil.copytree(folder, copy / folder.name)
+    build.build_library(build.VARIANTS / "ssmax/kernel.hpp", "SSMax", "portable")
+    monkeypatch.setattr(build, "HERE", copy / "cpu")
+    monkeypatch.setattr(build, "VARIANTS", copy / "variants")
+    header = copy / "variants/ssmax/kernel.hpp"
+    before = build.build_library(header, "SSMax", "portable")
+    assert place.compiled() == 1, "where the project lies does not matter"
     with open(copy / changed, "a") as source:
         source.write("// changed\n")
     forget()
-    after = build.build_library(copy / "variants/softpick.hpp", "Softpick", "portable")
-    assert place.libraries() == sorted([before, after]) and after != before
+    after = build.build_library(header, "SSMax", "portable")
+    assert place.compiled() == builds and len({before, after}) == builds
 
 
 @pytest.mark.parametrize("changed", ["flags", "version", "path"])

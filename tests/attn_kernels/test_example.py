@@ -1,5 +1,5 @@
-"""docs/VARIANT.md's example as it is printed there: a variant of another package, whose Python
-files and C++ header lie in a folder of their own."""
+"""docs/VARIANT.md's example as it is printed there: a variant of another package, whose files
+lie in a folder of their own."""
 
 from __future__ import annotations
 
@@ -28,57 +28,61 @@ def example(language: str, what: str) -> str:
     return str(block)
 
 
+def write_example(folder: Path) -> None:
+    """Write the example's files, as the page names them."""
+    folder.mkdir()
+    (folder / "__init__.py").write_text(example("python", "class Relu"))
+    (folder / "kernel.hpp").write_text(example("cpp", "struct Relu"))
+    (folder / "kernel.py").write_text(example("python", "import triton"))
+
+
 @pytest.fixture
-def sigmoid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant]:
+def relu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Variant]:
     """Return the example, registered for one test."""
     variant_names()  # loads what there is, so that only the example is forgotten afterwards
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "sigmoid.py").write_text(example("python", "class Sigmoid"))
-    (tmp_path / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
-    (tmp_path / "sigmoid_triton.py").write_text(example("python", "import triton"))
-    importlib.import_module("sigmoid")
-    yield get_variant("sigmoid")
-    del sys.modules["sigmoid"]
-    sys.modules.pop("sigmoid_triton", None)
+    write_example(tmp_path / "relu")
+    importlib.import_module("relu")
+    yield get_variant("relu")
+    del sys.modules["relu"]
+    sys.modules.pop("relu.kernel", None)
 
 
 @pytest.mark.parametrize("shape", [cases.SHAPES[3], cases.SHAPES[7], cases.SHAPES[11]], ids=str)
 def test_reference_equals_formula(
-    sigmoid: Variant, shape: cases.Shape, monkeypatch: pytest.MonkeyPatch
+    relu: Variant, shape: cases.Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paper_formulas, "FORMULAS", dict(paper_formulas.FORMULAS))
     exec(example("python", "FORMULAS["), dict(vars(paper_formulas)))
-    inputs = cases.make_inputs(sigmoid, shape, seed=1)
+    inputs = cases.make_inputs(relu, shape, seed=1)
     rows = range(shape.start, shape.stop)
-    _, want = cases.by_paper_formula(sigmoid, *inputs.qkv, rows=rows, window=shape.window)
+    _, want = cases.by_paper_formula(relu, *inputs.qkv, rows=rows, window=shape.window)
     q, k, v = inputs.qkv
     got, _ = reference.attention(
-        sigmoid, q[:, rows.start : rows.stop], k, v, query_start=rows.start, window=shape.window
+        relu, q[:, rows.start : rows.stop], k, v, query_start=rows.start, window=shape.window
     )
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.usefixtures("sigmoid")
+@pytest.mark.usefixtures("relu")
 @pytest.mark.parametrize("path", cpu.usable_isas())
 def test_kernels_equal_reference(path: str) -> None:
     for shape in test_paged.SHAPES:
         for window in (None, 19):
             for dtype in (torch.float32, torch.bfloat16):
-                error = test_paged.error_against_reference(path, "sigmoid", shape, window, dtype, 1)
+                error = test_paged.error_against_reference(path, "relu", shape, window, dtype, 1)
                 assert error <= test_paged.tolerance(path, dtype), (shape, window, dtype)
     split = test_paged.Shape(4, 2, 32, 16, 1800, 1797)
-    error = test_paged.error_against_reference(
-        path, "sigmoid", split, None, torch.float32, threads=2
-    )
+    error = test_paged.error_against_reference(path, "relu", split, None, torch.float32, threads=2)
     assert error <= test_paged.TOLERANCE
 
 
-def test_serving_binds_the_kernels(sigmoid: Variant, caplog: pytest.LogCaptureFixture) -> None:
-    layer = cpu.bind(sigmoid, torch.zeros(2, 1, 16, 64), num_heads=2, scale=0.2)
+def test_serving_binds_the_kernels(relu: Variant, caplog: pytest.LogCaptureFixture) -> None:
+    layer = cpu.bind(relu, torch.zeros(2, 1, 16, 64), num_heads=2, scale=0.2)
     assert isinstance(layer, cpu.CPULayer)
     assert not [r for r in caplog.records if not r.getMessage().startswith("Compiling ")]
 
 
 def test_example_is_gone() -> None:
-    assert "sigmoid" not in variant_names()
+    assert "relu" not in variant_names()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import (
+    Rows,
     Variant,
     attend,
     causal_mask,
@@ -100,8 +101,8 @@ def test_lssa_argument_is_bounded() -> None:
     """At most ln(d) ln(N), 37.5 at d 64 and N 8192, however long the vectors are."""
     n, d = 8192, 64
     q = torch.randn(1, 3, d, generator=seeded(0), dtype=torch.float64) * 1e6
-    length = torch.full((1, 3, 1), float(n), dtype=torch.float64)
-    transformed, key = get_variant("lssa").transform(q, q, length, {})
+    rows = Rows.of(torch.ones(3, n, dtype=torch.bool), {}, torch.float64)
+    transformed, key = get_variant("lssa").transform(q, q, rows)
     bound = math.log(d) * math.log(n)
     scores = transformed @ key.mT
     assert bound == pytest.approx(37.5, abs=0.05)
@@ -120,7 +121,7 @@ def test_lssa_softplus_is_exact_for_long_contexts() -> None:
     """torch's softplus is the identity above 20 unless told otherwise: 4e-11 off here."""
     scores = torch.tensor([[[21.0, 0.5, -30.0, 37.5]]], dtype=torch.float64)
     mask = torch.ones(1, 4, dtype=torch.bool)
-    weights = get_variant("lssa").weights(scores, mask, mask.sum(-1, keepdim=True).double())
+    weights = get_variant("lssa").weights(scores, Rows.of(mask, {}, torch.float64))
     s = [math.log1p(math.exp(x)) for x in scores[0, 0].tolist()]
     assert_weights(weights[0, 0], [y / sum(s) for y in s], rtol=1e-14, atol=0)
 

@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
+from attn_kernels import cpu, get_variant
 from attn_kernels.kv_quant import KV_FORMATS, PARAMETER_BYTES, KVFormat, block_of, hadamard
 
 INT8, INT4 = KV_FORMATS["int8_per_token_head"], KV_FORMATS["int4_per_token_head"]
 FORMATS = pytest.mark.parametrize("kv_format", KV_FORMATS.values(), ids=str)
 
 
-def vectors(size: int) -> torch.Tensor:
+def vectors(size: int) -> Tensor:
     """Return ordinary vectors, and hard ones: 0, equal, one large element, huge and tiny."""
     torch.manual_seed(size)
     x = torch.randn(12, size)
@@ -82,3 +84,45 @@ def test_few_large_elements_cost_less_when_rotated() -> None:
 def test_head_sizes_without_whole_words() -> None:
     with pytest.raises(ValueError, match="int4_per_token_head has no room for a head size of 12"):
         INT4.vector_bytes(12)
+
+
+def stored_by_cpu(
+    isa: str, kv_format: KVFormat, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what the C++ kernels store of `[tokens, size]` keys and values, uint8 in the order of
+    `pack`: cache.hpp says how a block lies in memory."""
+    (tokens, size), bits, block = key.shape, kv_format.bits, 32
+    variant = get_variant("softmax")
+    kernel = cpu.load(variant, isa, quantized=True)
+    assert kernel is not None
+    blocks = tokens // block
+    kv = torch.full((blocks, 1, block, 2 * kv_format.vector_bytes(size)), 255, dtype=torch.uint8)
+    layer = kernel.layer(kv, num_heads=1, scale=1.0, kv_format=kv_format)
+    slots = torch.randperm(tokens)
+    layer.write_cache(key[:, None], value[:, None], slots)
+    width = size * bits // 8
+    keys, values, parameters = kv.view(blocks, -1).split(
+        [block * width, block * width, 8 * block], 1
+    )
+    keys = keys.view(blocks, block // 16, width, 16).transpose(2, 3).reshape(tokens, width)
+    if bits == 4:  # two tokens' dims side by side, where `pack` has two dims of a token
+        both = values.view(blocks, size // 16, block // 2, 16)
+        values = torch.stack([both & 15, both >> 4], 3)
+    values = values.reshape(blocks, size // 16, block, 16).transpose(1, 2).reshape(tokens, size)
+    if bits == 4:
+        values = values[:, ::2] | values[:, 1::2] << 4
+    words = parameters.view(blocks, 2, block, 4).transpose(0, 1).reshape(2, tokens, 4)
+    found = torch.cat([torch.stack([keys, values]), words], -1)[:, slots]
+    return found[0], found[1]
+
+
+@FORMATS
+@pytest.mark.parametrize("isa", cpu.usable_isas())
+def test_cpu_kernels_store_the_same_to_the_bit(isa: str, kv_format: KVFormat) -> None:
+    for size in (32, 48, 64, 80, 112, 256):
+        key = torch.cat([vectors(size), torch.randn(52, size) * 3])
+        value = key.flip(0)
+        for kind in (torch.float32, torch.bfloat16):
+            rows = key.to(kind), value.to(kind)
+            for found, row in zip(stored_by_cpu(isa, kv_format, *rows), rows, strict=True):
+                assert torch.equal(found, kv_format.pack(row))

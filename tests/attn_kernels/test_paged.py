@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import Variant, causal_mask, cpu, get_variant, reference, variant_names
+from attn_kernels import Rows, Variant, causal_mask, cpu, get_variant, reference, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS, KVFormat
 from attn_kernels.paged import Layer, TorchLayer, content_bytes
@@ -112,7 +112,7 @@ class Cache:
         blocks_each = [-(-n // block_size) for n in seq_lens]
         num_blocks = sum(blocks_each) + 3
         content = content_bytes(variant, head_size, dtype, kv_format)
-        # NaN in every format, and as parameters of codes.
+        # NaN in every format, and as parameters of 8 and 4 bits.
         kv = torch.full((num_blocks, num_kv_heads, block_size, content), 255, dtype=torch.uint8)
         kv = kv if kv_format else kv.view(dtype)
         order = torch.randperm(num_blocks).split([*blocks_each, 3])
@@ -148,6 +148,7 @@ class Case:
     k: list[Tensor]
     v: list[Tensor]
     kv_format: KVFormat | None
+    modifiers: dict[str, Any]
     references: list[Tensor]
 
     def cached(self, x: Tensor) -> Tensor:
@@ -161,6 +162,7 @@ def make_case(
     window: int | None,
     dtype: torch.dtype,
     kv_format: KVFormat | None = None,
+    modified: bool = False,
 ) -> Case:
     torch.manual_seed(zlib.crc32(f"{name} {shape} {window} {dtype}".encode()))
     variant = get_variant(name)
@@ -171,7 +173,10 @@ def make_case(
         [(torch.randn(n, heads, shape.head_size) * size).to(dtype) for n in seq_lens]
         for heads, size in ((shape.num_heads, 2), (shape.num_kv_heads, 1), (shape.num_kv_heads, 1))
     )
-    case = Case(variant, seq_lens, learned, q, k, v, kv_format, [])
+    modifiers: dict[str, Any] = {}
+    if modified:
+        modifiers = {"soft_cap": 5.0, "alibi_slopes": torch.rand(shape.num_heads) * 0.3}
+    case = Case(variant, seq_lens, learned, q, k, v, kv_format, modifiers, [])
     for request in zip(q, map(case.cached, k), map(case.cached, v), strict=True):
         expected, _ = reference.attention(
             variant,
@@ -179,6 +184,7 @@ def make_case(
             window=window,
             scale=shape.head_size**-0.5,
             learned=learned,
+            **modifiers,
         )
         case.references.append(expected)
     return case
@@ -192,10 +198,11 @@ def error_against_reference(
     dtype: torch.dtype,
     threads: int,
     kv_format: KVFormat | None = None,
+    modified: bool = False,
 ) -> float:
     """Run requests of odd lengths, prefilled in chunks and decoded in one mixed batch; return the
     largest error relative to its request's largest output (and to what rounded scores allow)."""
-    case = make_case(name, shape, window, dtype, kv_format)
+    case = make_case(name, shape, window, dtype, kv_format, modified)
     variant, seq_lens, learned = case.variant, case.seq_lens, case.learned
     q, k, v = case.q, case.k, case.v
     torch.set_num_threads(threads)
@@ -204,7 +211,7 @@ def error_against_reference(
     cache = Cache.make(
         variant, seq_lens, num_kv_heads, head_size, shape.block_size, dtype, kv_format
     )
-    options = {"window": window, "learned": learned, "kv_format": kv_format}
+    options = {"window": window, "learned": learned, "kv_format": kv_format, **case.modifiers}
     layer = cache.layer(path, variant, num_heads, scale=scale, **options)
     outputs = [torch.zeros(n, num_heads, head_size) for n in seq_lens]
 
@@ -274,15 +281,21 @@ def reference_of_rounded_scores(
     q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
     positions = torch.arange(q.shape[1])
     mask = causal_mask(positions, positions, window)[None]
-    n = mask.sum(-1, keepdim=True).double()
-    q, k = variant.transform(q, k, n, {name: t.double() for name, t in case.learned.items()})
+    rows = Rows.of(mask, case.learned, q.dtype)
+    q, k = variant.transform(q, k, rows)
     if variant.uses_scale:
         q = q * scale
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
     size = q.norm(dim=-1)[:, :, None] * k.norm(dim=-1)[:, None, :]
+    exact = q @ k.mT
+    if case.modifiers:
+        cap, slopes = case.modifiers["soft_cap"], case.modifiers["alibi_slopes"].double()
+        exact = cap * (exact / cap).tanh() - slopes[:, None, None] * rows.distance
+    bias = variant.score_bias(rows)
+    exact = exact if bias is None else exact + bias
     while True:
         signs = torch.randint(0, 2, size.shape) * 2 - 1
-        yield variant.weights(q @ k.mT + SCORE_ROUNDING * size * signs, mask, n) @ v
+        yield variant.weights(exact + SCORE_ROUNDING * size * signs, rows) @ v
 
 
 FORMATS = (
@@ -312,7 +325,7 @@ def test_equals_reference(
 
 
 def quantized_cases() -> Iterator[tuple[str, Shape, KVFormat, int | None, str]]:
-    """Every variant; where it matters how codes are read, every instruction set, with one that
+    """Every variant; where it matters how few bits are read, every instruction set, with one that
     reads them in every way."""
     for name in variant_names():
         for place, shape in enumerate((SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[4])):
@@ -352,6 +365,19 @@ def test_split_contexts_equal_reference(name: str) -> None:
             for threads in (2, 5):
                 error = error_against_reference(path, name, shape, window, dtype, threads)
                 assert error <= tolerance(path, dtype), (path, threads, dtype, window)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in variant_names() if get_variant(name).takes_modifiers]
+)
+def test_soft_cap_and_alibi(name: str) -> None:
+    """What a model asks of its layers' scores, whatever the variant makes of them."""
+    for path in paths(name):
+        for window, dtype in ((None, torch.float32), (19, torch.bfloat16)):
+            error = error_against_reference(
+                path, name, SHAPES[3], window, dtype, threads=1, modified=True
+            )
+            assert error <= tolerance(path, dtype), (path, window, dtype)
 
 
 @pytest.mark.parametrize("name", variant_names())

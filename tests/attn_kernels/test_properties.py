@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_kernels import Variant, attend, causal_mask, get_variant, reference, selectable_mask
+from attn_kernels import Rows, Variant, attend, causal_mask, get_variant, reference, selectable_mask
 from tests.attn_kernels import paper_formulas
 from tests.attn_kernels.cases import (
     CONFIGURATION_IDS,
@@ -18,6 +18,7 @@ from tests.attn_kernels.cases import (
     Inputs,
     Shape,
     make_inputs,
+    make_learned,
     penalties,
     seeded,
 )
@@ -133,12 +134,15 @@ def test_permuted_scores_permute_weights(
     mask = torch.rand(rows, keys, generator=g) < 0.7
     mask[0, 0] = True
     order = torch.randperm(keys, generator=g)
-    n = mask.sum(-1, keepdim=True).double()
-    weights = variant.weights(scores, mask, n)
-    close(variant.weights(scores[..., order], mask[:, order], n), weights[..., order], 1e-9)
+    learned = make_learned(variant, 2, g)
+
+    def weights_of(scores: Tensor, mask: Tensor) -> Tensor:
+        return variant.weights(scores, Rows.of(mask, learned, scores.dtype))
+
+    weights = weights_of(scores, mask)
+    close(weights_of(scores[..., order], mask[:, order]), weights[..., order], 1e-9)
     visible = mask[0].nonzero()[:, 0]
-    only = variant.weights(scores[:, :1, visible], mask[:1, visible], n[:1])
-    close(only, weights[:, :1, visible], 1e-9)
+    close(weights_of(scores[:, :1, visible], mask[:1, visible]), weights[:, :1, visible], 1e-9)
 
 
 @every_variant

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels import (
+    Rows,
     Variant,
     VariantError,
     attend,
@@ -26,7 +27,10 @@ from attn_kernels import (
 from attn_kernels import variant as registry
 from tests.attn_kernels.cases import Shape, causal, decode, make_inputs
 
-SIX = {"softmax", "softpick", "ssmax", "lssa", "lssar", "selective"}
+NINE = {
+    *("softmax", "softpick", "ssmax", "lssa", "lssar", "selective"),
+    *("softmax1", "sinks", "sigmoid"),
+}
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_names() -> None:
-    assert set(variant_names()) >= SIX
+    assert set(variant_names()) >= NINE
     assert list(variant_names()) == sorted(set(variant_names()))
 
 
@@ -63,7 +67,7 @@ def test_variant_describes_itself(name: str) -> None:
         ("softpik", "did you mean 'softpick'"),
         ("sofmax", "did you mean 'softmax'"),
         ("SSMax", "did you mean 'ssmax'"),
-        ("zzz", "known: .*selective, softmax, softpick"),
+        ("zzz", "known: .*selective, sigmoid, sinks, softmax"),
         ("", "known: "),
     ],
 )
@@ -160,47 +164,48 @@ def test_config_with_an_unknown_name_or_parameter() -> None:
 
 
 @dataclass(frozen=True)
-class Sigmoid(Variant):
+class Novel(Variant):
     """`sigmoid(x_ij + bias - ln n_i)`: a variant that nothing else in the project knows."""
 
-    name: ClassVar[str] = "sigmoid"
+    name: ClassVar[str] = "novel"
     paper: ClassVar[str] = "arXiv 2409.04431"
 
     bias: float = 0.0
 
-    def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
-        return (scores + self.bias - n.clamp_min(1.0).log()).sigmoid().masked_fill(~mask, 0.0)
+    def weights(self, scores: Tensor, rows: Rows) -> Tensor:
+        shifted = scores + self.bias - rows.n.clamp_min(1.0).log()
+        return shifted.sigmoid().masked_fill(~rows.mask, 0.0)
 
 
 @pytest.mark.usefixtures("own_registry")
 def test_registering_twice() -> None:
-    assert register(Sigmoid) is Sigmoid
-    assert register(Sigmoid) is Sigmoid, "the same class again is no clash"
+    assert register(Novel) is Novel
+    assert register(Novel) is Novel, "the same class again is no clash"
 
-    class Other(Sigmoid):
+    class Other(Novel):
         pass
 
-    with pytest.raises(VariantError, match="two attention variants are named 'sigmoid'"):
+    with pytest.raises(VariantError, match="two attention variants are named 'novel'"):
         register(Other)
-    assert type(get_variant("sigmoid")) is Sigmoid
+    assert type(get_variant("novel")) is Novel
 
 
-@pytest.mark.parametrize("bad", ["Sigmoid", "sig moid", "", "2sig", "sig-moid"])
+@pytest.mark.parametrize("bad", ["Novel", "sig moid", "", "2sig", "sig-moid"])
 @pytest.mark.usefixtures("own_registry")
 def test_name_must_be_a_lower_case_identifier(bad: str) -> None:
-    named: type[Variant] = dataclass(frozen=True)(type("Named", (Sigmoid,), {"name": bad}))
+    named: type[Variant] = dataclass(frozen=True)(type("Named", (Novel,), {"name": bad}))
     with pytest.raises(VariantError, match="must be a lower-case identifier"):
         register(named)
 
 
 @pytest.mark.usefixtures("own_registry")
 def test_new_variant_works_everywhere_by_being_registered() -> None:
-    register(Sigmoid)
-    assert "sigmoid" in variant_names()
-    with pytest.raises(VariantError, match="did you mean 'sigmoid'"):
-        get_variant("sigmod")
-    variant = variant_from_config({"attention_variant": {"name": "sigmoid", "bias": -0.5}})
-    assert variant == Sigmoid(bias=-0.5)
+    register(Novel)
+    assert "novel" in variant_names()
+    with pytest.raises(VariantError, match="did you mean 'novel'"):
+        get_variant("novl")
+    variant = variant_from_config({"attention_variant": {"name": "novel", "bias": -0.5}})
+    assert variant == Novel(bias=-0.5)
 
     shape = Shape(4, 2, 0, 11, 11, 4, 3)
     inputs = make_inputs(variant, shape, seed=40)
@@ -223,7 +228,7 @@ def test_new_variant_works_everywhere_by_being_registered() -> None:
 
 
 def test_the_test_variant_is_gone() -> None:
-    assert "sigmoid" not in variant_names()
+    assert "novel" not in variant_names()
 
 
 @pytest.mark.usefixtures("own_registry")
@@ -234,9 +239,9 @@ def test_another_package_registers_through_its_entry_point(
 
     def found(*, group: str) -> list[SimpleNamespace]:
         asked.append(group)
-        return [SimpleNamespace(load=lambda: register(Sigmoid))]
+        return [SimpleNamespace(load=lambda: register(Novel))]
 
     monkeypatch.setattr(registry, "entry_points", found)
     registry._load_all.__wrapped__()
     assert asked == ["attnserve.variants"]
-    assert isinstance(get_variant("sigmoid"), Sigmoid)
+    assert isinstance(get_variant("novel"), Novel)

@@ -20,9 +20,9 @@ from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS, KVFormat
 from tests.attn_kernels import test_paged as paged
 from tests.attn_kernels import test_pruned_layers as pruned
-from tests.attn_kernels.test_example import sigmoid
+from tests.attn_kernels.test_example import relu
 
-__all__ = ["sigmoid"]
+__all__ = ["relu"]
 
 if TYPE_CHECKING:
     from attn_kernels.triton import TritonLayer
@@ -133,10 +133,10 @@ def test_16_bits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     assert error <= NARROW_TOLERANCE[dtype]
 
 
-@pytest.mark.usefixtures("sigmoid")
+@pytest.mark.usefixtures("relu")
 def test_the_example_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
-    error = paged.error_against_reference("132", "sigmoid", SHAPES[0], None, torch.float32, 1)
+    error = paged.error_against_reference("132", "relu", SHAPES[0], None, torch.float32, 1)
     assert error <= TOLERANCE
 
 
@@ -184,15 +184,25 @@ def test_quantized_cache(name: str) -> None:
     assert paged.relative_error(found.output, expected) <= TOLERANCE
 
 
-def test_soft_cap() -> None:
-    """Against softmax of capped scores, written out."""
-    cap = 3.0
-    found = single("softmax", torch.float32, soft_cap=cap)
+def test_soft_cap_and_alibi() -> None:
+    """Against softmax of capped and biased scores, written out."""
+    cap, slopes = 3.0, torch.tensor([0.5, 0.1, 0.02, 0.3])
+    found = single("softmax", torch.float32, soft_cap=cap, alibi_slopes=slopes)
     k, v = (x.repeat_interleave(2, 0) for x in (found.k, found.v))
     scores = found.q @ k.mT * 0.2
-    hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-    weights = (cap * (scores / cap).tanh()).masked_fill(hidden, -torch.inf).softmax(-1)
+    distance = (torch.arange(37)[:, None] - torch.arange(37)).double()
+    scores = cap * (scores / cap).tanh() - slopes.double()[:, None, None] * distance
+    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
     assert paged.relative_error(found.output, weights @ v) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["softpick", "sigmoid"])
+def test_modifiers_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    error = paged.error_against_reference(
+        "132", name, SHAPES[0], None, torch.float32, 1, modified=True
+    )
+    assert error <= TOLERANCE
 
 
 def test_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +274,8 @@ def test_requests_that_pad_a_graph() -> None:
     ("name", "dtype", "options", "message"),
     [
         ("lssa", torch.float32, {"soft_cap": 3.0}, "lssa attention does not support a soft cap"),
+        ("ssmax", torch.float32, {"alibi_slopes": torch.ones(1)}, "does not support ALiBi"),
+        ("softmax", torch.float32, {"alibi_slopes": torch.ones(2)}, r"is \[2\], not \[1\]"),
         ("softmax", torch.int8, {}, "needs key_scale and value_scale"),
     ],
 )
@@ -276,6 +288,7 @@ def test_refusals(name: str, dtype: torch.dtype, options: dict[str, Any], messag
             torch.zeros(2, 1, 16, 64).to(dtype),
             num_heads=1,
             scale=1.0,
+            learned=dict.fromkeys(get_variant(name).learned, torch.ones(1)),
             **options,
         )
 

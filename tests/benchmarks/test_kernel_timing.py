@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from attn_kernels import causal_mask, get_variant
+from attn_kernels.kv_quant import KVFormat
 from benchmarks.kernels.case import FULL, Case, Inputs, Paging, cases_of, copies_needed
 from benchmarks.kernels.measure import MachineRate, interleave, row
 from benchmarks.results import spread
 
 DECODE = Case("decode", "bf16", 64, 300, 3, 1, 4, 2, 32)
 PREFILL = Case("prefill", "fp32", 32, 100, 2, 70, 4, 2, 32)
+WRITE = Case("write", "bf16", 64, 300, 3, 20, 4, 2, 32)
 GOOD = {"softpick": "", "vllm": "", "sdpa": "error"}
 
 
@@ -35,6 +37,17 @@ def test_bytes_and_operations_are_those_of_the_tensors(case: Case) -> None:
     pairs = int(mask.sum()) * case.batch * case.num_heads
     # A multiplication and an addition for each element, in q k and in w v.
     assert case.flops == pairs * case.head_dim * 2 * 2
+
+
+def test_what_is_written_are_the_new_tokens() -> None:
+    inputs, times = Inputs.make(WRITE), {"softpick": np.array([2e-3])}
+    new = inputs.key[:, -20:].nbytes + inputs.value[:, -20:].nbytes
+    plain, quantized = (
+        row("softpick", WRITE, times, GOOD, "GB/s", 1.0, kv_format)
+        for kv_format in (None, KVFormat(4))
+    )
+    assert plain["rate"] == pytest.approx(new / 2e-3 / 1e9)
+    assert quantized["rate"] == pytest.approx(plain["rate"] * 36 / 128)  # of 64 elements
 
 
 @pytest.mark.parametrize("case", [DECODE, PREFILL], ids=str)

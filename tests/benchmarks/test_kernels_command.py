@@ -52,6 +52,17 @@ def test_end_to_end(tmp_path: Path, commands: Commands) -> None:
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.integration
+def test_writing(tmp_path: Path, commands: Commands) -> None:
+    """Beside vLLM's and torch's; what is written is checked by attending to it."""
+    kinds = ["--variants", "softmax", "--kv-formats", "int4_per_token_head", "--phases", "write"]
+    given = [*TINY, *kinds, "--dtypes", "bf16", "--no-save"]
+    rows = json.loads(commands.run(kernels, *given, "--json"))["rows"]
+    assert [row["variant"] for row in rows] == ["softmax", "softmax int4_per_token_head"]
+    for row in rows:
+        assert row["ratio_vllm"] > 0 and row["ratio_sdpa"] > 0 and row["new_tokens"] == 48
+
+
 @pytest.mark.parametrize(
     ("fake", "why"), [(NotQuite, "against the reference"), (Refusing, "refused: no head size")]
 )

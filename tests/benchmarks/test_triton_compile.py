@@ -57,9 +57,11 @@ def test_registers_spills_and_shared_memory(tmp_path: Path) -> None:
 
 
 def test_packed_products() -> None:
-    product, lookup = compiled("--packed", "--no-save", "--match", "sm_80 float16 3 (4|0)$")
-    assert (product["rows"], lookup["rows"]) == (4, 0)
-    assert product["registers"] > 32 and product["violation"] == ""
+    match = "sm_80 float16 (3 (4|0)$|2 16 two-level)"
+    two_level, product, lookup = compiled("--packed", "--no-save", "--match", match)
+    assert (two_level["rows"], product["rows"], lookup["rows"]) == (16, 4, 0)
+    for kernel in (two_level, product):
+        assert kernel["registers"] > 32 and kernel["violation"] == ""
 
 
 SCRIPT = '''

@@ -31,9 +31,8 @@ SEED = 1
 AT_ONCE = 16
 LOOK_SECONDS = 0.15
 """How long a client waits for the next bytes of an answer before it hangs up."""
-WARM_UP = 8000
-"""Requests after which memory may not grow any more: each of the large answers has been parsed a
-few times by then, at the same time as others, which leaves pieces of memory between them."""
+WARM_UP = 2000
+"""Requests after which memory may not grow any more."""
 GROWTH_MB = 5.0
 KEY = "attnserve-" + "k" * 43
 

@@ -32,12 +32,10 @@ def main(kind: str, out: str, *rest: str) -> None:
         fla_checkpoint(Path(out).parent).rename(out)
     elif kind == "gateway":
         Path(out).write_text(gateway_example(*map(int, rest)), encoding="utf-8")
-    elif kind == "sigmoid":
-        from tests.attn_kernels.test_example import example
+    elif kind == "relu":
+        from tests.attn_kernels.test_example import write_example
 
-        (Path(out) / "sigmoid.py").write_text(example("python", "class Sigmoid"))
-        (Path(out) / "sigmoid.hpp").write_text(example("cpp", "struct Sigmoid"))
-        (Path(out) / "sigmoid_triton.py").write_text(example("python", "import triton"))
+        write_example(Path(out))
     else:
         raise SystemExit(f"no such kind: {kind}")
 

@@ -33,7 +33,7 @@ PACKED = r"all +[1-9][\d,]+ "
 BUDGETS = r"times less memory"
 COLLECTED = r"[1-9]\d*(/\d+)? tests? collected"
 MY_MODEL = "python examples/train_llama.py --text docs/*.md --steps 2 "
-SIGMOID = "python -m tests.docs.prepare sigmoid kernels/attn_kernels/variants"
+RELU = "python -m tests.docs.prepare relu kernels/attn_kernels/variants/relu"
 SEARCH = (
     "--sequences 2 --judge 2 --test-sequences 2 --length 64 --step 32 --uniform 16 "
     "--out my-budgets --runs my-runs"
@@ -507,17 +507,17 @@ RULES: dict[str, Rule] = {
         code=2,
     ),
     # docs/VARIANT.md
-    'make test ARGS="-k sigmoid"': Elsewhere("tests/test_variant_example.py"),
-    "python -m training.checkpoints sigmoid": Run(
-        f"{SIGMOID} && python -m training.checkpoints sigmoid",
+    'make test ARGS="-k relu"': Elsewhere("tests/test_variant_example.py"),
+    "python -m training.checkpoints relu": Run(
+        f"{RELU} && python -m training.checkpoints relu",
         prints=BOOKS,
         code=2,
         slow=True,
         long=True,
     ),
-    "make serve CKPT=checkpoints/sigmoid": Serve(
-        make_serve("checkpoints/sigmoid"),
-        setup=f"{SIGMOID} && {MY_MODEL}checkpoints/sigmoid --variant sigmoid",
+    "make serve CKPT=checkpoints/relu": Serve(
+        make_serve("checkpoints/relu"),
+        setup=f"{RELU} && {MY_MODEL}checkpoints/relu --variant relu",
     ),
 }
 

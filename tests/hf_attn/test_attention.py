@@ -20,6 +20,7 @@ from attn_kernels import get_variant, variant_names
 from attn_kernels.reference import attention
 from hf_attn.attention import attention_forward
 from tests.reference_model import reference_greedy
+from tests.tiny_models import tiny_model
 
 TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -126,6 +127,20 @@ def test_stateful_variants_need_the_history() -> None:
         generate(model, use_cache=True)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("gpt_oss", "sinks"), ("gemma2", "softmax")])
+def test_sinks_and_soft_caps_are_the_models(kind: str, name: str) -> None:
+    """gpt-oss' sinks and Gemma 2's caps, beside transformers' own; windows in every other layer."""
+    model = tiny_model(kind).eval()
+    ids = torch.randint(2, 512, (2, 80), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for implementation in ("eager", name):
+        model.set_attn_implementation(implementation)
+        with torch.inference_mode():
+            logits.append(model(input_ids=ids).logits)
+    assert logits[0].std() > 0.1
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4 * float(logits[0].std()))
+
+
 class Module(torch.nn.Module):
     """An attention module of no particular model."""
 
@@ -145,12 +160,13 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor,
         ({"dropout": 0.1}, "has no dropout: set attention_dropout to 0"),
         ({"softcap": 30.0}, "not defined with this model's softcap"),
         ({"s_aux": torch.zeros(4)}, "not defined with this model's s_aux"),
+        ({"position_bias": torch.zeros(4)}, "not defined with this model's position_bias"),
     ],
 )
 def test_what_is_not_defined_is_refused(changed: dict[str, Any], message: str) -> None:
     q, k, v, mask = tensors()
     with pytest.raises(ValueError, match=message):
-        attention_forward("softpick", Module(), q, k, v, **{"attention_mask": mask} | changed)
+        attention_forward("lssa", Module(), q, k, v, **{"attention_mask": mask} | changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -158,6 +158,38 @@ def test_int8_activations(softpick: Path, tmp_path: Path) -> None:
         assert torch.equal(weight.float() * scale.float(), model.get_submodule(layer).weight)
 
 
+KV8 = "--kv-cache-dtype=int8_per_token_head"
+
+
+def test_keys_and_values(softpick: Path, tmp_path: Path) -> None:
+    """config.json names their format; weights are quantized as without it, or stay as they are."""
+    rtn, whole, alone = ["--bits=4", "--scheme=rtn"], tmp_path / "whole", tmp_path / "alone"
+    main([str(softpick), str(tmp_path / "out"), *rtn, KV8])
+    main([str(softpick), str(whole), *rtn])
+    main([str(softpick), str(alone), KV8])
+    for folder, like in ((tmp_path / "out", whole), (alone, softpick)):
+        config, before = (json.loads((f / "config.json").read_text()) for f in (folder, like))
+        assert config == before | {"kv_cache_dtype": "int8_per_token_head"}
+        found, old = (load_file(f / "model.safetensors") for f in (folder, like))
+        assert found.keys() == old.keys() and all(torch.equal(found[n], old[n]) for n in old)
+    assert (
+        "`python -m quant.quantize --kv-cache-dtype int8_per_token_head`"
+        in (alone / "README.md").read_text()
+    )
+    # What has only that is ours to replace, too, and can be quantized further.
+    main([str(softpick), str(alone), KV8.replace("8", "4"), "--overwrite"])
+    main([str(alone), str(whole), *rtn, "--overwrite"])
+    assert json.loads((whole / "config.json").read_text())["kv_cache_dtype"].startswith("int4")
+
+
+def test_keys_and_values_that_cannot_be_served(tmp_path: Path, commands: Commands) -> None:
+    pruned = tiny_checkpoint(tmp_path / "a", {"name": "selective", "kv_budgets": [8, 4, 12]})
+    odd = tiny_checkpoint(tmp_path / "b", "softmax", head_dim=12)
+    for ckpt, says in ((pruned, "has kv_budgets, which do not go"), (odd, "a head size of 12")):
+        assert says in commands.refused(command, ckpt, tmp_path / "out", KV8.replace("8", "4"))
+        assert not (tmp_path / "out").exists()
+
+
 def test_several_files(softpick: Path, tmp_path: Path) -> None:
     """A checkpoint in shards is quantized as one in a single file."""
     source = tmp_path / "source"
@@ -427,6 +459,11 @@ REFUSALS = [
     (["--bits=4", "--bits-per-weight=4.5"], "give either --bits or --bits-per-weight"),
     (["--bits-per-weight=3", "--scheme=rtn"], "needs a calibrated scheme: two-level or gptq"),
     (["--bits-per-weight=3", "--scheme=gptq", "--symmetric"], "per-weight: leave out --symmetric"),
+    (
+        ["--bits=4", "--kv-cache-dtype=fp8"],
+        "--kv-cache-dtype fp8: use int8_per_token_head or int4_per_token_head",
+    ),
+    (["--bits=4", "--format=gguf", KV8], "--kv-cache-dtype is vLLM's: leave out --format gguf"),
     (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.12"),
     (["--bits=2", "--group=48"], "scheme two-level has groups of 16 or of a multiple of 32"),
     (

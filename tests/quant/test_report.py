@@ -15,6 +15,7 @@ from quant import store
 from quant.config import QuantConfig
 from quant.report import paper
 from quant.report.explain import explanations, in_short, spearman
+from quant.report.figures import by_setting
 from quant.report.frame import frame, setting, table
 from quant.report.section import section, write_section
 from quant.scorer import CHANGES, DIVERGENCES
@@ -153,6 +154,13 @@ def test_tables() -> None:
     assert setting(QuantConfig(kv=3)) == "simulated, one scale a token"
     assert setting(QuantConfig(kv=8, kv_format="fp8")) == "fp8"
     assert setting(QuantConfig(kv=4, activations=8)) == "4-bit cache"
+
+
+def test_one_line_of_a_figure_has_all_widths_of_a_cache() -> None:
+    """Which format it is follows from the bits, but for fp8."""
+    kinds = [(2, None), (4, "int4_per_token_head"), (8, "int8_per_token_head"), (8, "fp8")]
+    made = [result("softmax", QuantConfig(kv=b, kv_format=kind), [0.1] * 3) for b, kind in kinds]
+    assert [[r.config.bits for r in own] for own in by_setting(made).values()] == [[2, 4, 8], [8]]
 
 
 def test_library_rows_of_the_paper() -> None:

@@ -3,6 +3,7 @@
 test_compare_vllm.py has it in front of real servers.
 """
 
+import asyncio
 import json
 import math
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from serving.auth import digest, new_key
 from serving.compare.kl import Position, drift, positions
-from serving.compare.scoring import token_ids
+from serving.compare.scoring import token_ids, tokenized
 from serving.upstream.vllm_metrics import kv_cache_sizes
 from tests.servers import free_port
 from tests.serving.helpers import HttpAnswer, Running, ask, error_of, leave, open_request, running
@@ -272,6 +273,31 @@ def test_what_tokenize_may_say() -> None:
     for value in (None, "12", {"1": 2}, [1.0], [True], [-1], [2**31], ["1"], [math.inf]):
         with pytest.raises(ValueError):
             token_ids(value)
+
+
+def test_large_answers_are_read_in_another_process(
+    pair: tuple[Running, StandIn, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, *_ = pair
+    small = compare(gateway).json()
+    assert gateway.state.bodies._pool is None
+    monkeypatch.setattr("serving.large_bodies.LARGE_BODY", 0)
+    large = compare(gateway).json()
+    assert gateway.state.bodies._pool is not None
+    for answer in (small, large):
+        assert len(answer["reference"]["tokens"]) == 3
+    assert large["prompt_token_ids"] == small["prompt_token_ids"]
+    assert large["reference"]["tokens"] == small["reference"]["tokens"]
+    assert large["models"][0]["tokens"] == small["models"][0]["tokens"]
+
+    async def read_nonsense() -> None:
+        with pytest.raises(ValueError):
+            await gateway.state.bodies.read(positions, b"{}", [1], 0)
+        with pytest.raises(ValueError):
+            await gateway.state.bodies.read(tokenized, b"{}")
+
+    loop = gateway.server.servers[0].get_loop()
+    asyncio.run_coroutine_threadsafe(read_nonsense(), loop).result(60)
 
 
 def test_one_replica_stands_in_for_another() -> None:

@@ -294,8 +294,9 @@ def test_early_answer_reaches_a_client_that_sends_first(upstream: StandIn) -> No
         (True, {"send": 1}, "not_reading"),
         (False, {"send": 1}, "not_reading"),
         (True, {"total": 2}, "total"),
+        (False, {"total": 2}, "total"),
     ],
-    ids=["stream", "whole", "total"],
+    ids=["stream", "whole", "stream's total", "whole's total"],
 )
 def test_client_that_does_not_read(
     upstream: StandIn, stream: bool, timeouts: dict[str, float], reason: str

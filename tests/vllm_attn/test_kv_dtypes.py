@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 from attn_kernels import get_variant, variant_names
 from attn_kernels.kv_quant import KV_FORMATS, KVFormat
+from tests.quantized import quantize
 from tests.reference_model import ReferenceModel
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint
@@ -47,7 +48,7 @@ def logprobs(ckpt: Path, tokens: list[int], kv_format: KVFormat | None) -> Tenso
 @pytest.mark.parametrize(
     ("name", "dtype", "bytes_of_a_slot", "window"),
     [
-        # Of a head of 32 float32 keys and values: codes and parameters, and an accumulator.
+        # Of a head of 32 float32 keys and values: what is quantized, parameters, an accumulator.
         ("softpick", "int8_per_token_head", 2 * (32 + 4), None),
         ("selective", "int4_per_token_head", 2 * (16 + 4) + 4, None),
         *(
@@ -73,7 +74,7 @@ def test_served(
     expected = logprobs(ckpt, tokens, KV_FORMATS[dtype])
     error, effect = (served - expected).abs(), (exact - expected).abs()
     assert expected.std() > 0.1, "the log-probabilities hardly vary: the comparison means nothing"
-    # A float32 key may be rounded to another code than a float64 one.
+    # A float32 key may be rounded to another value than a float64 one.
     assert error.max() < 0.1 * effect.max()
     assert error.mean() < 0.01 * effect.mean()
     model = ReferenceModel(ckpt, kv_format=KV_FORMATS[dtype])
@@ -109,8 +110,9 @@ def test_pages_are_smaller(name: str, dtype: str, size: int, times: float) -> No
 
 
 def test_the_checkpoint_names_it(tmp_path: Path) -> None:
-    """A flag comes first, and what is no dtype is refused."""
-    ckpt = tiny_checkpoint(tmp_path / "a", "softpick", kv_cache_dtype="int4_per_token_head")
+    """As `quant.quantize` writes it. A flag comes first, and what is no dtype is refused."""
+    plain, ckpt = tiny_checkpoint(tmp_path / "plain", "softpick"), tmp_path / "a"
+    quantize([str(plain), str(ckpt), "--kv-cache-dtype=int4_per_token_head"])
     assert make_config(ckpt).cache_config.cache_dtype == "int4_per_token_head"
     other = make_config(ckpt, kv_cache_dtype="bfloat16")
     assert other.cache_config.cache_dtype == "bfloat16"

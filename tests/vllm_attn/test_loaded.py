@@ -363,7 +363,10 @@ def test_every_layer_is_the_variants(
         ({"chunk_lookback": 1}, "Chunked attention with lookback requires the Triton backend"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "`dual_chunk_attention_config`"),
         ({"new_feature": 0.5}, "softpick attention does not support `new_feature`, which the mod"),
-        ({"sinks": torch.zeros(4)}, "sink"),
+        (
+            {"sinks": torch.zeros(4)},
+            "learned sinks, which softpick attention has not: pass --attention-backend sinks",
+        ),
     ],
 )
 def test_arguments_that_models_pass(

@@ -7,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    Gemma3nForCausalLM,
-    Gemma3nTextConfig,
-    GraniteConfig,
-    GraniteForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel
 
 from benchmarks.smollm2 import write_smollm2
 from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
+from tests.tiny_models import COMMON, tiny_model
 from tests.vllm_attn.client import Client
 
 NUM_TOKENS = 24
@@ -89,18 +83,6 @@ def test_any_variant_on_a_plain_llama(plain_llama: Path) -> None:
         assert "was trained with softmax attention; serving it with lssa is an" in server.log()
 
 
-COMMON = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
 def save(model: PreTrainedModel, folder: Path) -> None:
     tokenizer = tiny_tokenizer(512)
     model.save_pretrained(folder)
@@ -118,19 +100,29 @@ def transformers_greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def test_granite(tmp_path: Path) -> None:
-    """It passes `sinks=None` through vLLM's layer."""
-    torch.manual_seed(0)
-    config = GraniteConfig(vocab_size=512, num_hidden_layers=3, **COMMON)
-    model = GraniteForCausalLM(config)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "granite",
+        "gemma2",
+        "bloom",
+        "gpt_oss",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mpt", "falcon")),
+    ],
+)
+def test_same_tokens_as_transformers(tmp_path: Path, kind: str) -> None:
+    """Models that ask for more than plain softmax: soft caps, ALiBi, sinks."""
+    model = tiny_model(kind)
     save(model, tmp_path)
     prompt = list(range(40, 120))
     expected = transformers_greedy(model, prompt)
     assert len(set(expected)) > 3
-    args = ("--dtype=float32", "--max-model-len=256", "--attention-backend=softmax")
+    backend = "sinks" if kind == "gpt_oss" else "softmax"
+    args = ("--dtype=float32", "--max-model-len=256", f"--attention-backend={backend}")
     with vllm_server(tmp_path, *args) as server:
         assert Client(server).greedy(prompt, NUM_TOKENS) == expected
-        assert "Using SOFTMAX backend" in server.log()
+        assert f"Using {backend.upper()} backend" in server.log()
+        assert "is an experiment" not in server.log()
 
 
 @pytest.mark.slow

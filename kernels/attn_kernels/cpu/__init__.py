@@ -1,4 +1,5 @@
-"""Paged attention for CPUs: one C++ template, each variant a small struct in `variants/<name>.hpp`.
+"""Paged attention for CPUs: one C++ template, each variant a small struct in the
+`kernel.hpp` of its folder.
 
 `load(variant)` builds (once) and loads a variant's kernels. The torch operations of
 `attn_kernels.paged` are the fallback where that is impossible, correct and slow.
@@ -12,7 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from attn_kernels.cpu.build import HERE, BuildError, best, build_library, chosen_isas, usable_isas
+from attn_kernels.cpu.build import (
+    BuildError,
+    best,
+    build_library,
+    chosen_isas,
+    header_of,
+    usable_isas,
+)
 from attn_kernels.cpu.kernel import CPUKernel, CPULayer, PrunedCPULayer
 from attn_kernels.kv_quant import KVFormat
 from attn_kernels.paged import Layer, TorchLayer, head_size_of
@@ -45,13 +53,15 @@ def load(variant: Variant, isa: str | None = None, *, quantized: bool = False) -
 def _load(variant: Variant, isas: tuple[str, ...], quantized: bool) -> CPUKernel | None:
     """Return the kernels for the first of `isas` that the compiler knows."""
 
+    header = header_of(variant)
+
     def kernel_for(isa: str) -> CPUKernel:
+        assert header is not None
         library = build_library(header, type(variant).__name__, isa, quantized)
         return CPUKernel(variant, library, isa, quantized)
 
-    header = variant.cpu_header or HERE / "variants" / f"{variant.name}.hpp"
-    if not header.exists():
-        _warn(variant.name, f"it has no C++ kernel ({header})")
+    if header is None:
+        _warn(variant.name, f"it has no C++ kernel ({variant.folder() / 'kernel.hpp'})")
         return None
     kernel, why = best(f"{variant.name} attention", isas, kernel_for)
     if kernel is None:

@@ -52,6 +52,7 @@ class Attention : public Spans<T> {
     BFloat16* last_values;                // amx: the last values of a context, zeros behind them
     Float32 *wide_keys, *wide_values;
     Row* row;
+    Query* query;  // of each row
   };
 
   // Tiles need bfloat16 on both sides, whole tiles of dims, and those of tokens within a block.
@@ -78,21 +79,26 @@ class Attention : public Spans<T> {
         Array{t.scores, scores_size(t.rows, t.key_begin, t.key_end) + MAX_BLOCK * SCORES},
         Array{t.wide_keys, span}, Array{t.wide_values, span}, Array{t.per_norm, SPAN},
         Array{t.penalty, V::stateful ? t.num_queries * keys : 0},
-        Array{t.state, V::stateful ? SPAN : 0}, Array{t.row, rows}, Array{t.factor, rows},
-        Array{t.narrow_q, t.amx ? matrix : 0},
+        Array{t.state, V::stateful ? SPAN : 0}, Array{t.row, rows}, Array{t.query, rows},
+        Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
         Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
         Array{t.last_values, t.amx ? 2 * TILE_DEPTH * PANEL : 0});
     return t;
   }
 
-  // One head's query at a position, widened and rotated like the keys; returns what it is to be
-  // multiplied with.
-  float prepare(int request, int position, int head, float* q) const {
+  // One head's query at a position, widened and rotated like the keys.
+  Query prepare(int request, int position, int head, float* q) const {
     load_row(call.query_format, call.query, query_offset(request, position, head), head_size, q);
     const float n = position + 1 - first_visible(position);
-    const float factor = variant.query_factor(head, n, norm(q, head_size));
+    const Query query{head, position, n, norm(q, head_size)};
     rotate<T>(q, head_size);
-    return ROTATED ? factor / hadamard_block(head_size) : factor;
+    return query;
+  }
+
+  // What it is to be multiplied with.
+  float factor(const Query& query) const {
+    const float f = variant.query_factor(query);
+    return ROTATED ? f / hadamard_block(head_size) : f;
   }
 
   void start(Tile& t) const {
@@ -101,7 +107,8 @@ class Attention : public Spans<T> {
       const int position = t.first_position + r / group_size;
       const int head = t.kv_head * group_size + r % group_size;
       float* q = t.q + (ptrdiff_t)r * WIDE;
-      t.factor[r] = prepare(t.request, position, head, q);
+      t.query[r] = prepare(t.request, position, head, q);
+      t.factor[r] = factor(t.query[r]);
       if (t.amx)  // as it is: its scores are scaled instead
         std::copy_n((const BFloat16*)call.query + query_offset(t.request, position, head),
                     head_size, t.narrow_q + (ptrdiff_t)r * WIDE);
@@ -213,6 +220,28 @@ class Attention : public Spans<T> {
     }
   }
 
+  // The model's own changes of the scores: a soft cap, and ALiBi.
+  void modify(const Tile& t, int begin, int first, int count, const Columns& c, float* s) const {
+    if (call.soft_cap > 0.f) {
+      const float cap = call.soft_cap * LOG2E;
+      for (int r = 0; r < count; r++)
+        for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
+          store(s + r * SCORES + j, cap * tanh(load(s + r * SCORES + j) * (1 / cap)));
+    }
+    if (!call.alibi_slopes) return;
+    for (int r = 0; r < count; r++) {
+      const Query query = t.query[first + r];
+      const float slope = call.alibi_slopes[query.head] * LOG2E;
+      for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
+        store(s + r * SCORES + j, load(s + r * SCORES + j) - slope * distances(query, begin + j));
+    }
+  }
+
+  // How far before a query the keys from `key` on are.
+  static Vec distances(const Query& query, int key) {
+    return (float)(query.position - key) - counting_from(0.f);
+  }
+
   template <class U>
   void score_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
                    float* s) const {
@@ -228,6 +257,17 @@ class Attention : public Spans<T> {
       for (int r = 0; r < count; r++)
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
           store(s + r * SCORES + j, load(s + r * SCORES + j) * load(t.per_norm + j));
+    if constexpr (!V::unit_keys && !V::stateful) modify(t, span.begin, first, count, c, s);
+    if constexpr (V::biased) {
+      static_assert(!V::stateful, "accumulators are of scores without a bias");
+      for (int r = 0; r < count; r++) {
+        const Query query = t.query[first + r];
+        for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
+          store(s + r * SCORES + j,
+                load(s + r * SCORES + j) +
+                    variant.score_bias(query, distances(query, span.begin + j)));
+      }
+    }
     if constexpr (V::stateful) {
       if (t.kv_head == 0) select(t, span.begin, first, count, c, s);
       for (int r = 0; r < count; r++) {
@@ -245,7 +285,7 @@ class Attention : public Spans<T> {
     float rescale[MAX_BLOCK] = {};
     for (int r = 0; r < count; r++)
       rescale[r] = variant.update(t.row[first + r], s + r * SCORES + c.panel_from,
-                                  c.panel_to - c.panel_from);
+                                  c.panel_to - c.panel_from, t.query[first + r]);
     float* o = t.o + (ptrdiff_t)first * WIDE;
     if constexpr (std::is_same_v<U, BFloat16>) {
       if (t.amx) return add_values_tiles(t, span, count, c, s, o, rescale);
@@ -271,7 +311,7 @@ class Attention : public Spans<T> {
         if (pass & STATISTICS)
           for (int r = 0; r < count; r++)
             variant.update_statistics(t.row[first + r], s + r * SCORES + c.panel_from,
-                                      c.panel_to - c.panel_from);
+                                      c.panel_to - c.panel_from, t.query[first + r]);
       }
       if (pass & OUTPUT) output_block(t, span, first, count, c, s);
     }
@@ -293,10 +333,7 @@ class Attention : public Spans<T> {
 
   void finish_statistics(Tile& t) const {
     if constexpr (V::two_pass)
-      for (int r = 0; r < t.rows; r++) {
-        const int position = t.first_position + r / group_size;
-        variant.finish_statistics(t.row[r], position + 1 - first_visible(position));
-      }
+      for (int r = 0; r < t.rows; r++) variant.finish_statistics(t.row[r], t.query[r]);
   }
 
   // ---- stateful variants: accumulators are float32, one a token, in the cache behind KV head 0's
@@ -336,7 +373,7 @@ class Attention : public Spans<T> {
       const int position = first_position(request) + first + i;
       const int to = std::min(span.end, position + rows) - span.begin;
       for (int r = 0; r < rows; r++)
-        scale(q + r * WIDE, head_size, prepare(request, position + r, 0, q + r * WIDE));
+        scale(q + r * WIDE, head_size, factor(prepare(request, position + r, 0, q + r * WIDE)));
       if (to > 0) score(span, rows, q, s, 0, round_up(to, PANEL));
       for (int r = 0; r < rows; r++) {
         before(first + i + r, state);
@@ -429,6 +466,6 @@ class Attention : public Spans<T> {
 
   void epilogue(const Tile& t) const {
     for (int r = 0; r < t.rows; r++)
-      write_out(t, r, t.o + (ptrdiff_t)r * WIDE, variant.epilogue(t.row[r]));
+      write_out(t, r, t.o + (ptrdiff_t)r * WIDE, variant.epilogue(t.row[r], t.query[r]));
   }
 };

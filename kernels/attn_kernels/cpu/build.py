@@ -1,7 +1,7 @@
 """Compiles C++ kernels on first use and keeps them in a cache.
 
-Attention has one library a variant and instruction set, from `kernel.cpp` and
-`variants/<name>.hpp`. The flags name the instruction set instead of saying "native", so that a
+Attention has one library a variant and instruction set, from `kernel.cpp` and the `kernel.hpp` in
+the variant's folder. The flags name the instruction set instead of saying "native", so that a
 library runs wherever its instructions do, and only instruction sets of the running processor are
 ever chosen. Its file name holds a hash of the sources and the flags, and one of the compiler; the
 file ends with a hash of itself. A library runs with all rights of its user, so that one is loaded
@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -26,7 +27,10 @@ from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TypeVar
 
+from attn_kernels.variant import Variant
+
 HERE = Path(__file__).parent
+VARIANTS = HERE.parent / "variants"
 
 T = TypeVar("T")
 
@@ -126,6 +130,27 @@ def find_compiler() -> tuple[list[str], str]:
     raise BuildError(f"{what}: install g++, or set CXX")
 
 
+def header_of(variant: Variant) -> Path | None:
+    """Return the C++ header of a variant; None: it has no C++ kernel."""
+    header = variant.folder() / "kernel.hpp"
+    return header if header.exists() else None
+
+
+def included(header: Path) -> set[Path]:
+    """Return a header and all that it includes by `#include "..."`, and so on."""
+    found: set[Path] = set()
+    todo = [header]
+    while todo:
+        path = todo.pop().resolve()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s*"(.+?)"', path.read_text(), re.MULTILINE):
+            places = (folder / name for folder in (path.parent, HERE, VARIANTS))
+            todo += [place for place in places if place.is_file()][:1]
+    return found
+
+
 @functools.cache
 def build_library(header: Path, struct: str, isa: str, quantized: bool = False) -> Path:
     """Return the shared library of the variant whose C++ struct is `struct` in `header`, for plain
@@ -137,10 +162,10 @@ def build_library(header: Path, struct: str, isa: str, quantized: bool = False) 
     return compile_library(
         HERE / ("quantized.cpp" if quantized else "kernel.cpp"),
         isa,
-        name=header.stem + "-quantized" * quantized,
+        name=header.parent.name + "-quantized" * quantized,
         define=f"VARIANT={struct}",
-        reads={*HERE.glob("*.[hc]pp"), *(HERE / "variants").glob("*.hpp"), header},
-        options=(f"-I{HERE}", "-include", str(header)),
+        reads={*HERE.glob("*.[hc]pp"), *included(header)},
+        options=(f"-I{HERE}", f"-I{VARIANTS}", "-include", str(header)),
     )
 
 
@@ -167,8 +192,8 @@ def compile_library(
     features = [feature.replace("amx_", "amx-").replace("2_", "2") for feature in ISAS[isa]]
     flags = [*FLAGS, *(f"-m{feature}" for feature in features), f"-D{define}"]
     key = hashlib.sha256("\0".join([platform.machine(), *flags]).encode())
-    for read in sorted(reads):
-        key.update(read.name.encode() + b"\0" + read.read_bytes())
+    for place, read in sorted((f"{read.parent.name}/{read.name}", read) for read in reads):
+        key.update(place.encode() + b"\0" + read.read_bytes())
     folder = cache_folder()
     stem = f"{name}-{isa}-{key.hexdigest()[:16]}"
     try:

@@ -4,7 +4,7 @@
 //   values        [head_size / 16][block_size][16]: panels of sixteen dims
 //
 // In bfloat16 two rows of a panel are woven: [head_size / 2][16][2] and [block_size / 2][16][2]. So
-// they are in codes of 4 bits, with the halves of a byte for the last 2.
+// they are in 4 bits, with the halves of a byte for the last 2.
 //
 //   key, value parameters  [2][block_size] 32-bit words, of quantized formats
 //   accumulators  [block_size] float32, of stateful variants; KV head 0's are used
@@ -55,17 +55,18 @@ struct Cache : CacheShape {
     const int64_t index = slot / block_size;
     const int offset = slot % block_size;
     T *k = keys(index, kv_head, offset / PANEL * PANEL), *v = values(index, kv_head, 0);
-    const auto key_at = [&](int d) { return in_panel(d, offset % PANEL); };
-    const auto value_panel_of = [&](int d) { return v + d / PANEL * value_panel(); };
-    const auto value_at = [&](int d) { return in_panel(offset, d % PANEL); };
     if constexpr (QUANTIZED<T>) {
+      int8_t quantized[MAX_HEAD_SIZE];
       uint32_t* words = parameters(index, kv_head) + offset;
-      words[0] = quantize<T>(key, head_size, [&](int d, int code) { put(k, key_at(d), code); });
-      words[block_size] = quantize<T>(
-          value, head_size, [&](int d, int code) { put(value_panel_of(d), value_at(d), code); });
+      words[0] = quantize<T>(key, head_size, quantized);
+      put_column(k, offset % PANEL, quantized, head_size);
+      words[block_size] = quantize<T>(value, head_size, quantized);
+      for (int d = 0; d < head_size; d += PANEL, v += value_panel())
+        put_row(v, offset, quantized + d);
     } else {
-      for (int d = 0; d < head_size; d++) k[key_at(d)] = key[d];
-      for (int d = 0; d < head_size; d++) value_panel_of(d)[value_at(d)] = value[d];
+      for (int d = 0; d < head_size; d++) k[in_panel(d, offset % PANEL)] = key[d];
+      for (int d = 0; d < head_size; d++)
+        v[d / PANEL * value_panel() + in_panel(offset, d % PANEL)] = value[d];
     }
   }
 };

@@ -25,7 +25,8 @@ struct AttendCall {
   const Batch* batch;
   const float* values;  // see Parameters
   const float* const* learned;
-  float scale;
+  const float* alibi_slopes;  // [num_heads], or null
+  float scale, soft_cap;      // soft_cap: 0 is none
   int32_t num_heads, window;  // window: 0 is none
   int32_t query_format, out_format, cache_format;
 };

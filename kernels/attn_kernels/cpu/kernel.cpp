@@ -1,4 +1,4 @@
-// The entry points of one variant's library: compiled with -include variants/NAME.hpp and
+// The entry points of one variant's library: compiled with -include variants/NAME/kernel.hpp and
 // -DVARIANT=Struct. Plain C arguments; no exception leaves. Quantized caches are in a library of
 // their own (quantized.cpp): either compiles in half the time.
 #include <omp.h>
@@ -261,7 +261,7 @@ class Plan {
         const Factors f = attention.variant.merge(row, part_rows[other]);
         for (int j = 0; j < d; j++) o[j] = o[j] * f.mine + part_outputs[other * d + j] * f.theirs;
       }
-      attention.write_out(tile, r, o, attention.variant.epilogue(row));
+      attention.write_out(tile, r, o, attention.variant.epilogue(row, tile.query[r]));
     }
   }
 };

@@ -53,7 +53,8 @@ class AttendCall(ctypes.Structure):
         *fields(c_void_p, "batch"),
         *fields(POINTER(c_float), "values"),
         *fields(POINTER(c_void_p), "learned"),
-        *fields(c_float, "scale"),
+        *fields(c_void_p, "alibi_slopes"),
+        *fields(c_float, "scale soft_cap"),
         *fields(c_int32, "num_heads window query_format out_format cache_format"),
     )
 
@@ -160,14 +161,19 @@ class CPULayer(Layer):
             cache=shape,
             values=kernel.values,
             scale=self.scale,
+            soft_cap=self.soft_cap or 0.0,
             num_heads=self.num_heads,
             window=min(self.window or 0, LONGEST),
             cache_format=cache_format,
         )
         # The call points into these.
         tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
-        self._tensors = tensors, (c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
-        self._call.learned = self._tensors[1]
+        pointers = (c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
+        self._call.learned = pointers
+        if self.alibi_slopes is not None:
+            tensors.append(self.alibi_slopes.float().contiguous())
+            self._call.alibi_slopes = tensors[-1].data_ptr()
+        self._tensors = tensors, pointers
         self._library = kernel.library
 
     def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:

@@ -27,7 +27,7 @@ struct PrunedCall {
 
 template <class V, class T>
 class Pruned {
-  static_assert(V::stateful && !V::two_pass && !V::unit_keys,
+  static_assert(V::stateful && !V::two_pass && !V::unit_keys && !V::biased,
                 "a one-pass variant with accumulators");
   static constexpr float FRACTION = 0x1p16f;  // of an accumulator
 
@@ -40,6 +40,12 @@ class Pruned {
     int request, first_token, num_tokens, num_before;
     int32_t* slots;    // [num_tokens]: where each token goes
     float* penalties;  // [num_tokens, padded]
+  };
+
+  // Of the query heads of a KV head: each query, its scores, and what is known of it.
+  struct Group {
+    float *q, *s;
+    Query* query;
   };
 
  public:
@@ -78,19 +84,20 @@ class Pruned {
 #pragma omp parallel num_threads(batch.threads) if (num * call.num_kv_heads > 1)
     {
       static thread_local Arena arena;
-      float *q = nullptr, *s = nullptr;
+      Group group{};
       try {
         const size_t rows = group_size;
-        arena.allocate(Array{q, rows * head_size}, Array{s, rows * padded});
+        arena.allocate(Array{group.q, rows * head_size}, Array{group.s, rows * padded},
+                       Array{group.query, rows});
       } catch (...) {
         failed = true;
       }
 #pragma omp barrier
       if (!failed) {
 #pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < num; i++) select(all[i], q, s);
+        for (int i = 0; i < num; i++) select(all[i], group);
 #pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < num * others; i++) follow(all[i / others], 1 + i % others, q, s);
+        for (int i = 0; i < num * others; i++) follow(all[i / others], 1 + i % others, group);
       }
     }
     if (failed) throw std::bad_alloc();
@@ -107,7 +114,7 @@ class Pruned {
   T* values(const Scan& scan, int kv_head) const { return keys(scan, call.num_kv_heads + kv_head); }
 
   // KV head 0: evicts, inserts, attends and accumulates.
-  void select(const Scan& scan, float* q, float* s) const {
+  void select(const Scan& scan, const Group& group) const {
     int32_t* accumulators = (int32_t*)keys(scan, 2 * call.num_kv_heads);
     int32_t* positions = accumulators + budget;
     for (int i = 0; i < scan.num_tokens; i++) {
@@ -118,15 +125,15 @@ class Pruned {
       positions[slot] = position;
       float* penalties = scan.penalties + (ptrdiff_t)i * padded;
       for (int j = 0; j < stored; j++) penalties[j] = accumulators[j] * (1 / FRACTION);
-      attend(scan, 0, i, q, s, [&](const float* scores) {
+      attend(scan, 0, i, group, [&](const float* scores) {
         accumulate(scores, stored, slot, accumulators, positions);
       });
     }
   }
 
   // Another KV head, in the slots that head 0 chose.
-  void follow(const Scan& scan, int kv_head, float* q, float* s) const {
-    for (int i = 0; i < scan.num_tokens; i++) attend(scan, kv_head, i, q, s, [](const float*) {});
+  void follow(const Scan& scan, int kv_head, const Group& group) const {
+    for (int i = 0; i < scan.num_tokens; i++) attend(scan, kv_head, i, group, [](const float*) {});
   }
 
   // The largest accumulator's slot, the oldest of equal ones, never the first token's.
@@ -159,8 +166,9 @@ class Pruned {
   // One token: into its slot, then against all that is there. before(scores of the group's first
   // head) sees them without penalties.
   template <class F>
-  void attend(const Scan& scan, int kv_head, int i, float* q, float* s, F&& before) const {
-    const int token = scan.first_token + i, stored = std::min(scan.num_before + i + 1, budget);
+  void attend(const Scan& scan, int kv_head, int i, const Group& group, F&& before) const {
+    const int position = scan.num_before + i, stored = std::min(position + 1, budget);
+    const int token = scan.first_token + i;
     T *k = keys(scan, kv_head), *v = values(scan, kv_head);
     const ptrdiff_t place = (ptrdiff_t)scan.slots[i] * head_size,
                     head = (ptrdiff_t)kv_head * head_size;
@@ -168,28 +176,32 @@ class Pruned {
     std::copy_n((const T*)call.value + token * call.value_stride + head, head_size, v + place);
     const int end = round_up(stored, PANEL);
     for (int r = 0; r < group_size; r++)
-      prepare(token, kv_head * group_size + r, stored, q + r * head_size);
+      group.query[r] =
+          prepare(token, kv_head * group_size + r, position, stored, group.q + r * head_size);
     for (int j = 0; j < stored; j++)
       for (int r = 0; r < group_size; r++)
-        s[r * padded + j] = dot(q + r * head_size, k + (ptrdiff_t)j * head_size);
-    before(s);
+        group.s[r * padded + j] = dot(group.q + r * head_size, k + (ptrdiff_t)j * head_size);
+    before(group.s);
     const float* penalties = scan.penalties + (ptrdiff_t)i * padded;
     for (int r = 0; r < group_size; r++) {
-      float* scores = s + r * padded;
+      float* scores = group.s + r * padded;
       for (int j = 0; j < stored; j += WIDTH)
         store(scores + j, V::penalise(load(scores + j), load(penalties + j)));
       std::fill(scores + stored, scores + end, V::masked);
       typename V::Row row;
-      variant.update(row, scores, end);
-      add_values(scores, v, stored, variant.epilogue(row), token, kv_head * group_size + r);
+      variant.update(row, scores, end, group.query[r]);
+      add_values(scores, v, stored, variant.epilogue(row, group.query[r]), token,
+                 kv_head * group_size + r);
     }
   }
 
-  void prepare(int token, int head, int stored, float* q) const {
+  Query prepare(int token, int head, int position, int stored, float* q) const {
     const int64_t offset = token * call.query_stride + (int64_t)head * head_size;
     load_row(call.query_format, call.query, offset, head_size, q);
-    const float factor = variant.query_factor(head, stored, norm(q, head_size));
+    const Query query{head, position, (float)stored, norm(q, head_size)};
+    const float factor = variant.query_factor(query);
     for (int d = 0; d < head_size; d += WIDTH) store(q + d, load(q + d) * factor);
+    return query;
   }
 
   // Always summed up in the same order, whatever else is in the call: evictions depend on it.

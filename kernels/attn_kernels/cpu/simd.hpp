@@ -45,13 +45,13 @@ struct Float16 {
   uint16_t bits;
   static constexpr int PAIR = 1;
 };
-// Codes, whose parameters are those of their token (quantized.hpp).
+// Quantized values, whose parameters are those of their token (quantized.hpp).
 struct Int8 {
-  int8_t code;
+  int8_t value;
   static constexpr int PAIR = 1;
 };
 struct Int4 {
-  int8_t codes;  // of row k in the low half, of row k + 1 in the high one
+  int8_t values;  // of row k in the low half, of row k + 1 in the high one
   static constexpr int PAIR = 2;
 };
 template <class T>
@@ -164,6 +164,39 @@ inline void load_rows(const Int4* p, Vec rows[2]) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store_bytes(void* p, IntVec v) {  // the low byte of each lane
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  const ByteVec bytes = __builtin_convertvector(v, ByteVec);
+  std::memcpy(p, &bytes, sizeof bytes);
+#endif
+}
+
+// Of each lane the one whose number differs in the bit STEP.
+template <int STEP>
+inline Vec exchange(Vec v) {
+  IntVec from;
+  for (int lane = 0; lane < WIDTH; lane++) from[lane] = lane ^ STEP;
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps((__m512i)from, v);
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(v, (__m256i)from);
+#else
+  Vec out;
+  for (int lane = 0; lane < WIDTH; lane++) out[lane] = v[from[lane]];
+  return out;
+#endif
+}
+
+// first, first + 1, ...
+inline Vec counting_from(float first) {
+  float lanes[WIDTH];
+  for (int i = 0; i < WIDTH; i++) lanes[i] = i;
+  Vec v;
+  std::memcpy(&v, lanes, sizeof v);
+  return v + first;
+}
 
 inline float horizontal_max(Vec v) {
 #if defined(__AVX512F__)
@@ -274,6 +307,15 @@ inline Vec exp2(Vec y, float exponent = 0.f) {
   y = max(broadcast(exponent - 127.f), y);
   const Whole whole(y, exponent);
   return exp2m1_fraction(y - whole.n) * whole.power + whole.power;
+}
+
+// m / (m + 2) with m = e^2|x| - 1, which keeps small x exact.
+inline Vec tanh(Vec x) {
+  const Vec y = -max(broadcast(-40.f), absolute(x) * (-2 * LOG2E));
+  const Whole whole(y, 0.f);
+  const Vec m = exp2m1_fraction(y - whole.n) * whole.power + (whole.power - 1.f);
+  const Vec t = m / (m + 2.f);
+  return x < 0.f ? -t : t;
 }
 
 // log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity.

@@ -110,7 +110,7 @@ class Spans {
   }
 
   // Rows [0, count) of a panel, pairs of rows as far as there are, as float32. `decode(row, j)`
-  // says what codes stand for in the columns [j, j + WIDTH).
+  // says what quantized values stand for in the columns [j, j + WIDTH).
   template <class D>
   static void widen_panel(const T* from, int count, Float32* to, D&& decode) {
     constexpr int PAIR = T::PAIR;
@@ -212,8 +212,8 @@ class Spans {
     }
   }
 
-  // Products of a query with the codes of a segment's columns [from, to), of whole panels, become
-  // those with its keys: q.k = scale * q.codes + offset * sum(q).
+  // Products of a query with what is quantized in a segment's columns [from, to), of whole panels,
+  // become those with its keys: q.k = scale * q.quantized + offset * sum(q).
   template <class U>
   void decode_scores(const Segment<U>& g, const float* q, float* s, int from, int to) const {
     Vec sums = {};
@@ -226,8 +226,8 @@ class Spans {
     }
   }
 
-  // Weights of a segment's columns [from, to) become those of its values' codes; returns what they
-  // add to every dim of the output: weights.v = (weights * scale).codes + weights.offset.
+  // Weights of a segment's columns [from, to) become those of its quantized values; returns what
+  // they add to every dim of the output: weights.v = (weights * scale).quantized + weights.offset.
   template <class U>
   float encode_weights(const Segment<U>& g, float* weights, int from, int to) const {
     const uint32_t* words = g.value_parameters - g.column;

@@ -1,8 +1,9 @@
-// What a variant's struct is. One file a variant in variants/, named as in config.json; the struct
-// is named as its Python class.
+// What a variant's struct is: that in the kernel.hpp of its folder in ../variants/. The struct
+// has the name of its Python class.
 //
 //   scores, s      a row of q.k, times query_factor; `masked` where the query does not see the key
-//   query_factor   (head, n, |q|): what a query is multiplied with; n is how many keys it sees
+//   query          what is known of the row's query; given to all that looks at one row
+//   query_factor   what a query is multiplied with
 //   Row            what a query row carries along its keys, and how it starts
 //   update         turns `count` scores (a multiple of 16, in place) into weights, exactly 0 where
 //                  masked; returns the factor for what was summed up so far
@@ -10,6 +11,9 @@
 //   epilogue       the factor of the output after the last key; unless defined, 1 / row.sum
 //
 // unit_keys        the scores are also divided by |k|
+// biased           `score_bias(query, distance)` is added to the scores: a vector for a vector of
+//                  distances, 0 for the query's own key (negative ones are masked afterwards); not
+//                  of stateful variants
 // two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
 //                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends
 //                  the pass
@@ -25,6 +29,13 @@ struct Parameters {
   const float* const* learned;  // each [num_heads], in the order of Variant.learned
 };
 
+struct Query {
+  int head;      // of this rank: what learned tensors are indexed with
+  int position;  // in its sequence, from 0
+  float n;       // how many keys it sees
+  float norm;    // |q|
+};
+
 struct Factors {
   float mine, theirs;
 };
@@ -33,11 +44,12 @@ inline float reciprocal(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
 
 struct OnePass {
   static constexpr bool unit_keys = false;
+  static constexpr bool biased = false;
   static constexpr bool two_pass = false;
   static constexpr bool stateful = false;
 
   template <class Row>
-  float epilogue(const Row& row) const {
+  float epilogue(const Row& row, const Query&) const {
     return reciprocal(horizontal_sum(row.sum));
   }
 };

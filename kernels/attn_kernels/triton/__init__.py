@@ -1,6 +1,7 @@
 """Paged attention for GPUs: one family of Triton kernels, each variant a few functions in
-`variants/<name>.py`."""
+the `kernel.py` of its folder."""
 
-from attn_kernels.triton.layer import TritonLayer, TritonPrunedLayer, functions, takes_soft_cap
+from attn_kernels.triton.layer import TritonLayer, TritonPrunedLayer
+from attn_kernels.triton.variant import functions
 
-__all__ = ["TritonLayer", "TritonPrunedLayer", "functions", "takes_soft_cap"]
+__all__ = ["TritonLayer", "TritonPrunedLayer", "functions"]

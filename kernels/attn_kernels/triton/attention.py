@@ -6,7 +6,7 @@ the tile sees, `keys` at a time; a long context is cut into `splits` parts with 
 whose results `merge_kernel` adds up. The grid depends on the numbers of tokens and requests only,
 so that a CUDA graph can hold it.
 
-What is fixed when a kernel is compiled comes as named tuples: VARIANT (`Constants`), SHAPE
+What is fixed when a kernel is compiled comes as named tuples: VARIANT (`variant.Constants`), SHAPE
 (`Shape`) and TILE (`Tiling`). A variant's functions and parameters come one by one: Triton cannot
 write down a tuple of functions where a hook watches compilations, as vLLM's does, and Triton 3.6
 cannot pass on a tuple inside a tuple.
@@ -28,20 +28,13 @@ from attn_kernels.triton.cache import (
     unit,
 )
 from attn_kernels.triton.kv_quant import rotate
+from attn_kernels.triton.variant import Query
 
 WHOLE, STATISTICS, OUTPUT = (tl.constexpr(i) for i in range(3))
 """What a launch computes for a variant that needs statistics of all scores first: all of it, or,
 where a context is cut into parts, the statistics or the output. For all others: WHOLE."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Constants(NamedTuple):
-    """What is constant of a variant (`variants/__init__.py`), as compile-time arguments."""
-
-    unit_keys: bool
-    first_max: float
-    num_learned: int
 
 
 class Shape(NamedTuple):
@@ -58,10 +51,12 @@ class Shape(NamedTuple):
     """0: none."""
     soft_cap: float
     """0: none."""
+    alibi: bool
+    """With a slope a head."""
     quantized: bool
     """With a scale for all keys, and one for all values."""
     kv_bits: int
-    """Bits of codes with parameters of each token; 0: none."""
+    """Bits of keys and values that are quantized with parameters of each token; 0: none."""
 
 
 class Tiling(NamedTuple):
@@ -84,6 +79,8 @@ class Rows(NamedTuple):
     position: Any
     first_of_group: Any
     valid: Any
+    slope: Any
+    """ALiBi's, times log2(e)."""
 
 
 @triton.jit
@@ -132,14 +129,35 @@ def tanh(x):
 
 
 @triton.jit
+def known_of(
+    position, head, q, valid, first_learned, second_learned,
+    VARIANT: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Return what is known of rows of queries `q` `[R, dims]`; what nobody asks for is not
+    computed."""
+    n = position + 1
+    if SHAPE.window:
+        n = tl.minimum(n, SHAPE.window)
+    n = tl.maximum(n, 1).to(tl.float32)  # empty rows, too, need finite factors
+    norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
+    first, second = n * 0.0 + 1.0, n * 0.0 + 1.0
+    if VARIANT.num_learned > 0:
+        first = tl.load(first_learned + head, mask=valid, other=0.0)
+    if VARIANT.num_learned > 1:
+        second = tl.load(second_learned + head, mask=valid, other=0.0)
+    return Query(head, position, n, norm, first, second)
+
+
+@triton.jit
 def attend_keys(
-    rows, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator, mean, per_spread,
-    UPDATE: tl.constexpr, UPDATE_STATISTICS: tl.constexpr, SELECTION: tl.constexpr,
-    PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
-    STATISTICS_ONLY: tl.constexpr,
+    rows, known, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
+    mean, per_spread,
+    UPDATE: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE_STATISTICS: tl.constexpr,
+    SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
+    TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr,
 ):  # fmt: skip
     """Go along the keys [begin, end) of a tile: gather statistics of the scores, or turn them into
-    weights and add up the values. `scale` is that of q.k before a soft cap.
+    weights and add up the values. `scale` is the model's.
 
     Returns:
         `(running_max [rows], denominator [rows], output [rows, dims])`.
@@ -154,14 +172,19 @@ def attend_keys(
         k = load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE)
         words = find_parameters(blocks, block, kv_head, key, False, SHAPE)
         s = score_keys(rows.q, k, words, inside, zeros, SHAPE)
-        if SHAPE.soft_cap > 0.0:
-            s = SHAPE.soft_cap * tanh(s * (scale / SHAPE.soft_cap))
         s *= rows.factor[:, None]
         if VARIANT.unit_keys:
             s *= unit(k, words, inside, SHAPE)[None, :]
+        if SHAPE.soft_cap > 0.0:
+            s = SHAPE.soft_cap * LOG2E * tanh(s / (SHAPE.soft_cap * LOG2E))
+        distance = (rows.position[:, None] - key[None, :]).to(tl.float32)
+        if SHAPE.alibi:
+            s -= rows.slope[:, None] * distance
+        if SCORE_BIAS is not None:
+            s += SCORE_BIAS(known, distance, PARAMS)
         seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
         if STATISTICS_ONLY:
-            running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator)
+            running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator, known)
         else:
             if SELECTION is not None:
                 penalty = tl.load(snapshots + key, mask=inside, other=0.0)[None, :]
@@ -179,7 +202,7 @@ def attend_keys(
                     penalty = penalty + tl.cumsum(once, 0) - added
                 s -= penalty * LOG2E
             weights, rescale, running_max, denominator = UPDATE(
-                s, seen, running_max, denominator, mean, per_spread, PARAMS
+                s, seen, running_max, denominator, mean, per_spread, known, PARAMS
             )
             v = load_values(blocks, block, kv_head, key, inside, dtype, SHAPE)
             words = find_parameters(blocks, block, kv_head, key, True, SHAPE)
@@ -190,7 +213,7 @@ def attend_keys(
 @triton.jit
 def attend_kernel(
     out, query, cache, block_table, query_start_loc, seq_lens,
-    first_learned, second_learned,  # [num_heads] float32
+    first_learned, second_learned, alibi_slopes,  # [num_heads] float32
     snapshots,  # [tiles, keys] float32: accumulators ahead of each tile (select_kernel)
     statistics,  # [num_tokens, num_heads, splits, 2] float32, of the pass for statistics
     part_rows,  # the same: each part's running maximum and denominator
@@ -198,10 +221,10 @@ def attend_kernel(
     key_scale, value_scale,  # [1] float32, of a quantized cache
     scale, num_reqs,
     query_stride, out_stride, block_stride, head_stride, table_stride, snapshot_stride,
-    QUERY_FACTOR: tl.constexpr, UPDATE: tl.constexpr, EPILOGUE: tl.constexpr,
-    UPDATE_STATISTICS: tl.constexpr, FINISH_STATISTICS: tl.constexpr, SELECTION: tl.constexpr,
-    PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
-    PASS: tl.constexpr,
+    QUERY_FACTOR: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE: tl.constexpr,
+    EPILOGUE: tl.constexpr, UPDATE_STATISTICS: tl.constexpr, FINISH_STATISTICS: tl.constexpr,
+    SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
+    TILE: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """Attend with one tile's queries. Grid: (tiles, num_kv_heads, splits)."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -226,27 +249,20 @@ def attend_kernel(
     if SELECTION is not None and TILE.queries > 1:
         selecting = tl.load(q_start, mask=row_mask, other=0.0)
 
-    n = position + 1
-    if SHAPE.window:
-        n = tl.minimum(n, SHAPE.window)
-    n = tl.maximum(n, 1).to(tl.float32)  # empty rows, too, need finite factors
+    known = known_of(
+        position, head, q, valid, first_learned, second_learned, VARIANT, SHAPE
+    )  # fmt: skip
     zeros = tl.full([TILE.rows], 0.0, tl.float32)
-    norm = zeros
-    if VARIANT.unit_keys:
-        norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
-    one_learned, two_learned = zeros + 1.0, zeros + 1.0
-    if VARIANT.num_learned > 0:
-        one_learned = tl.load(first_learned + head, mask=valid, other=0.0)
-    if VARIANT.num_learned > 1:
-        two_learned = tl.load(second_learned + head, mask=valid, other=0.0)
     if SHAPE.quantized and not VARIANT.unit_keys:
         scale *= tl.load(key_scale)
-    rest = 1.0 if SHAPE.soft_cap > 0.0 else scale  # what a soft cap leaves to do
-    factor = QUERY_FACTOR(n, norm, one_learned, two_learned, rest, SHAPE.head_size, PARAMS)
+    factor = QUERY_FACTOR(known, scale, SHAPE.head_size, PARAMS)
     if SHAPE.kv_bits == 4:  # as the keys are
         q = rotate(q, TILE.rows, SHAPE.dims, SHAPE.head_size)
         selecting = rotate(selecting, TILE.rows, SHAPE.dims, SHAPE.head_size)
-    rows = Rows(q, selecting, factor, position, row % SHAPE.group == 0, valid)
+    slope = zeros
+    if SHAPE.alibi:
+        slope = LOG2E * tl.load(alibi_slopes + head, mask=valid, other=0.0)
+    rows = Rows(q, selecting, factor, position, row % SHAPE.group == 0, valid, slope)
 
     begin = 0
     if SHAPE.window:
@@ -273,20 +289,20 @@ def attend_kernel(
             sums = tl.load(pairs + 1, mask=valid[:, None], other=0.0)
         else:
             row_max, row_sum, _ = attend_keys(
-                rows, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
-                mean, per_spread, UPDATE, UPDATE_STATISTICS, SELECTION, PARAMS,
-                VARIANT, SHAPE, TILE, True,
+                rows, known, blocks, kv_head, begin, end, scale, snapshots, running_max,
+                denominator, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION,
+                PARAMS, VARIANT, SHAPE, TILE, True,
             )  # fmt: skip
             if PASS == STATISTICS:
                 tl.store(statistics + 2 * part, row_max, mask=valid)
                 tl.store(statistics + 2 * part + 1, row_sum, mask=valid)
                 return
             maxima, sums = row_max[:, None], row_sum[:, None]
-        mean, per_spread = FINISH_STATISTICS(maxima, sums, n)
+        mean, per_spread = FINISH_STATISTICS(maxima, sums, known)
 
     running_max, denominator, output = attend_keys(
-        rows, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
-        mean, per_spread, UPDATE, UPDATE_STATISTICS, SELECTION, PARAMS,
+        rows, known, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
+        mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS,
         VARIANT, SHAPE, TILE, False,
     )  # fmt: skip
     if SHAPE.quantized:
@@ -299,15 +315,16 @@ def attend_kernel(
         place = part_outputs + part[:, None] * SHAPE.head_size + dim[None, :]
         tl.store(place, output, mask=row_mask)
     else:
-        output *= EPILOGUE(running_max, denominator, PARAMS)[:, None]
+        output *= EPILOGUE(running_max, denominator, known, PARAMS)[:, None]
         place = out + token[:, None] * out_stride + head[:, None] * SHAPE.head_size + dim[None, :]
         tl.store(place, output.to(out.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit
 def merge_kernel(
-    out, part_rows, part_outputs, query_start_loc, num_reqs, out_stride,
-    MERGE: tl.constexpr, EPILOGUE: tl.constexpr, PARAMS: tl.constexpr,
+    out, query, part_rows, part_outputs, query_start_loc, seq_lens, first_learned, second_learned,
+    num_reqs, query_stride, out_stride,
+    MERGE: tl.constexpr, EPILOGUE: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr,
     SHAPE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of each row. Grid: (num_tokens, num_heads)."""
@@ -322,7 +339,16 @@ def merge_kernel(
     mask = (dim < SHAPE.head_size)[None, :]
     place = part_outputs + part[:, None] * SHAPE.head_size + dim[None, :]
     o = tl.sum(tl.load(place, mask=mask, other=0.0) * factors[:, None], 0)
-    o *= EPILOGUE(running_max, denominator, PARAMS)
+    request = find_request(query_start_loc, token, num_reqs, 1)
+    behind = tl.load(query_start_loc + request + 1) - token
+    one = tl.zeros([1], tl.int32)
+    position = one + (tl.load(seq_lens + request) - behind).to(tl.int32)
+    place = query + token * query_stride + head * SHAPE.head_size + dim
+    q = tl.load(place, mask=dim < SHAPE.head_size, other=0.0)[None, :]
+    known = known_of(
+        position, one + head, q, one == 0, first_learned, second_learned, VARIANT, SHAPE
+    )  # fmt: skip
+    o *= EPILOGUE(running_max, denominator, known, PARAMS)
     place = out + token * out_stride + head * SHAPE.head_size + dim
     tl.store(place, o.to(out.dtype.element_ty), mask=dim < SHAPE.head_size)
 

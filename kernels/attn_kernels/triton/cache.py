@@ -1,6 +1,6 @@
 """The paged cache: keys and values as kernels read and write them, and the two products with them.
 
-Inside its block each KV head has `block_size` keys, then as many values, then (caches of codes)
+Inside its block each KV head has `block_size` keys, then as many values, then (8 and 4 bits)
 their parameters (`triton/kv_quant.py`), then (stateful variants) as many float32 accumulators, of
 which KV head 0's are used: rows of keys and values are aligned. SHAPE is `attention.Shape`.
 """
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.kv_quant import load_codes, load_parameters, store_vector
+from attn_kernels.triton.kv_quant import load_parameters, load_quantized, store_vector
 
 
 class Blocks(NamedTuple):
@@ -30,7 +30,7 @@ def load_blocks(blocks, key, inside, SHAPE: tl.constexpr):
 
 @triton.jit
 def find_parameters(blocks, block, kv_head, key, values: tl.constexpr, SHAPE: tl.constexpr):
-    """Return where the parameters of keys, or of values, are in a cache of codes."""
+    """Return where the parameters of keys, or of values, are in a cache of 8 or 4 bits."""
     base = block * blocks.block_stride + kv_head * blocks.head_stride
     ends = blocks.cache + base + SHAPE.block_size * SHAPE.head_size * SHAPE.kv_bits // 4
     words = ends.to(tl.pointer_type(tl.int32)) + key % SHAPE.block_size
@@ -39,27 +39,31 @@ def find_parameters(blocks, block, kv_head, key, values: tl.constexpr, SHAPE: tl
 
 @triton.jit
 def load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
-    """Return keys `[dims, keys]`, or their codes; 0 where there are none."""
+    """Return keys `[dims, keys]`, quantized if they have parameters; 0 where there are none."""
     dim = tl.arange(0, SHAPE.dims)
     base = block * blocks.block_stride + kv_head * blocks.head_stride
     mask = inside[None, :] & (dim < SHAPE.head_size)[:, None]
     token = (key % SHAPE.block_size)[None, :]
     base = (blocks.cache + base)[None, :]
     if SHAPE.kv_bits:
-        return load_codes(base, token, dim[:, None], mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+        return load_quantized(base, token, dim[:, None], mask, SHAPE.head_size, SHAPE.kv_bits).to(
+            dtype
+        )
     return tl.load(base + token * SHAPE.head_size + dim[:, None], mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
 def load_values(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
-    """Return values `[keys, dims]`, or their codes; 0 where there are none."""
+    """Return values `[keys, dims]`, quantized if they have parameters; 0 where there are none."""
     dim = tl.arange(0, SHAPE.dims)
     base = block * blocks.block_stride + kv_head * blocks.head_stride
     mask = inside[:, None] & (dim < SHAPE.head_size)[None, :]
     token = (SHAPE.block_size + key % SHAPE.block_size)[:, None]
     base = (blocks.cache + base)[:, None]
     if SHAPE.kv_bits:
-        return load_codes(base, token, dim[None, :], mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+        return load_quantized(base, token, dim[None, :], mask, SHAPE.head_size, SHAPE.kv_bits).to(
+            dtype
+        )
     return tl.load(base + token * SHAPE.head_size + dim[None, :], mask=mask, other=0.0).to(dtype)
 
 

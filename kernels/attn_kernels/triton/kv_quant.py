@@ -1,8 +1,8 @@
 """Keys and values of 8 or 4 bits in the cache: the arithmetic of `attn_kernels.kv_quant`.
 
-A block of a KV head has the codes of its keys, those of its values, and then a 32-bit word for each
+A block of a KV head has its quantized keys, its quantized values, and then a 32-bit word for each
 key and each value: the float32 scale of 8 bits, or the scale (low half) and offset of 4 bits in
-bfloat16. Products are with the codes as numbers, and a token's score or weight carries the rest.
+bfloat16. Products are with what is quantized, and a token's score or weight carries the rest.
 """
 
 import triton
@@ -34,10 +34,10 @@ def rotate(x, ROWS: tl.constexpr, DIMS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_codes(base, token, dim, mask, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Return the codes, int32, of the dims of tokens of a block whose vectors begin at `base`."""
-    codes = tl.load(base + (token * SIZE + dim) * BITS // 8, mask=mask, other=0).to(tl.int32)
-    return codes << (dim % 2 == 0).to(tl.int32) * 4 + 24 >> 28 if BITS == 4 else codes
+def load_quantized(base, token, dim, mask, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Return quantized values, int32, of dims of tokens whose block's vectors begin at `base`."""
+    byte = tl.load(base + (token * SIZE + dim) * BITS // 8, mask=mask, other=0).to(tl.int32)
+    return byte << (dim % 2 == 0).to(tl.int32) * 4 + 24 >> 28 if BITS == 4 else byte
 
 
 @triton.jit
@@ -60,16 +60,16 @@ def bfloat16(x, BELOW: tl.constexpr):
 
 @triton.jit
 def store_vector(
-    codes, word, x, mask, DIMS: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr
+    vector, word, x, mask, DIMS: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """Quantize a vector `[DIMS]` of float32, 0 beyond SIZE, into codes and a word of
+    """Quantize a vector `[DIMS]` of float32, 0 beyond SIZE, into bytes and a word of
     parameters."""
     dim = tl.arange(0, DIMS)
     if BITS == 8:
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), 127.0), LEAST_SCALE)
         bits = scale.to(tl.int32, bitcast=True)
-        code = tl.clamp(tl.div_rn(x, scale) + ROUNDER - ROUNDER, -127.0, 127.0)
-        tl.store(codes + dim, code.to(tl.int8), mask=mask)
+        quantized = tl.clamp(tl.div_rn(x, scale) + ROUNDER - ROUNDER, -127.0, 127.0)
+        tl.store(vector + dim, quantized.to(tl.int8), mask=mask)
     else:
         x = tl.reshape(hadamard(tl.reshape(x, [1, DIMS]), 1, DIMS, SIZE), [DIMS])
         low = tl.min(tl.where(mask, x, float("inf")), 0)
@@ -79,10 +79,10 @@ def store_vector(
         wanted = tl.maximum(tl.div_rn(high - offset, 7.0), (offset - low) / 8.0)
         scale = tl.maximum(bfloat16(wanted, 0xFFFF).to(tl.float32, bitcast=True), LEAST_SCALE)
         bits = middle | (scale.to(tl.int32, bitcast=True) >> 16)
-        code = tl.clamp(tl.div_rn(x - offset, scale) + ROUNDER - ROUNDER, -8.0, 7.0).to(tl.int32)
-        even, odd = tl.split(tl.reshape(code, [DIMS // 2, 2]))
+        quantized = tl.clamp(tl.div_rn(x - offset, scale) + ROUNDER - ROUNDER, -8.0, 7.0)
+        even, odd = tl.split(tl.reshape(quantized.to(tl.int32), [DIMS // 2, 2]))
         half = tl.arange(0, DIMS // 2)
         both = (even & 15) | (odd << 4)
-        tl.store(codes + half, both.to(tl.int8), mask=half < SIZE // 2)
+        tl.store(vector + half, both.to(tl.int8), mask=half < SIZE // 2)
     whole = tl.sum(tl.where(mask, x, 0.0) * 0.0, 0) == 0.0
     tl.store(word, tl.where(whole, bits, -1))  # not a number, where an element is none

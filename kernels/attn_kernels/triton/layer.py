@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from attn_kernels.triton.attention import (
     OUTPUT,
     STATISTICS,
     WHOLE,
-    Constants,
     Shape,
     Tiling,
     attend_kernel,
@@ -31,47 +28,11 @@ from attn_kernels.triton.attention import (
 )
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
+from attn_kernels.triton.variant import constants, functions
 from attn_kernels.variant import Variant
 
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 """Cache dtypes that need scales."""
-
-
-@functools.cache
-def functions(variant: Variant) -> dict[str, Any]:
-    """Return what the variant gives to the kernels (`variants/__init__.py`), by the names of their
-    arguments; None for a function that it needs none of.
-
-    Raises:
-        ValueError: it has no Triton kernel.
-    """
-    name = variant.triton_module or f"attn_kernels.triton.variants.{variant.name}"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ValueError(f"{variant.name} has no Triton kernel ({name})") from None
-    always = ("query_factor", "update", "merge", "epilogue")
-    return {
-        **{name.upper(): getattr(module, name) for name in always},
-        "UPDATE_STATISTICS": getattr(module, "update_statistics", None),
-        "FINISH_STATISTICS": getattr(module, "finish_statistics", None),
-        "SELECTION": module.selection if variant.stateful else None,
-        "PARAMS": tuple(variant.numbers()),
-        "VARIANT": Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
-    }
-
-
-def constants(kernel: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the given compile-time arguments that a kernel takes."""
-    return {name: given[name] for name in kernel.arg_names if name in given}
-
-
-def takes_soft_cap(variant: Variant) -> bool:
-    """Return whether raw scores can be capped: where the variant's are the model's, in one pass."""
-    one_pass = functions(variant)["UPDATE_STATISTICS"] is None
-    return variant.uses_scale and not variant.stateful and one_pass
 
 
 _buffers: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)
@@ -109,7 +70,6 @@ class TritonLayer(Layer):
         variant: the attention function.
         kv_cache: the layer's cache, the last two dimensions contiguous; float32, bfloat16, float16,
             (with scales) float8_e4m3fn or int8, or (with a `kv_format`) bytes.
-        soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`.
         key_scale, value_scale: `[1]` float32: a quantized cache holds keys and values divided by
             them.
         arch: "sm_90", "gfx942"; the device's if None.
@@ -121,7 +81,6 @@ class TritonLayer(Layer):
         variant: Variant,
         kv_cache: Tensor,
         *,
-        soft_cap: float | None = None,
         key_scale: Tensor | None = None,
         value_scale: Tensor | None = None,
         arch: str | None = None,
@@ -133,8 +92,6 @@ class TritonLayer(Layer):
         num_kv_heads, block_size, content = kv_cache.shape[1:]
         if kv_cache.stride()[2:] != (content, 1):
             raise ValueError("the interior of the cache's blocks must be contiguous")
-        if soft_cap and not takes_soft_cap(variant):
-            raise ValueError(f"{variant.name} attention does not support a soft cap")
         self.quantized = self.kv_format is None and kv_cache.dtype in QUANTIZED
         if self.quantized and (key_scale is None or value_scale is None):
             raise ValueError(f"a cache of {kv_cache.dtype} needs key_scale and value_scale")
@@ -144,11 +101,13 @@ class TritonLayer(Layer):
         self.arch = arch or self.arch
         tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
         self.two_learned = (*tensors, None, None)[:2]
+        self.slopes = None if self.alibi_slopes is None else self.alibi_slopes.float().contiguous()
         self.scales = (key_scale, value_scale) if self.quantized else (None, None)
         dims = triton.next_power_of_2(self.head_size)
         self.shape = Shape(
             num_kv_heads, self.group, self.head_size, dims, block_size, self.window or 0,
-            soft_cap or 0.0, self.quantized, self.kv_format.bits if self.kv_format else 0,
+            self.soft_cap or 0.0, self.slopes is not None, self.quantized,
+            self.kv_format.bits if self.kv_format else 0,
         )  # fmt: skip
         given = {**functions(variant), "SHAPE": self.shape}
         self.attend_constants = constants(attend_kernel, given)
@@ -203,7 +162,8 @@ class TritonLayer(Layer):
         for only in (STATISTICS, OUTPUT) if two_pass else (WHOLE,):
             attend_kernel[(tiles, self.num_kv_heads, parts)](
                 out, query, self.kv_cache, batch.block_table, batch.query_start_loc,
-                batch.seq_lens, *self.two_learned, snapshots, statistics, part_rows, part_outputs,
+                batch.seq_lens, *self.two_learned, self.slopes, snapshots, statistics, part_rows,
+                part_outputs,
                 *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
                 query.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
                 batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
@@ -212,7 +172,8 @@ class TritonLayer(Layer):
             )  # fmt: skip
         if parts > 1:
             merge_kernel[(num_tokens, self.num_heads)](
-                out, part_rows, part_outputs, batch.query_start_loc, num_reqs, out.stride(0),
+                out, query, part_rows, part_outputs, batch.query_start_loc, batch.seq_lens,
+                *self.two_learned, num_reqs, query.stride(0), out.stride(0),
                 **self.merge_constants, SPLITS=parts, enable_fp_fusion=True, num_warps=4,
             )  # fmt: skip
 
@@ -273,7 +234,7 @@ class TritonPrunedLayer(PrunedLayer):
         )  # fmt: skip
         pruned.attend_kernel[(num_tokens, num_kv_heads)](
             out, query, key, value, self.pages, batch.block_table, batch.query_start_loc,
-            sources, penalties, self.scale, num_reqs,
+            batch.seq_lens, sources, penalties, self.scale, num_reqs,
             query.stride(0), key.stride(0), value.stride(0), out.stride(0),
             page_stride, table_stride,
             **self.attend_constants, ROWS=self.tile.rows, KEYS=min(slots, self.tile.keys),

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from attn_kernels.triton.attention import LOG2E, find_request
 from attn_kernels.triton.cache import multiply
+from attn_kernels.triton.variant import Query
 
 NOBODY = tl.constexpr(-2)  # sources: an empty slot
 STORED = tl.constexpr(-1)  # a token of an earlier step; others are indices of the step's own
@@ -109,7 +110,7 @@ def scan_kernel(
 
 @triton.jit
 def attend_kernel(
-    out, query, key, value, pages, block_table, query_start_loc, sources, penalties,
+    out, query, key, value, pages, block_table, query_start_loc, seq_lens, sources, penalties,
     scale, num_reqs,
     query_stride, key_stride, value_stride, out_stride, page_stride, table_stride,
     QUERY_FACTOR: tl.constexpr, UPDATE: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -133,7 +134,12 @@ def attend_kernel(
         mask=row_mask, other=0.0,
     )  # fmt: skip
     one = tl.zeros([ROWS], tl.float32) + 1.0
-    factor = QUERY_FACTOR(one, one, one, one, scale, PAGE.head_size, PARAMS)
+    behind = tl.load(query_start_loc + request + 1) - token
+    position = row * 0 + tl.load(seq_lens + request) - behind
+    n = tl.minimum(position + 1, PAGE.budget).to(tl.float32)
+    norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
+    known = Query(head, position, n, norm, one, one)
+    factor = QUERY_FACTOR(known, scale, PAGE.head_size, PARAMS)
     running_max, denominator = one * 0.0 + VARIANT.first_max, one * 0.0
     o = tl.full([ROWS, PAGE.dims], 0.0, tl.float32)
     for start in range(0, PAGE.slots, KEYS):
@@ -154,10 +160,10 @@ def attend_kernel(
         s = s * factor[:, None] - (penalty * LOG2E)[None, :]
         seen = ((source != NOBODY)[None, :]) & (row >= 0)[:, None]
         weights, rescale, running_max, denominator = UPDATE(
-            s, seen, running_max, denominator, one, one, PARAMS
+            s, seen, running_max, denominator, one, one, known, PARAMS
         )
         o = multiply(weights.to(q.dtype), v.to(q.dtype), o * rescale[:, None])
-    o *= EPILOGUE(running_max, denominator, PARAMS)[:, None]
+    o *= EPILOGUE(running_max, denominator, known, PARAMS)[:, None]
     result = out + place * out_stride + head[:, None] * PAGE.head_size + dim[None, :]
     tl.store(result, o.to(out.dtype.element_ty), mask=row_mask)
 

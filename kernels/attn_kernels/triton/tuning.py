@@ -44,7 +44,7 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 
 
 def tile_for(
-    phase: str, arch: str, head_size: int, element_size: int, group: int, codes: bool = False
+    phase: str, arch: str, head_size: int, element_size: int, group: int, low_bit: bool = False
 ) -> Tile:
     """Return the tile of a kernel.
 
@@ -54,13 +54,13 @@ def tile_for(
         head_size: of a head.
         element_size: bytes of an element of queries.
         group: query heads of a KV head.
-        codes: the cache holds codes, whose way to the queries' dtype takes registers.
+        low_bit: keys and values have 8 or 4 bits, whose way to the queries' dtype takes registers.
     """
     least = max(16, triton.next_power_of_2(group))
     row_bytes = triton.next_power_of_2(head_size) * element_size
     stages = 1 if arch.startswith("gfx") else 2 if arch == "sm_90" else 3
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    if codes and row_bytes >= 256:
+    if low_bit and row_bytes >= 256:
         keys = max(16, keys // 2)
     # The largest that hardly spill a register where they are compiled (benchmarks.triton_compile).
     # float32 is multiplied by plain arithmetic, whose operands are in registers.

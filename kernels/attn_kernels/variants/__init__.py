@@ -1,1 +1,1 @@
-"""One attention variant a file; importing a file registers it (`attn_kernels.variant`)."""
+"""One attention variant a folder; importing it registers it (`attn_kernels.variant`)."""

@@ -1,6 +1,6 @@
 // Scalable softmax (arXiv 2501.19399): softmax of queries scaled by s ln(n) + b.
 #pragma once
-#include "softmax.hpp"
+#include "softmax/kernel.hpp"
 
 struct SSMax : Softmax {
   const float *scales = nullptr, *biases = nullptr;  // learned, one a head
@@ -12,8 +12,8 @@ struct SSMax : Softmax {
     if (p.values[1] != 0.f) biases = p.learned[next];
   }
 
-  float query_factor(int head, float n, float) const {
-    const float s = scales ? scales[head] : fixed_scale;
-    return scale * (s * std::log(n) + (biases ? biases[head] : 0.f));
+  float query_factor(const Query& query) const {
+    const float s = scales ? scales[query.head] : fixed_scale;
+    return scale * (s * std::log(query.n) + (biases ? biases[query.head] : 0.f));
   }
 };

@@ -1,7 +1,7 @@
 // Selective attention (arXiv 2410.02703): softmax(x - F), where F_j gathers relu(x0_kj) of head 0's
 // scores over the queries k between key j and this query.
 #pragma once
-#include "softmax.hpp"
+#include "softmax/kernel.hpp"
 
 struct Selective : Softmax {
   static constexpr bool stateful = true;

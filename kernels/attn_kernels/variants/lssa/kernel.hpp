@@ -1,7 +1,7 @@
 // Softplus attention with length scaling (arXiv 2501.13428):
 // s = softplus(ln(d) ln(n) q.k / |q||k|), weights s / sum s.
 #pragma once
-#include "../variant.hpp"
+#include "variant.hpp"
 
 struct LSSA : OnePass {
   static constexpr float masked = -INFINITY;
@@ -10,8 +10,8 @@ struct LSSA : OnePass {
   float scale;
   explicit LSSA(const Parameters& p) : scale(std::log((float)p.head_size) * LOG2E) {}
 
-  float query_factor(int, float n, float norm) const {
-    return scale * std::log(n) / larger(norm, 1e-12f);
+  float query_factor(const Query& query) const {
+    return scale * std::log(query.n) / larger(query.norm, 1e-12f);
   }
 
   struct Row {
@@ -19,7 +19,7 @@ struct LSSA : OnePass {
   };
 
   // Scores are bounded by ln(d) ln(n): there is no running maximum, and the unit ln 2 cancels.
-  float update(Row& row, float* s, int count) const {
+  float update(Row& row, float* s, int count, const Query&) const {
     Vec sum = {};
     for (int i = 0; i < count; i += WIDTH) {
       const Vec w = softplus2(load(s + i));

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from attn_kernels.variant import register
+from attn_kernels.variant import Rows, register
 from attn_kernels.variants.softmax import Softmax
 
 
@@ -36,11 +35,9 @@ class SSMax(Softmax):
     def initial(self, learned_name: str) -> float:
         return {"ssmax_scale": 1.0, "ssmax_bias": 0.0}[learned_name]
 
-    def transform(
-        self, q: Tensor, k: Tensor, n: Tensor, learned: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        s = learned["ssmax_scale"][:, None, None] if self.scale is None else self.scale
-        factor = s * n.clamp_min(1.0).log()
+    def transform(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        s = rows.learned["ssmax_scale"] if self.scale is None else self.scale
+        factor = s * rows.n.clamp_min(1.0).log()
         if self.bias:
-            factor = factor + learned["ssmax_bias"][:, None, None]
+            factor = factor + rows.learned["ssmax_bias"]
         return (q * factor).to(q.dtype), k

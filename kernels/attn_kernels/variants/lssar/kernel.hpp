@@ -1,7 +1,7 @@
 // Re-weighted softplus attention (arXiv 2501.13428): weights proportional to relu(s - mean)^power
 // of LSSA's s, in units of (largest - mean)^power so that the largest term is 1.
 #pragma once
-#include "lssa.hpp"
+#include "lssa/kernel.hpp"
 
 struct LSSAR : LSSA {
   static constexpr bool two_pass = true;
@@ -25,7 +25,7 @@ struct LSSAR : LSSA {
   };
 
   // First pass: scores become s, and the row gathers their sum and maximum.
-  void update_statistics(Row& row, float* s, int count) const {
+  void update_statistics(Row& row, float* s, int count, const Query&) const {
     Vec sum = {}, row_max = {};
     for (int i = 0; i < count; i += WIDTH) {
       const Vec w = softplus2(load(s + i));
@@ -42,14 +42,14 @@ struct LSSAR : LSSA {
     row.row_max = larger(row.row_max, other.row_max);
   }
 
-  void finish_statistics(Row& row, float n) const {
-    row.mean = n <= 3.f ? 0.f : (float)(row.row_sum / n);
+  void finish_statistics(Row& row, const Query& query) const {
+    row.mean = query.n <= 3.f ? 0.f : (float)(row.row_sum / query.n);
     const float spread = row.row_max - row.mean;
     row.per_spread = spread <= 16 * 0x1p-23f * row.row_max ? 0.f : 1.f / spread;
   }
 
   // Second pass.
-  float update(Row& row, float* s, int count) const {
+  float update(Row& row, float* s, int count, const Query&) const {
     constexpr int SIDE_BY_SIDE = REGISTERS / 4;
     Vec sum = {};
     int i = 0;

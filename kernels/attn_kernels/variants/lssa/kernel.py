@@ -4,16 +4,16 @@ s = softplus(ln(d) ln(n) q.k / |q||k|), weights s / sum s."""
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import epilogue  # noqa: F401 (this variant's, too)
 
 UNIT_KEYS = True
 FIRST_MAX = 0.0
 
 
 @triton.jit
-def query_factor(n, norm, first, second, scale, head_size: tl.constexpr, params: tl.constexpr):
-    log_size = tl.log(tl.zeros_like(n) + head_size)
-    return log_size * tl.log(n) / tl.maximum(norm, 1e-12) * 1.4426950408889634
+def query_factor(query, scale, head_size: tl.constexpr, params: tl.constexpr):
+    log_size = tl.log(tl.zeros_like(query.n) + head_size)
+    return log_size * tl.log(query.n) / tl.maximum(query.norm, 1e-12) * 1.4426950408889634
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def softplus(s, seen):
 
 
 @triton.jit
-def update(s, seen, running_max, denominator, mean, per_spread, params: tl.constexpr):
+def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
     # Scores are bounded by ln(d) ln(n): there is no running maximum.
     weights = softplus(s, seen)
     return weights, tl.zeros_like(denominator) + 1.0, running_max, denominator + tl.sum(weights, 1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from attn_kernels.variant import Variant, register
+from attn_kernels.variant import Rows, Variant, register
 
 
 @register
@@ -26,10 +25,8 @@ class LSSA(Variant):
     paper: ClassVar[str] = "arXiv 2501.13428"
     uses_scale: ClassVar[bool] = False
 
-    def transform(
-        self, q: Tensor, k: Tensor, n: Tensor, learned: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        length_scale = math.log(q.shape[-1]) * n.clamp_min(1.0).log()
+    def transform(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        length_scale = math.log(q.shape[-1]) * rows.n.clamp_min(1.0).log()
         return normalize(q, dim=-1) * length_scale, normalize(k, dim=-1)
 
     def positive_scores(self, scores: Tensor, mask: Tensor) -> Tensor:
@@ -37,7 +34,7 @@ class LSSA(Variant):
         # softplus' default is the identity above 20, which is off by 2e-9: too much for float64.
         return softplus(scores, threshold=50.0).masked_fill(~mask, 0.0)
 
-    def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
-        s = self.positive_scores(scores, mask)
+    def weights(self, scores: Tensor, rows: Rows) -> Tensor:
+        s = self.positive_scores(scores, rows.mask)
         denominator = s.sum(-1, keepdim=True)
         return s / denominator.masked_fill(denominator == 0.0, 1.0)

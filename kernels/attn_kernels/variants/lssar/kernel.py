@@ -4,26 +4,26 @@ of LSSA's s, in units of (largest - mean)^power so that the largest term is 1.""
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.lssa import (  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.lssa.kernel import (  # noqa: F401 (this variant's, too)
     FIRST_MAX,
     UNIT_KEYS,
     merge,
     query_factor,
     softplus,
 )
-from attn_kernels.triton.variants.softmax import epilogue  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import epilogue  # noqa: F401 (this variant's, too)
 
 
 @triton.jit
-def update_statistics(s, seen, row_max, row_sum):
+def update_statistics(s, seen, row_max, row_sum, query):
     s = softplus(s, seen)
     return tl.maximum(row_max, tl.max(s, 1)), row_sum + tl.sum(s, 1)
 
 
 @triton.jit
-def finish_statistics(maxima, sums, n):
+def finish_statistics(maxima, sums, query):
     row_max = tl.max(maxima, 1)
-    mean = tl.where(n <= 3.0, 0.0, tl.sum(sums, 1) / n)
+    mean = tl.where(query.n <= 3.0, 0.0, tl.sum(sums, 1) / query.n)
     spread = row_max - mean
     # 0 says that all scores are equal, within rounding: then the weights are uniform.
     equal = spread <= 16 * 1.1920929e-07 * row_max
@@ -31,7 +31,7 @@ def finish_statistics(maxima, sums, n):
 
 
 @triton.jit
-def update(s, seen, running_max, denominator, mean, per_spread, params: tl.constexpr):
+def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
     base = tl.maximum((softplus(s, seen) - mean[:, None]) * per_spread[:, None], 0.0)
     power: tl.constexpr = params[0]
     if power == 15.0:

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import query_factor  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import query_factor  # noqa: F401 (this variant's, too)
 
 UNIT_KEYS = False
 FIRST_MAX = 0.0  # never below 0: a row without a positive score is 0 anyway
 
 
 @triton.jit
-def update(s, seen, running_max, denominator, mean, per_spread, params: tl.constexpr):
+def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
     s = tl.where(seen, s, 0.0)  # e^0 - 1 adds nothing to either sum
     new_max = tl.maximum(running_max, tl.max(s, 1))
     p = tl.exp2(s - new_max[:, None]) - tl.exp2(-new_max)[:, None]
@@ -26,5 +26,5 @@ def merge(maxima, denominators):
 
 
 @triton.jit
-def epilogue(running_max, denominator, params: tl.constexpr):
+def epilogue(running_max, denominator, query, params: tl.constexpr):
     return 1.0 / (denominator + params[0])

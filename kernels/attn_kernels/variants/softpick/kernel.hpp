@@ -1,6 +1,6 @@
 // Softpick (arXiv 2504.20966): relu(e^x - 1) / (sum |e^x - 1| + eps).
 #pragma once
-#include "../variant.hpp"
+#include "variant.hpp"
 
 struct Softpick : OnePass {
   static constexpr float masked = 0.f;  // e^0 - 1 adds nothing to either sum
@@ -8,7 +8,7 @@ struct Softpick : OnePass {
   float scale, eps;
   explicit Softpick(const Parameters& p) : scale(p.scale * LOG2E), eps(p.values[0]) {}
 
-  float query_factor(int, float, float) const { return scale; }
+  float query_factor(const Query&) const { return scale; }
 
   struct Row {
     float exponent = 0.f;     // never below 0: a row without a positive score is 0 anyway
@@ -16,7 +16,7 @@ struct Softpick : OnePass {
     Vec sum = {};
   };
 
-  float update(Row& row, float* s, int count) const {
+  float update(Row& row, float* s, int count, const Query&) const {
     Vec maxima = load(s);
     for (int i = WIDTH; i < count; i += WIDTH) maxima = max(maxima, load(s + i));
     const float largest = horizontal_max(maxima);
@@ -44,7 +44,7 @@ struct Softpick : OnePass {
     return merge_sums(row, other);
   }
 
-  float epilogue(const Row& row) const {
+  float epilogue(const Row& row, const Query&) const {
     return 1.f / (horizontal_sum(row.sum) + eps * std::exp2(row.running_max - row.exponent));
   }
 };

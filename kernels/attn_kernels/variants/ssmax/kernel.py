@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import (  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import (  # noqa: F401 (this variant's, too)
     FIRST_MAX,
     UNIT_KEYS,
     epilogue,
@@ -13,10 +13,10 @@ from attn_kernels.triton.variants.softmax import (  # noqa: F401 (this variant's
 
 
 @triton.jit
-def query_factor(n, norm, first, second, scale, head_size: tl.constexpr, params: tl.constexpr):
+def query_factor(query, scale, head_size: tl.constexpr, params: tl.constexpr):
     fixed: tl.constexpr = params[0]
     learned: tl.constexpr = fixed != fixed
-    factor = tl.log(n) * (first if learned else fixed)
+    factor = tl.log(query.n) * (query.first if learned else fixed)
     if params[1] != 0.0:
-        factor += second if learned else first
+        factor += query.second if learned else query.first
     return factor * scale * 1.4426950408889634

@@ -1,6 +1,6 @@
-// Softmax (arXiv 1706.03762). What every variant's struct has is explained in ../variant.hpp.
+// Softmax (arXiv 1706.03762). What every variant's struct has is explained in cpu/variant.hpp.
 #pragma once
-#include "../variant.hpp"
+#include "variant.hpp"
 
 struct Softmax : OnePass {
   static constexpr float masked = -INFINITY;
@@ -8,14 +8,14 @@ struct Softmax : OnePass {
   float scale;
   explicit Softmax(const Parameters& p) : scale(p.scale * LOG2E) {}
 
-  float query_factor(int, float, float) const { return scale; }
+  float query_factor(const Query&) const { return scale; }
 
   struct Row {
     float exponent = -0x1p20f;  // sums and outputs are in units of 2^exponent
     Vec sum = {};
   };
 
-  float update(Row& row, float* s, int count) const {
+  float update(Row& row, float* s, int count, const Query&) const {
     Vec maxima = load(s);
     for (int i = WIDTH; i < count; i += WIDTH) maxima = max(maxima, load(s + i));
     const float exponent = larger(row.exponent, nearest(horizontal_max(maxima)));

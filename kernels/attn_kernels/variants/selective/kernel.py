@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.variants.softmax import (  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.softmax.kernel import (  # noqa: F401 (this variant's, too)
     FIRST_MAX,
     UNIT_KEYS,
     epilogue,

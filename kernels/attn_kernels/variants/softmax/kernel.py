@@ -1,4 +1,4 @@
-"""Softmax (arXiv 1706.03762), in powers of two. What a file here has: `__init__.py`."""
+"""Softmax (arXiv 1706.03762), in powers of two. What is said: `attn_kernels.triton.variant`."""
 
 import triton
 import triton.language as tl
@@ -8,12 +8,12 @@ FIRST_MAX = float("-inf")
 
 
 @triton.jit
-def query_factor(n, norm, first, second, scale, head_size: tl.constexpr, params: tl.constexpr):
-    return tl.zeros_like(n) + scale * 1.4426950408889634
+def query_factor(query, scale, head_size: tl.constexpr, params: tl.constexpr):
+    return tl.zeros_like(query.n) + scale * 1.4426950408889634
 
 
 @triton.jit
-def update(s, seen, running_max, denominator, mean, per_spread, params: tl.constexpr):
+def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
     s = tl.where(seen, s, float("-inf"))
     new_max = tl.maximum(running_max, tl.max(s, 1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key seen yet
@@ -30,5 +30,5 @@ def merge(maxima, denominators):
 
 
 @triton.jit
-def epilogue(running_max, denominator, params: tl.constexpr):
+def epilogue(running_max, denominator, query, params: tl.constexpr):
     return tl.where(denominator == 0.0, 0.0, 1.0 / tl.where(denominator == 0.0, 1.0, denominator))

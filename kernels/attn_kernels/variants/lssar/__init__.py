@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attn_kernels.variant import VariantError, register
+from attn_kernels.variant import Rows, VariantError, register
 from attn_kernels.variants.lssa import LSSA
 
 
@@ -34,8 +34,8 @@ class LSSAR(LSSA):
         if not self.power >= 1:
             raise VariantError(f"lssar's power must be >= 1, not {self.power!r}")
 
-    def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
-        s = self.positive_scores(scores, mask)
+    def weights(self, scores: Tensor, rows: Rows) -> Tensor:
+        s, n = self.positive_scores(scores, rows.mask), rows.n
         mean = (s.sum(-1, keepdim=True) / n.clamp_min(1.0)).masked_fill(n <= 3, 0.0)
         row_max = s.amax(-1, keepdim=True)
         spread = row_max - mean
@@ -46,5 +46,5 @@ class LSSAR(LSSA):
         units = 16 * (1 - row_max.detach().clamp(info.tiny, 1.0).log())
         flat = spread <= units * info.eps * row_max
         ratio = (s - mean).relu() / spread.masked_fill(flat, 1.0)
-        a = torch.where(flat, torch.ones_like(s), ratio**self.power).masked_fill(~mask, 0.0)
+        a = torch.where(flat, torch.ones_like(s), ratio**self.power).masked_fill(~rows.mask, 0.0)
         return a / a.sum(-1, keepdim=True).clamp_min(1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.dense import masked_row_max
-from attn_kernels.variant import Variant, VariantError, register
+from attn_kernels.variant import Rows, Variant, VariantError, register
 
 
 @register
@@ -33,13 +33,13 @@ class Softpick(Variant):
         if not self.eps > 0:
             raise VariantError(f"softpick's eps must be > 0, not {self.eps!r}")
 
-    def weights(self, scores: Tensor, mask: Tensor, n: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, rows: Rows) -> Tensor:
         # Shifting by max(0, max) instead of max is exact (a row with max <= 0 is 0 anyway) and
         # keeps exp(-shift) <= 1 when every score is far below 0.
-        shift = masked_row_max(scores, mask).clamp_min(0.0)
+        shift = masked_row_max(scores, rows.mask).clamp_min(0.0)
         # A masked score becomes 0, which adds exp(0) - 1 = 0. Masking p instead would leave a NaN
         # gradient: a masked score far above the row's visible maximum overflows in exp.
-        scores = scores.masked_fill(~mask, 0.0)
+        scores = scores.masked_fill(~rows.mask, 0.0)
         one = torch.exp(-shift)
         # expm1 keeps small scores exact; beyond 1 the difference loses nothing and cannot overflow.
         small = torch.expm1(scores.clamp_max(1.0)) * one
