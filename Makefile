@@ -138,7 +138,7 @@ bench-kernels: $(READY)
 compile-kernels: $(READY)
 	$(BIN)/python -m benchmarks.triton_compile $(ARGS)
 
-# Not in .venv, whose torch is for CPUs. The 456 tests of attention come last: the time may not suffice
+# Not in .venv, whose torch is for CPUs. The hundreds of tests of attention come last: the time may not suffice
 # for all of them, and the first ones have seen something of everything.
 gpu-check:
 	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n auto --dist loadgroup --session-timeout 400 \
