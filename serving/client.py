@@ -67,11 +67,13 @@ def direct_writer(send: Send) -> Callable[[bytes], bool] | None:
 def write_answer(send: Send, status: int, headers: Headers, content: bytes) -> bool:
     """Write a whole answer, as `send` does in two steps, at once; `headers` have its length.
 
-    Returns whether it has: not where this `send` is not uvicorn's own, or has to wait for the
-    client.
+    Returns whether it has: not where this `send` is not uvicorn's own, has to wait for the client,
+    or must not send the content.
     """
     cycle = getattr(send, "__self__", None)
     if type(cycle) is not RequestResponseCycle or cycle.flow.write_paused or cycle.more_body:
+        return False
+    if cycle.scope["method"] == "HEAD":
         return False
     if cycle.disconnected:
         return True

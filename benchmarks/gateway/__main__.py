@@ -168,8 +168,8 @@ def command(
         args = ["--worker-urls", upstream, "--host", HOST, "--port", port]
         args += ["--policy", "round_robin", "--prometheus-port", str(free_port())]
         return ([str(router), *args], "/health") if router else None
-    peer, kind, *workers = name.removesuffix("-workers").split("-")
-    module = [sys.executable, "-m", f"benchmarks.gateway.{peer}", kind, upstream, port, *workers]
+    peer, kind, *count = name.removesuffix("-workers").split("-")
+    module = [sys.executable, "-m", f"benchmarks.gateway.{peer}", kind, upstream, port, *count]
     return module, "/openapi.json"
 
 
