@@ -103,7 +103,9 @@ sanitize: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 CXX="$(SANITIZED)" \
 	$(BIN)/python -m pytest -n 0 -k "not instruction_sets and not compiled_graphs" \
 	  tests/attn_kernels/test_arguments.py tests/attn_kernels/test_pruned_layers.py \
-	  tests/quant_kernels/test_packed.py $(ARGS)
+	  tests/attn_kernels/test_kv_quant.py \
+	  $(addprefix tests/attn_kernels/test_paged.py::test_,quantized_caches_equal_reference \
+	  threads_write_and_read_a_quantized_cache) tests/quant_kernels/test_packed.py $(ARGS)
 
 # Not in test-slow, which would be longer by it: two cores are busy for all of its minutes.
 soak: $(READY)
@@ -136,7 +138,7 @@ bench-kernels: $(READY)
 compile-kernels: $(READY)
 	$(BIN)/python -m benchmarks.triton_compile $(ARGS)
 
-# Not in .venv, whose torch is for CPUs. The 456 tests of attention come last: the time may not suffice
+# Not in .venv, whose torch is for CPUs. The hundreds of tests of attention come last: the time may not suffice
 # for all of them, and the first ones have seen something of everything.
 gpu-check:
 	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n auto --dist loadgroup --session-timeout 400 \

@@ -78,8 +78,9 @@ def quantization(
     ] = None,
     iterations: Annotated[int, opt.count("Iterations of AutoRound, whose default it is.")] = 200,
     only: Annotated[
-        str, opt.option("Only methods whose name has this in it.", metavar="TEXT")
-    ] = "",
+        list[str] | None,
+        opt.option("Only methods whose name has one of these in it.", metavar="TEXT"),
+    ] = None,
     csv: opt.Csv = CSV,
     no_save: opt.NoSave = False,
     as_json: AsJson = False,
@@ -114,7 +115,7 @@ def quantization(
         validation = text_for("validation", given, checkpoint, MEASURED, LENGTH - 1)
         of_one = Measurement(checkpoint, calibration, validation, measured, iterations)
         for method, run in methods(of_one, llama_cpp).items():
-            if only in method:
+            if any(text in method for text in only or [""]):
                 rows.append({"checkpoint": checkpoint.name, "method": method, **of_one.row(*run())})
                 print(rows[-1], file=sys.stderr, flush=True)
                 if save is not None:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +19,8 @@ from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import read_config
 from attnserve.evaluation.scorers import load
 from attnserve.evaluation.texts import Text
-from attnserve.files import replacing
 from hf_attn.files import tensor_shapes, weight_files
-from quant.checks import check_no_experts, check_values
+from quant.checks import check_no_experts, check_tensors, check_values
 from quant.config import sized
 from quant.contents import EMBEDDINGS, Contents
 from quant.gguf_file import check_model, check_spec, write_gguf
@@ -30,7 +29,14 @@ from quant.model import HEAD, columns, empty_model, has_decoder_layers, linears,
 from quant.options import AUTO
 from quant.schemes.registry import SERVED, get_scheme
 from quant.schemes.rtn import rtn
-from quant.write import TOKENIZER, check_out, is_quantized, quantization_config, write_folder
+from quant.write import (
+    TOKENIZER,
+    check_out,
+    is_quantized,
+    quantization_config,
+    replacing_checkpoint,
+    write_folder,
+)
 from quant_kernels.formats.packed import FORMAT as PACKED
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
@@ -163,28 +169,18 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
             "quantize: use a model like Llama"
         )
     check_no_experts(folder, model)
+    check_tensors(folder, model, tensor_shapes(folder))
     if recipe.bits is not None:
         get_scheme(recipe.scheme).check(recipe.spec, columns(model))
     if recipe.kv_cache_dtype is not None:
         check_cache(folder, recipe.kv_cache_dtype)
     if recipe.format == GGUF:
         check_model(model.config, folder / TOKENIZER)
-        specs = [recipe.spec] if recipe.embeddings is None else [recipe.spec, recipe.table_spec]
+        specs = [] if recipe.bits is None else [recipe.spec]
+        specs += [] if recipe.embeddings is None else [recipe.table_spec]
         for spec in specs:
-            check_spec(spec, recipe.scheme, columns(model))
-    stored = tensor_shapes(folder)
-    for name, parameter in model.named_parameters():
-        if name not in stored:
-            raise UserError(
-                f"{folder} has no tensor {name}: it is incomplete, or its names are not those of "
-                "transformers' Llama, which are all that can be quantized yet"
-            )
-        if stored[name] != parameter.shape:
-            raise UserError(
-                f"{name} of {folder} is {list(stored[name])}, and config.json asks for "
-                f"{list(parameter.shape)}: it describes another model"
-            )
-    check_values(folder)
+            check_spec(spec, recipe.scheme, model.config)
+    check_values(folder, model)
 
 
 def check_cache(folder: Path, dtype: str) -> None:
@@ -237,34 +233,32 @@ def quantize_checkpoint(
         "texts": hashlib.sha256(texts.numpy().tobytes()).hexdigest(),
         "specs": {name: str(spec) for name, spec in specs.items()},
     }
-    kept = Kept(out.with_name(f".{out.name}.quantized"), key)
-    try:
-        with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
-            for name in tables:  # first, so that calibrated schemes see them
-                weight = model.get_submodule(name).weight
-                if name not in kept:
-                    kept[name] = rtn(weight.data, recipe.table_spec)
-                weight.data = kept[name].dequantize()  # a tied head's too
-                bar.update()
-            if recipe.bits is not None:
-                quantize(
-                    model,
-                    scheme,
-                    recipe.spec,
-                    texts,
-                    options=recipe.options,
-                    on_layer=bar.update,
-                    quantized=kept,
-                    specs=specs,
-                )
-        with replacing(out) as new:
-            sizes = write_checkpoint(folder, new, kept, model, recipe, card)
-            if out.is_dir():
-                shutil.rmtree(out)
-    except ValueError:  # what the next run would refuse, too
+    with closing(Kept(out.with_name(f".{out.name}.quantized"), key)) as kept:
+        try:
+            with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
+                for name in tables:  # first, so that calibrated schemes see them
+                    weight = model.get_submodule(name).weight
+                    if name not in kept:
+                        kept[name] = rtn(weight.data, recipe.table_spec)
+                    weight.data = kept[name].dequantize()  # a tied head's too
+                    bar.update()
+                if recipe.bits is not None:
+                    quantize(
+                        model,
+                        scheme,
+                        recipe.spec,
+                        texts,
+                        options=recipe.options,
+                        on_layer=bar.update,
+                        quantized=kept,
+                        specs=specs,
+                    )
+            with replacing_checkpoint(out) as new:
+                sizes = write_checkpoint(folder, new, kept, model, recipe, card)
+        except ValueError:  # what the next run would refuse, too
+            kept.remove()
+            raise
         kept.remove()
-        raise
-    kept.remove()
     return model, sizes
 
 
@@ -287,7 +281,9 @@ def write_checkpoint(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if recipe.kv_cache_dtype is not None:
         config[FIELD] = recipe.kv_cache_dtype
-    contents = Contents(config, quantized, rest)
+    # In the model's order, whatever order a run that goes on has found them in.
+    weights = {name: quantized[name] for name, _ in model.named_modules() if name in quantized}
+    contents = Contents(config, weights, rest)
     if recipe.format == GGUF:
         after = write_gguf(contents, model.config, source / TOKENIZER, out)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from attnserve.errors import UserError
 from hf_attn.files import tensor_shapes, weight_files
-from quant.model import empty_model
+from quant.checks import check_numbers, check_tensors
 from quant_kernels.formats import READERS, reader_of
 from quant_kernels.formats.packed import (
     PARTS,
+    check_entry,
     entry_for,
     entry_of,
     is_packed,
@@ -48,9 +49,27 @@ class Contents:
     weights: Mapping[str, QuantizedWeight]
     rest: Mapping[str, Tensor]
 
+    def check(self, source: Path, model: nn.Module) -> None:
+        """Check that these are the tensors of a model, with numbers in them.
 
-def read_checkpoint(folder: Path) -> Contents:
+        Raises:
+            UserError: with one line.
+        """
+        shapes = {f"{layer}.weight": weight.values.shape for layer, weight in self.weights.items()}
+        check_tensors(source, model, shapes | {name: x.shape for name, x in self.rest.items()})
+        for name, tensor in self.rest.items():
+            check_numbers(source, name, tensor)
+        for layer, weight in self.weights.items():
+            if not bool(torch.isfinite(weight.scales).all()):
+                raise UserError(f"{layer} in {source} has scales that are no numbers")
+
+
+def read_checkpoint(folder: Path, model: nn.Module) -> Contents:
     """Return a quantized checkpoint in the format of GPTQ, AWQ, bitsandbytes or compressed-tensors.
+
+    Args:
+        folder: the checkpoint.
+        model: as its configuration describes it, without weights.
 
     Raises:
         UserError, ValueError: with one line: it is no such checkpoint.
@@ -59,13 +78,18 @@ def read_checkpoint(folder: Path) -> Contents:
     entry = config.pop("quantization_config", None)
     if entry is None:
         raise UserError(f"{folder} is not quantized: python -m quant.quantize does that")
-    method = entry.get("quant_method")
-    tensor_shapes(folder)  # broken files are said
+    if not isinstance(entry, dict):
+        raise UserError(f"quantization_config in config.json of {folder} is no object: copy it")
+    method = str(entry.get("quant_method"))
+    if "config_groups" in entry:
+        check_entry(entry)
+    if not tensor_shapes(folder):  # broken files are said
+        raise UserError(f"{folder} has no *.safetensors: copy its weights too")
     stored = {name: x for file in weight_files(folder) for name, x in load_file(file).items()}
     if method in READERS:
         read = reader_of(entry).weights(stored.items())
     elif is_packed(entry):
-        read = read_packed(stored, entry, empty_model(folder))
+        read = read_packed(stored, entry, model)
     else:
         raise UserError(
             f"{folder} has the format {entry.get('format') or method}, which cannot be converted: "
@@ -74,13 +98,15 @@ def read_checkpoint(folder: Path) -> Contents:
     found = dict(read)
     weights = {name: x for name, x in found.items() if isinstance(x, QuantizedWeight)}
     rest = {name: x for name, x in found.items() if isinstance(x, Tensor)}
-    return Contents(config, weights, without_zero_biases(rest, empty_model(folder)))
+    return Contents(config, weights, without_zero_biases(rest, model))
 
 
 def read_packed(
     stored: Mapping[str, Tensor], entry: Mapping[str, Any], model: nn.Module
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     """Yield the layers and other tensors of a checkpoint in compressed-tensors' packed format."""
+
+    modules = dict(model.named_modules())
 
     def layer_of(name: str) -> str:
         layer, _, part = name.rpartition(".")
@@ -91,13 +117,8 @@ def read_packed(
             yield from ((name, stored[name]) for name in names)
             continue
         parts = {name.rpartition(".")[2]: stored[name] for name in names}
-        try:
-            kind = type(model.get_submodule(layer)).__name__
-            yield layer, read_stored(parts, entry_for(entry, layer, kind))
-        except (KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{layer} of the checkpoint has no {error}: it is incomplete"
-            ) from None
+        kind = type(modules.get(layer)).__name__
+        yield layer, read_stored(parts, entry_for(entry, layer, kind), layer)
 
 
 def without_zero_biases(rest: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -112,11 +133,9 @@ def without_zero_biases(rest: Mapping[str, Tensor], model: nn.Module) -> dict[st
 
 def servable(contents: Contents) -> Contents:
     """Return contents whose layers can be packed: those that vLLM fuses are stored alike, and what
-    is no integer times a scale is dequantized, to the checkpoint's dtype if that has 16 bits."""
-    weights, rest = dict(contents.weights), dict(contents.rest)
-    dtype = getattr(torch, str(contents.config.get("dtype") or contents.config.get("torch_dtype")))
-    dense = {name for name, weight in weights.items() if isinstance(weight, BlockWeight)}
-    for name in list(weights):
+    is no integer times a scale is dequantized."""
+    weights, dense = contents.weights, blockwise(contents)
+    for name in weights:
         for parts in FUSED:
             parent = name.removesuffix(parts[0])
             if parent == name:
@@ -125,11 +144,24 @@ def servable(contents: Contents) -> Contents:
             found = [weights.get(part) for part in together]
             if dense & set(together) or not all(alike(found[0], weight) for weight in found):
                 dense |= {part for part in together if part in weights}
-    for name in dense:
-        exact = not isinstance(weights[name], BlockWeight)
-        rest[f"{name}.weight"] = (
-            weights.pop(name).dequantize().to(torch.float32 if exact else dtype)
-        )
+    return dequantized(contents, dense)
+
+
+def blockwise(contents: Contents) -> set[str]:
+    """Return the layers whose values are no integers times a scale."""
+    return {name for name, weight in contents.weights.items() if isinstance(weight, BlockWeight)}
+
+
+def dequantized(contents: Contents, layers: Collection[str]) -> Contents:
+    """Return contents with layers dequantized: to the checkpoint's dtype if their values are no
+    integers times a scale, else to float32, which holds them."""
+    weights, rest = dict(contents.weights), dict(contents.rest)
+    named = contents.config.get("dtype") or contents.config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(named))
+    for name in layers:
+        weight = weights.pop(name)
+        kind = dtype if isinstance(weight, BlockWeight) else torch.float32
+        rest[f"{name}.weight"] = weight.dequantize().to(kind)
     return Contents(contents.config, weights, rest)
 
 

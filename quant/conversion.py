@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import read_config
-from attnserve.files import replacing
+from attnserve.evaluation.checkpoint import first_line
 from quant.checkpoint import FORMATS, GGUF
 from quant.checks import check_no_experts
-from quant.contents import Contents, read_checkpoint, servable
+from quant.contents import blockwise, dequantized, read_checkpoint, servable
 from quant.gguf_file import check_model, read_gguf, write_gguf
 from quant.model import empty_model
-from quant.write import TOKENIZER, check_out, quantization_config, write_folder
+from quant.write import (
+    TOKENIZER,
+    check_out,
+    quantization_config,
+    replacing_checkpoint,
+    write_folder,
+)
 
 
 def convert_checkpoint(source: Path, out: Path, format: str, overwrite: bool) -> dict[str, int]:
@@ -41,32 +45,40 @@ def convert_checkpoint(source: Path, out: Path, format: str, overwrite: bool) ->
     with tempfile.TemporaryDirectory() as made:
         if source.is_file():
             folder, contents = Path(made), read_gguf(source)
-            write_about(contents, source, folder)
+            (folder / "config.json").write_text(json.dumps(dict(contents.config)), encoding="utf-8")
+            model = empty_model(folder)
+            write_tokenizer(source, folder)
         else:
-            read_config(source)
-            folder, contents = source, read_checkpoint(source)
-        model = empty_model(folder)
-        check_no_experts(folder, model)
+            folder, model = source, empty_model(source)
+            check_no_experts(folder, model)
+            contents = read_checkpoint(folder, model)
+        contents.check(source, model)
         read, config = len(contents.weights), model.config
         if format == GGUF:
             check_model(config, folder / TOKENIZER)
+            contents = dequantized(contents, blockwise(contents))
         else:
             contents = servable(contents)
-        with replacing(out) as new:
+        with replacing_checkpoint(out) as new:
             if format == GGUF:
                 sizes = write_gguf(contents, config, folder / TOKENIZER, new)
             else:
                 entry = quantization_config(contents.weights, model)
                 command = "`python -m quant.convert`"
                 sizes = write_folder(contents, new, entry, folder, command)
-            if out.is_dir():
-                shutil.rmtree(out)
     packed = len(contents.weights)
     return {"packed": packed, "dequantized": read - packed, "bytes": sum(sizes.values())}
 
 
-def write_about(contents: Contents, file: Path, folder: Path) -> None:
-    """Write config.json and the tokenizer of a GGUF file."""
-    (folder / "config.json").write_text(json.dumps(dict(contents.config)), encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+def write_tokenizer(file: Path, folder: Path) -> None:
+    """Write the tokenizer of a GGUF file.
+
+    Raises:
+        UserError: with one line: it has none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # transformers lets anything through that a wrong file causes
+        why = first_line(error)
+        raise UserError(f"{file} has no tokenizer that can be read: {why}") from None
     tokenizer.save_pretrained(folder)

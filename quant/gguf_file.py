@@ -7,19 +7,21 @@ and the tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attn_kernels import variant_from_config
 from attnserve.errors import UserError
 from quant.contents import Contents
 from quant_kernels.formats import gguf as blocks
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant_kernels.weight import QuantizedWeight, QuantSpec, TwoLevelWeight
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -87,7 +89,11 @@ def dense_tensor(tensor: Any) -> Tensor:
     kind = tensor.tensor_type.name
     if kind == "F16":
         return torch.from_numpy(tensor.data.copy())
-    dense = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise UserError(f"{tensor.name} is of the type {kind}, which is not read") from None
+    dense = torch.from_numpy(np.array(values, np.float32))
     return dense.bfloat16() if kind == "BF16" else dense
 
 
@@ -100,30 +106,43 @@ def with_rows(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:
 
 
 def config_from(settings: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """Return config.json of a file's settings."""
+    """Return config.json of a file's settings.
 
-    def setting(name: str, default: Any = None) -> Any:
-        return settings.get(f"llama.{name}", default)
+    Raises:
+        UserError: with one line: one is missing, or no number above 0.
+    """
 
-    heads, hidden = setting("attention.head_count"), setting("embedding_length")
+    def setting(name: str, kind: type, default: Any = None) -> Any:
+        found = settings.get(f"llama.{name}", default)
+        if not isinstance(found, kind) or not 0 < found < math.inf:
+            raise UserError(
+                f"the GGUF file's setting llama.{name} is {found}, no number above 0: copy or "
+                "convert it again"
+            )
+        return found
+
+    tokens = settings.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise UserError("the GGUF file has no tokenizer: copy or convert it again")
+    heads, hidden = setting("attention.head_count", int), setting("embedding_length", int)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "float32",
         "hidden_size": hidden,
-        "intermediate_size": setting("feed_forward_length"),
-        "num_hidden_layers": setting("block_count"),
+        "intermediate_size": setting("feed_forward_length", int),
+        "num_hidden_layers": setting("block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": setting("attention.head_count_kv", heads),
-        "head_dim": setting("attention.key_length", hidden // heads),
-        "max_position_embeddings": setting("context_length"),
-        "rms_norm_eps": setting("attention.layer_norm_rms_epsilon"),
+        "num_key_value_heads": setting("attention.head_count_kv", int, heads),
+        "head_dim": setting("attention.key_length", int, hidden // heads),
+        "max_position_embeddings": setting("context_length", int),
+        "rms_norm_eps": setting("attention.layer_norm_rms_epsilon", float),
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": setting("rope.freq_base", 10000.0),
+            "rope_theta": setting("rope.freq_base", float, 10000.0),
         },
         "tie_word_embeddings": tied,
-        "vocab_size": setting("vocab_size", len(settings["tokenizer.ggml.tokens"])),
+        "vocab_size": setting("vocab_size", int, len(tokens)),
         "bos_token_id": settings.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": settings.get("tokenizer.ggml.eos_token_id"),
     }
@@ -151,38 +170,96 @@ def check_model(config: Any, tokenizer: Path) -> None:
     }.items():
         if present:
             raise UserError(f"--format gguf does not write {what}")
-    splitter_of(tokenizer)
+    splitter_of(tokenizer, config.vocab_size)
 
 
-def check_spec(spec: QuantSpec, scheme: str, columns: set[int]) -> None:
+def check_spec(spec: QuantSpec, scheme: str, config: Any) -> None:
     """Refuse before any work what no type of GGUF holds.
+
+    Args:
+        spec: of the layers.
+        scheme: how they are quantized.
+        config: as transformers reads it.
 
     Raises:
         UserError: with one line.
     """
+    heads = config.num_attention_heads * config.head_dim
+    columns = {config.hidden_size, heads, feed_forward_length(config)}
     found = [blocks.holding(spec, count) for count in sorted(columns)]
     found += ["zero points between quantized values have no place there"] * (scheme == "hqq")
     if why := next((line for line in found if line), None):
         raise UserError(f"--format gguf cannot hold these weights: {why}")
 
 
-def splitter_of(tokenizer: Path) -> str:
+def feed_forward_length(config: Any) -> int:
+    """Return the columns that MLPs have in a file: whole blocks."""
+    return -(-config.intermediate_size // blocks.BLOCK) * blocks.BLOCK
+
+
+def with_whole_blocks(contents: Contents, columns: int) -> Contents:
+    """Return contents whose MLPs have so many columns. What is added is 0 and changes nothing:
+    silu(0) * 0 is 0."""
+
+    def added(layer: str, shape: Sequence[int]) -> tuple[int, int]:
+        rows = columns - shape[0] if layer.endswith(("mlp.gate_proj", "mlp.up_proj")) else 0
+        return rows, columns - shape[1] if layer.endswith("mlp.down_proj") else 0
+
+    weights = {
+        layer: with_zeros(weight, *added(layer, weight.values.shape))
+        for layer, weight in contents.weights.items()
+    }
+    rest = {}
+    for name, tensor in contents.rest.items():
+        rows, more = added(name.removesuffix(".weight"), tensor.shape)
+        rest[name] = pad(tensor, (0, more, 0, rows)) if rows or more else tensor
+    return Contents(contents.config, weights, rest)
+
+
+def with_zeros(weight: QuantizedWeight, rows: int, columns: int) -> QuantizedWeight:
+    """Return a weight with rows more, and with columns more in its last group, all of them 0."""
+    if not rows and not columns:
+        return weight
+    spec, zeros = weight.spec, weight.zeros
+    zero = torch.full((len(weight.values), 1), spec.midpoint) if zeros is None else zeros[:, -1:]
+    values = torch.cat((weight.values, zero.to(torch.uint8).expand(-1, columns)), 1)
+    return QuantizedWeight(
+        pad(values, (0, 0, 0, rows), value=spec.midpoint),
+        pad(weight.scales, (0, 0, 0, rows), value=1),
+        None if zeros is None else pad(zeros, (0, 0, 0, rows), value=spec.midpoint),
+        spec,
+        weight.g_idx,
+    )
+
+
+def splitter_of(tokenizer: Path, rows: int) -> str:
     """Return llama.cpp's name of how a tokenizer splits text.
 
+    Args:
+        tokenizer: tokenizer.json.
+        rows: of the embedding table.
+
     Raises:
-        UserError: with one line: it has none that is known here.
+        UserError: with one line: it has none that is known here, or more tokens than rows.
     """
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer} is not there, and a GGUF file has its tokenizer in it")
-    content = json.loads(tokenizer.read_text(encoding="utf-8"))
-    entry = content["pre_tokenizer"] or {}
-    steps = entry.get("pretokenizers", [entry])
-    key = tuple(step.get("pattern", {}).get("Regex") or step.get("type", "") for step in steps)
-    if content["model"]["type"] != "BPE" or key not in SPLITTERS:
+    try:
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        entry, kind = content["pre_tokenizer"] or {}, content["model"]["type"]
+        steps = entry.get("pretokenizers", [entry])
+        key = tuple(step.get("pattern", {}).get("Regex") or step.get("type", "") for step in steps)
+        added = [token["id"] for token in content["added_tokens"]]
+        last = max([*content["model"]["vocab"].values(), *added])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{tokenizer} is no whole tokenizer: copy it again") from None
+    if kind != "BPE" or key not in SPLITTERS:
         raise UserError(
             f"{tokenizer} is of another kind than byte-level BPE as in GPT-2, SmolLM and Llama 3: "
             "--format gguf does not write it"
         )
+    if last >= rows:
+        raise UserError(f"{tokenizer} has token ids up to {last}, and the embeddings {rows} rows")
     return SPLITTERS[key]
 
 
@@ -204,7 +281,9 @@ def write_gguf(contents: Contents, config: Any, tokenizer: Path, file: Path) -> 
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    columns = feed_forward_length(config)
+    contents = with_whole_blocks(contents, columns)
+    writer.add_feed_forward_length(columns)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
@@ -227,6 +306,11 @@ def write_gguf(contents: Contents, config: Any, tokenizer: Path, file: Path) -> 
     for layer, weight in contents.weights.items():
         name = f"{layer}.weight"
         order = row_order(name, len(weight.values), *heads).argsort()
+        if isinstance(weight, TwoLevelWeight):
+            raise UserError(
+                "--format gguf has no type for two-level scales: quantize the original with "
+                "--scheme gptq --format gguf"
+            )
         try:
             data, kind = blocks.write_blocks(with_rows(weight, order))
         except ValueError as error:
@@ -252,7 +336,7 @@ def add_tokenizer(writer: Any, file: Path, config: Any) -> None:
         kinds[added["id"]] = CONTROL if added["special"] else ADDED
     merges = content["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitter_of(file))
+    writer.add_tokenizer_pre(splitter_of(file, config.vocab_size))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -264,4 +348,4 @@ def add_tokenizer(writer: Any, file: Path, config: Any) -> None:
             getattr(writer, f"add_{name}_token_id")(token_id)
     bos = config.bos_token_id
     post = json.dumps(content["post_processor"])
-    writer.add_add_bos_token(bos is not None and json.dumps(tokens[bos]) in post)
+    writer.add_add_bos_token(bos in range(len(tokens)) and json.dumps(tokens[bos]) in post)

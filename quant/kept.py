@@ -1,5 +1,6 @@
 """Quantized weights on disk until their checkpoint is written, so that a killed run goes on."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,17 +23,34 @@ class Kept(dict[str, QuantizedWeight]):
     Args:
         folder: of the files; those of a run with another key are removed.
         key: what the weights depend on.
+
+    Raises:
+        UserError: another process uses the folder.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         super().__init__()
-        self.folder, said, text = folder, folder / "key.json", json.dumps(key)
-        if folder.exists() and not (said.is_file() and said.read_text(encoding="utf-8") == text):
-            self.remove()
+        self.folder, text = folder, json.dumps(key)
         folder.mkdir(parents=True, exist_ok=True)
-        said.write_text(text, encoding="utf-8")
+        self.key = open(folder / "key.json", "a+", encoding="utf-8")  # noqa: SIM115  the lock
+        try:
+            fcntl.flock(self.key, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is using {folder}: wait for it, or name another output"
+            ) from None
+        self.key.seek(0)
+        if self.key.read() != text:
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+            self.key.truncate(0)
+            self.key.write(text)
+            self.key.flush()
         for file in folder.glob("*.safetensors"):
-            super().__setitem__(file.stem, read(file))
+            try:
+                super().__setitem__(file.stem, read(file))
+            except SafetensorError:  # the machine went down before it was on the disk
+                file.unlink()
 
     def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
         super().__setitem__(name, weight)
@@ -54,6 +72,10 @@ class Kept(dict[str, QuantizedWeight]):
     def remove(self) -> None:
         """Remove the files."""
         shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Let another run use the folder."""
+        self.key.close()
 
 
 def read(file: Path) -> QuantizedWeight:

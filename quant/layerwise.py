@@ -125,7 +125,7 @@ def analyze(
     scheme = get_scheme(settings.scheme)
     shapes = empty_model(folder)
     check_no_experts(folder, shapes)
-    check_values(folder)
+    check_values(folder, shapes)
     planned = columns(shapes, settings.lm_head)
     for spec in settings.specs:
         scheme.check(spec, planned)

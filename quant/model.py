@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import hf_attn  # noqa: F401  registers the model classes
 from attnserve.errors import UserError
-from attnserve.evaluation.checkpoint import read_config
+from attnserve.evaluation.checkpoint import first_line, read_config
 from quant.schemes.hessian import inputs_of, layer_by_layer
 from quant.schemes.registry import Scheme
 from quant_kernels.weight import QuantizedWeight, QuantSpec
@@ -42,9 +42,18 @@ def columns(model: nn.Module, lm_head: bool = False) -> set[int]:
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
-    """Return a checkpoint's model without its weights, for shapes."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(folder))
+    """Return a checkpoint's model without its weights, for shapes.
+
+    Raises:
+        UserError: with one line: its configuration describes none.
+    """
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers lets anything through that a wrong file causes
+        why = first_line(error)
+        raise UserError(f"config.json of {folder} describes no model: {why}") from None
     return model
 
 

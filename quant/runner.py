@@ -55,7 +55,7 @@ def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
     """Check that a checkpoint can be quantized, and that every scheme can do its configs."""
     model = empty_model(folder)
     check_no_experts(folder, model)
-    check_values(folder)
+    check_values(folder, model)
     for config in configs:
         if config.scheme is not None:
             get_scheme(config.scheme).check(config.spec, columns(model, config.lm_head))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from attn_kernels.kv_quant import FIELD
 from attnserve.errors import UserError
+from attnserve.files import replacing
 from quant.contents import EMBEDDINGS, Contents
 from quant.model import HEAD, linears
 from quant_kernels.formats.packed import config_of, entry_of, format_of, stored_tensors
@@ -54,16 +56,31 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is no quantized checkpoint: remove it yourself, or name another")
 
 
+@contextmanager
+def replacing_checkpoint(out: Path) -> Iterator[Path]:
+    """Yield where to write a folder or a file, which takes the place of `out` at the end, of
+    whatever kind that is; see `replacing`."""
+    out = out.resolve()  # rather what a link points at than the link
+    with replacing(out) as new:
+        yield new
+        if out.is_dir():
+            shutil.rmtree(out)
+        elif new.is_dir():
+            out.unlink(missing_ok=True)
+
+
 def is_quantized(folder: Path) -> bool:
     """Return whether a checkpoint's config.json says so."""
     return "quantization_config" in config_in(folder)
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """Return a folder's config.json; empty where there is none."""
-    file = folder / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    return config
+    """Return a folder's config.json; empty where there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def write_folder(

@@ -188,6 +188,38 @@ def write_compressed(source: Path, folder: Path, act_order: bool) -> PreTrainedM
     return model
 
 
+def copy_gguf(source: Path, file: Path, settings: dict[str, Any]) -> None:
+    """Write a GGUF file again with other settings; None: without one."""
+    import gguf
+
+    written, again = gguf.GGUFReader(source), gguf.GGUFWriter(file, "llama")
+    add_settings(again, written, settings)
+    for tensor in written.tensors:
+        again.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    again.write_header_to_file()
+    again.write_kv_data_to_file()
+    again.write_tensors_to_file()
+    again.close()
+
+
+def add_settings(writer: Any, source: Any, settings: dict[str, Any]) -> None:
+    """Add the settings of a file, some of them others."""
+    import gguf
+
+    types = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+    for name, field in source.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value, kind, sub = field.contents(), field.types[0], None
+        if name in settings:
+            value = settings[name]
+            kind = types.get(type(value))
+        elif kind == gguf.GGUFValueType.ARRAY:
+            sub = field.types[-1]
+        if kind is not None:
+            writer.add_key_value(name, value, kind, sub)
+
+
 MIXED = {"token_embd": "Q4_1", "attn_v": "Q6_K", "ffn_down": "Q5_K"}
 """Types of tensors in `write_mixed_gguf`; the others of a layer are Q4_K."""
 
@@ -206,11 +238,7 @@ def write_mixed_gguf(file: Path) -> PreTrainedModel:
     random, heads = np.random.default_rng(0), {"attn_q": 4, "attn_k": 2}
     written = gguf.GGUFReader(file)
     again = gguf.GGUFWriter(file, "llama")
-    for name, field in written.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            kind = field.types[0]
-            sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            again.add_key_value(name, field.contents(), kind, sub)
+    add_settings(again, written, {})
     for tensor in written.tensors:
         layer = tensor.name.split(".")[-2]
         if "norm" in layer:

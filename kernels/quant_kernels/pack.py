@@ -33,7 +33,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Return the quantized values uint8 `[rows, columns]` that `pack` packed."""
+    """Return the quantized values uint8 `[rows, columns]` that `pack` packed.
+
+    Raises:
+        ValueError: with one line: these are not so many.
+    """
+    if packed.dim() != 2 or packed.shape[1] < words(columns, bits):
+        raise ValueError(
+            f"words {list(packed.shape)} do not hold rows of {columns} values of {bits} bits"
+        )
     rows = packed.shape[0]
     chunks = pad(packed, (0, -packed.shape[1] % bits)).view(rows, -1, bits)
     values = torch.empty(*chunks.shape[:2], 32, dtype=torch.uint8)

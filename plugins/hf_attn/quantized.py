@@ -104,7 +104,7 @@ class Dequantize(ConversionOps):
         module = model.get_submodule(layer)
         entry = entry_for(self.entry, layer, type(module).__name__)
         parts = {pattern.removesuffix("$"): found[0] for pattern, found in input_dict.items()}
-        return {"weight": read_stored(parts, entry).dequantize().to(module.weight.dtype)}
+        return {"weight": read_stored(parts, entry, layer).dequantize().to(module.weight.dtype)}
 
 
 STOCK_CONFIG: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[STOCK]

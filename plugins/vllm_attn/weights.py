@@ -31,6 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from quant_kernels.formats.reader import KINDS
 from vllm_attn.report import StartupError
 
 StoredShape = Callable[[int, int], tuple[int, ...]]
@@ -129,6 +130,11 @@ def fitting(
         if layer is not None and stored is not None:
             shape = stored(*full_shape(layer, shard))
             ours = is_ours(layer, layer.quant_method)
+            if ours and tensor.dtype not in KINDS.get(name.rpartition(".")[2], {tensor.dtype}):
+                raise StartupError(
+                    f"{part_name(model, name, shard)} of the checkpoint is {tensor.dtype}, which "
+                    "is not of its format: copy it, or quantize the original again"
+                )
             larger = any(a > b for a, b in zip(tensor.shape, shape, strict=False))
             if larger or (ours and tuple(tensor.shape) != shape):
                 raise StartupError(misfit(part_name(model, name, shard), tensor.shape, shape))

@@ -32,13 +32,20 @@ def register() -> None:
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+            from vllm_attn.report import StartupError
             from vllm_quant.config import PackedConfig
             from vllm_quant.foreign import ForeignConfig
 
-            foreign = config.get("quant_method") in READERS
-            made: QuantizationConfig = (ForeignConfig if foreign else PackedConfig).from_config(
-                config
-            )
+            kind = ForeignConfig if config.get("quant_method") in READERS else PackedConfig
+            try:
+                made: QuantizationConfig = kind.from_config(config)
+            except StartupError:
+                raise
+            except Exception as error:  # whatever values of other kinds lead to
+                why = " ".join(str(error).split()) or repr(error)
+                raise StartupError(
+                    f"quantization_config of config.json cannot be read: {why}"
+                ) from error
             return made
 
         @staticmethod

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -65,9 +66,18 @@ class PackedConfig(CompressedTensorsConfig):
         """Return the method of one layer.
 
         Raises:
-            StartupError: packed weights that the kernels do not take.
+            StartupError: packed weights that the kernels do not take, or experts that vLLM's do
+                not.
         """
         check_every_load()
+        if isinstance(layer, RoutedExperts):
+            try:
+                return super().get_quant_method(layer, prefix)
+            except (NotImplementedError, ValueError, AssertionError) as error:
+                raise StartupError(
+                    f"{prefix} has experts, for which vLLM has no kernel here ({error}): use the "
+                    "unquantized checkpoint"
+                ) from error
         if not isinstance(layer, LinearBase | VocabParallelEmbedding) or self.transform_config:
             return super().get_quant_method(layer, prefix)
         scheme = self.get_scheme_dict(layer, prefix)

@@ -123,6 +123,11 @@ class Format(QuantSpec):
             if zeros is not None and zeros.dtype == torch.int16:
                 zeros = zeros.to(torch.uint8)
         packed, layer.weight_order = layer.weight_packed.data, None
+        if not bool(torch.isfinite(layer.weight_scale.data).all()):
+            raise StartupError(
+                f"{layer.prefix}.weight_scale of the checkpoint has scales that are no numbers: "
+                "copy it, or quantize the original again"
+            )
         if self.act_order:
             packed = self.reorder(layer, packed, columns)
         found = panels(

@@ -331,8 +331,8 @@ def questions(answers: Answers) -> list[Question]:
         title = f"Which variants lose more or less than {name}?"
         reading = (
             f"Nats a token by which a variant's loss rises more, or it diverges further, than "
-            f"{name} at the same bits: to the left it loses less. Filled points are significant. "
-            + BARS
+            f"{name} at the same bits: to the left it loses less. Filled points are significant on "
+            "each held-out book. " + BARS
         )
         views = [compared(*pair, answers) for pair in pairs]
         asked.append(Question("differences", title, reading, views))

@@ -54,7 +54,7 @@ class Shadow:
         good = tap.complete and exchange.code is None and tap.prompt and tap.answer
         if config is None or not good:
             return
-        labels = {n: (n, *self.state.router.model(n).labels) for n in config.models}
+        labels = {n: self.state.router.model(n).metrics(n).labels for n in config.models}
         if len(tap.prompt) + len(tap.answer) > config.max_tokens:
             self._count(labels.values(), "too_long")
         elif len(self._running) >= config.max_concurrent:

@@ -21,6 +21,12 @@ Labels = tuple[str, str, str]
 
 MODEL = ("model", "variant", "bits")
 
+OTHERS: Labels = ("*", "", "")
+"""Of names that nobody serves, and of what is beyond `MAX_MODELS`."""
+
+MAX_MODELS = 1000
+"""Most labels: a server that says another variant each time has no more of them."""
+
 disable_created_metrics()  # they are half of the page, and nobody reads them
 
 
@@ -130,6 +136,8 @@ class Metrics:
 
     def of_model(self, labels: Labels) -> "ModelMetrics":
         """Return what is counted in each request, for one model."""
+        if labels not in self.models and len(self.models) >= MAX_MODELS:
+            labels = OTHERS
         if labels not in self.models:
             self.models[labels] = ModelMetrics(self, labels)
         return self.models[labels]

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
 
 from serving.config import EVERY, ModelEntry, Routing
-from serving.observability.metrics import Metrics, ModelMetrics
+from serving.observability.metrics import OTHERS, Metrics, ModelMetrics
 from serving.openai.errors import ApiError, no_such_model
 from serving.upstream.replica import Attempt, Replica
 from serving.upstream.vllm_metrics import (
@@ -56,7 +56,7 @@ class Model:
             return found
         listed = name == self.name or any(r.models and name in r.models for r in self.replicas)
         if self.entry.name == EVERY and not listed:
-            labels = (EVERY, "", "")
+            labels = OTHERS
             for replica in self.replicas:
                 replica.ask_models = True
         return self._metrics.of_model(labels)

@@ -56,7 +56,7 @@ def test_learned_tensors(variant: dict[str, Any], tensor: str, tmp_path: Path) -
     config = VariantLlamaConfig(attention_variant=variant, vocab_size=32, **SMALL)
     fresh = dict(VariantLlamaForCausalLM(config).named_parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(tmp_path, variant, **SMALL))
-    initial = get_variant("ssmax", bias=True).initial(tensor)
+    initial = config.variant.initial(tensor)
     for layer in range(2):
         key = f"model.layers.{layer}.self_attn.{tensor}"
         assert fresh[key].tolist() == [initial] * 32

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,66 @@ def test_all_that_is_written(recipe: Recipe, source: Path, tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "again")
     assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text())
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), expected)
+
+
+ALL = [
+    Recipe(bits, scheme, size, scheme == "gptq" and bits % 2 == 0, embeddings=embeddings)
+    for bits in range(2, 9)
+    for scheme in ("rtn", "gptq", "hqq", "two-level", "compressed-tensors")
+    for size in (16, 32, 64, 128, None)
+    for embeddings in (None, 10 - bits)
+    if (size is not None if scheme == "two-level" else size != 16)
+]
+"""Every width, scheme and group size, with embeddings and without."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_cell(bits: int, tmp_path: Path) -> None:
+    """The columns are 128 and 256, which all groups divide, as compressed-tensors wants it."""
+    source = tiny_checkpoint(tmp_path / "source", "softpick", num_hidden_layers=1)
+    for place, recipe in enumerate(recipe for recipe in ALL if recipe.bits == bits):
+        text = TEXT if recipe.calibrated else None
+        out = tmp_path / f"{place}"
+        expected, _ = quantize_checkpoint(source, out, recipe, text, "a test")
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        assert same(model, expected), recipe
+
+
+ALONE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.arange(3, 60)[None]).logits
+    print(torch.equal(logits, torch.load(f"{folder}/logits.pt")))
+assert "hf_attn" not in sys.modules
+"""
+
+
+@pytest.mark.integration
+def test_without_this_package(tmp_path: Path) -> None:
+    """What is plain compressed-tensors, its own library reads as well, to the bit."""
+    source = write_tiny_llama(tmp_path / "source")
+    recipes = [
+        Recipe(2, "rtn", 32),
+        Recipe(4, "gptq", 32, act_order=True, search=True),
+        Recipe(4, "rtn", None, symmetric=True),
+        Recipe(8, "rtn", 64),
+    ]
+    for place, recipe in enumerate(recipes):
+        text, out = TEXT if recipe.calibrated else None, tmp_path / f"{place}"
+        expected, _ = quantize_checkpoint(source, out, recipe, text, "a test")
+        with torch.inference_mode():
+            logits = expected(input_ids=torch.arange(3, 60)[None]).logits
+        torch.save(logits, out / "logits.pt")
+    folders = [str(tmp_path / f"{place}") for place in range(len(recipes))]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *folders], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["True"] * len(recipes), done.stderr
 
 
 def test_layers_of_different_bits(source: Path, tmp_path: Path) -> None:

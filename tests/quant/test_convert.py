@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from quant.convert import convert as command
@@ -87,13 +90,19 @@ QUANTIZED = [
 
 
 @pytest.mark.parametrize(("options", "kinds"), QUANTIZED)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "columns"), [(True, 192), (False, 176)])
 def test_quantize_writes_gguf(
-    tied: bool, options: list[str], kinds: set[str], tmp_path: Path, commands: Commands
+    tied: bool,
+    columns: int,
+    options: list[str],
+    kinds: set[str],
+    tmp_path: Path,
+    commands: Commands,
 ) -> None:
-    """Every tensor, as the package gguf reads it, is that of the packed checkpoint."""
+    """Every tensor, as the package gguf reads it, is that of the packed checkpoint; 176 columns are
+    no whole blocks, and end in zeros."""
     gguf = pytest.importorskip("gguf")
-    fields = {"intermediate_size": 192, "num_hidden_layers": 1, "tie_word_embeddings": tied}
+    fields = {"intermediate_size": columns, "num_hidden_layers": 1, "tie_word_embeddings": tied}
     source = tiny_checkpoint(tmp_path / "source", "softmax", **fields)
     file, out = tmp_path / "model.gguf", tmp_path / "out"
     given = ["--scheme=rtn", *options]
@@ -109,20 +118,25 @@ def test_quantize_writes_gguf(
     assert len(found) == len(weights) and ("output.weight" in found) == (not tied)
     rows = weights["model.layers.0.self_attn.k_proj.weight"].unflatten(0, (2, 2, 16))
     assert torch.equal(found["blk.0.attn_k.weight"], rows.transpose(1, 2).flatten(0, 2))
-    for theirs, ours in (
-        ("token_embd", "model.embed_tokens"),
-        ("blk.0.ffn_down", "model.layers.0.mlp.down_proj"),
-        ("blk.0.attn_norm", "model.layers.0.input_layernorm"),
+    for theirs, ours, ends in (
+        ("token_embd", "model.embed_tokens", ()),
+        ("blk.0.ffn_down", "model.layers.0.mlp.down_proj", (0, 192 - columns)),
+        ("blk.0.ffn_gate", "model.layers.0.mlp.gate_proj", (0, 0, 0, 192 - columns)),
+        ("blk.0.ffn_up", "model.layers.0.mlp.up_proj", (0, 0, 0, 192 - columns)),
+        ("blk.0.attn_norm", "model.layers.0.input_layernorm", ()),
     ):
-        assert torch.equal(found[f"{theirs}.weight"], weights[f"{ours}.weight"])
+        assert torch.equal(found[f"{theirs}.weight"], pad(weights[f"{ours}.weight"], ends))
 
 
 @pytest.mark.parametrize("options", [options for options, _ in QUANTIZED])
+@pytest.mark.parametrize("columns", [192, 176])
 def test_llama_cpp_loads_them(
-    options: list[str], source: Path, tmp_path: Path, commands: Commands
+    columns: int, options: list[str], tmp_path: Path, commands: Commands
 ) -> None:
     """It rounds the inputs of each layer to 8 bits, and is as far off as that makes it."""
     llama_cpp = pytest.importorskip("llama_cpp")
+    fields = {"intermediate_size": columns, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    source = tiny_checkpoint(tmp_path / "source", "softmax", **fields)
     file, out = tmp_path / "model.gguf", tmp_path / "out"
     commands.run(quantize, source, file, "--scheme=rtn", *options, "--format=gguf")
     commands.run(quantize, source, out, "--scheme=rtn", *options)
@@ -131,6 +145,25 @@ def test_llama_cpp_loads_them(
     model.eval(list(range(3, 60)))
     difference = torch.from_numpy(np.array(model.scores[:57])) - expected
     assert difference.pow(2).mean().sqrt() < 0.1 * expected.std()
+
+
+def test_tables_to_gguf(source: Path, tmp_path: Path, commands: Commands) -> None:
+    """NF4 is written dequantized."""
+    expected = logits(foreign.write_nf4(source, tmp_path / "theirs"))
+    file, back = tmp_path / "model.gguf", tmp_path / "back"
+    said = commands.run(command, tmp_path / "theirs", file, "--format=gguf")
+    assert "0 layers as they are, 14 dequantized" in said
+    assert "0 layers as they are, 0 dequantized" in commands.run(command, file, back)
+    assert (logits(loaded(back)) - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_two_level_scales_to_gguf(source: Path, tmp_path: Path, commands: Commands) -> None:
+    """No type has them; dequantized they would be nothing but larger."""
+    given = ["--bits=3", "--calibration=2", "--length=32"]
+    commands.run(quantize, source, tmp_path / "ours", *given)
+    line = commands.refused(command, tmp_path / "ours", tmp_path / "out", "--format=gguf")
+    assert "has no type for two-level scales: quantize the original with --scheme gptq" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
 def test_types_that_are_mixed(tmp_path: Path, commands: Commands) -> None:
@@ -185,6 +218,28 @@ def test_broken_checkpoints_of_others(
     assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
 
 
+SETTINGS: list[tuple[str, object, str]] = [
+    ("llama.attention.head_count", 0, "setting llama.attention.head_count is 0, no number above 0"),
+    ("llama.attention.head_count", 7, "128 rows of queries or keys are not those of 7 heads"),
+    ("llama.embedding_length", 96, "and config.json asks for [512, 96]: it describes another mod"),
+    ("llama.block_count", 3, "has no tensor model.layers.2.self_attn.q_proj.weight: it is inc"),
+    ("llama.context_length", math.nan, "setting llama.context_length is nan, no number above 0"),
+    ("llama.attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon is None, no number"),
+    ("tokenizer.ggml.tokens", None, "the GGUF file has no tokenizer: copy or convert it again"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), SETTINGS)
+def test_broken_settings_of_gguf(
+    name: str, value: object, says: str, source: Path, tmp_path: Path, commands: Commands
+) -> None:
+    whole, file = tmp_path / "whole.gguf", tmp_path / "model.gguf"
+    commands.run(quantize, source, whole, "--bits=4", "--scheme=rtn", "--format=gguf")
+    foreign.copy_gguf(whole, file, {name: value})
+    assert says in commands.refused(command, file, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.gguf", "model.gguf"}
+
+
 def test_what_is_no_quantized_checkpoint(source: Path, tmp_path: Path, commands: Commands) -> None:
     file, out = tmp_path / "model.gguf", tmp_path / "out"
     file.write_bytes(b"GGUF" + bytes(20))
@@ -205,13 +260,21 @@ def test_what_gguf_does_not_hold(source: Path, tmp_path: Path, commands: Command
         return line
 
     softpick = tiny_checkpoint(tmp_path / "softpick", "softpick")
-    odd = tiny_checkpoint(tmp_path / "odd", "softmax", intermediate_size=176)
+    odd = tiny_checkpoint(tmp_path / "odd", "softmax", hidden_size=144)
     rtn = ("--bits=4", "--scheme=rtn")
     assert "does not write softpick attention: only softmax" in refused(softpick, *rtn)
-    assert "its 176 columns are no blocks of 32" in refused(odd, *rtn)
+    assert "its 144 columns are no blocks of 32" in refused(odd, *rtn)
     assert "zero points between quantized values" in refused(source, "--bits=4", "--scheme=hqq")
     assert "use --symmetric" in refused(source, "--bits=8", "--scheme=rtn")
     assert "use --symmetric" in refused(source, *rtn, "--embeddings=8")
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(source, tokenizer)
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 512})
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    assert "token ids up to 512, and the embeddings 512 rows" in refused(tokenizer, *rtn)
+    (tokenizer / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is no whole tokenizer: copy it again" in refused(tokenizer, *rtn)
     config = LlamaConfig.from_pretrained(source)
     assert config.rope_parameters["rope_type"] == "default"
     for entry, says in (

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import load
+from quant import checkpoint as checkpoints
+from quant.kept import Kept
 from quant.model import quantize
 from quant.quantize import quantize as command
 from quant.schemes.registry import SCHEMES, Scheme, get_scheme
+from quant.schemes.rtn import rtn
 from quant.sensitivity import sensitivity
 from quant.sweep import sweep
 from quant.texts import Sources, calibration_text
@@ -246,6 +250,29 @@ def without(name: str, shape: tuple[int, ...] | None = None) -> Callable[[Path],
     return change
 
 
+def integers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[NORM] = tensors[NORM].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def unknown(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old, harmless
+    tensors["model.layers.7.extra.weight"] = torch.ones(4, 4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configured(**fields: Any) -> Callable[[Path], object]:
+    """Return what changes config.json."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
 def cut(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", 5000)
 
@@ -283,6 +310,10 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (pointer, "source/model.safetensors is no whole safetensors file (*): copy or download it"),
     (index_of("{"), "source/model.safetensors.index.json is no index of safetensors: copy it"),
     (index_of('{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which is not th"),
+    (integers, f"{NORM} in *source/model.safetensors is torch.int8, no floating-point type: it"),
+    (unknown, "source has a tensor model.layers.7.extra.weight, which the model that its config"),
+    (configured(head_dim=0), "config.json of *source describes no model: "),
+    (configured(intermediate_size=0), "of *source is [256, 128], and config.json asks for [0, 1"),
     (of_mixtral, "source has experts (model.layers.0.mlp.experts.gate_up_proj), which are not"),
     (of_gpt2, "source is a gpt2, whose layers gptq cannot quantize: use a model like Llama"),
 ]
@@ -395,7 +426,7 @@ def test_a_killed_run_goes_on(
 @pytest.mark.integration
 def test_sigkill(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process has no chance to say or mend anything."""
-    source = tiny_checkpoint(tmp_path / "source", "softpick", num_hidden_layers=40)
+    source = tiny_checkpoint(tmp_path / "source", "softpick", num_hidden_layers=12)
     out, left = tmp_path / "out", tmp_path / ".out.quantized"
     given = [str(source), str(out), "--bits=4", "--scheme=rtn"]
     process = subprocess.Popen(
@@ -404,11 +435,11 @@ def test_sigkill(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyP
         stderr=subprocess.DEVNULL,
     )
     while len(list(left.glob("*.safetensors"))) < 20 and process.poll() is None:
-        time.sleep(0.001)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     kept = {file.name for file in left.glob("*.safetensors")}
-    assert 20 <= len(kept) < 280 and not out.exists()
+    assert 20 <= len(kept) < 84 and not out.exists()
     made: list[Tensor] = []
     original = Scheme.__call__
 
@@ -418,11 +449,10 @@ def test_sigkill(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Scheme, "__call__", counted)
     commands.run(command, *given)
-    assert len(made) == 280 - len(kept)
+    assert len(made) == 84 - len(kept)
     commands.run(command, source, tmp_path / "whole", *given[2:])
-    found, whole = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "whole"))
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "whole"}
 
 
@@ -444,6 +474,53 @@ def test_a_killed_run_with_other_settings(
     assert not left.exists()
     shape = load_file(tmp_path / "out/model.safetensors")["model.embed_tokens.weight_packed"].shape
     assert shape[1] == 128 * 4 // 32
+
+
+def test_what_a_killed_machine_leaves(softpick: Path, tmp_path: Path, commands: Commands) -> None:
+    """Files that were not on the disk yet are empty; their layers are quantized again."""
+    left = tmp_path / ".out.quantized"
+    given = ["--bits=4", "--scheme=rtn", "--symmetric"]
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "write_checkpoint", killed)
+        commands.run(command, softpick, tmp_path / "out", *given, code=130)
+    kept = sorted(left.glob("*.safetensors"))
+    kept[0].write_bytes(b"")
+    os.truncate(kept[1], 100)
+    commands.run(command, softpick, tmp_path / "out", *given)
+    commands.run(command, softpick, tmp_path / "whole", *given)
+    found, whole = (tmp_path / f / "model.safetensors" for f in ("out", "whole"))
+    assert found.read_bytes() == whole.read_bytes() and not left.exists()
+
+
+def test_two_runs_of_one_output(softpick: Path, tmp_path: Path, commands: Commands) -> None:
+    """The second ends at once, and takes nothing from the first."""
+    given = [softpick, tmp_path / "out", "--bits=4", "--scheme=rtn"]
+    with closing(Kept(tmp_path / ".out.quantized", {})) as first:
+        first["a"] = rtn(torch.randn(4, 32), QuantSpec(4))
+        line = commands.refused(command, *given)
+        assert "another run is using" in line and "wait for it, or name another output" in line
+        assert (first.folder / "a.safetensors").exists() and not (tmp_path / "out").exists()
+    commands.run(command, *given)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_links_and_files_are_replaced(softpick: Path, tmp_path: Path, commands: Commands) -> None:
+    """A folder takes the place of a GGUF file, and of what a link points at, not of the link."""
+    given = ["--bits=4", "--scheme=rtn", "--overwrite"]
+    (tmp_path / "file").write_bytes(b"GGUF")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("link", "file", "link"):
+        commands.run(command, softpick, tmp_path / name, *given)
+        assert (tmp_path / "file/model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+    (tmp_path / "file/config.json").write_text("{")
+    assert "is no quantized checkpoint" in commands.refused(
+        command, softpick, tmp_path / "file", *given
+    )
 
 
 REFUSALS = [

@@ -19,7 +19,7 @@ from serving.compare.kl import Drift
 from serving.compare.shadow import observe
 from serving.observability.histogram import Histogram
 from serving.observability.logging import JsonLines
-from serving.observability.metrics import SECONDS
+from serving.observability.metrics import MAX_MODELS, SECONDS, Metrics
 from tests.serving.helpers import (
     Running,
     ask,
@@ -138,6 +138,18 @@ def test_names_that_nobody_serves_make_no_metrics() -> None:
         text = ask(gateway.url, "GET", "/metrics").body.decode()
     assert 'model="m"' in text and 'model="*"' in text
     assert 'model="x"' not in text and 'model="y"' not in text
+
+
+def test_labels_without_end_have_an_end() -> None:
+    """Of a server that says another variant each time."""
+    metrics = Metrics()
+    for i in range(MAX_MODELS + 100):
+        metrics.of_model(("m", f"variant-{i}", "4")).requests("/v1/completions", 200).inc()
+    page = generate_latest(metrics.registry).decode().splitlines()
+    counts = [line for line in page if line.startswith("attnserve_requests_total{")]
+    assert len(counts) == MAX_MODELS + 1
+    other = next(line for line in counts if 'model="*"' in line)
+    assert float(other.rpartition(" ")[2]) == 100
 
 
 def test_histogram_is_prometheus_own() -> None:

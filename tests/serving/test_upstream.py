@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.openai.errors import MAX_ERROR
 from tests.servers import free_port
 from tests.serving.helpers import ask, error_of, gateway_server, leave, open_request, running
 from tests.serving.scripted import (
@@ -102,6 +103,9 @@ EMBEDDINGS = b'{"detail": "Not Found"}'
         (b'{"detail": []}', '{"detail": []}', "invalid_request_error", None),
         (b'{"detail": [[]]}', '{"detail": [[]]}', "invalid_request_error", None),
         (b"[" * 2000, "[" * 2000, "invalid_request_error", None),
+        # Too long to be parsed: that could take a hundred times its size.
+        (VALIDATION.rjust(MAX_ERROR), "Field required", "invalid_request_error", "input"),
+        (VALIDATION.ljust(MAX_ERROR + 1), VALIDATION.decode(), "invalid_request_error", None),
     ],
 )
 def test_error_bodies_of_any_kind_get_openais_shape(

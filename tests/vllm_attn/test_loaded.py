@@ -25,6 +25,9 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from attn_kernels import variant_names
+from quant.schemes.rtn import rtn
+from quant_kernels.formats.packed import FORMAT, config_of, entry_of, stored_tensors
+from quant_kernels.weight import QuantSpec
 from tests.quantized import quantize
 from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_llama
 from tests.vllm_attn.loading import load, one_worker
@@ -270,6 +273,77 @@ def test_packed_tensors_too_many(checkpoints: dict[str, Path], name: str, tmp_pa
     save_file(content | {name: torch.zeros(4, 4)}, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(StartupError, match=rf"has a tensor {re.escape(name)}, which the model"):
         load(copy)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scales_that_are_no_numbers(
+    checkpoints: dict[str, Path], value: float, tmp_path: Path
+) -> None:
+    """Every answer would be NaN."""
+    for layer in ("model.layers.0.mlp.down_proj", "model.embed_tokens"):
+        name = f"{layer}.weight_scale"
+        scales = load_file(checkpoints["packed-softpick"] / "model.safetensors")[name]
+        scales[1, 0] = value
+        copy = changed(checkpoints["packed-softpick"], tmp_path / layer, {name: scales})
+        with pytest.raises(StartupError, match=r"weight_scale of the checkpoint has scales that"):
+            load(copy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("weight_packed", torch.float64),
+        ("weight_packed", torch.int64),
+        ("weight_scale", torch.int8),
+    ],
+)
+def test_packed_tensors_of_other_types(
+    checkpoints: dict[str, Path], kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """vLLM would convert the numbers, whatever they stand for."""
+    name = f"model.layers.0.self_attn.k_proj.{kind}"
+    tensor = load_file(checkpoints["packed-softpick"] / "model.safetensors")[name].to(dtype)
+    copy = changed(checkpoints["packed-softpick"], tmp_path / "copy", {name: tensor})
+    with pytest.raises(StartupError, match=rf"{re.escape(name)} of the checkpoint is {dtype}, whi"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("group_size", None), ("num_bits", "four"), ("type", True), ("actorder", [1])],
+)
+def test_a_configuration_that_cannot_be_read(
+    checkpoints: dict[str, Path], field: str, value: object, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoints["packed-softpick"], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"][field] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match=r"quantization_config of config\.json cannot be read: "):
+        load(copy)
+
+
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM has a kernel with AMX")
+def test_experts_that_others_have_packed(mixtral: Path, tmp_path: Path) -> None:
+    """In compressed-tensors' format, each expert's matrices by themselves."""
+    shutil.copytree(mixtral, tmp_path / "packed")
+    stored, entry = {}, {}
+    for name, tensor in load_file(mixtral / "model.safetensors").items():
+        if tensor.dim() < 2 or name.startswith(("lm_head", "model.embed")) or "gate." in name:
+            stored[name] = tensor
+            continue
+        weight = rtn(tensor.float(), QuantSpec(4, 32, symmetric=True))
+        entry = entry_of(weight)
+        layer = name.removesuffix(".weight")
+        stored |= {f"{layer}.{part}": x.contiguous() for part, x in stored_tensors(weight).items()}
+    save_file(stored, tmp_path / "packed/model.safetensors", {"format": "pt"})
+    config = json.loads((mixtral / "config.json").read_text())
+    groups = [(["Linear"], entry, FORMAT)]
+    config["quantization_config"] = config_of(groups, ["lm_head", "re:.*gate$"])
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match="has experts, for which vLLM has no kernel here"):
+        load(tmp_path / "packed")
 
 
 def test_zero_points_of_symmetric_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class TritonLayer(Layer):
         run = functools.partial(self._attend, phase, query, batch, out)
         tile = tile_for(
             phase, self.arch, self.head_size, query.element_size(), self.group,
-            self.kv_format is not None,
+            self.shape.kv_bits,
         )  # fmt: skip
         # A second run would advance accumulators twice.
         if tuning.AUTOTUNE and not self.variant.stateful and not capturing(query.device):

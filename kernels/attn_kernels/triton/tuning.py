@@ -44,7 +44,7 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 
 
 def tile_for(
-    phase: str, arch: str, head_size: int, element_size: int, group: int, low_bit: bool = False
+    phase: str, arch: str, head_size: int, element_size: int, group: int, kv_bits: int = 0
 ) -> Tile:
     """Return the tile of a kernel.
 
@@ -54,13 +54,14 @@ def tile_for(
         head_size: of a head.
         element_size: bytes of an element of queries.
         group: query heads of a KV head.
-        low_bit: keys and values have 8 or 4 bits, whose way to the queries' dtype takes registers.
+        kv_bits: of keys and values in 8 or 4 bits, whose way to the queries' dtype takes registers;
+            else 0.
     """
     least = max(16, triton.next_power_of_2(group))
     row_bytes = triton.next_power_of_2(head_size) * element_size
     stages = 1 if arch.startswith("gfx") else 2 if arch == "sm_90" else 3
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    if low_bit and row_bytes >= 256:
+    if kv_bits and row_bytes >= 256:
         keys = max(16, keys // 2)
     # The largest that hardly spill a register where they are compiled (benchmarks.triton_compile).
     # float32 is multiplied by plain arithmetic, whose operands are in registers.
@@ -70,6 +71,8 @@ def tile_for(
     if element_size == 4:
         return Tile(max(least, 32), 32 if row_bytes <= 256 else 16, num_warps, stages)
     rows = 64 if row_bytes <= (128 if arch == "sm_80" else 256) else 32
+    if kv_bits == 4 and row_bytes == 256 and arch in ("sm_80", "sm_90"):
+        keys, num_warps = 16, 8  # with 32 and 4, lssar and selective spill
     if arch == "sm_90" and row_bytes == 512:
         stages = 3  # with two, lssa in float16 spills in its loop
     return Tile(max(least, rows), keys, num_warps, stages)

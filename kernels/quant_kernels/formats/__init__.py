@@ -31,6 +31,10 @@ def reader_of(config: Mapping[str, Any]) -> Reader:
         raise ValueError(
             f"quantization_config of config.json has no {error}: it is incomplete"
         ) from None
+    except (TypeError, AttributeError) as error:  # a value of another kind than the format has
+        raise ValueError(
+            f"quantization_config of config.json is not {method}'s ({error}): copy it again"
+        ) from None
 
 
 __all__ = ["READERS", "Reader", "reader_of"]

@@ -67,4 +67,12 @@ def read_4bit(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> BlockWei
         table = parts["weight.nested_quant_map"]
         scales = table[scales.long()] * nested[: len(scales)] + state["nested_offset"]
     spec = QuantSpec(4, state["blocksize"], symmetric=True)
-    return BlockWeight(values, scales.float(), None, spec, table=parts["weight.quant_map"])
+    table, blocks = parts["weight.quant_map"], -(-values.numel() // state["blocksize"])
+    if values.dim() != 2 or scales.shape != (blocks,) or table.shape != (16,):
+        raise ValueError(
+            f"a matrix {list(values.shape)} has {blocks} blocks of {state['blocksize']} numbers, "
+            f"and a table of 16, not {list(scales.shape)} and {list(table.shape)}"
+        )
+    if not bool(torch.isfinite(scales).all() & torch.isfinite(table).all()):
+        raise ValueError("its scales or its table are not all numbers")
+    return BlockWeight(values, scales.float(), None, spec, table=table)

@@ -63,7 +63,13 @@ def their_name(name: str) -> str:
 
 def rope_rows(rows: int, heads: int) -> Tensor:
     """Return for each row of a query or key projection in transformers its row in GGUF, where the
-    two halves of a head that RoPE rotates alternate; int64 `[rows]`."""
+    two halves of a head that RoPE rotates alternate; int64 `[rows]`.
+
+    Raises:
+        ValueError: with one line: the rows are not those of so many heads.
+    """
+    if rows % (2 * heads):
+        raise ValueError(f"{rows} rows of queries or keys are not those of {heads} heads")
     return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
 
 

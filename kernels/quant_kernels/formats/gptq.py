@@ -51,8 +51,8 @@ def reader(config: Mapping[str, Any]) -> Reader:
         values = unpack(parts["qweight"].T.contiguous(), bits, columns)
         zeros = unpack_zeros(parts["qzeros"], bits, len(values), layout == "gptq").T
         scales = parts["scales"].T
-        check_shapes(values, scales, zeros, spec)
         g_idx = parts["g_idx"].int() if act_order else None
+        check_shapes(values, scales, zeros, spec, g_idx)
         return QuantizedWeight(values, scales.contiguous(), zeros.contiguous(), spec, g_idx)
 
     parts = {"qweight", "qzeros", "scales"} | ({"g_idx"} if act_order else set())

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_kernels.formats.reader import Reader, check_shapes
+from quant_kernels.formats.reader import Reader, check_shapes, reading
 from quant_kernels.pack import pack, unpack, words
-from quant_kernels.weight import QuantizedWeight, QuantSpec, TwoLevelWeight
+from quant_kernels.weight import BITS, QuantizedWeight, QuantSpec, TwoLevelWeight
 
 FORMAT, TWO_LEVEL = "pack-quantized", "two-level"
 METHOD = "attnserve"
@@ -75,16 +75,24 @@ def packed_tensors(
                 yield f"{name}.{part}", tensor
 
 
-def read_stored(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> QuantizedWeight:
+def read_stored(
+    parts: Mapping[str, Tensor], entry: Mapping[str, Any], layer: str = "a layer"
+) -> QuantizedWeight:
     """Return the weight that `stored_tensors`, or compressed-tensors, has stored.
 
     Args:
         parts: the tensors by name.
         entry: what config.json says of them.
+        layer: whose they are, for messages.
 
     Raises:
-        ValueError: with one line: they do not belong together.
+        ValueError: with one line: one is missing, or they do not belong together.
     """
+    with reading(layer, parts):
+        return _read_stored(parts, entry)
+
+
+def _read_stored(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> QuantizedWeight:
     spec = spec_of(entry)
     rows, columns = parts["weight_shape"].tolist()
     values = unpack_any(parts["weight_packed"], spec.bits, columns)
@@ -94,24 +102,28 @@ def read_stored(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Quanti
     if "weight_levels" in parts:
         levels = parts["weight_levels"]
         check_shapes(values, levels, None, spec)
+        check_shapes(values, scales, None, QuantSpec(spec.bits, None))
         return TwoLevelWeight(values, scales, None, spec, levels=levels)
     if not spec.symmetric:
         zeros = parts["weight_zero_point"]
         if zeros.dtype == torch.int32:
             zeros = unpack_any(zeros.T.contiguous(), spec.bits, rows).T.contiguous()
-    check_shapes(values, scales, zeros, spec)
     g_idx = parts["weight_g_idx"] if is_act_order(entry) else None
+    check_shapes(values, scales, zeros, spec, g_idx)
     return QuantizedWeight(values, scales, zeros, spec, g_idx)
 
 
 def unpack_any(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return the values of dense words, or of words that begin with a value each and end with
     unused bits, as compressed-tensors before 0.19 packs 3, 5, 6 and 7 bits."""
-    if packed.shape[1] == words(columns, bits):
-        return unpack(packed, bits, columns)
     each = 32 // bits
-    if packed.shape[1] != -(-columns // each):
-        raise ValueError(f"{packed.shape[1]} words do not hold {columns} values of {bits} bits")
+    stored = packed.shape[1] if packed.dim() == 2 else 0
+    if stored == words(columns, bits):
+        return unpack(packed, bits, columns)
+    if stored != -(-columns // each):
+        raise ValueError(
+            f"words {list(packed.shape)} do not hold rows of {columns} values of {bits} bits"
+        )
     shifts = torch.arange(0, each * bits, bits)
     values = packed.long()[:, :, None] >> shifts & 2**bits - 1
     return values.to(torch.uint8).flatten(1)[:, :columns].contiguous()
@@ -191,6 +203,38 @@ def spec_of(entry: Mapping[str, Any]) -> QuantSpec:
     return QuantSpec(entry["num_bits"], None if channel else group_size, entry["symmetric"])
 
 
+def check_entry(config: Mapping[str, Any]) -> None:
+    """Refuse an entry `quantization_config` that is not as compressed-tensors writes it, as far as
+    it is read here.
+
+    Raises:
+        ValueError: with one line.
+    """
+    groups = config.get("config_groups")
+    for name, group in groups.items() if isinstance(groups, Mapping) else [("", groups)]:
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        targets = group.get("targets") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping) or not isinstance(targets, list):
+            wrong = "no group with targets and weights"
+        elif not all(isinstance(target, str) for target in targets):
+            wrong = "no targets that are names"
+        elif is_packed({**config, "config_groups": {name: group}}) and not is_spec(weights):
+            wrong = f"no weights of 2 to 8 bits in groups, or whole rows: {dict(weights)}"
+        else:
+            continue
+        raise ValueError(
+            f"config_groups.{name} in quantization_config of config.json is {wrong}: copy "
+            "config.json again"
+        )
+
+
+def is_spec(entry: Mapping[str, Any]) -> bool:
+    """Return whether `spec_of` can read what config.json says of weights."""
+    bits, size = entry.get("num_bits"), entry.get("group_size")
+    numbers = type(bits) is int and (size is None or type(size) is int)
+    return numbers and bits in BITS and (size in (None, -1) or size > 0) and "symmetric" in entry
+
+
 def is_act_order(entry: Mapping[str, Any]) -> bool:
     """Return whether a layer has a `weight_g_idx`."""
     return entry.get("actorder") in ("group", "dynamic", True)
@@ -199,9 +243,10 @@ def is_act_order(entry: Mapping[str, Any]) -> bool:
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Return whether all that an entry `quantization_config` says is of this format: integers, with
     activations as they are."""
-    groups = (config.get("config_groups") or {}).values()
+    groups = list((config.get("config_groups") or {}).values())
     return bool(groups) and all(
-        (group.get("format") or config.get("format")) in (FORMAT, TWO_LEVEL)
+        isinstance(group, Mapping)
+        and (group.get("format") or config.get("format")) in (FORMAT, TWO_LEVEL)
         and (group.get("weights") or {}).get("type", "int") == "int"
         and not group.get("input_activations")
         for group in groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,29 @@ from torch import Tensor
 from quant_kernels.weight import QuantizedWeight, QuantSpec
 
 WEIGHT = "weight"
+
+WORDS, BYTES = {torch.int32}, {torch.uint8}
+INTEGERS = {torch.int32, torch.int64}
+FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+KINDS = {
+    "qweight": WORDS,
+    "qzeros": WORDS,
+    "scales": FLOATS,
+    "g_idx": INTEGERS,
+    "weight_packed": WORDS,
+    "weight_scale": FLOATS,
+    "weight_zero_point": WORDS | FLOATS,
+    "weight_levels": BYTES,
+    "weight_g_idx": INTEGERS,
+    "weight_shape": INTEGERS,
+    WEIGHT: BYTES | {torch.int8},
+    "SCB": FLOATS,
+    "weight.absmax": BYTES | FLOATS,
+    "weight.quant_map": FLOATS,
+    "weight.nested_absmax": FLOATS,
+    "weight.nested_quant_map": FLOATS,
+}
+"""Dtypes of a layer's tensors, by what follows its name."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +98,26 @@ class Reader:
         Raises:
             ValueError: with one line.
         """
-        try:
+        with reading(layer, parts):
             return self.read(parts)
-        except (RuntimeError, ValueError, IndexError, KeyError) as error:
-            shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{layer} cannot be read ({shapes}): {why}") from error
+
+
+@contextmanager
+def reading(layer: str, parts: Mapping[str, Tensor]) -> Iterator[None]:
+    """Make one line of what is wrong with a layer's tensors, whatever others have stored.
+
+    Raises:
+        ValueError: with that line.
+    """
+    try:
+        for part, tensor in parts.items():
+            if tensor.dtype not in KINDS.get(part, {tensor.dtype}):
+                raise ValueError(f"{part} cannot be {tensor.dtype}")
+        yield
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+        shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise ValueError(f"{layer} cannot be read ({shapes}): {why}") from error
 
 
 def excluded(ignore: Iterable[str] | None) -> tuple[str, ...]:
@@ -88,8 +126,14 @@ def excluded(ignore: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(rf"re:(.*\.)?{name}(\..*)?" for name in ignore or ())
 
 
-def check_shapes(values: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> None:
-    """Refuse scales that are not those of a matrix.
+def check_shapes(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    spec: QuantSpec,
+    g_idx: Tensor | None = None,
+) -> None:
+    """Refuse scales, zero points and groups of columns that are not those of a matrix.
 
     Raises:
         ValueError: with one line.
@@ -102,3 +146,10 @@ def check_shapes(values: Tensor, scales: Tensor, zeros: Tensor | None, spec: Qua
         )
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("its scales are not all numbers")
+    if zeros is not None and not bool(torch.isfinite(zeros).all()):
+        raise ValueError("its zero points are not all numbers")
+    if g_idx is None:
+        return
+    named = g_idx if g_idx.shape == values.shape[1:] else torch.tensor([-1])
+    if not 0 <= int(named.min()) <= int(named.max()) < wanted[1]:
+        raise ValueError(f"g_idx does not name one of {wanted[1]} groups for each column")

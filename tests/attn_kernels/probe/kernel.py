@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from attn_kernels.variants.sinks.kernel import (  # noqa: F401 (this variant's, too)
+from attn_kernels.variants.sinks.kernel import normalise
+from attn_kernels.variants.softmax.kernel import (  # noqa: F401 (this variant's, too)
     FIRST_MAX,
     UNIT_KEYS,
     merge,
-    normalise,
     update,
 )
 
