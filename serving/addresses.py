@@ -39,6 +39,17 @@ def origin(value: str) -> str:
     return value
 
 
+def host_name(value: str) -> str:
+    """Return a name that clients may call the gateway by; "*" is any, "*.corp" all below it.
+
+    Raises:
+        ValueError: it is none, so that no request would have it.
+    """
+    if not re.fullmatch(r"(?a)\*|(\*\.)?[\w-]+(\.[\w-]+)*|\[[0-9a-fA-F:.]+\]", value):
+        raise ValueError('must be a name without a port, like gw.example.com, "*.corp" or "*"')
+    return value
+
+
 def redis_url(value: SecretStr) -> SecretStr:
     """Return the address of a Redis.
 
@@ -71,5 +82,6 @@ def ip_of(host: str) -> IPv4Address | IPv6Address | None:
 
 
 Url = Annotated[str, AfterValidator(server_url)]
+HostName = Annotated[str, AfterValidator(host_name)]
 Origin = Annotated[str, AfterValidator(origin)]
 RedisUrl = Annotated[SecretStr, AfterValidator(redis_url)]

@@ -39,8 +39,9 @@ def body_is_missing(send: Send) -> bool:
 
 def hold_next(send: Send) -> None:
     """Have what is sent next (a head, the last events) wait for what is sent right after it."""
-    closer = getattr(getattr(send, "__self__", None), "transport", None)
-    if isinstance(closer, Closer):
+    cycle: Any = getattr(send, "__self__", None)
+    closer = getattr(cycle, "transport", None)
+    if isinstance(closer, Closer) and cycle.scope["method"] != "HEAD":  # after its head comes none
         closer.hold_next()
 
 
@@ -67,16 +68,16 @@ def direct_writer(send: Send) -> Callable[[bytes], bool] | None:
 def write_answer(send: Send, status: int, headers: Headers, content: bytes) -> bool:
     """Write a whole answer, as `send` does in two steps, at once; `headers` have its length.
 
-    Returns whether it has: not where this `send` is not uvicorn's own, has to wait for the client,
-    or must not send the content.
+    Returns whether it has: not where this `send` is not uvicorn's own, or has to wait for the
+    client.
     """
     cycle = getattr(send, "__self__", None)
     if type(cycle) is not RequestResponseCycle or cycle.flow.write_paused or cycle.more_body:
         return False
-    if cycle.scope["method"] == "HEAD":
-        return False
     if cycle.disconnected:
         return True
+    if cycle.scope["method"] == "HEAD":
+        content = b""
     headers = [*cycle.default_headers, *headers]
     if not cycle.keep_alive:
         headers.append((b"connection", b"close"))

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from attnserve.errors import UserError
-from serving.addresses import Origin, RedisUrl, Url, is_loopback
+from serving.addresses import HostName, Origin, RedisUrl, Url, is_loopback
 
 
 class ConfigError(UserError):
@@ -29,7 +29,9 @@ EVERY = "*"
 class Section(BaseModel):
     """A section of the configuration: unknown names are errors, so that a slip is seen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelEntry(Section):
@@ -48,10 +50,10 @@ class ModelEntry(Section):
     replicas: tuple[Url, ...] = Field(min_length=1)
     """The servers' addresses; a /v1 at the end is taken off."""
 
-    prompt_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    prompt_price: float | None = Field(None, ge=0)
     """Price of a million tokens of prompts, for `cost_per_day`."""
 
-    completion_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    completion_price: float | None = Field(None, ge=0)
     """Price of a million tokens of answers."""
 
     api_key_env: str | None = None
@@ -114,7 +116,7 @@ class KeyEntry(Section):
     tokens_per_day: int | None = Field(None, gt=0)
     """The same in a day. Counted anew after a restart. None: no limit."""
 
-    cost_per_day: float | None = Field(None, gt=0, allow_inf_nan=False)
+    cost_per_day: float | None = Field(None, gt=0)
     """What its tokens may cost in a day, by the models' prices. None: no limit."""
 
     max_concurrent: int | None = Field(None, gt=0)
@@ -304,10 +306,10 @@ class Config(Section):
     protect_metrics: bool | None = None
     """/metrics asks for a key, too. None: where there are keys, unless `host` is loopback's."""
 
-    allowed_hosts: tuple[str, ...] = ()
-    """Names that clients may call the gateway by ("*.example.com": all below it; "*": any). Where
-    `host` is loopback's, its own names go without saying; elsewhere IP addresses do, and none means
-    any."""
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names that clients may call the gateway by ("*.example.com": all below it; "*": any), without
+    a port. Where `host` is loopback's, its own names go without saying; elsewhere IP addresses do,
+    and none means any."""
 
     cors_origins: tuple[Origin, ...] = ()
     """Origins of web pages that may use the gateway from a browser; "*": any."""

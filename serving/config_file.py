@@ -79,17 +79,28 @@ def one_line(error: ValidationError, variables: Mapping[str, str] | None = None)
         ):
             continue  # only because what is wrong inside does not count
         name = ".".join(map(setting_name, e["loc"]))
-        name = (variables or {}).get(name, name)
+        whole = name.rpartition(".")[0]  # a list is one variable
+        name = (variables or {}).get(name) or (variables or {}).get(whole, name)
         value = f"={e['input']}" if e["type"].startswith(("greater_", "less_")) else ""
-        message = e["msg"].removeprefix("Value error, ")
+        message = MESSAGES.get(e["type"], e["msg"].removeprefix("Value error, "))
         lines.append(f"{name}{value}: {message}".lstrip(": "))
     return re.sub(r"\s+", " ", "; ".join(lines))
+
+
+MESSAGES = {
+    "extra_forbidden": "there is no such setting here",
+    "missing": "is missing",
+    "tuple_type": "must be a list, each item behind a dash or all of them in brackets",
+    "too_short": "must not be empty",
+    "model_type": "must be settings, each with its name",
+}
+"""What pydantic says in Python's words, by its names for errors."""
 
 
 def setting_name(name: Any) -> str:
     """Return what can be a setting's name as it is, and anything else, which may be a secret,
     masked."""
-    return str(name) if re.fullmatch(r"[a-z_]{1,32}|\d{1,6}", str(name)) else "***"
+    return str(name) if re.fullmatch(r"[a-z_]{1,32}|sha256|\d{1,6}", str(name)) else "***"
 
 
 def without_quotes(message: str) -> str:

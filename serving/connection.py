@@ -24,6 +24,9 @@ log = logging.getLogger("attnserve")
 MAX_PIPELINED = 16
 """Requests that may wait on one connection for the one before; with more, it is closed."""
 
+MAX_PIPELINED_BYTES = 64 * 1024
+"""Of their heads and bodies; with more, it is closed after the answer that they wait for."""
+
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's URL, headers and trailers together, each of which counts 32 bytes more (as in
 HTTP/2), because it is an object; and of what comes without being any of these, or of a body."""
@@ -136,6 +139,7 @@ class Protocol(HttpToolsProtocol):
         self.clients = clients
         self.over_limit = False
         self._unanswered: list[RequestResponseCycle] = []
+        self._waiting_bytes: dict[RequestResponseCycle, int] = {}  # of those in `pipeline`
         self._in_head = False  # of a request
         self._head_bytes = 0  # of the URL, headers and trailers so far
         self._unused_bytes = 0  # that came since the last head or piece of a body
@@ -215,6 +219,8 @@ class Protocol(HttpToolsProtocol):
         if running and (running[0].response_started or not running[0].more_body):
             running[0].keep_alive = False
             self._give_up(running[1:])
+            for cycle in running[1:]:
+                self._forget(cycle)
             return
         body = json.dumps(error.body).encode()
         fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -379,13 +385,13 @@ class Protocol(HttpToolsProtocol):
         self.cycle.keep_alive &= not self.over_limit
         if self.parser.get_http_version() == "1.0":
             self.cycle.__class__ = CycleWithoutChunks
-        self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
         self._unanswered.append(self.cycle)
         if not self.pipeline:
             self._begin_answer()
         elif len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
         else:
+            self._wait_behind(self._head_bytes)
             self.flow.resume_reading()
 
     def _begin_answer(self) -> None:
@@ -397,7 +403,20 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body."""
         self._unused_bytes = 0
+        if self.pipeline:
+            self._wait_behind(len(body))
         super().on_body(body)
+
+    def _wait_behind(self, size: int) -> None:
+        """Note that so much more of the last request waits for the one before it to be answered.
+
+        Raises:
+            ApiError: it is too much with what waits already.
+        """
+        waiting = self._waiting_bytes
+        waiting[self.cycle] = waiting.get(self.cycle, 0) + size
+        if sum(waiting.values()) > MAX_PIPELINED_BYTES:
+            raise ApiError(503, "Too much waits behind a request.", code="too_many_bytes")
 
     def on_message_complete(self) -> None:
         """Note the end of the request."""
@@ -407,17 +426,30 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Begin with the next request, or wait for one."""
         self.server_state.total_requests += 1
+        for cycle in self._unanswered:
+            if cycle.response_complete:
+                self._forget(cycle)
         if self._deaf or self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            cycle, app = self.pipeline.pop()
+            self._waiting_bytes.pop(cycle, None)
+            self._start_asgi_task(cycle, app)
             self._begin_answer()
         elif self.cycle.more_body:
             self._close()
         else:
             timeouts = self.clients.state.config.timeouts
             self._wait(timeouts.head if self._in_head else timeouts.keep_alive)
+
+    def _forget(self, cycle: RequestResponseCycle) -> None:
+        """Let go of what a request has sent: its connection may be idle for long."""
+        self._unanswered = [other for other in self._unanswered if other is not cycle]
+        self._waiting_bytes.pop(cycle, None)
+        cycle.body, cycle.scope = bytearray(), {}  # type: ignore[typeddict-item]
+        if cycle is self.cycle and not self._in_head:
+            self.url, self.headers, self.scope = b"", [], cycle.scope
 
     def _should_upgrade(self) -> bool:
         return False

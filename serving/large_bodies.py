@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from serving.openai.errors import ApiError
+from serving.openai.request import no_json
 from serving.workers import end_with_parent
 
 log = logging.getLogger("attnserve")
@@ -42,7 +43,8 @@ class BodyReader:
         to be picklable.
 
         Raises:
-            ApiError: what `read` raises; or 503, the other process has been killed.
+            ApiError: what `read` raises; 503, the other process has been killed; or 400, what it
+                has read is nested too deeply.
         """
         if len(raw) <= LARGE_BODY:
             return read(raw, *rest)
@@ -59,6 +61,8 @@ class BodyReader:
                 self.close()
             message = "The gateway could not read the body, try again."
             raise ApiError(503, message, code="body_not_read", retry_after=1.0) from None
+        except RecursionError:  # it is nested too deeply to be sent from there, if not to be read
+            raise no_json() from None
         finally:
             self._reading -= 1
             if not self._reading:

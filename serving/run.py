@@ -16,13 +16,18 @@ from serving.config import Config
 from serving.connection import Clients, Protocol
 from serving.observability.logging import configure
 from serving.state import GatewayState, kept_config
-from serving.workers import run_workers
+from serving.workers import listenable, run_workers
 
 
 def run(config: Config, path: Path | None, workers: int) -> None:
-    """Run the gateway until SIGINT or SIGTERM, then let what runs finish."""
+    """Run the gateway until SIGINT or SIGTERM, then let what runs finish.
+
+    Raises:
+        UserError: the address cannot be listened on, or workers cannot be had or kept.
+    """
     configure(config.logging.level)
     if workers == 1:
+        listenable(config.host, config.port)
         run_process(config, path)
     else:
         config.check_workers()

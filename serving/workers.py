@@ -122,16 +122,27 @@ def shared_sockets(count: int, host: str, port: int) -> list[socket.socket]:
     Raises:
         UserError: it cannot be listened on, or another process does.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Alone first: a port that may be shared would be shared with another gateway, too.
+    family = listenable(host, port)
+    return [
+        socket.create_server((host, port), family=family, reuse_port=True, backlog=2048)
+        for _ in range(count)
+    ]
+
+
+def listenable(host: str, port: int) -> int:
+    """Return the family of an address that can be listened on.
+
+    Raises:
+        UserError: it is none of this machine, or another process listens on it.
+    """
     try:
-        # Alone first: a port that may be shared would be shared with another gateway, too.
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()
-        return [
-            socket.create_server((host, port), family=family, reuse_port=True, backlog=2048)
-            for _ in range(count)
-        ]
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        why = str(error.strerror).partition(" (")[0]  # behind which is the address once more
+        raise UserError(f"cannot listen on {host}:{port}: {why}") from None
+    return family
 
 
 def worker(work: Work, sock: socket.socket, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 
+OBJECT = re.compile(rb"\s*:\s*\{")
 PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})')
 ANSWER = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})')
 
@@ -25,8 +26,14 @@ def without_nulls(body: bytes) -> bytes:
 
 
 def usage_of(body: bytes) -> tuple[int, int] | None:
-    """Return the tokens of prompt and answer by an answer's last `usage`; None if it has none."""
+    """Return the tokens of prompt and answer by an answer's last `usage`; None if it has none.
+
+    A token may be called "usage", too, as a value or as a name in `top_logprobs`; that has no
+    object.
+    """
     at = body.rfind(b'"usage"')
+    while at >= 0 and not OBJECT.match(body, at + len(b'"usage"')):
+        at = body.rfind(b'"usage"', 0, at)
     if at < 0 or not (prompt := PROMPT.search(body, at)):
         return None
     answer = ANSWER.search(body, at)

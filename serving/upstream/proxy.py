@@ -139,7 +139,7 @@ class Proxy:
             if connection.status < 500 and is_event_stream(connection.headers):
                 await self._stream(exchange, request, connection, attempt)
             else:
-                await self._rest(exchange, connection, attempt)
+                await self._rest(exchange, request, connection, attempt)
         except BaseException:
             connection.close()
             raise
@@ -168,7 +168,9 @@ class Proxy:
         finally:  # the client may leave meanwhile
             self._count(exchange, reason)
 
-    async def _rest(self, exchange: Exchange, connection: Connection, attempt: Attempt) -> None:
+    async def _rest(
+        self, exchange: Exchange, request: ModelRequest, connection: Connection, attempt: Attempt
+    ) -> None:
         """Send an answer that is not streamed, once all of it is here.
 
         Raises:
@@ -187,13 +189,14 @@ class Proxy:
 
         try:
             content = await connection.rest(limits.max_answer_bytes, hold)
-            await self._whole(exchange, connection, connection.status, content, attempt)
+            await self._whole(exchange, request, connection, connection.status, content, attempt)
         finally:
             unread.bytes -= held
 
     async def _whole(
         self,
         exchange: Exchange,
+        request: ModelRequest,
         connection: Connection,
         status: int,
         content: bytes,
@@ -224,7 +227,11 @@ class Proxy:
                 headers += retry_headers(1.0)
         else:
             content = without_nulls(content)
-            exchange.note_usage(usage_of(content))
+            # Embeddings as plain bytes have theirs in a header, or none.
+            usage = usage_of(content) or usage_of(dict(headers).get(b"metadata", b""))
+            if usage is None and exchange.reservation is not None:  # which would cost nothing
+                usage = request.prompt_tokens, request.tokens - request.prompt_tokens
+            exchange.note_usage(usage)
         attempt.succeeded()
         await exchange.answer(status, headers, content)
 
@@ -239,7 +246,8 @@ class Proxy:
             if stream.error and not stream.count:
                 # vLLM's head says 200 before it looks at all of the request.
                 content = json.dumps(stream.error).encode()
-                await self._whole(exchange, connection, stream.error_status, content, attempt)
+                status = stream.error_status
+                await self._whole(exchange, request, connection, status, content, attempt)
                 return
             attempt.began()
             headers = end_to_end(connection.headers, NOT_STREAMED_DOWN)

@@ -73,6 +73,8 @@ REQUESTS = [
         b'{"models":["n"],"reference":"m","prompt":[1],"max_tokens":2,"generate":false}',
         b'{"models":["m","z"],"reference":"n","messages":[{"role":"u","content":"x"}]}',
         b'{"models":["n"],"reference":"m","prompt":[-1],"top_k":1e9,"temperature":"x"}',
+        b'{"models":["n"],"reference":"m","prompt":[1],"logit_bias":%b%b%b}'
+        % (b"[" * 800, b" " * 140_000, b"]" * 800),
     )),
     post(GOOD.replace(b'"m"', b'"n"')),
     post(b'{"model":"n","input":["x",[1]],"padding":"max_length"}', path="/v1/embeddings"),
@@ -100,6 +102,7 @@ REQUESTS = [
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     b"GET http://evil.example/v1/models HTTP/1.1\r\nhost: x\r\n\r\n",
     b"GET /health\r\n",
+    b"HEAD /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",
     # Where one request ends and the next begins
     post(GOOD, TE, f"content-length: {len(GOOD)}"),
     post(GOOD, f"content-length: {len(GOOD)}", "content-length: 3"),

@@ -149,6 +149,18 @@ def test_pipelined_requests_are_answered_in_order() -> None:
         assert [s["body"]["prompt"] for s in upstream.seen] == [f"{i}" for i in range(10)]
 
 
+def test_large_pipelined_requests() -> None:
+    """What waits is not kept beyond a limit: the client sends it again."""
+    with standin() as upstream, running(upstream.url) as gateway, connect(gateway.url) as client:
+        upstream.before_s = 0.5
+        client.sendall(raw("first") + raw("x" * 30_000) * 3)
+        got = b""
+        while piece := client.recv(65536):
+            got += piece
+        assert got.count(b"HTTP/1.1 200") == 1 and b"\r\nconnection: close\r\n" in got
+        assert [s["body"]["prompt"] for s in upstream.seen] == ["first"]
+
+
 def test_more_pipelined_requests_than_one_client_needs() -> None:
     with standin() as upstream, running(upstream.url) as gateway, connect(gateway.url) as client:
         upstream.before_s = 60.0

@@ -289,6 +289,10 @@ def test_large_answers_are_read_in_another_process(
     assert large["prompt_token_ids"] == small["prompt_token_ids"]
     assert large["reference"]["tokens"] == small["reference"]["tokens"]
     assert large["models"][0]["tokens"] == small["models"][0]["tokens"]
+    deep: list[Any] = []
+    for _ in range(800):  # can be parsed there, but not be pickled
+        deep = [deep]
+    assert "could not parse" in error_of(compare(gateway, logit_bias=deep))["message"]
 
     async def read_nonsense() -> None:
         with pytest.raises(ValueError):

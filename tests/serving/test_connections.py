@@ -32,6 +32,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(G
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"a: %b\r\n" % (b"b" * 40_000)
+LARGE = HEALTH[:-2] + b"".join(b"x-%d: abc\r\n" % i for i in range(1500)) + b"\r\n"
 SHORT = {"head": 2, "body": 2, "keep_alive": 2}
 
 
@@ -210,13 +211,15 @@ def test_nonsense_behind_a_request_is_no_part_of_its_answer(upstream: StandIn) -
         upstream.between_s = 0.0
 
 
-def test_head_gets_no_body(gateway: Running) -> None:
+@pytest.mark.parametrize("behind", [b"", HEALTH])
+def test_head_gets_no_body(gateway: Running, behind: bytes) -> None:
     with dial(gateway) as client:
-        client.sendall(b"HEAD /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n" + HEALTH)
+        client.sendall(b"HEAD /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n" + behind)
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             head += client.recv(1)
         assert head.startswith(b"HTTP/1.1 405")
+        client.sendall(b"" if behind else HEALTH)
         assert answer(client)[0] == 200
 
 
@@ -452,12 +455,13 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 @pytest.mark.integration
 def test_floods_leave_no_memory_behind(upstream: StandIn, tmp_path: Path) -> None:
-    """Of heads without end, and of bodies that take many times their bytes when they are parsed."""
+    """Of heads without end, of those of clients that then are idle, and of bodies that take many
+    times their bytes when they are parsed."""
     numbers = ",".join(str(1000 + i % 9000) for i in range(800_000))
     worst = b'{"model": "m", "max_tokens": 1, "prompt": [%b]}' % numbers.encode()
     bearer = "Bearer secret"
     config = {"models": [{"name": "m", "replicas": [upstream.url]}], "keys": KEYS}
-    with configured(tmp_path, config) as gateway:
+    with configured(tmp_path, config) as gateway, ExitStack() as idle:
         process = psutil.Process(gateway.pid)
 
         def send_worst() -> int:
@@ -472,6 +476,10 @@ def test_floods_leave_no_memory_behind(upstream: StandIn, tmp_path: Path) -> Non
             with dial(gateway) as client:
                 flood(client, start, piece, megabytes=60)
             assert ask_health(gateway)
+        for _ in range(100):
+            client = idle.enter_context(dial(gateway))
+            client.sendall(LARGE)
+            assert answer(client)[0] == 200
         children = process.children(recursive=True)  # what reads large bodies
         assert children
         own, reader = cpu_seconds(process), cpu_seconds(children[-1])

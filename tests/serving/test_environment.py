@@ -18,6 +18,7 @@ from serving.config_file import ENVIRONMENT, from_environment
         ("GATEWAY_PORT", "0"),
         ("GATEWAY_PORT", "65536"),
         ("GATEWAY_HOST", ""),
+        ("GATEWAY_ALLOWED_HOSTS", "gw.example.com,https://x"),
         ("UPSTREAM_URL", "127.0.0.1:8000"),
         ("UPSTREAM_URL", "ftp://127.0.0.1"),
         ("UPSTREAM_URL", "http://127.0.0.1:8000?x=1"),

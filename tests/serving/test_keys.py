@@ -23,6 +23,7 @@ from tests.serving.helpers import (
     request_lines,
     running,
 )
+from tests.serving.scripted import OK, beside_server, says
 from tests.serving.standin import standin, wait_for, wait_for_value
 
 BODY = {"model": "m", "prompt": "x" * 40, "max_tokens": 10}  # 10 + 10 tokens by the guess
@@ -326,6 +327,26 @@ def test_failed_requests_cost_no_tokens() -> None:
         upstream.status = 400
         for _ in range(8):
             assert complete(gateway).status == 400
+
+
+@pytest.mark.parametrize(
+    ("header", "used"),
+    [
+        (b"", 20),
+        (b"metadata: {}\r\n", 20),
+        (b'metadata: {"data": [], "usage": {"prompt_tokens": 3, "total_tokens": 3}}\r\n', 3),
+    ],
+)
+def test_answer_without_usage_costs_what_was_reserved(header: bytes, used: int) -> None:
+    """vLLM's embeddings as plain bytes have it in a header, or not at all."""
+    keys = [entry(ALICE, "alice", tokens_per_minute=100)]
+
+    def client(url: str) -> None:
+        with running(url, keys=keys) as gateway:
+            assert complete(gateway).status == 200
+            wait_for_value(lambda: gateway.metric("attnserve_key_tokens_total"), used, "settled")
+
+    beside_server(says(OK.replace(b"\r\n", b"\r\n" + header, 1)), client)
 
 
 def test_concurrency() -> None:

@@ -44,6 +44,9 @@ def test_what_has_none_is_the_same() -> None:
     [
         (b'{"usage": {"completion_tokens": 2, "prompt_tokens": 1}}', (1, 2)),
         (b'{"usage":{"prompt_tokens":8,"total_tokens":8}}', (8, 0)),
+        (b'{"usage":{"prompt_tokens":3,"completion_tokens":2},"a":[{"decoded":"usage"}]}', (3, 2)),
+        (b'{"usage":{"prompt_tokens":3},"top":{"usage":-1,"prompt_tokens":9}}', (3, 0)),
+        (b'["usage","usage"]', None),
         (b'{"usage":null}', None),
         (b'{"text":"\\"usage\\":{\\"prompt_tokens\\":9}"}', None),
         (b"", None),
