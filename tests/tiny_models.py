@@ -36,7 +36,7 @@ large, a model says what it was told last."""
 
 def tiny_model(kind: str) -> PreTrainedModel:
     """Return a model of an architecture, with large random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(kind == "falcon")  # of which seed 0 gives one that says one token for ever
     layers = {"vocab_size": 512, "num_hidden_layers": 3}
     windows = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"] * 2}
     of_alibi = {"vocab_size": 512, "hidden_size": 128, "initializer_range": 0.1}
