@@ -28,7 +28,8 @@ def gptqmodel(weight: Tensor, spec: QuantSpec, hessian: Tensor, **options: Any) 
     from gptqmodel import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    layer = nn.Linear(*reversed(weight.shape), bias=False)
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=False)
     layer.weight.data = weight.clone()
     config = QuantizeConfig(
         bits=spec.bits,

@@ -235,7 +235,8 @@ def quantize_checkpoint(
     }
     with closing(Kept(out.with_name(f".{out.name}.quantized"), key)) as kept:
         try:
-            with tqdm(total=len(tables) + len(linears(model)), unit="layer") as bar:
+            layers = [] if recipe.bits is None else linears(model)
+            with tqdm(total=len(tables) + len(layers), unit="layer", disable=None) as bar:
                 for name in tables:  # first, so that calibrated schemes see them
                     weight = model.get_submodule(name).weight
                     if name not in kept:

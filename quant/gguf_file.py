@@ -112,7 +112,7 @@ def config_from(settings: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         UserError: with one line: one is missing, or no number above 0.
     """
 
-    def setting(name: str, kind: type, default: Any = None) -> Any:
+    def setting(name: str, kind: Any, default: Any = None) -> Any:
         found = settings.get(f"llama.{name}", default)
         if not isinstance(found, kind) or not 0 < found < math.inf:
             raise UserError(

@@ -326,15 +326,15 @@ def questions(answers: Answers) -> list[Question]:
         reading = "Lower is better. Each point is a mean of the checkpoints."
         asked.append(Question("schemes", title, reading, of_schemes))
     name = answers.baseline.checkpoint
-    pairs = dict.fromkeys((e.target, e.measure) for e in answers.differences if e.second == name)
-    if pairs:
+    answered = dict.fromkeys((e.target, e.measure) for e in answers.differences if e.second == name)
+    if answered:
         title = f"Which variants lose more or less than {name}?"
         reading = (
             f"Nats a token by which a variant's loss rises more, or it diverges further, than "
             f"{name} at the same bits: to the left it loses less. Filled points are significant on "
             "each held-out book. " + BARS
         )
-        views = [compared(*pair, answers) for pair in pairs]
+        views = [compared(*each, answers) for each in answered]
         asked.append(Question("differences", title, reading, views))
     own = [result for result in answers.results if result.config == UNQUANTIZED]
     ranks = explain.mean_ranks(answers.results)

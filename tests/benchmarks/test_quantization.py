@@ -33,11 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def of_one(folder: Path) -> Measurement:
     generator = torch.manual_seed(0)
-    texts = [
+    one, two, three = (
         Text("numbers", 1, torch.randint(2, 256, (2, 40), generator=generator).tolist())
         for _ in range(3)
-    ]
-    return Measurement(Checkpoint(folder, longest=40), *texts, iterations=2)
+    )
+    return Measurement(Checkpoint(folder, longest=40), one, two, three, iterations=2)
 
 
 def test_a_row_of_each_kind(of_one: Measurement) -> None:

@@ -396,12 +396,18 @@ RULES: dict[str, Rule] = {
         )
         for dtype in ("int8_per_token_head", "int4_per_token_head")
     },
+    "python -m quant.quantize checkpoints/softpick softpick-kv8 --kv-cache-dtype "
+    "int8_per_token_head": Run(prints=r"all +3,688,704"),
     "python -m quant.quantize CKPT OUT --bits-per-weight 2.5": Run(
         "python -m quant.quantize checkpoints/softpick OUT-2.5 --bits-per-weight 2.5 "
         "--calibration 2 --length 64",
         PACKED,
         slow=True,
     ),
+    "python -m quant.convert --format gguf": Elsewhere("tests/quant/test_convert.py"),
+    "pip install --no-deps": NotHere("a network"),
+    "python -m benchmarks.kernels --phases write --kv-formats int8_per_token_head "
+    "int4_per_token_head": Elsewhere("tests/benchmarks/test_kernels_command.py"),
     "python -m benchmarks.quantization --books BOOKS": NotHere("the thirteen novels, llama.cpp"),
     "python -m benchmarks.packed_products": Run(
         "python -m benchmarks.packed_products --bits 4 --rounds 1 --no-save",
@@ -409,7 +415,7 @@ RULES: dict[str, Rule] = {
         slow=True,
     ),
     "python -m benchmarks.engines --packed w4 --ckpt smollm2 --gguf q4_0.gguf "
-    "--llama-python llama/bin/python --clock cpu": NotHere("llama-cpp-python"),
+    "--llama-python llama/bin/python": NotHere("llama-cpp-python"),
     # docs/RESULTS.md
     "python -m training.learning_rate": Run(prints=BOOKS, code=2, slow=True),
     "python -m training.convert": Elsewhere("tests/training/test_convert.py"),
