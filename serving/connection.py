@@ -308,7 +308,7 @@ class Protocol(HttpToolsProtocol):
                     data = self._head_without_upgrade() + data[upgrade.args[0] :]
             if self._unused_bytes > MAX_HEAD_BYTES:
                 raise too_large()
-            self._hold(self._unused_bytes if self._in_head else 0)
+            self._hold(max(self._unused_bytes, self._head_bytes) if self._in_head else 0)
         except httptools.HttpParserError as error:
             cause = error.__context__
             not_http = ApiError(400, "This is not HTTP/1.1.", code="invalid_http")

@@ -438,6 +438,12 @@ def test_heads_that_do_not_end_have_a_limit_together(
         second.sendall(b"\r\n\r\n")
         assert answer(second)[0] == 200
     assert heads(gateway) == 0
+    many = HEALTH[:-2] + b"a: b\r\n" * 1500  # 9 KB, but each takes what an object does
+    with dial(gateway) as first, dial(gateway) as second:
+        first.sendall(many)
+        wait_for(lambda: heads(gateway) > 50_000, "it is here")
+        second.sendall(many)
+        assert refusal(second) == (503, "too_many_connections")
 
 
 def heads(gateway: Running) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.servers import Server, vllm_server
 from tests.serving.helpers import MODEL, ask, gateway_server, metric
+from tests.serving.standin import wait_for
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "softpick"
 MESSAGES: Any = [
@@ -27,6 +28,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         vllm_server(CHECKPOINT, "--served-model-name=softpick") as upstream,
         gateway_server(upstream.url, tmp_path_factory.mktemp("gateway")) as gateway,
     ):
+        # Until it knows what the server runs, requests have no labels.
+        wait_for(lambda: ask(gateway.url, "GET", "/health").status == 200, "it has asked once")
         yield gateway
 
 
