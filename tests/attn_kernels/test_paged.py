@@ -27,8 +27,9 @@ PATHS = ("torch", *ISAS)
 
 def paths(name: str) -> tuple[str, ...]:
     """Where a variant is tested. An instruction set differs in simd.hpp and matmul.hpp, which all
-    variants share: beside the best one, one variant of each kind."""
-    return PATHS if name in ("softpick", "lssar", "selective") else PATHS[:2]
+    variants share: all of them with selective, which does all that there is, the best two with one
+    variant of each other kind."""
+    return {"selective": PATHS, "softpick": PATHS[:3], "lssar": PATHS[:3]}.get(name, PATHS[:2])
 
 
 def paths_of_format(name: str, dtype: torch.dtype, window: int | None) -> tuple[str, ...]:

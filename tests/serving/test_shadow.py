@@ -232,7 +232,7 @@ def test_ids_that_are_none_do_no_harm(ids: str) -> None:
     [
         ({**SHADOW, "reference": "c"}, "shadow names c, which is none of the models"),
         ({**SHADOW, "models": ["b", "b"]}, "shadow.models has b twice"),
-        ({**SHADOW, "models": []}, "must not be empty"),
+        ({**SHADOW, "models": []}, "at least 1 item"),
         ({**SHADOW, "sample": 1.5}, "less than or equal to 1"),
     ],
 )

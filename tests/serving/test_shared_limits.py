@@ -201,6 +201,7 @@ def test_concurrency(redis: str) -> None:
             wait_for(lambda: complete(b).status == 200, "there is room again")
 
 
+@pytest.mark.slow  # it waits for a minute
 def test_killed_gateway(redis: str, tmp_path: Path) -> None:
     """Its reservation holds while it lives, longer than a lease, and is free again after it."""
     with standin() as upstream:

@@ -395,7 +395,7 @@ def test_nothing_at_all(tmp_path: Path, commands: Commands) -> None:
     run(commands, tmp_path, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Not measured: `python -m quant.sweep" in text
-    assert "Checkpoints: none. Not there: lssa, lssar, selective, softmax, softpick, ssmax." in text
+    assert f"Checkpoints: none. Not there: {', '.join(variant_names())}." in text
     assert not list((tmp_path / "results").iterdir())
 
 

@@ -19,8 +19,9 @@ PROMPT_LENGTHS = (3, 7, 16, 17, 33, 63, 64, 65, 100, 129, 150, 200)
 """Around the cache block (16) and the chunk (64), and prompts of several chunks."""
 
 CASES = [
-    *((name, None) for name in variant_names() if name != "softmax1"),
-    pytest.param(("softmax1", None), marks=pytest.mark.slow),  # sinks of 0
+    *((name, None) for name in variant_names() if name not in ("sinks", "softmax1")),
+    # The same code as softmax, but for its epilogue; test_architectures.py has a model with sinks.
+    *(pytest.param((name, None), marks=pytest.mark.slow) for name in ("sinks", "softmax1")),
     ("softpick", 24),
     pytest.param(("selective", 24), marks=pytest.mark.slow),
 ]

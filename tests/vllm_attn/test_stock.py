@@ -39,7 +39,9 @@ def tiny_softmax(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("softmax"), "softmax")
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny_softmax", "smollm2"])
+@pytest.mark.parametrize(
+    "checkpoint", ["tiny_softmax", pytest.param("smollm2", marks=pytest.mark.slow)]
+)
 def test_same_tokens_as_stock(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -100,6 +102,7 @@ def transformers_greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow  # test_architectures.py has them without a server
 @pytest.mark.parametrize("kind", ["granite", "gemma2", "bloom", "gpt_oss"])
 def test_same_tokens_as_transformers(tmp_path: Path, kind: str) -> None:
     """Models that ask for more than plain softmax: soft caps, ALiBi, sinks."""

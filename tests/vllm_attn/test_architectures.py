@@ -1,0 +1,244 @@
+"""Small random models of many architectures, served with the attention that they were trained with:
+log-probabilities and tokens are transformers', or one line says why not.
+
+`python -m tests.vllm_attn.test_architectures` writes the table of docs/MODELS.md again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from attnserve.files import CHECKOUT
+from tests.tiny import tiny_tokenizer
+
+TABLE = CHECKOUT / "docs/results/architectures.csv"
+PROMPT_LENGTH, NUM_TOKENS = 100, 16
+
+SERVE = """
+import gc, json, sys
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+prompt, tokens = json.loads(sys.argv[1]), int(sys.argv[2])
+for folder, backend in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
+    try:
+        llm = LLM(
+            folder, dtype="float32", max_model_len=256, enforce_eager=True,
+            kv_cache_memory_bytes=1 << 24, max_num_batched_tokens=64,
+            attention_backend=backend,
+        )
+        sampling = SamplingParams(
+            max_tokens=tokens, temperature=0, ignore_eos=True, prompt_logprobs=0
+        )
+        (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
+        given = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        found = {
+            "logprobs": [entry[token].logprob for token, entry in given],
+            "tokens": list(output.outputs[0].token_ids),
+        }
+        del llm, output
+    except Exception as error:
+        found = {"refused": str(error).strip()}
+    print("FOUND", json.dumps(found), flush=True)
+    gc.collect()
+    cleanup_dist_env_and_memory()
+"""
+
+COMMON = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+}
+MULTI_HEAD = {"num_key_value_heads": 4}
+HEAD = {"head_dim": 32}
+WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 32, **HEAD},
+    "mixtral": {**EXPERTS, **HEAD},
+    "qwen2": {},
+    "qwen2_moe": EXPERTS,
+    "qwen3": HEAD,
+    "qwen3_moe": {**EXPERTS, **HEAD},
+    "phi": MULTI_HEAD,
+    "phi3": {},
+    "gemma": HEAD,
+    "gemma2": {**WINDOW, **HEAD, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
+    "gemma3_text": {**WINDOW, **HEAD, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
+    "gemma3n_text": {
+        **WINDOW,
+        **HEAD,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "architectures": ["Gemma3nForCausalLM"],
+    },
+    "gpt2": {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024},
+    "gpt_neox": MULTI_HEAD,
+    "gptj": {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024, "rotary_dim": 16},
+    "gpt_bigcode": {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024},
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128, **MULTI_HEAD},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "mpt": {"d_model": 128, "n_layers": 3, "n_heads": 4, "max_seq_len": 1024},
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": False},
+    "falcon, ALiBi": {"alibi": True, "multi_query": False, "bias": True},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16},
+    "stablelm": {},
+    "starcoder2": {},
+    "olmo": {},
+    "olmo2": {},
+    "granite": {},
+    "granitemoe": EXPERTS,
+    "cohere": {},
+    "cohere2": {**WINDOW, **HEAD, "num_hidden_layers": 4},
+    "exaone4": {**WINDOW, **HEAD, "num_hidden_layers": 4},
+    "glm": HEAD,
+    "glm4": HEAD,
+    "nemotron": {},
+    "smollm3": {},
+    "ernie4_5": HEAD,
+    "seed_oss": HEAD,
+    "arcee": {},
+    "apertus": HEAD,
+    "gpt_oss": {**WINDOW, **EXPERTS, "head_dim": 64, "num_hidden_layers": 4},
+    "deepseek_v3": {
+        "kv_lora_rank": 32,
+        "q_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        **MULTI_HEAD,
+    },
+}
+"""By `model_type`: what is changed of a small configuration."""
+
+
+def write(name: str, folder: Path) -> PreTrainedModel:
+    """Write a random model of an architecture; return it."""
+    torch.manual_seed(0)
+    kind = name.partition(",")[0]
+    config = AutoConfig.for_model(kind, **COMMON | ARCHITECTURES[name])
+    # Others leave out soft caps.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for parameter in model.parameters():  # biases, norms and sinks start alike in all layers
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, float(parameter.detach().mean()), 0.1)
+    model.save_pretrained(folder)
+    tiny_tokenizer(512).save_pretrained(folder)
+    return model
+
+
+def served(folders: Mapping[Path, str], prompt: list[int]) -> list[Mapping[str, Any]]:
+    """Return what vLLM finds of each checkpoint with its backend, in one process: log-probabilities
+    of the prompt's tokens and greedy tokens, or why it was refused."""
+    arguments = [str(word) for pair in folders.items() for word in pair]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, json.dumps(prompt), str(NUM_TOKENS), *arguments],
+        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(lines) == len(folders), (done.stdout + done.stderr)[-6000:]
+    return [json.loads(line.removeprefix("FOUND ")) for line in lines]
+
+
+@torch.inference_mode()
+def reference(model: PreTrainedModel, prompt: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """Return transformers' log-probabilities of a prompt's tokens, and its greedy tokens."""
+    logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, :-1]
+    tokens = list(prompt)
+    for _ in range(NUM_TOKENS):
+        last = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        tokens.append(int(last.argmax()))
+    logprobs = logits.log_softmax(-1)[range(len(prompt) - 1), prompt[1:]]
+    return logprobs, tokens[len(prompt) :]
+
+
+def measure(folder: Path, names: Sequence[str] = tuple(ARCHITECTURES)) -> pd.DataFrame:
+    """Serve architectures; return a row each: the largest difference of a log-probability from
+    transformers', absolute and in units of their spread, whether all tokens are the same, or the
+    line with which it is refused."""
+    prompt = torch.randint(2, 256, (PROMPT_LENGTH,), generator=torch.Generator().manual_seed(0))
+    expected = {}
+    for name in names:
+        model = write(name, folder / name)
+        expected[name] = (model.config.architectures[0], *reference(model, prompt.tolist()))
+    rows = []
+    backends = {name: "sinks" if name == "gpt_oss" else "softmax" for name in names}
+    answers = served({folder / name: backends[name] for name in names}, prompt.tolist())
+    for name, found in zip(names, answers, strict=True):
+        architecture, logprobs, tokens = expected[name]
+        row = {"model_type": name, "architecture": architecture, "backend": backends[name]}
+        if reason := found.get("refused"):
+            row["refused"] = reason.splitlines()[-1]
+        else:
+            difference = float((torch.tensor(found["logprobs"]) - logprobs).abs().max())
+            row["largest_difference"] = difference
+            row["of_spread"] = difference / float(logprobs.std())
+            row["same_tokens"] = found["tokens"] == tokens
+        rows.append(row)
+    columns = ["largest_difference", "of_spread", "same_tokens", "refused"]
+    return pd.DataFrame(rows, columns=["model_type", "architecture", "backend", *columns])
+
+
+@pytest.mark.integration
+def test_soft_caps_alibi_and_sinks(tmp_path: Path) -> None:
+    """Models that ask for more than plain softmax; Granite passes `sinks=None`."""
+    found = measure(tmp_path, ["granite", "gemma2", "bloom", "gpt_oss"])
+    assert found["refused"].isna().all() and found["same_tokens"].all(), found
+    assert found["of_spread"].max() < 1e-3, found
+
+
+@pytest.mark.slow
+def test_architectures(tmp_path: Path) -> None:
+    """Those that the table has as served: the same float32 sums in another order."""
+    table = pd.read_csv(TABLE).set_index("model_type")
+    assert list(table.index) == list(ARCHITECTURES)
+    found = measure(tmp_path).set_index("model_type")
+    assert list(found["refused"].isna()) == list(table["refused"].isna()), found
+    served = found[found["refused"].isna()]
+    assert served["of_spread"].max() < 1e-3 and served["same_tokens"].all(), served
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        measure(Path(made)).to_csv(TABLE, index=False, float_format="%.2e")
