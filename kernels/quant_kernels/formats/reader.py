@@ -138,6 +138,8 @@ def check_shapes(
     Raises:
         ValueError: with one line.
     """
+    if not values.numel():
+        raise ValueError("its weights are empty")
     wanted = (values.shape[0], spec.groups(values.shape[1]))
     if tuple(scales.shape) != wanted or (zeros is not None and tuple(zeros.shape) != wanted):
         raise ValueError(
