@@ -43,9 +43,6 @@ def check_tensors(source: Path, model: nn.Module, shapes: Mapping[str, Sequence[
         UserError: with one line that names the first tensor that is missing, has another shape or
             is too many.
     """
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_theta", 1) <= 0:  # its powers would be no numbers
-        raise UserError(f"config.json of {source} has a rope_theta that is not above 0")
     for name, parameter in model.named_parameters():
         if name not in shapes:
             raise UserError(

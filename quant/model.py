@@ -54,6 +54,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
     except Exception as error:  # transformers lets anything through that a wrong file causes
         why = first_line(error)
         raise UserError(f"config.json of {folder} describes no model: {why}") from None
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if isinstance(theta, int | float) and theta <= 0:  # transformers would compute NaN
+        raise UserError(f"config.json of {folder} has rope_theta {theta}, which is not above 0")
     return model
 
 

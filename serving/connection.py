@@ -447,7 +447,7 @@ class Protocol(HttpToolsProtocol):
         """Let go of what a request has sent: its connection may be idle for long."""
         self._unanswered = [other for other in self._unanswered if other is not cycle]
         self._waiting_bytes.pop(cycle, None)
-        cycle.body, cycle.scope = bytearray(), {}  # type: ignore[typeddict-item]
+        cycle.body, cycle.scope = bytearray(), {}  # type: ignore[typeddict-item]  # none reads it
         if cycle is self.cycle and not self._in_head:
             self.url, self.headers, self.scope = b"", [], cycle.scope
 

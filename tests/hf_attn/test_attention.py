@@ -130,7 +130,7 @@ def test_stateful_variants_need_the_history() -> None:
 @pytest.mark.parametrize(("kind", "name"), [("gpt_oss", "sinks"), ("gemma2", "softmax")])
 def test_sinks_and_soft_caps_are_the_models(kind: str, name: str) -> None:
     """gpt-oss' sinks and Gemma 2's caps, beside transformers' own; windows in every other layer."""
-    model = tiny_model(kind).eval()
+    model = tiny_model(kind)
     ids = torch.randint(2, 512, (2, 80), generator=torch.Generator().manual_seed(0))
     logits = []
     for implementation in ("eager", name):

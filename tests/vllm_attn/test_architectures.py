@@ -18,10 +18,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from attnserve.files import CHECKOUT
 from tests.tiny import tiny_tokenizer
+from tests.tiny_models import ARCHITECTURES, tiny_model
 
 TABLE = CHECKOUT / "docs/results/architectures.csv"
 PROMPT_LENGTH, NUM_TOKENS = 100, 16
@@ -58,113 +59,14 @@ for folder, backend in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
     cleanup_dist_env_and_memory()
 """
 
-COMMON = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-EXPERTS = {
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "decoder_sparse_step": 1,
-}
-MULTI_HEAD = {"num_key_value_heads": 4}
-HEAD = {"head_dim": 32}
-WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
-
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 32, **HEAD},
-    "mixtral": {**EXPERTS, **HEAD},
-    "qwen2": {},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
-    "qwen3": HEAD,
-    "qwen3_moe": {**EXPERTS, **HEAD},
-    "phi": MULTI_HEAD,
-    "phi3": {},
-    "gemma": HEAD,
-    "gemma2": {**WINDOW, **HEAD, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
-    "gemma3_text": {**WINDOW, **HEAD, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
-    "gemma3n_text": {
-        **WINDOW,
-        **HEAD,
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": 512,
-        "hidden_size_per_layer_input": 16,
-        "laurel_rank": 8,
-        "activation_sparsity_pattern": [0.0] * 4,
-        "architectures": ["Gemma3nForCausalLM"],
-    },
-    "gpt2": {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024},
-    "gpt_neox": MULTI_HEAD,
-    "gptj": {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024, "rotary_dim": 16},
-    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128, **MULTI_HEAD},
-    "bloom": {"n_layer": 3, "n_head": 4},
-    "mpt": {"d_model": 128, "n_layers": 3, "n_heads": 4, "max_seq_len": 1024},
-    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": False},
-    "falcon, ALiBi": {"alibi": True, "multi_query": False, "bias": True},
-    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16},
-    "stablelm": {},
-    "starcoder2": {},
-    "olmo": {},
-    "olmo2": {},
-    "granite": {},
-    "granitemoe": EXPERTS,
-    "cohere": {},
-    "cohere2": {**WINDOW, **HEAD, "num_hidden_layers": 4},
-    "exaone4": {**WINDOW, **HEAD, "num_hidden_layers": 4},
-    "glm": HEAD,
-    "glm4": HEAD,
-    "nemotron": {},
-    "smollm3": {},
-    "ernie4_5": HEAD,
-    "seed_oss": HEAD,
-    "arcee": {},
-    "apertus": HEAD,
-    "gpt_oss": {**WINDOW, **EXPERTS, "head_dim": 64, "num_hidden_layers": 4},
-    "deepseek_v3": {
-        "kv_lora_rank": 32,
-        "q_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 32,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        **MULTI_HEAD,
-    },
-}
-"""By `model_type`: what is changed of a small configuration."""
-
-
 OF_STOCK = ("gemma3n_text", "bloom", "falcon, ALiBi", "cohere2", "apertus")
 """Those whose vLLM classes compute something else, or in another precision, than transformers':
 they are compared with vLLM's own attention."""
 
 
 def write(name: str, folder: Path) -> PreTrainedModel:
-    """Write a random model of an architecture; return it."""
-    torch.manual_seed(0)
-    kind = name.partition(",")[0]
-    config = AutoConfig.for_model(kind, **COMMON | ARCHITECTURES[name])
-    # Others leave out soft caps.
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    for parameter in model.parameters():  # biases, norms and sinks start alike in all layers
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, float(parameter.detach().mean()), 0.1)
+    """Write a model of an architecture and a tokenizer; return it."""
+    model = tiny_model(name)
     model.save_pretrained(folder)
     tiny_tokenizer(512).save_pretrained(folder)
     return model

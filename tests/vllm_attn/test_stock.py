@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel
+from transformers import AutoTokenizer
 
 from benchmarks.smollm2 import write_smollm2
 from tests.reference_model import reference_greedy
 from tests.servers import vllm_server
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
-from tests.tiny_models import COMMON, tiny_model
+from tests.tiny_models import tiny_model
 from tests.vllm_attn.client import Client
 
 NUM_TOKENS = 24
@@ -85,60 +84,12 @@ def test_any_variant_on_a_plain_llama(plain_llama: Path) -> None:
         assert "was trained with softmax attention; serving it with lssa is an" in server.log()
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    tokenizer = tiny_tokenizer(512)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def transformers_greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """NUM_TOKENS tokens, each of which stands out."""
-    tokens: list[int] = []
-    for _ in range(NUM_TOKENS):
-        with torch.inference_mode():
-            best = model.eval()(torch.tensor([prompt + tokens])).logits[0, -1].topk(2)
-        assert best.values[0] - best.values[1] > 1e-4
-        tokens.append(int(best.indices[0]))
-    return tokens
-
-
-@pytest.mark.slow  # test_architectures.py has them without a server
-@pytest.mark.parametrize("kind", ["granite", "gemma2", "bloom", "gpt_oss"])
-def test_same_tokens_as_transformers(tmp_path: Path, kind: str) -> None:
-    """Models that ask for more than plain softmax: soft caps, ALiBi, sinks."""
-    model = tiny_model(kind)
-    save(model, tmp_path)
-    prompt = list(range(40, 120))
-    expected = transformers_greedy(model, prompt)
-    assert len(set(expected)) > 3
-    backend = "sinks" if kind == "gpt_oss" else "softmax"
-    args = ("--dtype=float32", "--max-model-len=256", f"--attention-backend={backend}")
-    with vllm_server(tmp_path, *args) as server:
-        assert Client(server).greedy(prompt, NUM_TOKENS) == expected
-        assert f"Using {backend.upper()} backend" in server.log()
-        assert "is an experiment" not in server.log()
-
-
 @pytest.mark.slow
 def test_fast_prefill_of_layers_that_share_keys(tmp_path: Path) -> None:
     """vLLM copies a step's metadata into a class of its own there. The answers are stock vLLM's
     without it."""
-    torch.manual_seed(0)
-    config = Gemma3nTextConfig(
-        vocab_size=512,
-        vocab_size_per_layer_input=512,
-        num_hidden_layers=4,
-        num_kv_shared_layers=2,
-        layer_types=["full_attention", "sliding_attention"] * 2,
-        activation_sparsity_pattern=[0.0] * 4,
-        head_dim=32,
-        hidden_size_per_layer_input=16,
-        laurel_rank=8,
-        sliding_window=64,
-        architectures=["Gemma3nForCausalLM"],
-        **COMMON,
-    )
-    save(Gemma3nForCausalLM(config), tmp_path)
+    tiny_model("gemma3n_text").save_pretrained(tmp_path)
+    tiny_tokenizer(512).save_pretrained(tmp_path)
     prompts = [list(range(40, 120)), list(range(200, 250))]
     answers = []
     for args in (["cpu_attn"], ["softmax", "--kv-sharing-fast-prefill"]):
