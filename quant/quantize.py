@@ -97,6 +97,7 @@ def quantize(
     from attnserve.evaluation.checkpoint import Checkpoint
     from quant import budget
     from quant import checkpoint as checkpoints
+    from quant.model import empty_model
     from quant.texts import Sources, text_for
     from quant.texts import calibration_text as read_calibration_text
 
@@ -126,6 +127,7 @@ def quantize(
         reader = Checkpoint(folder, longest=length)
         if bits_per_weight is not None:
             widths = budget.candidates(named, bits_per_weight, group_size)
+            budget.check_reach(named, widths, bits_per_weight, empty_model(folder))
         text = read_calibration_text(sources, reader, calibration, seed)
         if bits_per_weight is not None:
             measured = text_for("validation", sources, reader, budget.MEASURED, reader.context - 1)

@@ -541,7 +541,9 @@ REFUSALS = [
         "--kv-cache-dtype fp8: use int8_per_token_head or int4_per_token_head",
     ),
     (["--bits=4", "--format=gguf", KV8], "--kv-cache-dtype is vLLM's: leave out --format gguf"),
-    (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.12"),
+    (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.24"),
+    (["--bits-per-weight=2.23"], "--bits-per-weight 2.23: the least possible is 2.24"),
+    (["--bits-per-weight=2.2", "--scheme=gptq"], "--bits-per-weight 2.2: the least possible is 2.2"),
     (["--bits=2", "--group=48"], "scheme two-level has groups of 16 or of a multiple of 32"),
     (
         ["--bits=4", "--scheme=rtn", "--group=48"],
