@@ -1,6 +1,7 @@
 """Write a checkpoint with packed weights, so that `vllm serve` serves it."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -136,7 +137,14 @@ def quantize(
             )
         said += f" --calibration {calibration} --length {length} --seed {seed}"
     card = f"`python -m quant.quantize {said}`" + (f", calibrated on: {text.title}" if text else "")
-    _, sizes = checkpoints.quantize_checkpoint(folder, out, recipe, text, card, specs)
+    try:
+        _, sizes = checkpoints.quantize_checkpoint(folder, out, recipe, text, card, specs)
+    except KeyboardInterrupt:
+        print(
+            "stopped; the layers that are quantized are kept, and the same command goes on there",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
     widths_of = Counter(f"{s.bits} bits in groups of {s.group_size}" for s in specs.values())
     if as_json:
         line = {

@@ -105,7 +105,7 @@ def write_folder(
     try:
         save_torch_state_dict(tensors, out)
     except SafetensorError as error:
-        raise UserError(f"{out.parent} cannot be written: {error}") from None
+        raise OSError(f"{out.parent} cannot be written: {error}") from None
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.name not in NOT_COPIED:

@@ -114,7 +114,7 @@ def test_bytes_are_known_by_the_shape(name: str, spec: QuantSpec) -> None:
 def test_what_is_said_to_be_possible_is(softpick: Path) -> None:
     scheme, model = get_scheme("two-level"), empty_model(softpick)
     widths = candidates(scheme, 2.5, AUTO)
-    with pytest.raises(UserError, match="2.1: the least possible is 2\\.24"):
+    with pytest.raises(UserError, match=r"2\.1: the least possible is 2\.24"):
         check_reach(scheme, widths, 2.1, model)
     check_reach(scheme, widths, 2.24, model)
 
