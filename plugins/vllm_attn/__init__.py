@@ -23,7 +23,7 @@ def register() -> None:
     import hf_attn  # noqa: F401  (importing it registers the models' configurations)
     from vllm_attn import names, patches, report
 
-    patches.warn_if_untried()
+    patches.check_version()
     report.install()
     names.register_all()
     for model in (
