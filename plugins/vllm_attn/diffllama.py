@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +146,11 @@ class DiffLlamaAttention(nn.Module):
 class DiffLlamaForCausalLM(LlamaForCausalLM):
     """Model class of checkpoints with `"architectures": ["DiffLlamaForCausalLM"]`."""
 
-    supports_lora: ClassVar[Literal[False]] = False  # an adapter's heads are in the other order
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if vllm_config.lora_config is not None:
+            raise StartupError(
+                "adapters of a diffllama have their heads in another order than its weights have "
+                "here: merge them into the weights, or drop --enable-lora"
+            )
         layer_type = functools.partial(LlamaDecoderLayer, attn_layer_type=DiffLlamaAttention)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)

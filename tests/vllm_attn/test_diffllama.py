@@ -44,12 +44,13 @@ def test_same_answers_as_transformers(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    """A formula that is not of the scores alone; adapters are vLLM's to refuse."""
+    """A formula that is not of the scores alone, and adapters."""
     write("diffllama", tmp_path)
     with one_worker(tmp_path):
         with pytest.raises(StartupError, match="lssa attention does not run as a difference of tw"):
             load(tmp_path, attention_backend="LSSA")
-        assert not load(tmp_path).supports_lora
+        with pytest.raises(StartupError, match="adapters of a diffllama"):
+            load(tmp_path, enable_lora=True)
 
 
 @pytest.mark.slow
