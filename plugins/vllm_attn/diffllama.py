@@ -48,7 +48,7 @@ class PairedQKVLinear(QKVParallelLinear):
         if dim is None or shard is None:
             return tensor
         pairs = self.total_num_heads if shard == "q" else self.total_num_kv_heads
-        if tensor.shape[dim] % (2 * pairs) or getattr(param, "use_bitsandbytes_4bit", False):
+        if tensor.shape[dim] % (2 * pairs):
             raise StartupError(
                 f"{self.prefix}: weights of this quantization cannot be brought into the order of "
                 "differential attention's pairs of heads: use the unquantized checkpoint"
