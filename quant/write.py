@@ -74,6 +74,12 @@ def is_quantized(folder: Path) -> bool:
     return "quantization_config" in config_in(folder)
 
 
+def check_unquantized(folder: Path) -> None:
+    """Check that a checkpoint is not quantized yet: its rounded values would pass for exact."""
+    if is_quantized(folder):
+        raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
+
+
 def config_in(folder: Path) -> dict[str, Any]:
     """Return a folder's config.json; empty where there is none that can be read."""
     try:
