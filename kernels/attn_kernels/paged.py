@@ -7,8 +7,8 @@ is used. A quantized cache (`kv_quant`) is one of bytes, as many as that takes. 
 float32 whatever the cache's dtype.
 
 With tensor parallelism a stateful variant's head 0 is on one rank, and all ranks need what it
-selects. So each rank is given head 0's queries and keys (`selecting`), and its cache has those keys,
-`[block_size, head_size]`, behind the heads of each block (`heads_of`).
+selects. So each rank is given head 0's queries and keys (`selecting`), and its cache has those
+keys, `[block_size, head_size]`, behind the heads of each block (`heads_of`).
 """
 
 from __future__ import annotations
@@ -196,9 +196,7 @@ class TorchLayer(Layer):
         numbers = STATE_BYTES // self.kv_cache.itemsize
         return self.kv_cache[:, 0, :, -numbers:].view(torch.float32)[..., 0]
 
-    def _tile(
-        self, query: Tensor, selector: Tensor, block_ids: Tensor, query_start: int
-    ) -> Tensor:
+    def _tile(self, query: Tensor, selector: Tensor, block_ids: Tensor, query_start: int) -> Tensor:
         """Attend with consecutive queries `[num_queries, num_heads, head_size]` of one request, the
         first at position `query_start`; return float32 of the same shape. `selector` is head 0's,
         `[num_queries, head_size]`."""

@@ -271,7 +271,10 @@ class PrunedCPULayer(PrunedLayer):
         if self.shape.selector:
             queries, keys = selecting_rows(selecting, num_tokens, head_size).unbind(1)
             queries, keys = queries.to(query.dtype), keys.to(self.shape.dtype)
-            call.selecting_query, call.selecting_query_stride = queries.data_ptr(), queries.stride(0)
+            call.selecting_query, call.selecting_query_stride = (
+                queries.data_ptr(),
+                queries.stride(0),
+            )
             call.selecting_key, call.selecting_key_stride = keys.data_ptr(), keys.stride(0)
         run(self._run, call, query, batch, out)
 

@@ -2,9 +2,10 @@
 `attn_kernels.pruning`.
 
 A page holds keys `[num_kv_heads, budget, head_size]`, values likewise, head 0's keys where that is
-another rank's, `[budget, head_size]`, and int32 accumulators and positions `[budget]` each. Three kernels a step: `scan_kernel` finds out what every query sees,
-`attend_kernel` attends, and only then `store_kernel` puts the new tokens into their slots, since
-earlier queries may still have seen what was there.
+another rank's, `[budget, head_size]`, and int32 accumulators and positions `[budget]` each. Three
+kernels a step: `scan_kernel` finds out what every query sees, `attend_kernel` attends, and only
+then `store_kernel` puts the new tokens into their slots, since earlier queries may still have seen
+what was there.
 """
 
 from typing import NamedTuple
@@ -195,7 +196,7 @@ def store_kernel(
         return
     page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
     mask = dim < PAGE.head_size
-    if PAGE.selecting_head > 0:
+    if PAGE.selecting_head > 0:  # noqa: SIM102 (known when it is compiled)
         if kv_head == PAGE.num_kv_heads:
             k = tl.load(selecting + token.to(tl.int64) * selecting_stride + dim, mask=mask)
             keys = pages + page + PAGE.selecting_head * PAGE.budget * PAGE.head_size
