@@ -156,6 +156,19 @@ class Layer(ABC):
             MemoryError: no memory for scratch space.
         """
 
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
+        """Store a step's tokens in the batch's slots, then attend."""
+        self.write_cache(key, value, batch.slot_mapping, selecting)
+        self.attend(query, batch, out, selecting)
+
 
 class TorchLayer(Layer):
     """One layer's attention in torch operations; the cache has any order of memory with contiguous

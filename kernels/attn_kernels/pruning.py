@@ -238,7 +238,7 @@ class PrunedLayer(ABC):
             raise ValueError(f"pages are {list(pages.shape)}, not [..., {shape.num_bytes}] bytes")
 
     @abstractmethod
-    def attend(
+    def step(
         self,
         query: Tensor,
         key: Tensor,
@@ -265,7 +265,7 @@ class PrunedLayer(ABC):
 class TorchPrunedLayer(PrunedLayer):
     """`attend_pruned` bound to one layer's pages, in torch operations: correct and slow."""
 
-    def attend(
+    def step(
         self,
         query: Tensor,
         key: Tensor,

@@ -285,12 +285,11 @@ class VariantImpl(AttentionImpl[Batch]):
         if self.layer is None or self.cache is not kv_cache:
             self.layer, self.cache = self.bind(layer, kv_cache), kv_cache
         selecting = head_0.share(query, key) if self.selector else None
-        if isinstance(self.layer, PrunedLayer):
-            self.layer.attend(query, key, value, attn_metadata, output, selecting)
-            return output
         if self.owns_cache:
-            self.layer.write_cache(key, value, attn_metadata.slot_mapping, selecting)
-        self.layer.attend(query, attn_metadata, output, selecting)
+            self.layer.step(query, key, value, attn_metadata, output, selecting)
+        else:
+            assert isinstance(self.layer, Layer)
+            self.layer.attend(query, attn_metadata, output)
         return output
 
 

@@ -98,11 +98,11 @@ class PrunedRanks:
             part = PageShape(shape.budget, count, shape.head_size, shape.dtype, selector=True)
             self.layers.append(bind(part, heads.stop - heads.start))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
+    def step(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
         head_0 = torch.stack([query[:, 0], key[:, 0]], 1)
         for layer, (heads, kv_heads) in zip(self.layers, self.parts, strict=True):
             part = torch.full_like(out[:, heads], torch.nan)
-            layer.attend(query[:, heads], key[:, kv_heads], value[:, kv_heads], batch, part, head_0)
+            layer.step(query[:, heads], key[:, kv_heads], value[:, kv_heads], batch, part, head_0)
             out[:, heads] = part
         for page in batch.block_table[:, 0].tolist():
             first, *others = (

@@ -344,6 +344,12 @@ int attnserve_write(const WriteCall* w) {
   return in_format(w->cache_format, [&](auto t) { write<decltype(t)>(*w); });
 }
 
+// A layer's step: what comes new is written first.
+int attnserve_step(const WriteCall* w, const AttendCall* call) {
+  const int failed = attnserve_write(w);
+  return failed ? failed : attnserve_attend(call);
+}
+
 // Of a stateful variant within a budget: stores the new tokens and attends.
 int attnserve_attend_pruned(const PrunedCall* call) {
   return in_format(call->page_format, [&](auto t) {

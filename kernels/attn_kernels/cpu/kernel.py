@@ -24,6 +24,7 @@ LONGEST = 2**31 - 1
 """Tokens of a context: C++ counts them in 32 bits."""
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of tensors, and of a cache that is not quantized."""
+NO_MEMORY = "no memory for the attention kernel's scratch space"
 QUANTIZED = {KVFormat(8): 3, KVFormat(4): 4}
 """Of a quantized cache."""
 
@@ -179,10 +180,14 @@ class CPULayer(Layer):
             self._call.alibi_slopes = tensors[-1].data_ptr()
         self._tensors = tensors, pointers
         self._library = kernel.library
+        self._both = byref(self._write), byref(self._call)
+        self._layout: tuple[Any, ...] | None = None
+        """Of the last step, whose calls need new pointers only where the next one's is the same."""
 
     def write_cache(
         self, key: Tensor, value: Tensor, slot_mapping: Tensor, selecting: Tensor | None = None
     ) -> None:
+        self._layout = None
         if self.kv_format is None and key.dtype != self.kv_cache.dtype:
             key, value = key.to(self.kv_cache.dtype), value.to(self.kv_cache.dtype)
         slot_mapping = slot_mapping.long().contiguous()
@@ -207,6 +212,7 @@ class CPULayer(Layer):
     def attend(
         self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None
     ) -> None:
+        self._layout = None
         check_rows("query", query, batch.num_tokens, self.num_heads, self.head_size)
         check_out(out, batch.num_tokens, self.num_heads, self.head_size)
         if VALUES:
@@ -219,6 +225,39 @@ class CPULayer(Layer):
             self._call.selecting = queries.data_ptr()
             self._call.selecting_stride = queries.stride(0)
         run(self._library.attnserve_attend, self._call, query, batch, out)
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
+        layout = (
+            *(batch.num_tokens, batch.slot_mapping.shape),
+            *(query.shape, key.shape, value.shape, out.shape),
+            *(query.stride(), key.stride(), value.stride(), out.stride()),
+            *(query.dtype, key.dtype, value.dtype, out.dtype),
+        )
+        if layout != self._layout:
+            super().step(query, key, value, batch, out, selecting)
+            pointers = self._write.key, self._write.value, self._call.query
+            given = key.data_ptr(), value.data_ptr(), query.data_ptr()
+            if selecting is None and pointers == given:  # nothing had to be copied
+                self._layout = layout
+            return
+        if VALUES:
+            num_blocks, _, block_size, _ = self.kv_cache.shape
+            check_slots(batch.slot_mapping, num_blocks * block_size)
+            check_batch(batch, num_blocks, block_size, self.window or 0)
+        write, attend = self._write, self._call
+        write.key, write.value = key.data_ptr(), value.data_ptr()
+        write.slot_mapping, attend.batch = batch.slots_address, batch.address
+        attend.query, attend.out = query.data_ptr(), out.data_ptr()
+        if self._library.attnserve_step(*self._both):
+            raise MemoryError(NO_MEMORY)
 
 
 class PrunedCPULayer(PrunedLayer):
@@ -246,7 +285,7 @@ class PrunedCPULayer(PrunedLayer):
         )
         self._run = kernel.library.attnserve_attend_pruned
 
-    def attend(
+    def step(
         self,
         query: Tensor,
         key: Tensor,
@@ -294,4 +333,4 @@ def run(function: Any, call: Any, query: Tensor, batch: Batch, out: Tensor) -> N
     call.out, call.out_stride = out.data_ptr(), out.stride(0)
     call.batch = batch.address
     if function(byref(call)):
-        raise MemoryError("no memory for the attention kernel's scratch space")
+        raise MemoryError(NO_MEMORY)

@@ -228,7 +228,7 @@ class TritonPrunedLayer(PrunedLayer):
         self.scan_constants = constants(pruned.scan_kernel, given)
         self.attend_constants = constants(pruned.attend_kernel, given)
 
-    def attend(
+    def step(
         self,
         query: Tensor,
         key: Tensor,
