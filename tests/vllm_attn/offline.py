@@ -23,19 +23,24 @@ sampling = SamplingParams(
 for folder, options in asked["jobs"]:
     try:
         llm = LLM(folder, **asked["options"] | options)
-        found = []
+        answers = []
         for output in llm.generate(prompts, sampling, use_tqdm=False):
             tokens = list(output.outputs[0].token_ids)
             given = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
             chosen = zip(tokens, output.outputs[0].logprobs, strict=True)
             logprobs = [entry[token].logprob for token, entry in (*given, *chosen)]
-            found.append({"tokens": tokens, "logprobs": logprobs})
+            answers.append({"tokens": tokens, "logprobs": logprobs})
+        found = {"answers": answers}
+        if "speculative_config" in options:
+            count = {metric.name.rpartition("_num_")[2]: metric for metric in llm.get_metrics()}
+            found |= {"drafted": count["draft_tokens"].value}
+            found |= {"accepted": count["accepted_tokens"].value}
         llm.llm_engine.engine_core.shutdown()
         del llm, output
     except Exception as error:
-        found = str(error).strip()
+        found = {"refused": str(error).strip()}
     print("FOUND", json.dumps(found), flush=True)
-    if isinstance(found, str):  # what it leaves behind is not for the next one
+    if "refused" in found:  # what it leaves behind is not for the next one
         break
     gc.collect()
     cleanup_dist_env_and_memory()
@@ -49,8 +54,9 @@ OPTIONS = {
     "max_num_batched_tokens": 64,
 }
 
-Found = list[Mapping[str, Any]] | str
-"""For each prompt its `tokens` and the `logprobs` of prompt and answer; or why it was refused."""
+Found = Mapping[str, Any]
+"""`answers`: for each prompt its `tokens` and the `logprobs` of prompt and answer; of speculative
+decoding the tokens that were `drafted` and `accepted`; or why it was `refused`."""
 
 
 def answers(

@@ -43,9 +43,9 @@ def serve(folders: Mapping[Path, str], prompt: list[int]) -> list[Found]:
     return answers(jobs, [prompt], NUM_TOKENS)
 
 
-def split(found: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, list[int]]:
+def split(answers: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, list[int]]:
     """Return the log-probabilities of the one prompt's tokens, and greedy tokens."""
-    return torch.tensor(found[0]["logprobs"][: PROMPT_LENGTH - 1]), found[0]["tokens"]
+    return torch.tensor(answers[0]["logprobs"][: PROMPT_LENGTH - 1]), answers[0]["tokens"]
 
 
 @torch.inference_mode()
@@ -74,17 +74,16 @@ def measure(folder: Path, names: Sequence[str] = tuple(ARCHITECTURES)) -> pd.Dat
     served = serve({folder / name: backends[name] for name in names}, prompt.tolist())
     stock = {folder / name: "cpu_attn" for name in names if name in OF_STOCK}
     for place, found in zip(stock, serve(stock, prompt.tolist()), strict=True):
-        assert not isinstance(found, str), found
-        expected[place.name] = (expected[place.name][0], *split(found))
+        expected[place.name] = (expected[place.name][0], *split(found["answers"]))
     for name, found in zip(names, served, strict=True):
         architecture, logprobs, tokens = expected[name]
         row = {"model_type": name, "architecture": architecture, "backend": backends[name]}
         row["compared_with"] = "stock vLLM" if name in OF_STOCK else "transformers"
-        if isinstance(found, str):
-            lines = [line for line in found.splitlines() if "errors.pydantic.dev" not in line]
+        if reason := found.get("refused"):
+            lines = [line for line in reason.splitlines() if "errors.pydantic.dev" not in line]
             row["refused"] = lines[-1].strip()
         else:
-            its_logprobs, its_tokens = split(found)
+            its_logprobs, its_tokens = split(found["answers"])
             difference = float((its_logprobs - logprobs).abs().max())
             row["largest_difference"] = difference
             row["of_spread"] = difference / float(logprobs.std())
