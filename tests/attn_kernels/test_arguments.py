@@ -101,7 +101,7 @@ def test_steps_whose_layout_changes(name: str) -> None:
     caches.append(Cache(caches[0].kv.clone(), caches[0].block_table))
     layers = [kernel.layer(cache.kv, num_heads=HEADS, scale=0.2) for cache in caches]
     repeated = 0
-    layout = 1, 3, 0, "split", *dtypes[:1] * 3
+    layout: tuple[Any, ...] = (1, 3, 0, "split", *dtypes[:1] * 3)
     for seed in range(60):
         g = seeded(seed)
         if chance.random() < 0.4:

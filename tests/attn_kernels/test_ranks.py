@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attn_kernels import Variant, cpu, pruning
+from attn_kernels import Variant, cpu, get_variant, pruning
 from attn_kernels.paged import TorchLayer
 from tests.attn_kernels import test_paged as paged
 from tests.attn_kernels import test_pruned_layers as pruned
@@ -96,7 +96,7 @@ def test_budgets(place: int, ranks: int, kind: str, dtype: torch.dtype) -> None:
 
 
 def test_refuses_what_is_missing() -> None:
-    variant = pruned.get_variant("selective")
+    variant = get_variant("selective")
     kernel = cpu.load(variant)
     assert kernel is not None
     layer = kernel.layer(
@@ -106,7 +106,7 @@ def test_refuses_what_is_missing() -> None:
         layer.write_cache(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32), torch.tensor([0]))
     with pytest.raises(ValueError, match="only a stateful variant's cache"):
         TorchLayer(
-            pruned.get_variant("softmax"),
+            get_variant("softmax"),
             torch.zeros(1, 1, 16, 64),
             num_heads=1,
             scale=1.0,
