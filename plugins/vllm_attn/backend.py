@@ -283,6 +283,11 @@ class VariantImpl(AttentionImpl[Batch]):
         if attn_metadata is None:
             return output.zero_()
         if self.layer is None or self.cache is not kv_cache:
+            if key is not None and len(key) != len(query):  # vLLM has cut it into heads
+                raise StartupError(
+                    f"{layer.layer_name}: the model makes other keys than the {self.num_kv_heads} "
+                    f"heads of {self.head_size} that config.json says: correct num_key_value_heads"
+                )
             self.layer, self.cache = self.bind(layer, kv_cache), kv_cache
         selecting = head_0.share(query, key) if self.selector else None
         if self.owns_cache:
