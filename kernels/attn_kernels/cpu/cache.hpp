@@ -8,6 +8,7 @@
 //
 //   key, value parameters  [2][block_size] 32-bit words, of quantized formats
 //   accumulators  [block_size] float32, of stateful variants; KV head 0's are used
+//   gate sums     [query heads of the KV head][block_size] float64, of gated variants (gates.hpp)
 //
 // Either product of attention then reads a block's memory once and in order (matmul.hpp).
 #pragma once
@@ -44,9 +45,11 @@ struct Cache : CacheShape {
   uint32_t* parameters(int64_t index, int kv_head) const {
     return (uint32_t*)(block(index, kv_head) + units<T>((ptrdiff_t)2 * block_size * head_size));
   }
-  float* accumulators(int64_t index) const {
-    return (float*)parameters(index, 0) + (QUANTIZED<T> ? 2 * block_size : 0);
+  // What a stateful or a gated variant has behind all that.
+  void* behind(int64_t index, int kv_head) const {
+    return parameters(index, kv_head) + (QUANTIZED<T> ? 2 * block_size : 0);
   }
+  float* accumulators(int64_t index) const { return (float*)behind(index, 0); }
 
   // One token's key and value [head_size] of a KV head: as they are, or float32 that is quantized,
   // which changes them.

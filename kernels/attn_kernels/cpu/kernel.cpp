@@ -340,6 +340,13 @@ int attnserve_write(const WriteCall* w) {
   return in_format(w->cache_format, [&](auto t) { write<decltype(t)>(*w); });
 }
 
+// Of a gated variant: stores the sums of the new tokens' gates.
+int attnserve_write_gates(const GateCall* call) {
+  return in_format(call->cache_format, [&](auto t) {
+    if constexpr (VARIANT::gated) write_gates<decltype(t)>(*call);
+  });
+}
+
 // Of a stateful variant within a budget: stores the new tokens and attends.
 int attnserve_attend_pruned(const PrunedCall* call) {
   return in_format(call->page_format, [&](auto t) {
@@ -350,6 +357,7 @@ int attnserve_attend_pruned(const PrunedCall* call) {
 
 // For the loader: a library whose structs differ from Python's must not be called.
 int attnserve_abi() {
-  return (int)(sizeof(AttendCall) * 1000000 + sizeof(WriteCall) * 1000 + sizeof(PrunedCall));
+  return (int)(sizeof(AttendCall) * 1000000 + sizeof(WriteCall) * 1000 + sizeof(PrunedCall) +
+               sizeof(GateCall));
 }
 }
