@@ -3,10 +3,10 @@ correct everywhere and fast nowhere: the serving path where no kernel is built.
 
 The cache of one layer is `[num_blocks, num_kv_heads, block_size, content]`: `head_size` keys (after
 RoPE), `head_size` values and, for a stateful variant, one float32 accumulator, of which KV head 0's
-is used, or, for a gated variant, 64 bits for each query head of the KV head: the sum of the gates up
-to the token. (float32 would not do: after 100,000 tokens its steps are 0.008, a percent of a weight,
-and it would not notice small gates at all.) A quantized cache (`kv_quant`) is one of bytes, as many as that takes. Scores and sums are
-float32 whatever the cache's dtype.
+is used. A gated variant has 64 bits for each query head of the KV head instead: the sum of the
+gates up to the token. (float32 would not do: its steps are 0.008 at 100,000, a percent of a weight,
+and small gates would be lost.) A quantized cache (`kv_quant`) is one of bytes, as many as that
+takes. Scores and their sums are float32 whatever the cache's dtype.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ QUERY_TILE = 256
 
 
 def state_bytes(variant: Variant, group: int) -> int:
-    """Return the bytes of a slot of one KV head, which `group` query heads share, behind its key and
-    value."""
+    """Return the bytes of a slot behind key and value; `group` query heads share a KV head."""
     return STATE_BYTES * variant.stateful + SUM_BYTES * group * variant.gated
 
 
@@ -178,8 +177,8 @@ class TorchLayer(Layer):
             positions = torch.arange(first, lens[request], device=gates.device)
             blocks = batch.block_table[request].long()
             if start < end and first > 0 and self.window != 1:
-                before = first - 1
-                sums += self._sums(self.kv_cache[blocks[before // block_size], :, before % block_size])
+                block, offset = divmod(first - 1, block_size)
+                sums += self._sums(self.kv_cache[blocks[block], :, offset])
             content = sums.unflatten(1, (num_kv_heads, -1)).view(self.kv_cache.dtype)
             at = blocks[positions // block_size], slice(None), positions % block_size
             self.kv_cache[(*at, slice(-content.shape[-1], None))] = content

@@ -133,6 +133,11 @@ class Variant(ABC):
         return ()
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all that a checkpoint must carry in every layer for it, behind `self_attn.`."""
+        return self.learned + ("f_proj.weight", "f_proj.bias") * self.gated
+
+    @property
     def takes_modifiers(self) -> bool:
         """Whether a model's soft cap and ALiBi may change the scores: where they are the products
         of queries and keys, times the model's scale, and nothing else depends on them."""

@@ -150,12 +150,10 @@ def sigmoid(s: Sequence, head: int, i: int) -> Vector:
 
 
 def forgetting(s: Sequence, head: int, i: int) -> Vector:
-    """F_ij exp(x_ij) / sum_j F_ij exp(x_ij), F_ij the product of f_l over j < l <= i (2503.02130)"""
+    """F_ij exp(x_ij) / sum_j F_ij exp(x_ij), F_ij = product of f_l over j < l <= i (2503.02130)"""
     assert s.gates is not None
     f = [gate.exp() for gate in s.gates[head]]
-    return shares(
-        [prod(f[j + 1 : i + 1], start=ONE) * s.x(head, i, j).exp() for j in s.visible(i)]
-    )
+    return shares([prod(f[j + 1 : i + 1], start=ONE) * s.x(head, i, j).exp() for j in s.visible(i)])
 
 
 @dataclass(frozen=True)

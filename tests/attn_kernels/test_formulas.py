@@ -207,9 +207,7 @@ def test_reference_equals_formula(variant: Variant, shape: Shape) -> None:
     inputs = make_inputs(variant, shape, seed=1)
     q, k, v = inputs.qkv
     rows = range(shape.start, shape.stop)
-    _, want = by_paper_formula(
-        variant, q, k, v, rows=rows, window=shape.window, **inputs.given()
-    )
+    _, want = by_paper_formula(variant, q, k, v, rows=rows, window=shape.window, **inputs.given())
     state = None
     if variant.stateful and shape.start:
         _, state = reference.attention(

@@ -50,9 +50,7 @@ spreads = st.sampled_from([0.0, 0.01, 1.0, 30.0])
 
 
 def run(variant: Variant, inputs: Inputs, window: int | None, **options: Any) -> Tensor:
-    return reference.attention(
-        variant, *inputs.qkv, window=window, **inputs.given(), **options
-    )[0]
+    return reference.attention(variant, *inputs.qkv, window=window, **inputs.given(), **options)[0]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:

@@ -112,9 +112,7 @@ def test_default_query_start_is_the_end_of_the_keys(variant: Variant) -> None:
     inputs = make_inputs(variant, Shape(2, 1, 0, 8, 8, 4, 4), seed=12)
     q = inputs.q[:, 5:]
     implied, _ = reference.attention(variant, q, inputs.k, inputs.v, **inputs.given())
-    stated, _ = reference.attention(
-        variant, q, inputs.k, inputs.v, query_start=5, **inputs.given()
-    )
+    stated, _ = reference.attention(variant, q, inputs.k, inputs.v, query_start=5, **inputs.given())
     assert torch.equal(implied, stated)
 
 
