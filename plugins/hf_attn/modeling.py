@@ -51,6 +51,12 @@ class VariantLlamaAttention(LlamaAttention):
         query, key = apply_rotary_pos_emb(query, key, *cos_sin)
         return query, key
 
+    def project(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return the layer's output of what its heads give, `[batch, num_queries, num_heads *
+        head_size]`, and its input."""
+        projected: Tensor = self.o_proj(output)
+        return projected
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -130,7 +136,8 @@ class VariantLlamaAttention(LlamaAttention):
             position_ids=position_ids,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        output = output.reshape(*hidden_states.shape[:-1], -1)
+        return self.project(output, hidden_states), weights
 
 
 class VariantLlamaPreTrainedModel(PreTrainedModel):

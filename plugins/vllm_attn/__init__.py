@@ -26,7 +26,11 @@ def register() -> None:
     patches.warn_if_untried()
     report.install()
     names.register_all()
-    for model in ("model:VariantLlamaForCausalLM", "fla_model:TransformerForCausalLM"):
+    for model in (
+        "model:VariantLlamaForCausalLM",
+        "fla_model:TransformerForCausalLM",
+        "fla_model:ForgettingTransformerForCausalLM",
+    ):
         ModelRegistry.register_model(model.partition(":")[2], f"vllm_attn.{model}")
     patches.ensure_active()
 

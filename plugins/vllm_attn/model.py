@@ -66,13 +66,18 @@ class VariantLlamaAttention(LlamaAttention):
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotate(positions, q, k)
         projected, _ = self.f_proj(hidden_states)
-        output, _ = self.o_proj(self.attn(q, k, v, self.variant.gate(projected)))
-        return output
+        return self.project(self.attn(q, k, v, self.variant.gate(projected)), hidden_states)
 
     def rotate(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys, `[num_tokens, heads * head_size]` each, with RoPE."""
         q, k = self.rotary_emb(positions, q, k)
         return q, k
+
+    def project(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return the layer's output of what this rank's heads give, `[num_tokens, num_heads *
+        head_size]`, and its input."""
+        projected, _ = self.o_proj(output)
+        return projected
 
 
 def per_head_parameter(num_heads: int) -> nn.Parameter:

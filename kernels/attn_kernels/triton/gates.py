@@ -41,8 +41,9 @@ def write_gates_kernel(
         cache, block_table + request.to(tl.int64) * table_stride, block_stride, head_stride
     )
     index = tl.arange(0, TOKENS)
-    # Where a window of 1 hides the token before, its block may be another request's.
-    before = (index == 0) & (first > 0) & (SHAPE.window != 1)
+    before = index < tl.minimum(first, 1)  # one, if there is one
+    if SHAPE.window == 1:  # the token before is hidden, its block may be another request's
+        before = index < 0
     key = tl.where(before, first - 1, 0)
     block = load_blocks(blocks, key, before, SHAPE)
     sums, rests = load_sums(blocks, block, kv_head, member, key, before, SHAPE)
