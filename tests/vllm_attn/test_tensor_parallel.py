@@ -1,4 +1,4 @@
-"""Tensor parallelism: each rank takes its own heads of a learned per-head tensor."""
+"""Tensor parallelism: each rank takes its own heads of a per-head tensor, and their gates."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tests.vllm_attn.client import Client
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ssmax", "forgetting"])
+def test_two_ranks(name: str, tmp_path: Path) -> None:
     """Two worker processes, two cores' worth of start-up: behind `-m slow`."""
-    ckpt = tiny_checkpoint(tmp_path, "ssmax")
+    ckpt = tiny_checkpoint(tmp_path, name)
     prompt = list(range(40, 120))
     expected = reference_greedy(ckpt, prompt, 24)
     assert min(expected.margins) > 1e-3
