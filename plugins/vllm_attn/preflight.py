@@ -287,9 +287,10 @@ def check_format(model_config: Any) -> None:
 
 
 def check_learned_tensors(model_config: Any, variant: Variant) -> None:
-    """Refuse a local checkpoint with a broken file, or without the variant's learned tensors."""
+    """Refuse a local checkpoint with a broken file, or without the variant's learned tensors; those
+    of another format have other names (`check_format`)."""
     tensors = tensor_names(model_config)
-    if not tensors:
+    if not tensors or hasattr(model_config.hf_config, "check_tensors"):
         return
     num_layers = model_config.hf_text_config.num_hidden_layers
     for layer in range(num_layers):
