@@ -84,8 +84,8 @@ class Attention : public Spans<T> {
         Array{t.penalty, V::stateful ? t.num_queries * keys : 0},
         Array{t.state, V::stateful ? SPAN : 0}, Array{t.sums, V::gated ? group_size * SPAN : 0},
         Array{t.own_sum, V::gated ? rows : 0}, Array{t.origin, V::gated ? group_size : 0},
-        Array{t.row, rows}, Array{t.query, rows},
-        Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
+        Array{t.row, rows}, Array{t.query, rows}, Array{t.factor, rows},
+        Array{t.narrow_q, t.amx ? matrix : 0},
         Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
         Array{t.last_values, t.amx ? 2 * TILE_DEPTH * PANEL : 0});
     return t;

@@ -1,5 +1,5 @@
-// Forgetting attention (arXiv 2503.02130): softmax of scores plus the logarithms of the forget gates
-// between key and query.
+// Forgetting attention (arXiv 2503.02130): softmax of scores plus the logarithms of the forget
+// gates between key and query.
 #pragma once
 #include "softmax/kernel.hpp"
 
