@@ -15,8 +15,7 @@
 //                  distances, 0 for the query's own key (negative ones are masked afterwards); not
 //                  of stateful variants
 // gated            each token and head has a gate: `score_bias(query, distance, decay)` is added,
-// also
-//                  given what the gates after each key add up to
+//                  which also sees what the gates after each key add up to
 // two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
 //                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends
 //                  the pass
