@@ -29,8 +29,11 @@ class GatedAttention(Attention):
         others = [other for other in layers.values() if isinstance(other, GatedAttention)]
         super().__init__(**layer)
         num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.gates = others[0].gates if others else torch.empty(num_tokens, self.num_heads)
-        self.impl.gates = self.gates
+        shared: Tensor | None = others[0].gates if others else None
+        if shared is None:  # float32 whatever the model's dtype: errors of gates add up
+            shared = torch.empty(num_tokens, self.num_heads, dtype=torch.float32)
+        self.gates: Tensor = shared
+        self.impl.gates = shared
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
         """Attend with `gates [num_tokens, num_heads]` float32; the others as in vLLM's layer."""

@@ -49,8 +49,9 @@ seeds = st.integers(0, 2**32)
 spreads = st.sampled_from([0.0, 0.01, 1.0, 30.0])
 
 
-def run(variant: Variant, inputs: Inputs, window: int | None, **options: Any) -> Tensor:
-    return reference.attention(variant, *inputs.qkv, window=window, **inputs.given(), **options)[0]
+def run(variant: Variant, inputs: Inputs, window: int | None, scale: float | None = None) -> Tensor:
+    given = inputs.given()
+    return reference.attention(variant, *inputs.qkv, window=window, scale=scale, **given)[0]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:

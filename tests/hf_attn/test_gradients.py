@@ -32,8 +32,8 @@ def test_attend(name: str, window: int | None) -> None:
         inputs.append(torch.randn(2, HEADS, TOKENS, dtype=torch.float64, requires_grad=True))
 
     def output(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:
-        *learned, projected = others if variant.gated else (*others, None)
-        gates = None if projected is None else variant.gate(projected)
+        learned = others[: len(variant.learned)]
+        gates = variant.gate(others[-1]) if variant.gated else None
         penalty = None
         if variant.stateful:
             penalty, _ = variant.select(q, k, selectable, SIZE**-0.5, q.new_zeros(2, TOKENS))

@@ -76,14 +76,18 @@ def test_cache_page(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("window", [None, 24])
 def test_gated_pages(window: int | None, tmp_path: Path) -> None:
-    """With two query heads to a KV head, which only the layer knows."""
+    """With two query heads to a KV head, which only the layer knows. Gates are float32 in a 16-bit
+    model, and in one buffer of all layers."""
     tiny_checkpoint(tmp_path, "forgetting", sliding_window=window)
     with one_worker(tmp_path):
-        attn = load(tmp_path).model.layers[0].self_attn.attn
-        config = EngineArgs(str(tmp_path), dtype="float32", block_size=16).create_engine_config()
-        spec = attn.get_kv_cache_spec(config)
-    plain = 2 * 2 * 32 * 4 * spec.block_size
+        layers = [x.self_attn.attn for x in load(tmp_path, "bfloat16").model.layers]
+        config = EngineArgs(str(tmp_path), dtype="bfloat16", block_size=16).create_engine_config()
+        spec = layers[0].get_kv_cache_spec(config)
+    plain = 2 * 2 * 32 * 2 * spec.block_size
     assert spec.page_size_bytes == plain + 2 * 2 * 8 * spec.block_size
+    assert layers[0].gates.dtype == torch.float32
+    assert layers[0].gates.shape == (config.scheduler_config.max_num_batched_tokens, 4)
+    assert all(layer.impl.gates is layers[0].gates for layer in layers)
 
 
 @pytest.mark.parametrize(
