@@ -10,6 +10,9 @@
 //   accumulators  [block_size] float32, of stateful variants; KV head 0's are used
 //   gate sums     [query heads of the KV head][block_size] float64, of gated variants (gates.hpp)
 //
+// Behind the heads of a block there may be selecting keys, head 0's of another rank: keys of one
+// more KV head, which has nothing else.
+//
 // Either product of attention then reads a block's memory once and in order (matmul.hpp).
 #pragma once
 #include "quantized.hpp"
@@ -51,6 +54,12 @@ struct Cache : CacheShape {
   }
   float* accumulators(int64_t index) const { return (float*)behind(index, 0); }
 
+  void write_key(int64_t slot, int kv_head, const T* key) const {
+    const int offset = slot % block_size;
+    T* k = keys(slot / block_size, kv_head, offset / PANEL * PANEL);
+    for (int d = 0; d < head_size; d++) k[in_panel(d, offset % PANEL)] = key[d];
+  }
+
   // One token's key and value [head_size] of a KV head: as they are, or float32 that is quantized,
   // which changes them.
   template <class U>
@@ -67,7 +76,7 @@ struct Cache : CacheShape {
       for (int d = 0; d < head_size; d += PANEL, v += value_panel())
         put_row(v, offset, quantized + d);
     } else {
-      for (int d = 0; d < head_size; d++) k[in_panel(d, offset % PANEL)] = key[d];
+      write_key(slot, kv_head, key);
       for (int d = 0; d < head_size; d++)
         v[d / PANEL * value_panel() + in_panel(offset, d % PANEL)] = value[d];
     }
