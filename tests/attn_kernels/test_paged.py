@@ -170,8 +170,8 @@ def gates_of(variant: Variant, num_tokens: int, num_heads: int) -> Tensor | None
 
 def write_gates(layer: Layer, batch: Batch, gates: list[Tensor | None]) -> None:
     """Store the gates of a batch's new tokens, of a gated variant."""
-    if layer.variant.gated:
-        layer.write_gates(torch.cat([x for x in gates if x is not None]), batch)
+    if given := [x for x in gates if x is not None]:
+        layer.write_gates(torch.cat(given), batch)
 
 
 @functools.lru_cache(maxsize=2)  # the paths take turns at one case
