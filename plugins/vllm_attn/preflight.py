@@ -40,6 +40,7 @@ def check(vllm_config: Any) -> None:
     if device == "cpu":
         library.check()
         check_fp8(vllm_config.model_config)
+        check_pipeline(vllm_config)
     variant = resolve(vllm_config)
     check_format(vllm_config.model_config)
     check_tokenizer(vllm_config.model_config)
@@ -63,6 +64,17 @@ def check_fp8(model_config: Any) -> None:
         raise StartupError(
             "vLLM has no CPU kernel for fp8 with scales that follow the activations: use a "
             "checkpoint with static ones, or quantize the original with python -m quant.quantize"
+        )
+
+
+def check_pipeline(vllm_config: Any) -> None:
+    """Refuse pipeline parallelism in which vLLM 0.32's CPU worker dies of the first request: only
+    the run that compiles a model makes the tensors that later stages receive into."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and vllm_config.model_config.enforce_eager:
+        raise StartupError(
+            f"vLLM's CPU worker cannot run {stages} pipeline stages with --enforce-eager: drop one "
+            "of the two"
         )
 
 

@@ -116,12 +116,11 @@ def make_config(checkpoint: Path, **options: object) -> Any:
             "would run another attention than softpick",
         ),
         ({"kv_cache_dtype": "turboquant_4bit_nc"}, "--kv-cache-dtype turboquant_4bit_nc"),
+        ({"pipeline_parallel_size": 3, "enforce_eager": True}, "with --enforce-eager: drop one"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_backend_never_runs_silently(
-    softpick: Path, options: dict[str, object], line: str
-) -> None:
+def test_options_are_refused(softpick: Path, options: dict[str, object], line: str) -> None:
     with pytest.raises(StartupError, match=line):
         make_config(softpick, **options)
 
