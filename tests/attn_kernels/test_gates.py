@@ -58,13 +58,13 @@ class Request:
             self.cache.block_table,
             torch.tensor([0, end - first]),
             torch.tensor([end]),
+            self.cache.slots(0, first, end),
             max_query_len=end - first,
         )
-        slots = self.cache.slots(0, first, end)
-        self.layer.write_cache(self.k[first:end], self.v[first:end], slots)
-        self.layer.write_gates(self.gates[first:end], batch)
         out = torch.full((end - first, HEADS, SIZE), float("nan"))
-        self.layer.attend(self.q[first:end], batch, out)
+        self.layer.write_gates(self.gates[first:end], batch)
+        q, k, v = (x[first:end] for x in (self.q, self.k, self.v))
+        self.layer.step(q, k, v, batch, out)
         return out
 
     def check(self, out: Tensor, first: int, end: int) -> None:
