@@ -6,6 +6,7 @@ log-probabilities and tokens are transformers', or one line says why not.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_heads_that_contradict_the_model(tmp_path: Path) -> None:
     write("gpt_bigcode", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
-    (found,) = served({tmp_path: "softmax"}, list(range(2, 50)))
+    (found,) = serve({tmp_path: "softmax"}, list(range(2, 50)))
     assert "makes other keys than the 2 heads of 32 that config.json says" in found["refused"]
 
 
