@@ -94,4 +94,4 @@ def test_speculative_decoding(tmp_path: Path) -> None:
     stateless = [name for name in variant_names() if not get_variant(name).stateful]
     found = check(tmp_path, stateless, NGRAM)
     for each in found[1::2]:
-        assert 0 < each["accepted"] < each["drafted"]
+        assert each["accepted"] < each["drafted"]
