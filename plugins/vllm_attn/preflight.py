@@ -94,7 +94,7 @@ def resolve(vllm_config: Any) -> Variant | None:
         if asked is None:
             return None
         # A checkpoint with the variant's learned tensors (gpt-oss) was trained with it.
-        if asked != "softmax" and not get_variant(asked).learned:
+        if asked != "softmax" and not get_variant(asked).tensors:
             logger.warning(
                 "%s was trained with softmax attention; serving it with %s is an experiment",
                 model_config.model,
@@ -291,13 +291,14 @@ def check_format(model_config: Any) -> None:
 
 
 def check_learned_tensors(model_config: Any, variant: Variant) -> None:
-    """Refuse a local checkpoint with a broken file, or without the variant's learned tensors."""
+    """Refuse a local checkpoint with a broken file, or without the variant's learned tensors; those
+    of another format have other names (`check_format`)."""
     tensors = tensor_names(model_config)
-    if not tensors:
+    if not tensors or hasattr(model_config.hf_config, "check_tensors"):
         return
     num_layers = model_config.hf_text_config.num_hidden_layers
     for layer in range(num_layers):
-        for name in variant.learned:
+        for name in variant.tensors:
             if f"model.layers.{layer}.self_attn.{name}" not in tensors:
                 raise StartupError(
                     f"the checkpoint has no tensor model.layers.{layer}.self_attn.{name}, which "

@@ -154,6 +154,9 @@ def test_one_sentence_in_front() -> None:
         f"{said}softpick by 0.0100 at 4 bits and 0.2000 at 2 bits (nats a token; at 2 bits that is "
         "1.22 times the perplexity)."
     )
+    few = [*results[:1], rising("softpick", weights(4), 0.01, noise=1.0)]
+    assert "by 0.0100 at 4 bits" in Answers.of(few).headline
+    assert Answers.of(few).headline.endswith("none of which these few texts show to be a rise.")
     results += [rising("softmax", UNQUANTIZED, 0, 0), rising("softmax", weights(4), 0.02)]
     results.append(rising("softmax", weights(2), 0.1))
     assert Answers.of(results).headline == (

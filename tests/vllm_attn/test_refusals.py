@@ -206,7 +206,12 @@ def test_budgets_need_our_model_class(tiny_llama: Path) -> None:
 
 
 def test_learned_tensors_on_a_plain_llama(tiny_llama: Path) -> None:
-    """A plain Llama has no learned scale: refused, unless the scale is given as a constant."""
+    """A plain Llama has no gates and no learned scale: refused, unless the scale is given as a
+    constant."""
+    with pytest.raises(
+        StartupError, match=r"no tensor model\.layers\.0\.self_attn\.f_proj\.weight"
+    ):
+        make_config(tiny_llama, attention_backend="FORGETTING")
     with pytest.raises(StartupError, match=r"no tensor model\.layers\.0\.self_attn\.ssmax_scale"):
         make_config(tiny_llama, attention_backend="SSMAX")
     constant = {"attention_variant": {"name": "ssmax", "scale": 0.168}}
@@ -234,7 +239,7 @@ FIXED: dict[str, dict[str, Any]] = {"ssmax": {"scale": 0.2}}
 OTHERS = [
     name
     for name in variant_names()
-    if name != "softmax" and not get_variant(name, **FIXED.get(name, {})).learned
+    if name != "softmax" and not get_variant(name, **FIXED.get(name, {})).tensors
 ]
 
 

@@ -27,6 +27,9 @@ A variant that adds something to its scores has one more:
     score_bias(query, distance, params) -> [R, N]
         `distance` [R, N]: how far before the query the key is; anything where it is behind.
 
+A gated variant's is given `score_bias(query, distance, decay, params)`: `decay` [R, N] is what the
+gates after the key add up to, up to the query's own.
+
 One that needs statistics of all scores before the first weight has two more:
 
     update_statistics(s, seen, row_max, row_sum, query) -> row_max, row_sum
@@ -57,6 +60,7 @@ class Constants(NamedTuple):
     unit_keys: bool
     first_max: float
     num_learned: int
+    gated: bool
 
 
 class Query(NamedTuple):
@@ -90,7 +94,9 @@ def functions(variant: Variant) -> dict[str, Any]:
         "FINISH_STATISTICS": getattr(module, "finish_statistics", None),
         "SELECTION": module.selection if variant.stateful else None,
         "PARAMS": tuple(variant.numbers()),
-        "VARIANT": Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
+        "VARIANT": Constants(
+            module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned), variant.gated
+        ),
     }
 
 
