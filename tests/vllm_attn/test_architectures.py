@@ -113,7 +113,7 @@ def test_heads_that_contradict_the_model(tmp_path: Path) -> None:
     write("gpt_bigcode", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
-    (found,) = serve({tmp_path: "softmax"}, list(range(2, 50)))
+    (found,) = served({tmp_path: "softmax"}, list(range(2, 50)))
     assert "makes other keys than the 2 heads of 32 that config.json says" in found["refused"]
 
 
