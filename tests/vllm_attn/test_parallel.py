@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attn_kernels import get_variant, variant_names
+from attnserve.files import CHECKOUT
 from tests.tiny import tiny_checkpoint
 from tests.vllm_attn.offline import Found, answers
 
@@ -37,7 +38,7 @@ NGRAM = {
 }
 
 ROUNDING = 1e-4
-"""Of a log-probability: sums over ranks are float32 in another order (seen: 3e-5)."""
+"""Of a log-probability: sums over ranks are float32 in another order (seen: 4e-5)."""
 
 
 def prompts() -> list[list[int]]:
@@ -94,4 +95,10 @@ def test_speculative_decoding(tmp_path: Path) -> None:
     stateless = [name for name in variant_names() if not get_variant(name).stateful]
     found = check(tmp_path, stateless, NGRAM)
     for each in found[1::2]:
-        assert 0 < each["accepted"] < each["drafted"]
+        assert each["accepted"] < each["drafted"]
+    # Random weights accept none; what was trained on text goes round in circles.
+    trained = CHECKOUT / "checkpoints/softpick"
+    one, other = answers([(trained, ONE), (trained, NGRAM)], prompts(), NUM_TOKENS)
+    assert other["accepted"] > 0
+    for answer, right in zip(other["answers"], one["answers"], strict=True):
+        assert answer["tokens"] == right["tokens"]
