@@ -14,6 +14,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from attn_kernels.variant import Variant
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -76,6 +78,22 @@ def tile_for(
     if arch == "sm_90" and row_bytes == 512:
         stages = 3  # with two, lssa in float16 spills in its loop
     return Tile(max(least, rows), keys, num_warps, stages)
+
+
+FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS = "forward", "backward of queries", "backward of keys"
+"""The kernels of training (`triton/training.py`)."""
+
+
+def training_tile(
+    kernel: str, arch: str, dims: int, element_size: int, variant: Variant
+) -> Tile:
+    """Return the tile of a kernel of training, `dims` wide.
+
+    The tiles of a stateful variant's queries are the same in all kernels: its accumulators are
+    stored ahead of each.
+    """
+    stages = 1 if arch.startswith("gfx") else 2
+    return Tile(64, 64, 8, stages)
 
 
 def parts_for(num_programs: int, num_multiprocessors: int) -> int:

@@ -28,3 +28,13 @@ def merge(maxima, denominators):
 @triton.jit
 def epilogue(running_max, denominator, query, params: tl.constexpr):
     return 1.0 / (denominator + params[0])
+
+
+@triton.jit
+def weights_backward(s, seen, dp, saved, query, params: tl.constexpr):
+    term = tl.exp2(s - saved.running_max)
+    weights = (term - tl.exp2(-saved.running_max)) * saved.factor
+    weights = tl.where(seen & (s > 0.0), weights, 0.0)
+    # What is below 0 takes from the others, by the denominator, and gives nothing.
+    gain = tl.where(s > 0.0, dp - saved.delta, saved.delta)
+    return weights, tl.where(seen & (s != 0.0), term * saved.factor * gain, 0.0)
