@@ -13,6 +13,7 @@ from attn_kernels.triton.attention import LOG2E
 from attn_kernels.triton.cache import multiply
 from attn_kernels.triton.dense import (
     Strides,
+    Tile,
     describe,
     edge,
     edges,
@@ -29,20 +30,56 @@ from attn_kernels.triton.dense import (
 from attn_kernels.triton.variant import Query, Saved
 
 
+DELTA, THROUGH, FACTOR, LOG_TOTAL, SCORE_FACTOR, NORM = (tl.constexpr(i) for i in range(6))
+"""What `queries_kernel` computes of each row for the kernels after it: `row_values`."""
+
+
 @triton.jit
-def load_saved(
-    statistics, delta, through, place, plane, tile, known,
-    EPILOGUE: tl.constexpr, STATISTICS_BACKWARD: tl.constexpr, PARAMS: tl.constexpr,
-):  # fmt: skip
-    """Return what the forward has left of each row; `delta` and `through` are tensors."""
-    running_max = tl.load(statistics + place, mask=tile.inside, other=0.0)
-    denominator = tl.load(statistics + plane + place, mask=tile.inside, other=1.0)
+def load_statistics(statistics, place, plane, inside, STATISTICS_BACKWARD: tl.constexpr):
+    """Return running maximum, denominator, mean and per_spread of rows."""
+    running_max = tl.load(statistics + place, mask=inside, other=0.0)
+    denominator = tl.load(statistics + plane + place, mask=inside, other=1.0)
     mean, per_spread = running_max * 0.0, running_max * 0.0
     if STATISTICS_BACKWARD is not None:
-        mean = tl.load(statistics + 2 * plane + place, mask=tile.inside, other=0.0)
-        per_spread = tl.load(statistics + 3 * plane + place, mask=tile.inside, other=0.0)
-    factor = EPILOGUE(running_max, denominator, known, PARAMS)
-    return Saved(running_max, denominator, factor, mean, per_spread, delta, through)
+        mean = tl.load(statistics + 2 * plane + place, mask=inside, other=0.0)
+        per_spread = tl.load(statistics + 3 * plane + place, mask=inside, other=0.0)
+    return running_max, denominator, mean, per_spread
+
+
+@triton.jit
+def load_rows(
+    q, index, row_values, statistics, rows, plane, place, wide_plane, head, num_tokens,
+    first_learned, second_learned,
+    STATISTICS_BACKWARD: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Return `Tile`, `Query` and `Saved` of rows that `queries_kernel` has been at; `place` is
+    theirs in a plane of `row_values`. What nobody asks for is not loaded."""
+    inside = index < num_tokens
+    begin = tl.load(rows + index, mask=inside, other=0)
+    end = tl.load(rows + plane + index, mask=inside, other=0)
+    position = tl.load(rows + 2 * plane + index, mask=inside, other=0)
+    row_values += place
+    delta = tl.load(row_values + DELTA * wide_plane, mask=inside, other=0.0)
+    through = tl.load(row_values + THROUGH * wide_plane, mask=inside, other=0.0)
+    factor = tl.load(row_values + FACTOR * wide_plane, mask=inside, other=0.0)
+    log_total = tl.load(row_values + LOG_TOTAL * wide_plane, mask=inside, other=0.0)
+    score_factor = tl.load(row_values + SCORE_FACTOR * wide_plane, mask=inside, other=0.0)
+    norm = tl.load(row_values + NORM * wide_plane, mask=inside, other=0.0)
+    running_max, denominator, mean, per_spread = load_statistics(
+        statistics, place, wide_plane, inside, STATISTICS_BACKWARD
+    )
+    first, second = norm * 0.0 + 1.0, norm * 0.0 + 1.0
+    if VARIANT.num_learned > 0:
+        first *= tl.load(first_learned + head)
+    if VARIANT.num_learned > 1:
+        second *= tl.load(second_learned + head)
+    n = tl.maximum(end - begin, 1).to(tl.float32)
+    tile = Tile(q, index, begin, end, inside, score_factor)
+    known = Query(index * 0 + head, position, n, norm, first, second)
+    saved = Saved(
+        running_max, denominator, factor, log_total, mean, per_spread, delta, through
+    )  # fmt: skip
+    return tile, known, saved
 
 
 @triton.jit
@@ -65,9 +102,9 @@ def differentiate(
         dp = multiply(do, tl.trans(v), tl.full([TILE.rows, TILE.keys], 0.0, tl.float32))
     saved = Saved(
         of_rows(saved.running_max, BY_KEYS), of_rows(saved.denominator, BY_KEYS),
-        of_rows(saved.factor, BY_KEYS), of_rows(saved.mean, BY_KEYS),
-        of_rows(saved.per_spread, BY_KEYS), of_rows(saved.delta, BY_KEYS),
-        of_rows(saved.through, BY_KEYS),
+        of_rows(saved.factor, BY_KEYS), of_rows(saved.log_total, BY_KEYS),
+        of_rows(saved.mean, BY_KEYS), of_rows(saved.per_spread, BY_KEYS),
+        of_rows(saved.delta, BY_KEYS), of_rows(saved.through, BY_KEYS),
     )  # fmt: skip
     known = Query(
         of_rows(known.head, BY_KEYS), of_rows(known.position, BY_KEYS), of_rows(known.n, BY_KEYS),
@@ -134,8 +171,9 @@ def query_sums(
 
 @triton.jit
 def queries_kernel(
-    d_query, d_learned,  # [number of learned tensors, batch, num_heads, num_tokens] float32
-    deltas, throughs,  # [batch, num_heads, num_tokens] float32, for `keys_kernel`
+    d_query,
+    row_values,  # [6, batch, num_heads, num_tokens] float32
+    d_learned,  # [number of learned tensors, batch, num_heads, num_tokens] float32
     d_out, out, query, key, value, rows, units, snapshots, statistics,
     first_learned, second_learned, scale, batch_size, num_tokens,
     dq_batch, dq_head, dq_token, do_batch, do_head, do_token, out_batch, out_head, out_token,
@@ -175,20 +213,28 @@ def queries_kernel(
     found = seen_keys(tile, TILE.keys)
     place = pair.to(tl.int64) * num_tokens + index
     wide_plane = plane.to(tl.int64) * SHAPE.num_heads
-    saved = load_saved(
-        statistics, delta, delta * 0.0, place, wide_plane, tile, known, EPILOGUE,
-        STATISTICS_BACKWARD, PARAMS,
+    running_max, denominator, mean, per_spread = load_statistics(
+        statistics, place, wide_plane, tile.inside, STATISTICS_BACKWARD
+    )
+    weight_factor = EPILOGUE(running_max, denominator, known, PARAMS)
+    log_total = running_max - tl.log2(weight_factor)
+    saved = Saved(
+        running_max, denominator, weight_factor, log_total, mean, per_spread, delta, delta
     )  # fmt: skip
-    tl.store(deltas + place, delta, mask=tile.inside)
+    row_values += place
+    tl.store(row_values + DELTA * wide_plane, delta, mask=tile.inside)
+    tl.store(row_values + FACTOR * wide_plane, weight_factor, mask=tile.inside)
+    tl.store(row_values + LOG_TOTAL * wide_plane, log_total, mask=tile.inside)
+    tl.store(row_values + SCORE_FACTOR * wide_plane, tile.factor, mask=tile.inside)
+    tl.store(row_values + NORM * wide_plane, known.norm, mask=tile.inside)
     if STATISTICS_BACKWARD is not None:
         through, _ = query_sums(
             tile, known, keys, selector, found, do, saved, scale, num_tokens, SCORE_BIAS,
             SELECTION, WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, True,
         )  # fmt: skip
-        tl.store(throughs + place, through, mask=tile.inside)
-        saved = load_saved(
-            statistics, delta, through, place, wide_plane, tile, known, EPILOGUE,
-            STATISTICS_BACKWARD, PARAMS,
+        tl.store(row_values + THROUGH * wide_plane, through, mask=tile.inside)
+        saved = Saved(
+            running_max, denominator, weight_factor, log_total, mean, per_spread, delta, through
         )  # fmt: skip
     _, gradient = query_sums(
         tile, known, keys, selector, found, do, saved, scale, num_tokens, SCORE_BIAS, SELECTION,
@@ -212,30 +258,20 @@ def queries_kernel(
 
 @triton.jit
 def key_tile(
-    query, d_out, statistics, deltas, throughs, rows, plane, wide_plane, head, pair, start, k, v,
+    query, d_out, statistics, row_values, rows, plane, wide_plane, head, row_start, start, k, v,
     keys, selector, key, scale, num_tokens, q_token, do_token, first_learned, second_learned,
     dk, dv,
-    QUERY_FACTOR: tl.constexpr, SCORE_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
-    SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr, STATISTICS_BACKWARD: tl.constexpr,
-    PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr,
+    SCORE_BIAS: tl.constexpr, SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr,
+    STATISTICS_BACKWARD: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr,
+    SHAPE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take up one tile of queries of one head; `query` and `d_out` are that head's."""
     index = start + tl.arange(0, TILE.rows)
     q = load_tile(query, index, q_token, num_tokens, SHAPE, MASKED)
     do = load_tile(d_out, index, do_token, num_tokens, SHAPE, MASKED)
-    tile, known = describe(
-        q, index, rows, plane, head, num_tokens, scale, first_learned, second_learned,
-        QUERY_FACTOR, PARAMS, VARIANT, SHAPE,
-    )  # fmt: skip
-    place = pair * num_tokens + index
-    delta = tl.load(deltas + place, mask=tile.inside, other=0.0)
-    through = delta
-    if STATISTICS_BACKWARD is not None:
-        through = tl.load(throughs + place, mask=tile.inside, other=0.0)
-    saved = load_saved(
-        statistics, delta, through, place, wide_plane, tile, known, EPILOGUE,
-        STATISTICS_BACKWARD, PARAMS,
+    tile, known, saved = load_rows(
+        q, index, row_values, statistics, rows, plane, row_start + index, wide_plane, head,
+        num_tokens, first_learned, second_learned, STATISTICS_BACKWARD, VARIANT,
     )  # fmt: skip
     weights, ds = differentiate(
         tile, known, k, v, do, keys, selector, key, saved, scale, num_tokens, SCORE_BIAS,
@@ -249,13 +285,13 @@ def key_tile(
 
 @triton.jit
 def keys_kernel(
-    d_key, d_value, deltas, throughs, d_out, query, key, value, rows, units, snapshots, statistics,
+    d_key, d_value, row_values, d_out, query, key, value, rows, units, snapshots, statistics,
     first_learned, second_learned, scale, batch_size, num_tokens,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, do_batch, do_head, do_token,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    QUERY_FACTOR: tl.constexpr, SCORE_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
-    SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr, STATISTICS_BACKWARD: tl.constexpr,
-    PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
+    SCORE_BIAS: tl.constexpr, SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr,
+    STATISTICS_BACKWARD: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr,
+    SHAPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile's keys and values, of all query heads of a KV head. Grid:
     (batch * num_kv_heads, tiles)."""
@@ -284,23 +320,21 @@ def keys_kernel(
         wide = head.to(tl.int64)
         q_start = query + batch * q_batch + wide * q_head
         do_start = d_out + batch * do_batch + wide * do_head
-        of_head = batch * SHAPE.num_heads + wide
+        row_start = (batch * SHAPE.num_heads + wide) * num_tokens
         for start in range(found.inner, found.outer, TILE.rows):
             dk, dv = key_tile(
-                q_start, do_start, statistics, deltas, throughs, rows, plane, wide_plane, head,
-                of_head, start, k, v, keys, selector, key_index, scale, num_tokens, q_token,
-                do_token, first_learned, second_learned, dk, dv, QUERY_FACTOR, SCORE_BIAS,
-                EPILOGUE, SELECTION, WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE,
-                TILE, False,
+                q_start, do_start, statistics, row_values, rows, plane, wide_plane, head,
+                row_start, start, k, v, keys, selector, key_index, scale, num_tokens, q_token,
+                do_token, first_learned, second_learned, dk, dv, SCORE_BIAS, SELECTION,
+                WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, False,
             )  # fmt: skip
         for each in range(0, edges(found, TILE.rows)):
             start = edge(found, each, TILE.rows)
             dk, dv = key_tile(
-                q_start, do_start, statistics, deltas, throughs, rows, plane, wide_plane, head,
-                of_head, start, k, v, keys, selector, key_index, scale, num_tokens, q_token,
-                do_token, first_learned, second_learned, dk, dv, QUERY_FACTOR, SCORE_BIAS,
-                EPILOGUE, SELECTION, WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE,
-                TILE, True,
+                q_start, do_start, statistics, row_values, rows, plane, wide_plane, head,
+                row_start, start, k, v, keys, selector, key_index, scale, num_tokens, q_token,
+                do_token, first_learned, second_learned, dk, dv, SCORE_BIAS, SELECTION,
+                WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, True,
             )  # fmt: skip
     if VARIANT.unit_keys:
         inside = key_index < num_tokens

@@ -8,12 +8,11 @@ query to the first.
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.backward import differentiate, load_saved
+from attn_kernels.triton.backward import differentiate, load_rows
 from attn_kernels.triton.cache import multiply
 from attn_kernels.triton.dense import (
     Strides,
     Tile,
-    describe,
     keys_of,
     load_tile,
     selected,
@@ -60,13 +59,13 @@ def snapshots_kernel(
 def selections_kernel(
     d_query,  # [batch, num_tokens, head_size] float32, 0: what head 0's queries get in addition
     d_key,  # [batch, num_tokens, head_size] float32: what KV head 0's keys do
-    deltas, d_out, query, key, value, rows, units, snapshots, statistics,
+    row_values, d_out, query, key, value, rows, units, snapshots, statistics,
     first_learned, second_learned, scale, batch_size, num_tokens,
     do_batch, do_head, do_token, q_batch, q_head, q_token, k_batch, k_head, k_token,
     v_batch, v_head, v_token,
-    QUERY_FACTOR: tl.constexpr, SCORE_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
-    SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr, SELECTION_BACKWARD: tl.constexpr,
-    PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
+    SCORE_BIAS: tl.constexpr, SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr,
+    SELECTION_BACKWARD: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of head 0's queries and keys through the accumulators. Grid: (batch,
     tiles of keys)."""
@@ -94,9 +93,10 @@ def selections_kernel(
             q = load_tile(q_start, index, q_token, num_tokens, SHAPE, True)
             do_start = d_out + batch * do_batch + wide * do_head
             do = load_tile(do_start, index, do_token, num_tokens, SHAPE, True)
-            tile, known = describe(
-                q, index, rows, plane, head, num_tokens, scale, first_learned, second_learned,
-                QUERY_FACTOR, PARAMS, VARIANT, SHAPE,
+            row_start = (batch * SHAPE.num_heads + wide) * num_tokens
+            tile, known, saved = load_rows(
+                q, index, row_values, statistics, rows, plane, row_start + index, wide_plane, head,
+                num_tokens, first_learned, second_learned, None, VARIANT,
             )  # fmt: skip
             keys = keys_of(
                 key, value, units, batch, wide // SHAPE.group, num_tokens, k_strides, v_strides,
@@ -104,11 +104,6 @@ def selections_kernel(
             )  # fmt: skip
             k = load_tile(keys.k, at, keys.k_stride, num_tokens, SHAPE, True)
             v = load_tile(keys.v, at, keys.v_stride, num_tokens, SHAPE, True)
-            place = (batch * SHAPE.num_heads + wide) * num_tokens + index
-            delta = tl.load(deltas + place, mask=tile.inside, other=0.0)
-            saved = load_saved(
-                statistics, delta, delta, place, wide_plane, tile, known, EPILOGUE, None, PARAMS
-            )  # fmt: skip
             _, ds = differentiate(
                 tile, known, k, v, do, keys, selector, at, saved, scale, num_tokens, SCORE_BIAS,
                 SELECTION, WEIGHTS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, False, True,

@@ -113,6 +113,7 @@ def _check(
         )
 
 
+@torch.compiler.assume_constant_result
 def _spec(variant: Variant) -> str:
     """Return a variant as an operator's argument."""
     return json.dumps({"name": variant.name, **dataclasses.asdict(variant)})
@@ -155,7 +156,14 @@ class Call:
     def options(self, kernel: Any, kind: str) -> dict[str, Any]:
         """Return the compile-time arguments of a kernel."""
         size = self.given["SHAPE"].dims
-        tile = training_tile(kind, current_arch(), size, self.q.element_size(), self.variant)
+        tile = training_tile(
+            kind,
+            current_arch(),
+            size,
+            self.q.element_size(),
+            stateful=self.variant.stateful,
+            two_pass=self.given["UPDATE_STATISTICS"] is not None,
+        )
         given = {**self.given, "TILE": dense.Tiling(tile.rows, tile.keys)}
         return constants(kernel, given) | tile.options
 
@@ -274,33 +282,33 @@ def _attention_backward(
     if not q.numel():
         return [dq, dk, dv, *map(torch.zeros_like, learned)]
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    row_values = q.new_empty(2 + len(learned), *q.shape[:3], dtype=torch.float32)
-    deltas, throughs, d_learned = row_values[0], row_values[1], row_values[2:]
+    row_values = q.new_empty(6, *q.shape[:3], dtype=torch.float32)
+    d_learned = q.new_empty(len(learned), *q.shape[:3], dtype=torch.float32)
     heads, tokens = call.grid
 
     with torch.cuda.device_of(q):
         units, snapshots = call.units(), call.snapshots()
         options = call.options(backward.queries_kernel, BACKWARD_QUERIES)
         backward.queries_kernel[(heads, triton.cdiv(tokens, options["TILE"].rows))](
-            dq, d_learned, deltas, throughs, d_out, out, q, k, v, rows, units, snapshots, statistics,
-            *call.two_learned, *call.numbers, *call.strides(dq, d_out, out, q, k, v), **options,
+            dq, row_values, d_learned, d_out, out, q, k, v, rows, units, snapshots,
+            statistics, *call.two_learned, *call.numbers, *call.strides(dq, d_out, out, q, k, v), **options,
         )  # fmt: skip
         options = call.options(backward.keys_kernel, BACKWARD_KEYS)
         kv_heads = k.shape[0] * k.shape[1]
         backward.keys_kernel[(kv_heads, triton.cdiv(tokens, options["TILE"].keys))](
-            dk, dv, deltas, throughs, d_out, q, k, v, rows, units, snapshots, statistics,
+            dk, dv, row_values, d_out, q, k, v, rows, units, snapshots, statistics,
             *call.two_learned, *call.numbers, *call.strides(dk, dv, d_out, q, k, v), **options,
         )  # fmt: skip
         if snapshots is not None:
             of_head = q.new_zeros(2, q.shape[0], *q.shape[2:], dtype=torch.float32)
             options = call.options(selecting.selections_kernel, BACKWARD_KEYS)
             selecting.selections_kernel[(q.shape[0], triton.cdiv(tokens, options["TILE"].keys))](
-                *of_head, deltas, d_out, q, k, v, rows, units, snapshots, statistics,
+                *of_head, row_values, d_out, q, k, v, rows, units, snapshots, statistics,
                 *call.two_learned, *call.numbers, *call.strides(d_out, q, k, v), **options,
             )  # fmt: skip
             dq[:, 0] += of_head[0]
             dk[:, 0] += of_head[1]
-    return [dq, dk, dv, *d_learned.sum((1, 3))]
+    return [dq, dk, dv, *(x.sum((0, 2)) for x in d_learned)]
 
 
 @_attention_backward.register_fake

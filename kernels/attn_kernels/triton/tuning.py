@@ -14,8 +14,6 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from attn_kernels.variant import Variant
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -85,15 +83,39 @@ FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS = "forward", "backward of queries", "ba
 
 
 def training_tile(
-    kernel: str, arch: str, dims: int, element_size: int, variant: Variant
+    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, two_pass: bool
 ) -> Tile:
-    """Return the tile of a kernel of training, `dims` wide.
+    """Return the tile of a kernel of training: the largest that hardly spills where it is compiled
+    (benchmarks.triton_compile --training).
 
     The tiles of a stateful variant's queries are the same in all kernels: its accumulators are
     stored ahead of each.
+
+    Args:
+        kernel: FORWARD, BACKWARD_QUERIES or BACKWARD_KEYS.
+        arch: "sm_90", "gfx942".
+        dims: head size, rounded up to a power of two.
+        element_size: bytes of an element of queries.
+        stateful: a variant has accumulators.
+        two_pass: a variant needs statistics of all scores first.
     """
+    row_bytes = dims * element_size
     stages = 1 if arch.startswith("gfx") else 2
-    return Tile(64, 64, 8, stages)
+    if element_size == 4:
+        return Tile(32, 32 if row_bytes <= 512 else 16, 8, stages)
+    if stateful:
+        rows, keys = 32, 64 if row_bytes <= 256 else 32
+    elif row_bytes > 256:
+        rows, keys = 32 if kernel == BACKWARD_KEYS else 64, 32
+    elif kernel == BACKWARD_KEYS:
+        rows, keys = 32, 128 if row_bytes <= 128 else 64
+    else:
+        rows, keys = 128, 64
+    if (stateful or two_pass) and kernel == BACKWARD_KEYS and row_bytes > 128:
+        keys = 32
+    if two_pass and kernel == BACKWARD_QUERIES and row_bytes > 128:
+        rows //= 2
+    return Tile(rows, keys, 8, stages)
 
 
 def parts_for(num_programs: int, num_multiprocessors: int) -> int:

@@ -65,6 +65,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from attn_kernels.variant import Variant
 
 
@@ -94,6 +96,8 @@ class Saved(NamedTuple):
     denominator: Any
     factor: Any
     """What `epilogue` gives."""
+    log_total: Any
+    """`running_max - log2(factor)`."""
     mean: Any
     per_spread: Any
     delta: Any
@@ -133,7 +137,7 @@ def _module_of(variant: Variant) -> Any:
     return importlib.import_module(f"{package}.kernel")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def missing_derivative(variant: Variant) -> str:
     """Return which function a variant would need to be trained by kernels; empty: none."""
     found = functions(variant)

@@ -36,6 +36,5 @@ def epilogue(running_max, denominator, query, params: tl.constexpr):
 
 @triton.jit
 def weights_backward(s, seen, dp, saved, query, params: tl.constexpr):
-    weights = tl.exp2(s - saved.running_max) * saved.factor
-    weights = tl.where(seen, weights, 0.0)
+    weights = tl.where(seen, tl.exp2(s - saved.log_total), 0.0)
     return weights, weights * (dp - saved.delta)
