@@ -17,6 +17,7 @@ WRONG = {
     "attnserve.evaluation.evaluate": "{bad}",
     "training.train": "--variant softpick --data {text} --tokenizer {bad} --out {out}",
     "training.tokenizer": "--data {bad} --out {out}",
+    "training.tokens": "{bad} {out}/t.npy --data {text}",
     "training.convert": "{bad} {out} --variant ssmax",
     "attnserve.budgets.command": "{bad}",
     "training.long_context": "{bad} --texts {text}",
