@@ -13,7 +13,17 @@ from training.tokenizer import tokenizer
 from training.tokens import tokens
 from training.train import train
 
-COMMANDS = (train, tokenizer, tokens, convert, long_context, analyze, report, checkpoints, learning_rate)
+COMMANDS = (
+    train,
+    tokenizer,
+    tokens,
+    convert,
+    long_context,
+    analyze,
+    report,
+    checkpoints,
+    learning_rate,
+)
 
 if __name__ == "__main__":
     about = "Train and measure small models of every attention variant."

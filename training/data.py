@@ -46,7 +46,9 @@ def _stored(file: Path, vocabulary: int) -> Tokens:
     try:
         tokens = np.load(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} holds no tokens ({error}): write it by python -m training.tokens")
+        raise UserError(
+            f"{file} holds no tokens ({error}): write it by python -m training.tokens"
+        ) from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         raise UserError(f"{file} holds {tokens.dtype} {list(tokens.shape)}, not tokens in a row")
     if not 0 <= tokens.min() <= tokens.max() < vocabulary:

@@ -168,7 +168,11 @@ class Resumable(ABC):
         `is_due`, and after the last."""
         started = time.monotonic() - self.seconds
         with tqdm(
-            initial=self.step, total=self.schedule.steps or None, unit="step", disable=quiet, smoothing=0.05
+            initial=self.step,
+            total=self.schedule.steps or None,
+            unit="step",
+            disable=quiet,
+            smoothing=0.05,
         ) as progress:
             while self.progress < until:
                 self._take_step(loss_of)

@@ -18,9 +18,7 @@ def tokens(
     source: Annotated[
         Path, Argument(metavar="SRC", help="Folder with the tokenizer.", show_default=False)
     ],
-    out: Annotated[
-        Path, Argument(metavar="OUT", help="File to write: *.npy.", show_default=False)
-    ],
+    out: Annotated[Path, Argument(metavar="OUT", help="File to write: *.npy.", show_default=False)],
     data: Annotated[
         list[Path], Option(metavar="FILE", help="As for training.convert.", show_default=False)
     ],

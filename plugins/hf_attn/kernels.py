@@ -27,10 +27,12 @@ def usable(
 ) -> bool:
     """Return whether the kernels can compute this call: on a GPU, in training or with gradients,
     whole sequences, and neither weights nor a soft cap are asked for."""
-    trains = module.training or (torch.is_grad_enabled() and query.requires_grad)
-    if not trains or not on_gpu(query) or kwargs.get("softcap") or variant.kv_budgets:
+    if not on_gpu(query) or kwargs.get("softcap") or variant.kv_budgets:
         return False
-    asked = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
+    if not module.training and not (torch.is_grad_enabled() and query.requires_grad):
+        return False
+    config = getattr(module, "config", None)
+    asked = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
     alike = query.shape[-2:] == key.shape[-2:] == value.shape[-2:]
     if asked or not alike or operand_dtype(query, key, value) == torch.float64:
         return False

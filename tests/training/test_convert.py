@@ -305,9 +305,7 @@ def test_chats_in_the_mix(plain: Path, tmp_path: Path, commands: Commands) -> No
     assert "line 1, is no chat of this tokenizer" in commands.refused(command, *argv)
 
 
-def test_stored_tokens_are_the_same_data(
-    plain: Path, tmp_path: Path, commands: Commands
-) -> None:
+def test_stored_tokens_are_the_same_data(plain: Path, tmp_path: Path, commands: Commands) -> None:
     file = tmp_path / "text.npy"
     record = json.loads(commands.run(tokens, plain, file, "--data", LICENSE, "--json"))
     tokenizer = AutoTokenizer.from_pretrained(plain)
@@ -333,7 +331,9 @@ def test_so_many_minutes(
 ) -> None:
     """The schedule goes by the clock, here by one on which each step takes half a minute: the
     variant's share and the learning rate reach their ends whatever a step takes."""
-    clock, shares, rates = [0.0], [], []
+    clock = [0.0]
+    shares: list[float] = []
+    rates: list[float] = []
     take_step, between = FineTune._take_step, finetune.blended
 
     def step(run: FineTune, loss_of: Any) -> None:
@@ -343,7 +343,12 @@ def test_so_many_minutes(
 
     def blended(share: Tensor) -> Any:
         forward = between(share)
-        return lambda *a, **k: shares.append(share.item()) or forward(*a, **k)
+
+        def noted(*arguments: Any, **keywords: Any) -> Any:
+            shares.append(share.item())
+            return forward(*arguments, **keywords)
+
+        return noted
 
     monkeypatch.setattr(FineTune, "_take_step", step)
     monkeypatch.setattr(finetune, "blended", blended)
@@ -353,9 +358,7 @@ def test_so_many_minutes(
     record = json.loads(commands.run(command, *argv))["finetuning"]
     assert (record["steps"], record["minutes"], record["seconds"]) == (20, 10.0, 600.0)
     assert sorted(set(shares)) == pytest.approx(np.arange(10) / 10, abs=5e-3)
-    assert rates == pytest.approx(
-        [0.01, 0.51, *(1 - np.arange(2, 20) / 20) / 0.9], rel=1e-6
-    )
+    assert rates == pytest.approx([0.01, 0.51, *(1 - np.arange(2, 20) / 20) / 0.9], rel=1e-6)
     both = (plain, tmp_path / "both", "--variant", "softpick", *tune_arguments(*options))
     assert "give one of them" in commands.refused(command, *both, "--steps", "3")
 

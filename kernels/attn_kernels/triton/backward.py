@@ -12,6 +12,7 @@ import triton.language as tl
 from attn_kernels.triton.attention import LOG2E
 from attn_kernels.triton.cache import multiply
 from attn_kernels.triton.dense import (
+    SIZES,
     Strides,
     Tile,
     describe,
@@ -28,7 +29,6 @@ from attn_kernels.triton.dense import (
     store_tile,
 )
 from attn_kernels.triton.variant import Query, Saved
-
 
 DELTA, THROUGH, FACTOR, LOG_TOTAL, SCORE_FACTOR, NORM = (tl.constexpr(i) for i in range(6))
 """What `queries_kernel` computes of each row for the kernels after it: `row_values`."""
@@ -169,7 +169,7 @@ def query_sums(
     return total, gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def queries_kernel(
     d_query,
     row_values,  # [6, batch, num_heads, num_tokens] float32
@@ -283,7 +283,7 @@ def key_tile(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def keys_kernel(
     d_key, d_value, row_values, d_out, query, key, value, rows, units, snapshots, statistics,
     first_learned, second_learned, scale, batch_size, num_tokens,

@@ -23,6 +23,9 @@ from attn_kernels.triton.variant import Query
 
 FAR = tl.constexpr(2**30)
 
+SIZES = ("batch_size", "num_tokens")
+"""Arguments of kernels that are compiled once for all values."""
+
 
 class Shape(NamedTuple):
     """Heads, as compile-time arguments."""
@@ -361,7 +364,7 @@ def attend_keys(
     return running_max, denominator, output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     out, query, key, value, rows, units, snapshots,
     statistics,  # [2 or 4, batch, num_heads, num_tokens] float32: see `backward.load_saved`

@@ -11,6 +11,7 @@ import triton.language as tl
 from attn_kernels.triton.backward import differentiate, load_rows
 from attn_kernels.triton.cache import multiply
 from attn_kernels.triton.dense import (
+    SIZES,
     Strides,
     Tile,
     keys_of,
@@ -30,7 +31,7 @@ def rows_of(rows, plane, index, num_tokens):
     return Tile(index, index, begin, end, inside, index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def snapshots_kernel(
     snapshots, query, key, rows, scale, batch_size, num_tokens,
     q_batch, q_token, k_batch, k_token,
@@ -55,7 +56,7 @@ def snapshots_kernel(
         state += tl.sum(tl.where(chosen, SELECTION(x), 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def selections_kernel(
     d_query,  # [batch, num_tokens, head_size] float32, 0: what head 0's queries get in addition
     d_key,  # [batch, num_tokens, head_size] float32: what KV head 0's keys do
@@ -64,8 +65,8 @@ def selections_kernel(
     do_batch, do_head, do_token, q_batch, q_head, q_token, k_batch, k_head, k_token,
     v_batch, v_head, v_token,
     SCORE_BIAS: tl.constexpr, SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr,
-    SELECTION_BACKWARD: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
-    TILE: tl.constexpr,
+    SELECTION_BACKWARD: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr,
+    SHAPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of head 0's queries and keys through the accumulators. Grid: (batch,
     tiles of keys)."""

@@ -107,7 +107,9 @@ def _check(
     for name in variant.learned:
         if name not in learned or learned[name].shape != (q.shape[1],):
             raise ValueError(f"{variant.name} learns {name}: pass it as [{q.shape[1]}]")
-    if rows is not None and (rows.shape != (3, q.shape[0], q.shape[2]) or rows.dtype != torch.int32):
+    if rows is not None and (
+        rows.shape != (3, q.shape[0], q.shape[2]) or rows.dtype != torch.int32
+    ):
         raise ValueError(
             f"rows must be int32 [3, batch, num_tokens], not {rows.dtype} {list(rows.shape)}"
         )
@@ -290,8 +292,8 @@ def _attention_backward(
         units, snapshots = call.units(), call.snapshots()
         options = call.options(backward.queries_kernel, BACKWARD_QUERIES)
         backward.queries_kernel[(heads, triton.cdiv(tokens, options["TILE"].rows))](
-            dq, row_values, d_learned, d_out, out, q, k, v, rows, units, snapshots,
-            statistics, *call.two_learned, *call.numbers, *call.strides(dq, d_out, out, q, k, v), **options,
+            dq, row_values, d_learned, d_out, out, q, k, v, rows, units, snapshots, statistics,
+            *call.two_learned, *call.numbers, *call.strides(dq, d_out, out, q, k, v), **options,
         )  # fmt: skip
         options = call.options(backward.keys_kernel, BACKWARD_KEYS)
         kv_heads = k.shape[0] * k.shape[1]

@@ -49,7 +49,8 @@ rows is shaped to broadcast to them here.
         the weights; 0 where not `seen`.
     row_backward(d_factor, factor, saved, query, scale, params) -> d_norm, d_first, d_second [R]
         Where `query_factor` depends on the query's length or on a learned tensor, or `epilogue` on
-        a learned tensor: the loss's derivative by these, given that by the factor (without log2(e)).
+        a learned tensor: the loss's derivative by these, given that by the factor without
+        log2(e).
     statistics_backward(s, seen, dp, saved, query, params) -> of the same shape
         Of a variant that needs statistics: what is summed up over a row's keys ahead, for
         `weights_backward`, which finds the sum in `saved.through`.

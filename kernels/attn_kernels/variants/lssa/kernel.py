@@ -36,7 +36,7 @@ def merge(maxima, denominators):
 
 @triton.jit
 def softplus_backward(s):
-    """The derivative of e^s's, by its exponent: a sigmoid."""
+    """Return the derivative of softplus by a score in units of 1: a sigmoid."""
     return 1.0 / (1.0 + tl.exp2(-s))
 
 

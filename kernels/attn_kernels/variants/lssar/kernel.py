@@ -34,7 +34,7 @@ def finish_statistics(maxima, sums, query):
 
 @triton.jit
 def raised(base, params: tl.constexpr):
-    """To the power."""
+    """Return `base` to the power."""
     power: tl.constexpr = params[0]
     if power == 15.0:
         square = base * base
@@ -55,8 +55,8 @@ def update(s, seen, running_max, denominator, mean, per_spread, query, params: t
 
 @triton.jit
 def reweighted_backward(s, seen, dp, saved, params: tl.constexpr):
-    """The weights, and their derivatives by softplus, as if the mean were none of it. The largest
-    term, by which all are divided, cancels."""
+    """Return the weights, and the loss's derivatives by softplus as if the mean did not depend on
+    it. The largest term, by which all are divided, cancels."""
     power: tl.constexpr = params[0]
     base = (softplus(s, seen) - saved.mean) * saved.per_spread
     positive = seen & (base > 0.0)
