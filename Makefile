@@ -172,4 +172,4 @@ lock: $(READY)
 	PATH="$(BIN):$$PATH" tools/lock.sh $(if $(UPGRADE),--upgrade)
 
 clean:
-	rm -rf $(VENV) $(SUITES) $(CHECKERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SUITES) $(CHECKERS) .vllm-* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -85,6 +85,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "seed_oss": HEAD,
     "arcee": {},
     "apertus": HEAD,
+    "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
+    "gpt_bigcode": {"num_key_value_heads": 1},
+    "gpt_bigcode, multi-head": {"multi_query": False, **MULTI_HEAD},
     "gpt_oss": {**WINDOW, **EXPERTS, "head_dim": 64, "num_hidden_layers": 4},
     "deepseek_v3": {
         "kv_lora_rank": 32,
@@ -103,11 +106,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """By `model_type`: what is changed of a small configuration."""
 
 
-def tiny_model(name: str) -> PreTrainedModel:
+def tiny_model(name: str, **changed: Any) -> PreTrainedModel:
     """Return a random model of an architecture, a key of `ARCHITECTURES`, in float32; its attention
-    is "eager", since others leave out soft caps."""
+    is "eager", since others leave out soft caps. `changed`: fields of its configuration."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name.partition(",")[0], **COMMON | ARCHITECTURES[name])
+    fields = COMMON | ARCHITECTURES[name] | changed
+    config = AutoConfig.for_model(name.partition(",")[0], **fields)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for key, parameter in model.named_parameters():
         if key.endswith("sinks"):

@@ -23,10 +23,14 @@ def register() -> None:
     import hf_attn  # noqa: F401  (importing it registers the models' configurations)
     from vllm_attn import names, patches, report
 
-    patches.warn_if_untried()
+    patches.check_version()
     report.install()
     names.register_all()
-    for model in ("model:VariantLlamaForCausalLM", "fla_model:TransformerForCausalLM"):
+    for model in (
+        "model:VariantLlamaForCausalLM",
+        "fla_model:TransformerForCausalLM",
+        "diffllama:DiffLlamaForCausalLM",
+    ):
         ModelRegistry.register_model(model.partition(":")[2], f"vllm_attn.{model}")
     patches.ensure_active()
 

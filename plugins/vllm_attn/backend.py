@@ -278,6 +278,11 @@ class VariantImpl(AttentionImpl[Batch]):
         if attn_metadata is None:
             return output.zero_()
         if self.layer is None or self.cache is not kv_cache:
+            if key is not None and len(key) != len(query):  # vLLM has cut it into heads
+                raise StartupError(
+                    f"{layer.layer_name}: the model makes other keys than the {self.num_kv_heads} "
+                    f"heads of {self.head_size} that config.json says: correct num_key_value_heads"
+                )
             self.layer, self.cache = self.bind(layer, kv_cache), kv_cache
         if isinstance(self.layer, PrunedLayer):
             self.layer.attend(query, key, value, attn_metadata, output)

@@ -12,7 +12,8 @@ vLLM has public hooks for the rest: entry points, `AttentionBackendEnum.register
 - vLLM has no hook between loading a model and sizing its cache. The platform's
   `update_block_size_for_backend` is called there, and `backend.check_layers` with it.
 
-Tried on vLLM 0.32; of 0.33 the code was read: its methods are the same.
+Tried on vLLM 0.32, and on a CPU on 0.33's Python with 0.32's C++ library (`tools/try_vllm.py`),
+since 0.33 has no wheel for CPUs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ logger = init_logger(f"vllm.{__name__}")
 TRIED = ("0.32", "0.33")
 """The first and the last minor version."""
 
+COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors"
+
 POINTS = (
     ("vllm.v1.attention.backends.registry:AttentionBackendEnum", "register"),
     ("vllm.platforms.interface:Platform", "check_and_update_config"),
@@ -45,40 +48,68 @@ POINTS = (
     ("vllm.platforms.interface:Platform", "update_block_size_for_backend"),
     ("vllm.model_executor.model_loader:DefaultModelLoader", "load_weights"),
     ("vllm.model_executor.model_loader:RunaiModelStreamerLoader", "load_weights"),
+    ("vllm.platforms.interface:Platform", "import_kernels"),
     ("vllm.v1.attention.backend:AttentionBackend", "customize_spec"),
     ("vllm.v1.attention.backend:AttentionBackend", "supported_kv_cache_layouts"),
+    ("vllm.v1.attention.backend:AttentionMetadataBuilder", "build_for_cudagraph_capture"),
+    ("vllm.v1.attention.backend:AttentionCGSupport", "ALWAYS"),
+    ("vllm.v1.kv_cache_interface:KVCacheLayout", "LBHNC"),
+    ("vllm.v1.kv_cache_interface:CircularBufferSpec", "get_num_kernel_states"),
     ("vllm.v1.kv_cache_interface:AttentionSpec", "state_content_size_bytes"),
     ("vllm.v1.kv_cache_interface:KVQuantMode", "INT8_PER_TOKEN_HEAD"),
     ("vllm.v1.kv_cache_interface:KVQuantMode", "INT4_PER_TOKEN_HEAD"),
     ("vllm.v1.attention.backend:AttentionBackend", "forward_includes_kv_cache_update"),
     ("vllm.v1.attention.backend:AttentionBackend", "validate_configuration"),
     ("vllm.model_executor.models.registry:ModelRegistry", "register_model"),
+    ("vllm.model_executor.layers.attention:Attention", "get_kv_cache_spec"),
+    ("vllm.model_executor.layers.linear:QKVParallelLinear", "weight_loader"),
+    ("vllm.model_executor.layers.linear:QKVParallelLinear", "weight_loader_v2"),
+    (f"{COMPRESSED_TENSORS}.compressed_tensors:CompressedTensorsConfig", "get_scheme_dict"),
+    (f"{COMPRESSED_TENSORS}.schemes:compressed_tensors_wNa16", "WNA16_SUPPORTED_TYPES_MAP"),
+    (f"{COMPRESSED_TENSORS}.schemes:compressed_tensors_wNa16", "WNA16_ZP_SUPPORTED_TYPES_MAP"),
     ("vllm.v1.metrics.loggers:AggregateStatLoggerBase", "log_engine_initialized"),
 )
-"""What the plugin overrides or calls in vLLM and would not miss at import: class, attribute."""
+"""What the plugins override or call in vLLM and would not miss at import: class, attribute."""
 
 P = TypeVar("P", bound=type[Platform])
 
 
 def missing_points() -> list[str]:
-    """Return the `POINTS` that the installed vLLM lacks (for `attnserve doctor`: some seconds)."""
+    """Return the `POINTS` that the installed vLLM lacks (some seconds)."""
+
+    def is_there(place: str, attribute: str) -> bool:
+        try:
+            return hasattr(resolve_obj_by_qualname(place.replace(":", ".")), attribute)
+        except (ImportError, AttributeError):
+            return False
+
     return [
         f"{place.partition(':')[2]}.{attribute}"
         for place, attribute in POINTS
-        if not hasattr(resolve_obj_by_qualname(place.replace(":", ".")), attribute)
+        if not is_there(place, attribute)
     ]
 
 
-def warn_if_untried() -> None:
-    """Say so, once, when vLLM is outside the tried range."""
+def check_version() -> None:
+    """Say so when vLLM is outside the tried range.
+
+    Raises:
+        StartupError: it lacks one of the `POINTS`.
+    """
     installed = version("vllm")
     minor = ".".join(installed.split(".")[:2])
-    if not Version(TRIED[0]) <= Version(minor) <= Version(TRIED[1]):
-        logger.warning(
-            "attnserve was tried on vLLM %s to %s, not on %s: if start-up fails below, install "
-            "one of those",
-            *TRIED,
-            installed,
+    if Version(TRIED[0]) <= Version(minor) <= Version(TRIED[1]):
+        return
+    logger.warning(
+        "attnserve was tried on vLLM %s to %s, not on %s: if start-up fails below, install "
+        "one of those",
+        *TRIED,
+        installed,
+    )
+    if missing := missing_points():
+        raise StartupError(
+            f"vLLM {installed} has no {', '.join(missing)}, which attnserve uses: install a "
+            f"version from {TRIED[0]} to {TRIED[1]}"
         )
 
 

@@ -448,6 +448,8 @@ RULES: dict[str, Rule] = {
     "-v open-webui:/app/backend/data ghcr.io/open-webui/open-webui:main": NotHere(
         "a Docker engine and a network"
     ),
+    # docs/INSTALL.md
+    "python tools/try_vllm.py 0.33.0": NotHere("a network"),
     # docs/MODELS.md, docs/PYTHON.md
     "source .venv/bin/activate": Run(
         'source .venv/bin/activate && echo "$VIRTUAL_ENV_PROMPT"', prints=r"\(\.venv\)"

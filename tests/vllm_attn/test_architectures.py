@@ -64,9 +64,9 @@ OF_STOCK = ("gemma3n_text", "bloom", "falcon, ALiBi", "cohere2", "apertus")
 they are compared with vLLM's own attention."""
 
 
-def write(name: str, folder: Path) -> PreTrainedModel:
-    """Write a model of an architecture and a tokenizer; return it."""
-    model = tiny_model(name)
+def write(name: str, folder: Path, **changed: Any) -> PreTrainedModel:
+    """Write a model of an architecture and a tokenizer; return it. `changed`: as `tiny_model`."""
+    model = tiny_model(name, **changed)
     model.save_pretrained(folder)
     tiny_tokenizer(512).save_pretrained(folder)
     return model
@@ -145,6 +145,16 @@ def test_soft_caps_alibi_and_sinks(tmp_path: Path) -> None:
     found = measure(tmp_path, ["granite", "gemma2", "bloom", "gpt_oss"])
     assert found["refused"].isna().all() and found["same_tokens"].all(), found
     assert found["of_spread"].max() < 1e-4, found
+
+
+@pytest.mark.slow
+def test_heads_that_contradict_the_model(tmp_path: Path) -> None:
+    """GPT-BigCode's are one, whatever config.json says; vLLM reads keys by the latter."""
+    write("gpt_bigcode", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+    (found,) = served({tmp_path: "softmax"}, list(range(2, 50)))
+    assert "makes other keys than the 2 heads of 32 that config.json says" in found["refused"]
 
 
 @pytest.mark.slow

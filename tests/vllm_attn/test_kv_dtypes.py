@@ -114,8 +114,8 @@ def test_the_checkpoint_names_it(tmp_path: Path) -> None:
     plain, ckpt = tiny_checkpoint(tmp_path / "plain", "softpick"), tmp_path / "a"
     quantize([str(plain), str(ckpt), "--kv-cache-dtype=int4_per_token_head"])
     assert make_config(ckpt).cache_config.cache_dtype == "int4_per_token_head"
-    other = make_config(ckpt, kv_cache_dtype="bfloat16")
-    assert other.cache_config.cache_dtype == "bfloat16"
+    other = make_config(ckpt, kv_cache_dtype="int8_per_token_head")
+    assert other.cache_config.cache_dtype == "int8_per_token_head"
     ckpt = tiny_checkpoint(tmp_path / "b", "softpick", kv_cache_dtype="int3")
     with pytest.raises(StartupError, match=r"names the kv_cache_dtype 'int3'.*int8_per_token_head"):
         make_config(ckpt)

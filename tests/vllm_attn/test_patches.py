@@ -18,6 +18,13 @@ def test_every_point_is_there() -> None:
     assert patches.missing_points() == []
 
 
+def test_an_untried_version_without_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "version", lambda name: "0.34.0")
+    monkeypatch.setattr(patches, "POINTS", [*patches.POINTS, ("vllm.gone:Layer", "forward")])
+    with pytest.raises(StartupError, match=r"vLLM 0\.34\.0 has no Layer\.forward, which attnserve"):
+        patches.check_version()
+
+
 def test_loaders_take_what_is_passed_on() -> None:
     from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader
 

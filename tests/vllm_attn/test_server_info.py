@@ -65,8 +65,9 @@ def test_variant_and_dtypes(name: str, tmp_path: Path) -> None:
         "weight_method": "none",
         "kv_cache_dtype": "float32",
     }
-    info = server_info(make_config(tmp_path, dtype="bfloat16", kv_cache_dtype="float16"))
-    assert (info["weight_bits"], info["kv_cache_dtype"]) == ("16", "float16")
+    cache = "int8_per_token_head"
+    info = server_info(make_config(tmp_path, dtype="bfloat16", kv_cache_dtype=cache))
+    assert (info["weight_bits"], info["kv_cache_dtype"]) == ("16", cache)
 
 
 def test_gateway_reads_every_field(tmp_path: Path) -> None:
