@@ -149,7 +149,9 @@ def keys_of(
     """Return the `Keys` of a KV head."""
     k += batch * k_strides.batch + kv_head.to(tl.int64) * k_strides.head
     v += batch * v_strides.batch + kv_head.to(tl.int64) * v_strides.head
-    if units is not None:
+    if units is None:
+        units = k  # nobody looks: a tuple holds no None in Triton 3.6
+    else:
         units += (batch * (SHAPE.num_heads // SHAPE.group) + kv_head) * num_tokens
     return Keys(k, v, k_strides.token, v_strides.token, units)
 
@@ -159,7 +161,9 @@ def selector_of(
     q, k, rows, snapshots, batch, num_tokens, plane, q_strides, k_strides, ROWS: tl.constexpr
 ):  # fmt: skip
     """Return the `Selector` of a sequence; `rows` are the sequence's."""
-    if snapshots is not None:
+    if snapshots is None:
+        snapshots = rows
+    else:
         snapshots += batch * tl.cdiv(num_tokens, ROWS) * num_tokens
     q += batch * q_strides.batch
     k += batch * k_strides.batch

@@ -17,7 +17,13 @@ import triton
 from torch import Tensor
 
 from attn_kernels.triton import backward, dense, selecting
-from attn_kernels.triton.tuning import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD, training_tile
+from attn_kernels.triton.tuning import (
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES,
+    FORWARD,
+    SELECTIONS,
+    training_tile,
+)
 from attn_kernels.triton.variant import constants, functions, missing_derivative
 from attn_kernels.variant import Variant, get_variant
 
@@ -164,7 +170,7 @@ class Call:
             size,
             self.q.element_size(),
             stateful=self.variant.stateful,
-            two_pass=self.given["UPDATE_STATISTICS"] is not None,
+            unit_keys=self.given["VARIANT"].unit_keys,
         )
         given = {**self.given, "TILE": dense.Tiling(tile.rows, tile.keys)}
         return constants(kernel, given) | tile.options
@@ -303,7 +309,7 @@ def _attention_backward(
         )  # fmt: skip
         if snapshots is not None:
             of_head = q.new_zeros(2, q.shape[0], *q.shape[2:], dtype=torch.float32)
-            options = call.options(selecting.selections_kernel, BACKWARD_KEYS)
+            options = call.options(selecting.selections_kernel, SELECTIONS)
             selecting.selections_kernel[(q.shape[0], triton.cdiv(tokens, options["TILE"].keys))](
                 *of_head, row_values, d_out, q, k, v, rows, units, snapshots, statistics,
                 *call.two_learned, *call.numbers, *call.strides(d_out, q, k, v), **options,

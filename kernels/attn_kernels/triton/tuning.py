@@ -78,12 +78,15 @@ def tile_for(
     return Tile(max(least, rows), keys, num_warps, stages)
 
 
-FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS = "forward", "backward of queries", "backward of keys"
+FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS, SELECTIONS = (
+    *("forward", "backward of queries", "backward of keys"),
+    "backward of selections",
+)
 """The kernels of training (`triton/training.py`)."""
 
 
 def training_tile(
-    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, two_pass: bool
+    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, unit_keys: bool
 ) -> Tile:
     """Return the tile of a kernel of training: the largest that hardly spills where it is compiled
     (benchmarks.triton_compile --training).
@@ -92,12 +95,12 @@ def training_tile(
     stored ahead of each.
 
     Args:
-        kernel: FORWARD, BACKWARD_QUERIES or BACKWARD_KEYS.
+        kernel: FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS or SELECTIONS.
         arch: "sm_90", "gfx942".
         dims: head size, rounded up to a power of two.
         element_size: bytes of an element of queries.
-        stateful: a variant has accumulators.
-        two_pass: a variant needs statistics of all scores first.
+        stateful: the variant has accumulators.
+        unit_keys: its scores are divided by the keys' lengths; softplus takes registers, too.
     """
     row_bytes = dims * element_size
     stages = 1 if arch.startswith("gfx") else 2
@@ -111,10 +114,10 @@ def training_tile(
         rows, keys = 32, 128 if row_bytes <= 128 else 64
     else:
         rows, keys = 128, 64
-    if (stateful or two_pass) and kernel == BACKWARD_KEYS and row_bytes > 128:
-        keys = 32
-    if two_pass and kernel == BACKWARD_QUERIES and row_bytes > 128:
-        rows //= 2
+    if (stateful or unit_keys) and kernel == BACKWARD_KEYS:
+        keys = 64 if row_bytes <= 128 else 32
+    if unit_keys and kernel == BACKWARD_QUERIES:
+        rows, keys = (64, 64) if row_bytes <= 128 else (64, 32)
     return Tile(rows, keys, 8, stages)
 
 
