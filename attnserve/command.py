@@ -56,6 +56,12 @@ class Command(TyperCommand):
         ctx.args = others
         return others
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # of which typer would make an exit without a word
+            fail(ctx.command_path, "interrupted", INTERRUPTED)
+
     def _repeated(self, args: Sequence[str]) -> list[str]:
         """Return `--bits 2 3` as `--bits 2 --bits 3`."""
         lists = {name for option in self.params if option.multiple for name in option.opts}
@@ -180,7 +186,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
         fail(name, f"{error.filename}: {error.strerror}" if named else str(error), 2)
     except ValueError as error:
         fail(name, " ".join(str(error).split()), 2)
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         fail(name, "interrupted", INTERRUPTED)
     sys.exit(code)
 

@@ -7,8 +7,10 @@ text, which its divergence is proportional to as long as that is small. So a uni
 once, however many widths there are.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from quant.model import linears, put
 from quant.options import AUTO
 from quant.schemes.hessian import layer_by_layer
 from quant.schemes.registry import Scheme
-from quant_kernels.weight import QuantizedWeight, QuantSpec
+from quant_kernels.weight import QuantizedWeight, QuantSpec, TwoLevelWeight
 
 FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 REACH = 2.5  # widths are tried that are at most so many bits from the budget
@@ -34,28 +36,47 @@ MEASURED = 8  # sequences of the text
 
 def candidates(scheme: Scheme, bits_per_weight: float, group_size: int | None) -> list[QuantSpec]:
     """Return the widths to choose from; `AUTO` is the scheme's own group size, and of two-level
-    scales others beside it.
-
-    Raises:
-        UserError: not even the fewest bits fit.
-    """
+    scales others beside it."""
     sizes = {2: (16, 32, 64), 3: (16, 32)} if scheme.two_level else {}
 
     def of_bits(bits: int) -> tuple[int | None, ...]:
         own = (scheme.group_size(bits),)
         return sizes.get(bits, own) if group_size == AUTO else (group_size,)
 
-    found = [
+    return [
         QuantSpec(bits, size)
         for bits in scheme.bits
         if abs(bits - bits_per_weight) <= REACH
         for size in of_bits(bits)
     ]
-    of_group = 8 if scheme.two_level else 16
-    least = min(spec.bits + of_group / (spec.group_size or 1e9) for spec in found)
-    if least > bits_per_weight:
-        raise UserError(f"--bits-per-weight {bits_per_weight}: the least possible is {least:.2f}")
-    return found
+
+
+def check_reach(
+    scheme: Scheme, specs: Sequence[QuantSpec], bits_per_weight: float, model: nn.Module
+) -> None:
+    """Check before any work that a model's linear layers fit into a number of bits a weight.
+
+    Raises:
+        UserError: not even the fewest bits fit.
+    """
+    layers = linears(model).values()
+    numbers = sum(layer.weight.numel() for layer in layers)
+    least = min(sum(packed_bytes(scheme, spec, layer) for layer in layers) for spec in specs)
+    if least > int(bits_per_weight * numbers / 8):
+        possible = math.ceil(800 * least / numbers) / 100
+        raise UserError(f"--bits-per-weight {bits_per_weight}: the least possible is {possible}")
+
+
+def packed_bytes(scheme: Scheme, spec: QuantSpec, layer: nn.Linear) -> int:
+    """Return the bytes of a layer's weight once it is quantized, by its shape alone."""
+    rows, columns = layer.weight.shape
+    groups = spec.groups(columns)
+    meta = partial(torch.empty, device="meta")
+    values, of_groups = meta(rows, columns), meta(rows, groups, dtype=torch.uint8)
+    if scheme.two_level:
+        row_scales = meta(rows, 1, dtype=torch.bfloat16)
+        return TwoLevelWeight(values, row_scales, None, spec, levels=of_groups).packed_bytes
+    return QuantizedWeight(values, of_groups.bfloat16(), of_groups, spec).packed_bytes
 
 
 def units_of(layers: Sequence[str]) -> dict[str, list[str]]:

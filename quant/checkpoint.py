@@ -32,7 +32,7 @@ from quant.schemes.rtn import rtn
 from quant.write import (
     TOKENIZER,
     check_out,
-    is_quantized,
+    check_unquantized,
     quantization_config,
     replacing_checkpoint,
     write_folder,
@@ -152,8 +152,7 @@ def check_folders(folder: Path, out: Path, overwrite: bool) -> None:
     """Check that a checkpoint can be quantized and its new folder be written, and that nothing is
     overwritten that was not asked to be, or was not made here."""
     read_config(folder)
-    if is_quantized(folder):
-        raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
+    check_unquantized(folder)
     if not weight_files(folder):
         raise UserError(f"{folder} has no *.safetensors: save the checkpoint in that format first")
     check_out(folder, out, overwrite)

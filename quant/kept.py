@@ -66,7 +66,9 @@ class Kept(dict[str, QuantizedWeight]):
         try:
             save_file(contiguous, part, metadata={"about": json.dumps(about)})
         except SafetensorError as error:
-            raise UserError(f"{self.folder.parent} cannot be written: {error}") from None
+            part.unlink(missing_ok=True)
+            # No UserError: what is quantized stays, for the next run.
+            raise OSError(f"{self.folder.parent} cannot be written: {error}") from None
         os.replace(part, self.folder / f"{name}.safetensors")
 
     def remove(self) -> None:

@@ -27,6 +27,7 @@ from quant.model import columns, empty_model, linears, put
 from quant.schemes.hessian import watched
 from quant.schemes.registry import get_scheme
 from quant.texts import Sources, calibration_text, text_for
+from quant.write import check_unquantized
 from quant_kernels.weight import QuantizedWeight
 
 CHOICES = 9  # of the greedy path that are measured, at even distances in bytes, both ends included
@@ -124,6 +125,7 @@ def analyze(
     journal under `out` and is not measured again."""
     scheme = get_scheme(settings.scheme)
     shapes = empty_model(folder)
+    check_unquantized(folder)
     check_no_experts(folder, shapes)
     check_values(folder, shapes)
     planned = columns(shapes, settings.lm_head)

@@ -1,6 +1,7 @@
 """Write a checkpoint with packed weights, so that `vllm serve` serves it."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -97,6 +98,7 @@ def quantize(
     from attnserve.evaluation.checkpoint import Checkpoint
     from quant import budget
     from quant import checkpoint as checkpoints
+    from quant.model import empty_model
     from quant.texts import Sources, text_for
     from quant.texts import calibration_text as read_calibration_text
 
@@ -126,6 +128,7 @@ def quantize(
         reader = Checkpoint(folder, longest=length)
         if bits_per_weight is not None:
             widths = budget.candidates(named, bits_per_weight, group_size)
+            budget.check_reach(named, widths, bits_per_weight, empty_model(folder))
         text = read_calibration_text(sources, reader, calibration, seed)
         if bits_per_weight is not None:
             measured = text_for("validation", sources, reader, budget.MEASURED, reader.context - 1)
@@ -134,7 +137,14 @@ def quantize(
             )
         said += f" --calibration {calibration} --length {length} --seed {seed}"
     card = f"`python -m quant.quantize {said}`" + (f", calibrated on: {text.title}" if text else "")
-    _, sizes = checkpoints.quantize_checkpoint(folder, out, recipe, text, card, specs)
+    try:
+        _, sizes = checkpoints.quantize_checkpoint(folder, out, recipe, text, card, specs)
+    except KeyboardInterrupt:
+        print(
+            "stopped; the layers that are quantized are kept, and the same command goes on there",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
     widths_of = Counter(f"{s.bits} bits in groups of {s.group_size}" for s in specs.values())
     if as_json:
         line = {

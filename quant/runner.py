@@ -20,6 +20,7 @@ from quant.model import columns, empty_model
 from quant.schemes.registry import get_scheme
 from quant.store import SweepResult
 from quant.texts import Sources, sweep_texts
+from quant.write import check_unquantized
 
 WORKER_BYTES = 700 * 2**20  # what a worker holds besides its model: mostly torch and transformers
 BATCH_TOKENS = 2048
@@ -54,6 +55,7 @@ def plan(
 def check_configs(folder: Path, configs: Sequence[QuantConfig]) -> None:
     """Check that a checkpoint can be quantized, and that every scheme can do its configs."""
     model = empty_model(folder)
+    check_unquantized(folder)
     check_no_experts(folder, model)
     check_values(folder, model)
     for config in configs:

@@ -104,6 +104,7 @@ def sweep(
         raise UserError(
             "name a checkpoint's folder: only a checkout of the project has checkpoints of its own"
         )
+    out.mkdir(parents=True, exist_ok=True)  # before any work, if it cannot be written
     tasks = runner.plan(
         folders,
         space.configs(),

@@ -74,6 +74,12 @@ def is_quantized(folder: Path) -> bool:
     return "quantization_config" in config_in(folder)
 
 
+def check_unquantized(folder: Path) -> None:
+    """Check that a checkpoint is not quantized yet: its rounded values would pass for exact."""
+    if is_quantized(folder):
+        raise UserError(f"{folder} is quantized already: name the checkpoint that it was made from")
+
+
 def config_in(folder: Path) -> dict[str, Any]:
     """Return a folder's config.json; empty where there is none that can be read."""
     try:
@@ -105,7 +111,7 @@ def write_folder(
     try:
         save_torch_state_dict(tensors, out)
     except SafetensorError as error:
-        raise UserError(f"{out.parent} cannot be written: {error}") from None
+        raise OSError(f"{out.parent} cannot be written: {error}") from None
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.name not in NOT_COPIED:

@@ -99,6 +99,16 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command.missing("train") == []
 
 
+def test_ctrl_c_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        command.main(stopped, "python -m works", [])
+    assert ended.value.code == command.INTERRUPTED
+    assert capsys.readouterr().err == "python -m works: interrupted\n"
+
+
 def test_keys_show_a_secret_once() -> None:
     done = attnserve("keys", "new", "alice")
     key = done.stdout.split("only now: ")[1].split()[0]

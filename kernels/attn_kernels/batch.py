@@ -57,6 +57,8 @@ class Batch:
     """Of `struct`."""
     num_tokens: int = field(init=False)
     """Queries of all requests; 0 on a GPU, which is not waited for."""
+    slots_address: int = field(init=False)
+    """Of `slot_mapping`."""
 
     def __post_init__(self) -> None:
         self.block_table = self.block_table.int()
@@ -85,6 +87,7 @@ class Batch:
             torch.get_num_threads(),
         )
         self.address = ctypes.addressof(self.struct)
+        self.slots_address = self.slot_mapping.data_ptr()
 
 
 def heads_together(x: Tensor) -> Tensor:

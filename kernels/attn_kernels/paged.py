@@ -5,6 +5,10 @@ The cache of one layer is `[num_blocks, num_kv_heads, block_size, content]`: `he
 RoPE), `head_size` values and, for a stateful variant, one float32 accumulator, of which KV head 0's
 is used. A quantized cache (`kv_quant`) is one of bytes, as many as that takes. Scores and sums are
 float32 whatever the cache's dtype.
+
+With tensor parallelism a stateful variant's head 0 is on one rank, and all ranks need what it
+selects. So each rank is given head 0's queries and keys (`selecting`), and its cache has those
+keys, `[block_size, head_size]`, behind the heads of each block (`heads_of`).
 """
 
 from __future__ import annotations
@@ -37,6 +41,16 @@ def content_bytes(
     return 2 * vector + (STATE_BYTES if variant.stateful else 0)
 
 
+def heads_of(kv_cache: Tensor, num_kv_heads: int, head_size: int) -> Tensor:
+    """Return the heads `[num_blocks, num_kv_heads, block_size, content]` of a stateful variant's
+    cache with selecting keys behind them, `[num_blocks, 1, block_size, total]`."""
+    content = (kv_cache.shape[-1] - head_size) // num_kv_heads
+    return kv_cache.as_strided(
+        (kv_cache.shape[0], num_kv_heads, kv_cache.shape[2], content),
+        (kv_cache.stride(0), kv_cache.shape[2] * content, content, 1),
+    )
+
+
 def head_size_of(variant: Variant, kv_cache: Tensor, kv_format: KVFormat | None = None) -> int:
     """Return the head size of a variant's cache.
 
@@ -65,6 +79,8 @@ class Layer(ABC):
         kv_format: how keys and values are quantized; None: they are not.
         soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`; None or 0: they do not.
         alibi_slopes: `[num_heads]`: a key's score falls by its head's slope a token of distance.
+        selector: a stateful variant's head 0 is another rank's: the cache is `heads_of` one with
+            selecting keys, and each call is given `selecting`.
 
     Raises:
         ValueError: the kernels do not support such a cache, or heads or shapes do not fit.
@@ -83,8 +99,10 @@ class Layer(ABC):
         kv_format: KVFormat | None = None,
         soft_cap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        selector: bool = False,
     ) -> None:
         self.variant, self.kv_cache, self.num_heads = variant, kv_cache, num_heads
+        self.selector = selector
         self.scale, self.window = scale, window
         self.soft_cap, self.alibi_slopes = soft_cap or None, alibi_slopes
         self.learned = {name: (learned or {})[name] for name in variant.learned}
@@ -93,18 +111,36 @@ class Layer(ABC):
         check_modifiers(variant, num_heads, soft_cap, alibi_slopes)
         for name, tensor in self.learned.items():
             check_learned(name, tensor, num_heads)
+        if selector and (kv_format is not None or not variant.stateful):
+            raise ValueError("only a stateful variant's cache that is not quantized has a selector")
+
+    @property
+    def selecting_keys(self) -> Tensor:
+        """A view `[num_blocks, block_size, head_size]` of the selecting keys."""
+        num_blocks, num_kv_heads, block_size, _ = self.kv_cache.shape
+        block_stride, head_stride = self.kv_cache.stride()[:2]
+        return self.kv_cache.as_strided(
+            (num_blocks, block_size, self.head_size),
+            (block_stride, self.head_size, 1),
+            self.kv_cache.storage_offset() + num_kv_heads * head_stride,
+        )
 
     @abstractmethod
-    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    def write_cache(
+        self, key: Tensor, value: Tensor, slot_mapping: Tensor, selecting: Tensor | None = None
+    ) -> None:
         """Store keys and values of new tokens, in place; their accumulators start at 0.
 
         Args:
             key, value: `[>= num_tokens, num_kv_heads, head_size]`.
             slot_mapping: `[num_tokens]` int64, `block * block_size + offset`, or -1 for padding.
+            selecting: `[>= num_tokens, 2, head_size]`: head 0's queries and keys, of a selector.
         """
 
     @abstractmethod
-    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+    def attend(
+        self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None
+    ) -> None:
         """Attend with a batch whose keys and values are in the cache, decode and prefill mixed.
 
         A stateful variant's accumulators are advanced by these queries, so each query must come
@@ -114,17 +150,33 @@ class Layer(ABC):
             query: `[>= num_tokens, num_heads, head_size]`, float32, bfloat16 or float16.
             batch: its requests; on a GPU `max_query_len` and `max_seq_len` are given.
             out: `[>= num_tokens, num_heads, head_size]`, written in place; its heads side by side.
+            selecting: as in `write_cache`, in the queries' dtype.
 
         Raises:
             MemoryError: no memory for scratch space.
         """
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
+        """Store a step's tokens in the batch's slots, then attend."""
+        self.write_cache(key, value, batch.slot_mapping, selecting)
+        self.attend(query, batch, out, selecting)
 
 
 class TorchLayer(Layer):
     """One layer's attention in torch operations; the cache has any order of memory with contiguous
     content."""
 
-    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    def write_cache(
+        self, key: Tensor, value: Tensor, slot_mapping: Tensor, selecting: Tensor | None = None
+    ) -> None:
         num_tokens, block_size = slot_mapping.shape[0], self.kv_cache.shape[2]
         real = slot_mapping >= 0
         both, dtype = [x[:num_tokens][real] for x in (key, value)], self.kv_cache.dtype
@@ -136,14 +188,20 @@ class TorchLayer(Layer):
         self.kv_cache[blocks, :, offsets, : content.shape[-1]] = content
         if self.variant.stateful:
             self.accumulators[blocks, offsets] = 0.0
+        if selecting is not None:
+            self.selecting_keys[blocks, offsets] = selecting[:num_tokens, 1][real].to(dtype)
 
-    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+    def attend(
+        self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None
+    ) -> None:
+        selectors = query[:, 0] if selecting is None else selecting[:, 0]
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         for request, (start, end) in enumerate(itertools.pairwise(starts)):
             for tile in range(start, end, QUERY_TILE):
                 queries = slice(tile, min(tile + QUERY_TILE, end))
                 first = lens[request] - end + tile
-                out[queries] = self._tile(query[queries], batch.block_table[request], first)
+                table = batch.block_table[request]
+                out[queries] = self._tile(query[queries], selectors[queries], table, first)
 
     @property
     def accumulators(self) -> Tensor:
@@ -151,9 +209,10 @@ class TorchLayer(Layer):
         numbers = STATE_BYTES // self.kv_cache.itemsize
         return self.kv_cache[:, 0, :, -numbers:].view(torch.float32)[..., 0]
 
-    def _tile(self, query: Tensor, block_ids: Tensor, query_start: int) -> Tensor:
+    def _tile(self, query: Tensor, selector: Tensor, block_ids: Tensor, query_start: int) -> Tensor:
         """Attend with consecutive queries `[num_queries, num_heads, head_size]` of one request, the
-        first at position `query_start`; return float32 of the same shape."""
+        first at position `query_start`; return float32 of the same shape. `selector` is head 0's,
+        `[num_queries, head_size]`."""
         size, block_size = self.head_size, self.kv_cache.shape[2]
         num_keys = query_start + query.shape[0]
         # Blocks before the window may have been handed to another request: never read them.
@@ -173,8 +232,9 @@ class TorchLayer(Layer):
         if self.variant.stateful:
             state = self.accumulators
             selectable = selectable_mask(queries, keys, self.window)
+            selecting = self.selecting_keys[blocks, offsets].float()[None] if self.selector else k
             penalty, state[blocks, offsets] = self.variant.select(
-                q, k, selectable, self.scale, state[blocks, offsets]
+                selector.float()[None], selecting, selectable, self.scale, state[blocks, offsets]
             )
         mask = causal_mask(queries, keys, self.window)[None]
         output, _ = attend(

@@ -45,6 +45,7 @@ class PageShape:
         budget: slots of a page.
         num_kv_heads, head_size: of the layer.
         dtype: of the keys and values.
+        selector: head 0 is another rank's: a slot has its key, too.
 
     Raises:
         ValueError: the budget is below LEAST_BUDGET.
@@ -54,6 +55,7 @@ class PageShape:
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
+    selector: bool = False
 
     def __post_init__(self) -> None:
         if self.budget < LEAST_BUDGET:
@@ -62,7 +64,9 @@ class PageShape:
     @property
     def num_bytes(self) -> int:
         """Bytes of a page."""
-        return self.budget * slot_bytes(self.num_kv_heads, self.head_size, self.dtype)
+        return self.budget * slot_bytes(
+            self.num_kv_heads, self.head_size, self.dtype, self.selector
+        )
 
 
 @dataclass
@@ -72,12 +76,14 @@ class Page:
 
     Attributes:
         keys, values: `[num_kv_heads, budget, head_size]`.
+        selecting_keys: head 0's, `[budget, head_size]`.
         accumulators: `[budget]` int32.
         positions: `[budget]` int32.
     """
 
     keys: Tensor
     values: Tensor
+    selecting_keys: Tensor
     accumulators: Tensor
     positions: Tensor
 
@@ -85,17 +91,22 @@ class Page:
     def view(cls, memory: Tensor, shape: PageShape) -> Page:
         """Return the page in `memory`: `[shape.num_bytes]` uint8, whatever is in it.
 
-        Keys, values, accumulators and positions follow one another, each in the order of its shape.
+        Keys, values, a selector's keys, accumulators and positions follow one another, each in the
+        order of its shape.
         """
         tokens = memory[: -NUMBERS_BYTES * shape.budget].view(shape.dtype)
         numbers = memory[-NUMBERS_BYTES * shape.budget :].view(torch.int32)
-        keys, values = tokens.view(2, shape.num_kv_heads, shape.budget, shape.head_size)
-        return cls(keys, values, *numbers.view(2, shape.budget))
+        heads = tokens.view(-1, shape.budget, shape.head_size)
+        keys, values = heads[: 2 * shape.num_kv_heads].unflatten(0, (2, -1))
+        selecting_keys = heads[-1] if shape.selector else keys[0]
+        return cls(keys, values, selecting_keys, *numbers.view(2, shape.budget))
 
 
-def slot_bytes(num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
+def slot_bytes(
+    num_kv_heads: int, head_size: int, dtype: torch.dtype, selector: bool = False
+) -> int:
     """Return the bytes of a page for each token of its budget."""
-    return 2 * num_kv_heads * head_size * dtype.itemsize + NUMBERS_BYTES
+    return (2 * num_kv_heads + selector) * head_size * dtype.itemsize + NUMBERS_BYTES
 
 
 def fixed_point(x: Tensor) -> Tensor:
@@ -141,7 +152,14 @@ def evict(
 
 
 def attend_pruned(
-    variant: Variant, q: Tensor, k: Tensor, v: Tensor, page: Page, num_tokens: int, scale: float
+    variant: Variant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page: Page,
+    num_tokens: int,
+    scale: float,
+    selecting: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend with a chunk of a request's tokens to what its page keeps, and store them there.
 
@@ -154,20 +172,25 @@ def attend_pruned(
         page: changed in place.
         num_tokens: of the request before the chunk.
         scale: factor of the raw scores.
+        selecting: head 0's queries and keys, `[num_queries, head_size]` each; None: those of `q`
+            and `k`.
 
     Returns:
         `[num_heads, num_queries, head_size]`.
     """
     num_queries, budget = q.shape[-2], page.positions.shape[0]
+    selecting_q, selecting_k = selecting or (q[0], k[0])
     stored = min(num_tokens, budget)
     query = torch.arange(num_queries)
     keys = torch.cat([page.keys[:, :stored].to(k.dtype), k], 1)
     values = torch.cat([page.values[:, :stored].to(v.dtype), v], 1)
+    selecting_keys = torch.cat([page.selecting_keys[:stored].to(k.dtype), selecting_k])
     positions = torch.cat([page.positions[:stored].long(), num_tokens + query])
     births = torch.cat([torch.full((stored,), -1), query])
 
     selectable = (births < query[:, None]) & (positions != 0)
-    added = fixed_point(variant.selection(q[0] * scale @ keys[0].T)).masked_fill(~selectable, 0)
+    added = variant.selection(selecting_q * scale @ selecting_keys.T)
+    added = fixed_point(added).masked_fill(~selectable, 0)
     earlier = torch.cat([page.accumulators[:stored].long(), torch.zeros_like(query)])
     after = (earlier + added.cumsum(0)).clamp(max=LARGEST)
     before = torch.cat([earlier[None], after[:-1]])
@@ -181,6 +204,7 @@ def attend_pruned(
     place = slots[kept]
     page.keys[:, place] = keys[:, kept].to(page.keys.dtype)
     page.values[:, place] = values[:, kept].to(page.values.dtype)
+    page.selecting_keys[place] = selecting_keys[kept].to(page.keys.dtype)
     page.accumulators[place] = after[-1][kept].int()
     page.positions[place] = positions[kept].int()
     return output
@@ -214,7 +238,15 @@ class PrunedLayer(ABC):
             raise ValueError(f"pages are {list(pages.shape)}, not [..., {shape.num_bytes}] bytes")
 
     @abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
         """Store a step's tokens and attend.
 
         Args:
@@ -223,6 +255,7 @@ class PrunedLayer(ABC):
                 dtype.
             batch: its requests; the first entry of a request's block table is its page.
             out: `[>= num_tokens, num_heads, head_size]`, written in place.
+            selecting: `[num_tokens, 2, head_size]`: head 0's queries and keys, of a selector.
 
         Raises:
             MemoryError: no memory for scratch space.
@@ -232,7 +265,15 @@ class PrunedLayer(ABC):
 class TorchPrunedLayer(PrunedLayer):
     """`attend_pruned` bound to one layer's pages, in torch operations: correct and slow."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         for request, (start, stop) in enumerate(itertools.pairwise(starts)):
             if start == stop:
@@ -242,6 +283,9 @@ class TorchPrunedLayer(PrunedLayer):
                 x[start:stop].transpose(0, 1).double()
                 for x in (query, key.to(self.shape.dtype), value.to(self.shape.dtype))
             )
-            num_before = lens[request] - (stop - start)
-            output = attend_pruned(self.variant, q, k, v, page, num_before, self.scale)
+            num_before, head_0 = lens[request] - (stop - start), None
+            if selecting is not None:
+                q_0, k_0 = selecting[start:stop].unbind(1)
+                head_0 = q_0.double(), k_0.to(self.shape.dtype).double()
+            output = attend_pruned(self.variant, q, k, v, page, num_before, self.scale, head_0)
             out[start:stop] = output.transpose(0, 1).to(out.dtype)

@@ -32,9 +32,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from attn_kernels import Variant, cpu, get_variant, variant_from_config, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS
-from attn_kernels.paged import Layer
+from attn_kernels.paged import Layer, heads_of
 from attn_kernels.pruning import PageShape, PrunedLayer
-from vllm_attn import kv_dtypes, names, pruned
+from vllm_attn import head_0, kv_dtypes, names, pruned
 from vllm_attn.pruned import PageSpec
 from vllm_attn.report import StartupError
 
@@ -197,6 +197,7 @@ class VariantImpl(AttentionImpl[Batch]):
         self.cache: Tensor | None = None
         self.soft_cap = logits_soft_cap or None
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
+        self.selector = head_0.is_remote(self.variant)
         self.budget: int | None = None
         """Tokens of a request that the layer keeps; None: all. The model class sets it."""
         self.layer: Layer | PrunedLayer | None = None
@@ -231,8 +232,12 @@ class VariantImpl(AttentionImpl[Batch]):
         """Return attention bound to the cache of vLLM's `layer`."""
         options: dict[str, Any] = {"num_heads": self.num_heads, "scale": self.scale}
         if self.budget is not None:
-            shape = PageShape(self.budget, self.num_kv_heads, self.head_size, kv_cache.dtype)
+            sizes = self.budget, self.num_kv_heads, self.head_size
+            shape = PageShape(*sizes, kv_cache.dtype, self.selector)
             return pruned.bind(self.variant, kv_cache, shape, **options)
+        if self.selector:
+            kv_cache = heads_of(kv_cache, self.num_kv_heads, self.head_size)
+            options["selector"] = True
         options |= {"window": self.sliding_window, "learned": self.learned}
         options |= {"kv_format": self.kv_format, "soft_cap": self.soft_cap}
         if self.alibi_slopes is not None:
@@ -268,8 +273,8 @@ class VariantImpl(AttentionImpl[Batch]):
             query: `[num_tokens, num_heads, head_size]`.
             key, value: `[num_tokens, num_kv_heads, head_size]`; None, or not to be stored, where
                 the cache is another layer's.
-            kv_cache: `[num_blocks, num_kv_heads, block_size, content]`, or
-                `[num_pages, 1, budget, content]`.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, content]`, with selecting keys
+                `[num_blocks, 1, block_size, total]`, or `[num_pages, 1, budget, content]`.
             attn_metadata: the step's batch; None while vLLM profiles its memory.
             output: `[num_tokens, num_heads, head_size]`, written in place.
         """
@@ -284,12 +289,12 @@ class VariantImpl(AttentionImpl[Batch]):
                     f"heads of {self.head_size} that config.json says: correct num_key_value_heads"
                 )
             self.layer, self.cache = self.bind(layer, kv_cache), kv_cache
-        if isinstance(self.layer, PrunedLayer):
-            self.layer.attend(query, key, value, attn_metadata, output)
-            return output
+        selecting = head_0.share(query, key) if self.selector else None
         if self.owns_cache:
-            self.layer.write_cache(key, value, attn_metadata.slot_mapping)
-        self.layer.attend(query, attn_metadata, output)
+            self.layer.step(query, key, value, attn_metadata, output, selecting)
+        else:
+            assert isinstance(self.layer, Layer)
+            self.layer.attend(query, attn_metadata, output)
         return output
 
 

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from attn_kernels import Variant
 from attn_kernels.kv_quant import FIELD, KV_FORMATS
 from attn_kernels.paged import content_bytes
+from vllm_attn import head_0
 from vllm_attn.report import StartupError
 
 logger = init_logger(f"vllm.{__name__}")
@@ -55,6 +56,13 @@ def check(vllm_config: Any, variant: Variant) -> None:
             f"--kv-cache-dtype {cache_config.cache_dtype} is not supported with {variant.name} "
             f"attention on {device.upper()}: use one of {', '.join(supported(device))}"
         )
+    parallel = vllm_config.parallel_config.tensor_parallel_size > 1
+    if variant.stateful and parallel and cache_config.cache_dtype not in PLAIN:
+        raise StartupError(
+            f"--kv-cache-dtype {cache_config.cache_dtype} does not go with {variant.name} "
+            "attention on several ranks, which all keep head 0's keys as they are: use one of "
+            f"{', '.join(PLAIN)}, or --tensor-parallel-size 1"
+        )
 
 
 def packed(spec: AttentionSpec, variant: Variant) -> AttentionSpec:
@@ -63,4 +71,7 @@ def packed(spec: AttentionSpec, variant: Variant) -> AttentionSpec:
     if kv_format is None and not variant.stateful:
         return spec
     content = content_bytes(variant, spec.head_size, spec.dtype, kv_format)
+    if head_0.is_remote(variant):  # one key more behind all heads of a token
+        total = spec.num_kv_heads * content + spec.head_size * spec.dtype.itemsize
+        return replace(spec, num_head_slots=1, state_content_bytes=total)
     return replace(spec, state_content_bytes=content)

@@ -163,11 +163,6 @@ def check_options(vllm_config: Any, variant: Variant) -> None:
     check_kv_transfer(vllm_config, variant)
     if not variant.stateful:
         return
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        raise StartupError(
-            f"{variant.name} attention needs head 0 on every rank, which tensor parallelism does "
-            "not give it yet: use --tensor-parallel-size 1"
-        )
     if cache_config.enable_prefix_caching:
         cache_config.enable_prefix_caching = False
         logger.warning(
@@ -235,9 +230,6 @@ def check_budgets(vllm_config: Any, variant: Variant) -> None:
         "context parallelism: use --decode-context-parallel-size 1 and "
         "--prefill-context-parallel-size 1": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
-        "pipeline parallelism yet: use --pipeline-parallel-size 1": (
-            parallel.pipeline_parallel_size > 1
-        ),
         f"a GPU where one is above {LARGEST_GPU_BUDGET}: lower it, or serve on a CPU": (
             vllm_config.device_config.device_type != "cpu"
             and min(max(budgets), model_config.max_model_len) > LARGEST_GPU_BUDGET

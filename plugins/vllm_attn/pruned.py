@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec
 from attn_kernels import Variant, cpu, variant_from_config
 from attn_kernels.paged import STATE_BYTES
 from attn_kernels.pruning import PageShape, PrunedLayer, TorchPrunedLayer, slot_bytes
+from vllm_attn import head_0
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -64,7 +65,9 @@ class PrunedAttention(Attention):
             dtype=dtype,
             slots=self.impl.budget,
             num_head_slots=1,
-            state_content_bytes=slot_bytes(self.num_kv_heads, self.head_size, dtype),
+            state_content_bytes=slot_bytes(
+                self.num_kv_heads, self.head_size, dtype, self.impl.selector
+            ),
         )
 
 
@@ -76,14 +79,16 @@ def announce(vllm_config: VllmConfig, spec: PageSpec) -> None:
     length = model_config.max_model_len
     slots = sum(min(budget, length) for budget in variant.kv_budgets)
     pruned = slots * spec.state_content_size_bytes
-    token = spec.num_kv_heads * (2 * spec.head_size * spec.dtype.itemsize + STATE_BYTES)
+    vector = spec.head_size * spec.dtype.itemsize
+    token = spec.num_kv_heads * (2 * vector + STATE_BYTES) + vector * head_0.is_remote(variant)
     whole = len(variant.kv_budgets) * length * token
     num_pages = cache_config.num_gpu_blocks or 0
     logger.info_once(
-        "Pruned to kv_budgets: %s bytes of KV cache a request, %.1f times less than the %s of an "
+        "Pruned to kv_budgets: %s bytes of KV cache a request%s, %.1f times less than the %s of an "
         "unpruned one of %d tokens; %d requests fit (unpruned: %d). --max-num-seqs %d and "
         "--max-num-batched-tokens %d are the other limits.",
         f"{pruned:,}",
+        " on each tensor-parallel rank" if head_0.is_remote(variant) else "",
         whole / pruned,
         f"{whole:,}",
         length,

@@ -242,10 +242,11 @@ class Answers:
         if several:
             ratios += f" for {most}, {np.exp(changes[least]):.3g} times for {least}"
         who = f"any of {len(changes)} checkpoints by at most" if several else f"{most} by"
-        return (
-            f"Storing {what(own[0].target)} in few bits raises the loss of {who} {listed(costs)} "
-            f"(nats a token; at {own[-1].bits} bits that is {ratios})."
-        )
+        cost = f"{listed(costs)} (nats a token; at {own[-1].bits} bits that is {ratios})"
+        rises = [r.summary["test loss change"].low for choice in own for r in choice.results]
+        if max(rises) <= 0:
+            cost += ", none of which these few texts show to be a rise"
+        return f"Storing {what(own[0].target)} in few bits raises the loss of {who} {cost}."
 
     @property
     def schemes(self) -> tuple[list[str], list[list[str]]]:

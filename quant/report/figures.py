@@ -219,12 +219,21 @@ def bits_of(target: str) -> str:
     return f"bits of {what(target.partition('+')[0])}"
 
 
+def told_apart(settings: Sequence[str]) -> list[str]:
+    """Return short labels of settings, which take room from what is drawn: the scheme, and what
+    tells it from others of the same scheme."""
+    parts = [name.split(", ") for name in settings]
+    found = []
+    for scheme, *own in parts:
+        shared = set.intersection(*(set(others) for first, *others in parts if first == scheme))
+        found.append(", ".join([scheme, *(part for part in own if part not in shared)]))
+    return found
+
+
 def schemes(target: str, settings: dict[str, list[SweepResult]]) -> View:
     """Return divergence by bits and change of loss by size, means of the checkpoints, a line a
     setting."""
-    parts = [name.split(", ") for name in settings]
-    shared = set(parts[0]).intersection(*parts[1:])
-    labels = [", ".join(part for part in own if part not in shared) or own[0] for own in parts]
+    labels = told_apart(list(settings))
 
     def draw(panels: Sequence[Axes]) -> None:
         lines: tuple[list[Line], list[Line]] = ([], [])
@@ -296,8 +305,9 @@ def outliers(target: str, ranks: Sequence[float], own: Sequence[SweepResult], ki
             places = [x for line in points for x, *_ in line.points]
             if max(places) > 10 * min(places):
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(ticker.LogLocator(numticks=5))
                 axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-                axes.xaxis.set_major_formatter(DECIMALS)
+                axes.xaxis.set_major_formatter("{x:g}")
             axes.set(xlabel=f"{figure} of {kind}s", ylabel="mean rank (1: loses least)")
             axes.margins(0.1)
             label_lines(axes, points, beside=True)

@@ -88,6 +88,65 @@ def test_random_arguments(name: str) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("name", ["softpick", "selective"])
+def test_steps_whose_layout_changes(name: str) -> None:
+    """A step takes over what the last one's calls have: it does what writing and attending do,
+    whatever came before."""
+    variant, chance, lens = get_variant(name), random.Random(0), [5, 30, 61]
+    kernel = cpu.load(variant)
+    assert kernel is not None
+    dtypes = (torch.float32, torch.bfloat16)
+    caches = [Cache.make(variant, [130] * 3, KV_HEADS, SIZE, BLOCK, torch.float32)]
+    caches[0].kv.normal_(generator=seeded(0))
+    caches.append(Cache(caches[0].kv.clone(), caches[0].block_table))
+    layers = [kernel.layer(cache.kv, num_heads=HEADS, scale=0.2) for cache in caches]
+    repeated = 0
+    layout: tuple[Any, ...] = (1, 3, 0, "split", *dtypes[:1] * 3)
+    for seed in range(60):
+        g = seeded(seed)
+        if chance.random() < 0.4:
+            sizes = chance.choice((1, 3)), chance.randint(1, 3), chance.choice((0, 0, 1))
+            kind = chance.choice(("split", "contiguous", "apart"))
+            layout = *sizes, kind, *(chance.choice(dtypes) for _ in range(3))
+        count, requests, padding, kind, query_dtype, key_dtype, out_dtype = layout
+        starts = count * torch.arange(requests + 1)
+        tokens = int(starts[-1])
+        q, k, v = made(kind, tokens, g)
+        q, k, v = q.to(query_dtype), k.to(key_dtype), v.to(key_dtype)
+        first = [n + seed for n in lens[:requests]]
+        slots = torch.cat([caches[0].slots(r, n, n + count) for r, n in enumerate(first)])
+        padded = torch.cat([slots, torch.full((padding,), -1)])
+        k, v = (torch.cat([x, x[:1]]) if padding else x for x in (k, v))
+        batch = Batch(caches[0].block_table, starts, torch.tensor(first) + count, padded)
+        outs = [torch.full((tokens, HEADS, SIZE), torch.nan, dtype=out_dtype) for _ in layers]
+        last = layers[0]._layout
+        layers[0].step(q, k, v, batch, outs[0])
+        repeated += last is not None and layers[0]._layout is last
+        layers[1].write_cache(k, v, padded)
+        layers[1].attend(q, batch, outs[1])
+        assert torch.equal(*outs), seed
+        assert torch.equal(*(cache.kv.view(torch.int32) for cache in caches)), seed
+        if chance.random() < 0.1:  # as a layer does that shares the cache
+            layers[0].write_cache(k.double().float(), v.double().float(), padded)
+            layers[1].write_cache(k.double().float(), v.double().float(), padded)
+    assert repeated > 10
+
+
+def made(kind: str, tokens: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values: parts of one tensor, tensors of their own, or strided."""
+    widths = [HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE]
+    if kind == "split":
+        parts = torch.randn(tokens, sum(widths), generator=g).split(widths, 1)
+        q, k, v = (x.unflatten(1, (-1, SIZE)) for x in parts)
+    elif kind == "contiguous":
+        q, k, v = (torch.randn(tokens, width // SIZE, SIZE, generator=g) for width in widths)
+    else:
+        q, k, v = (
+            torch.randn(tokens, width // SIZE, 2 * SIZE, generator=g)[..., ::2] for width in widths
+        )
+    return q, k, v
+
+
 def fitting() -> dict[str, Any]:
     """Return arguments of one request of 40 tokens, 3 of them queries."""
     cache = Cache.make(get_variant("softpick"), [40], KV_HEADS, SIZE, BLOCK, torch.float32)
@@ -204,7 +263,7 @@ def pruned(**changes: Any) -> None:
     } | changes
     layer = cpu.PrunedCPULayer(kernel, given["pages"], shape, num_heads=HEADS, scale=0.2)
     batch = Batch(given["table"], torch.tensor([0, 2]), torch.tensor([2]))
-    layer.attend(given["query"], given["key"], given["key"], batch, given["out"])
+    layer.step(given["query"], given["key"], given["key"], batch, given["out"])
     assert given["out"].isfinite().all()
 
 

@@ -116,7 +116,7 @@ def in_chunks(layer: Any, shape: Shape, dtype: torch.dtype, chunk: int) -> list[
         # A table wider than the one page, as the model runner's buffers are.
         table = torch.stack([pages, pages.flip(0)], 1)
         out = torch.full((len(q) + 1, *q.shape[1:]), float("nan"), dtype=dtype)
-        layer.attend(q.contiguous(), k, v.contiguous(), Batch(table, starts, lens), out)
+        layer.step(q.contiguous(), k, v.contiguous(), Batch(table, starts, lens), out)
         assert out[-1].isnan().all()
         for kept, part in zip(outputs, out[:-1].split(sizes), strict=True):
             kept.append(part.transpose(0, 1))

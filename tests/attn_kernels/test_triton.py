@@ -18,8 +18,10 @@ from torch import Tensor
 from attn_kernels import Variant, get_variant, reference, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS, KVFormat
+from attn_kernels.pruning import PageShape
 from tests.attn_kernels import test_paged as paged
 from tests.attn_kernels import test_pruned_layers as pruned
+from tests.attn_kernels.ranks import PrunedRanks, Ranks
 from tests.attn_kernels.test_example import relu
 
 __all__ = ["relu"]
@@ -75,11 +77,11 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-def launch(layer: TritonLayer, query: Tensor, batch: Batch, out: Tensor) -> None:
+def launch(layer: TritonLayer, query: Tensor, batch: Batch, out: Tensor, *others: Tensor) -> None:
     """Attend with the sizes that a server knows."""
     lens = batch.query_start_loc.diff()
     batch.max_query_len, batch.max_seq_len = int(lens.max()), int(batch.seq_lens.max())
-    type(layer).attend(layer, query, batch, out)
+    type(layer).attend(layer, query, batch, out, *others)
 
 
 def make_layer(
@@ -87,13 +89,24 @@ def make_layer(
 ) -> Any:
     """In place of `Cache.layer`. `path`: processors of the device, which decide into how many parts
     a context is cut."""
+    return bind(variant, path, cache.kv, num_heads=num_heads, **options)
+
+
+def bind(variant: Variant, path: str, kv: Tensor, **options: Any) -> Any:
     from attn_kernels.triton import TritonLayer
 
-    layer = TritonLayer(variant, cache.kv, num_heads=num_heads, **options)
+    layer = TritonLayer(variant, kv, **options)
     layer.num_multiprocessors = int(path)
     # The harness calls a layer as on a CPU, without the batch's sizes.
     layer.attend = functools.partial(launch, layer)  # type: ignore[method-assign]
     return layer
+
+
+def make_ranks(
+    cache: paged.Cache, path: str, variant: Variant, num_heads: int, **options: Any
+) -> Any:
+    """Do the same on two ranks, of which one has head 0."""
+    return Ranks(2, functools.partial(bind, variant, path, **options), variant, cache.kv, num_heads)
 
 
 # Few processors leave a context whole, many cut it into parts.
@@ -107,6 +120,20 @@ def test_equals_the_reference(
     shape = SHAPES[window is not None]
     error = paged.error_against_reference(processors, name, shape, window, torch.float32, 1)
     assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("shape", "processors", "dtype"),
+    [(SHAPES[0], "132", torch.float32), (SHAPES[3], "1", torch.bfloat16)],
+    ids=str,
+)
+def test_selective_on_two_ranks(
+    shape: paged.Shape, processors: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several KV heads, and one that both ranks have."""
+    monkeypatch.setattr(paged.Cache, "layer", make_ranks)
+    error = paged.error_against_reference(processors, "selective", shape, None, dtype, 1)
+    assert error <= NARROW_TOLERANCE.get(dtype, TOLERANCE)
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS.values(), ids=str)
@@ -306,28 +333,29 @@ def test_refusals(name: str, dtype: torch.dtype, options: dict[str, Any], messag
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "ranks"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 2)], ids=str
+)
 @pytest.mark.parametrize(
     "shape",
     [
         pruned.Shape(name, *sizes)
         for name in pruned.PRUNABLE
-        for sizes in ((4, 2, 32, 7, (20, 1, 7, 8)), (3, 3, 48, 2, (1, 9)))
+        for sizes in ((4, 2, 32, 7, (20, 1, 7, 8)), (6, 1, 48, 2, (1, 9)))
     ],
     ids=str,
 )
-def test_budgets(shape: pruned.Shape, dtype: torch.dtype) -> None:
+def test_budgets(shape: pruned.Shape, dtype: torch.dtype, ranks: int) -> None:
     """Pages of a budget, in chunks: evictions, what each query sees, and what is kept."""
     from attn_kernels.triton import TritonPrunedLayer
 
+    def bind(page: PageShape, heads: int) -> Any:
+        pages = torch.full((pruned.NUM_PAGES, page.num_bytes), 0xFF, dtype=torch.uint8)
+        return TritonPrunedLayer(shape.variant, pages, page, num_heads=heads, scale=shape.scale)
+
+    page = shape.page(dtype)
     for chunk in (3, 20):
-        layer = TritonPrunedLayer(
-            shape.variant,
-            pruned.pages_of(shape, dtype),
-            shape.page(dtype),
-            num_heads=shape.heads,
-            scale=shape.scale,
-        )
+        layer = PrunedRanks(2, bind, page, shape.heads) if ranks == 2 else bind(page, shape.heads)
         outputs = pruned.in_chunks(layer, shape, dtype, chunk)
         for output, right in zip(outputs, pruned.expected(shape, dtype), strict=True):
             tolerance = 1e-4 if dtype == torch.float32 else NARROW_TOLERANCE[dtype]

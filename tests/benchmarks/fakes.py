@@ -36,9 +36,11 @@ class SpoiledLayer(TorchLayer):
         super().__init__(kernel.variant, kv_cache, **options)
         self.kernel = kernel
 
-    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+    def attend(
+        self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None
+    ) -> None:
         before = self.kv_cache.clone()
-        super().attend(query, batch, out)
+        super().attend(query, batch, out, selecting)
         self.kernel.spoil(out, self.kv_cache, before)
 
 

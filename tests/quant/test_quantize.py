@@ -393,7 +393,11 @@ def test_full_disk(softpick: Path, tmp_path: Path, commands: Commands) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"{tmp_path} cannot be written: " in line and "File too large" in line
-    assert not list(tmp_path.iterdir())
+    (left,) = tmp_path.iterdir()  # what is quantized is not lost
+    names = {file.name for file in left.iterdir()}
+    assert "model.layers.0.self_attn.q_proj.safetensors" in names and "part" not in names
+    commands.run(command, softpick, tmp_path / "out", "--bits=4", "--scheme=rtn")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("scheme", ["rtn", "gptq", "hqq", "two-level"])
@@ -468,6 +472,7 @@ def test_a_killed_run_with_other_settings(
         patch.setattr(Scheme, "__call__", killed)
         arguments = (softpick, tmp_path / "out", "--scheme=rtn", "--embeddings=8")
         commands.run(command, *arguments, "--bits=3", code=130)
+    assert "stopped; the layers that are quantized are kept" in commands.printed.err
     left = tmp_path / ".out.quantized"
     assert (left / "model.embed_tokens.safetensors").exists()
     main([str(softpick), str(tmp_path / "out"), "--bits=4", "--scheme=rtn", "--embeddings=4"])
@@ -541,7 +546,9 @@ REFUSALS = [
         "--kv-cache-dtype fp8: use int8_per_token_head or int4_per_token_head",
     ),
     (["--bits=4", "--format=gguf", KV8], "--kv-cache-dtype is vLLM's: leave out --format gguf"),
-    (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.12"),
+    (["--bits-per-weight=2"], "--bits-per-weight 2.0: the least possible is 2.24"),
+    (["--bits-per-weight=2.23"], "--bits-per-weight 2.23: the least possible is 2.24"),
+    (["--bits-per-weight=2.2", "--scheme=gptq"], "per-weight 2.2: the least possible is 2."),
     (["--bits=2", "--group=48"], "scheme two-level has groups of 16 or of a multiple of 32"),
     (
         ["--bits=4", "--scheme=rtn", "--group=48"],

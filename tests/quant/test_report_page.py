@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant import store
 from quant.config import UNQUANTIZED, QuantConfig
 from quant.report.compare import Answers
+from quant.report.figures import told_apart
 from quant.report.write import write
 from quant.store import SweepResult
 from tests.quant.test_report import result
@@ -152,6 +154,9 @@ def test_one_sentence_in_front() -> None:
         f"{said}softpick by 0.0100 at 4 bits and 0.2000 at 2 bits (nats a token; at 2 bits that is "
         "1.22 times the perplexity)."
     )
+    few = [*results[:1], rising("softpick", weights(4), 0.01, noise=1.0)]
+    assert "by 0.0100 at 4 bits" in Answers.of(few).headline
+    assert Answers.of(few).headline.endswith("none of which these few texts show to be a rise.")
     results += [rising("softmax", UNQUANTIZED, 0, 0), rising("softmax", weights(4), 0.02)]
     results.append(rising("softmax", weights(2), 0.1))
     assert Answers.of(results).headline == (
@@ -160,20 +165,30 @@ def test_one_sentence_in_front() -> None:
     )
 
 
+def test_labels_are_short() -> None:
+    settings = ["two-level", "gptq, groups of 64", "gptq, groups of 64, act-order", "rtn, x"]
+    assert told_apart(settings) == ["two-level", "gptq", "gptq, act-order", "rtn"]
+    same = ["rtn, groups of 32", "rtn, channel"]
+    assert told_apart(same) == same
+
+
 VARIANTS = ("softmax", "lssa", "lssar", "selective", "softpick", "ssmax")
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the report of six checkpoints, two schemes and the cache, at 2 to 8 bits."""
+    """Return the report of six checkpoints, three schemes and the cache, at 2 to 8 bits."""
     folder = tmp_path_factory.mktemp("sweep")
     for place, variant in enumerate(VARIANTS):
-        found = [result(variant, UNQUANTIZED, [0.0] * 3, outliers=10.0 + place**3)]
+        # Of text that softpick attends to little of, some outliers are 10^9 times the median.
+        found = [result(variant, UNQUANTIZED, [0.0] * 3, outliers=10.0 ** (1 + 2 * place))]
         size = {**found[0].size, "cache_bytes_per_token": 4096}
         for bits in (2, 3, 4, 8):
             rise = (1 + 0.1 * place) * 4.0**-bits
             for scheme, more in (("gptq", 1), ("rtn", 2)):
                 found.append(rising(variant, weights(bits, scheme), more * rise, rise / 9))
+            ordered = dataclasses.replace(weights(bits), act_order=True, search=True)
+            found.append(rising(variant, ordered, 1.5 * rise, rise / 9))
             # Losses that fall, and lines that lie on each other.
             found.append(rising(variant, QuantConfig(kv=bits), -rise, rise, kl=4.0**-bits))
         for each in found:

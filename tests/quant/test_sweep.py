@@ -20,10 +20,12 @@ from quant.config import QuantConfig
 from quant.measure import SweepTask, measure
 from quant.report.__main__ import report
 from quant.schemes.registry import SCHEMES, installed
+from quant.sensitivity import sensitivity
 from quant.store import SweepResult, read, read_all
 from quant.sweep import sweep
 from tests.conftest import Commands
 from tests.quant.conftest import SMALL
+from tests.quantized import quantize
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,6 +200,17 @@ def test_checkpoints_that_there_are_not(
     assert "nowhere has no config.json: name a checkpoint's folder" in line
     line = commands.refused(sweep, str(softpick), str(softpick), *texts, f"--out={tmp_path}")
     assert "two checkpoints are called softpick: their results would clash" in line
+
+
+def test_what_is_quantized_is_not_taken_for_exact(
+    softpick: Path, texts: list[str], tmp_path: Path, commands: Commands
+) -> None:
+    packed = tmp_path / "packed"
+    quantize([str(softpick), str(packed), "--bits=4", "--scheme=rtn"])
+    line = commands.refused(sweep, str(packed), *texts, f"--out={tmp_path}")
+    assert f"{packed} is quantized already: name the checkpoint that it was made from" in line
+    line = commands.refused(sensitivity, packed, f"--out={tmp_path}")
+    assert "is quantized already" in line and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_width_or_library_that_a_scheme_lacks(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from attnserve.errors import UserError
 from attnserve.evaluation.texts import Text
-from quant.budget import candidates, spend, units_of
+from quant.budget import candidates, check_reach, packed_bytes, spend, units_of
 from quant.model import empty_model, linears
 from quant.options import AUTO
 from quant.schemes import two_level as module
@@ -100,8 +101,22 @@ def test_candidates() -> None:
     assert QuantSpec(2, 16) in candidates(scheme, 2.5, AUTO)
     assert {spec.group_size for spec in candidates(scheme, 3.5, 32)} == {32}
     assert {spec.group_size for spec in candidates(get_scheme("gptq"), 4, AUTO)} == {64}
-    with pytest.raises(UserError, match="the least possible is 2\\.12"):
-        candidates(scheme, 2.1, AUTO)
+
+
+@pytest.mark.parametrize("name", ["two-level", "gptq"])
+@pytest.mark.parametrize("spec", [QuantSpec(2, 16), QuantSpec(3, 32), QuantSpec(5, 64)], ids=str)
+def test_bytes_are_known_by_the_shape(name: str, spec: QuantSpec) -> None:
+    scheme, layer = get_scheme(name), nn.Linear(168, 24)
+    made = scheme(layer.weight.data, spec, HESSIAN)
+    assert packed_bytes(scheme, spec, layer) == made.packed_bytes
+
+
+def test_what_is_said_to_be_possible_is(softpick: Path) -> None:
+    scheme, model = get_scheme("two-level"), empty_model(softpick)
+    widths = candidates(scheme, 2.5, AUTO)
+    with pytest.raises(UserError, match=r"2\.1: the least possible is 2\.24"):
+        check_reach(scheme, widths, 2.1, model)
+    check_reach(scheme, widths, 2.24, model)
 
 
 def test_a_budget_is_kept(softpick: Path) -> None:

@@ -6,10 +6,6 @@ log-probabilities and tokens are transformers', or one line says why not.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,41 +19,10 @@ from transformers import PreTrainedModel
 from attnserve.files import CHECKOUT
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import ARCHITECTURES, tiny_model
+from tests.vllm_attn.offline import Found, answers
 
 TABLE = CHECKOUT / "docs/results/architectures.csv"
 PROMPT_LENGTH, NUM_TOKENS = 100, 16
-
-SERVE = """
-import gc, json, sys
-from vllm import LLM, SamplingParams, TokensPrompt
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-prompt, tokens = json.loads(sys.argv[1]), int(sys.argv[2])
-for folder, backend in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
-    try:
-        llm = LLM(
-            folder, dtype="float32", max_model_len=256, enforce_eager=True,
-            kv_cache_memory_bytes=1 << 24, max_num_batched_tokens=64,
-            attention_backend=backend,
-        )
-        sampling = SamplingParams(
-            max_tokens=tokens, temperature=0, ignore_eos=True, prompt_logprobs=0
-        )
-        (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
-        given = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
-        found = {
-            "logprobs": [entry[token].logprob for token, entry in given],
-            "tokens": list(output.outputs[0].token_ids),
-        }
-        del llm, output
-    except Exception as error:
-        found = {"refused": str(error).strip()}
-    print("FOUND", json.dumps(found), flush=True)
-    if "refused" in found:  # what it leaves behind is not for the next one
-        break
-    gc.collect()
-    cleanup_dist_env_and_memory()
-"""
 
 OF_STOCK = ("gemma3n_text", "bloom", "falcon, ALiBi", "cohere2", "apertus")
 """Those whose vLLM classes compute something else, or in another precision, than transformers':
@@ -72,24 +37,15 @@ def write(name: str, folder: Path, **changed: Any) -> PreTrainedModel:
     return model
 
 
-def served(folders: Mapping[Path, str], prompt: list[int]) -> list[Mapping[str, Any]]:
-    """Return what vLLM finds of each checkpoint with its backend, in as few processes as go:
-    log-probabilities of the prompt's tokens and greedy tokens, or why it was refused."""
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    found: list[Mapping[str, Any]] = []
-    while len(found) < len(folders):
-        rest = list(folders.items())[len(found) :]
-        arguments = [str(word) for pair in rest for word in pair]
-        done = subprocess.run(
-            [sys.executable, "-c", SERVE, json.dumps(prompt), str(NUM_TOKENS), *arguments],
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **environment},
-            capture_output=True,
-            text=True,
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-        assert lines, (done.stdout + done.stderr)[-6000:]
-        found += [json.loads(line.removeprefix("FOUND ")) for line in lines]
-    return found
+def serve(folders: Mapping[Path, str], prompt: list[int]) -> list[Found]:
+    """Return what vLLM finds of each checkpoint with its backend."""
+    jobs = [(folder, {"attention_backend": backend}) for folder, backend in folders.items()]
+    return answers(jobs, [prompt], NUM_TOKENS)
+
+
+def split(answers: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, list[int]]:
+    """Return the log-probabilities of the one prompt's tokens, and greedy tokens."""
+    return torch.tensor(answers[0]["logprobs"][: PROMPT_LENGTH - 1]), answers[0]["tokens"]
 
 
 @torch.inference_mode()
@@ -115,12 +71,11 @@ def measure(folder: Path, names: Sequence[str] = tuple(ARCHITECTURES)) -> pd.Dat
         expected[name] = (model.config.architectures[0], *reference(model, prompt.tolist()))
     rows = []
     backends = {name: "sinks" if name == "gpt_oss" else "softmax" for name in names}
-    answers = served({folder / name: backends[name] for name in names}, prompt.tolist())
+    served = serve({folder / name: backends[name] for name in names}, prompt.tolist())
     stock = {folder / name: "cpu_attn" for name in names if name in OF_STOCK}
-    for place, found in zip(stock, served(stock, prompt.tolist()), strict=True):
-        logprobs = torch.tensor(found["logprobs"])
-        expected[place.name] = (expected[place.name][0], logprobs, found["tokens"])
-    for name, found in zip(names, answers, strict=True):
+    for place, found in zip(stock, serve(stock, prompt.tolist()), strict=True):
+        expected[place.name] = (expected[place.name][0], *split(found["answers"]))
+    for name, found in zip(names, served, strict=True):
         architecture, logprobs, tokens = expected[name]
         row = {"model_type": name, "architecture": architecture, "backend": backends[name]}
         row["compared_with"] = "stock vLLM" if name in OF_STOCK else "transformers"
@@ -128,10 +83,11 @@ def measure(folder: Path, names: Sequence[str] = tuple(ARCHITECTURES)) -> pd.Dat
             lines = [line for line in reason.splitlines() if "errors.pydantic.dev" not in line]
             row["refused"] = lines[-1].strip()
         else:
-            difference = float((torch.tensor(found["logprobs"]) - logprobs).abs().max())
+            its_logprobs, its_tokens = split(found["answers"])
+            difference = float((its_logprobs - logprobs).abs().max())
             row["largest_difference"] = difference
             row["of_spread"] = difference / float(logprobs.std())
-            row["same_tokens"] = found["tokens"] == tokens
+            row["same_tokens"] = its_tokens == tokens
         rows.append(row)
     columns = ["largest_difference", "of_spread", "same_tokens", "refused"]
     return pd.DataFrame(

@@ -134,7 +134,10 @@ def test_the_checkpoint_chooses(softpick: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"tensor_parallel_size": 2}, "use --tensor-parallel-size 1"),
+        (
+            {"tensor_parallel_size": 2, "kv_cache_dtype": "int8_per_token_head"},
+            "int8_per_token_head does not go with selective attention on several ranks",
+        ),
         (
             {
                 "speculative_config": {
@@ -169,8 +172,6 @@ def test_selective_limits(tmp_path: Path, options: dict[str, object], line: str)
         ([24, 24, 10**30], {}, "kv_budgets must be at most 1073741824 tokens a layer, not 1000"),
         ([24, 24, 2.5], {}, "kv_budgets must be a list of ints"),
         (24, {}, "kv_budgets must be a list of ints"),
-        ([24] * 3, {"tensor_parallel_size": 2}, "use --tensor-parallel-size 1"),
-        ([24] * 3, {"pipeline_parallel_size": 3}, "do not go with pipeline parallelism"),
         ([24] * 3, {"hf_overrides": {"sliding_window": 16}}, "do not go with a sliding window"),
     ],
     ids=str,

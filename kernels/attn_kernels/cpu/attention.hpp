@@ -20,9 +20,10 @@ class Attention : public Spans<T> {
  public:
   using Base = Spans<T>;
   using Base::add_values, Base::cache, Base::call, Base::first_position, Base::first_visible,
-      Base::for_each_span, Base::gather, Base::group_size, Base::head_size, Base::NARROW,
-      Base::norms, Base::num_spans, Base::queries_of, Base::query_offset, Base::ROTATED,
-      Base::scale, Base::score, Base::SCORES, Base::SPAN, Base::TILES;
+      Base::find_span, Base::for_each_span, Base::gather, Base::group_size, Base::head_size,
+      Base::NARROW, Base::norms, Base::num_spans, Base::queries_of, Base::query_offset,
+      Base::ROTATED, Base::scale, Base::score, Base::SCORES, Base::SPAN, Base::TILES,
+      Base::token_at;
   template <class U>
   using Span = typename Base::template Span<U>;
   template <class U>
@@ -47,6 +48,7 @@ class Attention : public Spans<T> {
     bool amx;
     float *q, *o, *scores, *per_norm;
     float *penalty, *state;               // stateful: [num_queries, keys], and of the span at hand
+    float *selecting, *selected;          // selector: queries of a block and their scores
     float* factor;                        // amx: of each row's scores
     BFloat16 *narrow_q, *narrow_weights;  // amx: [rows, WIDE] and [block, NARROW]
     BFloat16* last_values;                // amx: the last values of a context, zeros behind them
@@ -79,8 +81,9 @@ class Attention : public Spans<T> {
         Array{t.scores, scores_size(t.rows, t.key_begin, t.key_end) + MAX_BLOCK * SCORES},
         Array{t.wide_keys, span}, Array{t.wide_values, span}, Array{t.per_norm, SPAN},
         Array{t.penalty, V::stateful ? t.num_queries * keys : 0},
-        Array{t.state, V::stateful ? SPAN : 0}, Array{t.row, rows}, Array{t.query, rows},
-        Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
+        Array{t.state, V::stateful ? SPAN : 0}, Array{t.selecting, call.selector ? ROWS * WIDE : 0},
+        Array{t.selected, call.selector ? ROWS * SCORES : 0}, Array{t.row, rows},
+        Array{t.query, rows}, Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
         Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
         Array{t.last_values, t.amx ? 2 * TILE_DEPTH * PANEL : 0});
     return t;
@@ -89,6 +92,16 @@ class Attention : public Spans<T> {
   // One head's query at a position, widened and rotated like the keys.
   Query prepare(int request, int position, int head, float* q) const {
     load_row(call.query_format, call.query, query_offset(request, position, head), head_size, q);
+    return know(position, head, q);
+  }
+  // Head 0's, wherever that is.
+  Query prepare_selecting(int request, int position, float* q) const {
+    if (!call.selector) return prepare(request, position, 0, q);
+    const int64_t offset = token_at(request, position) * call.selecting_stride;
+    load_row(call.query_format, call.selecting, offset, head_size, q);
+    return know(position, 0, q);
+  }
+  Query know(int position, int head, float* q) const {
     const float n = position + 1 - first_visible(position);
     const Query query{head, position, n, norm(q, head_size)};
     rotate<T>(q, head_size);
@@ -269,7 +282,7 @@ class Attention : public Spans<T> {
       }
     }
     if constexpr (V::stateful) {
-      if (t.kv_head == 0) select(t, span.begin, first, count, c, s);
+      if (t.kv_head == 0 && !call.selector) select(t, span.begin, first, count, c, s);
       for (int r = 0; r < count; r++) {
         const float* penalty = penalties(t, (first + r) / group_size, span.begin);
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
@@ -298,7 +311,10 @@ class Attention : public Spans<T> {
   template <class U>
   void span_pass(Tile& t, const Task& task, const Span<U>& span, Pass pass) const {
     if (V::unit_keys && pass & STATISTICS) norms(span, t.per_norm);
-    if (V::stateful && t.kv_head == 0) find_state(t, task, span.begin, span.end);
+    if (V::stateful && t.kv_head == 0) {
+      find_state(t, task, span.begin, span.end);
+      if (call.selector) select_apart(t, task, span.begin, span.end);
+    }
     const int index = span.begin / SPAN - t.key_begin / SPAN;
     for (int first = 0; first < t.rows; first += t.block) {
       const int count = std::min(t.block, t.rows - first);
@@ -351,6 +367,9 @@ class Attention : public Spans<T> {
     }
   }
 
+  // The KV head in the cache with head 0's keys.
+  int selecting_head() const { return call.selector ? cache.num_kv_heads : 0; }
+
   // What a query of head 0 adds to the accumulators of the span's columns [from, to): nothing to
   // its own token's and nothing to the first's.
   void selection(int position, int begin, int from, int to, const float* s, float* added) const {
@@ -373,7 +392,8 @@ class Attention : public Spans<T> {
       const int position = first_position(request) + first + i;
       const int to = std::min(span.end, position + rows) - span.begin;
       for (int r = 0; r < rows; r++)
-        scale(q + r * WIDE, head_size, factor(prepare(request, position + r, 0, q + r * WIDE)));
+        scale(q + r * WIDE, head_size,
+              factor(prepare_selecting(request, position + r, q + r * WIDE)));
       if (to > 0) score(span, rows, q, s, 0, round_up(to, PANEL));
       for (int r = 0; r < rows; r++) {
         before(first + i + r, state);
@@ -404,7 +424,7 @@ class Attention : public Spans<T> {
     float *q, *s;
     arena.allocate(Array{q, ROWS * WIDE}, Array{s, ROWS * SCORES});
     alignas(64) float state[SPAN];
-    for_each_span(request, 0, begin, end, [&](const Span<T>& span) {
+    for_each_span(request, selecting_head(), begin, end, [&](const Span<T>& span) {
       load_state(request, span.begin, span.end, state);
       accumulate(request, 0, queries_of(request), span, q, s, state,
                  [&](int query, const float* now) {
@@ -445,6 +465,16 @@ class Attention : public Spans<T> {
       selection(position, begin, from, to, s + (row - first) * SCORES, added);
       for (int j = c.panel_from; j < c.panel_to; j++) t.state[j] += added[j];
     }
+  }
+
+  // The same where head 0 is not among the block's rows.
+  void select_apart(const Tile& t, const Task& task, int begin, int end) const {
+    const Span<T> span = find_span(t.request, selecting_head(), begin, end);
+    const int columns = round_up(end - begin, PANEL);
+    accumulate(t.request, task.first_query, t.num_queries, span, t.selecting, t.selected, t.state,
+               [&](int query, const float* now) {
+                 std::copy_n(now, columns, penalties(t, query - task.first_query, begin));
+               });
   }
 
   // ---- results

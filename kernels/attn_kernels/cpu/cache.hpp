@@ -9,6 +9,9 @@
 //   key, value parameters  [2][block_size] 32-bit words, of quantized formats
 //   accumulators  [block_size] float32, of stateful variants; KV head 0's are used
 //
+// Behind the heads of a block there may be selecting keys, head 0's of another rank: keys of one
+// more KV head, which has nothing else.
+//
 // Either product of attention then reads a block's memory once and in order (matmul.hpp).
 #pragma once
 #include "quantized.hpp"
@@ -48,6 +51,12 @@ struct Cache : CacheShape {
     return (float*)parameters(index, 0) + (QUANTIZED<T> ? 2 * block_size : 0);
   }
 
+  void write_key(int64_t slot, int kv_head, const T* key) const {
+    const int offset = slot % block_size;
+    T* k = keys(slot / block_size, kv_head, offset / PANEL * PANEL);
+    for (int d = 0; d < head_size; d++) k[in_panel(d, offset % PANEL)] = key[d];
+  }
+
   // One token's key and value [head_size] of a KV head: as they are, or float32 that is quantized,
   // which changes them.
   template <class U>
@@ -64,7 +73,7 @@ struct Cache : CacheShape {
       for (int d = 0; d < head_size; d += PANEL, v += value_panel())
         put_row(v, offset, quantized + d);
     } else {
-      for (int d = 0; d < head_size; d++) k[in_panel(d, offset % PANEL)] = key[d];
+      write_key(slot, kv_head, key);
       for (int d = 0; d < head_size; d++)
         v[d / PANEL * value_panel() + in_panel(offset, d % PANEL)] = value[d];
     }

@@ -26,8 +26,11 @@ struct AttendCall {
   const float* values;  // see Parameters
   const float* const* learned;
   const float* alibi_slopes;  // [num_heads], or null
+  const void* selecting;      // [num_tokens, head_size]: head 0's queries, of a selector
+  int64_t selecting_stride;   // of a token, in elements
   float scale, soft_cap;      // soft_cap: 0 is none
   int32_t num_heads, window;  // window: 0 is none
+  int32_t selector;           // whether head 0 is another rank's, its keys behind the heads'
   int32_t query_format, out_format, cache_format;
 };
 

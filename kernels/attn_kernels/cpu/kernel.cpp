@@ -277,8 +277,9 @@ struct WriteCall {
   CacheShape cache;
   // [>= num_tokens, num_kv_heads, head_size], in the cache's format unless that is quantized
   const void *key, *value;
-  int64_t key_stride, value_stride;  // of a token, in elements
-  const int64_t* slot_mapping;       // [num_tokens]; -1 is padding
+  const void* selecting;  // [>= num_tokens, head_size]: head 0's keys, of a selector, or null
+  int64_t key_stride, value_stride, selecting_stride;  // of a token, in elements
+  const int64_t* slot_mapping;                         // [num_tokens]; -1 is padding
   int64_t num_tokens;
   int32_t key_format, value_format, cache_format, threads;
 };
@@ -303,6 +304,9 @@ void write(const WriteCall& w) {
         cache.write(slot, h, (const T*)w.key + key, (const T*)w.value + value);
       }
     }
+    if constexpr (VARIANT::stateful && !QUANTIZED<T>)
+      if (w.selecting)
+        cache.write_key(slot, cache.num_kv_heads, (const T*)w.selecting + i * w.selecting_stride);
     if (VARIANT::stateful) cache.accumulators(slot / cache.block_size)[slot % cache.block_size] = 0;
   }
 }
@@ -338,6 +342,12 @@ int attnserve_attend(const AttendCall* call) {
 
 int attnserve_write(const WriteCall* w) {
   return in_format(w->cache_format, [&](auto t) { write<decltype(t)>(*w); });
+}
+
+// A layer's step: what comes new is written first.
+int attnserve_step(const WriteCall* w, const AttendCall* call) {
+  const int failed = attnserve_write(w);
+  return failed ? failed : attnserve_attend(call);
 }
 
 // Of a stateful variant within a budget: stores the new tokens and attends.

@@ -24,6 +24,7 @@ LONGEST = 2**31 - 1
 """Tokens of a context: C++ counts them in 32 bits."""
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of tensors, and of a cache that is not quantized."""
+NO_MEMORY = "no memory for the attention kernel's scratch space"
 QUANTIZED = {KVFormat(8): 3, KVFormat(4): 4}
 """Of a quantized cache."""
 
@@ -53,9 +54,10 @@ class AttendCall(ctypes.Structure):
         *fields(c_void_p, "batch"),
         *fields(POINTER(c_float), "values"),
         *fields(POINTER(c_void_p), "learned"),
-        *fields(c_void_p, "alibi_slopes"),
+        *fields(c_void_p, "alibi_slopes selecting"),
+        *fields(c_int64, "selecting_stride"),
         *fields(c_float, "scale soft_cap"),
-        *fields(c_int32, "num_heads window query_format out_format cache_format"),
+        *fields(c_int32, "num_heads window selector query_format out_format cache_format"),
     )
 
 
@@ -64,8 +66,8 @@ class WriteCall(ctypes.Structure):
 
     _fields_ = (
         *fields(CacheShape, "cache"),
-        *fields(c_void_p, "key value"),
-        *fields(c_int64, "key_stride value_stride"),
+        *fields(c_void_p, "key value selecting"),
+        *fields(c_int64, "key_stride value_stride selecting_stride"),
         *fields(c_void_p, "slot_mapping"),
         *fields(c_int64, "num_tokens"),
         *fields(c_int32, "key_format value_format cache_format threads"),
@@ -79,7 +81,9 @@ class PrunedCall(ctypes.Structure):
         *fields(c_void_p, "pages"),
         *fields(c_int64, "page_stride"),
         *fields(c_void_p, "query key value out"),
+        *fields(c_void_p, "selecting_query selecting_key"),
         *fields(c_int64, "query_stride key_stride value_stride out_stride"),
+        *fields(c_int64, "selecting_query_stride selecting_key_stride"),
         *fields(c_void_p, "batch"),
         *fields(POINTER(c_float), "values"),
         *fields(c_float, "scale"),
@@ -164,6 +168,7 @@ class CPULayer(Layer):
             soft_cap=self.soft_cap or 0.0,
             num_heads=self.num_heads,
             window=min(self.window or 0, LONGEST),
+            selector=self.selector,
             cache_format=cache_format,
         )
         # The call points into these.
@@ -175,8 +180,14 @@ class CPULayer(Layer):
             self._call.alibi_slopes = tensors[-1].data_ptr()
         self._tensors = tensors, pointers
         self._library = kernel.library
+        self._both = byref(self._write), byref(self._call)
+        self._layout: tuple[Any, ...] | None = None
+        """Of the last step, whose calls need new pointers only where the next one's is the same."""
 
-    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    def write_cache(
+        self, key: Tensor, value: Tensor, slot_mapping: Tensor, selecting: Tensor | None = None
+    ) -> None:
+        self._layout = None
         if self.kv_format is None and key.dtype != self.kv_cache.dtype:
             key, value = key.to(self.kv_cache.dtype), value.to(self.kv_cache.dtype)
         slot_mapping = slot_mapping.long().contiguous()
@@ -191,16 +202,62 @@ class CPULayer(Layer):
         call.value, call.value_stride = value.data_ptr(), value.stride(0)
         call.key_format, call.value_format = FORMATS[key.dtype], FORMATS[value.dtype]
         call.slot_mapping, call.num_tokens = slot_mapping.data_ptr(), num_tokens
+        if self.selector:
+            keys = selecting_rows(selecting, num_tokens, self.head_size)[:, 1]
+            keys = keys.to(self.kv_cache.dtype)
+            call.selecting, call.selecting_stride = keys.data_ptr(), keys.stride(0)
         call.threads = torch.get_num_threads()
         self._library.attnserve_write(byref(call))
 
-    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+    def attend(
+        self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None
+    ) -> None:
+        self._layout = None
         check_rows("query", query, batch.num_tokens, self.num_heads, self.head_size)
         check_out(out, batch.num_tokens, self.num_heads, self.head_size)
         if VALUES:
             num_blocks, _, block_size, _ = self.kv_cache.shape
             check_batch(batch, num_blocks, block_size, self.window or 0)
+        query = heads_together(query)
+        if self.selector:
+            queries = selecting_rows(selecting, batch.num_tokens, self.head_size)[:, 0]
+            queries = queries.to(query.dtype)
+            self._call.selecting = queries.data_ptr()
+            self._call.selecting_stride = queries.stride(0)
         run(self._library.attnserve_attend, self._call, query, batch, out)
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
+        layout = (
+            *(batch.num_tokens, batch.slot_mapping.shape),
+            *(query.shape, key.shape, value.shape, out.shape),
+            *(query.stride(), key.stride(), value.stride(), out.stride()),
+            *(query.dtype, key.dtype, value.dtype, out.dtype),
+        )
+        if layout != self._layout:
+            super().step(query, key, value, batch, out, selecting)
+            pointers = self._write.key, self._write.value, self._call.query
+            given = key.data_ptr(), value.data_ptr(), query.data_ptr()
+            if selecting is None and pointers == given:  # nothing had to be copied
+                self._layout = layout
+            return
+        if VALUES:
+            num_blocks, _, block_size, _ = self.kv_cache.shape
+            check_slots(batch.slot_mapping, num_blocks * block_size)
+            check_batch(batch, num_blocks, block_size, self.window or 0)
+        write, attend = self._write, self._call
+        write.key, write.value = key.data_ptr(), value.data_ptr()
+        write.slot_mapping, attend.batch = batch.slots_address, batch.address
+        attend.query, attend.out = query.data_ptr(), out.data_ptr()
+        if self._library.attnserve_step(*self._both):
+            raise MemoryError(NO_MEMORY)
 
 
 class PrunedCPULayer(PrunedLayer):
@@ -228,7 +285,15 @@ class PrunedCPULayer(PrunedLayer):
         )
         self._run = kernel.library.attnserve_attend_pruned
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
         call, num_tokens = self._call, batch.num_tokens
         num_kv_heads, head_size = self.shape.num_kv_heads, self.shape.head_size
         check_rows("query", query, num_tokens, self.num_heads, head_size)
@@ -241,15 +306,31 @@ class PrunedCPULayer(PrunedLayer):
         value = heads_together(value.to(self.shape.dtype))
         call.key, call.key_stride = key.data_ptr(), key.stride(0)
         call.value, call.value_stride = value.data_ptr(), value.stride(0)
+        query = heads_together(query)
+        if self.shape.selector:
+            queries, keys = selecting_rows(selecting, num_tokens, head_size).unbind(1)
+            queries, keys = queries.to(query.dtype), keys.to(self.shape.dtype)
+            call.selecting_query, call.selecting_query_stride = (
+                queries.data_ptr(),
+                queries.stride(0),
+            )
+            call.selecting_key, call.selecting_key_stride = keys.data_ptr(), keys.stride(0)
         run(self._run, call, query, batch, out)
+
+
+def selecting_rows(selecting: Tensor | None, num_tokens: int, head_size: int) -> Tensor:
+    """Return head 0's queries and keys `[>= num_tokens, 2, head_size]`, which a selector needs."""
+    if selecting is None:
+        raise ValueError("head 0 is another rank's: its queries and keys are missing")
+    check_rows("selecting", selecting, num_tokens, 2, head_size)
+    return heads_together(selecting)
 
 
 def run(function: Any, call: Any, query: Tensor, batch: Batch, out: Tensor) -> None:
     """Call a C++ function that attends, on a struct in which only these are not filled in."""
-    query = heads_together(query)
     call.query, call.query_stride = query.data_ptr(), query.stride(0)
     call.query_format, call.out_format = FORMATS[query.dtype], FORMATS[out.dtype]
     call.out, call.out_stride = out.data_ptr(), out.stride(0)
     call.batch = batch.address
     if function(byref(call)):
-        raise MemoryError("no memory for the attention kernel's scratch space")
+        raise MemoryError(NO_MEMORY)

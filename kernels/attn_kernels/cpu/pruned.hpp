@@ -2,8 +2,9 @@
 // layer, in one page. The rule of eviction is that of attn_kernels/pruning.py, carried out token by
 // token: a page is small, so that a query meets `budget` keys however long its context is.
 //
-// A page: keys [num_kv_heads][budget][head_size], values likewise, accumulators [budget] int32,
-// positions [budget] int32. Slots are in no order; the first min(tokens, budget) are taken.
+// A page: keys [num_kv_heads][budget][head_size], values likewise, those of a selector (head 0's
+// keys where that is another rank's) [budget][head_size], accumulators [budget] int32, positions
+// [budget] int32. Slots are in no order; the first min(tokens, budget) are taken.
 #pragma once
 #include <vector>
 
@@ -17,7 +18,9 @@ struct PrunedCall {
   int64_t page_stride;              // in bytes
   const void *query, *key, *value;  // [num_tokens, heads, head_size]; key and value as in the page
   void* out;                        // [>= num_tokens, num_heads, head_size]
+  const void *selecting_query, *selecting_key;                 // head 0's, of a selector, or null
   int64_t query_stride, key_stride, value_stride, out_stride;  // of a token, in elements
+  int64_t selecting_query_stride, selecting_key_stride;
   const Batch* batch;   // the first entry of a request's block table is its page
   const float* values;  // see Parameters
   float scale;
@@ -112,10 +115,12 @@ class Pruned {
     return (T*)page(scan) + (ptrdiff_t)kv_head * budget * head_size;
   }
   T* values(const Scan& scan, int kv_head) const { return keys(scan, call.num_kv_heads + kv_head); }
+  T* selecting_keys(const Scan& scan) const { return keys(scan, 2 * call.num_kv_heads); }
 
   // KV head 0: evicts, inserts, attends and accumulates.
   void select(const Scan& scan, const Group& group) const {
-    int32_t* accumulators = (int32_t*)keys(scan, 2 * call.num_kv_heads);
+    const bool apart = call.selecting_key;
+    int32_t* accumulators = (int32_t*)(selecting_keys(scan) + (apart ? budget * head_size : 0));
     int32_t* positions = accumulators + budget;
     for (int i = 0; i < scan.num_tokens; i++) {
       const int position = scan.num_before + i, stored = std::min(position + 1, budget);
@@ -125,10 +130,25 @@ class Pruned {
       positions[slot] = position;
       float* penalties = scan.penalties + (ptrdiff_t)i * padded;
       for (int j = 0; j < stored; j++) penalties[j] = accumulators[j] * (1 / FRACTION);
+      if (apart) {
+        score_apart(scan, i, stored, group);
+        accumulate(group.s, stored, slot, accumulators, positions);
+      }
       attend(scan, 0, i, group, [&](const float* scores) {
-        accumulate(scores, stored, slot, accumulators, positions);
+        if (!apart) accumulate(scores, stored, slot, accumulators, positions);
       });
     }
+  }
+
+  // A selector's token: its key into its slot, then its scores.
+  void score_apart(const Scan& scan, int i, int stored, const Group& group) const {
+    const int64_t token = scan.first_token + i;
+    T* k = selecting_keys(scan);
+    std::copy_n((const T*)call.selecting_key + token * call.selecting_key_stride, head_size,
+                k + (ptrdiff_t)scan.slots[i] * head_size);
+    prepare(call.selecting_query, token * call.selecting_query_stride, 0, scan.num_before + i,
+            stored, group.q);
+    for (int j = 0; j < stored; j++) group.s[j] = dot(group.q, k + (ptrdiff_t)j * head_size);
   }
 
   // Another KV head, in the slots that head 0 chose.
@@ -175,9 +195,11 @@ class Pruned {
     std::copy_n((const T*)call.key + token * call.key_stride + head, head_size, k + place);
     std::copy_n((const T*)call.value + token * call.value_stride + head, head_size, v + place);
     const int end = round_up(stored, PANEL);
-    for (int r = 0; r < group_size; r++)
-      group.query[r] =
-          prepare(token, kv_head * group_size + r, position, stored, group.q + r * head_size);
+    for (int r = 0; r < group_size; r++) {
+      const int h = kv_head * group_size + r;
+      group.query[r] = prepare(call.query, token * call.query_stride + (int64_t)h * head_size, h,
+                               position, stored, group.q + r * head_size);
+    }
     for (int j = 0; j < stored; j++)
       for (int r = 0; r < group_size; r++)
         group.s[r * padded + j] = dot(group.q + r * head_size, k + (ptrdiff_t)j * head_size);
@@ -195,9 +217,9 @@ class Pruned {
     }
   }
 
-  Query prepare(int token, int head, int position, int stored, float* q) const {
-    const int64_t offset = token * call.query_stride + (int64_t)head * head_size;
-    load_row(call.query_format, call.query, offset, head_size, q);
+  Query prepare(const void* queries, int64_t offset, int head, int position, int stored,
+                float* q) const {
+    load_row(call.query_format, queries, offset, head_size, q);
     const Query query{head, position, (float)stored, norm(q, head_size)};
     const float factor = variant.query_factor(query);
     for (int d = 0; d < head_size; d += WIDTH) store(q + d, load(q + d) * factor);

@@ -50,10 +50,13 @@ class Spans {
 
   static int num_spans(int begin, int end) { return (end - 1) / SPAN - begin / SPAN + 1; }
 
+  // The token of a call that is at a position of a request.
+  int64_t token_at(int request, int position) const {
+    return call.batch->query_start_loc[request] + position - first_position(request);
+  }
   // Where in `query` a head's query at a position begins.
   int64_t query_offset(int request, int position, int head) const {
-    const int64_t token = call.batch->query_start_loc[request] + position - first_position(request);
-    return token * call.query_stride + (int64_t)head * head_size;
+    return token_at(request, position) * call.query_stride + (int64_t)head * head_size;
   }
 
   void scale(float* x, int count, float factor) const {

@@ -57,6 +57,9 @@ class Shape(NamedTuple):
     """With a scale for all keys, and one for all values."""
     kv_bits: int
     """Bits of keys and values that are quantized with parameters of each token; 0: none."""
+    selecting_head: int
+    """The KV head in the cache with head 0's keys: one behind the others where head 0 is another
+    rank's."""
 
 
 class Tiling(NamedTuple):
@@ -191,9 +194,13 @@ def attend_keys(
                 if TILE.queries > 1:
                     # And what the tile's own queries before each row's have added.
                     selector_keys = k
-                    if SHAPE.num_kv_heads > 1:
-                        selector_keys = load_keys(blocks, block, 0, key, inside, dtype, SHAPE)
-                        words = find_parameters(blocks, block, 0, key, False, SHAPE)
+                    if SHAPE.num_kv_heads > 1 or SHAPE.selecting_head > 0:
+                        selector_keys = load_keys(
+                            blocks, block, SHAPE.selecting_head, key, inside, dtype, SHAPE
+                        )
+                        words = find_parameters(
+                            blocks, block, SHAPE.selecting_head, key, False, SHAPE
+                        )
                     x = score_keys(rows.selecting, selector_keys, words, inside, zeros, SHAPE)
                     x *= scale
                     chosen = seen & rows.valid[:, None]
@@ -212,7 +219,9 @@ def attend_keys(
 
 @triton.jit
 def attend_kernel(
-    out, query, cache, block_table, query_start_loc, seq_lens,
+    out, query,
+    selectors,  # [num_tokens, head_size]: head 0's queries, of a stateful variant
+    cache, block_table, query_start_loc, seq_lens,
     first_learned, second_learned, alibi_slopes,  # [num_heads] float32
     snapshots,  # [tiles, keys] float32: accumulators ahead of each tile (select_kernel)
     statistics,  # [num_tokens, num_heads, splits, 2] float32, of the pass for statistics
@@ -220,7 +229,8 @@ def attend_kernel(
     part_outputs,  # [num_tokens, num_heads, splits, head_size] float32
     key_scale, value_scale,  # [1] float32, of a quantized cache
     scale, num_reqs,
-    query_stride, out_stride, block_stride, head_stride, table_stride, snapshot_stride,
+    query_stride, selector_stride, out_stride, block_stride, head_stride, table_stride,
+    snapshot_stride,
     QUERY_FACTOR: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE: tl.constexpr,
     EPILOGUE: tl.constexpr, UPDATE_STATISTICS: tl.constexpr, FINISH_STATISTICS: tl.constexpr,
     SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
@@ -247,7 +257,8 @@ def attend_kernel(
     q = tl.load(q_start + head[:, None] * SHAPE.head_size, mask=row_mask, other=0.0)
     selecting = q
     if SELECTION is not None and TILE.queries > 1:
-        selecting = tl.load(q_start, mask=row_mask, other=0.0)
+        place = selectors + token[:, None] * selector_stride + dim[None, :]
+        selecting = tl.load(place, mask=row_mask, other=0.0)
 
     known = known_of(
         position, head, q, valid, first_learned, second_learned, VARIANT, SHAPE
@@ -355,10 +366,10 @@ def merge_kernel(
 
 @triton.jit
 def select_kernel(
-    query, cache, block_table, query_start_loc, seq_lens,
+    selectors, cache, block_table, query_start_loc, seq_lens,
     snapshots,  # [tiles, keys] float32
     key_scale, scale,
-    query_stride, block_stride, head_stride, table_stride, snapshot_stride,
+    selector_stride, block_stride, head_stride, table_stride, snapshot_stride,
     SELECTION: tl.constexpr, SHAPE: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -382,8 +393,9 @@ def select_kernel(
     table = block_table + request.to(tl.int64) * table_stride
     blocks = Blocks(cache, table, block_stride, head_stride)
     block = load_blocks(blocks, key, inside, SHAPE)
-    k = load_keys(blocks, block, 0, key, inside, query.dtype.element_ty, SHAPE)
-    words = find_parameters(blocks, block, 0, key, False, SHAPE)
+    dtype: tl.constexpr = selectors.dtype.element_ty
+    k = load_keys(blocks, block, SHAPE.selecting_head, key, inside, dtype, SHAPE)
+    words = find_parameters(blocks, block, SHAPE.selecting_head, key, False, SHAPE)
     if SHAPE.kv_bits:
         accumulators = words.to(tl.pointer_type(tl.float32)) + 2 * SHAPE.block_size
     else:
@@ -402,7 +414,8 @@ def select_kernel(
         valid = (row < QUERIES) & (index < num_queries)
         token = (start_loc + index).to(tl.int64)
         mask = valid[:, None] & (dim < SHAPE.head_size)[None, :]
-        q = tl.load(query + token[:, None] * query_stride + dim[None, :], mask=mask, other=0.0)
+        place = selectors + token[:, None] * selector_stride + dim[None, :]
+        q = tl.load(place, mask=mask, other=0.0)
         if SHAPE.kv_bits == 4:
             q = rotate(q, ROWS, SHAPE.dims, SHAPE.head_size)
         x = score_keys(q, k, words, inside, tl.zeros([ROWS, KEYS], tl.float32), SHAPE) * scale

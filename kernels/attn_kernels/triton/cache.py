@@ -1,5 +1,6 @@
 """The paged cache: keys and values as kernels read and write them, and the two products with them.
 
+Where head 0 is another rank's, its keys lie behind the heads of a block, as those of one more head.
 Inside its block each KV head has `block_size` keys, then as many values, then (8 and 4 bits)
 their parameters (`triton/kv_quant.py`), then (stateful variants) as many float32 accumulators, of
 which KV head 0's are used: rows of keys and values are aligned. SHAPE is `attention.Shape`.
@@ -112,12 +113,15 @@ def unit(k, words, inside, SHAPE: tl.constexpr):
 
 @triton.jit
 def write_kernel(
-    key, value, cache, slot_mapping,
+    key, value,
+    selecting,  # [num_tokens, head_size]: head 0's keys, where SHAPE has a head for them
+    cache, slot_mapping,
     key_scale, value_scale,  # [1] float32, of a quantized cache
-    key_stride, value_stride, block_stride, head_stride,
+    key_stride, value_stride, selecting_stride, block_stride, head_stride,
     SHAPE: tl.constexpr, STATEFUL: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Write one token and head; new accumulators start at 0. Grid: (num_tokens, num_kv_heads)."""
+    """Write one token and head; new accumulators start at 0. Grid: (num_tokens, num_kv_heads, and
+    one more where there are selecting keys)."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slot_mapping + token)
     if slot < 0:  # padding
@@ -126,6 +130,11 @@ def write_kernel(
     offset = slot % SHAPE.block_size
     dim = tl.arange(0, SHAPE.dims)
     mask = dim < SHAPE.head_size
+    if SHAPE.selecting_head > 0:  # noqa: SIM102 (known when it is compiled)
+        if head == SHAPE.selecting_head:
+            k = tl.load(selecting + token * selecting_stride + dim, mask=mask)
+            tl.store(base + offset * SHAPE.head_size + dim, k, mask=mask)
+            return
     row = head * SHAPE.head_size + dim
     k = tl.load(key + token * key_stride + row, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(value + token * value_stride + row, mask=mask, other=0.0).to(tl.float32)

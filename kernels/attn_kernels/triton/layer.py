@@ -107,31 +107,38 @@ class TritonLayer(Layer):
         self.shape = Shape(
             num_kv_heads, self.group, self.head_size, dims, block_size, self.window or 0,
             self.soft_cap or 0.0, self.slopes is not None, self.quantized,
-            self.kv_format.bits if self.kv_format else 0,
+            self.kv_format.bits if self.kv_format else 0, num_kv_heads if self.selector else 0,
         )  # fmt: skip
         given = {**functions(variant), "SHAPE": self.shape}
         self.attend_constants = constants(attend_kernel, given)
         self.merge_constants = constants(merge_kernel, given)
         self.select_constants = constants(select_kernel, given)
 
-    def write_cache(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    def write_cache(
+        self, key: Tensor, value: Tensor, slot_mapping: Tensor, selecting: Tensor | None = None
+    ) -> None:
         if slot_mapping.shape[0] == 0:
             return
         key, value = heads_together(key), heads_together(value)
-        write_kernel[(slot_mapping.shape[0], self.num_kv_heads)](
-            key, value, self.kv_cache, slot_mapping, *self.scales,
-            key.stride(0), value.stride(0), *self.kv_cache.stride()[:2],
+        head_0 = None if selecting is None else selecting[:, 1].to(self.kv_cache.dtype)
+        write_kernel[(slot_mapping.shape[0], self.num_kv_heads + self.selector)](
+            key, value, head_0, self.kv_cache, slot_mapping, *self.scales,
+            key.stride(0), value.stride(0), 0 if head_0 is None else head_0.stride(0),
+            *self.kv_cache.stride()[:2],
             SHAPE=self.shape, STATEFUL=self.variant.stateful,
             LARGEST=127.0 if self.kv_cache.dtype == torch.int8 else 448.0,
             enable_fp_fusion=True, num_warps=1,
         )  # fmt: skip
 
-    def attend(self, query: Tensor, batch: Batch, out: Tensor) -> None:
+    def attend(
+        self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None
+    ) -> None:
         query = heads_together(query)
+        selectors = query[:, 0] if selecting is None else selecting[:, 0].to(query.dtype)
         if query.shape[0] == 0:
             return
         phase = DECODE if batch.max_query_len == 1 else PREFILL
-        run = functools.partial(self._attend, phase, query, batch, out)
+        run = functools.partial(self._attend, phase, query, selectors, batch, out)
         tile = tile_for(
             phase, self.arch, self.head_size, query.element_size(), self.group,
             self.shape.kv_bits,
@@ -142,7 +149,9 @@ class TritonLayer(Layer):
             tile = tuning.fastest(kind, tile, run)
         run(tile)
 
-    def _attend(self, phase: str, query: Tensor, batch: Batch, out: Tensor, tile: Tile) -> None:
+    def _attend(
+        self, phase: str, query: Tensor, selectors: Tensor, batch: Batch, out: Tensor, tile: Tile
+    ) -> None:
         """Launch the kernels with a tile."""
         num_reqs, num_tokens = batch.seq_lens.shape[0], query.shape[0]  # padding included
         decode = phase == DECODE
@@ -158,14 +167,14 @@ class TritonLayer(Layer):
             if two_pass:
                 statistics = scratch(self.device, "statistics", *of_parts, 2)
         if self.variant.stateful:
-            snapshots = self._select(query, batch, tile, queries, tiles)
+            snapshots = self._select(selectors, batch, tile, queries, tiles)
         for only in (STATISTICS, OUTPUT) if two_pass else (WHOLE,):
             attend_kernel[(tiles, self.num_kv_heads, parts)](
-                out, query, self.kv_cache, batch.block_table, batch.query_start_loc,
+                out, query, selectors, self.kv_cache, batch.block_table, batch.query_start_loc,
                 batch.seq_lens, *self.two_learned, self.slopes, snapshots, statistics, part_rows,
                 part_outputs,
                 *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
-                query.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
+                query.stride(0), selectors.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
                 batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
                 **self.attend_constants, TILE=Tiling(tile.rows, queries, tile.keys, parts),
                 PASS=only, **tile.options,
@@ -177,14 +186,16 @@ class TritonLayer(Layer):
                 **self.merge_constants, SPLITS=parts, enable_fp_fusion=True, num_warps=4,
             )  # fmt: skip
 
-    def _select(self, query: Tensor, batch: Batch, tile: Tile, queries: int, tiles: int) -> Tensor:
+    def _select(
+        self, selectors: Tensor, batch: Batch, tile: Tile, queries: int, tiles: int
+    ) -> Tensor:
         """Compute the accumulators ahead of each tile of queries, `[tiles, keys]`."""
         keys = triton.cdiv(batch.max_seq_len, tile.keys) * tile.keys
         snapshots = scratch(self.device, "snapshots", tiles, keys)
         select_kernel[(batch.seq_lens.shape[0], keys // tile.keys)](
-            query, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
+            selectors, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
             snapshots, self.scales[0], self.scale,
-            query.stride(0), *self.kv_cache.stride()[:2], batch.block_table.stride(0), keys,
+            selectors.stride(0), *self.kv_cache.stride()[:2], batch.block_table.stride(0), keys,
             **self.select_constants, ROWS=max(16, triton.next_power_of_2(queries)),
             QUERIES=queries, KEYS=tile.keys, **tile.options,
         )  # fmt: skip
@@ -209,6 +220,7 @@ class TritonPrunedLayer(PrunedLayer):
             triton.next_power_of_2(shape.head_size),
             shape.budget,
             max(16, triton.next_power_of_2(shape.budget)),
+            2 * shape.num_kv_heads if shape.selector else 0,
         )
         arch, _ = device_figures(pages.device)
         self.tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, group)
@@ -216,20 +228,31 @@ class TritonPrunedLayer(PrunedLayer):
         self.scan_constants = constants(pruned.scan_kernel, given)
         self.attend_constants = constants(pruned.attend_kernel, given)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, out: Tensor) -> None:
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        out: Tensor,
+        selecting: Tensor | None = None,
+    ) -> None:
         num_tokens, num_reqs = query.shape[0], batch.seq_lens.shape[0]
         if num_tokens == 0:
             return
         dtype, slots, num_kv_heads = self.shape.dtype, self.page.slots, self.page.num_kv_heads
         query = heads_together(query)
         key, value = heads_together(key.to(dtype)), heads_together(value.to(dtype))
+        selectors, selecting_keys = query[:, 0], key[:, 0]
+        if selecting is not None:
+            selectors, selecting_keys = selecting[:, 0].to(query.dtype), selecting[:, 1].to(dtype)
         sources = scratch(query.device, "sources", num_tokens, slots).view(torch.int32)
         penalties = scratch(query.device, "penalties", num_tokens, slots)
         page_stride, table_stride = self.pages.stride(0), batch.block_table.stride(0)
         pruned.scan_kernel[(num_reqs,)](
-            query, key, self.pages, batch.block_table, batch.query_start_loc, batch.seq_lens,
-            sources, penalties, self.scale,
-            query.stride(0), key.stride(0), page_stride, table_stride,
+            selectors, selecting_keys, self.pages, batch.block_table, batch.query_start_loc,
+            batch.seq_lens, sources, penalties, self.scale,
+            selectors.stride(0), selecting_keys.stride(0), page_stride, table_stride,
             **self.scan_constants, enable_fp_fusion=True, num_warps=8,
         )  # fmt: skip
         pruned.attend_kernel[(num_tokens, num_kv_heads)](
@@ -240,9 +263,10 @@ class TritonPrunedLayer(PrunedLayer):
             **self.attend_constants, ROWS=self.tile.rows, KEYS=min(slots, self.tile.keys),
             **self.tile.options,
         )  # fmt: skip
-        pruned.store_kernel[(num_tokens, num_kv_heads)](
-            key, value, self.pages, batch.block_table, batch.query_start_loc, sources, num_reqs,
-            key.stride(0), value.stride(0), page_stride, table_stride,
+        pruned.store_kernel[(num_tokens, num_kv_heads + self.shape.selector)](
+            key, value, selecting_keys, self.pages, batch.block_table, batch.query_start_loc,
+            sources, num_reqs,
+            key.stride(0), value.stride(0), selecting_keys.stride(0), page_stride, table_stride,
             PAGE=self.page, enable_fp_fusion=True, num_warps=1,
         )  # fmt: skip
 

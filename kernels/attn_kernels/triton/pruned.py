@@ -1,10 +1,11 @@
 """Attention of a stateful variant within a budget: one page a request, by the rule of
 `attn_kernels.pruning`.
 
-A page holds keys `[num_kv_heads, budget, head_size]`, values likewise, and int32 accumulators and
-positions `[budget]` each. Three kernels a step: `scan_kernel` finds out what every query sees,
-`attend_kernel` attends, and only then `store_kernel` puts the new tokens into their slots, since
-earlier queries may still have seen what was there.
+A page holds keys `[num_kv_heads, budget, head_size]`, values likewise, head 0's keys where that is
+another rank's, `[budget, head_size]`, and int32 accumulators and positions `[budget]` each. Three
+kernels a step: `scan_kernel` finds out what every query sees, `attend_kernel` attends, and only
+then `store_kernel` puts the new tokens into their slots, since earlier queries may still have seen
+what was there.
 """
 
 from typing import NamedTuple
@@ -34,6 +35,9 @@ class PagedSlots(NamedTuple):
     budget: int
     slots: int
     """`budget` rounded up to a power of two."""
+    selecting_head: int
+    """Which head of a page's keys and values are head 0's keys: one behind all others where head 0
+    is another rank's."""
 
 
 @triton.jit
@@ -56,7 +60,8 @@ def load_source(
 
 @triton.jit
 def scan_kernel(
-    query, key, pages, block_table, query_start_loc, seq_lens,
+    query, key,  # head 0's
+    pages, block_table, query_start_loc, seq_lens,
     sources,  # [num_tokens, slots] int32: which token each query sees in a slot
     penalties,  # [num_tokens, slots] float32
     scale, query_stride, key_stride, page_stride, table_stride,
@@ -71,9 +76,9 @@ def scan_kernel(
         return
     num_before = tl.load(seq_lens + request) - num_queries
     page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
-    numbers = (pages + page + 2 * PAGE.num_kv_heads * PAGE.budget * PAGE.head_size).to(
-        tl.pointer_type(tl.int32)
-    )
+    heads: tl.constexpr = 2 * PAGE.num_kv_heads + (PAGE.selecting_head > 0)
+    numbers = (pages + page + heads * PAGE.budget * PAGE.head_size).to(tl.pointer_type(tl.int32))
+    keys = page + PAGE.selecting_head * PAGE.budget * PAGE.head_size
     slot, dim = tl.arange(0, PAGE.slots), tl.arange(0, PAGE.dims)
     taken = slot < tl.minimum(num_before, PAGE.budget)
     state = tl.load(numbers + slot, mask=taken, other=0)
@@ -95,7 +100,7 @@ def scan_kernel(
 
         mask = dim < PAGE.head_size
         q = tl.load(query + token * query_stride + dim, mask=mask, other=0.0).to(tl.float32)
-        k = load_source(key, pages, source, slot, start_loc, key_stride, page, dim, PAGE.head_size)
+        k = load_source(key, pages, source, slot, start_loc, key_stride, keys, dim, PAGE.head_size)
         x = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
         units = SELECTION(x) * 65536.0
         whole = tl.where(units < 4194304.0, tl.floor(units + 0.5), units)  # beyond, it is whole
@@ -170,12 +175,14 @@ def attend_kernel(
 
 @triton.jit
 def store_kernel(
-    key, value, pages, block_table, query_start_loc, sources, num_reqs,
-    key_stride, value_stride, page_stride, table_stride,
+    key, value,
+    selecting,  # head 0's keys, where PAGE has a head for them
+    pages, block_table, query_start_loc, sources, num_reqs,
+    key_stride, value_stride, selecting_stride, page_stride, table_stride,
     PAGE: tl.constexpr,
 ):  # fmt: skip
     """Store a token in the slot in which the request's last query sees it, if it does. Grid:
-    (num_tokens, num_kv_heads)."""
+    (num_tokens, num_kv_heads, and one more where there are selecting keys)."""
     token, kv_head = tl.program_id(0), tl.program_id(1)
     request = find_request(query_start_loc, token, num_reqs, 1)
     start_loc = tl.load(query_start_loc + request)
@@ -189,6 +196,12 @@ def store_kernel(
         return
     page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
     mask = dim < PAGE.head_size
+    if PAGE.selecting_head > 0:  # noqa: SIM102 (known when it is compiled)
+        if kv_head == PAGE.num_kv_heads:
+            k = tl.load(selecting + token.to(tl.int64) * selecting_stride + dim, mask=mask)
+            keys = pages + page + PAGE.selecting_head * PAGE.budget * PAGE.head_size
+            tl.store(keys + place * PAGE.head_size + dim, k, mask=mask)
+            return
     head = kv_head * PAGE.head_size + dim
     k = tl.load(key + token.to(tl.int64) * key_stride + head, mask=mask)
     v = tl.load(value + token.to(tl.int64) * value_stride + head, mask=mask)
