@@ -60,15 +60,13 @@ def heads_of(config: dict[str, Any]) -> tuple[int, int]:
     return config.get("num_key_value_heads") or heads, head_size
 
 
-def token_bytes(config: dict[str, Any], dtype: torch.dtype, stateful: bool) -> int:
-    """Return the bytes of KV cache of a token that is kept in every layer.
-
-    A slot of a stateful variant also has an accumulator for each KV head.
-    """
-    from attn_kernels.paged import STATE_BYTES
+def token_bytes(config: dict[str, Any], dtype: torch.dtype, variant: Variant) -> int:
+    """Return the bytes of KV cache of a token that is kept in every layer."""
+    from attn_kernels.paged import content_bytes
 
     kv_heads, head_size = heads_of(config)
-    head = 2 * head_size * dtype.itemsize + STATE_BYTES * stateful
+    group = config["num_attention_heads"] // kv_heads
+    head = content_bytes(variant, head_size, dtype, group=group)
     return int(config["num_hidden_layers"] * kv_heads * head)
 
 

@@ -53,7 +53,9 @@ Call = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
 def gpu_training(
     minutes: Annotated[float, opt.option("No case begins after this time.", min=0)] = 3.0,
-    variants: Annotated[list[str] | None, opt.option("Which (default: all).")] = None,
+    variants: Annotated[
+        list[str] | None, opt.option("Which (default: all that kernels train).")
+    ] = None,
     seed: opt.Seed = 0,
     device: Annotated[
         Literal["cuda", "cpu"],
@@ -72,19 +74,21 @@ def gpu_training(
     """
     import torch
 
-    from attn_kernels import variant_names
+    from attn_kernels import get_variant, variant_names
+    from attn_kernels.triton.variant import missing_derivative
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"torch {torch.__version__} finds no GPU; see docs/GPU.md")
     about, save = described(device), results.checked(csv, no_save)
     deadline = time.monotonic() + 60 * minutes
+    names = variants or [n for n in variant_names() if not missing_derivative(get_variant(n))]
     rows: list[results.Row] = []
     for case in CASES[device]:
         if time.monotonic() > deadline:
             print(f"out of time before {case}", file=sys.stderr)
             break
         print(f"{case} ...", file=sys.stderr, flush=True)
-        found = measure(case, list(variants or variant_names()), device, seed)
+        found = measure(case, names, device, seed)
         if save is not None:
             results.append_csv(save, about, found)
         rows += found

@@ -30,6 +30,8 @@ class Attention(nn.Module):
         )
         for name in variant.learned:  # for example ssmax's scale, one a head
             setattr(self, name, nn.Parameter(torch.full((HEADS,), variant.initial(name))))
+        if variant.gated:
+            self.f_proj = nn.Linear(WIDTH, HEADS)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (
@@ -37,8 +39,9 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         learned = {name: getattr(self, name) for name in self.variant.learned}
+        gates = self.variant.gate(self.f_proj(x)).mT if self.variant.gated else None
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        output, _ = attend(self.variant, q, k, v, mask, learned=learned)
+        output, _ = attend(self.variant, q, k, v, mask, learned=learned, gates=gates)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
 

@@ -23,11 +23,15 @@ logging.disable_progress_bar()  # a sweep loads a model for each config
 
 
 def linears(model: nn.Module, lm_head: bool = False) -> dict[str, nn.Linear]:
-    """Return the linear layers by name, the head only if asked for; embeddings are none."""
+    """Return the linear layers by name that are quantized, the head only if asked for; embeddings
+    are none. Projections to gates, `[num_heads, hidden_size]`, stay: what they save is little, and
+    the error of a gate counts in every later token."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (lm_head or name != HEAD)
+        if isinstance(module, nn.Linear)
+        and (lm_head or name != HEAD)
+        and not name.endswith(".f_proj")
     }
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attn_kernels.kv_quant import FIELD
 from attnserve.errors import UserError
 from attnserve.files import replacing
 from quant.contents import EMBEDDINGS, Contents
-from quant.model import HEAD, linears
+from quant.model import HEAD
 from quant_kernels.formats.packed import config_of, entry_of, format_of, stored_tensors
 from quant_kernels.weight import QuantizedWeight
 
@@ -164,7 +164,8 @@ def quantization_config(
         target = {EMBEDDINGS: "Embedding", HEAD: HEAD}.get(name, "Linear" if alone else name)
         known += [target] * (target not in known) + [HEAD] * (name == EMBEDDINGS and tied)
     quantized = {*weights, *([HEAD] if tied else [])}
-    ignore = [name for name in (*linears(model), HEAD) if name not in quantized]
+    every = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    ignore = [name for name in dict.fromkeys([*every, HEAD]) if name not in quantized]
     made = config_of(list(targets.values()), ignore)
     if int8:
         token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}

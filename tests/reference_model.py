@@ -78,6 +78,7 @@ class ReferenceModel:
         self.keys: list[list[Tensor]] = [[] for _ in range(layers)]
         self.values: list[list[Tensor]] = [[] for _ in range(layers)]
         self.states: list[Tensor | None] = [None] * layers
+        self.gates: list[list[Tensor]] = [[] for _ in range(layers)]
         self.stored: list[list[Stored]] = [[] for _ in range(layers)]
         self.closest_eviction = math.inf
 
@@ -129,6 +130,8 @@ class ReferenceModel:
         if self.budgets:
             output = self._pruned(layer, self._rotate(q), self._rotate(k), v)
             return self._linear(output.flatten(), name + "o_proj")
+        if self.variant.gated:
+            self.gates[layer].append(self._linear(x, name + "f_proj").sigmoid().log())
         self.keys[layer].append(self._cached(self._rotate(k)))
         self.values[layer].append(self._cached(v))
         output, self.states[layer] = attention(
@@ -139,6 +142,7 @@ class ReferenceModel:
             window=self.config.get("sliding_window"),
             learned={tensor: self.weights[name + tensor] for tensor in self.variant.learned},
             state=self.states[layer],
+            gates=torch.stack(self.gates[layer], 1) if self.variant.gated else None,
         )
         return self._linear(output.flatten(), name + "o_proj")
 

@@ -67,7 +67,8 @@ def convert(source: Path, variant: dict[str, Any], change: Conversion) -> Varian
     keeps its learned tensors, and only `change` changes anything.
     """
     config = convertible_config(source, variant_from_config({"attention_variant": variant}))
-    scale = initial_scale(change.train_length or trained_length(source, config))
+    length = change.train_length or trained_length(source, config)
+    scale = initial_scale(length)
     rope = dict(config.rope_parameters)
     rope["rope_theta"] = float(change.rope_theta or rope["rope_theta"])
     rope["rope_theta"] *= change.rope_theta_factor
@@ -79,9 +80,9 @@ def convert(source: Path, variant: dict[str, Any], change: Conversion) -> Varian
     trained = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     model = VariantLlamaForCausalLM(VariantLlamaConfig(**values)).to(trained.dtype)
     result = model.load_state_dict(trained.state_dict(), strict=False)
-    learned = model.config.variant.learned
+    tensors = model.config.variant.tensors
     if wrong := [
-        *(name for name in result.missing_keys if name.rpartition(".")[2] not in learned),
+        *(name for name in result.missing_keys if name.partition(".self_attn.")[2] not in tensors),
         *result.unexpected_keys,
     ]:
         raise UserError(f"{source} is no plain Llama: {wrong[0]} does not fit")
@@ -89,6 +90,12 @@ def convert(source: Path, variant: dict[str, Any], change: Conversion) -> Varian
         for name, parameter in model.named_parameters():
             if name.endswith(".ssmax_scale") and name in result.missing_keys:
                 parameter.fill_(scale)
+            if name.endswith(".f_proj.weight") and name in result.missing_keys:
+                parameter.zero_()
+            if name.endswith(".f_proj.bias") and name in result.missing_keys:
+                # As near to softmax as a gate that can still learn: over a sequence of this length
+                # a token fades to 1 / e.
+                parameter.fill_(math.log(length))
     return model.eval()
 
 

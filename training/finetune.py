@@ -124,7 +124,7 @@ class FineTune(Resumable):
         if bool(settings.distill) != (teacher is not None):
             raise ValueError("a teacher and a weight for what it teaches go together")
         self.teacher = teacher
-        learned = model.config.variant.learned
+        learned = model.config.variant.tensors
         if settings.train == "scale" and not learned:
             raise UserError(
                 f"{model.config.variant.name} learns no per-head tensors: use --train all"
@@ -132,7 +132,7 @@ class FineTune(Resumable):
         trained = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if settings.train == "all" or name.rpartition(".")[2] in learned
+            if settings.train == "all" or name.partition(".self_attn.")[2] in learned
         }
         batches = Batches(tokens, settings.sequence, settings.batch, bos, settings.seed)
         identity = {**(origin or {}), **asdict(settings), "text": fingerprint(tokens)}

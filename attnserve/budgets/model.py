@@ -114,8 +114,11 @@ class Forward:
                 q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True
             )
         else:
+            gates = None
+            if self.variant.gated:
+                gates = self.variant.gate(attention.f_proj(x)).transpose(1, 2)
             output, _ = attend(
-                self.variant, q, k, v, mask, scale=attention.scaling, penalty=penalty
+                self.variant, q, k, v, mask, scale=attention.scaling, penalty=penalty, gates=gates
             )
         hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
         through: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -58,6 +58,9 @@ def _forward(
     q, k = module.rotate(q, k, position_embeddings, position_ids)
     q, k, v = q.float(), k.float(), v.float()
     learned = {name: getattr(module, name).float() for name in module.variant.learned}
+    gates = None
+    if module.variant.gated:
+        gates = module.variant.gate(module.f_proj(hidden_states)).transpose(1, 2)
     batch, num_heads, n, _ = q.shape
     positions = torch.arange(n, device=q.device)
     state = q.new_zeros(batch, n)
@@ -86,8 +89,9 @@ def _forward(
             scale=module.scaling,
             learned=learned,
             penalty=penalty,
+            gates=None if gates is None else gates[:, :, :end],
             positions=position_ids[:, None, start:end, None],
         )
         start = end
     joined = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-    return module.o_proj(joined.to(hidden_states.dtype)), None
+    return module.project(joined.to(hidden_states.dtype), hidden_states), None

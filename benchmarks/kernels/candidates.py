@@ -88,7 +88,8 @@ class CopyPool:
     ) -> None:
         case = inputs.case
         dtype = DTYPES[case.dtype]
-        content = content_bytes(variant, case.head_dim, dtype, kv_format)
+        group = case.num_heads // case.num_kv_heads
+        content = content_bytes(variant, case.head_dim, dtype, kv_format, group=group)
         shape = (paging.num_blocks, case.num_kv_heads, case.block_size, content)
         kv = torch.zeros(shape, dtype=torch.uint8)
         self.kv = kv if kv_format else kv.view(dtype)
@@ -141,7 +142,8 @@ class Ours:
         def write(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
             bind(kv, **settings).write_cache(key, value, slots)
 
-        name = f"{variant.name if variant.stateful else 'stateless'} {self.kv_format}"
+        own = variant.stateful or variant.gated
+        name = f"{variant.name if own else 'stateless'} {self.kv_format}"
         if name not in pools:
             pools[name] = CopyPool(inputs, paging, write, variant, self.kv_format)
         self.pool = pools[name]

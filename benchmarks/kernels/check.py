@@ -77,6 +77,8 @@ class Expected:
                 scale=inputs.scale,
                 learned=learned,
                 state=None if state is None else state[:seen],
+                # No gate is written into the caches, which begin as zeros.
+                gates=torch.zeros(case.num_heads, seen) if variant.gated else None,
             )
             outputs.append(output[:, 0])
         return cls(rows, torch.stack(outputs))

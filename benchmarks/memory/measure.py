@@ -29,7 +29,7 @@ def predict(case: ServerCase, requests: RequestOptions, options: ServerOptions) 
     """
     config, dtype = config_of(case.ckpt), getattr(torch, case.dtype)
     blocks_of_request = -(-requests.length // BLOCK_SIZE)
-    token = token_bytes(config, dtype, get_variant(case.variant).stateful)
+    token = token_bytes(config, dtype, get_variant(case.variant))
     request = blocks_of_request * BLOCK_SIZE * token
     if case.kv_budgets:
         blocks_of_request = 1

@@ -18,6 +18,7 @@ from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS
 from attn_kernels.paged import content_bytes
 from attn_kernels.triton import TritonLayer, training
+from attn_kernels.triton.variant import missing_derivative
 from benchmarks.gpu_peers import call_unified, scratch
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
 from quant_kernels import Panels
@@ -87,9 +88,11 @@ def compile_packed(compiler: DryCompiler, case: Case) -> list[Pair]:
 
 
 def attention_cases() -> Iterator[Case]:
-    """Yield the matrix. Writing differs between variants only by whether they have accumulators."""
+    """Yield the matrix. Writing differs between variants only by what they keep of a token beside
+    key and value."""
     names = variant_names()
-    writers = {get_variant(name).stateful: name for name in names}.values()
+    kept = {(get_variant(name).stateful, get_variant(name).gated): name for name in names}
+    writers = kept.values()
     for arch, head_dim, dtype in product(ARCHS, HEAD_DIMS, DTYPES):
         if dtype == "float8" and arch not in FLOAT8_ARCHS:
             continue
@@ -101,7 +104,8 @@ def attention_cases() -> Iterator[Case]:
 
 def training_cases() -> Iterator[Case]:
     """Yield what training launches: `training.attention` and its backward."""
-    for arch, head_dim, dtype, name in product(ARCHS, HEAD_DIMS, DTYPES[:3], variant_names()):
+    names = [name for name in variant_names() if not missing_derivative(get_variant(name))]
+    for arch, head_dim, dtype, name in product(ARCHS, HEAD_DIMS, DTYPES[:3], names):
         yield {"arch": arch, "head_dim": head_dim, "dtype": dtype, "variant": name}
 
 
@@ -150,7 +154,8 @@ def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pai
     """Compile what our layer launches, and vLLM's kernel where the two can be compared."""
     variant, (query_dtype, cache_dtype) = get_variant(case["variant"]), types_of(case)
     kv_format = KV_FORMATS.get(case["dtype"])
-    content = content_bytes(variant, case["head_dim"], cache_dtype, kv_format)
+    group = NUM_HEADS // NUM_KV_HEADS
+    content = content_bytes(variant, case["head_dim"], cache_dtype, kv_format, group=group)
     layer = TritonLayer(
         variant,
         empty_cache(content, cache_dtype),
@@ -166,6 +171,8 @@ def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pai
         if case["phase"] == WRITE:
             new = torch.empty(REQUESTS, NUM_KV_HEADS, case["head_dim"], dtype=query_dtype)
             layer.write_cache(new, new, torch.arange(REQUESTS))
+            if variant.gated:
+                layer.write_gates(torch.empty(REQUESTS, NUM_HEADS), batch_of(SPLIT))
         else:
             # 132 with 3 requests of 8 KV heads takes 16 parts, 1 none.
             layer.num_multiprocessors = 132 if case["phase"] == SPLIT else 1

@@ -26,6 +26,16 @@ def check_rows(what: str, x: Tensor, rows: int, heads: int, size: int) -> None:
         raise ValueError(f"{what} is {list(x.shape)}, not [at least {rows}, {heads}, {size}]")
 
 
+def check_gate_rows(gates: Tensor, rows: int, heads: int) -> None:
+    """Refuse gates that are not `[>= rows, heads]`.
+
+    Raises:
+        ValueError: with one line.
+    """
+    if gates.dim() != 2 or gates.shape[0] < rows or gates.shape[1] != heads:
+        raise ValueError(f"gates is {list(gates.shape)}, not [at least {rows}, {heads}]")
+
+
 def check_out(out: Tensor, rows: int, heads: int, size: int) -> None:
     """Refuse an output that is not `[>= rows, heads, size]`, or whose heads are apart.
 

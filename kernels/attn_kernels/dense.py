@@ -54,6 +54,7 @@ def attend(
     learned: Mapping[str, Tensor] | None = None,
     penalty: Tensor | None = None,
     positions: Tensor | None = None,
+    gates: Tensor | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,8 @@ def attend(
             those of all the keys.
         positions: of the queries, broadcastable to `[..., num_heads, num_queries, 1]`; None: key j
             is at position j, and a query where the last key is that it sees.
+        gates: `[..., num_heads, num_keys]`, of the keys' tokens (gated variants, `Variant.gate`). A
+            query's own token is the last key that it sees.
         soft_cap: raw scores x become `soft_cap * tanh(x / soft_cap)`.
         alibi_slopes: `[num_heads]`; a key's score falls by its head's slope a token between the
             query and the key.
@@ -84,19 +87,20 @@ def attend(
     Raises:
         TypeError: a 16-bit dtype, in which neither scores nor the length of a context are exact;
             two dtypes; a mask that is not bool.
-        ValueError: shapes that do not fit; a learned tensor is missing; the variant takes no
-            modifiers; a stateful variant's
-            penalty is missing and cannot be computed from these queries.
+        ValueError: shapes that do not fit; a learned tensor is missing, or gates; the variant takes
+            no modifiers; a stateful variant's penalty is missing and cannot be computed from these
+            queries.
     """
     learned = learned or {}
     _check_arguments(variant, q, k, v, mask, learned)
+    check_gates(variant, gates, q.shape[-3], k.shape[-2])
     check_modifiers(variant, q.shape[-3], soft_cap, alibi_slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if variant.stateful and penalty is None:
         penalty = _penalty_of_all(variant, q, k, mask, scale)
     num_kv_heads = k.shape[-3]
     learned = {name: learned[name] for name in variant.learned}
-    rows = Rows.of(mask, learned, q.dtype, positions)
+    rows = Rows.of(mask, learned, q.dtype, positions, gates)
     q, k = variant.transform(q, k, rows)
     if variant.uses_scale:
         q = q * scale
@@ -114,6 +118,25 @@ def attend(
     weights = variant.weights(scores, rows)
     output = (weights.unflatten(-3, (num_kv_heads, -1)) @ v.unsqueeze(-3)).flatten(-4, -3)
     return output, weights
+
+
+def check_gates(variant: Variant, gates: Tensor | None, num_heads: int, num_keys: int) -> None:
+    """Refuse a gated variant without gates, and gates of other shapes.
+
+    Raises:
+        ValueError: with one line.
+    """
+    if gates is None:
+        if variant.gated:
+            raise ValueError(
+                f"{variant.name} attention needs gates: pass gates=a tensor "
+                f"[..., {num_heads}, {num_keys}], {variant.name}'s gate() of the layer's f_proj"
+            )
+    elif gates.shape[-2:] != (num_heads, num_keys):
+        raise ValueError(
+            f"gates must be [..., heads, keys] = [..., {num_heads}, {num_keys}], not "
+            f"{list(gates.shape)}"
+        )
 
 
 def check_modifiers(

@@ -3,8 +3,10 @@ correct everywhere and fast nowhere: the serving path where no kernel is built.
 
 The cache of one layer is `[num_blocks, num_kv_heads, block_size, content]`: `head_size` keys (after
 RoPE), `head_size` values and, for a stateful variant, one float32 accumulator, of which KV head 0's
-is used. A quantized cache (`kv_quant`) is one of bytes, as many as that takes. Scores and sums are
-float32 whatever the cache's dtype.
+is used. A gated variant has 64 bits for each query head of the KV head instead: the sum of the
+gates up to the token. (float32 would not do: its steps are 0.008 at 100,000, a percent of a weight,
+and small gates would be lost.) A quantized cache (`kv_quant`) is one of bytes, as many as that
+takes. Scores and their sums are float32 whatever the cache's dtype.
 
 With tensor parallelism a stateful variant's head 0 is on one rank, and all ranks need what it
 selects. So each rank is given head 0's queries and keys (`selecting`), and its cache has those
@@ -29,16 +31,30 @@ from attn_kernels.variant import Variant
 STATE_BYTES = 4
 """Size of a stateful variant's accumulator in each slot."""
 
+SUM_BYTES = 8
+"""Size of a gated variant's sum of gates in each slot, of each query head."""
+
 QUERY_TILE = 256
 """Queries whose scores are materialised at once, which bounds the memory of a long prefill."""
 
 
+def state_bytes(variant: Variant, group: int) -> int:
+    """Return the bytes of a slot behind key and value; `group` query heads share a KV head."""
+    return STATE_BYTES * variant.stateful + SUM_BYTES * group * variant.gated
+
+
 def content_bytes(
-    variant: Variant, head_size: int, dtype: torch.dtype, kv_format: KVFormat | None = None
+    variant: Variant,
+    head_size: int,
+    dtype: torch.dtype,
+    kv_format: KVFormat | None = None,
+    *,
+    group: int,
 ) -> int:
-    """Return the bytes of a slot of one KV head; `dtype` counts where nothing is quantized."""
+    """Return the bytes of a slot of one KV head, which `group` query heads share; `dtype` counts
+    where nothing is quantized."""
     vector = kv_format.vector_bytes(head_size) if kv_format else head_size * dtype.itemsize
-    return 2 * vector + (STATE_BYTES if variant.stateful else 0)
+    return 2 * vector + state_bytes(variant, group)
 
 
 def heads_of(kv_cache: Tensor, num_kv_heads: int, head_size: int) -> Tensor:
@@ -51,7 +67,9 @@ def heads_of(kv_cache: Tensor, num_kv_heads: int, head_size: int) -> Tensor:
     )
 
 
-def head_size_of(variant: Variant, kv_cache: Tensor, kv_format: KVFormat | None = None) -> int:
+def head_size_of(
+    variant: Variant, kv_cache: Tensor, num_heads: int, kv_format: KVFormat | None = None
+) -> int:
     """Return the head size of a variant's cache.
 
     Raises:
@@ -59,7 +77,8 @@ def head_size_of(variant: Variant, kv_cache: Tensor, kv_format: KVFormat | None 
     """
     if kv_format is not None and kv_cache.itemsize != 1:
         raise ValueError(f"a cache of {kv_format} has bytes, not {kv_cache.dtype}")
-    vector = (kv_cache.shape[-1] * kv_cache.itemsize - STATE_BYTES * variant.stateful) // 2
+    state = state_bytes(variant, num_heads // kv_cache.shape[1])
+    vector = (kv_cache.shape[-1] * kv_cache.itemsize - state) // 2
     return kv_format.head_size(vector) if kv_format else vector // kv_cache.itemsize
 
 
@@ -106,8 +125,9 @@ class Layer(ABC):
         self.scale, self.window = scale, window
         self.soft_cap, self.alibi_slopes = soft_cap or None, alibi_slopes
         self.learned = {name: (learned or {})[name] for name in variant.learned}
-        self.kv_format, self.head_size = kv_format, head_size_of(variant, kv_cache, kv_format)
         check_layer(num_heads, kv_cache.shape[1], window)
+        self.kv_format = kv_format
+        self.head_size = head_size_of(variant, kv_cache, num_heads, kv_format)
         check_modifiers(variant, num_heads, soft_cap, alibi_slopes)
         for name, tensor in self.learned.items():
             check_learned(name, tensor, num_heads)
@@ -135,6 +155,17 @@ class Layer(ABC):
             key, value: `[>= num_tokens, num_kv_heads, head_size]`.
             slot_mapping: `[num_tokens]` int64, `block * block_size + offset`, or -1 for padding.
             selecting: `[>= num_tokens, 2, head_size]`: head 0's queries and keys, of a selector.
+        """
+
+    @abstractmethod
+    def write_gates(self, gates: Tensor, batch: Batch) -> None:
+        """Store the sums of the gates up to each new token, in place (gated variants): those of its
+        request's token before it and its own. Where a window of one token hides the one before,
+        whose block may be another request's by now, sums begin anew.
+
+        Args:
+            gates: `[>= num_tokens, num_heads]` float32, of the batch's tokens in its order.
+            batch: its requests, whose new tokens are the queries that `attend` is given.
         """
 
     @abstractmethod
@@ -191,6 +222,28 @@ class TorchLayer(Layer):
         if selecting is not None:
             self.selecting_keys[blocks, offsets] = selecting[:num_tokens, 1][real].to(dtype)
 
+    def write_gates(self, gates: Tensor, batch: Batch) -> None:
+        block_size, num_kv_heads = self.kv_cache.shape[2], self.kv_cache.shape[1]
+        starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        for request, (start, end) in enumerate(itertools.pairwise(starts)):
+            first = lens[request] - (end - start)
+            sums = gates[start:end].double().cumsum(0)
+            positions = torch.arange(first, lens[request], device=gates.device)
+            blocks = batch.block_table[request].long()
+            if start < end and first > 0 and self.window != 1:
+                block, offset = divmod(first - 1, block_size)
+                sums += self._sums(self.kv_cache[blocks[block], :, offset])
+            content = sums.unflatten(1, (num_kv_heads, -1)).view(self.kv_cache.dtype)
+            at = blocks[positions // block_size], slice(None), positions % block_size
+            self.kv_cache[(*at, slice(-content.shape[-1], None))] = content
+
+    def _sums(self, slots: Tensor) -> Tensor:
+        """Return the sums of gates in slots `[..., num_kv_heads, content]`, `[..., num_heads]`
+        float64."""
+        group = self.num_heads // self.kv_cache.shape[1]
+        size = SUM_BYTES * group // self.kv_cache.itemsize
+        return slots[..., -size:].contiguous().view(torch.float64).flatten(-2)
+
     def attend(
         self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None
     ) -> None:
@@ -221,7 +274,11 @@ class TorchLayer(Layer):
         keys = torch.arange(first_key, num_keys, device=query.device)
         blocks, offsets = block_ids[keys // block_size].long(), keys % block_size
         # Advanced indices around a slice put the tokens first: [num_keys, num_kv_heads, content].
-        kv = self.kv_cache[blocks, :, offsets].transpose(0, 1)
+        slots = self.kv_cache[blocks, :, offsets]
+        kv, gates = slots.transpose(0, 1), None
+        if self.variant.gated:
+            sums = self._sums(slots).mT
+            gates = sums.diff(dim=-1, prepend=sums[:, :1])
         if self.kv_format is not None:
             size = self.kv_format.vector_bytes(size)
         q, k, v = query.float().transpose(0, 1), kv[..., :size], kv[..., size : 2 * size]
@@ -247,6 +304,7 @@ class TorchLayer(Layer):
             learned=self.learned,
             penalty=penalty,
             positions=queries[:, None],
+            gates=gates,
             soft_cap=self.soft_cap,
             alibi_slopes=self.alibi_slopes,
         )

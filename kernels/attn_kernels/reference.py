@@ -28,6 +28,7 @@ def attention(
     scale: float | None = None,
     learned: Mapping[str, Tensor] | None = None,
     state: Tensor | None = None,
+    gates: Tensor | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -44,6 +45,8 @@ def attention(
         learned: the variant's per-head tensors, each `[num_heads]`.
         state: a stateful variant's accumulators before this chunk, `[..., <= num_keys]`; keys
             beyond it start at 0. None before the first token.
+        gates: `[..., num_heads, num_keys]`, of all keys' tokens (gated variants); of keys that no
+            query sees it may hold anything.
         soft_cap, alibi_slopes: as in `attend`.
 
     Returns:
@@ -62,6 +65,8 @@ def attention(
     k = k.double().masked_fill(unseen, 0.0)
     v = v.double().masked_fill(unseen, 0.0)
     learned = {name: tensor.double() for name, tensor in (learned or {}).items()}
+    if gates is not None:
+        gates = gates.double().masked_fill(unseen[:, 0], 0.0)
     penalty = None
     if variant.stateful:
         if state is None:
@@ -78,6 +83,7 @@ def attention(
         scale=scale,
         learned=learned,
         penalty=penalty,
+        gates=gates,
         soft_cap=soft_cap,
         alibi_slopes=alibi_slopes,
     )

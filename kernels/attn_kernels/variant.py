@@ -43,12 +43,14 @@ class Rows:
         n: `[..., num_queries, 1]`: how many keys the query sees.
         learned: the tensors that the variant's `learned` names, `[num_heads, 1, 1]` each.
         positions: what `position` is.
+        gates: `[..., num_heads, num_keys]`: of each key's token, of a gated variant.
     """
 
     mask: Tensor
     n: Tensor
     learned: Mapping[str, Tensor]
     positions: Tensor | None = None
+    gates: Tensor | None = None
 
     @classmethod
     def of(
@@ -57,11 +59,12 @@ class Rows:
         learned: Mapping[str, Tensor],
         dtype: torch.dtype,
         positions: Tensor | None = None,
+        gates: Tensor | None = None,
     ) -> Rows:
         """Make them of a mask and tensors `[num_heads]`; `n` is what the mask says."""
         learned = {name: tensor[:, None, None].to(dtype) for name, tensor in learned.items()}
         n = mask.sum(-1, keepdim=True).to(dtype)
-        return cls(mask, n, learned, None if positions is None else positions.to(dtype))
+        return cls(mask, n, learned, None if positions is None else positions.to(dtype), gates)
 
     @property
     def position(self) -> Tensor:
@@ -79,6 +82,21 @@ class Rows:
         later = self.mask.flip(-1).cumsum(-1).flip(-1) - self.mask.int()
         return later.to(self.n.dtype)
 
+    @property
+    def decay(self) -> Tensor:
+        """`[..., num_heads, num_queries, num_keys]`, of a gated variant: the sum of the gates of
+        the tokens after the key, up to the query's own, which is the last key that it sees;
+        anything where it does not see the key. The sums are taken in float64: those of a long
+        context are large, and their differences matter."""
+        assert self.gates is not None
+        sums = self.gates.double().cumsum(-1)
+        keys = torch.arange(self.mask.shape[-1], device=self.mask.device)
+        own = (self.mask * keys).amax(-1)
+        shape = torch.broadcast_shapes(own.shape[:-1], sums.shape[:-1])
+        own = own.expand(*shape, -1)
+        at_query = sums.expand(*shape, -1).gather(-1, own)
+        return (at_query.unsqueeze(-1) - sums.unsqueeze(-2)).to(self.n.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant(ABC):
@@ -90,6 +108,9 @@ class Variant(ABC):
         paper: where the formula comes from.
         uses_scale: raw scores are multiplied by the model's scale (usually 1/sqrt(head_size)).
         stateful: keeps a float32 accumulator for each cached token and defines `selection`.
+        gated: the layer gives each head and token a gate, computed from its input (`gate`), and
+            `score_bias` uses `rows.decay`, what the gates after a key add up to. The cache holds
+            their running sums.
         prunable: is a `PrunableVariant`, whose layers can keep a fixed number of tokens.
     """
 
@@ -97,6 +118,7 @@ class Variant(ABC):
     paper: ClassVar[str]
     uses_scale: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
+    gated: ClassVar[bool] = False
     prunable: ClassVar[bool] = False
 
     @classmethod
@@ -109,6 +131,11 @@ class Variant(ABC):
         """Names of the per-head tensors, each `[num_heads]`, that a checkpoint must carry in every
         layer (`model.layers.N.self_attn.<name>`)."""
         return ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all that a checkpoint must carry in every layer for it, behind `self_attn.`."""
+        return self.learned + ("f_proj.weight", "f_proj.bias") * self.gated
 
     @property
     def takes_modifiers(self) -> bool:
@@ -166,6 +193,17 @@ class Variant(ABC):
         Returns:
             Weights of the shape and dtype of `scores`, 0 where masked. A row that sees no key is 0.
         """
+
+    def gate(self, projected: Tensor) -> Tensor:
+        """Return the gates of tokens, float32 (gated variants).
+
+        Args:
+            projected: `[..., num_heads]`, what the layer's `f_proj` makes of its input.
+
+        Returns:
+            Finite numbers of the same shape, at most 0.
+        """
+        raise NotImplementedError(f"{self.name} is not gated")
 
     def selection(self, scores: Tensor) -> Tensor:
         """Return what a query adds to the accumulators of the keys it sees (stateful variants).

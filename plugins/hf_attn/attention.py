@@ -54,6 +54,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     penalty: Tensor | None = None,
+    gates: Tensor | None = None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -74,6 +75,7 @@ def attention_forward(
         dropout: must be 0.
         penalty: what a stateful variant subtracts, `[batch, num_queries, num_keys]`. Without it
             the queries must be those of all the keys.
+        gates: of a gated variant, `[batch, num_heads, num_keys]` float32 or float64.
         position_ids: `[batch or 1, num_queries]`; of another shape they are not looked at.
 
     Returns:
@@ -105,6 +107,11 @@ def attention_forward(
         raise ValueError(
             f"{name} attention needs the learned tensor {missing[0]}, which "
             f"{type(module).__name__} lacks: use a checkpoint of VariantLlamaForCausalLM"
+        )
+    if variant.gated and gates is None:
+        raise ValueError(
+            f"{name} attention needs gates, which {type(module).__name__} does not compute: use a "
+            "checkpoint of VariantLlamaForCausalLM"
         )
     if penalty is None and kernels.usable(variant, module, query, key, value, **kwargs):
         rows = kernels.rows_of(attention_mask, position_ids, query.shape[0])
@@ -140,6 +147,7 @@ def attention_forward(
             learned={tensor: getattr(module, tensor).to(dtype) for tensor in variant.learned},
             penalty=penalty,
             positions=positions,
+            gates=gates,
             soft_cap=kwargs.get("softcap"),
         )
     return output.transpose(1, 2).contiguous().to(query.dtype), weights.to(query.dtype)

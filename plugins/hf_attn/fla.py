@@ -128,11 +128,6 @@ class TransformerConfig(VariantLlamaConfig):
             raise VariantError(
                 f"hidden_act {self.hidden_act!r} in config.json is not supported: use swish or silu"
             )
-        if self.attn_impl not in tuple(IMPLEMENTATIONS):
-            raise VariantError(
-                f"attn_impl {self.attn_impl!r} in config.json is not supported: use one of "
-                f"{', '.join(IMPLEMENTATIONS)}"
-            )
         variant = self.implementation.variant
         if self.attention_variant not in (None, variant):
             raise VariantError(
@@ -154,8 +149,31 @@ class TransformerConfig(VariantLlamaConfig):
 
     @property
     def implementation(self) -> Implementation:
-        """What `attn_impl` computes."""
+        """What `attn_impl` computes.
+
+        Raises:
+            VariantError: it is unknown.
+        """
+        if self.attn_impl not in tuple(IMPLEMENTATIONS):
+            raise VariantError(
+                f"attn_impl {self.attn_impl!r} in config.json is not supported: use one of "
+                f"{', '.join(IMPLEMENTATIONS)}"
+            )
         return IMPLEMENTATIONS[self.attn_impl]
+
+    @property
+    def choices(self) -> str:
+        """The fields that decide about `attention_tensors`, for people."""
+        return f"attn_impl {self.attn_impl}, qk_norm {self.qk_norm}, qkv_bias {self.qkv_bias}"
+
+    def attention_tensors(self) -> dict[str, bool]:
+        """Return whether a layer's attention has each of the tensors that depend on the
+        configuration, by their names behind `attn.`."""
+        has = {"s": self.implementation.scaled}
+        has |= {f"{part}_norm.weight": self.qk_norm for part in "qk"}
+        if getattr(self, "quantization_config", None) is None:  # GPTQ writes biases of zeros
+            has |= {f"{part}_proj.bias": self.qkv_bias for part in "qkv"}
+        return has
 
     def check_tensors(self, names: Iterable[str]) -> None:
         """Refuse a checkpoint whose attention this configuration does not describe.
@@ -169,20 +187,15 @@ class TransformerConfig(VariantLlamaConfig):
         Raises:
             VariantError: one of those that depend on the configuration is missing, or has no place.
         """
-        optional = {"s": self.implementation.scaled}
-        optional |= {f"{part}_norm.weight": self.qk_norm for part in "qk"}
-        if getattr(self, "quantization_config", None) is None:  # GPTQ writes biases of zeros
-            optional |= {f"{part}_proj.bias": self.qkv_bias for part in "qkv"}
         present = {name.removeprefix("model.") for name in names}
         for layer in range(self.num_hidden_layers):
-            for part, wanted in optional.items():
+            for part, wanted in self.attention_tensors().items():
                 name = f"layers.{layer}.attn.{part}"
                 if wanted != (name in present):
                     raise VariantError(
                         f"the checkpoint {'lacks' if wanted else 'has'} {name}, which does not fit "
-                        f"its config.json (attn_impl {self.attn_impl}, qk_norm {self.qk_norm}, "
-                        f"qkv_bias {self.qkv_bias}): restore the config.json that it was trained "
-                        "with"
+                        f"its config.json ({self.choices}): restore the config.json that it was "
+                        "trained with"
                     )
 
 

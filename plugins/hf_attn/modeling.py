@@ -27,7 +27,9 @@ class VariantLlamaAttention(LlamaAttention):
 
     For a stateful variant the cache holds one more head than the model has KV heads: its key is
     head 0's key and its value head 0's query (`hf_attn.attention.selecting_head`), from which the
-    penalty is computed. So whatever crops, reorders or repeats the cache keeps them in step.
+    penalty is computed. For a gated one its keys are longer: behind each is what `f_proj` gives its
+    token for the heads that share it. So whatever crops, reorders or repeats the cache keeps them
+    in step.
     """
 
     def __init__(self, config: VariantLlamaConfig, layer_idx: int) -> None:
@@ -42,11 +44,19 @@ class VariantLlamaAttention(LlamaAttention):
         self.budget = budgets[layer_idx] if budgets else None
         for name in self.variant.learned:
             setattr(self, name, nn.Parameter(torch.empty(config.num_attention_heads)))
+        if self.variant.gated:
+            self.f_proj = nn.Linear(config.hidden_size, config.num_attention_heads)
 
     def rotate(self, query: Tensor, key: Tensor, cos_sin: Pair, position_ids: Tensor) -> Pair:
         """Return queries and keys, `[batch, heads, num_queries, head_size]` each, with RoPE."""
         query, key = apply_rotary_pos_emb(query, key, *cos_sin)
         return query, key
+
+    def project(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return the layer's output of what its heads give, `[batch, num_queries, num_heads *
+        head_size]`, and its input."""
+        projected: Tensor = self.o_proj(output)
+        return projected
 
     def forward(
         self,
@@ -93,8 +103,16 @@ class VariantLlamaAttention(LlamaAttention):
         if selects:
             q0, k0 = selecting_head(q, k, attention_mask, own_key)
             k, v = torch.cat((k, k0), 1), torch.cat((v, q0), 1)
+        if self.variant.gated:
+            of_kv_heads = self.f_proj(hidden_states).unflatten(-1, (k.shape[1], -1))
+            k = torch.cat((k, of_kv_heads.transpose(1, 2)), -1)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
+        gates = None
+        if self.variant.gated:
+            k, projected = k[..., : self.head_dim], k[..., self.head_dim :]
+            # `[batch, num_kv_heads, num_keys, group]`, and one row a query head.
+            gates = self.variant.gate(projected.transpose(-2, -1).flatten(1, 2))
         penalty = None
         if selects:
             k, k0 = k[:, :-1], k[:, -1:]
@@ -120,10 +138,12 @@ class VariantLlamaAttention(LlamaAttention):
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
             penalty=penalty,
+            gates=gates,
             position_ids=position_ids,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        output = output.reshape(*hidden_states.shape[:-1], -1)
+        return self.project(output, hidden_states), weights
 
 
 class VariantLlamaPreTrainedModel(PreTrainedModel):
@@ -171,14 +191,15 @@ class VariantLlamaPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def check_loaded(self, info: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks a learned tensor of its variant, which transformers would
-        fill with its initial value.
+        """Refuse a checkpoint that lacks a tensor of its variant, which transformers would fill
+        with its initial value.
 
         Args:
             info: what transformers says of the loading: its missing and unexpected tensors.
         """
         variant = self.config.variant
-        lacking = [key for key in info["missing_keys"] if key.rpartition(".")[2] in variant.learned]
+        missing = info["missing_keys"]
+        lacking = [key for key in missing if key.partition(".self_attn.")[2] in variant.tensors]
         if lacking:
             raise ValueError(
                 f"the checkpoint lacks {min(lacking)} (of {len(lacking)} missing), which "

@@ -29,6 +29,7 @@ def register() -> None:
     for model in (
         "model:VariantLlamaForCausalLM",
         "fla_model:TransformerForCausalLM",
+        "fla_model:ForgettingTransformerForCausalLM",
         "diffllama:DiffLlamaForCausalLM",
     ):
         ModelRegistry.register_model(model.partition(":")[2], f"vllm_attn.{model}")

@@ -84,7 +84,7 @@ class VariantBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if isinstance(spec, PageSpec):
+        if spec.state_content_bytes is not None:  # a layer of ours says it (gated.py, pruned.py)
             return spec
         return kv_dtypes.packed(spec, get_variant(cls.variant_name))
 
@@ -183,7 +183,7 @@ class VariantImpl(AttentionImpl[Batch]):
             "ALiBi": alibi_slopes is not None and not plain,
             "a soft cap on the scores": bool(logits_soft_cap) and not plain,
             "KV sharing between layers": kv_sharing_target_layer_name is not None
-            and self.variant.stateful,
+            and (self.variant.stateful or self.variant.gated),
         }
         for what, present in unsupported.items():
             if present:
@@ -200,6 +200,8 @@ class VariantImpl(AttentionImpl[Batch]):
         self.selector = head_0.is_remote(self.variant)
         self.budget: int | None = None
         """Tokens of a request that the layer keeps; None: all. The model class sets it."""
+        self.gates: Tensor | None = None
+        """Of a step's tokens, `[>= num_tokens, num_heads]` float32. The model class sets it."""
         self.layer: Layer | PrunedLayer | None = None
         """Attention bound to the layer's cache, which exists only when vLLM has sized it."""
 
@@ -220,6 +222,11 @@ class VariantImpl(AttentionImpl[Batch]):
             raise StartupError(f"{error}: serve it on a CPU") from None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        if self.variant.gated and self.gates is None:
+            raise StartupError(
+                f"this model class computes no gates, which {self.variant.name} attention needs: "
+                "serve a checkpoint trained with it"
+            )
         for name in self.variant.learned:
             if name not in self.learned:
                 raise StartupError(
@@ -291,6 +298,9 @@ class VariantImpl(AttentionImpl[Batch]):
             self.layer, self.cache = self.bind(layer, kv_cache), kv_cache
         selecting = head_0.share(query, key) if self.selector else None
         if self.owns_cache:
+            if self.gates is not None:
+                assert isinstance(self.layer, Layer)
+                self.layer.write_gates(self.gates, attn_metadata)
             self.layer.step(query, key, value, attn_metadata, output, selecting)
         else:
             assert isinstance(self.layer, Layer)

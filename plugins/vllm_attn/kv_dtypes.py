@@ -65,12 +65,16 @@ def check(vllm_config: Any, variant: Variant) -> None:
         )
 
 
-def packed(spec: AttentionSpec, variant: Variant) -> AttentionSpec:
-    """Return a layer's spec with the page that a variant's kernels need."""
+def packed(spec: AttentionSpec, variant: Variant, group: int = 1) -> AttentionSpec:
+    """Return a layer's spec with the page that a variant's kernels need.
+
+    Args:
+        group: query heads of a KV head, which a gated variant's page depends on.
+    """
     kv_format = KV_FORMATS.get(spec.kv_quant_mode.name.lower())
-    if kv_format is None and not variant.stateful:
+    if kv_format is None and not variant.stateful and not variant.gated:
         return spec
-    content = content_bytes(variant, spec.head_size, spec.dtype, kv_format)
+    content = content_bytes(variant, spec.head_size, spec.dtype, kv_format, group=group)
     if head_0.is_remote(variant):  # one key more behind all heads of a token
         total = spec.num_kv_heads * content + spec.head_size * spec.dtype.itemsize
         return replace(spec, num_head_slots=1, state_content_bytes=total)

@@ -40,6 +40,7 @@ def check(vllm_config: Any) -> None:
     if device == "cpu":
         library.check()
         check_fp8(vllm_config.model_config)
+        check_pipeline(vllm_config)
     variant = resolve(vllm_config)
     check_format(vllm_config.model_config)
     check_tokenizer(vllm_config.model_config)
@@ -66,6 +67,17 @@ def check_fp8(model_config: Any) -> None:
         )
 
 
+def check_pipeline(vllm_config: Any) -> None:
+    """Refuse pipeline parallelism in which vLLM 0.32's CPU worker dies of the first request: only
+    the run that compiles a model makes the tensors that later stages receive into."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and vllm_config.model_config.enforce_eager:
+        raise StartupError(
+            f"vLLM's CPU worker cannot run {stages} pipeline stages with --enforce-eager: drop one "
+            "of the two"
+        )
+
+
 def resolve(vllm_config: Any) -> Variant | None:
     """Return the variant to serve with, or None if vLLM's own attention runs a softmax checkpoint.
 
@@ -82,7 +94,7 @@ def resolve(vllm_config: Any) -> Variant | None:
         if asked is None:
             return None
         # A checkpoint with the variant's learned tensors (gpt-oss) was trained with it.
-        if asked != "softmax" and not get_variant(asked).learned:
+        if asked != "softmax" and not get_variant(asked).tensors:
             logger.warning(
                 "%s was trained with softmax attention; serving it with %s is an experiment",
                 model_config.model,
@@ -279,13 +291,14 @@ def check_format(model_config: Any) -> None:
 
 
 def check_learned_tensors(model_config: Any, variant: Variant) -> None:
-    """Refuse a local checkpoint with a broken file, or without the variant's learned tensors."""
+    """Refuse a local checkpoint with a broken file, or without the variant's learned tensors; those
+    of another format have other names (`check_format`)."""
     tensors = tensor_names(model_config)
-    if not tensors:
+    if not tensors or hasattr(model_config.hf_config, "check_tensors"):
         return
     num_layers = model_config.hf_text_config.num_hidden_layers
     for layer in range(num_layers):
-        for name in variant.learned:
+        for name in variant.tensors:
             if f"model.layers.{layer}.self_attn.{name}" not in tensors:
                 raise StartupError(
                     f"the checkpoint has no tensor model.layers.{layer}.self_attn.{name}, which "

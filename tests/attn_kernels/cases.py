@@ -71,12 +71,19 @@ def seeded(seed: int) -> torch.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A whole sequence: q `[heads, length, d]`, k and v `[kv_heads, length, ...]`, float64."""
+    """A whole sequence: q `[heads, length, d]`, k and v `[kv_heads, length, ...]`, float64; gates
+    `[heads, length]` of a gated variant."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     learned: dict[str, Tensor]
+    gates: Tensor | None = None
+
+    def given(self, keys: slice = slice(None)) -> dict[str, Any]:
+        """Return what `attend` and the reference are given of these keys, beside q, k and v."""
+        gates = None if self.gates is None else self.gates[..., keys]
+        return {"learned": self.learned, "gates": gates}
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,6 +102,7 @@ def make_inputs(variant: Variant, shape: Shape, seed: int = 0, spread: float = 1
         normal(shape.kv_heads, shape.length, shape.head_size),
         normal(shape.kv_heads, shape.length, shape.value_size),
         make_learned(variant, shape.heads, g),
+        make_gates(variant, shape.heads, shape.length, g),
     )
 
 
@@ -103,6 +111,20 @@ def make_learned(variant: Variant, heads: int, g: torch.Generator) -> dict[str, 
     return {
         name: torch.rand(heads, generator=g, dtype=torch.float64) + 0.2 for name in variant.learned
     }
+
+
+def make_gates(variant: Variant, heads: int, length: int, g: torch.Generator) -> Tensor | None:
+    """Return gates `[heads, length]` of a gated variant: some near 0, some far below."""
+    if not variant.gated:
+        return None
+    return variant.gate(torch.randn(heads, length, generator=g, dtype=torch.float64) * 3 + 1)
+
+
+def make_given(variant: Variant, heads: int, length: int, seed: int) -> dict[str, Any]:
+    """Return what `attend` and the reference are given beside queries, keys and values."""
+    g = seeded(seed)
+    learned = make_learned(variant, heads, g)
+    return {"learned": learned, "gates": make_gates(variant, heads, length, g)}
 
 
 def by_paper_formula(
@@ -115,6 +137,7 @@ def by_paper_formula(
     scale: float | None = None,
     window: int | None = None,
     learned: Mapping[str, Tensor] | None = None,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(weights, outputs)` of the paper formula for whole sequences of queries, keys and values."""
     weights, outputs = paper_formulas.attention(
@@ -127,6 +150,7 @@ def by_paper_formula(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         window=window,
         learned={name: tensor.tolist() for name, tensor in (learned or {}).items()},
+        gates=None if gates is None else gates.tolist(),
     )
     return torch.tensor(weights, dtype=torch.float64), torch.tensor(outputs, dtype=torch.float64)
 
@@ -148,7 +172,13 @@ def penalties(
 
 
 def decode(
-    variant: Variant, q: Tensor, k: Tensor, v: Tensor, **options: Any
+    variant: Variant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gates: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention one token at a time, each against the keys before it and its own.
 
@@ -164,6 +194,7 @@ def decode(
             k[..., : i + 1, :],
             v[..., : i + 1, :],
             state=state,
+            gates=None if gates is None else gates[..., : i + 1],
             **options,
         )
         outputs.append(output)

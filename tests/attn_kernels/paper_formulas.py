@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
+from math import prod
 from typing import Any
 
 Vector = list[Decimal]
@@ -29,6 +30,8 @@ class Sequence:
     window: int | None
     learned: Mapping[str, Vector]
     parameters: Mapping[str, Any]
+    gates: list[Vector] | None = None
+    """Logarithms, `[head][token]`."""
     scores: dict[tuple[int, int, int], Decimal] = field(default_factory=dict)
 
     def kv_head(self, head: int) -> int:
@@ -146,6 +149,13 @@ def sigmoid(s: Sequence, head: int, i: int) -> Vector:
     return [ONE / (ONE + (-(s.x(head, i, j) + bias)).exp()) for j in s.visible(i)]
 
 
+def forgetting(s: Sequence, head: int, i: int) -> Vector:
+    """F_ij exp(x_ij) / sum_j F_ij exp(x_ij), F_ij = product of f_l over j < l <= i (2503.02130)"""
+    assert s.gates is not None
+    f = [gate.exp() for gate in s.gates[head]]
+    return shares([prod(f[j + 1 : i + 1], start=ONE) * s.x(head, i, j).exp() for j in s.visible(i)])
+
+
 @dataclass(frozen=True)
 class Entry:
     """A variant's row formula and what its rows add up to (None: anything)."""
@@ -164,6 +174,7 @@ FORMULAS: dict[str, Entry] = {
     "softmax1": Entry(softmax1, row_sum="at most one"),
     "sinks": Entry(sinks, row_sum="at most one"),
     "sigmoid": Entry(sigmoid, row_sum=None),
+    "forgetting": Entry(forgetting),
 }
 
 
@@ -196,6 +207,7 @@ def attention(
     scale: float,
     window: int | None = None,
     learned: Mapping[str, list[float]] | None = None,
+    gates: list[list[float]] | None = None,
 ) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
     """Weights `[head][row][key]` over all keys and outputs `[head][row][element]`.
 
@@ -212,6 +224,7 @@ def attention(
             window=window,
             learned={key: decimals(value) for key, value in (learned or {}).items()},
             parameters=parameters,
+            gates=None if gates is None else decimals(gates),
         )
         weights, outputs = [], []
         for head in range(len(q)):

@@ -27,7 +27,7 @@ def empty_heads(
     variant: Variant, num_blocks: int, num_kv_heads: int, block_size: int, size: int, dtype: Any
 ) -> Tensor:
     """Return a rank's cache of NaN, `[num_blocks, num_kv_heads, block_size, content]`."""
-    total = num_kv_heads * content_bytes(variant, size, dtype) + size * dtype.itemsize
+    total = num_kv_heads * content_bytes(variant, size, dtype, group=1) + size * dtype.itemsize
     kv = torch.full((num_blocks, 1, block_size, total), 255, dtype=torch.uint8).view(dtype)
     return heads_of(kv, num_kv_heads, size)
 

@@ -22,7 +22,7 @@ from attn_kernels.paged import Layer, TorchLayer
 from attn_kernels.pruning import PageShape
 from quant_kernels import Panels, gather, multiply
 from tests.attn_kernels.cases import make_learned, seeded
-from tests.attn_kernels.test_paged import Cache, relative_error
+from tests.attn_kernels.test_paged import Cache, gates_of, relative_error, write_gates
 from tests.quant_kernels.test_packed import in_panels, weight
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 32, 16
@@ -30,12 +30,22 @@ ROUNDS = 16
 
 
 def run(
-    layer: Layer, cache: Cache, lens: list[int], counts: list[int], qkv: list[Tensor]
+    layer: Layer,
+    cache: Cache,
+    lens: list[int],
+    counts: list[int],
+    qkv: list[Tensor],
+    gates: list[Tensor | None],
 ) -> Tensor:
     """Store requests of these lengths and attend with the last `counts` tokens of each."""
     q, k, v = qkv
     slots = torch.cat([cache.slots(r, 0, n) for r, n in enumerate(lens)])
     layer.write_cache(k, v, slots)
+    write_gates(
+        layer,
+        Batch(cache.block_table, torch.tensor([0, *lens]).cumsum(0), torch.tensor(lens)),
+        gates,
+    )
     starts = torch.tensor([0, *counts]).cumsum(0)
     out = torch.empty(q.shape, dtype=torch.float32)
     layer.attend(q, Batch(cache.block_table, starts, torch.tensor(lens)), out)
@@ -77,10 +87,12 @@ def test_random_arguments(name: str) -> None:
                 },
                 "kv_format": kv_format,
             }
-            cache = Cache.make(variant, lens, kv_heads, size, block, dtype, kv_format)
+            cache = Cache.make(variant, lens, kv_heads, size, block, dtype, kv_format, group)
+            gates = [gates_of(variant, n, kv_heads * group) for n in lens]
             other = Cache(cache.kv.clone(), cache.block_table)
-            found = run(kernel.layer(cache.kv, **options), cache, lens, counts, qkv)
-            expected = run(TorchLayer(variant, other.kv, **options), other, lens, counts, qkv)
+            layers = kernel.layer(cache.kv, **options), TorchLayer(variant, other.kv, **options)
+            found = run(layers[0], cache, lens, counts, qkv, gates)
+            expected = run(layers[1], other, lens, counts, qkv, gates)
             if found.numel():
                 limit = 1e-4 if dtype == torch.float32 else 0.02
                 assert relative_error(found, expected) < limit, (seed, dtype, lens, counts)

@@ -31,8 +31,8 @@ def test_attend_is_the_reference(variant: Variant, shape: Shape) -> None:
     inputs = make_inputs(variant, shape, seed=3, spread=2.0)
     positions = torch.arange(shape.length)
     mask = causal_mask(positions, positions, shape.window)
-    got, _ = attend(variant, *inputs.qkv, mask, learned=inputs.learned)
-    want, _ = reference.attention(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
+    got, _ = attend(variant, *inputs.qkv, mask, **inputs.given())
+    want, _ = reference.attention(variant, *inputs.qkv, window=shape.window, **inputs.given())
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -122,9 +122,9 @@ def test_compiled(variant: Variant) -> None:
 
     @torch.compile(fullgraph=True, backend="eager", dynamic=True)
     def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(variant, q, k, v, causal(6), learned=inputs.learned, penalty=penalty)[0]
+        return attend(variant, q, k, v, causal(6), **inputs.given(), penalty=penalty)[0]
 
-    want, _ = attend(variant, *inputs.qkv, causal(6), learned=inputs.learned)
+    want, _ = attend(variant, *inputs.qkv, causal(6), **inputs.given())
     torch.testing.assert_close(compiled(*inputs.qkv), want)
 
 

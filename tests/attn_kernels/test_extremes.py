@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ from tests.attn_kernels.cases import (
     by_paper_formula,
     causal,
     decode,
+    make_given,
     make_inputs,
-    make_learned,
     penalties,
     seeded,
 )
@@ -52,10 +54,10 @@ def with_scores(
 def test_reference_at_extreme_scores(variant: Variant, x: list[float]) -> None:
     """No nan, no inf, and the limit that the unshifted formula has in unbounded arithmetic."""
     q, k, v = with_scores(x)
-    learned = make_learned(variant, 2, seeded(31))
-    got, _ = reference.attention(variant, q, k, v, scale=1.0, learned=learned)
-    stepwise, _ = decode(variant, q, k, v, scale=1.0, learned=learned)
-    _, want = by_paper_formula(variant, q, k, v, scale=1.0, learned=learned)
+    given = make_given(variant, 2, len(x), 31)
+    got, _ = reference.attention(variant, q, k, v, scale=1.0, **given)
+    stepwise, _ = decode(variant, q, k, v, scale=1.0, **given)
+    _, want = by_paper_formula(variant, q, k, v, scale=1.0, **given)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(stepwise, want, rtol=1e-11, atol=1e-12)
 
@@ -64,7 +66,7 @@ def test_reference_at_extreme_scores(variant: Variant, x: list[float]) -> None:
 @every_variant
 def test_float32_attend_at_extreme_scores(variant: Variant, x: list[float]) -> None:
     q, k, v = with_scores(x, torch.float32)
-    learned = make_learned(variant, 2, seeded(31))
+    given = make_given(variant, 2, len(x), 31)
     out, weights = attend(
         variant,
         q,
@@ -72,11 +74,12 @@ def test_float32_attend_at_extreme_scores(variant: Variant, x: list[float]) -> N
         v,
         causal(len(x)),
         scale=1.0,
-        learned={name: value.float() for name, value in learned.items()},
+        learned={name: value.float() for name, value in given["learned"].items()},
+        gates=given["gates"],
         penalty=penalties(variant, q, k, 1.0),
     )
     want_weights, want = by_paper_formula(
-        variant, *(t.double() for t in (q, k, v)), scale=1.0, learned=learned
+        variant, *(t.double() for t in (q, k, v)), scale=1.0, **given
     )
     torch.testing.assert_close(weights.double(), want_weights, rtol=0, atol=2e-4)
     torch.testing.assert_close(out.double(), want, rtol=0, atol=5e-4)
@@ -161,17 +164,22 @@ def gradients(
     variant: Variant,
     tensors: tuple[Tensor, Tensor, Tensor],
     mask: Tensor,
-    learned: dict[str, Tensor],
+    given: dict[str, Any],
     scale: float | None = None,
 ) -> list[Tensor]:
-    """Gradients of a random projection of the output with respect to q, k, v and learned."""
+    """Gradients of a random projection of the output with respect to q, k, v, gates and learned
+    tensors."""
     q, k, v = (t.detach().clone().requires_grad_() for t in tensors)
-    learned = {name: t.to(q.dtype).requires_grad_() for name, t in learned.items()}
+    learned = {name: t.to(q.dtype).requires_grad_() for name, t in given["learned"].items()}
+    gates = given["gates"]
+    gates = None if gates is None else gates.to(q.dtype).requires_grad_()
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     penalty = penalties(variant, q, k, factor)
-    out, _ = attend(variant, q, k, v, mask, scale=scale, learned=learned, penalty=penalty)
+    out, _ = attend(
+        variant, q, k, v, mask, scale=scale, learned=learned, penalty=penalty, gates=gates
+    )
     probe = torch.randn(out.shape, generator=seeded(34), dtype=torch.float64).to(out.dtype)
-    wanted = [q, k, v, *learned.values()]
+    wanted = [q, k, v, *learned.values(), *([] if gates is None else [gates])]
     found = torch.autograd.grad((out * probe).sum(), wanted, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
 
@@ -187,13 +195,13 @@ def test_gradients_at_rows_that_see_no_key(variant: Variant, dtype: torch.dtype)
     mask = causal(7)
     mask[[0, 4]] = False
     q, k, v = (t.to(dtype) for t in inputs.qkv)
-    found = gradients(variant, (q, k, v), mask, inputs.learned)
+    found = gradients(variant, (q, k, v), mask, inputs.given())
     assert_finite(found)
     # Head 0's queries also act through the penalties of a stateful variant.
     heads = slice(1, None) if variant.stateful else slice(None)
     assert (found[0][heads, [0, 4]] == 0).all()
     nothing = torch.zeros(7, 7, dtype=torch.bool)
-    for g in gradients(variant, (q, k, v), nothing, inputs.learned):
+    for g in gradients(variant, (q, k, v), nothing, inputs.given()):
         assert (g == 0).all()
 
 
@@ -202,8 +210,8 @@ def test_gradients_at_rows_that_see_no_key(variant: Variant, dtype: torch.dtype)
 @every_variant
 def test_gradients_at_extreme_scores(variant: Variant, dtype: torch.dtype, x: list[float]) -> None:
     """In "rising to 700", masked scores lie far above the visible ones."""
-    learned = make_learned(variant, 2, seeded(36))
-    assert_finite(gradients(variant, with_scores(x, dtype), causal(6), learned, scale=1.0))
+    given = make_given(variant, 2, 6, 36)
+    assert_finite(gradients(variant, with_scores(x, dtype), causal(6), given, scale=1.0))
 
 
 @pytest.mark.parametrize("direction", ["random", "along", "against"])
@@ -215,16 +223,16 @@ def test_gradients_where_all_keys_are_identical(
 ) -> None:
     q, k = identical_keys(length, 16, dtype, direction)
     v = torch.randn(1, length, 4, generator=seeded(37), dtype=torch.float64).to(dtype)
-    learned = make_learned(variant, 2, seeded(38))
-    assert_finite(gradients(variant, (q, k, v), causal(length), learned))
+    given = make_given(variant, 2, length, 38)
+    assert_finite(gradients(variant, (q, k, v), causal(length), given))
 
 
 @dtypes
 @every_variant
 def test_gradients_at_zero_queries_and_keys(variant: Variant, dtype: torch.dtype) -> None:
     zero = torch.zeros(2, 6, 4, dtype=dtype)
-    learned = make_learned(variant, 2, seeded(39))
-    assert_finite(gradients(variant, (zero, zero, zero), causal(6), learned))
+    given = make_given(variant, 2, 6, 39)
+    assert_finite(gradients(variant, (zero, zero, zero), causal(6), given))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -207,9 +207,7 @@ def test_reference_equals_formula(variant: Variant, shape: Shape) -> None:
     inputs = make_inputs(variant, shape, seed=1)
     q, k, v = inputs.qkv
     rows = range(shape.start, shape.stop)
-    _, want = by_paper_formula(
-        variant, q, k, v, rows=rows, window=shape.window, learned=inputs.learned
-    )
+    _, want = by_paper_formula(variant, q, k, v, rows=rows, window=shape.window, **inputs.given())
     state = None
     if variant.stateful and shape.start:
         _, state = reference.attention(
@@ -218,7 +216,7 @@ def test_reference_equals_formula(variant: Variant, shape: Shape) -> None:
             k[:, : shape.start],
             v[:, : shape.start],
             window=shape.window,
-            learned=inputs.learned,
+            **inputs.given(slice(shape.start)),
         )
     got, _ = reference.attention(
         variant,
@@ -227,7 +225,7 @@ def test_reference_equals_formula(variant: Variant, shape: Shape) -> None:
         v,
         query_start=shape.start,
         window=shape.window,
-        learned=inputs.learned,
+        **inputs.given(),
         state=state,
     )
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -244,10 +242,10 @@ def test_weights_equal_formula(variant: Variant, shape: Shape) -> None:
         *inputs.qkv,
         causal_mask(positions, positions, shape.window),
         scale=0.7,
-        learned=inputs.learned,
+        **inputs.given(),
         penalty=penalties(variant, inputs.q, inputs.k, 0.7, shape.window),
     )
     want, _ = by_paper_formula(
-        variant, *inputs.qkv, scale=0.7, window=shape.window, learned=inputs.learned
+        variant, *inputs.qkv, scale=0.7, window=shape.window, **inputs.given()
     )
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)

@@ -109,10 +109,12 @@ class Cache:
         block_size: int,
         dtype: torch.dtype,
         kv_format: KVFormat | None = None,
+        group: int = 1,
     ) -> Cache:
+        """`group`: query heads of a KV head, which a gated variant's slots depend on."""
         blocks_each = [-(-n // block_size) for n in seq_lens]
         num_blocks = sum(blocks_each) + 3
-        content = content_bytes(variant, head_size, dtype, kv_format)
+        content = content_bytes(variant, head_size, dtype, kv_format, group=group)
         # NaN in every format, and as parameters of 8 and 4 bits.
         kv = torch.full((num_blocks, num_kv_heads, block_size, content), 255, dtype=torch.uint8)
         kv = kv if kv_format else kv.view(dtype)
@@ -148,12 +150,28 @@ class Case:
     q: list[Tensor]
     k: list[Tensor]
     v: list[Tensor]
+    gates: list[Tensor | None]
+    """Of each request, `[num_tokens, num_heads]` float32, of a gated variant."""
     kv_format: KVFormat | None
     modifiers: dict[str, Any]
     references: list[Tensor]
 
     def cached(self, x: Tensor) -> Tensor:
         return self.kv_format.rounded(x) if self.kv_format else x
+
+
+def gates_of(variant: Variant, num_tokens: int, num_heads: int) -> Tensor | None:
+    """Return gates `[num_tokens, num_heads]` of a gated variant, of heads that remember much and
+    heads that forget fast."""
+    if not variant.gated:
+        return None
+    return variant.gate(torch.randn(num_tokens, num_heads) * 2 + torch.linspace(-1, 6, num_heads))
+
+
+def write_gates(layer: Layer, batch: Batch, gates: list[Tensor | None]) -> None:
+    """Store the gates of a batch's new tokens, of a gated variant."""
+    if given := [x for x in gates if x is not None]:
+        layer.write_gates(torch.cat(given), batch)
 
 
 @functools.lru_cache(maxsize=2)  # the paths take turns at one case
@@ -177,11 +195,13 @@ def make_case(
     modifiers: dict[str, Any] = {}
     if modified:
         modifiers = {"soft_cap": 5.0, "alibi_slopes": torch.rand(shape.num_heads) * 0.3}
-    case = Case(variant, seq_lens, learned, q, k, v, kv_format, modifiers, [])
-    for request in zip(q, map(case.cached, k), map(case.cached, v), strict=True):
+    gates = [gates_of(variant, n, shape.num_heads) for n in seq_lens]
+    case = Case(variant, seq_lens, learned, q, k, v, gates, kv_format, modifiers, [])
+    for *request, gate in zip(q, map(case.cached, k), map(case.cached, v), gates, strict=True):
         expected, _ = reference.attention(
             variant,
             *(x.double().transpose(0, 1) for x in request),
+            gates=None if gate is None else gate.mT,
             window=window,
             scale=shape.head_size**-0.5,
             learned=learned,
@@ -210,7 +230,14 @@ def error_against_reference(
     num_heads, num_kv_heads, head_size = shape.num_heads, shape.num_kv_heads, shape.head_size
     scale = head_size**-0.5
     cache = Cache.make(
-        variant, seq_lens, num_kv_heads, head_size, shape.block_size, dtype, kv_format
+        variant,
+        seq_lens,
+        num_kv_heads,
+        head_size,
+        shape.block_size,
+        dtype,
+        kv_format,
+        num_heads // num_kv_heads,
     )
     options = {"window": window, "learned": learned, "kv_format": kv_format, **case.modifiers}
     layer = cache.layer(path, variant, num_heads, scale=scale, **options)
@@ -240,15 +267,18 @@ def error_against_reference(
             torch.cat([step_k, garbage]), torch.cat([step_v, garbage]), torch.cat([*slots, padding])
         )
         out = torch.full((starts[-1] + 2, num_heads, head_size), float("nan"))
-        layer.attend(
-            step_q,
-            Batch(
-                cache.block_table[active],
-                torch.tensor(starts),
-                torch.tensor([ends[r] for r in active]),
-            ),
-            out,
+        batch = Batch(
+            cache.block_table[active],
+            torch.tensor(starts),
+            torch.tensor([ends[r] for r in active]),
         )
+        gates = [case.gates[r] for r in active]
+        write_gates(
+            layer,
+            batch,
+            [x if x is None else x[s] for x, s in zip(gates, spans, strict=True)],
+        )
+        layer.attend(step_q, batch, out)
         assert out[starts[-1] :].isnan().all(), "wrote behind the last query"
         for r, s, start in zip(active, spans, starts, strict=False):
             outputs[r][s] = out[start : start + s.stop - s.start]
@@ -256,10 +286,12 @@ def error_against_reference(
     assert step > 1, "nothing was decoded against the cache"
 
     worst = 0.0
-    for output, expected, *request in zip(outputs, case.references, q, k, v, strict=True):
+    for output, expected, gate, *request in zip(
+        outputs, case.references, case.gates, q, k, v, strict=True
+    ):
         error = relative_error(output.transpose(0, 1), expected)
         if error > TOLERANCE and not variant.stateful:
-            rounded = reference_of_rounded_scores(case, request, window, scale)
+            rounded = reference_of_rounded_scores(case, request, gate, window, scale)
             moved = max(relative_error(next(rounded), expected) for _ in range(4))
             error *= TOLERANCE / max(TOLERANCE, moved)
         if error > worst or math.isnan(error):  # of which nothing is larger afterwards
@@ -274,7 +306,7 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 
 
 def reference_of_rounded_scores(
-    case: Case, request: list[Tensor], window: int | None, scale: float
+    case: Case, request: list[Tensor], gates: Tensor | None, window: int | None, scale: float
 ) -> Iterator[Tensor]:
     """Return the reference's outputs where each score is off by SCORE_ROUNDING, up or down."""
     variant = case.variant
@@ -282,7 +314,7 @@ def reference_of_rounded_scores(
     q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
     positions = torch.arange(q.shape[1])
     mask = causal_mask(positions, positions, window)[None]
-    rows = Rows.of(mask, case.learned, q.dtype)
+    rows = Rows.of(mask, case.learned, q.dtype, gates=None if gates is None else gates.mT)
     q, k = variant.transform(q, k, rows)
     if variant.uses_scale:
         q = q * scale
@@ -414,9 +446,11 @@ def test_window_never_reads_recycled_blocks(name: str, path: str) -> None:
     variant = get_variant(name)
     learned = {tensor: torch.ones(2) for tensor in variant.learned}
     n, window = 128, 16
-    cache = Cache.make(variant, [n], 1, 32, 16, torch.float32)
+    cache = Cache.make(variant, [n], 1, 32, 16, torch.float32, group=2)
     layer = cache.layer(path, variant, 2, scale=0.2, window=window, learned=learned)
     layer.write_cache(torch.randn(n, 1, 32), torch.randn(n, 1, 32), cache.slots(0, 0, n))
+    whole = Batch(cache.block_table, torch.tensor([0, n]), torch.tensor([n]))
+    write_gates(layer, whole, [gates_of(variant, n, 2)])
     before = cache.kv.clone()
     q = torch.randn(1, 2, 32)
     outs = []

@@ -49,10 +49,9 @@ seeds = st.integers(0, 2**32)
 spreads = st.sampled_from([0.0, 0.01, 1.0, 30.0])
 
 
-def run(variant: Variant, inputs: Inputs, window: int | None, **options: Any) -> Tensor:
-    return reference.attention(
-        variant, *inputs.qkv, window=window, learned=inputs.learned, **options
-    )[0]
+def run(variant: Variant, inputs: Inputs, window: int | None, scale: float | None = None) -> Tensor:
+    given = inputs.given()
+    return reference.attention(variant, *inputs.qkv, window=window, scale=scale, **given)[0]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
@@ -69,7 +68,7 @@ def test_rows_of_weights(variant: Variant, shape: Shape, seed: int, spread: floa
     mask = causal_mask(positions, positions, shape.window)
     scale = shape.head_size**-0.5
     penalty = penalties(variant, inputs.q, inputs.k, scale, shape.window)
-    out, weights = attend(variant, *inputs.qkv, mask, learned=inputs.learned, penalty=penalty)
+    out, weights = attend(variant, *inputs.qkv, mask, **inputs.given(), penalty=penalty)
     assert (weights >= 0).all()
     assert (weights[:, ~mask] == 0).all()
     total = weights.sum(-1)
@@ -92,7 +91,10 @@ def test_causality(variant: Variant, shape: Shape, seed: int, data: st.DataObjec
     q, k, v = (
         torch.cat((a[:, :j], b[:, j:]), 1) for a, b in zip(inputs.qkv, later.qkv, strict=True)
     )
-    changed = Inputs(q, k, v, inputs.learned)
+    gates = None
+    if inputs.gates is not None and later.gates is not None:
+        gates = torch.cat((inputs.gates[:, :j], later.gates[:, j:]), 1)
+    changed = Inputs(q, k, v, inputs.learned, gates)
     before = run(variant, inputs, shape.window)
     after = run(variant, changed, shape.window)
     close(after[:, :j], before[:, :j], 1e-12)
@@ -113,6 +115,7 @@ def test_grouped_queries_equal_repeated_keys(
         inputs.k.repeat_interleave(group, 0),
         inputs.v.repeat_interleave(group, 0),
         inputs.learned,
+        inputs.gates,
     )
     close(run(variant, inputs, shape.window), run(variant, repeated, shape.window), 1e-11)
 
@@ -163,7 +166,7 @@ def test_keys_outside_the_window_change_nothing(
     inputs = make_inputs(variant, Shape(2 * group, 2, 0, length, length, 4, 3), seed)
     other = make_inputs(variant, Shape(2 * group, 2, 0, length, length, 4, 3), seed + 1, 50.0)
     state = torch.rand(start, generator=seeded(seed), dtype=torch.float64)
-    options: dict[str, Any] = {"window": window, "learned": inputs.learned}
+    options: dict[str, Any] = {"window": window, **inputs.given()}
     q = inputs.q[:, start:]
     want, _ = reference.attention(
         variant, q, inputs.k, inputs.v, state=state if variant.stateful else None, **options
@@ -176,6 +179,7 @@ def test_keys_outside_the_window_change_nothing(
     close(got, want, 1e-12)
     if not variant.stateful:
         # A stateful variant may treat position 0 apart, and without its past another key is there.
+        options |= inputs.given(slice(past, None))
         dropped, _ = reference.attention(variant, q, k[:, past:], v[:, past:], **options)
         close(dropped, want, 1e-12)
 
@@ -191,7 +195,7 @@ def test_scale(variant: Variant, shape: Shape, seed: int, scale: float) -> None:
     if not variant.uses_scale:
         assert torch.equal(scaled, default)
         return
-    larger = Inputs(inputs.q * scale, inputs.k, inputs.v, inputs.learned)
+    larger = Inputs(inputs.q * scale, inputs.k, inputs.v, inputs.learned, inputs.gates)
     close(scaled, run(variant, larger, shape.window, scale=1.0))
     explicit = run(variant, inputs, shape.window, scale=shape.head_size**-0.5)
     assert torch.equal(explicit, default)

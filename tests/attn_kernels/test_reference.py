@@ -40,7 +40,7 @@ def chunked(
             inputs.k[..., :stop, :],
             inputs.v[..., :stop, :],
             window=window,
-            learned=inputs.learned,
+            **inputs.given(slice(stop)),
             state=state,
         )
         outputs.append(output)
@@ -49,13 +49,13 @@ def chunked(
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     q, k, v = (x.to(dtype) for x in inputs.qkv)
-    return Inputs(q, k, v, {name: x.to(dtype) for name, x in inputs.learned.items()})
+    return Inputs(q, k, v, {n: x.to(dtype) for n, x in inputs.learned.items()}, inputs.gates)
 
 
 def whole(
     variant: Variant, inputs: Inputs, window: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    return reference.attention(variant, *inputs.qkv, window=window, learned=inputs.learned)
+    return reference.attention(variant, *inputs.qkv, window=window, **inputs.given())
 
 
 def assert_same(
@@ -71,7 +71,7 @@ def assert_same(
 @every_variant
 def test_token_by_token_equals_dense(variant: Variant, shape: Shape) -> None:
     inputs = make_inputs(variant, shape, seed=10)
-    decoded = decode(variant, *inputs.qkv, window=shape.window, learned=inputs.learned)
+    decoded = decode(variant, *inputs.qkv, window=shape.window, **inputs.given())
     assert_same(decoded, whole(variant, inputs, shape.window), variant.stateful)
 
 
@@ -89,15 +89,19 @@ def test_leading_batch_dimensions(variant: Variant) -> None:
     """Each element of a `[2, 3]` batch equals the same sequence alone, state included."""
     shape = Shape(4, 2, 0, 9, 9, 4, 5)
     parts = [make_inputs(variant, shape, seed=20 + i) for i in range(6)]
-    learned = parts[0].learned
+    given = parts[0].given()
     batch = [
         torch.stack(x).unflatten(0, (2, 3)) for x in zip(*(part.qkv for part in parts), strict=True)
     ]
-    out, state = reference.attention(variant, *batch, window=5, learned=learned)
-    decoded, _ = decode(variant, *batch, window=5, learned=learned)
+    if variant.gated:
+        gates = torch.stack([part.given()["gates"] for part in parts])
+        given["gates"] = gates.unflatten(0, (2, 3))
+    out, state = reference.attention(variant, *batch, window=5, **given)
+    decoded, _ = decode(variant, *batch, window=5, **given)
     torch.testing.assert_close(decoded, out, rtol=1e-11, atol=1e-12)
     for i, part in enumerate(parts):
-        alone = reference.attention(variant, *part.qkv, window=5, learned=learned)
+        part = Inputs(*part.qkv, parts[0].learned, part.gates)
+        alone = reference.attention(variant, *part.qkv, window=5, **part.given())
         at = divmod(i, 3)
         there = out[at], None if state is None else state[at]
         assert_same(there, alone, variant.stateful)
@@ -107,10 +111,8 @@ def test_leading_batch_dimensions(variant: Variant) -> None:
 def test_default_query_start_is_the_end_of_the_keys(variant: Variant) -> None:
     inputs = make_inputs(variant, Shape(2, 1, 0, 8, 8, 4, 4), seed=12)
     q = inputs.q[:, 5:]
-    implied, _ = reference.attention(variant, q, inputs.k, inputs.v, learned=inputs.learned)
-    stated, _ = reference.attention(
-        variant, q, inputs.k, inputs.v, query_start=5, learned=inputs.learned
-    )
+    implied, _ = reference.attention(variant, q, inputs.k, inputs.v, **inputs.given())
+    stated, _ = reference.attention(variant, q, inputs.k, inputs.v, query_start=5, **inputs.given())
     assert torch.equal(implied, stated)
 
 
@@ -118,6 +120,18 @@ def test_more_queries_than_keys_is_an_error() -> None:
     inputs = make_inputs(VARIANTS[0], Shape(1, 1, 0, 4, 4, 2, 2))
     with pytest.raises(ValueError, match="4 queries do not fit before key 3"):
         reference.attention(VARIANTS[0], inputs.q, inputs.k[:, :3], inputs.v[:, :3])
+
+
+def with_junk(inputs: Inputs, keys: slice, junk: float) -> Inputs:
+    """Return them with `junk` in all that these keys have."""
+    k, v = inputs.k.clone(), inputs.v.clone()
+    k[:, keys] = junk
+    v[:, keys] = junk
+    gates = inputs.gates
+    if gates is not None:
+        gates = gates.clone()
+        gates[:, keys] = junk
+    return Inputs(inputs.q, k, v, inputs.learned, gates)
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e300], ids=str)
@@ -132,14 +146,18 @@ def test_keys_after_the_last_query_do_not_leak(variant: Variant, junk: float) ->
         inputs.q[:, 6:stop],
         inputs.k[:, :stop],
         inputs.v[:, :stop],
-        learned=inputs.learned,
+        **inputs.given(slice(stop)),
         state=state,
     )
-    k, v = inputs.k.clone(), inputs.v.clone()
-    k[:, stop:] = junk
-    v[:, stop:] = junk
+    junked = with_junk(inputs, slice(stop, None), junk)
     got, state_got = reference.attention(
-        variant, inputs.q[:, 6:stop], k, v, query_start=6, learned=inputs.learned, state=state
+        variant,
+        inputs.q[:, 6:stop],
+        junked.k,
+        junked.v,
+        query_start=6,
+        **junked.given(),
+        state=state,
     )
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
     if state_got is not None:
@@ -154,14 +172,12 @@ def test_keys_before_the_window_do_not_leak(variant: Variant, junk: float) -> No
     window, start = 3, 10
     inputs = make_inputs(variant, Shape(4, 2, 0, 14, 14, 8, 8), seed=14)
     state = torch.rand(start, dtype=torch.float64) if variant.stateful else None
-    k, v = inputs.k.clone(), inputs.v.clone()
-    k[:, : start - window + 1] = junk
-    v[:, : start - window + 1] = junk
+    junked = with_junk(inputs, slice(start - window + 1), junk)
     results = [
         reference.attention(
-            variant, inputs.q[:, start:], *kv, window=window, learned=inputs.learned, state=state
+            variant, x.q[:, start:], x.k, x.v, window=window, **x.given(), state=state
         )
-        for kv in ((inputs.k, inputs.v), (k, v))
+        for x in (inputs, junked)
     ]
     assert_same(results[1], results[0], variant.stateful)
     assert results[1][0].isfinite().all()
@@ -193,6 +209,7 @@ def test_float32_attend_is_close_to_the_reference(variant: Variant, window: int 
         v,
         causal_mask(positions, positions, window),
         learned={name: x.float() for name, x in inputs.learned.items()},
+        gates=inputs.gates,
         penalty=penalties(variant, q, k, 32**-0.5, window),
     )
     assert got.dtype == weights.dtype == torch.float32
@@ -219,7 +236,7 @@ def test_row_that_sees_no_key_is_zero(variant: Variant) -> None:
     penalty = penalties(variant, inputs.q, inputs.k, 0.5)
 
     def attended(mask: Tensor) -> tuple[Tensor, Tensor]:
-        return attend(variant, *inputs.qkv, mask, learned=inputs.learned, penalty=penalty)
+        return attend(variant, *inputs.qkv, mask, **inputs.given(), penalty=penalty)
 
     out, weights = attended(mask)
     assert (out[:, 2] == 0).all() and (weights[:, 2] == 0).all()

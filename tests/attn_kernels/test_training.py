@@ -19,6 +19,9 @@ from tests.attn_kernels.test_triton import interpreter
 
 __all__ = ["interpreter"]
 
+CASES = [i for i, variant in enumerate(VARIANTS) if not variant.gated]
+"""Gates have no kernel of training yet."""
+
 LIMIT = 2e-5
 """Of errors, by the reference's largest entry (seen: 8e-6, of ssmax's scales)."""
 NARROW_LIMIT = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -88,10 +91,9 @@ def errors(
     ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=CONFIGURATION_IDS)
-def test_equals_the_reference(variant: Variant) -> None:
-    shape = SHAPES[VARIANTS.index(variant) % 2]
-    assert max(errors(variant, shape)) <= LIMIT
+@pytest.mark.parametrize("case", CASES, ids=[CONFIGURATION_IDS[i] for i in CASES])
+def test_equals_the_reference(case: int) -> None:
+    assert max(errors(VARIANTS[case], SHAPES[case % 2])) <= LIMIT
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
@@ -129,7 +131,7 @@ def test_any_interval_of_keys(name: str, kind: str) -> None:
     assert max(errors(get_variant(name), Shape(2, 1, 1, 50, 16), rows=rows)) <= LIMIT
 
 
-@pytest.mark.parametrize("name", variant_names())
+@pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).gated])
 def test_extremes_are_finite(name: str) -> None:
     """Vectors of length 0, equal scores and very large ones; the same at each run."""
     from attn_kernels.triton import training

@@ -106,6 +106,7 @@ class PagedRequests:
         q, k, v: by request, `[n, heads, head_dim]` in the setup's dtype, on the CPU.
         expected: by request, float64 `[n, num_heads, head_dim]`.
         learned: the variant's per-head tensors.
+        gates: by request, `[n, num_heads]` float32, of a gated variant.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -125,6 +126,13 @@ class PagedRequests:
             name: torch.rand(setup.num_heads, generator=self.generator) * 0.3 + 0.1
             for name in self.variant.learned
         }
+        self.gates: list[torch.Tensor] | None = None
+        if self.variant.gated:
+            spread = torch.linspace(-1, 6, setup.num_heads)
+            self.gates = [
+                self.variant.gate(self._randn(n, setup.num_heads) * 2 + spread)
+                for n in setup.lengths
+            ]
         self.expected = [self.reference(r, self.q[r]) for r in range(len(setup.lengths))]
 
     def _randn(self, *shape: int) -> Tensor:
@@ -143,6 +151,7 @@ class PagedRequests:
             window=self.setup.window,
             scale=self.setup.head_dim**-0.5,
             learned=self.learned,
+            gates=None if self.gates is None else self.gates[request].mT,
         )
         return output.transpose(0, 1)
 
@@ -179,7 +188,10 @@ class Paged:
         self.blocks_each = [-(-n // self.size) for n in setup.lengths]
         dtype = torch.float8_e4m3fn if setup.fp8 else DTYPES[setup.dtype]
         dtype = torch.uint8 if setup.bits else dtype
-        content = content_bytes(requests.variant, setup.head_dim, dtype, setup.kv_format)
+        group = setup.num_heads // setup.num_kv_heads
+        content = content_bytes(
+            requests.variant, setup.head_dim, dtype, setup.kv_format, group=group
+        )
         shape = (2 * sum(self.blocks_each) + 1, setup.num_kv_heads, self.size, content)
         # All bits set is NaN in all of these formats.
         bits = torch.full(shape, 255, dtype=torch.uint8)
@@ -256,6 +268,9 @@ class Paged:
         out = torch.full((sum(lens) + PADDING, setup.num_heads, setup.head_dim), torch.nan)
         out = out.to(self.device, DTYPES[setup.dtype])
         self.layer.write_cache(k, v, batch.slot_mapping)
+        if own.gates is not None:
+            gates = torch.cat([own.gates[r][a:b] for r, a, b in spans])
+            self.layer.write_gates(gates.to(self.device), batch)
         self.layer.attend(q, batch, out)
         host = out.cpu()
         assert bool(host[-PADDING:].isnan().all()), "wrote behind the last query"

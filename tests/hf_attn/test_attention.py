@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "eos_token_id": 1,
 }
 IDS = torch.tensor([[5, 77, 31, 8, 120, 64, 3, 99]])
-FREE = [name for name in variant_names() if not get_variant(name).learned]
+FREE = [name for name in variant_names() if not get_variant(name).tensors]
 
 
 def stock(config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
@@ -118,6 +118,12 @@ def test_parameters_come_from_the_config() -> None:
 def test_learned_tensors_are_required() -> None:
     model = stock(LlamaConfig(**TINY), "ssmax")
     with pytest.raises(ValueError, match="ssmax_scale, which LlamaAttention lacks"):
+        model(input_ids=IDS)
+
+
+def test_gates_are_required() -> None:
+    model = stock(LlamaConfig(**TINY), "forgetting")
+    with pytest.raises(ValueError, match="needs gates, which LlamaAttention does not compute"):
         model(input_ids=IDS)
 
 

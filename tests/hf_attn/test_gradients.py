@@ -16,7 +16,8 @@ HEADS, KV_HEADS, TOKENS, SIZE = 4, 2, 7, 4
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("name", variant_names())
 def test_attend(name: str, window: int | None) -> None:
-    """With respect to queries, keys, values and learned tensors, also through the selection."""
+    """With respect to queries, keys, values, learned tensors and what gates are computed from, also
+    through the selection."""
     variant = get_variant(name)
     positions = torch.arange(TOKENS)
     mask = causal_mask(positions, positions, window)
@@ -27,13 +28,17 @@ def test_attend(name: str, window: int | None) -> None:
     for tensor in variant.learned:
         spread = torch.linspace(0.5, 1.5, HEADS, dtype=torch.float64)
         inputs.append((spread * variant.initial(tensor)).requires_grad_())
+    if variant.gated:
+        inputs.append(torch.randn(2, HEADS, TOKENS, dtype=torch.float64, requires_grad=True))
 
-    def output(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> Tensor:
+    def output(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:
+        learned = others[: len(variant.learned)]
+        gates = variant.gate(others[-1]) if variant.gated else None
         penalty = None
         if variant.stateful:
             penalty, _ = variant.select(q, k, selectable, SIZE**-0.5, q.new_zeros(2, TOKENS))
         tensors = dict(zip(variant.learned, learned, strict=True))
-        return attend(variant, q, k, v, mask, learned=tensors, penalty=penalty)[0]
+        return attend(variant, q, k, v, mask, learned=tensors, penalty=penalty, gates=gates)[0]
 
     assert torch.autograd.gradcheck(output, inputs)
 
@@ -112,8 +117,10 @@ def test_a_huge_masked_score_leaves_no_nan(name: str) -> None:
     k[:, -1] *= 1e4
     k.requires_grad_()
     learned = {tensor: torch.ones(HEADS) for tensor in variant.learned}
+    gates = variant.gate(torch.zeros(HEADS, TOKENS)) if variant.gated else None
     mask = causal_mask(positions, positions)
-    output, _ = attend(variant, q, k, torch.randn(KV_HEADS, TOKENS, SIZE), mask, learned=learned)
+    v = torch.randn(KV_HEADS, TOKENS, SIZE)
+    output, _ = attend(variant, q, k, v, mask, learned=learned, gates=gates)
     output.sum().backward()
     assert q.grad is not None and q.grad.isfinite().all()
     assert k.grad is not None and k.grad.isfinite().all()

@@ -110,7 +110,20 @@ def test_ssmax_is_softmax_with_queries_scaled_by_hand(
         torch.testing.assert_close(scale, torch.full((4,), initial_scale(LENGTH)))
 
 
-@pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).learned])
+def test_gates_start_near_softmax(plain: Path, ids: Tensor) -> None:
+    """Every gate is open but for what lets it learn: a token fades to 1 / e over LENGTH."""
+    converted = convert(plain, {"name": "forgetting"}, Conversion(train_length=LENGTH))
+    for layer in converted.model.layers:
+        gates = layer.self_attn.variant.gate(layer.self_attn.f_proj(torch.randn(5, 64)))
+        torch.testing.assert_close(gates * LENGTH, torch.full_like(gates, -1), atol=0.1, rtol=0)
+    far, near = (
+        (logits(x, ids) - logits(load(plain), ids)).abs().max()
+        for x in (converted, convert(plain, {"name": "forgetting"}, Conversion(train_length=10**6)))
+    )
+    assert near < 1e-2 * far
+
+
+@pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).tensors])
 def test_variants_without_tensors_only_change_the_name(name: str, plain: Path, ids: Tensor) -> None:
     converted = convert(plain, {"name": name}, Conversion())
     stock = load(plain, attn_implementation=name)

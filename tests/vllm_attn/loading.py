@@ -34,10 +34,14 @@ def one_worker(folder: Path) -> Iterator[None]:
         cleanup_dist_env_and_memory()
 
 
-def load(folder: Path, **options: Any) -> Any:
+def load(folder: Path, dtype: str = "float32", **options: Any) -> Any:
     """Return the model, loaded and checked as a worker does it before it allocates a KV cache."""
     config = EngineArgs(
-        str(folder), dtype="float32", max_model_len=256, enforce_eager=True, **options
+        str(folder),
+        dtype=dtype,
+        max_model_len=256,
+        enforce_eager=True,
+        **options,
     ).create_engine_config()
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)

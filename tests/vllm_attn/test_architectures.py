@@ -6,6 +6,7 @@ log-probabilities and tokens are transformers', or one line says why not.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from attnserve.files import CHECKOUT
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import ARCHITECTURES, tiny_model
-from tests.vllm_attn.offline import Found, answers
+from tests.vllm_attn.offline import answers
 
 TABLE = CHECKOUT / "docs/results/architectures.csv"
 PROMPT_LENGTH, NUM_TOKENS = 100, 16
@@ -37,15 +38,18 @@ def write(name: str, folder: Path, **changed: Any) -> PreTrainedModel:
     return model
 
 
-def serve(folders: Mapping[Path, str], prompt: list[int]) -> list[Found]:
-    """Return what vLLM finds of each checkpoint with its backend."""
+def served(folders: Mapping[Path, str], prompt: list[int]) -> list[Mapping[str, Any]]:
+    """Return what vLLM finds of each checkpoint with its backend: log-probabilities of the prompt's
+    tokens and greedy tokens, or why it was refused."""
     jobs = [(folder, {"attention_backend": backend}) for folder, backend in folders.items()]
-    return answers(jobs, [prompt], NUM_TOKENS)
-
-
-def split(answers: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, list[int]]:
-    """Return the log-probabilities of the one prompt's tokens, and greedy tokens."""
-    return torch.tensor(answers[0]["logprobs"][: PROMPT_LENGTH - 1]), answers[0]["tokens"]
+    found: list[Mapping[str, Any]] = []
+    for each in answers(jobs, [prompt], NUM_TOKENS):
+        if "refused" in each:
+            found.append(each)
+        else:
+            (answer,) = each["answers"]
+            found.append(answer | {"logprobs": answer["logprobs"][: len(prompt) - 1]})
+    return found
 
 
 @torch.inference_mode()
@@ -71,11 +75,12 @@ def measure(folder: Path, names: Sequence[str] = tuple(ARCHITECTURES)) -> pd.Dat
         expected[name] = (model.config.architectures[0], *reference(model, prompt.tolist()))
     rows = []
     backends = {name: "sinks" if name == "gpt_oss" else "softmax" for name in names}
-    served = serve({folder / name: backends[name] for name in names}, prompt.tolist())
+    answers = served({folder / name: backends[name] for name in names}, prompt.tolist())
     stock = {folder / name: "cpu_attn" for name in names if name in OF_STOCK}
-    for place, found in zip(stock, serve(stock, prompt.tolist()), strict=True):
-        expected[place.name] = (expected[place.name][0], *split(found["answers"]))
-    for name, found in zip(names, served, strict=True):
+    for place, found in zip(stock, served(stock, prompt.tolist()), strict=True):
+        logprobs = torch.tensor(found["logprobs"])
+        expected[place.name] = (expected[place.name][0], logprobs, found["tokens"])
+    for name, found in zip(names, answers, strict=True):
         architecture, logprobs, tokens = expected[name]
         row = {"model_type": name, "architecture": architecture, "backend": backends[name]}
         row["compared_with"] = "stock vLLM" if name in OF_STOCK else "transformers"
@@ -83,11 +88,10 @@ def measure(folder: Path, names: Sequence[str] = tuple(ARCHITECTURES)) -> pd.Dat
             lines = [line for line in reason.splitlines() if "errors.pydantic.dev" not in line]
             row["refused"] = lines[-1].strip()
         else:
-            its_logprobs, its_tokens = split(found["answers"])
-            difference = float((its_logprobs - logprobs).abs().max())
+            difference = float((torch.tensor(found["logprobs"]) - logprobs).abs().max())
             row["largest_difference"] = difference
             row["of_spread"] = difference / float(logprobs.std())
-            row["same_tokens"] = its_tokens == tokens
+            row["same_tokens"] = found["tokens"] == tokens
         rows.append(row)
     columns = ["largest_difference", "of_spread", "same_tokens", "refused"]
     return pd.DataFrame(
@@ -109,7 +113,7 @@ def test_heads_that_contradict_the_model(tmp_path: Path) -> None:
     write("gpt_bigcode", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
-    (found,) = served({tmp_path: "softmax"}, list(range(2, 50)))
+    (found,) = serve({tmp_path: "softmax"}, list(range(2, 50)))
     assert "makes other keys than the 2 heads of 32 that config.json says" in found["refused"]
 
 

@@ -98,13 +98,14 @@ def test_served(
     ],
 )
 def test_pages_are_smaller(name: str, dtype: str, size: int, times: float) -> None:
-    """Than those of bfloat16; a stateful variant's accumulators stay what they are."""
+    """Than those of bfloat16; accumulators and sums of gates stay what they are."""
     backend = AttentionBackendEnum[name.upper()].get_class()
     mode = get_kv_quant_mode(dtype)
     shape: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": size}
     low = FullAttentionSpec(**shape, dtype=torch.uint8, kv_quant_mode=mode)
     plain = FullAttentionSpec(**shape, dtype=torch.bfloat16)
-    state = 2 * 16 * 4 if get_variant(name).stateful else 0
+    variant = get_variant(name)
+    state = 2 * 16 * (4 * variant.stateful + 8 * variant.gated)
     few, many = (backend.customize_spec(s).page_size_bytes - state for s in (low, plain))
     assert many / few == pytest.approx(times)
 

@@ -21,7 +21,11 @@ PROMPT_LENGTHS = (1, 3, 63, 64, 65, 130, 200)
 BUDGETS = {"name": "selective", "kv_budgets": [8, 4, 12]}
 ONE: Mapping[str, Any] = {}
 TENSOR = {"tensor_parallel_size": 2}
-PIPELINE = {"pipeline_parallel_size": 2}
+PIPELINE = {  # which vLLM's CPU worker cannot without a graph: DYNAMO_TRACE_ONCE, no compiler
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
 NGRAM = {
     "speculative_config": {
         "method": "ngram",

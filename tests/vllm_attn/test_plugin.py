@@ -7,11 +7,13 @@ import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -20,6 +22,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from attn_kernels import VariantError, get_variant, variant_names
+from tests.tiny import tiny_checkpoint
+from tests.vllm_attn.loading import load, one_worker
 from vllm_attn import names, register
 from vllm_attn.backend import VariantBackend, VariantMetadataBuilder
 from vllm_attn.preflight import check_fp8, check_layer
@@ -61,11 +65,29 @@ def test_members_reach_a_spawned_process() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", variant_names())
 def test_cache_page(name: str, dtype: torch.dtype) -> None:
-    """A stateful variant's page has one float32 more a slot; the others' is vLLM's own."""
+    """A stateful variant's page has one float32 more a slot, a gated one's 64 bits a query head;
+    the others' is vLLM's own."""
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=dtype)
     page = AttentionBackendEnum[name.upper()].get_class().customize_spec(spec).page_size_bytes
-    extra = 4 * 2 * 16 if get_variant(name).stateful else 0
+    variant = get_variant(name)
+    extra = (4 * variant.stateful + 8 * variant.gated) * 2 * 16
     assert page == spec.page_size_bytes + extra
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_gated_pages(window: int | None, tmp_path: Path) -> None:
+    """With two query heads to a KV head, which only the layer knows. Gates are float32 in a 16-bit
+    model, and in one buffer of all layers."""
+    tiny_checkpoint(tmp_path, "forgetting", sliding_window=window)
+    with one_worker(tmp_path):
+        layers = [x.self_attn.attn for x in load(tmp_path, "bfloat16").model.layers]
+        config = EngineArgs(str(tmp_path), dtype="bfloat16", block_size=16).create_engine_config()
+        spec = layers[0].get_kv_cache_spec(config)
+    plain = 2 * 2 * 32 * 2 * spec.block_size
+    assert spec.page_size_bytes == plain + 2 * 2 * 8 * spec.block_size
+    assert layers[0].gates.dtype == torch.float32
+    assert layers[0].gates.shape == (config.scheduler_config.max_num_batched_tokens, 4)
+    assert all(layer.impl.gates is layers[0].gates for layer in layers)
 
 
 @pytest.mark.parametrize(

@@ -116,12 +116,11 @@ def make_config(checkpoint: Path, **options: object) -> Any:
             "would run another attention than softpick",
         ),
         ({"kv_cache_dtype": "turboquant_4bit_nc"}, "--kv-cache-dtype turboquant_4bit_nc"),
+        ({"pipeline_parallel_size": 3, "enforce_eager": True}, "with --enforce-eager: drop one"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_backend_never_runs_silently(
-    softpick: Path, options: dict[str, object], line: str
-) -> None:
+def test_options_are_refused(softpick: Path, options: dict[str, object], line: str) -> None:
     with pytest.raises(StartupError, match=line):
         make_config(softpick, **options)
 
@@ -207,7 +206,12 @@ def test_budgets_need_our_model_class(tiny_llama: Path) -> None:
 
 
 def test_learned_tensors_on_a_plain_llama(tiny_llama: Path) -> None:
-    """A plain Llama has no learned scale: refused, unless the scale is given as a constant."""
+    """A plain Llama has no gates and no learned scale: refused, unless the scale is given as a
+    constant."""
+    with pytest.raises(
+        StartupError, match=r"no tensor model\.layers\.0\.self_attn\.f_proj\.weight"
+    ):
+        make_config(tiny_llama, attention_backend="FORGETTING")
     with pytest.raises(StartupError, match=r"no tensor model\.layers\.0\.self_attn\.ssmax_scale"):
         make_config(tiny_llama, attention_backend="SSMAX")
     constant = {"attention_variant": {"name": "ssmax", "scale": 0.168}}
@@ -235,7 +239,7 @@ FIXED: dict[str, dict[str, Any]] = {"ssmax": {"scale": 0.2}}
 OTHERS = [
     name
     for name in variant_names()
-    if name != "softmax" and not get_variant(name, **FIXED.get(name, {})).learned
+    if name != "softmax" and not get_variant(name, **FIXED.get(name, {})).tensors
 ]
 
 

@@ -18,11 +18,14 @@ NUM_TOKENS = 24
 PROMPT_LENGTHS = (3, 7, 16, 17, 33, 63, 64, 65, 100, 129, 150, 200)
 """Around the cache block (16) and the chunk (64), and prompts of several chunks."""
 
+LIKE_SOFTMAX = ("sinks", "softmax1", "sigmoid")
+"""What differs from it is in the kernels; test_architectures.py has a model with sinks."""
+
 CASES = [
-    *((name, None) for name in variant_names() if name not in ("sinks", "softmax1")),
-    # The same code as softmax, but for its epilogue; test_architectures.py has a model with sinks.
-    *(pytest.param((name, None), marks=pytest.mark.slow) for name in ("sinks", "softmax1")),
+    *((name, None) for name in variant_names() if name not in LIKE_SOFTMAX),
+    *(pytest.param((name, None), marks=pytest.mark.slow) for name in LIKE_SOFTMAX),
     ("softpick", 24),
+    pytest.param(("forgetting", 24), marks=pytest.mark.slow),
     pytest.param(("selective", 24), marks=pytest.mark.slow),
 ]
 SERVE_ARGS = (

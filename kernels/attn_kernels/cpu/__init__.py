@@ -85,7 +85,8 @@ def bind(variant: Variant, kv_cache: Tensor, **options: Any) -> Layer:
     kv_format: KVFormat | None = options.get("kv_format")
     kernel = load(variant, quantized=kv_format is not None)
     if kernel is not None:
-        head_size, block_size = head_size_of(variant, kv_cache, kv_format), kv_cache.shape[2]
+        head_size = head_size_of(variant, kv_cache, options["num_heads"], kv_format)
+        block_size = kv_cache.shape[2]
         why = kernel.unsupported(head_size, block_size, kv_cache.dtype, kv_format)
         if why is None:
             return kernel.layer(kv_cache, **options)

@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 
+#include "gates.hpp"
 #include "spans.hpp"
 #include "variant.hpp"
 
@@ -48,6 +49,8 @@ class Attention : public Spans<T> {
     bool amx;
     float *q, *o, *scores, *per_norm;
     float *penalty, *state;               // stateful: [num_queries, keys], and of the span at hand
+    float *sums, *own_sum;                // gated: [group, SPAN] of the span's keys, and [rows]
+    double* origin;                       // gated: [group], what both are less
     float *selecting, *selected;          // selector: queries of a block and their scores
     float* factor;                        // amx: of each row's scores
     BFloat16 *narrow_q, *narrow_weights;  // amx: [rows, WIDE] and [block, NARROW]
@@ -81,7 +84,9 @@ class Attention : public Spans<T> {
         Array{t.scores, scores_size(t.rows, t.key_begin, t.key_end) + MAX_BLOCK * SCORES},
         Array{t.wide_keys, span}, Array{t.wide_values, span}, Array{t.per_norm, SPAN},
         Array{t.penalty, V::stateful ? t.num_queries * keys : 0},
-        Array{t.state, V::stateful ? SPAN : 0}, Array{t.selecting, call.selector ? ROWS * WIDE : 0},
+        Array{t.state, V::stateful ? SPAN : 0}, Array{t.sums, V::gated ? group_size * SPAN : 0},
+        Array{t.own_sum, V::gated ? rows : 0}, Array{t.origin, V::gated ? group_size : 0},
+        Array{t.selecting, call.selector ? ROWS * WIDE : 0},
         Array{t.selected, call.selector ? ROWS * SCORES : 0}, Array{t.row, rows},
         Array{t.query, rows}, Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
         Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
@@ -131,6 +136,14 @@ class Attention : public Spans<T> {
     for (int r = t.rows; r < pad; r++) {
       std::fill_n(t.q + (ptrdiff_t)r * WIDE, head_size, 0.f);
       if (t.amx) std::fill_n(t.narrow_q + (ptrdiff_t)r * WIDE, head_size, BFloat16{0});
+    }
+    if constexpr (V::gated) {
+      // Sums near the tile's are small numbers, exact in float32.
+      for (int r = 0; r < t.rows; r++) {
+        const double sum = gate_sums().at(t.request, t.query[r].head, t.query[r].position);
+        if (r < group_size) t.origin[r] = sum;
+        t.own_sum[r] = (float)(sum - t.origin[r % group_size]);
+      }
     }
     for (int r = 0; r < pad; r++) {
       new (t.row + r) Row();
@@ -255,6 +268,14 @@ class Attention : public Spans<T> {
     return (float)(query.position - key) - counting_from(0.f);
   }
 
+  GateSums<T> gate_sums() const { return {cache, *call.batch, group_size}; }
+
+  void find_sums(Tile& t, int begin, int end) const {
+    for (int i = 0; i < group_size; i++)
+      gate_sums().load(t.request, t.kv_head * group_size + i, begin, end, t.origin[i],
+                       t.sums + i * SPAN);
+  }
+
   template <class U>
   void score_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
                    float* s) const {
@@ -271,14 +292,21 @@ class Attention : public Spans<T> {
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
           store(s + r * SCORES + j, load(s + r * SCORES + j) * load(t.per_norm + j));
     if constexpr (!V::unit_keys && !V::stateful) modify(t, span.begin, first, count, c, s);
-    if constexpr (V::biased) {
+    if constexpr (V::biased || V::gated) {
       static_assert(!V::stateful, "accumulators are of scores without a bias");
       for (int r = 0; r < count; r++) {
         const Query query = t.query[first + r];
-        for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
-          store(s + r * SCORES + j,
-                load(s + r * SCORES + j) +
-                    variant.score_bias(query, distances(query, span.begin + j)));
+        for (int j = c.panel_from; j < c.panel_to; j += WIDTH) {
+          const Vec distance = distances(query, span.begin + j);
+          Vec bias;
+          if constexpr (V::gated)
+            bias = variant.score_bias(
+                query, distance,
+                t.own_sum[first + r] - load(t.sums + (first + r) % group_size * SPAN + j));
+          else
+            bias = variant.score_bias(query, distance);
+          store(s + r * SCORES + j, load(s + r * SCORES + j) + bias);
+        }
       }
     }
     if constexpr (V::stateful) {
@@ -315,6 +343,7 @@ class Attention : public Spans<T> {
       find_state(t, task, span.begin, span.end);
       if (call.selector) select_apart(t, task, span.begin, span.end);
     }
+    if (V::gated && pass & STATISTICS) find_sums(t, span.begin, span.end);
     const int index = span.begin / SPAN - t.key_begin / SPAN;
     for (int first = 0; first < t.rows; first += t.block) {
       const int count = std::min(t.block, t.rows - first);

@@ -8,6 +8,7 @@
 //
 //   key, value parameters  [2][block_size] 32-bit words, of quantized formats
 //   accumulators  [block_size] float32, of stateful variants; KV head 0's are used
+//   gate sums     [query heads of the KV head][block_size] float64, of gated variants (gates.hpp)
 //
 // Behind the heads of a block there may be selecting keys, head 0's of another rank: keys of one
 // more KV head, which has nothing else.
@@ -47,9 +48,11 @@ struct Cache : CacheShape {
   uint32_t* parameters(int64_t index, int kv_head) const {
     return (uint32_t*)(block(index, kv_head) + units<T>((ptrdiff_t)2 * block_size * head_size));
   }
-  float* accumulators(int64_t index) const {
-    return (float*)parameters(index, 0) + (QUANTIZED<T> ? 2 * block_size : 0);
+  // What a stateful or a gated variant has behind all that.
+  void* behind(int64_t index, int kv_head) const {
+    return parameters(index, kv_head) + (QUANTIZED<T> ? 2 * block_size : 0);
   }
+  float* accumulators(int64_t index) const { return (float*)behind(index, 0); }
 
   void write_key(int64_t slot, int kv_head, const T* key) const {
     const int offset = slot % block_size;

@@ -344,6 +344,13 @@ int attnserve_write(const WriteCall* w) {
   return in_format(w->cache_format, [&](auto t) { write<decltype(t)>(*w); });
 }
 
+// Of a gated variant: stores the sums of the new tokens' gates.
+int attnserve_write_gates(const GateCall* call) {
+  return in_format(call->cache_format, [&](auto t) {
+    if constexpr (VARIANT::gated) write_gates<decltype(t)>(*call);
+  });
+}
+
 // A layer's step: what comes new is written first.
 int attnserve_step(const WriteCall* w, const AttendCall* call) {
   const int failed = attnserve_write(w);
@@ -360,6 +367,7 @@ int attnserve_attend_pruned(const PrunedCall* call) {
 
 // For the loader: a library whose structs differ from Python's must not be called.
 int attnserve_abi() {
-  return (int)(sizeof(AttendCall) * 1000000 + sizeof(WriteCall) * 1000 + sizeof(PrunedCall));
+  return (int)(sizeof(AttendCall) * 1000000 + sizeof(WriteCall) * 1000 + sizeof(PrunedCall) +
+               sizeof(GateCall));
 }
 }

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from attn_kernels.batch import Batch, heads_together
-from attn_kernels.checks import VALUES, check_batch, check_out, check_rows, check_slots
+from attn_kernels.checks import (
+    VALUES,
+    check_batch,
+    check_gate_rows,
+    check_out,
+    check_rows,
+    check_slots,
+)
 from attn_kernels.cpu.build import open_library
 from attn_kernels.kv_quant import KVFormat
 from attn_kernels.paged import Layer
@@ -74,6 +81,18 @@ class WriteCall(ctypes.Structure):
     )
 
 
+class GateCall(ctypes.Structure):
+    """`GateCall` of gates.hpp."""
+
+    _fields_ = (
+        *fields(CacheShape, "cache"),
+        *fields(c_void_p, "gates"),
+        *fields(c_int64, "gate_stride"),
+        *fields(c_void_p, "batch"),
+        *fields(c_int32, "num_heads window cache_format"),
+    )
+
+
 class PrunedCall(ctypes.Structure):
     """`PrunedCall` of pruned.hpp."""
 
@@ -109,8 +128,9 @@ class CPUKernel:
 
     def __init__(self, variant: Variant, library: Path, isa: str, quantized: bool = False) -> None:
         self.variant, self.isa, self.quantized = variant, isa, quantized
-        attend, write, pruned = map(ctypes.sizeof, (AttendCall, WriteCall, PrunedCall))
-        expected = attend * 1000000 + write * 1000 + pruned
+        structs = (AttendCall, WriteCall, PrunedCall, GateCall)
+        attend, write, pruned, gate = map(ctypes.sizeof, structs)
+        expected = attend * 1000000 + write * 1000 + pruned + gate
         self.library = open_library(library, "attnserve_abi", expected)
         numbers = variant.numbers()
         self.values = (c_float * max(1, len(numbers)))(*numbers)
@@ -171,6 +191,12 @@ class CPULayer(Layer):
             selector=self.selector,
             cache_format=cache_format,
         )
+        self._gates = GateCall(
+            cache=shape,
+            num_heads=self.num_heads,
+            window=self._call.window,
+            cache_format=cache_format,
+        )
         # The call points into these.
         tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
         pointers = (c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
@@ -208,6 +234,18 @@ class CPULayer(Layer):
             call.selecting, call.selecting_stride = keys.data_ptr(), keys.stride(0)
         call.threads = torch.get_num_threads()
         self._library.attnserve_write(byref(call))
+
+    def write_gates(self, gates: Tensor, batch: Batch) -> None:
+        check_gate_rows(gates, batch.num_tokens, self.num_heads)
+        if VALUES:
+            num_blocks, _, block_size, _ = self.kv_cache.shape
+            check_batch(batch, num_blocks, block_size, self.window or 0)
+        call = self._gates
+        gates = gates.float()
+        gates = gates if gates.stride(1) == 1 else gates.contiguous()
+        call.gates, call.gate_stride = gates.data_ptr(), gates.stride(0)
+        call.batch = batch.address
+        self._library.attnserve_write_gates(byref(call))
 
     def attend(
         self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None

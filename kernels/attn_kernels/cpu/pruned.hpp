@@ -30,7 +30,7 @@ struct PrunedCall {
 
 template <class V, class T>
 class Pruned {
-  static_assert(V::stateful && !V::two_pass && !V::unit_keys && !V::biased,
+  static_assert(V::stateful && !V::two_pass && !V::unit_keys && !V::biased && !V::gated,
                 "a one-pass variant with accumulators");
   static constexpr float FRACTION = 0x1p16f;  // of an accumulator
 

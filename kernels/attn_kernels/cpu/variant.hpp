@@ -14,6 +14,8 @@
 // biased           `score_bias(query, distance)` is added to the scores: a vector for a vector of
 //                  distances, 0 for the query's own key (negative ones are masked afterwards); not
 //                  of stateful variants
+// gated            each token and head has a gate: `score_bias(query, distance, decay)` is added,
+//                  which also sees what the gates after each key add up to
 // two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
 //                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends
 //                  the pass
@@ -45,6 +47,7 @@ inline float reciprocal(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
 struct OnePass {
   static constexpr bool unit_keys = false;
   static constexpr bool biased = false;
+  static constexpr bool gated = false;
   static constexpr bool two_pass = false;
   static constexpr bool stateful = false;
 

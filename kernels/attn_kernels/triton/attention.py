@@ -21,12 +21,14 @@ from attn_kernels.triton.cache import (
     Blocks,
     add_values,
     find_parameters,
+    find_state,
     load_blocks,
     load_keys,
     load_values,
     score_keys,
     unit,
 )
+from attn_kernels.triton.gates import load_sums
 from attn_kernels.triton.kv_quant import rotate
 from attn_kernels.triton.variant import Query
 
@@ -84,6 +86,9 @@ class Rows(NamedTuple):
     valid: Any
     slope: Any
     """ALiBi's, times log2(e)."""
+    sums: Any
+    rests: Any
+    """Of the gates up to each row's own token, of a gated variant."""
 
 
 @triton.jit
@@ -183,7 +188,16 @@ def attend_keys(
         distance = (rows.position[:, None] - key[None, :]).to(tl.float32)
         if SHAPE.alibi:
             s -= rows.slope[:, None] * distance
-        if SCORE_BIAS is not None:
+        if VARIANT.gated:
+            member = (known.head % SHAPE.group)[:, None]
+            if SHAPE.group == 1:  # no sum is loaded twice
+                member = tl.full([1, 1], 0, tl.int32)
+            sums, rests = load_sums(
+                blocks, block[None, :], kv_head, member, key[None, :], inside[None, :], SHAPE
+            )
+            decay = (rows.sums[:, None] - sums) + (rows.rests[:, None] - rests)
+            s += SCORE_BIAS(known, distance, decay, PARAMS)
+        elif SCORE_BIAS is not None:
             s += SCORE_BIAS(known, distance, PARAMS)
         seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
         if STATISTICS_ONLY:
@@ -273,7 +287,15 @@ def attend_kernel(
     slope = zeros
     if SHAPE.alibi:
         slope = LOG2E * tl.load(alibi_slopes + head, mask=valid, other=0.0)
-    rows = Rows(q, selecting, factor, position, row % SHAPE.group == 0, valid, slope)
+    table = block_table + request.to(tl.int64) * table_stride
+    blocks = Blocks(cache, table, block_stride, head_stride)
+    sums, rests = zeros, zeros
+    if VARIANT.gated:
+        block = load_blocks(blocks, position, valid, SHAPE)
+        sums, rests = load_sums(blocks, block, kv_head, row % SHAPE.group, position, valid, SHAPE)
+    rows = Rows(
+        q, selecting, factor, position, row % SHAPE.group == 0, valid, slope, sums, rests
+    )  # fmt: skip
 
     begin = 0
     if SHAPE.window:
@@ -285,8 +307,6 @@ def attend_kernel(
         end = tl.minimum(end, begin + keys_each)
     num_heads: tl.constexpr = SHAPE.num_kv_heads * SHAPE.group
     part = (token * num_heads + head) * TILE.splits + split  # of a row
-    table = block_table + request.to(tl.int64) * table_stride
-    blocks = Blocks(cache, table, block_stride, head_stride)
     if SELECTION is not None:
         snapshots += tile.to(tl.int64) * snapshot_stride
 
@@ -396,11 +416,7 @@ def select_kernel(
     dtype: tl.constexpr = selectors.dtype.element_ty
     k = load_keys(blocks, block, SHAPE.selecting_head, key, inside, dtype, SHAPE)
     words = find_parameters(blocks, block, SHAPE.selecting_head, key, False, SHAPE)
-    if SHAPE.kv_bits:
-        accumulators = words.to(tl.pointer_type(tl.float32)) + 2 * SHAPE.block_size
-    else:
-        ends = cache + block * block_stride + 2 * SHAPE.block_size * SHAPE.head_size
-        accumulators = ends.to(tl.pointer_type(tl.float32)) + key % SHAPE.block_size
+    accumulators = find_state(blocks, block, 0, SHAPE) + key % SHAPE.block_size
     state = tl.load(accumulators, mask=inside, other=0.0)
     if SHAPE.quantized:
         scale *= tl.load(key_scale)

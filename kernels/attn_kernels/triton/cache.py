@@ -3,7 +3,8 @@
 Where head 0 is another rank's, its keys lie behind the heads of a block, as those of one more head.
 Inside its block each KV head has `block_size` keys, then as many values, then (8 and 4 bits)
 their parameters (`triton/kv_quant.py`), then (stateful variants) as many float32 accumulators, of
-which KV head 0's are used: rows of keys and values are aligned. SHAPE is `attention.Shape`.
+which KV head 0's are used, or (gated variants) for each of its query heads as many sums of gates,
+as `triton/gates.py` has them: rows of keys and values are aligned. SHAPE is `attention.Shape`.
 """
 
 from typing import Any, NamedTuple
@@ -36,6 +37,17 @@ def find_parameters(blocks, block, kv_head, key, values: tl.constexpr, SHAPE: tl
     ends = blocks.cache + base + SHAPE.block_size * SHAPE.head_size * SHAPE.kv_bits // 4
     words = ends.to(tl.pointer_type(tl.int32)) + key % SHAPE.block_size
     return words + SHAPE.block_size if values else words
+
+
+@triton.jit
+def find_state(blocks, block, kv_head, SHAPE: tl.constexpr):
+    """Return where blocks hold what is behind keys, values and their parameters, float32."""
+    if SHAPE.kv_bits:
+        words = find_parameters(blocks, block, kv_head, block * 0, False, SHAPE)
+        return words.to(tl.pointer_type(tl.float32)) + 2 * SHAPE.block_size
+    base = block * blocks.block_stride + kv_head * blocks.head_stride
+    ends = blocks.cache + base + 2 * SHAPE.block_size * SHAPE.head_size
+    return ends.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from attn_kernels.triton.attention import (
     select_kernel,
 )
 from attn_kernels.triton.cache import write_kernel
+from attn_kernels.triton.gates import write_gates_kernel
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
 from attn_kernels.triton.variant import constants, functions
 from attn_kernels.variant import Variant
@@ -64,7 +65,8 @@ def capturing(device: torch.device) -> bool:
 class TritonLayer(Layer):
     """One layer's attention on a GPU. No call waits for the device.
 
-    Inside each block of each KV head lie all keys, then all values, then the accumulators.
+    Inside each block of each KV head lie all keys, then all values, then the accumulators or the
+    sums of gates.
 
     Args:
         variant: the attention function.
@@ -127,6 +129,15 @@ class TritonLayer(Layer):
             *self.kv_cache.stride()[:2],
             SHAPE=self.shape, STATEFUL=self.variant.stateful,
             LARGEST=127.0 if self.kv_cache.dtype == torch.int8 else 448.0,
+            enable_fp_fusion=True, num_warps=1,
+        )  # fmt: skip
+
+    def write_gates(self, gates: Tensor, batch: Batch) -> None:
+        gates = gates.float().contiguous()
+        write_gates_kernel[(batch.seq_lens.shape[0], self.num_heads)](
+            gates, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
+            gates.stride(0), *self.kv_cache.stride()[:2], batch.block_table.stride(0),
+            SHAPE=self.shape, TOKENS=16 if batch.max_query_len == 1 else 128,
             enable_fp_fusion=True, num_warps=1,
         )  # fmt: skip
 

@@ -27,6 +27,9 @@ A variant that adds something to its scores has one more:
     score_bias(query, distance, params) -> [R, N]
         `distance` [R, N]: how far before the query the key is; anything where it is behind.
 
+A gated variant's is given `score_bias(query, distance, decay, params)`: `decay` [R, N] is what the
+gates after the key add up to, up to the query's own.
+
 One that needs statistics of all scores before the first weight has two more:
 
     update_statistics(s, seen, row_max, row_sum, query) -> row_max, row_sum
@@ -77,6 +80,7 @@ class Constants(NamedTuple):
     unit_keys: bool
     first_max: float
     num_learned: int
+    gated: bool
 
 
 class Query(NamedTuple):
@@ -129,7 +133,9 @@ def functions(variant: Variant) -> dict[str, Any]:
         "SELECTION": module.selection if variant.stateful else None,
         **{name.upper(): getattr(module, name, None) for name in DERIVATIVES},
         "PARAMS": tuple(variant.numbers()),
-        "VARIANT": Constants(module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned)),
+        "VARIANT": Constants(
+            module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned), variant.gated
+        ),
     }
 
 
@@ -141,6 +147,8 @@ def _module_of(variant: Variant) -> Any:
 @torch.compiler.assume_constant_result
 def missing_derivative(variant: Variant) -> str:
     """Return which function a variant would need to be trained by kernels; empty: none."""
+    if variant.gated:
+        return "derivative of gates"
     found = functions(variant)
     needed = {
         "weights_backward": True,
