@@ -17,6 +17,7 @@ WRONG = {
     "attnserve.evaluation.evaluate": "{bad}",
     "training.train": "--variant softpick --data {text} --tokenizer {bad} --out {out}",
     "training.tokenizer": "--data {bad} --out {out}",
+    "training.tokens": "{bad} {out}/t.npy --data {text}",
     "training.convert": "{bad} {out} --variant ssmax",
     "attnserve.budgets.command": "{bad}",
     "training.long_context": "{bad} --texts {text}",
@@ -36,6 +37,7 @@ WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
     "benchmarks.triton_compile",
     "benchmarks.gpu",
+    "benchmarks.gpu_training",
 }
 OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets.command")
 """Modules that `attnserve` runs."""

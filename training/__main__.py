@@ -10,9 +10,20 @@ from training.learning_rate import learning_rate
 from training.long_context import long_context
 from training.report.__main__ import report
 from training.tokenizer import tokenizer
+from training.tokens import tokens
 from training.train import train
 
-COMMANDS = (train, tokenizer, convert, long_context, analyze, report, checkpoints, learning_rate)
+COMMANDS = (
+    train,
+    tokenizer,
+    tokens,
+    convert,
+    long_context,
+    analyze,
+    report,
+    checkpoints,
+    learning_rate,
+)
 
 if __name__ == "__main__":
     about = "Train and measure small models of every attention variant."

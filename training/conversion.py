@@ -120,7 +120,7 @@ def write(
     compiled: bool,
     device: str,
 ) -> dict[str, Any]:
-    """Fine-tune what `convert` gives on a device, if `tuning` has steps, write its folder and
+    """Fine-tune what `convert` gives on a device, if `tuning` says so, write its folder and
     return what conversion.json holds.
 
     The folder is there whole or not at all; meanwhile there is `out.part`. `train_length` is that
@@ -139,7 +139,7 @@ def write(
         "max_position_embeddings": config.max_position_embeddings,
         "initial": learned_summary(model),
     }
-    if tuning.steps:
+    if tuning.tunes:
         tokens = data_tokens(data, tokenizer)
         bos = Checkpoint(source).bos
         teacher = teacher_of(source, tuning.precision, device) if tuning.distill else None
@@ -170,8 +170,9 @@ def teacher_of(source: Path, precision: str, device: str) -> PreTrainedModel:
 
 def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
     """Return what the record holds of a fine-tuning."""
-    fifth = max(1, tune.settings.steps // 5)
+    fifth = max(1, tune.step // 5)
     return asdict(tune.settings) | {
+        "steps": tune.step,
         "data": [file.name for file in data],
         "seconds": round(tune.seconds, 1),
         "loss_first_fifth": round(sum(tune.losses[:fifth]) / fifth, 4),

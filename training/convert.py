@@ -30,13 +30,19 @@ def convert(
         Option(
             metavar="FILE",
             help="UTF-8 text files; a file named *.jsonl holds chats, "
-            '{"messages": [...]} a line, which SRC\'s chat template writes out.',
+            '{"messages": [...]} a line, which SRC\'s chat template writes out; one named *.npy '
+            "holds tokens (python -m training.tokens).",
             show_default=False,
         ),
     ] = None,
     compiled: Annotated[
-        bool, Option("--compile", help="Use torch.compile; all scores are in memory at once.")
-    ] = False,
+        bool | None,
+        Option(
+            "--compile/--no-compile",
+            help="Use torch.compile. Default: on a GPU. On a CPU all scores are in memory at once.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None, Option(help="Where to train: cpu, cuda. Default: cuda if there is one.")
     ] = None,
@@ -71,9 +77,11 @@ def convert(
 
     if out.exists():
         raise UserError(f"{out} is there already: choose another folder or delete it")
-    if bool(tuning.steps) != bool(data):
-        raise UserError("--steps and --data go together: give both or neither")
-    if not tuning.steps and (tuning.distill or tuning.blend):
+    if tuning.steps and tuning.minutes:
+        raise UserError("--steps and --minutes say the same: give one of them")
+    if tuning.tunes != bool(data):
+        raise UserError("--steps (or --minutes) and --data go together: give both or neither")
+    if not tuning.tunes and (tuning.distill or tuning.blend):
         raise UserError("--distill and --blend are of a fine-tuning: give --steps and --data too")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda") or (
@@ -82,9 +90,10 @@ def convert(
         raise UserError(f"there is no device {device}: leave out --device")
     if not tuning.learning_rate:
         tuning = replace(tuning, learning_rate=LEARNING_RATES[tuning.train])
+    compile_it = device != "cpu" if compiled is None else compiled
     model = conversion.convert(source, variant, change)
     record = conversion.write(
-        model, source, out, change.train_length, tuning, data or [], compiled, device
+        model, source, out, change.train_length, tuning, data or [], compile_it, device
     )
     if as_json:
         print(json.dumps(record))

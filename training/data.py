@@ -23,15 +23,40 @@ def data_tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> To
     token.
 
     A file named `*.jsonl` holds a chat a line, `{"messages": [{"role": ..., "content": ...}]}`,
-    which is written as the tokenizer's chat template says. Others are UTF-8 text.
+    which is written as the tokenizer's chat template says. One named `*.npy` holds tokens of this
+    tokenizer. Others are UTF-8 text.
     """
     parts = []
     for file in files:
-        if file.suffix == ".jsonl":
+        if file.suffix == ".npy":
+            parts.append(_stored(file, len(tokenizer)))
+        elif file.suffix == ".jsonl":
             parts += list(_chats(file, tokenizer))
         else:
             parts.append(read_tokens([file], tokenizer))
     return np.concatenate(parts)
+
+
+def _stored(file: Path, vocabulary: int) -> Tokens:
+    """Return a file's tokens.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        tokens = np.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} holds no tokens ({error}): write it by python -m training.tokens"
+        ) from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
+        raise UserError(f"{file} holds {tokens.dtype} {list(tokens.shape)}, not tokens in a row")
+    if not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise UserError(
+            f"{file} has tokens to {tokens.max()}, and the tokenizer {vocabulary}: write it again "
+            "with this model's tokenizer"
+        )
+    return tokens.astype(np.int64)
 
 
 def _chats(file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:

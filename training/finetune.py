@@ -136,7 +136,7 @@ class FineTune(Resumable):
         }
         batches = Batches(tokens, settings.sequence, settings.batch, bos, settings.seed)
         identity = {**(origin or {}), **asdict(settings), "text": fingerprint(tokens)}
-        optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0, fused=True)
         self._saved = time.monotonic()
         super().__init__(folder, identity, settings, batches, trained, optimizer)
 
@@ -149,14 +149,23 @@ class FineTune(Resumable):
         """Return the loss and the divergence from the teacher, with their weights."""
         return torch.lerp(loss, other, self.settings.distill)
 
+    @property
+    def progress(self) -> float:
+        """Which share is done, of the steps or of the time."""
+        return self.settings.progress(self.step, self.seconds)
+
+    @property
+    def learning_rate(self) -> float:
+        """The next step's."""
+        return self.settings.learning_rate_at(self.step, self.seconds)
+
     def run(self, compiled: bool = False, quiet: bool = False) -> None:
         """Take the remaining steps."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trained)
         self.model.train()
-        changing = round(self.settings.blend * self.settings.steps)
         share = torch.zeros((), device=self.model.device)
-        self._take(blended(share), compiled, quiet, changing, share)
+        self._take(blended(share), compiled, quiet, self.settings.blend, share)
         self._take(fused(self.model), compiled, quiet)
         self.model.eval()
 
@@ -165,23 +174,34 @@ class FineTune(Resumable):
         forward: Forward | None,
         compiled: bool,
         quiet: bool,
-        until: int | None = None,
+        until: float = 1.0,
         share: Tensor | None = None,
     ) -> None:
-        """Take the steps before step `until` with an attention, of which `share` grows to 1."""
-        steps = self.settings.steps if until is None else until
-        if self.step >= steps:
+        """Take the steps before the progress `until` with an attention, of which `share` grows
+        to 1."""
+        if self.progress >= until:
             return
-        if not compiled and (forward is None or share is not None):
-            self.model.gradient_checkpointing_enable()  # dense scores of one layer at a time
+        dense = (forward is None or share is not None) and not self.kernels
+        if dense and not compiled:
+            self.model.gradient_checkpointing_enable()  # scores of one layer at a time
+        step = 1 / self.settings.steps if self.settings.steps else 1e-3
         inner = loss_function(self.model, self.settings.precision, compiled, teacher=self.teacher)
 
         def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
             if share is not None:
-                share.fill_((self.step + 1) / (steps + 1))
+                share.fill_((self.progress + step) / (until + step))
             return inner(inputs, targets)
 
         with attention_forward(self.model, forward):
             self.take_steps(
-                loss_of, lambda: time.monotonic() - self._saved > self.save_seconds, quiet, steps
+                loss_of, lambda: time.monotonic() - self._saved > self.save_seconds, quiet, until
             )
+
+    @property
+    def kernels(self) -> bool:
+        """Whether attention is computed by GPU kernels, which keep no scores."""
+        if self.model.device.type != "cuda":
+            return False
+        from attn_kernels.triton.variant import missing_derivative
+
+        return not missing_derivative(self.model.config.variant)

@@ -60,6 +60,13 @@ class FineTuning:
     weights in float32."""
 
     steps: Annotated[int, Option(min=0, help="Steps of fine-tuning; 0: none.")] = 0
+    minutes: Annotated[
+        float,
+        Option(
+            min=0.0,
+            help="Fine-tune for this long, instead of --steps; the schedule goes by time.",
+        ),
+    ] = 0.0
     train: Annotated[
         Literal["scale", "all"], Option(help="The variant's learned tensors, or every weight.")
     ] = "scale"
@@ -89,11 +96,24 @@ class FineTuning:
     clip: ClassVar[float] = 1.0
     """Largest norm of the gradient."""
 
-    def learning_rate_at(self, step: int) -> float:
+    @property
+    def tunes(self) -> bool:
+        """Whether there is any fine-tuning."""
+        return bool(self.steps or self.minutes)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Return which share is done after so many steps and seconds; 1: all."""
+        return seconds / (60 * self.minutes) if self.minutes else step / self.steps
+
+    def learning_rate_at(self, step: int, seconds: float = 0.0) -> float:
         """Return a step's learning rate: a straight rise, then a straight fall to 0."""
-        warmup = max(1, round(WARMUP * self.steps))
-        rise, fall = (step + 1) / warmup, (self.steps - step) / (self.steps + 1 - warmup)
-        return self.learning_rate * min(rise, fall)
+        if self.minutes:
+            progress = self.progress(step, seconds)
+            rise, fall = (progress + 1e-3) / WARMUP, max(0.0, 1 - progress) / (1 - WARMUP)
+        else:
+            warmup = max(1, round(WARMUP * self.steps))
+            rise, fall = (step + 1) / warmup, (self.steps - step) / (self.steps + 1 - warmup)
+        return self.learning_rate * min(rise, fall, 1.0)
 
 
 @dataclass(frozen=True)

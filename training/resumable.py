@@ -117,6 +117,16 @@ class Resumable(ABC):
         """Steps taken."""
         return len(self.losses)
 
+    @property
+    def progress(self) -> float:
+        """Which share of the training is done; 1: all."""
+        return self.step / self.schedule.steps
+
+    @property
+    def learning_rate(self) -> float:
+        """The next step's."""
+        return self.schedule.learning_rate_at(self.step)
+
     @abstractmethod
     def objective(self, loss: Tensor, other: Tensor) -> Tensor:
         """Return what is minimised, of the two terms."""
@@ -152,26 +162,29 @@ class Resumable(ABC):
         loss_of: Loss,
         is_due: Callable[[], bool],
         quiet: bool = False,
-        until: int | None = None,
+        until: float = 1.0,
     ) -> None:
-        """Take the remaining steps, or those before step `until`; save the state where it `is_due`,
-        and after the last."""
-        steps = self.schedule.steps
+        """Take the remaining steps, or those before the progress `until`; save the state where it
+        `is_due`, and after the last."""
         started = time.monotonic() - self.seconds
         with tqdm(
-            initial=self.step, total=steps, unit="step", disable=quiet, smoothing=0.05
+            initial=self.step,
+            total=self.schedule.steps or None,
+            unit="step",
+            disable=quiet,
+            smoothing=0.05,
         ) as progress:
-            while self.step < (steps if until is None else until):
+            while self.progress < until:
                 self._take_step(loss_of)
                 self.seconds = time.monotonic() - started
                 progress.update()
                 progress.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
-                if is_due() or self.step == steps:
+                if is_due() or self.progress >= 1:
                     self.save()
 
     def _take_step(self, loss_of: Loss) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate_at(self.step)
+            group["lr"] = self.learning_rate
         device = next(iter(self.trained.values())).device
         loss, other = loss_of(*(part.to(device) for part in self.batches(self.step)))
         (loss if other is None else self.objective(loss, other)).backward()

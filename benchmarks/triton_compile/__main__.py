@@ -37,6 +37,9 @@ def triton_compile(
     packed: Annotated[
         bool, opt.option("Products and lookups with packed weights, not attention.", "--packed")
     ] = False,
+    training: Annotated[
+        bool, opt.option("The kernels of training, forward and backward, not those of serving.")
+    ] = False,
     match: Annotated[
         str,
         opt.option(
@@ -63,7 +66,10 @@ def triton_compile(
     vLLM's registers at the same tile. A kernel that exceeds one, or does not compile, is marked,
     and the exit code is 1.
     """  # fmt: skip
-    path = csv or RESULTS / f"triton_compile{'_packed' * packed}.csv"
+    if packed and training:
+        raise UserError("--packed and --training are two tables: give one of them")
+    name = f"triton_compile{'_packed' * packed}{'_training' * training}.csv"
+    path = csv or RESULTS / name
     save = results.checked(path, no_save or quick)
     about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit()}
     about |= {name: machine.package(name) for name in ("triton", "vllm")}
@@ -78,13 +84,17 @@ def triton_compile(
         from benchmarks.triton_compile import calls
         from benchmarks.triton_compile.dry import DryCompiler
 
-        cases = calls.packed_cases() if packed else calls.attention_cases()
+        compile_one: Callable[[DryCompiler, Case], list[Pair]] = calls.compile_packed
+        cases = calls.packed_cases()
+        if training:
+            cases, compile_one = calls.training_cases(), calls.compile_training
+        elif not packed:
+            cases = calls.attention_cases()
         wanted = re.compile(match or (QUICK if quick else ""))
         todo = [case for case in cases if wanted.search(" ".join(map(str, case.values())))]
         if not todo:
             raise UserError(f"--match {match!r} is in no case's name")
-        compile_one: Callable[[DryCompiler, Case], list[Pair]] = calls.compile_packed
-        if not packed:
+        if not packed and not training:
             compile_one = functools.partial(calls.compile_attention, peer=calls.Vllm())
         rows = compile_all(DryCompiler(Path(cache)), todo, compile_one)
     if save is not None:

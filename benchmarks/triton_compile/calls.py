@@ -17,7 +17,8 @@ from attn_kernels import get_variant, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS
 from attn_kernels.paged import content_bytes
-from attn_kernels.triton import TritonLayer
+from attn_kernels.triton import TritonLayer, training
+from attn_kernels.triton.variant import missing_derivative
 from benchmarks.gpu_peers import call_unified, scratch
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
 from quant_kernels import Panels
@@ -99,6 +100,26 @@ def attention_cases() -> Iterator[Case]:
             if phase != WRITE or variant in writers:
                 case = {"arch": arch, "head_dim": head_dim, "dtype": dtype}
                 yield case | {"variant": variant, "phase": phase}
+
+
+def training_cases() -> Iterator[Case]:
+    """Yield what training launches: `training.attention` and its backward."""
+    names = [name for name in variant_names() if not missing_derivative(get_variant(name))]
+    for arch, head_dim, dtype, name in product(ARCHS, HEAD_DIMS, DTYPES[:3], names):
+        yield {"arch": arch, "head_dim": head_dim, "dtype": dtype, "variant": name}
+
+
+def compile_training(compiler: DryCompiler, case: Case) -> list[Pair]:
+    """Compile what one layer launches forth and back."""
+    variant, dtype = get_variant(case["variant"]), getattr(torch, case["dtype"])
+    q, k, v = (
+        torch.empty(2, heads, 512, case["head_dim"], dtype=dtype, requires_grad=True)
+        for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+    )
+    learned = {name: torch.ones(NUM_HEADS, requires_grad=True) for name in variant.learned}
+    with compiler.target(case["arch"]) as found:
+        training.attention(variant, q, k, v, learned=learned).sum().backward()
+    return [(kernel, None) for kernel in found]
 
 
 def batch_of(phase: str) -> Any:

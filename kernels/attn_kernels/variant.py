@@ -141,8 +141,12 @@ class Variant(ABC):
     def takes_modifiers(self) -> bool:
         """Whether a model's soft cap and ALiBi may change the scores: where they are the products
         of queries and keys, times the model's scale, and nothing else depends on them."""
-        plain = type(self).transform is Variant.transform
-        return plain and self.uses_scale and not self.stateful
+        return self.plain_scores and self.uses_scale and not self.stateful
+
+    @property
+    def plain_scores(self) -> bool:
+        """Whether queries and keys are multiplied as they are."""
+        return type(self).transform is Variant.transform
 
     @property
     def kv_budgets(self) -> tuple[int, ...]:

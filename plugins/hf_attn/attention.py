@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import and_masks, sdpa_mask, sliding_window_overlay
 
 from attn_kernels import Variant, attend, get_variant, pruning, variant_from_config, variant_names
+from hf_attn import kernels
 from hf_attn.configuration import VariantLlamaConfig
 
 
@@ -56,10 +57,11 @@ def attention_forward(
     gates: Tensor | None = None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attend with the variant called `name`, as transformers calls it.
 
     Scores, weights and their sums are in float32 (float64 for float64 inputs), also under autocast.
+    In training on a GPU kernels do it (`kernels.usable`).
 
     Args:
         name: the variant; its parameters are the module's `variant`, else those that the config's
@@ -78,7 +80,8 @@ def attention_forward(
 
     Returns:
         `(output [batch, num_queries, num_heads, value_size],
-        weights [batch, num_heads, num_queries, num_keys])`, in the dtype of `query`.
+        weights [batch, num_heads, num_queries, num_keys])`, in the dtype of `query`; None for the
+        weights that kernels do not keep.
 
     Raises:
         ValueError: this model or call needs something that the variant does not define, or the
@@ -110,6 +113,11 @@ def attention_forward(
             f"{name} attention needs gates, which {type(module).__name__} does not compute: use a "
             "checkpoint of VariantLlamaForCausalLM"
         )
+    if penalty is None and kernels.usable(variant, module, query, key, value, **kwargs):
+        rows = kernels.rows_of(attention_mask, position_ids, query.shape[0])
+        if rows is not None:
+            output = kernels.attend(variant, module, query, key, value, rows, scaling)
+            return output.transpose(1, 2).contiguous().to(query.dtype), None
     positions = None
     if position_ids is not None and position_ids.dim() == 2:
         positions = position_ids[:, None, :, None]

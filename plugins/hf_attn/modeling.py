@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from attn_kernels import VariantError
+from hf_attn import kernels
 from hf_attn.attention import attention_forward, pruned_penalty, selecting_head, selection_penalty
 from hf_attn.configuration import VariantLlamaConfig
 
@@ -66,7 +67,7 @@ class VariantLlamaAttention(LlamaAttention):
         past_key_values: Cache | None = None,
         penalties: list[Tensor] | None = None,
         **kwargs: Any,
-    ) -> Pair:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend with `hidden_states [batch, num_queries, hidden_size]`.
 
         Args:
@@ -81,7 +82,7 @@ class VariantLlamaAttention(LlamaAttention):
 
         Returns:
             `(output [batch, num_queries, hidden_size],
-            weights [batch, num_heads, num_queries, num_keys])`.
+            weights [batch, num_heads, num_queries, num_keys] or None)`, as `attention_forward`.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (
@@ -90,11 +91,16 @@ class VariantLlamaAttention(LlamaAttention):
         )
         q, k = self.rotate(q, k, position_embeddings, position_ids)
 
+        # Kernels compute a stateful variant's penalties themselves.
+        alone = past_key_values is None and penalties is None
+        selects = self.variant.stateful and not (
+            alone and kernels.usable(self.variant, self, q, k, v, **kwargs)
+        )
         own_key = torch.arange(q.shape[-2], device=q.device)
         if past_key_values is not None:
             _, first_key = past_key_values.get_mask_sizes(q.shape[-2], self.layer_idx)
             own_key = own_key + past_key_values.get_query_offset(self.layer_idx) - first_key
-        if self.variant.stateful:
+        if selects:
             q0, k0 = selecting_head(q, k, attention_mask, own_key)
             k, v = torch.cat((k, k0), 1), torch.cat((v, q0), 1)
         if self.variant.gated:
@@ -108,7 +114,7 @@ class VariantLlamaAttention(LlamaAttention):
             # `[batch, num_kv_heads, num_keys, group]`, and one row a query head.
             gates = self.variant.gate(projected.transpose(-2, -1).flatten(1, 2))
         penalty = None
-        if self.variant.stateful:
+        if selects:
             k, k0 = k[:, :-1], k[:, -1:]
             v, q0 = v[:, :-1], v[:, -1:]
             dtype = torch.promote_types(q.dtype, torch.float32)

@@ -44,8 +44,20 @@ SHAPES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[None]:
-    """Kernels imported from now on are interpreted, as Triton itself is (`conftest.py`)."""
+    """Kernels imported from now on are interpreted, as Triton itself is (`conftest.py`).
+
+    Triton replaces its language's functions anew at each call of a function inside a kernel, which
+    was most of the time; here it does so where they are not replaced yet."""
+    from triton import language
     from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+
+    def replace_once(function: Any) -> Any:
+        modules = [x for x in function.__globals__.values() if x in (language, language.core)]
+        if any(language.core.is_builtin(module.load) for module in modules):
+            return replace(function)
+        return interpreter._LangPatchScope()
 
     builder = interpreter.interpreter_builder
     multiply = builder.create_dot
@@ -58,6 +70,7 @@ def interpreter() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(interpreter, "_patch_lang", replace_once)
         patch.setattr(
             builder, "create_dot", lambda a, b, *rest: multiply(widened(a), widened(b), *rest)
         )

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu, gpu_peers
+from benchmarks.gpu_training import gpu_training
 from benchmarks.kernels.case import Inputs, Paging
 from tests.conftest import Commands
 
@@ -80,3 +81,14 @@ def test_times_what_is_right_and_goes_on(
 )
 def test_no_gpu_is_one_line(commands: Commands) -> None:
     assert "finds no GPU; in an environment with CUDA's torch" in commands.refused(gpu.gpu)
+
+
+def test_training_in_the_interpreter(commands: Commands) -> None:
+    """Every column is there, of a variant and of torch's attention."""
+    arguments = ("--device", "cpu", "--variants", "softpick", "--no-save", "--json")
+    found = json.loads(commands.run(gpu_training, *arguments))
+    ours, theirs = found["rows"]
+    assert (ours["kernel"], theirs["kernel"], ours["note"]) == ("softpick", "sdpa", "")
+    assert ours["us_median"] > ours["us_forward_median"] > 0
+    assert theirs["ratio_sdpa"] == 1.0 and ours["ratio_flex_attention"] is None
+    assert ours["tflops"] > 0

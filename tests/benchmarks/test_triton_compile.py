@@ -64,6 +64,14 @@ def test_packed_products() -> None:
         assert kernel["registers"] > 32 and kernel["violation"] == ""
 
 
+def test_training() -> None:
+    """Forward and backward, which the interpreter does not compile."""
+    rows = compiled("--training", "--no-save", "--match", "sm_90 64 bfloat16 softpick$")
+    assert [row["kernel"] for row in rows] == ["forward", "queries", "keys"]
+    assert all(row["spills"] == 0 and row["registers"] > 64 for row in rows)
+    assert [(row["rows"], row["keys"]) for row in rows] == [(128, 64), (128, 64), (32, 128)]
+
+
 SCRIPT = '''
 import json, os, sys
 from pathlib import Path

@@ -328,6 +328,11 @@ RULES: dict[str, Rule] = {
         prints=COLLECTED,
         slow=True,
     ),
+    "make test ARGS=tests/attn_kernels/test_training.py": Run(
+        "make test ARGS='-n 0 --collect-only -q tests/attn_kernels/test_training.py'",
+        prints=COLLECTED,
+        slow=True,
+    ),
     "make test ARGS=tests/quant_kernels/test_triton.py": Run(
         "make test ARGS='-n 0 --collect-only -q tests/quant_kernels/test_triton.py'",
         prints=COLLECTED,
@@ -354,6 +359,7 @@ RULES: dict[str, Rule] = {
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
     "python -m benchmarks.gpu": NotHere("a GPU"),
+    "python -m benchmarks.gpu_training": NotHere("a GPU"),
     # docs/QUANT.md
     "python -m quant": Run(prints="sensitivity"),
     **{
@@ -481,6 +487,9 @@ RULES: dict[str, Rule] = {
     "python -m training.convert your-llama your-ssmax --variant ssmax": Run(
         f"{YOUR_LLAMA} && python -m training.convert your-llama your-ssmax --variant ssmax",
         prints="with ssmax attention",
+    ),
+    "python -m training.tokens your-llama books.npy --data books.txt chats.jsonl": Elsewhere(
+        "tests/training/test_convert.py"
     ),
     "attnserve serve my-model": Serve(attnserve_serve("my-served"), setup=MY_MODEL + "my-served"),
     **{

@@ -32,6 +32,7 @@ from training.finetune import FineTune
 from training.recipe import Conversion, FineTuning
 from training.resumable import STATE
 from training.tokenizer import PARAGRAPHS
+from training.tokens import tokens
 
 TRAINED = Path(__file__).resolve().parents[2] / "checkpoints" / "softmax"
 LENGTH = 64
@@ -317,6 +318,64 @@ def test_chats_in_the_mix(plain: Path, tmp_path: Path, commands: Commands) -> No
     assert "line 1, is no chat of this tokenizer" in commands.refused(command, *argv)
 
 
+def test_stored_tokens_are_the_same_data(plain: Path, tmp_path: Path, commands: Commands) -> None:
+    file = tmp_path / "text.npy"
+    record = json.loads(commands.run(tokens, plain, file, "--data", LICENSE, "--json"))
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    wanted = read_tokens([LICENSE], tokenizer)
+    assert np.array_equal(data_tokens([file, file], tokenizer), np.concatenate([wanted] * 2))
+    assert record["tokens"] == len(wanted) and record["bytes"] < 2 * len(wanted) + 200
+    assert "must be named *.npy" in commands.refused(tokens, plain, LICENSE, "--data", LICENSE)
+    for wrong, message in (
+        (np.array([1, 999]), "has tokens to 999, and the tokenizer 512"),
+        (np.zeros((2, 2), np.int64), r"int64 \[2, 2\], not tokens in a row"),
+        (np.zeros(3), r"float64 \[3\], not tokens"),
+    ):
+        np.save(file, wrong)
+        with pytest.raises(UserError, match=message):
+            data_tokens([file], tokenizer)
+    file.write_bytes(b"text")
+    with pytest.raises(UserError, match=r"holds no tokens .*python -m training\.tokens"):
+        data_tokens([file], tokenizer)
+
+
+def test_so_many_minutes(
+    plain: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedule goes by the clock, here by one on which each step takes half a minute: the
+    variant's share and the learning rate reach their ends whatever a step takes."""
+    clock = [0.0]
+    shares: list[float] = []
+    rates: list[float] = []
+    take_step, between = FineTune._take_step, finetune.blended
+
+    def step(run: FineTune, loss_of: Any) -> None:
+        rates.append(run.learning_rate)
+        take_step(run, loss_of)
+        clock[0] += 30.0
+
+    def blended(share: Tensor) -> Any:
+        forward = between(share)
+
+        def noted(*arguments: Any, **keywords: Any) -> Any:
+            shares.append(share.item())
+            return forward(*arguments, **keywords)
+
+        return noted
+
+    monkeypatch.setattr(FineTune, "_take_step", step)
+    monkeypatch.setattr(finetune, "blended", blended)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    options = ("--minutes", "10", "--train", "all", "--learning-rate", "1", "--blend", "0.5")
+    argv = (plain, tmp_path / "out", "--variant", "softpick", *tune_arguments(*options), "--json")
+    record = json.loads(commands.run(command, *argv))["finetuning"]
+    assert (record["steps"], record["minutes"], record["seconds"]) == (20, 10.0, 600.0)
+    assert sorted(set(shares)) == pytest.approx(np.arange(10) / 10, abs=5e-3)
+    assert rates == pytest.approx([0.01, 0.51, *(1 - np.arange(2, 20) / 20) / 0.9], rel=1e-6)
+    both = (plain, tmp_path / "both", "--variant", "softpick", *tune_arguments(*options))
+    assert "give one of them" in commands.refused(command, *both, "--steps", "3")
+
+
 def tune(plain: Path, folder: Path, **changes: Any) -> FineTune:
     settings = FineTuning(
         steps=100, learning_rate=0.01, sequence=16, seed=1, distill=0.5, blend=0.5
@@ -392,10 +451,10 @@ REFUSED = {
     "another variant": (["{tmp}/softpick", "{tmp}/out"], "has softpick attention already"),
     "quantized": (["{tmp}/quantized", "{tmp}/out"], "is quantized: convert the original"),
     "out is there": (["{plain}", "{tmp}"], "is there already: choose another folder"),
-    "steps alone": (["{plain}", "{tmp}/out", "--steps", "2"], "--steps and --data go together"),
+    "steps alone": (["{plain}", "{tmp}/out", "--steps", "2"], "and --data go together"),
     "data alone": (
         ["{plain}", "{tmp}/out", "--data", "{license}"],
-        "--steps and --data go together",
+        "--steps (or --minutes) and --data go together",
     ),
     "short data": (
         ["{plain}", "{tmp}/out", "--steps", "2", "--data", "{tmp}/softpick/config.json"],

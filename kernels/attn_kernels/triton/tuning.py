@@ -78,6 +78,49 @@ def tile_for(
     return Tile(max(least, rows), keys, num_warps, stages)
 
 
+FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS, SELECTIONS = (
+    *("forward", "backward of queries", "backward of keys"),
+    "backward of selections",
+)
+"""The kernels of training (`triton/training.py`)."""
+
+
+def training_tile(
+    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, unit_keys: bool
+) -> Tile:
+    """Return the tile of a kernel of training: the largest that hardly spills where it is compiled
+    (benchmarks.triton_compile --training).
+
+    The tiles of a stateful variant's queries are the same in all kernels: its accumulators are
+    stored ahead of each.
+
+    Args:
+        kernel: FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS or SELECTIONS.
+        arch: "sm_90", "gfx942".
+        dims: head size, rounded up to a power of two.
+        element_size: bytes of an element of queries.
+        stateful: the variant has accumulators.
+        unit_keys: its scores are divided by the keys' lengths; softplus takes registers, too.
+    """
+    row_bytes = dims * element_size
+    stages = 1 if arch.startswith("gfx") else 2
+    if element_size == 4:
+        return Tile(32, 32 if row_bytes <= 512 else 16, 8, stages)
+    if stateful:
+        rows, keys = 32, 64 if row_bytes <= 256 else 32
+    elif row_bytes > 256:
+        rows, keys = 32 if kernel == BACKWARD_KEYS else 64, 32
+    elif kernel == BACKWARD_KEYS:
+        rows, keys = 32, 128 if row_bytes <= 128 else 64
+    else:
+        rows, keys = 128, 64
+    if (stateful or unit_keys) and kernel == BACKWARD_KEYS:
+        keys = 64 if row_bytes <= 128 else 32
+    if unit_keys and kernel == BACKWARD_QUERIES:
+        rows, keys = (64, 64) if row_bytes <= 128 else (64, 32)
+    return Tile(rows, keys, 8, stages)
+
+
 def parts_for(num_programs: int, num_multiprocessors: int) -> int:
     """Return how many parts of a context let a few requests fill the device: a power of 2."""
     if num_programs >= 2 * num_multiprocessors:

@@ -41,6 +41,24 @@ A stateful variant has one more:
 
     selection(x) -> of the same shape, at least 0
         What head 0's raw scores (in units of 1) add to the accumulators.
+
+To be trained on a GPU (`triton/training.py`) a variant says its derivatives; one that does not is
+trained with torch operations. `saved` is what the forward leaves of each row (`Saved`), `dp` the
+loss's derivative by each weight. Where there are scores they may be [N, R], too: what is known of
+rows is shaped to broadcast to them here.
+
+    weights_backward(s, seen, dp, saved, query, params) -> weights, ds
+        The weights once more, and the loss's derivative by the scores (in units of 1), all through
+        the weights; 0 where not `seen`.
+    row_backward(d_factor, factor, saved, query, scale, params) -> d_norm, d_first, d_second [R]
+        Where `query_factor` depends on the query's length or on a learned tensor, or `epilogue` on
+        a learned tensor: the loss's derivative by these, given that by the factor without
+        log2(e).
+    statistics_backward(s, seen, dp, saved, query, params) -> of the same shape
+        Of a variant that needs statistics: what is summed up over a row's keys ahead, for
+        `weights_backward`, which finds the sum in `saved.through`.
+    selection_backward(x) -> of the same shape
+        Of a stateful variant: the derivative of `selection`.
 """
 
 from __future__ import annotations
@@ -50,6 +68,8 @@ import importlib
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import torch
 
 from attn_kernels.variant import Variant
 
@@ -74,6 +94,25 @@ class Query(NamedTuple):
     second: Any
 
 
+class Saved(NamedTuple):
+    """What the forward leaves of each row for its derivatives."""
+
+    running_max: Any
+    denominator: Any
+    factor: Any
+    """What `epilogue` gives."""
+    log_total: Any
+    """`running_max - log2(factor)`."""
+    mean: Any
+    per_spread: Any
+    delta: Any
+    """The sum of weights times `dp`."""
+    through: Any
+
+
+DERIVATIVES = ("weights_backward", "row_backward", "statistics_backward", "selection_backward")
+
+
 @functools.cache
 def functions(variant: Variant) -> dict[str, Any]:
     """Return what the variant gives to the kernels, by the names of their arguments; None for a
@@ -84,8 +123,7 @@ def functions(variant: Variant) -> dict[str, Any]:
     """
     if not (variant.folder() / "kernel.py").exists():
         raise ValueError(f"{variant.name} has no Triton kernel ({variant.folder() / 'kernel.py'})")
-    package = sys.modules[type(variant).__module__].__package__
-    module = importlib.import_module(f"{package}.kernel")
+    module = _module_of(variant)
     always = ("query_factor", "update", "merge", "epilogue")
     return {
         **{name.upper(): getattr(module, name) for name in always},
@@ -93,11 +131,32 @@ def functions(variant: Variant) -> dict[str, Any]:
         "UPDATE_STATISTICS": getattr(module, "update_statistics", None),
         "FINISH_STATISTICS": getattr(module, "finish_statistics", None),
         "SELECTION": module.selection if variant.stateful else None,
+        **{name.upper(): getattr(module, name, None) for name in DERIVATIVES},
         "PARAMS": tuple(variant.numbers()),
         "VARIANT": Constants(
             module.UNIT_KEYS, module.FIRST_MAX, len(variant.learned), variant.gated
         ),
     }
+
+
+def _module_of(variant: Variant) -> Any:
+    package = sys.modules[type(variant).__module__].__package__
+    return importlib.import_module(f"{package}.kernel")
+
+
+@torch.compiler.assume_constant_result
+def missing_derivative(variant: Variant) -> str:
+    """Return which function a variant would need to be trained by kernels; empty: none."""
+    if variant.gated:
+        return "derivative of gates"
+    found = functions(variant)
+    needed = {
+        "weights_backward": True,
+        "row_backward": bool(variant.learned) or not variant.plain_scores,
+        "statistics_backward": found["UPDATE_STATISTICS"] is not None,
+        "selection_backward": variant.stateful,
+    }
+    return next((name for name in needed if needed[name] and found[name.upper()] is None), "")
 
 
 def constants(kernel: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,3 +32,25 @@ def update(s, seen, running_max, denominator, mean, per_spread, query, params: t
 @triton.jit
 def merge(maxima, denominators):
     return tl.zeros_like(maxima) + 1.0, tl.max(maxima, 0), tl.sum(denominators, 0)
+
+
+@triton.jit
+def softplus_backward(s):
+    """Return the derivative of softplus by a score in units of 1: a sigmoid."""
+    return 1.0 / (1.0 + tl.exp2(-s))
+
+
+@triton.jit
+def weights_backward(s, seen, dp, saved, query, params: tl.constexpr):
+    weights = softplus(s, seen) * saved.factor
+    # In units of ln 2 the softplus, and so the denominator, is larger by 1 / ln 2.
+    slope = softplus_backward(s) * saved.factor * 1.4426950408889634
+    return weights, tl.where(seen, slope * (dp - saved.delta), 0.0)
+
+
+@triton.jit
+def row_backward(d_factor, factor, saved, query, scale, params: tl.constexpr):
+    # The factor is divided by the query's length.
+    clamped = query.norm <= 1e-12
+    d_norm = tl.where(clamped, 0.0, -d_factor * factor / tl.maximum(query.norm, 1e-12))
+    return d_norm, d_norm, d_norm

@@ -10,9 +10,15 @@ from attn_kernels.variants.softmax.kernel import (  # noqa: F401 (this variant's
     merge,
     query_factor,
     update,
+    weights_backward,
 )
 
 
 @triton.jit
 def selection(x):
     return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def selection_backward(x):
+    return tl.where(x > 0.0, 1.0, 0.0)

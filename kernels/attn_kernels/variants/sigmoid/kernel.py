@@ -10,13 +10,18 @@ FIRST_MAX = 0.0  # nothing is kept of a row
 
 
 @triton.jit
-def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
+def weigh(s, seen, n, params: tl.constexpr):
     bias: tl.constexpr = params[0]
     if bias != bias:
-        s -= tl.log2(query.n)[:, None]
+        s -= tl.log2(n)
     else:
         s += bias * 1.4426950408889634
-    weights = tl.where(seen, 1.0 / (1.0 + tl.exp2(-s)), 0.0)
+    return tl.where(seen, 1.0 / (1.0 + tl.exp2(-s)), 0.0)
+
+
+@triton.jit
+def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
+    weights = weigh(s, seen, query.n[:, None], params)
     return weights, tl.zeros_like(denominator) + 1.0, running_max, denominator
 
 
@@ -28,3 +33,9 @@ def merge(maxima, denominators):
 @triton.jit
 def epilogue(running_max, denominator, query, params: tl.constexpr):
     return tl.zeros_like(denominator) + 1.0
+
+
+@triton.jit
+def weights_backward(s, seen, dp, saved, query, params: tl.constexpr):
+    weights = weigh(s, seen, query.n, params)
+    return weights, weights * (1.0 - weights) * dp

@@ -9,6 +9,7 @@ from attn_kernels.variants.softmax.kernel import (  # noqa: F401 (this variant's
     merge,
     query_factor,
     update,
+    weights_backward,
 )
 
 
@@ -23,3 +24,12 @@ def normalise(running_max, denominator, sink):
 @triton.jit
 def epilogue(running_max, denominator, query, params: tl.constexpr):
     return normalise(running_max, denominator, query.first * 1.4426950408889634)
+
+
+@triton.jit
+def row_backward(d_factor, factor, saved, query, scale, params: tl.constexpr):
+    sink = query.first * 1.4426950408889634
+    shift = tl.maximum(saved.running_max, sink)
+    taken = tl.exp2(sink - shift)
+    total = saved.denominator * tl.exp2(saved.running_max - shift) + taken
+    return d_factor * 0.0, -saved.delta * taken / total, d_factor * 0.0

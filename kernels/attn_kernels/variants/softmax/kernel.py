@@ -32,3 +32,9 @@ def merge(maxima, denominators):
 @triton.jit
 def epilogue(running_max, denominator, query, params: tl.constexpr):
     return tl.where(denominator == 0.0, 0.0, 1.0 / tl.where(denominator == 0.0, 1.0, denominator))
+
+
+@triton.jit
+def weights_backward(s, seen, dp, saved, query, params: tl.constexpr):
+    weights = tl.where(seen, tl.exp2(s - saved.log_total), 0.0)
+    return weights, weights * (dp - saved.delta)

@@ -28,3 +28,12 @@ def merge(maxima, denominators):
 @triton.jit
 def epilogue(running_max, denominator, query, params: tl.constexpr):
     return 1.0 / (denominator + params[0])
+
+
+@triton.jit
+def weights_backward(s, seen, dp, saved, query, params: tl.constexpr):
+    term = tl.exp2(s - saved.log_total)
+    weights = tl.where(seen & (s > 0.0), term - tl.exp2(-saved.log_total), 0.0)
+    # What is below 0 takes from the others, by the denominator, and gives nothing.
+    gain = tl.where(s > 0.0, dp - saved.delta, saved.delta)
+    return weights, tl.where(seen & (s != 0.0), term * gain, 0.0)

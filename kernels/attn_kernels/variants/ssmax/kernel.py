@@ -9,6 +9,7 @@ from attn_kernels.variants.softmax.kernel import (  # noqa: F401 (this variant's
     epilogue,
     merge,
     update,
+    weights_backward,
 )
 
 
@@ -20,3 +21,11 @@ def query_factor(query, scale, head_size: tl.constexpr, params: tl.constexpr):
     if params[1] != 0.0:
         factor += query.second if learned else query.first
     return factor * scale * 1.4426950408889634
+
+
+@triton.jit
+def row_backward(d_factor, factor, saved, query, scale, params: tl.constexpr):
+    d_bias = d_factor * scale
+    d_scale = d_bias * tl.log(query.n)
+    fixed: tl.constexpr = params[0]
+    return d_factor * 0.0, d_scale if fixed != fixed else d_bias, d_bias

@@ -1,0 +1,131 @@
+"""Training on GPUs: which calls the kernels take (`attn_kernels.triton.training`), and how.
+
+Everything else, and every call outside training, goes through torch operations (`attention.py`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.utils import logging
+
+from attn_kernels import Variant
+
+logger = logging.get_logger(__name__)
+
+Known = tuple[int, "weakref.ref[Tensor] | None", Tensor | None]
+_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What is known of a mask: its version, the positions, and `rows`. All layers have one mask."""
+
+
+def usable(
+    variant: Variant, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> bool:
+    """Return whether the kernels can compute this call: on a GPU, in training or with gradients,
+    whole sequences, and neither weights nor a soft cap are asked for."""
+    if not on_gpu(query) or kwargs.get("softcap") or variant.kv_budgets:
+        return False
+    if not module.training and not (torch.is_grad_enabled() and query.requires_grad):
+        return False
+    config = getattr(module, "config", None)
+    asked = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    alike = query.shape[-2:] == key.shape[-2:] == value.shape[-2:]
+    if asked or not alike or operand_dtype(query, key, value) == torch.float64:
+        return False
+    from attn_kernels.triton.variant import missing_derivative
+
+    if missing := missing_derivative(variant):
+        logger.warning_once(
+            f"{variant.name} trains with torch operations, whose scores take memory for heads x "
+            f"tokens x tokens: its kernel.py has no {missing} (docs/VARIANT.md)"
+        )
+    return not missing
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Return whether kernels can be launched on a tensor."""
+    return x.is_cuda
+
+
+def operand_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype of queries, keys and values: autocast's, as in torch's own attention."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def attend(
+    variant: Variant,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    scaling: float | None,
+) -> Tensor:
+    """Return the output `[batch, num_heads, num_tokens, head_size]` of a `usable` call."""
+    from attn_kernels.triton.training import attention
+
+    dtype = operand_dtype(query, key, value)
+    return attention(
+        variant,
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        scale=scaling,
+        learned={name: getattr(module, name) for name in variant.learned},
+        rows=rows,
+    )
+
+
+def rows_of(mask: Tensor, position_ids: Tensor | None, batch: int) -> Tensor | None:
+    """Return the `rows` of a mask (`attn_kernels.triton.dense`), `[3, batch, num_tokens]` int32.
+
+    None if a query sees keys with others between them, which kernels do not know. Waits for the
+    device once for each mask. In a compiled model it cannot: there such a mask is an error.
+
+    Args:
+        mask: bool `[batch or 1, 1, num_tokens, num_tokens]`.
+        position_ids: `[batch or 1, num_tokens]`; of another shape they are not looked at.
+        batch: sequences.
+    """
+    if mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+        return None
+    if torch.compiler.is_compiling():
+        rows, whole = _intervals(mask, position_ids, batch)
+        torch._assert_async(whole, "a query sees keys with others between them: do not compile")
+        return rows
+    known: Known | None = _rows.get(mask)
+    if known is not None and known[0] == mask._version:
+        positions = None if known[1] is None else known[1]()
+        if positions is position_ids:
+            return known[2]
+    rows, whole = _intervals(mask, position_ids, batch)
+    found = rows if bool(whole) else None
+    _rows[mask] = (
+        mask._version,
+        None if position_ids is None else weakref.ref(position_ids),
+        found,
+    )
+    return found
+
+
+def _intervals(mask: Tensor, position_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+    """Return `rows` of a mask, and whether they say all of it."""
+    seen = mask[:, 0].to(torch.uint8)
+    count = seen.sum(-1, dtype=torch.int32)
+    begin = seen.argmax(-1).to(torch.int32)
+    end = torch.where(count > 0, seen.shape[-1] - seen.flip(-1).argmax(-1), 0).to(torch.int32)
+    position = end - 1
+    if position_ids is not None and position_ids.shape[-1:] == position.shape[-1:]:
+        position = position_ids.to(torch.int32).expand(len(seen), -1)
+    rows = torch.stack((begin, end, position)).expand(-1, batch, -1).contiguous()
+    return rows, (end - begin == count).all()

@@ -1,0 +1,189 @@
+"""The kernels of training against autograd of the float64 reference, in Triton's interpreter: odd
+shapes, groups, windows, padding and packed texts, with NaN around everything that may be read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_kernels import Variant, attend, get_variant, reference, variant_names
+from attn_kernels import variant as registry
+from tests.attn_kernels.cases import CONFIGURATION_IDS, VARIANTS
+from tests.attn_kernels.probe import Probe
+from tests.attn_kernels.test_triton import interpreter
+
+__all__ = ["interpreter"]
+
+CASES = [i for i, variant in enumerate(VARIANTS) if not variant.gated]
+"""Gates have no kernel of training yet."""
+
+LIMIT = 1e-4
+"""Of errors, by the largest entry (seen: 5e-5, of ssmax's biases, whose terms cancel)."""
+NARROW_LIMIT = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+class Shape(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    head_size: int
+    window: int | None = None
+
+
+SHAPES = (
+    Shape(1, 2, 1, 83, 32),
+    Shape(1, 3, 3, 45, 24, 17),  # a head size that is no power of two
+    Shape(1, 2, 1, 33, 16, 40),  # one token behind a tile, a window that nothing leaves
+    Shape(1, 1, 1, 1, 8),
+)
+
+
+def inside_nan(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy in the middle of NaN, its heads behind its tokens."""
+    batch, heads, tokens, size = x.shape
+    around = torch.full((batch, tokens + 2, heads, size + 8), torch.nan, dtype=dtype)
+    inner = around[:, 1:-1, :, :size].transpose(1, 2)
+    inner.copy_(x)
+    return inner.detach().requires_grad_()
+
+
+def mask_of(rows: Tensor) -> Tensor:
+    """Return bool `[batch, 1, num_tokens, num_tokens]`."""
+    keys = torch.arange(rows.shape[-1])
+    return ((keys >= rows[0, ..., None]) & (keys < rows[1, ..., None]))[:, None]
+
+
+def errors(
+    variant: Variant, shape: Shape, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
+) -> list[float]:
+    """Return the errors of the output and of the gradients of q, k, v and the learned tensors."""
+    from attn_kernels.triton import training
+
+    torch.manual_seed(0)
+    batch, heads, kv_heads, tokens, size, window = shape
+    inputs = [torch.randn(batch, h, tokens, size).to(dtype) for h in (heads, kv_heads, kv_heads)]
+    spread = torch.linspace(0.5, 1.5, heads)
+    learned = [spread + variant.initial(name) for name in variant.learned]
+    direction = torch.randn(batch, heads, tokens, size).to(dtype)
+    exact = [x.double().requires_grad_() for x in (*inputs, *learned)]
+    causal = training.causal_rows(batch, tokens, window)
+    mask = mask_of(causal if rows is None else rows)
+    q, k, v, *tensors = exact
+    wanted, _ = attend(
+        variant, q, k, v, mask, learned=dict(zip(variant.learned, tensors, strict=True))
+    )
+    gradients = torch.autograd.grad(wanted, exact, direction.double())
+
+    ours = [*(inside_nan(x, dtype) for x in inputs), *(x.requires_grad_() for x in learned)]
+    named = dict(zip(variant.learned, ours[3:], strict=True))
+    found = training.attention(variant, *ours[:3], learned=named, window=window, rows=rows)
+    assert found.dtype == dtype
+    backward = torch.autograd.grad(found, ours, inside_nan(direction, dtype).detach())
+    both = zip((found, *backward), (wanted, *gradients), strict=True)
+    return [
+        float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(0.1)) for a, b in both
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[CONFIGURATION_IDS[i] for i in CASES])
+def test_equals_the_reference(case: int) -> None:
+    assert max(errors(VARIANTS[case], SHAPES[case % 2])) <= LIMIT
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["softpick", "lssar", "selective"])
+def test_odd_shapes(name: str, shape: Shape) -> None:
+    assert max(errors(get_variant(name), shape)) <= LIMIT
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("softpick", torch.bfloat16), ("lssa", torch.float16),
+                                             ("selective", torch.bfloat16)])  # fmt: skip
+def test_16_bits(name: str, dtype: torch.dtype) -> None:
+    """Weights and the derivatives of scores are rounded before the next product."""
+    assert max(errors(get_variant(name), SHAPES[0], dtype)) <= NARROW_LIMIT[dtype]
+
+
+ROWS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "padding on the left": lambda i: (i * 0 + 20, (i + 1) * (i >= 20) + 20 * (i < 20)),
+    "padding on the right": lambda i: (i * 0, (i + 1).clamp(max=30) * (i < 30)),
+    "three texts": lambda i: (torch.where(i < 9, 0, torch.where(i < 41, 9, 41)), i + 1),
+    "texts of one token": lambda i: (i, i + 1),
+    "both ways": lambda i: (i // 16 * 16, (i // 16 * 16 + 16).clamp(max=len(i))),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("name", ["softpick", "selective"])
+def test_any_interval_of_keys(name: str, kind: str) -> None:
+    """Of the second of two sequences; a stateful variant is causal."""
+    if name == "selective" and kind == "both ways":
+        return
+    tokens = torch.arange(50)
+    plain = torch.stack((tokens * 0, tokens + 1))
+    both = torch.stack((plain, torch.stack(ROWS[kind](tokens))), 1)
+    rows = torch.cat((both, both[1:] - 1)).to(torch.int32)
+    assert max(errors(get_variant(name), Shape(2, 1, 1, 50, 16), rows=rows)) <= LIMIT
+
+
+@pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).gated])
+def test_extremes_are_finite(name: str) -> None:
+    """Vectors of length 0, equal scores and very large ones; the same at each run."""
+    from attn_kernels.triton import training
+
+    torch.manual_seed(0)
+    variant = get_variant(name)
+    learned = {key: torch.full((1,), 1.0) for key in variant.learned}
+    q, k, v = (torch.randn(1, 1, 40, 16) for _ in range(3))
+    q[:, :, 3:9], k[:, :, :5] = 0.0, 0.0
+    q[:, :, 20:] *= 1e3
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    runs = []
+    for _ in range(2 if name == "softpick" else 1):
+        out = training.attention(variant, *tensors, learned=learned)
+        runs.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    assert all(x.isfinite().all() for x in runs[0])
+    assert all(map(torch.equal, runs[0], runs[-1]))
+
+
+def test_a_variant_with_a_bias_and_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions, lengths, distances and learned tensors reach its functions; it does not say how
+    learned tensors are trained, and so is refused by name."""
+    from attn_kernels.triton import training
+    from attn_kernels.triton import variant as triton_variant
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    registry.register(Probe)
+    q, k, v = (torch.randn(1, heads, 50, 16) for heads in (4, 2, 2))
+    learned = {name: torch.rand(4) for name in Probe().learned}
+    assert triton_variant.missing_derivative(Probe()) == "weights_backward"
+    with pytest.raises(ValueError, match=r"has no weights_backward; use attn_kernels\.attend"):
+        training.attention(Probe(), q, k, v, learned=learned)
+    monkeypatch.setattr(training, "missing_derivative", lambda _: "")
+    found = training.attention(Probe(), q, k, v, learned=learned, window=7)
+    wanted, _ = reference.attention(Probe(), q, k, v, learned=learned, window=7)
+    torch.testing.assert_close(found.double(), wanted, atol=LIMIT, rtol=0)
+
+
+def test_refused() -> None:
+    from attn_kernels.triton.training import attention
+
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    call = functools.partial(attention, get_variant("ssmax"))
+    with pytest.raises(TypeError, match="one dtype, float32, bfloat16 or float16"):
+        call(q.double(), k.double(), k.double())
+    with pytest.raises(TypeError, match="one dtype"):
+        call(q, k.half(), k.half())
+    with pytest.raises(ValueError, match="a divisor of its heads"):
+        call(q[:, :3], k, k)
+    with pytest.raises(ValueError, match=r"learns ssmax_scale: pass it as \[4\]"):
+        call(q, k, k)
+    learned = {"ssmax_scale": torch.ones(4)}
+    with pytest.raises(ValueError, match="rows must be int32"):
+        call(q, k, k, learned=learned, rows=torch.zeros(3, 1, 5))
+    assert call(q[:, :, :0], k[:, :, :0], k[:, :, :0], learned=learned).shape == (1, 4, 0, 8)
