@@ -37,4 +37,4 @@ class Cosine(Softmax):
 
     def transform(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         factor = rows.learned["logit_scale"].clamp_max(MAX_TEMPERATURE).exp()
-        return (normalize(q, dim=-1) * factor).to(q.dtype), normalize(k, dim=-1)
+        return normalize(q, dim=-1) * factor, normalize(k, dim=-1)
