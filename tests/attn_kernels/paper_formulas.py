@@ -146,13 +146,6 @@ def sigmoid(s: Sequence, head: int, i: int) -> Vector:
     return [ONE / (ONE + (-(s.x(head, i, j) + bias)).exp()) for j in s.visible(i)]
 
 
-def cosine(s: Sequence, head: int, i: int) -> Vector:
-    """softmax of cos(q_i, k_j) exp(min(t, ln 100)), t learned per head (2111.09883)"""
-    factor = min(s.learned["logit_scale"][head].exp(), Decimal(100))
-    q, keys = unit(s.q[head][i]), s.k[s.kv_head(head)]
-    return shares([(factor * dot(q, unit(keys[j]))).exp() for j in s.visible(i)])
-
-
 @dataclass(frozen=True)
 class Entry:
     """A variant's row formula and what its rows add up to (None: anything)."""
@@ -171,7 +164,6 @@ FORMULAS: dict[str, Entry] = {
     "softmax1": Entry(softmax1, row_sum="at most one"),
     "sinks": Entry(sinks, row_sum="at most one"),
     "sigmoid": Entry(sigmoid, row_sum=None),
-    "cosine": Entry(cosine),
 }
 
 
