@@ -52,8 +52,10 @@ def fused_forward(
     learned = {name: getattr(attention, name)[:, None, None] for name in variant.learned}
     # The mask, which would take memory, is of no use here.
     q, k = variant.transform(q, k, Rows(torch.ones(1, 1, dtype=torch.bool), n, learned))
+    q, k = q.to(v.dtype), k.to(v.dtype)
     k, v = (x.repeat_interleave(attention.num_key_value_groups, 1) for x in (k, v))
-    output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
+    scale = attention.scaling if variant.uses_scale else 1.0
+    output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 
 

@@ -172,7 +172,8 @@ class Variant(ABC):
         """Change queries and keys before the product (after RoPE).
 
         Args:
-            q: `[..., num_heads, num_queries, head_size]`.
+            q: `[..., num_heads, num_queries, head_size]`. What is returned may have the wider dtype
+                of the numbers of `rows`: who calls it converts it.
             k: `[..., num_kv_heads, num_keys, head_size]`.
             rows: of the scores; it has nothing for each key.
         """

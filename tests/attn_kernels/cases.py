@@ -26,6 +26,14 @@ CONFIGURATION_IDS = ["-".join([n, *(f"{k}={v}" for k, v in p.items())]) for n, p
 VARIANTS = [get_variant(name, **parameters) for name, parameters in CONFIGURATIONS]
 
 
+def with_file(file: str) -> list[str]:
+    """Return the variants whose folder has this file: a kernel is tested where there is one."""
+    return [name for name in variant_names() if (get_variant(name).folder() / file).exists()]
+
+
+CPU_KERNELS, GPU_KERNELS = with_file("kernel.hpp"), with_file("kernel.py")
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A chunk of queries `start:stop` of a sequence of `length` keys."""

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import cpu, get_variant, variant_names
+from attn_kernels import cpu, get_variant
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS
 from attn_kernels.paged import Layer, TorchLayer
 from attn_kernels.pruning import PageShape
 from quant_kernels import Panels, gather, multiply
-from tests.attn_kernels.cases import make_learned, seeded
+from tests.attn_kernels.cases import CPU_KERNELS, make_learned, seeded
 from tests.attn_kernels.test_paged import Cache, gates_of, relative_error, write_gates
 from tests.quant_kernels.test_packed import in_panels, weight
 
@@ -52,7 +52,7 @@ def run(
     return out
 
 
-@pytest.mark.parametrize("name", variant_names())
+@pytest.mark.parametrize("name", CPU_KERNELS)
 def test_random_arguments(name: str) -> None:
     """The result is that of torch operations, on caches as large as they must be."""
     chance, threads = random.Random(name), torch.get_num_threads()

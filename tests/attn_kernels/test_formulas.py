@@ -201,6 +201,19 @@ def state_of(result: tuple[Tensor, Tensor | None]) -> Tensor:
     return state
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.learned], ids=str)
+def test_learned_tensors_far_from_the_start(variant: Variant) -> None:
+    """On both sides of the values they start from, where a formula may clamp them."""
+    rows, (q, k, v) = range(13), make_inputs(variant, Shape(4, 2, 0, 13, 13, 8, 8), seed=1).qkv
+    learned = {
+        name: variant.initial(name) + q.new_tensor([0.0, 3.0, -3.0, 1.0])
+        for name in variant.learned
+    }
+    _, want = by_paper_formula(variant, q, k, v, rows=rows, window=None, learned=learned)
+    got, _ = reference.attention(variant, q, k, v, learned=learned)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=CONFIGURATION_IDS)
 def test_reference_equals_formula(variant: Variant, shape: Shape) -> None:

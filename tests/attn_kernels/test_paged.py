@@ -20,6 +20,7 @@ from attn_kernels import Rows, Variant, causal_mask, cpu, get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS, KVFormat
 from attn_kernels.paged import Layer, TorchLayer, content_bytes
+from tests.attn_kernels.cases import CPU_KERNELS
 
 ISAS = cpu.usable_isas()
 PATHS = ("torch", *ISAS)
@@ -28,14 +29,16 @@ PATHS = ("torch", *ISAS)
 def paths(name: str) -> tuple[str, ...]:
     """Where a variant is tested. An instruction set differs in simd.hpp and matmul.hpp, which all
     variants share: all of them with selective, which does all that there is, the best two with one
-    variant of each other kind."""
+    variant of each other kind. Torch operations only, if it has no C++ kernel."""
+    if name not in CPU_KERNELS:
+        return PATHS[:1]
     return {"selective": PATHS, "softpick": PATHS[:3], "lssar": PATHS[:3]}.get(name, PATHS[:2])
 
 
 def paths_of_format(name: str, dtype: torch.dtype, window: int | None) -> tuple[str, ...]:
     """Masks are the same code everywhere: the other instruction sets see each dtype once."""
     thorough = (dtype, window) in ((torch.float32, None), (torch.bfloat16, 19))
-    return paths(name) if thorough or dtype == torch.float16 else PATHS[:2]
+    return paths(name) if thorough or dtype == torch.float16 else paths(name)[:2]
 
 
 TOLERANCE = 2e-6
@@ -364,7 +367,7 @@ def quantized_cases() -> Iterator[tuple[str, Shape, KVFormat, int | None, str]]:
         for place, shape in enumerate((SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[4])):
             for kv_format in KV_FORMATS.values():
                 window = 19 if (place + kv_format.bits) % 8 == 0 else None
-                for path in PATHS if name == "selective" else PATHS[:2]:
+                for path in PATHS if name == "selective" else paths(name)[:2]:
                     yield name, shape, kv_format, window, path
 
 
@@ -389,7 +392,7 @@ def test_threads_write_and_read_a_quantized_cache(kv_format: KVFormat) -> None:
         assert error <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("name", variant_names())
+@pytest.mark.parametrize("name", CPU_KERNELS)
 def test_split_contexts_equal_reference(name: str) -> None:
     """Long contexts are cut into parts for the threads, and the parts' results merged."""
     shape = Shape(4, 2, 32, 32, 1100, 1097)
@@ -413,11 +416,41 @@ def test_soft_cap_and_alibi(name: str) -> None:
             assert error <= tolerance(path, dtype), (path, window, dtype)
 
 
-@pytest.mark.parametrize("name", variant_names())
+@pytest.mark.parametrize("name", CPU_KERNELS)
 def test_single_visible_key(name: str) -> None:
     for path in paths(name)[1:]:
         error = error_against_reference(path, name, SHAPES[0], 1, torch.float32, threads=1)
         assert error <= TOLERANCE, path
+
+
+LEARNING = [name for name in variant_names() if get_variant(name).learned]
+
+
+def error_far_from_the_start(path: str, name: str) -> float:
+    """Return the largest error, relative to the largest output, with learned tensors around the
+    values they start from and on both sides, where a formula may clamp them."""
+    torch.manual_seed(0)
+    variant, n, heads, scale = get_variant(name), 60, 4, 0.1
+    q, k, v = (torch.randn(n, count, 32) for count in (heads, 2, 2))
+    learned = {
+        tensor: variant.initial(tensor) + torch.tensor([0.0, 3.0, -3.0, 1.0])
+        for tensor in variant.learned
+    }
+    cache = Cache.make(variant, [n], 2, 32, 16, torch.float32)
+    layer = cache.layer(path, variant, heads, scale=scale, window=None, learned=learned)
+    layer.write_cache(k, v, cache.slots(0, 0, n))
+    out = torch.zeros(n, heads, 32)
+    layer.attend(q, Batch(cache.block_table, torch.tensor([0, n]), torch.tensor([n])), out)
+    dense = (x.double().transpose(0, 1) for x in (q, k, v))
+    expected, _ = reference.attention(variant, *dense, scale=scale, window=None, learned=learned)
+    return relative_error(out, expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, path) for name in LEARNING for path in paths(name)[:2]]
+)
+def test_learned_tensors_far_from_the_start(name: str, path: str) -> None:
+    assert error_far_from_the_start(path, name) <= TORCH_TOLERANCE
 
 
 @pytest.mark.parametrize("path", ISAS)

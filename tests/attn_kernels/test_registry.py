@@ -25,7 +25,14 @@ from attn_kernels import (
     variant_names,
 )
 from attn_kernels import variant as registry
-from tests.attn_kernels.cases import Shape, causal, decode, make_inputs
+from tests.attn_kernels.cases import (
+    CPU_KERNELS,
+    GPU_KERNELS,
+    Shape,
+    causal,
+    decode,
+    make_inputs,
+)
 
 NINE = {
     *("softmax", "softpick", "ssmax", "lssa", "lssar", "selective"),
@@ -43,6 +50,8 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_names() -> None:
     assert set(variant_names()) >= NINE
+    # Tests of kernels take the variants that have one.
+    assert set(CPU_KERNELS) >= NINE and set(GPU_KERNELS) >= NINE
     assert list(variant_names()) == sorted(set(variant_names()))
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import Variant, get_variant, reference, variant_names
+from attn_kernels import Variant, get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS, KVFormat
 from attn_kernels.pruning import PageShape
 from tests.attn_kernels import test_paged as paged
 from tests.attn_kernels import test_pruned_layers as pruned
+from tests.attn_kernels.cases import GPU_KERNELS
 from tests.attn_kernels.ranks import PrunedRanks, Ranks
 from tests.attn_kernels.test_example import relu
 
@@ -111,7 +112,7 @@ def make_ranks(
 
 # Few processors leave a context whole, many cut it into parts.
 @pytest.mark.parametrize(("window", "processors"), [(None, "132"), (24, "1")])
-@pytest.mark.parametrize("name", variant_names())
+@pytest.mark.parametrize("name", GPU_KERNELS)
 def test_equals_the_reference(
     name: str, window: int | None, processors: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,7 @@ def test_selective_on_two_ranks(
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS.values(), ids=str)
-@pytest.mark.parametrize("name", variant_names())
+@pytest.mark.parametrize("name", GPU_KERNELS)
 def test_caches_of_few_bits(
     name: str, kv_format: KVFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,12 @@ def test_caches_of_few_bits(
         processors, name, shape, window, torch.float32, 1, kv_format
     )
     assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in paged.LEARNING if name in GPU_KERNELS])
+def test_learned_tensors_far_from_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    assert paged.error_far_from_the_start("1", name) <= paged.TORCH_TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)

@@ -524,6 +524,12 @@ RULES: dict[str, Rule] = {
         code=2,
     ),
     # docs/VARIANT.md
+    **{
+        f'make test ARGS="-k relu tests/attn_kernels/test_{name}.py"': Elsewhere(
+            "tests/test_variant_example.py"
+        )
+        for name in ("formulas", "paged", "triton")
+    },
     'make test ARGS="-k relu"': Elsewhere("tests/test_variant_example.py"),
     "python -m training.checkpoints relu": Run(
         f"{RELU} && python -m training.checkpoints relu",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import variant_names
+from tests.attn_kernels.cases import GPU_KERNELS
 from tests.gpu.paged import (
     DTYPES,
     KEY_SCALE,
@@ -50,7 +50,7 @@ def full() -> list[Setup]:
     """Return all setups for a GPU: first each variant in each dtype in its most usual shape, then
     float8 caches and caches of codes, then the rest in random order, so that a run that is cut
     short has seen something of all."""
-    variants = variant_names()
+    variants = GPU_KERNELS
     first = [Setup(variant, dtype, 128, 4) for dtype, variant in product(DTYPES, variants)]
     float8 = [Setup(v, "bf16", size, 4, fp8=True) for size, v in product(HEAD_DIMS, variants)]
     codes = [Setup(v, "bf16", 64, 4, bits=bits) for bits, v in product((8, 4), variants)]
@@ -81,7 +81,7 @@ def phases(
 
 @pytest.mark.parametrize(
     "setup",
-    [tiny(name, 6 if name == "selective" else None) for name in variant_names()]
+    [tiny(name, 6 if name == "selective" else None) for name in GPU_KERNELS]
     + [tiny("softpick", bits=4)]
     + [pytest.param(setup, marks=ON_GPU) for setup in full()],
     ids=str,
@@ -153,7 +153,7 @@ def test_wrong_outputs_fail(
 
 
 def test_every_combination_is_tested() -> None:
-    found, names = full(), variant_names()
+    found, names = full(), GPU_KERNELS
     plain = {
         (s.variant, s.dtype, s.head_dim, s.group, s.window) for s in found if not (s.fp8 or s.bits)
     }

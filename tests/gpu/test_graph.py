@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from attn_kernels import variant_names
 from attn_kernels.batch import Batch
+from tests.attn_kernels.cases import GPU_KERNELS
 from tests.gpu.paged import DTYPES, ON_GPU, Paged, PagedRequests, Setup, check
 from tests.gpu.test_attention import UNSPLIT, split_processors, tiny
 
@@ -81,7 +81,7 @@ class Decoder:
 
 # The compiled kernels are checked in the format that is served most.
 SETUPS = [tiny("selective")] + [
-    pytest.param(Setup(name, "bf16", 128, 4), marks=ON_GPU) for name in variant_names()
+    pytest.param(Setup(name, "bf16", 128, 4), marks=ON_GPU) for name in GPU_KERNELS
 ]
 
 
