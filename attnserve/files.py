@@ -33,6 +33,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(out: Path) -> None:
+    """Check that a file or folder can be made, before the work that fills it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{out} cannot be written, since {above} cannot: name another folder")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole, or leave what was there.
 

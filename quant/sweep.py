@@ -11,6 +11,7 @@ import typer
 from attnserve.command import AsJson, expanded, main, needs, options_of
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import Texts
+from attnserve.files import check_writable
 from quant import options
 from quant.config import UNQUANTIZED, Samples, SearchSpace
 from quant.schemes.registry import installed
@@ -104,7 +105,7 @@ def sweep(
         raise UserError(
             "name a checkpoint's folder: only a checkout of the project has checkpoints of its own"
         )
-    out.mkdir(parents=True, exist_ok=True)  # before any work, if it cannot be written
+    check_writable(out)
     tasks = runner.plan(
         folders,
         space.configs(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from attn_kernels.kv_quant import FIELD
 from attnserve.errors import UserError
-from attnserve.files import replacing
+from attnserve.files import check_writable, replacing
 from quant.contents import EMBEDDINGS, Contents
 from quant.model import HEAD
 from quant_kernels.formats.packed import config_of, entry_of, format_of, stored_tensors
@@ -38,9 +37,7 @@ TOKENIZER = "tokenizer.json"
 def check_out(source: Path, out: Path, overwrite: bool) -> None:
     """Check that a checkpoint can be written, and that nothing is overwritten that was not asked to
     be, or was not made here."""
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{out} cannot be written, since {above} cannot: name another folder")
+    check_writable(out)
     if not out.exists():
         return
     if out.resolve() == source.resolve():

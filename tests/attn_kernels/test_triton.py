@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from attn_kernels.triton import TritonLayer
 
 TOLERANCE = 2e-6
-NARROW_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
-"""Weights are rounded to the queries' dtype before they meet the values, as in FlashAttention
-(seen: 4e-3 and 3e-4)."""
+NARROW_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 1e-3}
+"""Weights are rounded to the queries' dtype before they meet the values, as in FlashAttention; to
+bfloat16 the interpreter cuts off, which is twice as wrong (seen: 1.2e-2 and 3e-4)."""
 
 SHAPES = (
     paged.Shape(4, 2, 32, 16, 83, 7),

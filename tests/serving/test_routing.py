@@ -309,7 +309,7 @@ def test_removed_replica_finishes_its_streams(three: list[StandIn]) -> None:
         assert complete(gateway).status == 200
         assert (gone.started, stays.started) == (1, 1)
         assert stream.read().endswith(b"data: [DONE]\n\n")
-        assert gone.finished == 1
+        wait_for(lambda: gone.finished == 1, "the stream is written to its end")
         wait_for(lambda: not gone.server.server_state.connections, "no connection is left")
 
 
