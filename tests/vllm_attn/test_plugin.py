@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -88,6 +90,30 @@ def test_gated_pages(window: int | None, tmp_path: Path) -> None:
     assert layers[0].gates.dtype == torch.float32
     assert layers[0].gates.shape == (config.scheduler_config.max_num_batched_tokens, 4)
     assert all(layer.impl.gates is layers[0].gates for layer in layers)
+
+
+def test_gates_of_each_layer_in_a_compiled_model(tmp_path: Path) -> None:
+    """Attention reads them from a buffer of all layers, of which a compiler knows nothing: it must
+    not keep for the end what is written there."""
+    tiny_checkpoint(tmp_path, "forgetting")
+    with one_worker(tmp_path):
+        layers = [x.self_attn.attn for x in load(tmp_path).model.layers[:2]]
+        config = EngineArgs(str(tmp_path), dtype="float32").create_engine_config()
+        for layer in layers:
+            config.compilation_config.static_forward_context[layer.layer_name] = layer
+            layer.impl.forward = lambda self, query, key, value, *_, output, **__: output.copy_(
+                query + self.gates[: len(query), :, None]
+            )
+
+        def both(query: Tensor, key: Tensor) -> Tensor:
+            first = layers[0](query, key, key, query[:, ::32] * 10)
+            return layers[1](first, key, key, query[:, ::32] * 100)
+
+        query, key = torch.ones(3, 4 * 32), torch.ones(3, 2 * 32)
+        with set_forward_context(None, config, slot_mapping={}):
+            compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+            assert torch.equal(both(query, key), query * 111)
+            assert torch.equal(compiled(query, key), query * 111)
 
 
 @pytest.mark.parametrize(
