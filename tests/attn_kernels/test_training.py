@@ -184,6 +184,19 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match=r"learns ssmax_scale: pass it as \[4\]"):
         call(q, k, k)
     learned = {"ssmax_scale": torch.ones(4)}
+    with pytest.raises(ValueError, match="leave out the window"):
+        call(q, k, k, learned=learned, rows=torch.zeros(3, 1, 5, dtype=torch.int32), window=3)
     with pytest.raises(ValueError, match="rows must be int32"):
         call(q, k, k, learned=learned, rows=torch.zeros(3, 1, 5))
     assert call(q[:, :, :0], k[:, :, :0], k[:, :, :0], learned=learned).shape == (1, 4, 0, 8)
+
+
+def test_a_third_learned_tensor_is_refused() -> None:
+    """Kernels know two: the gradient of another would be what was in memory."""
+    from attn_kernels.triton.variant import missing_derivative
+
+    class Three(type(get_variant("ssmax"))):  # type: ignore[misc]
+        learned = ("one", "two", "three")
+
+    Three.folder = type(get_variant("ssmax")).folder
+    assert missing_derivative(Three()) == "place for three, a third learned tensor"

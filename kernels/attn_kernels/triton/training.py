@@ -63,7 +63,7 @@ def attention(
         TypeError: another dtype, or several.
     """
     learned = learned or {}
-    _check(variant, q, k, v, learned, rows)
+    _check(variant, q, k, v, learned, rows, window)
     if rows is None:
         rows = causal_rows(q.shape[0], q.shape[-2], window, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -91,6 +91,7 @@ def _check(
     v: Tensor,
     learned: Mapping[str, Tensor],
     rows: Tensor | None,
+    window: int | None,
 ) -> None:
     if missing := missing_derivative(variant):
         raise ValueError(
@@ -113,6 +114,8 @@ def _check(
     for name in variant.learned:
         if name not in learned or learned[name].shape != (q.shape[1],):
             raise ValueError(f"{variant.name} learns {name}: pass it as [{q.shape[1]}]")
+    if rows is not None and window is not None:
+        raise ValueError("rows say all that queries see: leave out the window")
     if rows is not None and (
         rows.shape != (3, q.shape[0], q.shape[2]) or rows.dtype != torch.int32
     ):
