@@ -18,7 +18,6 @@ from attn_kernels import Variant
 logger = logging.get_logger(__name__)
 
 
-
 class Known(NamedTuple):
     """What is known of a mask and positions: all layers have the same."""
 
