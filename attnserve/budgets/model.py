@@ -113,9 +113,8 @@ class Forward:
         if accumulated is not None:
             penalty = accumulated.to(q.dtype) / 2**FRACTION_BITS
         variant = self.variant
-        if (
-            is_softmax(variant) and variant.plain_scores and variant.uses_scale
-        ):  # several times faster
+        # Several times faster.
+        if is_softmax(variant) and variant.plain_scores and variant.uses_scale:
             bias = torch.where(mask, -penalty[:, None], -torch.inf)
             output = scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True
