@@ -36,7 +36,8 @@ def usable(
     variant: Variant, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> bool:
     """Return whether the kernels can compute this call: on a GPU, in training or with gradients,
-    whole sequences, and neither weights nor a soft cap are asked for."""
+    whole sequences of heads that are not too large, and neither weights nor a soft cap are asked
+    for."""
     if not on_gpu(query) or kwargs.get("softcap") or variant.kv_budgets:
         return False
     if not module.training and not (torch.is_grad_enabled() and query.requires_grad):
@@ -46,8 +47,11 @@ def usable(
     alike = query.shape[-2:] == key.shape[-2:] == value.shape[-2:]
     if asked or not alike or operand_dtype(query, key, value) == torch.float64:
         return False
+    from attn_kernels.triton.tuning import LARGEST_HEAD_SIZE
     from attn_kernels.triton.variant import missing_derivative
 
+    if query.shape[-1] > LARGEST_HEAD_SIZE:
+        return False
     if missing := missing_derivative(variant):
         logger.warning_once(
             f"{variant.name} trains with torch operations, whose scores take memory for heads x "

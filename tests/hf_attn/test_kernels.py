@@ -118,6 +118,8 @@ def test_other_calls_are_computed_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(
         logits[given["attention_mask"].bool()], wanted[0], atol=1e-4, rtol=1e-4
     )
+    large = torch.zeros(1, 1, 2, 512)
+    assert not kernels.usable(get_variant("softmax"), model.train(), large, large, large)
     positions = torch.arange(TOKENS)
     gaps = positions[:, None] >= positions
     gaps &= (positions % 5 != 2) | (positions[:, None] == positions)

@@ -21,6 +21,7 @@ from attn_kernels.triton.tuning import (
     BACKWARD_KEYS,
     BACKWARD_QUERIES,
     FORWARD,
+    LARGEST_HEAD_SIZE,
     SELECTIONS,
     training_tile,
 )
@@ -111,6 +112,11 @@ def _check(
             "q must be [batch, num_heads, num_tokens, head_size], and k and v the same with a "
             f"divisor of its heads, not {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
+    if q.shape[-1] > LARGEST_HEAD_SIZE:
+        raise ValueError(
+            f"a head size of {q.shape[-1]} is too large for the kernels (they take up to "
+            f"{LARGEST_HEAD_SIZE}): use attn_kernels.attend"
+        )
     for name in variant.learned:
         if name not in learned or learned[name].shape != (q.shape[1],):
             raise ValueError(f"{variant.name} learns {name}: pass it as [{q.shape[1]}]")
@@ -157,7 +163,8 @@ class Call:
     def given(self) -> dict[str, Any]:
         """Compile-time arguments of all kernels but TILE."""
         heads, size = self.q.shape[1], self.q.shape[3]
-        shape = dense.Shape(heads, heads // self.k.shape[1], size, triton.next_power_of_2(size))
+        dims = max(16, triton.next_power_of_2(size))  # the least that matrices are multiplied with
+        shape = dense.Shape(heads, heads // self.k.shape[1], size, dims)
         return {**functions(self.variant), "SHAPE": shape}
 
     @property
