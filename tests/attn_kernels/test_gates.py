@@ -116,6 +116,15 @@ def test_an_odd_head_size_in_16_bits() -> None:
     torch.testing.assert_close(out, wanted.transpose(0, 1).float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_gates_that_forget_all_within_a_prompt(path: str) -> None:
+    """Differences of sums after one that is large count as much as those before it."""
+    request = Request(path, 100)
+    request.gates[1:] *= 30
+    request.gates[50] = -3e6
+    request.check(request.step(0, 100), 0, 100)
+
+
 @pytest.mark.parametrize("path", PATHS[:2])
 def test_rejected_drafts(path: str) -> None:
     """Tokens of speculative decoding that are taken back, over the end of a block."""
