@@ -133,7 +133,7 @@ def test_rows_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     calls = []
     read = kernels._intervals
 
-    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         calls.append(arguments)
         return read(*arguments)
 
