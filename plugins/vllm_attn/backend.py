@@ -127,7 +127,7 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
         batch = self.build(0, common_attn_metadata)
         batch.max_seq_len = self.vllm_config.model_config.max_model_len
         # The longest contexts would make the capture slow; none is shorter than its queries.
-        batch.seq_lens.fill_(batch.max_query_len)
+        batch.seq_lens.copy_(batch.query_start_loc.diff().clamp_min(1))
         return batch
 
 

@@ -164,8 +164,8 @@ def test_graphs_are_captured_for_the_longest_context() -> None:
     assert (captured.max_query_len, captured.max_seq_len) == (1, 4096)
     assert captured.seq_lens is common.seq_lens
     assert captured.seq_lens.tolist() == [1, 1]
-    common.max_query_len = 4  # drafts: no context is shorter than its queries
-    assert builder.build_for_cudagraph_capture(common).seq_lens.tolist() == [4, 4]
+    common.query_start_loc[1:] = torch.tensor([4, 4])  # drafts, and a request of padding
+    assert builder.build_for_cudagraph_capture(common).seq_lens.tolist() == [4, 1]
 
 
 def test_one_line_finds_our_error_inside_others() -> None:
