@@ -45,16 +45,18 @@ def _stored(file: Path, vocabulary: int) -> Tokens:
     """
     try:
         tokens = np.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{file} holds no tokens ({error}): write it by python -m training.tokens"
         ) from None
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"{file} is an archive of arrays, not tokens in a row")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         raise UserError(f"{file} holds {tokens.dtype} {list(tokens.shape)}, not tokens in a row")
     if not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise UserError(
-            f"{file} has tokens to {tokens.max()}, and the tokenizer {vocabulary}: write it again "
-            "with this model's tokenizer"
+            f"{file} has tokens {tokens.min()} to {tokens.max()}, and the tokenizer {vocabulary}: "
+            "write it again with this model's tokenizer"
         )
     return tokens.astype(np.int64)
 

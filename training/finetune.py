@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from attn_kernels import Rows, Variant
+from attn_kernels import Rows, Variant, causal_mask
 from attn_kernels.variants.softmax import Softmax, is_softmax
 from attnserve.errors import UserError
 from attnserve.evaluation.texts import Tokens
@@ -48,14 +48,19 @@ def fused_forward(
     """
     q, k, v = project(attention, hidden_states)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-    n = torch.arange(1, q.shape[-2] + 1, device=q.device, dtype=torch.float32)[:, None]
+    positions = torch.arange(q.shape[-2], device=q.device)
+    window = attention.config.sliding_window or len(positions)
+    n = (positions + 1).clamp(max=window).to(torch.float32)[:, None]
     learned = {name: getattr(attention, name)[:, None, None] for name in variant.learned}
     # The mask, which would take memory, is of no use here.
     q, k = variant.transform(q, k, Rows(torch.ones(1, 1, dtype=torch.bool), n, learned))
     q, k = q.to(v.dtype), k.to(v.dtype)
     k, v = (x.repeat_interleave(attention.num_key_value_groups, 1) for x in (k, v))
     scale = attention.scaling if variant.uses_scale else 1.0
-    output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    mask = causal_mask(positions, positions, window) if window < len(positions) else None
+    output = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
     return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 
 

@@ -38,6 +38,10 @@ class Forward:
                 f"{checkpoint.folder} is a {config.model_type} with {variant.name} attention: "
                 "budgets are measured for a variant_llama with a prunable variant or softmax"
             )
+        if config.sliding_window:
+            raise UserError(
+                f"{checkpoint.folder} has a sliding window, which budgets are not measured with"
+            )
         self.checkpoint = checkpoint
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
         self.model: VariantLlamaForCausalLM = model.eval()
@@ -108,17 +112,27 @@ class Forward:
         penalty = q.new_zeros(1, 1, 1)
         if accumulated is not None:
             penalty = accumulated.to(q.dtype) / 2**FRACTION_BITS
-        if is_softmax(self.variant):  # several times faster
+        variant = self.variant
+        # Several times faster.
+        if is_softmax(variant) and variant.plain_scores and variant.uses_scale:
             bias = torch.where(mask, -penalty[:, None], -torch.inf)
             output = scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, scale=attention.scaling, enable_gqa=True
             )
         else:
             gates = None
-            if self.variant.gated:
-                gates = self.variant.gate(attention.f_proj(x)).transpose(1, 2)
+            if variant.gated:
+                gates = variant.gate(attention.f_proj(x)).transpose(1, 2)
             output, _ = attend(
-                self.variant, q, k, v, mask, scale=attention.scaling, penalty=penalty, gates=gates
+                variant,
+                q,
+                k,
+                v,
+                mask,
+                scale=attention.scaling,
+                learned={name: getattr(attention, name) for name in variant.learned},
+                penalty=penalty,
+                gates=gates,
             )
         hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
         through: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -37,7 +37,6 @@ class Batch:
         slot_mapping: `[num_tokens]` int64: where the step's new tokens go in the cache, as
             `write_cache` takes it. Empty unless given.
         max_query_len, max_seq_len: no request has more queries, or more tokens; the size of what is
-        max_query_len, max_seq_len: no request has more queries, or more tokens; the size of what is
             launched on a GPU.
 
     Raises:

@@ -242,7 +242,9 @@ class TorchLayer(Layer):
         float64."""
         group = self.num_heads // self.kv_cache.shape[1]
         size = SUM_BYTES * group // self.kv_cache.itemsize
-        return slots[..., -size:].contiguous().view(torch.float64).flatten(-2)
+        # A copy, of which alone the place in memory is a multiple of 64 bits.
+        own = slots[..., -size:].clone(memory_format=torch.contiguous_format)
+        return own.view(torch.float64).flatten(-2)
 
     def attend(
         self, query: Tensor, batch: Batch, out: Tensor, selecting: Tensor | None = None

@@ -114,7 +114,8 @@ def attention_forward(
             "checkpoint of VariantLlamaForCausalLM"
         )
     if penalty is None and kernels.usable(variant, module, query, key, value, **kwargs):
-        rows = kernels.rows_of(attention_mask, position_ids, query.shape[0])
+        batch = query.shape[0]
+        rows = kernels.rows_of(attention_mask, position_ids, batch, causal=variant.stateful)
         if rows is not None:
             output = kernels.attend(variant, module, query, key, value, rows, scaling)
             return output.transpose(1, 2).contiguous().to(query.dtype), None

@@ -6,7 +6,7 @@ Everything else, and every call outside training, goes through torch operations 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,27 @@ from attn_kernels import Variant
 
 logger = logging.get_logger(__name__)
 
-Known = tuple[int, "weakref.ref[Tensor] | None", Tensor | None]
-_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""What is known of a mask: its version, the positions, and `rows`. All layers have one mask."""
+
+class Known(NamedTuple):
+    """What is known of a mask and positions: all layers have the same."""
+
+    given: tuple[int, int, int]
+    """How often both were changed in place, and sequences."""
+    position_ids: weakref.ref[Tensor] | None
+    rows: Tensor | None
+    causal: bool
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By masks."""
 
 
 def usable(
     variant: Variant, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> bool:
     """Return whether the kernels can compute this call: on a GPU, in training or with gradients,
-    whole sequences, and neither weights nor a soft cap are asked for."""
+    whole sequences of heads that are not too large, and neither weights nor a soft cap are asked
+    for."""
     if not on_gpu(query) or kwargs.get("softcap") or variant.kv_budgets:
         return False
     if not module.training and not (torch.is_grad_enabled() and query.requires_grad):
@@ -36,8 +47,11 @@ def usable(
     alike = query.shape[-2:] == key.shape[-2:] == value.shape[-2:]
     if asked or not alike or operand_dtype(query, key, value) == torch.float64:
         return False
+    from attn_kernels.triton.tuning import LARGEST_HEAD_SIZE
     from attn_kernels.triton.variant import missing_derivative
 
+    if query.shape[-1] > LARGEST_HEAD_SIZE:
+        return False
     if missing := missing_derivative(variant):
         logger.warning_once(
             f"{variant.name} trains with torch operations, whose scores take memory for heads x "
@@ -86,7 +100,9 @@ def attend(
     )
 
 
-def rows_of(mask: Tensor, position_ids: Tensor | None, batch: int) -> Tensor | None:
+def rows_of(
+    mask: Tensor, position_ids: Tensor | None, batch: int, causal: bool = False
+) -> Tensor | None:
     """Return the `rows` of a mask (`attn_kernels.triton.dense`), `[3, batch, num_tokens]` int32.
 
     None if a query sees keys with others between them, which kernels do not know. Waits for the
@@ -96,36 +112,58 @@ def rows_of(mask: Tensor, position_ids: Tensor | None, batch: int) -> Tensor | N
         mask: bool `[batch or 1, 1, num_tokens, num_tokens]`.
         position_ids: `[batch or 1, num_tokens]`; of another shape they are not looked at.
         batch: sequences.
+        causal: None if a query sees a later key, too: a stateful variant does not know these.
     """
     if mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
+    if position_ids is not None and (
+        position_ids.dim() != 2
+        or position_ids.shape[1] != mask.shape[2]
+        or position_ids.shape[0] not in (1, batch)
+    ):
+        position_ids = None
     if torch.compiler.is_compiling():
-        rows, whole = _intervals(mask, position_ids, batch)
+        rows, whole, forward = _intervals(mask, position_ids, batch)
         torch._assert_async(whole, "a query sees keys with others between them: do not compile")
+        if causal:
+            torch._assert_async(forward, "a query sees a later key: the variant is causal")
         return rows
-    known: Known | None = _rows.get(mask)
-    if known is not None and known[0] == mask._version:
-        positions = None if known[1] is None else known[1]()
-        if positions is position_ids:
-            return known[2]
-    rows, whole = _intervals(mask, position_ids, batch)
-    found = rows if bool(whole) else None
-    _rows[mask] = (
-        mask._version,
-        None if position_ids is None else weakref.ref(position_ids),
-        found,
-    )
+    known = _known_rows(mask, position_ids, batch)
+    return None if causal and not known.causal else known.rows
+
+
+def _known_rows(mask: Tensor, position_ids: Tensor | None, batch: int) -> Known:
+    """Return what is known, or find it out."""
+    both = (mask,) if position_ids is None else (mask, position_ids)
+    countable = not any(x.is_inference() for x in both)  # those have no versions
+    stamp = (-1, -1, batch)
+    if countable:
+        stamp = mask._version, -1 if position_ids is None else position_ids._version, batch
+        known: Known | None = _known.get(mask)
+        if known is not None and known.given == stamp:
+            same = known.position_ids
+            if position_ids is None if same is None else same() is position_ids:
+                return known
+    rows, whole, causal = _intervals(mask, position_ids, batch)
+    is_whole, is_causal = torch.stack((whole, causal)).tolist()
+    place = None if position_ids is None else weakref.ref(position_ids)
+    found = Known(stamp, place, rows if is_whole else None, is_causal)
+    if countable:
+        _known[mask] = found
     return found
 
 
-def _intervals(mask: Tensor, position_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-    """Return `rows` of a mask, and whether they say all of it."""
+def _intervals(
+    mask: Tensor, position_ids: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `rows` of a mask, whether they say all of it, and whether it is causal."""
     seen = mask[:, 0].to(torch.uint8)
     count = seen.sum(-1, dtype=torch.int32)
     begin = seen.argmax(-1).to(torch.int32)
     end = torch.where(count > 0, seen.shape[-1] - seen.flip(-1).argmax(-1), 0).to(torch.int32)
     position = end - 1
-    if position_ids is not None and position_ids.shape[-1:] == position.shape[-1:]:
-        position = position_ids.to(torch.int32).expand(len(seen), -1)
-    rows = torch.stack((begin, end, position)).expand(-1, batch, -1).contiguous()
-    return rows, (end - begin == count).all()
+    if position_ids is not None:
+        position = position_ids.to(torch.int32)
+    rows = torch.stack([x.expand(batch, -1) for x in (begin, end, position)])
+    index = torch.arange(seen.shape[-1], device=seen.device)
+    return rows, (end - begin == count).all(), (end <= index + 1).all()

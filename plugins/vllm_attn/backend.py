@@ -126,7 +126,8 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Batch:
         batch = self.build(0, common_attn_metadata)
         batch.max_seq_len = self.vllm_config.model_config.max_model_len
-        batch.seq_lens.fill_(1)  # the longest contexts would make the capture slow
+        # The longest contexts would make the capture slow; none is shorter than its queries.
+        batch.seq_lens.copy_(batch.query_start_loc.diff().clamp_min(1))
         return batch
 
 

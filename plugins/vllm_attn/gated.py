@@ -8,10 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_attn import kv_dtypes
+
+LIBRARY = torch.library.Library("attnserve", "FRAGMENT")
+
+
+def keep_gates(query: Tensor, gates: Tensor, layer_name: str) -> None:
+    """Copy a step's gates into the buffer from which the attention operator reads them.
+
+    The operator says that it changes `query`, which it does not. Compilers know nothing of what
+    attention reads beside its arguments: a plain copy would move behind the last layer. This way
+    they keep the order, since attention takes the query.
+    """
+    layer: GatedAttention = get_forward_context().no_compile_layers[layer_name]
+    layer.gates[: gates.shape[0]].copy_(gates)
+
+
+def _keep_gates_fake(query: Tensor, gates: Tensor, layer_name: str) -> None:
+    return None
+
+
+direct_register_custom_op(
+    "keep_gates",
+    keep_gates,
+    mutates_args=["query"],
+    fake_impl=_keep_gates_fake,
+    target_lib=LIBRARY,
+)
 
 
 class GatedAttention(Attention):
@@ -37,7 +65,7 @@ class GatedAttention(Attention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
         """Attend with `gates [num_tokens, num_heads]` float32; the others as in vLLM's layer."""
-        self.gates[: gates.shape[0]].copy_(gates)
+        torch.ops.attnserve.keep_gates(query, gates, self.layer_name)
         output: Tensor = super().forward(query, key, value)
         return output
 

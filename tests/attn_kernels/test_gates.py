@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_kernels import attend, get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS, KVFormat
-from attn_kernels.paged import Layer
+from attn_kernels.paged import Layer, TorchLayer
 from tests.attn_kernels import test_paged as paged
 from tests.attn_kernels import test_triton as triton
 from tests.attn_kernels.cases import causal
@@ -99,6 +99,30 @@ def test_sums_of_a_long_context(path: str, kv_format: KVFormat | None) -> None:
     for i in range(60, 63):
         out = request.step(i, i + 1)
     request.check(out, 62, 63)
+
+
+def test_an_odd_head_size_in_16_bits() -> None:
+    """One KV head, whose sums lie where no 64-bit number may begin."""
+    cache = torch.zeros(3, 1, BLOCK, 2 * 33 + 4, dtype=torch.bfloat16)
+    layer = TorchLayer(FORGETTING, cache, num_heads=1, scale=0.2)
+    x, gates, out = torch.randn(9, 1, 33).bfloat16(), -torch.rand(9, 1), torch.zeros(9, 1, 33)
+    for first, end in ((0, 5), (5, 9)):
+        lengths = torch.tensor([0, end - first]), torch.tensor([end])
+        batch = Batch(torch.tensor([[2]]), *lengths, 2 * BLOCK + torch.arange(first, end))
+        layer.write_gates(gates[first:end], batch)
+        layer.step(x[first:end], x[first:end], x[first:end], batch, out[first:end])
+    heads = x.double().transpose(0, 1)
+    wanted, _ = reference.attention(FORGETTING, heads, heads, heads, gates=gates.mT, scale=0.2)
+    torch.testing.assert_close(out, wanted.transpose(0, 1).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gates_that_forget_all_within_a_prompt(path: str) -> None:
+    """Differences of sums after one that is large count as much as those before it."""
+    request = Request(path, 100)
+    request.gates[1:] *= 30
+    request.gates[50] = -3e6
+    request.check(request.step(0, 100), 0, 100)
 
 
 @pytest.mark.parametrize("path", PATHS[:2])

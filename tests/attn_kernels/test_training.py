@@ -184,6 +184,44 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match=r"learns ssmax_scale: pass it as \[4\]"):
         call(q, k, k)
     learned = {"ssmax_scale": torch.ones(4)}
+    with pytest.raises(ValueError, match="leave out the window"):
+        call(q, k, k, learned=learned, rows=torch.zeros(3, 1, 5, dtype=torch.int32), window=3)
+    with pytest.raises(ValueError, match="a head size of 512 is too large for the kernels"):
+        call(*(torch.zeros(1, 1, 2, 512),) * 3, learned={"ssmax_scale": torch.ones(1)})
     with pytest.raises(ValueError, match="rows must be int32"):
         call(q, k, k, learned=learned, rows=torch.zeros(3, 1, 5))
     assert call(q[:, :, :0], k[:, :, :0], k[:, :, :0], learned=learned).shape == (1, 4, 0, 8)
+
+
+def test_a_third_learned_tensor_is_refused() -> None:
+    """Kernels know two: the gradient of another would be what was in memory."""
+    from attn_kernels.triton.variant import missing_derivative
+
+    class Three(type(get_variant("ssmax"))):  # type: ignore[misc]
+        learned = ("one", "two", "three")
+
+    Three.folder = type(get_variant("ssmax")).folder
+    assert missing_derivative(Three()) == "place for three, a third learned tensor"
+
+
+@pytest.mark.parametrize("unit_keys", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_tiles_of_a_stateful_variant(unit_keys: bool, size: int) -> None:
+    """Accumulators are stored ahead of each tile of queries: all kernels have the same."""
+    from attn_kernels.triton import tuning
+
+    kinds = (tuning.FORWARD, tuning.BACKWARD_QUERIES, tuning.BACKWARD_KEYS, tuning.SELECTIONS)
+    for dims in (16, 32, 64, 128, 256):
+        tiles = (
+            tuning.training_tile(kind, "sm_90", dims, size, stateful=True, unit_keys=unit_keys)
+            for kind in kinds
+        )
+        assert len({tile.rows for tile in tiles}) == 1
+
+
+def test_small_heads_fill_the_least_matrix() -> None:
+    """A GPU multiplies 16 columns at least, which the interpreter does not know."""
+    from attn_kernels.triton.training import Call
+
+    q, k = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8)
+    assert Call(get_variant("softmax"), q, k, k, q, [], 1.0).given["SHAPE"] == (2, 2, 8, 16)

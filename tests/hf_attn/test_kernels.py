@@ -118,6 +118,8 @@ def test_other_calls_are_computed_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(
         logits[given["attention_mask"].bool()], wanted[0], atol=1e-4, rtol=1e-4
     )
+    large = torch.zeros(1, 1, 2, 512)
+    assert not kernels.usable(get_variant("softmax"), model.train(), large, large, large)
     positions = torch.arange(TOKENS)
     gaps = positions[:, None] >= positions
     gaps &= (positions % 5 != 2) | (positions[:, None] == positions)
@@ -131,7 +133,7 @@ def test_rows_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     calls = []
     read = kernels._intervals
 
-    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         calls.append(arguments)
         return read(*arguments)
 
@@ -144,6 +146,47 @@ def test_rows_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     mask[..., 0] = False
     again = kernels.rows_of(mask, ids, 3)
     assert again is not None and again[:2, 0].tolist() == [[0, 1, 1, 1, 1], [0, 2, 3, 4, 5]]
+
+
+def test_rows_of_other_positions() -> None:
+    """Changed in place, gone, none, of another shape, one for all sequences; and a mask of one
+    sequence for another number of them."""
+
+    def positions(mask: Tensor, ids: Tensor | None, batch: int = 2) -> list[int]:
+        rows = kernels.rows_of(mask, ids, batch)
+        assert rows is not None and rows.shape == (3, batch, 4)
+        return rows[2, -1].tolist()
+
+    one = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    mask = one.expand(2, -1, -1, -1)
+    ids = torch.arange(4).repeat(2, 1)
+    assert positions(mask, ids) == [0, 1, 2, 3]
+    ids += 5
+    assert positions(mask, ids) == [5, 6, 7, 8]
+    assert positions(one, ids) == [5, 6, 7, 8]
+    del ids
+    assert positions(mask, None) == positions(one, None) == [0, 1, 2, 3]
+    assert positions(one, None, 3) == [0, 1, 2, 3]
+    assert positions(mask, torch.full((3, 2, 4), 9)) == [0, 1, 2, 3]  # of images: three a token
+    with torch.inference_mode():
+        assert positions(one.clone(), torch.arange(4)[None] + 1) == [1, 2, 3, 4]
+
+
+def test_a_model_in_training_mode_without_gradients() -> None:
+    """Whose masks have no version: an evaluation that forgot `eval`."""
+    model, given = model_of("softpick"), batch("left")
+    wanted = model(**given, use_cache=False).logits
+    with torch.inference_mode():
+        found = model(**given, use_cache=False).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_stateful_variant_is_causal() -> None:
+    """Kernels would read accumulators that nobody wrote."""
+    model, given = model_of("selective"), batch("none")
+    given["attention_mask"] = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no query may see a later key"):
+        model(**given, use_cache=False)
 
 
 def test_checkpointed_and_autocast() -> None:

@@ -6,15 +6,17 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import get_variant
+from attn_kernels import Rows, get_variant
+from attn_kernels import variant as registry
 from attn_kernels.pruning import attend_pruned
+from attn_kernels.variants.selective import Selective
 from attnserve.budgets import model as model_module
 from attnserve.budgets import run as run_module
 from attnserve.budgets.command import budgets
@@ -23,6 +25,7 @@ from attnserve.budgets.result import FOLDER, Found
 from attnserve.budgets.run import BUNDLED
 from attnserve.budgets.search import FREE, Descent, search
 from attnserve.budgets.texts import parts_of
+from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.scorers import Item, TransformersScorer
 from attnserve.evaluation.texts import Text, evenly, read
@@ -57,6 +60,33 @@ def of_transformers(folder: Path, own: Measured) -> list[float]:
     items = [Item([own.checkpoint.bos], row) for row in own.text.sequences]
     scores = TransformersScorer(folder, quiet=True).score(items, "")
     return [-scored.total / LENGTH for scored in scores]
+
+
+def test_softmax_of_changed_queries_is_the_model(
+    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a learned tensor and without the model's scale: fused attention knows neither."""
+
+    class Changed(Selective):
+        uses_scale: ClassVar[bool] = False
+        learned: ClassVar[tuple[str, ...]] = ("factor",)
+
+        def initial(self, learned_name: str) -> float:
+            return 0.4
+
+        def transform(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+            return q * rows.learned["factor"], k
+
+    monkeypatch.setattr(registry, "_REGISTRY", registry._REGISTRY | {"selective": Changed})
+    own = measured(tiny_checkpoint(tmp_path / "model", "selective"), books, tmp_path)
+    wanted = of_transformers(tmp_path / "model", own)
+    assert own.losses("none", FULL) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_sliding_windows_are_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "softmax", sliding_window=8)
+    with pytest.raises(UserError, match="has a sliding window"):
+        Forward(Checkpoint(folder))
 
 
 @pytest.mark.parametrize("name", ["selective", "softmax"])

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from attn_kernels import get_variant, variant_names
+from attn_kernels import Rows, get_variant, variant_names
+from attn_kernels.variants.softmax import Softmax
 from attnserve.errors import UserError
 from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaForCausalLM
@@ -259,6 +260,35 @@ def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: T
     torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=2e-4)
 
 
+def test_fused_attention_of_scores_without_the_models_scale(plain: Path, ids: Tensor) -> None:
+    """Whatever subclass of softmax it is."""
+
+    class Unscaled(Softmax):
+        uses_scale: ClassVar[bool] = False
+
+        def transform(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+            return q * rows.n.sqrt() * 0.1, k
+
+    model = convert(plain, {"name": "softmax"}, Conversion())
+    plain_logits, found = logits(model, ids), []
+    for layer in model.model.layers:
+        layer.self_attn.variant = Unscaled()
+    for forward in (None, finetune.fused(model)):
+        with finetune.attention_forward(model, forward):
+            found.append(logits(model, ids))
+    torch.testing.assert_close(found[0], found[1], atol=2e-4, rtol=2e-4)
+    assert (found[0] - plain_logits).abs().max() > 0.01
+
+
+def test_blended_attention_with_a_window(tmp_path: Path, ids: Tensor) -> None:
+    """Its softmax part sees no further than the model's own."""
+    folder = tiny_checkpoint(tmp_path, "softmax", sliding_window=5)
+    model = convert(folder, {"name": "softmax"}, Conversion())
+    with finetune.attention_forward(model, finetune.blended(torch.zeros(()))):
+        found = logits(model, ids)
+    torch.testing.assert_close(found, logits(model, ids), atol=2e-4, rtol=2e-4)
+
+
 @pytest.mark.parametrize("variant", ["softpick", "selective"])
 def test_blended_attention(variant: str, plain: Path, ids: Tensor) -> None:
     """All softmax, all the variant, and in the first layer exactly between them."""
@@ -327,15 +357,21 @@ def test_stored_tokens_are_the_same_data(plain: Path, tmp_path: Path, commands: 
     assert record["tokens"] == len(wanted) and record["bytes"] < 2 * len(wanted) + 200
     assert "must be named *.npy" in commands.refused(tokens, plain, LICENSE, "--data", LICENSE)
     for wrong, message in (
-        (np.array([1, 999]), "has tokens to 999, and the tokenizer 512"),
+        (np.array([1, 999]), "has tokens 1 to 999, and the tokenizer 512"),
+        (np.array([-3, 4]), "has tokens -3 to 4, and"),
         (np.zeros((2, 2), np.int64), r"int64 \[2, 2\], not tokens in a row"),
         (np.zeros(3), r"float64 \[3\], not tokens"),
     ):
         np.save(file, wrong)
         with pytest.raises(UserError, match=message):
             data_tokens([file], tokenizer)
-    file.write_bytes(b"text")
-    with pytest.raises(UserError, match=r"holds no tokens .*python -m training\.tokens"):
+    for content in (b"text", b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"holds no tokens .*python -m training\.tokens"):
+            data_tokens([file], tokenizer)
+    with file.open("wb") as archive:
+        np.savez(archive, tokens=wanted)
+    with pytest.raises(UserError, match="is an archive of arrays"):
         data_tokens([file], tokenizer)
 
 

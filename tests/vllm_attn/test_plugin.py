@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -90,6 +92,30 @@ def test_gated_pages(window: int | None, tmp_path: Path) -> None:
     assert all(layer.impl.gates is layers[0].gates for layer in layers)
 
 
+def test_gates_of_each_layer_in_a_compiled_model(tmp_path: Path) -> None:
+    """Attention reads them from a buffer of all layers, of which a compiler knows nothing: it must
+    not keep for the end what is written there."""
+    tiny_checkpoint(tmp_path, "forgetting")
+    with one_worker(tmp_path):
+        layers = [x.self_attn.attn for x in load(tmp_path).model.layers[:2]]
+        config = EngineArgs(str(tmp_path), dtype="float32").create_engine_config()
+        for layer in layers:
+            config.compilation_config.static_forward_context[layer.layer_name] = layer
+            layer.impl.forward = lambda self, query, key, value, *_, output, **__: output.copy_(
+                query + self.gates[: len(query), :, None]
+            )
+
+        def both(query: Tensor, key: Tensor) -> Tensor:
+            first = layers[0](query, key, key, query[:, ::32] * 10)
+            return layers[1](first, key, key, query[:, ::32] * 100)
+
+        query, key = torch.ones(3, 4 * 32), torch.ones(3, 2 * 32)
+        with set_forward_context(None, config, slot_mapping={}):
+            compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+            assert torch.equal(both(query, key), query * 111)
+            assert torch.equal(compiled(query, key), query * 111)
+
+
 @pytest.mark.parametrize(
     ("capability", "kv_cache_dtype", "message"),
     [
@@ -138,6 +164,8 @@ def test_graphs_are_captured_for_the_longest_context() -> None:
     assert (captured.max_query_len, captured.max_seq_len) == (1, 4096)
     assert captured.seq_lens is common.seq_lens
     assert captured.seq_lens.tolist() == [1, 1]
+    common.query_start_loc[1:] = torch.tensor([4, 4])  # drafts, and a request of padding
+    assert builder.build_for_cudagraph_capture(common).seq_lens.tolist() == [4, 1]
 
 
 def test_one_line_finds_our_error_inside_others() -> None:

@@ -46,8 +46,8 @@ class Attention : public Accumulators<V, T> {
     bool amx;
     float *q, *o, *scores, *per_norm;
     float *penalty, *state;               // stateful: [num_queries, keys], and of the span at hand
-    float *sums, *own_sum;                // gated: [group, SPAN] of the span's keys, and [rows]
-    double* origin;                       // gated: [group], what both are less
+    float *sums, *rests;                  // gated: of the span's keys, [group, SPAN]
+    float *own_sum, *own_rest;            // gated: [rows]
     float *selecting, *selected;          // selector: queries of a block and their scores
     float* factor;                        // amx: of each row's scores
     BFloat16 *narrow_q, *narrow_weights;  // amx: [rows, WIDE] and [block, NARROW]
@@ -82,8 +82,8 @@ class Attention : public Accumulators<V, T> {
         Array{t.wide_keys, span}, Array{t.wide_values, span}, Array{t.per_norm, SPAN},
         Array{t.penalty, V::stateful ? t.num_queries * keys : 0},
         Array{t.state, V::stateful ? SPAN : 0}, Array{t.sums, V::gated ? group_size * SPAN : 0},
-        Array{t.own_sum, V::gated ? rows : 0}, Array{t.origin, V::gated ? group_size : 0},
-        Array{t.selecting, call.selector ? ROWS * WIDE : 0},
+        Array{t.rests, V::gated ? group_size * SPAN : 0}, Array{t.own_sum, V::gated ? rows : 0},
+        Array{t.own_rest, V::gated ? rows : 0}, Array{t.selecting, call.selector ? ROWS * WIDE : 0},
         Array{t.selected, call.selector ? ROWS * SCORES : 0}, Array{t.row, rows},
         Array{t.query, rows}, Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
         Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
@@ -110,11 +110,10 @@ class Attention : public Accumulators<V, T> {
       if (t.amx) std::fill_n(t.narrow_q + (ptrdiff_t)r * WIDE, head_size, BFloat16{0});
     }
     if constexpr (V::gated) {
-      // Sums near the tile's are small numbers, exact in float32.
       for (int r = 0; r < t.rows; r++) {
         const double sum = gate_sums().at(t.request, t.query[r].head, t.query[r].position);
-        if (r < group_size) t.origin[r] = sum;
-        t.own_sum[r] = (float)(sum - t.origin[r % group_size]);
+        t.own_sum[r] = (float)sum;
+        t.own_rest[r] = rest_of(sum);
       }
     }
     for (int r = 0; r < pad; r++) {
@@ -244,8 +243,8 @@ class Attention : public Accumulators<V, T> {
 
   void find_sums(Tile& t, int begin, int end) const {
     for (int i = 0; i < group_size; i++)
-      gate_sums().load(t.request, t.kv_head * group_size + i, begin, end, t.origin[i],
-                       t.sums + i * SPAN);
+      gate_sums().load(t.request, t.kv_head * group_size + i, begin, end, t.sums + i * SPAN,
+                       t.rests + i * SPAN);
   }
 
   template <class U>
@@ -271,12 +270,14 @@ class Attention : public Accumulators<V, T> {
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH) {
           const Vec distance = distances(query, span.begin + j);
           Vec bias;
-          if constexpr (V::gated)
-            bias = variant.score_bias(
-                query, distance,
-                t.own_sum[first + r] - load(t.sums + (first + r) % group_size * SPAN + j));
-          else
+          if constexpr (V::gated) {
+            const int key = (first + r) % group_size * SPAN + j;
+            const Vec sums = t.own_sum[first + r] - load(t.sums + key);
+            const Vec rests = t.own_rest[first + r] - load(t.rests + key);
+            bias = variant.score_bias(query, distance, sums + rests);
+          } else {
             bias = variant.score_bias(query, distance);
+          }
           store(s + r * SCORES + j, load(s + r * SCORES + j) + bias);
         }
       }

@@ -14,6 +14,10 @@ struct GateCall {
   int32_t cache_format;
 };
 
+// What a sum loses as a float. The difference of two sums is that of the floats, which is exact
+// where they are near each other, and that of the rests.
+inline float rest_of(double sum) { return (float)(sum - (float)sum); }
+
 template <class T>
 struct GateSums {
   const Cache<T> cache;
@@ -30,13 +34,16 @@ struct GateSums {
     return block(request, head, position)[position % cache.block_size];
   }
 
-  // The sums of the positions [begin, end), less `origin`.
-  void load(int request, int head, int begin, int end, double origin, float* to) const {
+  // The sums of the positions [begin, end), as pairs of floats.
+  void load(int request, int head, int begin, int end, float* rounded, float* rests) const {
     for (int p = begin; p < end;) {
       const int offset = p % cache.block_size,
                 length = std::min(cache.block_size - offset, end - p);
       const double* sums = block(request, head, p) + offset;
-      for (int i = 0; i < length; i++) to[p - begin + i] = (float)(sums[i] - origin);
+      for (int i = 0; i < length; i++) {
+        rounded[p - begin + i] = (float)sums[i];
+        rests[p - begin + i] = rest_of(sums[i]);
+      }
       p += length;
     }
   }

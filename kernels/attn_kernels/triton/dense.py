@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     """Query heads of a KV head."""
     head_size: int
     dims: int
-    """`head_size` rounded up to a power of two."""
+    """`head_size` rounded up to a power of two, 16 at least."""
 
 
 class Tiling(NamedTuple):
@@ -281,7 +281,7 @@ def penalties(
     queries before each row's add."""
     x, chosen = selected(tile, selector, key, scale, num_tokens, SHAPE, ROWS, KEYS)
     added = tl.where(chosen, SELECTION(x), 0.0)
-    first = tl.min(tile.index, 0) // ROWS * num_tokens
+    first = (tl.min(tile.index, 0) // ROWS).to(tl.int64) * num_tokens
     ahead = tl.load(selector.snapshots + first + key, mask=key < num_tokens, other=0.0)
     return ahead[None, :] + tl.cumsum(added, 0) - added
 

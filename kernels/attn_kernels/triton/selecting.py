@@ -49,7 +49,7 @@ def snapshots_kernel(
     at = first + tl.arange(0, TILE.keys)
     state = tl.full([TILE.keys], 0.0, tl.float32)
     for start in range(first // TILE.rows * TILE.rows, num_tokens, TILE.rows):
-        place = selector.snapshots + start // TILE.rows * num_tokens + at
+        place = selector.snapshots + tl.cast(start // TILE.rows, tl.int64) * num_tokens + at
         tl.store(place, state, mask=at < num_tokens)
         tile = rows_of(rows, plane, start + tl.arange(0, TILE.rows), num_tokens)
         x, chosen = selected(tile, selector, at, scale, num_tokens, SHAPE, TILE.rows, TILE.keys)

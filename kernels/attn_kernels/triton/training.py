@@ -21,6 +21,7 @@ from attn_kernels.triton.tuning import (
     BACKWARD_KEYS,
     BACKWARD_QUERIES,
     FORWARD,
+    LARGEST_HEAD_SIZE,
     SELECTIONS,
     training_tile,
 )
@@ -63,7 +64,7 @@ def attention(
         TypeError: another dtype, or several.
     """
     learned = learned or {}
-    _check(variant, q, k, v, learned, rows)
+    _check(variant, q, k, v, learned, rows, window)
     if rows is None:
         rows = causal_rows(q.shape[0], q.shape[-2], window, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -91,6 +92,7 @@ def _check(
     v: Tensor,
     learned: Mapping[str, Tensor],
     rows: Tensor | None,
+    window: int | None,
 ) -> None:
     if missing := missing_derivative(variant):
         raise ValueError(
@@ -110,9 +112,16 @@ def _check(
             "q must be [batch, num_heads, num_tokens, head_size], and k and v the same with a "
             f"divisor of its heads, not {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
+    if q.shape[-1] > LARGEST_HEAD_SIZE:
+        raise ValueError(
+            f"a head size of {q.shape[-1]} is too large for the kernels (they take up to "
+            f"{LARGEST_HEAD_SIZE}): use attn_kernels.attend"
+        )
     for name in variant.learned:
         if name not in learned or learned[name].shape != (q.shape[1],):
             raise ValueError(f"{variant.name} learns {name}: pass it as [{q.shape[1]}]")
+    if rows is not None and window is not None:
+        raise ValueError("rows say all that queries see: leave out the window")
     if rows is not None and (
         rows.shape != (3, q.shape[0], q.shape[2]) or rows.dtype != torch.int32
     ):
@@ -154,7 +163,8 @@ class Call:
     def given(self) -> dict[str, Any]:
         """Compile-time arguments of all kernels but TILE."""
         heads, size = self.q.shape[1], self.q.shape[3]
-        shape = dense.Shape(heads, heads // self.k.shape[1], size, triton.next_power_of_2(size))
+        dims = max(16, triton.next_power_of_2(size))  # the least that matrices are multiplied with
+        shape = dense.Shape(heads, heads // self.k.shape[1], size, dims)
         return {**functions(self.variant), "SHAPE": shape}
 
     @property

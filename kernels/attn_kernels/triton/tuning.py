@@ -84,6 +84,9 @@ FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS, SELECTIONS = (
 )
 """The kernels of training (`triton/training.py`)."""
 
+LARGEST_HEAD_SIZE = 256
+"""Of training: of 512, a tile of queries and its gradient are more than an H100's shared memory."""
+
 
 def training_tile(
     kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, unit_keys: bool
@@ -116,7 +119,7 @@ def training_tile(
         rows, keys = 128, 64
     if (stateful or unit_keys) and kernel == BACKWARD_KEYS:
         keys = 64 if row_bytes <= 128 else 32
-    if unit_keys and kernel == BACKWARD_QUERIES:
+    if unit_keys and not stateful and kernel == BACKWARD_QUERIES:
         rows, keys = (64, 64) if row_bytes <= 128 else (64, 32)
     return Tile(rows, keys, 8, stages)
 

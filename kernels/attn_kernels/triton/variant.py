@@ -149,6 +149,8 @@ def missing_derivative(variant: Variant) -> str:
     """Return which function a variant would need to be trained by kernels; empty: none."""
     if variant.gated:
         return "derivative of gates"
+    if len(variant.learned) > 2:
+        return f"place for {variant.learned[2]}, a third learned tensor"
     found = functions(variant)
     needed = {
         "weights_backward": True,
