@@ -42,8 +42,8 @@ class Attention : public Accumulators<V, T> {
   // Everything a tile needs, in this thread's arena.
   struct Tile {
     int request, first_position, num_queries, rows, key_begin, key_end, kv_head;
-    int block;  // rows of a block
-    bool amx;
+    int block;            // rows of a block
+    bool amx, has_norms;  // has_norms: those of the span's keys are in per_norm
     float *q, *o, *scores, *per_norm;
     float *penalty, *state;               // stateful: [num_queries, keys], and of the span at hand
     float *sums, *rests;                  // gated: of the span's keys, [group, SPAN]
@@ -258,10 +258,14 @@ class Attention : public Accumulators<V, T> {
     } else {
       score(span, count, t.q + (ptrdiff_t)first * WIDE, s, c.panel_from, c.panel_to);
     }
-    if constexpr (V::unit_keys)
+    if constexpr (V::unit_keys) {
+      // The product before has fetched the keys, in several streams.
+      if (!t.has_norms) norms(span, t.per_norm);
+      t.has_norms = true;
       for (int r = 0; r < count; r++)
         for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
           store(s + r * SCORES + j, load(s + r * SCORES + j) * load(t.per_norm + j));
+    }
     if constexpr (!V::unit_keys && !V::stateful) modify(t, span.begin, first, count, c, s);
     if constexpr (V::biased || V::gated) {
       static_assert(!V::stateful, "accumulators are of scores without a bias");
@@ -311,7 +315,7 @@ class Attention : public Accumulators<V, T> {
 
   template <class U>
   void span_pass(Tile& t, const Task& task, const Span<U>& span, Pass pass) const {
-    if (V::unit_keys && pass & STATISTICS) norms(span, t.per_norm);
+    t.has_norms = false;
     if (V::stateful && t.kv_head == 0) {
       find_state(t, task, span.begin, span.end);
       if (call.selector) select_apart(t, task, span.begin, span.end);
