@@ -20,7 +20,8 @@ SETTINGS = ("--limit=3", "--max-length=512", "--measures")
 MEASURES = ("length", "passkey", "lambada", "blimp", "perplexity")
 
 
-@pytest.mark.parametrize("name", ["softpick", pytest.param("selective", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["softpick", "selective"])
 def test_same_figures(name: str, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / name, name, max_position_embeddings=256)
     books, evaluation = write_texts(tmp_path)

@@ -67,16 +67,11 @@ def check(folder: Path, variants: Sequence[Any], *options: Mapping[str, Any]) ->
     return found
 
 
-@pytest.mark.integration
-def test_selective_on_two_ranks(tmp_path: Path) -> None:
-    """With GQA and budgets that evict; head 0 is on one rank."""
-    check(tmp_path, [BUDGETS], TENSOR)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
 def test_two_ranks(tmp_path: Path, options: Mapping[str, Any]) -> None:
-    """Each rank takes its own heads of learned per-head tensors; or two layers, or the third."""
+    """Each rank takes its own heads of learned per-head tensors, and one head 0 with budgets that
+    evict; or two layers, or the third."""
     check(tmp_path, [*variant_names(), BUDGETS], options)
 
 
