@@ -43,7 +43,10 @@ def test_a_compiled_step(name: str) -> None:
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "0", reason="interpreted elsewhere")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "0",
+    reason="TRITON_INTERPRET=0: kernels are compiled for a GPU, as the tests above want them",
+)
 def test_the_same_interpreted() -> None:
     """A tiny case of the first test."""
     assert max(errors(get_variant("softpick"), Shape(1, 1, 1, 20, 16))) <= LIMIT
