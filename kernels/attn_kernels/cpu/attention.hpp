@@ -19,7 +19,7 @@ template <class V, class T>
 class Attention : public Accumulators<V, T> {
  public:
   using Base = Accumulators<V, T>;
-  using Base::accumulate, Base::add_values, Base::cache, Base::call, Base::factor, Base::find_span,
+  using Base::accumulate, Base::add_listed_values, Base::add_values, Base::cache, Base::call, Base::factor, Base::find_span,
       Base::first_position, Base::first_visible, Base::for_each_span, Base::gather,
       Base::group_size, Base::head_size, Base::load_state, Base::NARROW, Base::norms,
       Base::num_spans, Base::prepare, Base::query_offset, Base::ROTATED, Base::save_state,
@@ -49,6 +49,7 @@ class Attention : public Accumulators<V, T> {
     float *sums, *rests;                  // gated: of the span's keys, [group, SPAN]
     float *own_sum, *own_rest;            // gated: [rows]
     float *selecting, *selected;          // selector: queries of a block and their scores
+    int32_t* columns;                     // sparse: of a block's weights that are not 0
     float* factor;                        // amx: of each row's scores
     BFloat16 *narrow_q, *narrow_weights;  // amx: [rows, WIDE] and [block, NARROW]
     BFloat16* last_values;                // amx: the last values of a context, zeros behind them
@@ -84,6 +85,7 @@ class Attention : public Accumulators<V, T> {
         Array{t.state, V::stateful ? SPAN : 0}, Array{t.sums, V::gated ? group_size * SPAN : 0},
         Array{t.rests, V::gated ? group_size * SPAN : 0}, Array{t.own_sum, V::gated ? rows : 0},
         Array{t.own_rest, V::gated ? rows : 0}, Array{t.selecting, call.selector ? ROWS * WIDE : 0},
+        Array{t.columns, V::sparse ? MAX_BLOCK * SCORES : 0},
         Array{t.selected, call.selector ? ROWS * SCORES : 0}, Array{t.row, rows},
         Array{t.query, rows}, Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
         Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
@@ -301,6 +303,17 @@ class Attention : public Accumulators<V, T> {
   void output_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
                     float* s) const {
     float rescale[MAX_BLOCK] = {};
+    if constexpr (V::sparse && std::is_same_v<U, Float32>) {
+      int listed[MAX_BLOCK];
+      for (int r = 0; r < count; r++)
+        listed[r] = keep_above(variant.cutoff(t.row[first + r]), c.panel_to, s + r * SCORES,
+                               t.columns + r * SCORES);
+      for (int r = 0; r < count; r++)
+        rescale[r] = variant.update(t.row[first + r], s + r * SCORES, round_up(listed[r], WIDTH),
+                                    t.query[first + r]);
+      return add_listed_values(span, count, s, t.columns, listed, t.o + (ptrdiff_t)first * WIDE,
+                               rescale);
+    }
     for (int r = 0; r < count; r++)
       rescale[r] = variant.update(t.row[first + r], s + r * SCORES + c.panel_from,
                                   c.panel_to - c.panel_from, t.query[first + r]);

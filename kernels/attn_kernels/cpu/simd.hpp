@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -69,6 +70,15 @@ constexpr ptrdiff_t units(ptrdiff_t elements) {
 template <>
 constexpr ptrdiff_t units<Int4>(ptrdiff_t elements) {
   return elements / 2;
+}
+
+// f(N, i) for the floats [i, i + N * WIDTH) of `count`, and f(1, i) for each vector of the rest: N of
+// them side by side where each step of a calculation waits for the one before.
+template <int N, class F>
+inline void side_by_side(int count, F&& f) {
+  int i = 0;
+  for (; i + N * WIDTH <= count; i += N * WIDTH) f(std::integral_constant<int, N>(), i);
+  for (; i < count; i += WIDTH) f(std::integral_constant<int, 1>(), i);
 }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
@@ -164,6 +174,33 @@ inline void load_rows(const Int4* p, Vec rows[2]) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// Moves those of `count` values that are above `least` to the front, zeros behind them up to a whole
+// vector, and their numbers to `columns` [count]; returns how many there are.
+inline int keep_above(float least, int count, float* values, int32_t* columns) {
+  int kept = 0;
+#if defined(__AVX512F__)
+  __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int i = 0; i < count; i += WIDTH) {
+    const Vec v = load(values + i);
+    const __mmask16 above = _mm512_cmp_ps_mask(v, broadcast(least), _CMP_GT_OQ);
+    store(values + kept, _mm512_maskz_compress_ps(above, v));
+    _mm512_storeu_si512(columns + kept, _mm512_maskz_compress_epi32(above, lanes));
+    lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(WIDTH));
+    kept += __builtin_popcount(above);
+  }
+#else
+  for (int i = 0; i < count; i++) {
+    const float v = values[i];
+    values[kept] = v;
+    columns[kept] = i;
+    kept += v > least;
+  }
+#endif
+  store(values + kept, Vec{});
+  return kept;
+}
+
 inline void store_bytes(void* p, IntVec v) {  // the low byte of each lane
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
@@ -292,21 +329,40 @@ inline float power_of_two(float n) {
 }
 
 // (2^r - 1) for |r| <= 1/2, with a relative error of 1e-8 before rounding.
+template <int N>
+inline void exp2m1_fraction(Vec (&r)[N]) {
+  constexpr float POLYNOMIAL[] = {0.00133907353f, 0.00961823761f, 0.0555035733f, 0.240226492f,
+                                  0.693147182f};
+  Vec p[N];
+  for (Vec& each : p) each = broadcast(0.000154035122f);
+#pragma GCC unroll 5
+  for (float coefficient : POLYNOMIAL)
+    for (int i = 0; i < N; i++) p[i] = p[i] * r[i] + coefficient;
+  for (int i = 0; i < N; i++) r[i] *= p[i];
+}
 inline Vec exp2m1_fraction(Vec r) {
-  Vec p = broadcast(0.000154035122f);
-  p = p * r + 0.00133907353f;
-  p = p * r + 0.00961823761f;
-  p = p * r + 0.0555035733f;
-  p = p * r + 0.240226492f;
-  p = p * r + 0.693147182f;
-  return p * r;
+  Vec one[1] = {r};
+  exp2m1_fraction(one);
+  return one[0];
 }
 
 // 2^(y - exponent) for y <= exponent + 127; exactly 0 below exponent - 127. NaN stays NaN.
+template <int N>
+inline void exp2(Vec (&y)[N], float exponent = 0.f) {
+  Vec power[N];
+  for (int i = 0; i < N; i++) {
+    y[i] = max(broadcast(exponent - 127.f), y[i]);
+    const Whole whole(y[i], exponent);
+    y[i] -= whole.n;
+    power[i] = whole.power;
+  }
+  exp2m1_fraction(y);
+  for (int i = 0; i < N; i++) y[i] = y[i] * power[i] + power[i];
+}
 inline Vec exp2(Vec y, float exponent = 0.f) {
-  y = max(broadcast(exponent - 127.f), y);
-  const Whole whole(y, exponent);
-  return exp2m1_fraction(y - whole.n) * whole.power + whole.power;
+  Vec one[1] = {y};
+  exp2(one, exponent);
+  return one[0];
 }
 
 // m / (m + 2) with m = e^2|x| - 1, which keeps small x exact.
@@ -318,18 +374,19 @@ inline Vec tanh(Vec x) {
   return x < 0.f ? -t : t;
 }
 
-// log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity.
-inline Vec softplus2(Vec y) {
-  const Vec u = exp2(-absolute(y));
-  Vec p = broadcast(-0.00468013622f);
-  p = p * u + 0.0286395941f;
-  p = p * u - 0.0821752176f;
-  p = p * u + 0.152978376f;
-  p = p * u - 0.220813006f;
-  p = p * u + 0.283863783f;
-  p = p * u - 0.360012054f;
-  p = p * u + 0.480849713f;
-  p = p * u - 0.72134614f;
-  p = p * u + 1.44269502f;
-  return p * u + max(Vec{}, y);
+// log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity. Several vectors side by side,
+// since each step waits for the one before.
+template <int N>
+inline void softplus2(Vec (&y)[N]) {
+  constexpr float POLYNOMIAL[] = {0.0286395941f, -0.0821752176f, 0.152978376f,
+                                  -0.220813006f, 0.283863783f,   -0.360012054f,
+                                  0.480849713f,  -0.72134614f,   1.44269502f};
+  Vec u[N], p[N];
+  for (int i = 0; i < N; i++) u[i] = -absolute(y[i]);
+  exp2(u);
+  for (Vec& each : p) each = broadcast(-0.00468013622f);
+#pragma GCC unroll 9
+  for (float coefficient : POLYNOMIAL)
+    for (int i = 0; i < N; i++) p[i] = p[i] * u[i] + coefficient;
+  for (int i = 0; i < N; i++) y[i] = p[i] * u[i] + max(Vec{}, y[i]);
 }

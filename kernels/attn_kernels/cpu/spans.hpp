@@ -24,7 +24,7 @@ class Spans {
   static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
   static constexpr int NARROW = SPAN + 2 * PANEL;  // row stride of bfloat16 weights
 
-  static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  static constexpr float ones[MAX_BLOCK] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
   const AttendCall& call;
   const Cache<T> cache;
@@ -287,6 +287,40 @@ class Spans {
         for (int r = 0; r < rows; r++)
           for (int d = 0; d < head_size; d += WIDTH)
             store(o + r * WIDE + d, load(o + r * WIDE + d) + added[r]);
+      rescale = ones;
+    }
+  }
+
+  // The same where few weights are not 0: of each row the first `listed`, of keys in `columns`
+  // [rows, SCORES].
+  void add_listed_values(const Span<Float32>& span, int rows, const float* weights,
+                         const int32_t* columns, const int* listed, float* o,
+                         const float* rescale) const {
+    int done[MAX_BLOCK] = {}, until[MAX_BLOCK];
+    for (int i = 0; i < span.count; i++) {
+      const Segment<Float32>& g = span.segments[i];
+      for (int r = 0; r < rows; r++) {
+        const int32_t* of_row = columns + r * SCORES;
+        until[r] = listed[r];
+        if (i + 1 < span.count)
+          until[r] = std::lower_bound(of_row + done[r], of_row + listed[r], g.column + g.length) -
+                     of_row;
+      }
+      // The values of a few panels stay in the first-level cache for all rows.
+      const auto add = [&](auto panels, int d) {
+        const Float32* v = g.values + d / PANEL * g.value_panel - (ptrdiff_t)g.column * PANEL;
+        for (int r = 0; r < rows; r++) {
+          const int at = r * SCORES + done[r];
+          multiply<1, panels(), SCORES, WIDE, true, true>(
+              weights + at, v, g.value_panel, until[r] - done[r], o + (ptrdiff_t)r * WIDE + d,
+              rescale + r, 0, columns + at);
+        }
+      };
+      int d = 0;
+      for (; d + LISTED_PANELS * PANEL <= head_size; d += LISTED_PANELS * PANEL)
+        add(std::integral_constant<int, LISTED_PANELS>(), d);
+      for (; d < head_size; d += PANEL) add(std::integral_constant<int, 1>(), d);
+      std::copy_n(until, rows, done);
       rescale = ones;
     }
   }

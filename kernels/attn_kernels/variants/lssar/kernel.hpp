@@ -4,35 +4,31 @@
 #include "lssa/kernel.hpp"
 
 struct LSSAR : LSSA {
-  static constexpr bool two_pass = true;
+  static constexpr bool two_pass = true, sparse = true;
 
   float power;
   bool by_squaring;  // a whole power
-  // Smaller bases are taken as 0: their powers are subnormal, which processors handle slowly.
-  float least;
 
   explicit LSSAR(const Parameters& p)
       : LSSA(p),
         power(p.values[0]),
-        by_squaring(power == std::floor(power) && power <= 64.f),
-        least(std::exp2(-126.f / power)) {}
+        by_squaring(power == std::floor(power) && power <= 64.f) {}
 
   struct Row {
     double row_sum = 0.;  // of s over the visible keys; its error is raised to the power
     float row_max = 0.f, mean = 0.f;  // of s
     float per_spread = 0.f;           // 1 / (row_max - mean); 0 says that all scores are equal
+    float least = 0.f;                // see finish_statistics
     Vec sum = {};                     // of the weights
   };
 
   // First pass: scores become s, and the row gathers their sum and maximum.
   void update_statistics(Row& row, float* s, int count, const Query&) const {
     Vec sum = {}, row_max = {};
-    for (int i = 0; i < count; i += WIDTH) {
-      const Vec w = softplus2(load(s + i));
-      store(s + i, w);
+    softplus(s, count, [&](Vec w) {
       sum += w;
       row_max = max(row_max, w);
-    }
+    });
     row.row_sum += horizontal_sum(sum);
     row.row_max = larger(row.row_max, horizontal_max(row_max));
   }
@@ -46,6 +42,13 @@ struct LSSAR : LSSA {
     row.mean = query.n <= 3.f ? 0.f : (float)(row.row_sum / query.n);
     const float spread = row.row_max - row.mean;
     row.per_spread = spread <= 16 * 0x1p-23f * row.row_max ? 0.f : 1.f / spread;
+    // Smaller bases are taken as 0: the largest power is 1, and together theirs are less than half a
+    // unit in the last place of the sum.
+    row.least = std::exp2((-25.f - std::log2(query.n)) / power);
+  }
+
+  float cutoff(const Row& row) const {
+    return row.per_spread == 0.f ? 0.f : row.mean + row.least / row.per_spread;
   }
 
   // Second pass.
@@ -69,7 +72,7 @@ struct LSSAR : LSSA {
       if (row.per_spread == 0.f)
         w[i] = x > 0.f ? broadcast(1.f) : Vec{};  // masked keys have s = 0
       else
-        w[i] = base > least ? base : Vec{};
+        w[i] = base > row.least ? base : Vec{};
     }
     raise(w);
     for (int i = 0; i < N; i++) {
