@@ -211,7 +211,7 @@ class Attention : public Accumulators<V, T> {
 
   void mask(const Tile& t, int begin, int first, int count, const Columns& c, float* s) const {
     for (int r = 0; r < count; r++, s += SCORES) {
-      const int position = t.first_position + (first + r) / group_size;
+      const int position = t.query[first + r].position;
       const int from = std::max(first_visible(position), t.key_begin) - begin;
       const int to = std::max(position + 1 - begin, c.panel_from);
       for (int j = c.panel_from; j < std::min(from, c.panel_to); j++) s[j] = V::masked;
@@ -264,9 +264,11 @@ class Attention : public Accumulators<V, T> {
       // The product before has fetched the keys, in several streams.
       if (!t.has_norms) norms(span, t.per_norm);
       t.has_norms = true;
-      for (int r = 0; r < count; r++)
-        for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
-          store(s + r * SCORES + j, load(s + r * SCORES + j) * load(t.per_norm + j));
+      for (int j = c.panel_from; j < c.panel_to; j += WIDTH) {
+        const Vec per_norm = load(t.per_norm + j);
+        for (int r = 0; r < count; r++)
+          store(s + r * SCORES + j, load(s + r * SCORES + j) * per_norm);
+      }
     }
     if constexpr (!V::unit_keys && !V::stateful) modify(t, span.begin, first, count, c, s);
     if constexpr (V::biased || V::gated) {

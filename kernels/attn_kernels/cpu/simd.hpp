@@ -315,10 +315,10 @@ inline float larger(float a, float b) { return a > b ? a : b; }  // std::fmax is
 struct Whole {
   Vec n, power;
   Whole(Vec y, float exponent) {
-    const float rounder = ROUNDER - exponent;
+    const float rounder = ROUNDER + 127 - exponent;
     const Vec bits = y + rounder;
     n = bits - rounder;
-    power = (Vec)(((IntVec)bits << 23) + (127 << 23));
+    power = (Vec)((IntVec)bits << 23);
   }
 };
 inline float power_of_two(float n) {
@@ -382,7 +382,7 @@ inline void softplus2(Vec (&y)[N]) {
                                   -0.220813006f, 0.283863783f,   -0.360012054f,
                                   0.480849713f,  -0.72134614f,   1.44269502f};
   Vec u[N], p[N];
-  for (int i = 0; i < N; i++) u[i] = -absolute(y[i]);
+  for (int i = 0; i < N; i++) u[i] = (Vec)((IntVec)y[i] | (int32_t)0x80000000);  // -|y|
   exp2(u);
   for (Vec& each : p) each = broadcast(-0.00468013622f);
 #pragma GCC unroll 9

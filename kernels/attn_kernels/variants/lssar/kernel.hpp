@@ -16,7 +16,8 @@ struct LSSAR : LSSA {
 
   struct Row {
     double row_sum = 0.;  // of s over the visible keys; its error is raised to the power
-    float row_max = 0.f, mean = 0.f;  // of s
+    Vec row_max = {};                 // of s
+    float mean = 0.f;  // of s
     float per_spread = 0.f;           // 1 / (row_max - mean); 0 says that all scores are equal
     float least = 0.f;                // see finish_statistics
     Vec sum = {};                     // of the weights
@@ -24,27 +25,27 @@ struct LSSAR : LSSA {
 
   // First pass: scores become s, and the row gathers their sum and maximum.
   void update_statistics(Row& row, float* s, int count, const Query&) const {
-    Vec sum = {}, row_max = {};
+    Vec sum = {}, row_max = row.row_max;
     softplus(s, count, [&](Vec w) {
       sum += w;
       row_max = max(row_max, w);
     });
     row.row_sum += horizontal_sum(sum);
-    row.row_max = larger(row.row_max, horizontal_max(row_max));
+    row.row_max = row_max;
   }
 
   void merge_statistics(Row& row, const Row& other) const {
     row.row_sum += other.row_sum;
-    row.row_max = larger(row.row_max, other.row_max);
+    row.row_max = max(row.row_max, other.row_max);
   }
 
   void finish_statistics(Row& row, const Query& query) const {
     row.mean = query.n <= 3.f ? 0.f : (float)(row.row_sum / query.n);
-    const float spread = row.row_max - row.mean;
-    row.per_spread = spread <= 16 * 0x1p-23f * row.row_max ? 0.f : 1.f / spread;
+    const float largest = horizontal_max(row.row_max), spread = largest - row.mean;
+    row.per_spread = spread <= 16 * 0x1p-23f * largest ? 0.f : 1.f / spread;
     // Smaller bases are taken as 0: the largest power is 1, and together theirs are less than half a
     // unit in the last place of the sum.
-    row.least = std::exp2((-25.f - std::log2(query.n)) / power);
+    row.least = std::exp2((-23.f - std::log2(query.n)) / power);
   }
 
   float cutoff(const Row& row) const {
