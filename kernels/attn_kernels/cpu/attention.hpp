@@ -311,7 +311,7 @@ class Attention : public Accumulators<V, T> {
         listed[r] = keep_above(variant.cutoff(t.row[first + r]), c.panel_to, s + r * SCORES,
                                t.columns + r * SCORES);
       for (int r = 0; r < count; r++)
-        rescale[r] = variant.update(t.row[first + r], s + r * SCORES, round_up(listed[r], WIDTH),
+        rescale[r] = variant.update(t.row[first + r], s + r * SCORES, round_up(listed[r], 2 * PANEL),
                                     t.query[first + r]);
       return add_listed_values(span, count, s, t.columns, listed, t.o + (ptrdiff_t)first * WIDE,
                                rescale);

@@ -197,7 +197,7 @@ inline int keep_above(float least, int count, float* values, int32_t* columns) {
     kept += v > least;
   }
 #endif
-  store(values + kept, Vec{});
+  for (int i = 0; i < 2 * PANEL; i += WIDTH) store(values + kept + i, Vec{});
   return kept;
 }
 

@@ -21,7 +21,7 @@ class Spans {
   static constexpr int SPAN = TILES ? 256 : 128;
   // Queries, keys, values and sums of outputs are all rotated (quantized.hpp).
   static constexpr bool ROTATED = std::is_same_v<T, Int4>;
-  static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
+  static constexpr int SCORES = SPAN + 2 * PANEL;      // row stride of scores
   static constexpr int NARROW = SPAN + 2 * PANEL;  // row stride of bfloat16 weights
 
   static constexpr float ones[MAX_BLOCK] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};

@@ -54,12 +54,8 @@ struct LSSAR : LSSA {
 
   // Second pass.
   float update(Row& row, float* s, int count, const Query&) const {
-    constexpr int SIDE_BY_SIDE = REGISTERS / 4;
     Vec sum = {};
-    int i = 0;
-    for (; i + SIDE_BY_SIDE * WIDTH <= count; i += SIDE_BY_SIDE * WIDTH)
-      sum += to_weights<SIDE_BY_SIDE>(row, s + i);
-    for (; i < count; i += WIDTH) sum += to_weights<1>(row, s + i);
+    side_by_side<2>(count, [&](auto n, int i) { sum += to_weights<n()>(row, s + i); });
     row.sum += sum;
     return 1.f;
   }
