@@ -378,14 +378,13 @@ inline Vec tanh(Vec x) {
 // since each step waits for the one before.
 template <int N>
 inline void softplus2(Vec (&y)[N]) {
-  constexpr float POLYNOMIAL[] = {0.0286395941f, -0.0821752176f, 0.152978376f,
-                                  -0.220813006f, 0.283863783f,   -0.360012054f,
-                                  0.480849713f,  -0.72134614f,   1.44269502f};
+  constexpr float POLYNOMIAL[] = {-0.0425670631f, 0.112856194f,  -0.197118968f, 0.275641411f,
+                                  -0.358408481f,  0.480692953f, -0.721340179f, 1.44269502f};
   Vec u[N], p[N];
   for (int i = 0; i < N; i++) u[i] = (Vec)((IntVec)y[i] | (int32_t)0x80000000);  // -|y|
   exp2(u);
-  for (Vec& each : p) each = broadcast(-0.00468013622f);
-#pragma GCC unroll 9
+  for (Vec& each : p) each = broadcast(0.00754918205f);
+#pragma GCC unroll 8
   for (float coefficient : POLYNOMIAL)
     for (int i = 0; i < N; i++) p[i] = p[i] * u[i] + coefficient;
   for (int i = 0; i < N; i++) y[i] = p[i] * u[i] + max(Vec{}, y[i]);
