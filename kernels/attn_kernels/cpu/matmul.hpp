@@ -31,7 +31,7 @@ inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, pt
   static_assert(!LISTED || T::PAIR == 1);
   constexpr int N = NP * PARTS, PAIR = T::PAIR;
   // A row or two alone would wait for each addition: so many sums run side by side.
-  constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4, STEP = CHAINS > PAIR ? CHAINS : PAIR;
+  constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? (LISTED ? 1 : 2) : 4, STEP = CHAINS > PAIR ? CHAINS : PAIR;
   const auto at = [&](ptrdiff_t k, int j) {
     if constexpr (LISTED) k = listed[k];
     return panels + j / PARTS * panel_stride + units<T>(k * PANEL + j % PARTS * WIDTH * PAIR);
