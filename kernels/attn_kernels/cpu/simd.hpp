@@ -72,8 +72,8 @@ constexpr ptrdiff_t units<Int4>(ptrdiff_t elements) {
   return elements / 2;
 }
 
-// f(N, i) for the floats [i, i + N * WIDTH) of `count`, and f(1, i) for each vector of the rest: N of
-// them side by side where each step of a calculation waits for the one before.
+// f(N, i) for the floats [i, i + N * WIDTH) of `count`, and f(1, i) for each vector of the rest: N
+// of them side by side where each step of a calculation waits for the one before.
 template <int N, class F>
 inline void side_by_side(int count, F&& f) {
   int i = 0;
@@ -175,25 +175,26 @@ inline void load_rows(const Int4* p, Vec rows[2]) {
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// Moves those of `count` values that are above `least` to the front, zeros behind them up to a whole
-// vector, and their numbers to `columns` [count]; returns how many there are.
-inline int keep_above(float least, int count, float* values, int32_t* columns) {
+// Moves those of `count` values, whole vectors, that are above `least` to the front, and zeros
+// behind them for two panels. `columns` [count] gets which they are, the first value being number
+// `first`. Returns how many there are.
+inline int keep_above(float least, int count, int first, float* values, int32_t* columns) {
   int kept = 0;
 #if defined(__AVX512F__)
-  __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  for (int i = 0; i < count; i += WIDTH) {
+  IntVec numbers = IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first;
+  for (int i = 0; i < count; i += WIDTH, numbers += WIDTH) {
     const Vec v = load(values + i);
     const __mmask16 above = _mm512_cmp_ps_mask(v, broadcast(least), _CMP_GT_OQ);
+    // Compressed in registers: to memory it is many times slower on some processors.
     store(values + kept, _mm512_maskz_compress_ps(above, v));
-    _mm512_storeu_si512(columns + kept, _mm512_maskz_compress_epi32(above, lanes));
-    lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(WIDTH));
+    _mm512_storeu_si512(columns + kept, _mm512_maskz_compress_epi32(above, (__m512i)numbers));
     kept += __builtin_popcount(above);
   }
 #else
   for (int i = 0; i < count; i++) {
     const float v = values[i];
     values[kept] = v;
-    columns[kept] = i;
+    columns[kept] = first + i;
     kept += v > least;
   }
 #endif
@@ -378,7 +379,7 @@ inline Vec tanh(Vec x) {
 // since each step waits for the one before.
 template <int N>
 inline void softplus2(Vec (&y)[N]) {
-  constexpr float POLYNOMIAL[] = {-0.0425670631f, 0.112856194f,  -0.197118968f, 0.275641411f,
+  constexpr float POLYNOMIAL[] = {-0.0425670631f, 0.112856194f, -0.197118968f, 0.275641411f,
                                   -0.358408481f,  0.480692953f, -0.721340179f, 1.44269502f};
   Vec u[N], p[N];
   for (int i = 0; i < N; i++) u[i] = (Vec)((IntVec)y[i] | (int32_t)0x80000000);  // -|y|

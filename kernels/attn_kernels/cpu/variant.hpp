@@ -19,7 +19,8 @@
 // two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
 //                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends
 //                  the pass
-// sparse           of two passes; most weights are 0: those of scores up to `cutoff(row)`
+// sparse           of two passes, where most weights are 0: those of scores up to `cutoff(row)`,
+//                  which `update` may then not be given (others come in order, zeros behind them)
 // stateful         each token has a float32 accumulator: `penalise` scores by it, then add
 //                  `selection` of head 0's score
 #pragma once

@@ -10,17 +10,15 @@ struct LSSAR : LSSA {
   bool by_squaring;  // a whole power
 
   explicit LSSAR(const Parameters& p)
-      : LSSA(p),
-        power(p.values[0]),
-        by_squaring(power == std::floor(power) && power <= 64.f) {}
+      : LSSA(p), power(p.values[0]), by_squaring(power == std::floor(power) && power <= 64.f) {}
 
   struct Row {
-    double row_sum = 0.;  // of s over the visible keys; its error is raised to the power
-    Vec row_max = {};                 // of s
-    float mean = 0.f;  // of s
-    float per_spread = 0.f;           // 1 / (row_max - mean); 0 says that all scores are equal
-    float least = 0.f;                // see finish_statistics
-    Vec sum = {};                     // of the weights
+    double row_sum = 0.;     // of s over the visible keys; its error is raised to the power
+    Vec row_max = {};        // of s
+    float mean = 0.f;        // of s
+    float per_spread = 0.f;  // 1 / (largest - mean); 0 says that all scores are equal
+    float least = 0.f;       // (s - mean) * per_spread up to which weights are 0
+    Vec sum = {};            // of the weights
   };
 
   // First pass: scores become s, and the row gathers their sum and maximum.
@@ -43,8 +41,8 @@ struct LSSAR : LSSA {
     row.mean = query.n <= 3.f ? 0.f : (float)(row.row_sum / query.n);
     const float largest = horizontal_max(row.row_max), spread = largest - row.mean;
     row.per_spread = spread <= 16 * 0x1p-23f * largest ? 0.f : 1.f / spread;
-    // Smaller bases are taken as 0: the largest power is 1, and together theirs are less than half a
-    // unit in the last place of the sum.
+    // Smaller bases are taken as 0: the powers of all of them together are less than a unit in the
+    // last place of the largest one, which is 1.
     row.least = std::exp2((-23.f - std::log2(query.n)) / power);
   }
 
