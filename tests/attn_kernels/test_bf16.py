@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from attn_kernels import cpu, get_variant
+from attn_kernels import cpu
 from attn_kernels.cpu import build
 from tests.attn_kernels.test_paged import (
     AMX_TOLERANCE,

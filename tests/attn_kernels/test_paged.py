@@ -46,7 +46,8 @@ TOLERANCE = 2e-6
 and scores and sums are float32."""
 
 AMX_TOLERANCE = 1e-2
-"""Of bfloat16 on AMX, whose tiles take the weights rounded to bfloat16 (seen: 4e-3), and on AVX512-BF16."""
+"""Of bfloat16 on AMX, whose tiles take the weights rounded to bfloat16 (seen: 4e-3), and on
+AVX512-BF16, which does so too."""
 
 SCORE_ROUNDING = 2**-22
 """Error of a float32 score in units of |q||k|: four roundings of half a unit in the last place.
