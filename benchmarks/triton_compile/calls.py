@@ -117,8 +117,9 @@ def compile_training(compiler: DryCompiler, case: Case) -> list[Pair]:
         for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
     )
     learned = {name: torch.ones(NUM_HEADS, requires_grad=True) for name in variant.learned}
+    gates = torch.zeros(q.shape[:3], requires_grad=True) if variant.gated else None
     with compiler.target(case["arch"]) as found:
-        training.attention(variant, q, k, v, learned=learned).sum().backward()
+        training.attention(variant, q, k, v, learned=learned, gates=gates).sum().backward()
     return [(kernel, None) for kernel in found]
 
 
