@@ -223,9 +223,10 @@ def test_checkpointed_and_autocast() -> None:
 
 
 @pytest.mark.slow
-def test_compiled() -> None:
+@pytest.mark.parametrize("name", ["selective", "forgetting"])
+def test_compiled(name: str) -> None:
     """In one graph, forth and back."""
-    model, given = model_of("selective", layers=2), batch("right")
+    model, given = model_of(name, layers=2), batch("right")
     wanted = results_of(model, given)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_close(results_of(compiled, given), wanted, 1e-5)
