@@ -213,8 +213,10 @@ class VariantLlamaModel(VariantLlamaPreTrainedModel, LlamaModel):
 
     def __init__(self, config: VariantLlamaConfig) -> None:
         super().__init__(config)
+        variant = config.variant
         for index, layer in enumerate(self.layers):
             layer.self_attn = self.attention_class(config, index)
+            layer.self_attn.variant = variant  # one object: a compiled layer serves all of them
         self.post_init()
 
 
