@@ -217,16 +217,16 @@ def test_a_third_learned_tensor_is_refused() -> None:
     assert missing_derivative(Three()) == "place for three, a third learned tensor"
 
 
-@pytest.mark.parametrize("unit_keys", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_tiles_of_a_stateful_variant(unit_keys: bool, size: int) -> None:
+def test_tiles_of_a_stateful_variant(wide: bool, size: int) -> None:
     """Accumulators are stored ahead of each tile of queries: all kernels have the same."""
     from attn_kernels.triton import tuning
 
     kinds = (tuning.FORWARD, tuning.BACKWARD_QUERIES, tuning.BACKWARD_KEYS, tuning.SELECTIONS)
     for dims in (16, 32, 64, 128, 256):
         tiles = (
-            tuning.training_tile(kind, "sm_90", dims, size, stateful=True, unit_keys=unit_keys)
+            tuning.training_tile(kind, "sm_90", dims, size, stateful=True, wide=wide)
             for kind in kinds
         )
         assert len({tile.rows for tile in tiles}) == 1

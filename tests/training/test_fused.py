@@ -136,15 +136,13 @@ def test_a_loss_in_pieces(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["ssmax", "softpick"])
 def test_all_layers_are_compiled_once(
-    variant: str, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an attention between softmax and the variant, and once more without; a teacher's, too.
-    Else a limit would be reached, behind which layers run as they are. ssmax is torch's fused
-    attention, softpick kernels."""
+    Else a limit would be reached, behind which layers run as they are."""
     folder, ids = tiny_checkpoint(tmp_path, "softmax"), ids[:, :24]
-    model = convert(folder, {"name": variant}, Conversion())
+    model = convert(folder, {"name": "softpick"}, Conversion())
     teacher = teacher_of(folder, "fp32", "cpu")
     monkeypatch.setattr(fused, "on_gpu", lambda _: True)
     loss_of = loss_function(model, "fp32", teacher=teacher)

@@ -203,7 +203,7 @@ class Call:
             size,
             self.q.element_size(),
             stateful=self.variant.stateful,
-            unit_keys=self.given["VARIANT"].unit_keys,
+            wide=self.given["VARIANT"].unit_keys or self.variant.gated,
         )
         given = {**self.given, "TILE": dense.Tiling(tile.rows, tile.keys)}
         return constants(kernel, given) | tile.options

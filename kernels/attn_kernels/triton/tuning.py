@@ -88,7 +88,7 @@ LARGEST_HEAD_SIZE = 256
 """Of training: of 512, a tile of queries and its gradient are more than an H100's shared memory."""
 
 
-PLAIN, UNIT_KEYS, STATEFUL = "plain", "unit keys", "stateful"
+PLAIN, WIDE, STATEFUL = "plain", "wide", "stateful"
 
 TRAINING_TILES = {
     PLAIN: {
@@ -96,7 +96,7 @@ TRAINING_TILES = {
         "sm_80": ("128x64 64x64 32x128", "128x32 64x64 32x64", "64x32 64x32 32x32"),
         "gfx": ("64x64 64x64 32x64", "64x64 64x32 32x32", "32x32 32x32 32x32"),
     },
-    UNIT_KEYS: {
+    WIDE: {  # scores that take registers
         "sm": ("128x64 64x64 32x64", "128x64 64x32 32x32", "64x32 64x32 32x32"),
         "sm_80": ("128x32 64x32 32x64", "128x32 64x32 32x32", "64x32 64x32 32x32"),
         "gfx": ("64x64 64x64 32x64", "64x64 64x32 32x32", "32x32 32x32 32x32"),
@@ -114,7 +114,7 @@ are the same in all kernels: its accumulators are stored ahead of each."""
 
 
 def training_tile(
-    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, unit_keys: bool
+    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, wide: bool
 ) -> Tile:
     """Return the tile of a kernel of training.
 
@@ -124,14 +124,14 @@ def training_tile(
         dims: head size, rounded up to a power of two.
         element_size: bytes of an element of queries.
         stateful: the variant has accumulators.
-        unit_keys: its scores are divided by the keys' lengths; softplus takes registers, too.
+        wide: its scores take registers: they are divided by the keys' lengths, or decay by gates.
     """
     row_bytes = dims * element_size
     amd = arch.startswith("gfx")
     stages = 1 if amd else 2
     if element_size == 4:
         return Tile(32, 32 if row_bytes <= 512 else 16, 8, stages)
-    of_kind = TRAINING_TILES[STATEFUL if stateful else UNIT_KEYS if unit_keys else PLAIN]
+    of_kind = TRAINING_TILES[STATEFUL if stateful else WIDE if wide else PLAIN]
     by_size = of_kind.get(arch, of_kind["gfx" if amd else "sm"])
     tiles = by_size[0 if row_bytes <= 128 else 1 if row_bytes == 256 else 2].split()
     order = (FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS, SELECTIONS)
