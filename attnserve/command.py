@@ -80,9 +80,14 @@ class Command(TyperCommand):
 
 
 def missing(extra: str) -> list[str]:
-    """Return the distributions of an extra that are not installed."""
+    """Return the distributions of an extra that are not installed; none is known of a checkout on
+    PYTHONPATH."""
+    try:
+        known = requires("attnserve") or []
+    except PackageNotFoundError:
+        return []
     names = []
-    for requirement in map(Requirement, requires("attnserve") or []):
+    for requirement in map(Requirement, known):
         if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
             try:
                 version(requirement.name)

@@ -109,7 +109,9 @@ def calls_of(variants: list[str], case: Case, device: str) -> dict[str, Call]:
     for name in variants:
         variant = get_variant(name)
         learned = {key: torch.full((case.heads,), 0.2, device=device) for key in variant.learned}
-        calls[name] = functools.partial(attention, variant, learned=learned)
+        shape = case.batch, case.heads, case.tokens
+        gates = torch.full(shape, -1e-3, device=device) if variant.gated else None
+        calls[name] = functools.partial(attention, variant, learned=learned, gates=gates)
     calls["sdpa"] = functools.partial(
         scaled_dot_product_attention, is_causal=True, enable_gqa=grouped
     )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,12 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "requires", lambda _: ["no-such-thing; extra == 'quant'"])
     assert command.missing("quant") == ["no-such-thing"]
     assert command.missing("train") == []
+
+    def unknown(name: str) -> list[str]:  # a checkout on PYTHONPATH
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(command, "requires", unknown)
+    assert command.missing("quant") == []
 
 
 def test_ctrl_c_says_so(capsys: pytest.CaptureFixture[str]) -> None:

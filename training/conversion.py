@@ -171,13 +171,19 @@ def teacher_of(source: Path, precision: str, device: str) -> PreTrainedModel:
 def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
     """Return what the record holds of a fine-tuning."""
     fifth = max(1, tune.step // 5)
-    return asdict(tune.settings) | {
-        "steps": tune.step,
-        "data": [file.name for file in data],
-        "seconds": round(tune.seconds, 1),
-        "loss_first_fifth": round(sum(tune.losses[:fifth]) / fifth, 4),
-        "loss_last_fifth": round(sum(tune.losses[-fifth:]) / fifth, 4),
-        "losses": [round(loss, 4) for loss in tune.losses],
-        "divergences": [round(each, 5) for each in tune.others],
-        "learned": learned_summary(tune.model),
-    }
+    on_gpu = tune.model.device.type == "cuda"
+    memory = {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
+    return (
+        asdict(tune.settings)
+        | memory
+        | {
+            "steps": tune.step,
+            "data": [file.name for file in data],
+            "seconds": round(tune.seconds, 1),
+            "loss_first_fifth": round(sum(tune.losses[:fifth]) / fifth, 4),
+            "loss_last_fifth": round(sum(tune.losses[-fifth:]) / fifth, 4),
+            "losses": [round(loss, 4) for loss in tune.losses],
+            "divergences": [round(each, 5) for each in tune.others],
+            "learned": learned_summary(tune.model),
+        }
+    )

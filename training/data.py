@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,12 @@ class Batches:
 
     def _start(self, number: int) -> int:
         epoch, index = divmod(number, self.sequences_per_epoch)
-        generator = np.random.default_rng([self.seed, epoch])
-        offset = int(generator.integers(self.context))
-        return offset + int(generator.permutation(self.sequences_per_epoch)[index]) * self.context
+        offset, order = _epoch(self.seed, epoch, self.context, self.sequences_per_epoch)
+        return offset + int(order[index]) * self.context
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, context: int, count: int) -> tuple[int, Tokens]:
+    """Return an epoch's offset and the order of its sequences."""
+    generator = np.random.default_rng([seed, epoch])
+    return int(generator.integers(context)), generator.permutation(count)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,106 +11,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from attn_kernels import Rows, Variant, causal_mask
-from attn_kernels.variants.softmax import Softmax, is_softmax
 from attnserve.errors import UserError
 from attnserve.evaluation.texts import Tokens
-from attnserve.evaluation.tiled import project
 from hf_attn import VariantLlamaForCausalLM
-from hf_attn.modeling import VariantLlamaAttention
 from training.data import Batches, fingerprint
+from training.fused import Forward, attends, attention_forward, blended, fused
 from training.recipe import FineTuning
 from training.resumable import Resumable, loss_function
 
-Forward = Callable[..., tuple[Tensor, None]]
-
-
-def fused_forward(
-    attention: VariantLlamaAttention,
-    variant: Variant,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute what the attention module does for whole sequences without padding, by torch's fused
-    softmax attention: memory in proportion to the length, and on a CPU three times as fast at 1,024
-    tokens.
-
-    Args:
-        attention: the module.
-        variant: softmax of changed queries and keys; the module's own, or softmax in its place.
-        hidden_states: `[batch, num_tokens, hidden_size]`.
-        position_embeddings: cosines and sines `[batch, num_tokens, head_size]`.
-    """
-    q, k, v = project(attention, hidden_states)
-    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-    positions = torch.arange(q.shape[-2], device=q.device)
-    window = attention.config.sliding_window or len(positions)
-    n = (positions + 1).clamp(max=window).to(torch.float32)[:, None]
-    learned = {name: getattr(attention, name)[:, None, None] for name in variant.learned}
-    # The mask, which would take memory, is of no use here.
-    q, k = variant.transform(q, k, Rows(torch.ones(1, 1, dtype=torch.bool), n, learned))
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    k, v = (x.repeat_interleave(attention.num_key_value_groups, 1) for x in (k, v))
-    scale = attention.scaling if variant.uses_scale else 1.0
-    mask = causal_mask(positions, positions, window) if window < len(positions) else None
-    output = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return attention.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
-
 
 @contextmanager
-def attention_forward(model: VariantLlamaForCausalLM, forward: Forward | None) -> Iterator[None]:
-    """Let the model's attention modules run another forward meanwhile, which gets the module first;
-    None: their own."""
-    if forward is None:
-        yield
-        return
-    modules = [layer.self_attn for layer in model.model.layers]
-    for attention in modules:
-        attention.forward = functools.partial(forward, attention)
+def compiled_layers(*models: Any) -> Iterator[None]:
+    """Let models run compiled layers meanwhile. All of a model's layers are one compiled function,
+    which takes seconds to make where a compiled model would take minutes."""
+    layers = [layer for model in models for layer in model.model.layers]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
     try:
         yield
     finally:
-        for attention in modules:
-            del attention.forward
-
-
-def fused(model: VariantLlamaForCausalLM) -> Forward | None:
-    """Return what computes the model's attention faster, if its variant allows that."""
-    variant = model.config.variant
-    if not is_softmax(variant) or variant.stateful or model.config.sliding_window:
-        return None
-    return lambda attention, *args, **kwargs: fused_forward(
-        attention, attention.variant, *args, **kwargs
-    )
-
-
-def blended(share: Tensor) -> Forward:
-    """Return attention between softmax's and the variant's: its output is `share` of the variant's
-    and the rest of softmax's.
-
-    Args:
-        share: 0 to 1, read at each call.
-    """
-
-    def forward(attention: VariantLlamaAttention, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        # What follows attention is linear: both outputs may come after it.
-        own, _ = type(attention).forward(attention, *args, **kwargs)
-        softmax, _ = fused_forward(attention, Softmax(), *args, **kwargs)
-        return torch.lerp(softmax, own, share.to(own.dtype)), None
-
-    return forward
+        for layer in layers:
+            del layer.forward
 
 
 class FineTune(Resumable):
     """One fine-tuning, in place and on its device, of a model in float32.
 
-    `folder` holds `state.pt`, which is written after `save_seconds` at the earliest. `origin` is
+    `folder` holds `state.pt`, which is written after `save_seconds` at the earliest, and after 30
+    times what writing it takes. `origin` is
     what else a continued run must have in common with the first. `teacher`, on the same device, is
     the model whose predictions are followed, if the settings have a weight for that.
     """
@@ -149,8 +77,10 @@ class FineTune(Resumable):
 
     def save(self) -> None:
         """Write the state."""
+        started = time.monotonic()
         super().save()
         self._saved = time.monotonic()
+        self.save_seconds = max(self.save_seconds, 30 * (self._saved - started))
 
     def objective(self, loss: Tensor, other: Tensor) -> Tensor:
         """Return the loss and the divergence from the teacher, with their weights."""
@@ -172,7 +102,8 @@ class FineTune(Resumable):
             parameter.requires_grad_(name in self.trained)
         self.model.train()
         share = torch.zeros((), device=self.model.device)
-        self._take(blended(share), compiled, quiet, self.settings.blend, share)
+        between = blended(self.model, share)
+        self._take(between, compiled, quiet, self.settings.blend, share)
         self._take(fused(self.model), compiled, quiet)
         self.model.eval()
 
@@ -188,27 +119,20 @@ class FineTune(Resumable):
         to 1."""
         if self.progress >= until:
             return
-        dense = (forward is None or share is not None) and not self.kernels
-        if dense and not compiled:
+        if attends(self.model) is None and not compiled:
             self.model.gradient_checkpointing_enable()  # scores of one layer at a time
         step = 1 / self.settings.steps if self.settings.steps else 1e-3
-        inner = loss_function(self.model, self.settings.precision, compiled, teacher=self.teacher)
+        inner = loss_function(
+            self.model, self.settings.precision, teacher=self.teacher, compiled=compiled
+        )
+        models = [self.model] if self.teacher is None else [self.model, self.teacher]
 
         def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
             if share is not None:
                 share.fill_((self.progress + step) / (until + step))
             return inner(inputs, targets)
 
-        with attention_forward(self.model, forward):
+        with attention_forward(self.model, forward), compiled_layers(*models if compiled else []):
             self.take_steps(
                 loss_of, lambda: time.monotonic() - self._saved > self.save_seconds, quiet, until
             )
-
-    @property
-    def kernels(self) -> bool:
-        """Whether attention is computed by GPU kernels, which keep no scores."""
-        if self.model.device.type != "cuda":
-            return False
-        from attn_kernels.triton.variant import missing_derivative
-
-        return not missing_derivative(self.model.config.variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div, nll_loss
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attnserve.errors import UserError
@@ -48,37 +50,73 @@ def memory_share(penalties: Sequence[Tensor]) -> Tensor:
     return torch.stack(needed).mean()
 
 
+LOGITS = 2**28
+"""Logits that are in memory at once: 1 GiB in float32, of which a loss holds a few."""
+
+
 def loss_function(
     model: VariantLlamaForCausalLM,
     precision: str,
-    compiled: bool = False,
     memory: bool = False,
-    teacher: nn.Module | None = None,
+    teacher: Any = None,
+    compiled: bool = False,
 ) -> Loss:
     """Return a function of inputs and targets, `[batch, context]` each, that gives the mean cross
     entropy in nats, and `memory_share` (of a stateful variant, if asked for), or the mean
     divergence from a teacher's predictions on the same tokens in nats, or None.
 
-    "bf16" runs matrix products outside attention in bfloat16. Compiling fuses attention's
-    elementwise operations.
+    "bf16" runs matrix products outside attention in bfloat16. Of many tokens and a large
+    vocabulary the logits are computed in pieces, and again in the backward. `compiled` compiles
+    what is computed of a piece, not the models.
     """
+    prediction = torch.compile(prediction_losses, dynamic=False) if compiled else prediction_losses
 
     def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         penalties: list[Tensor] = []
         wanted = {"penalties": penalties} if memory else {}
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(input_ids=inputs, use_cache=False, **wanted).logits
+            hidden = [model.model(input_ids=inputs, use_cache=False, **wanted).last_hidden_state]
+            heads = [model.lm_head]
             if teacher is not None:
                 with torch.no_grad():
-                    wished = teacher(input_ids=inputs, use_cache=False).logits
-        logits = logits.float().flatten(0, 1)
+                    hidden.append(teacher.model(inputs, use_cache=False).last_hidden_state)
+                heads.append(teacher.lm_head)
+            rows = [targets.flatten(), *(x.flatten(0, 1) for x in hidden)]
+            count = 2 ** max(
+                0, math.ceil(math.log2(len(rows[0]) * model.config.vocab_size / LOGITS))
+            )
+            if count == 1:
+                sums = prediction(heads, *rows)
+            else:
+                pieces = zip(*(x.chunk(count) for x in rows), strict=True)
+                sums = sum(
+                    checkpoint(
+                        prediction, heads, *piece, use_reentrant=False, preserve_rng_state=False
+                    )
+                    for piece in pieces
+                )
+        cross_entropy, *divergence = (sums / targets.numel()).unbind()
         other = memory_share(penalties) if memory else None
-        if teacher is not None:
-            wished = wished.float().flatten(0, 1).log_softmax(-1)
-            other = kl_div(logits.log_softmax(-1), wished, reduction="batchmean", log_target=True)
-        return cross_entropy(logits, targets.flatten()), other
+        return cross_entropy, divergence[0] if divergence else other
 
-    return torch.compile(loss, dynamic=False) if compiled else loss
+    return loss
+
+
+def prediction_losses(heads: Sequence[nn.Module], targets: Tensor, *hidden: Tensor) -> Tensor:
+    """Return sums over tokens, `[1 or 2]`: the cross entropy of a model's predictions, and their
+    divergence from a teacher's.
+
+    Args:
+        heads: of the model, and of the teacher if there is one.
+        targets: `[num_tokens]`.
+        hidden: `[num_tokens, hidden_size]` of each.
+    """
+    logprobs, *wished = (
+        head(x).float().log_softmax(-1) for head, x in zip(heads, hidden, strict=True)
+    )
+    sums = [nll_loss(logprobs, targets, reduction="sum")]
+    sums += [kl_div(logprobs, each, reduction="sum", log_target=True) for each in wished]
+    return torch.stack(sums)
 
 
 class Resumable(ABC):
@@ -107,6 +145,7 @@ class Resumable(ABC):
         self.batches, self.trained, self.optimizer = batches, dict(trained), optimizer
         self.losses: list[float] = []
         self.others: list[float] = []
+        self._unread: list[tuple[Tensor, Tensor | None]] = []
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
@@ -115,7 +154,7 @@ class Resumable(ABC):
     @property
     def step(self) -> int:
         """Steps taken."""
-        return len(self.losses)
+        return len(self.losses) + len(self._unread)
 
     @property
     def progress(self) -> float:
@@ -146,6 +185,7 @@ class Resumable(ABC):
 
     def save(self) -> None:
         """Write the state."""
+        self._read()
         state = {
             "identity": self.identity,
             "trained": {name: parameter.detach() for name, parameter in self.trained.items()},
@@ -176,9 +216,11 @@ class Resumable(ABC):
         ) as progress:
             while self.progress < until:
                 self._take_step(loss_of)
+                self._read(but=1)  # or the device would wait for the next step to be launched
                 self.seconds = time.monotonic() - started
                 progress.update()
-                progress.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+                shown = [f"{loss:.3f}" for loss in self.losses[-1:]]
+                progress.set_postfix(loss=", ".join(shown), refresh=False)
                 if is_due() or self.progress >= 1:
                     self.save()
 
@@ -186,11 +228,20 @@ class Resumable(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         device = next(iter(self.trained.values())).device
-        loss, other = loss_of(*(part.to(device) for part in self.batches(self.step)))
+        parts = self.batches(self.step)
+        if device.type == "cuda":  # other memory is copied when the device has nothing else to do
+            parts = parts[0].pin_memory(), parts[1].pin_memory()
+        loss, other = loss_of(*(part.to(device, non_blocking=True) for part in parts))
         (loss if other is None else self.objective(loss, other)).backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(loss.item())
-        if other is not None:
-            self.others.append(other.item())
+        self._unread.append((loss.detach(), None if other is None else other.detach()))
+
+    def _read(self, but: int = 0) -> None:
+        """Read the losses of the steps, but for the last ones, from the device."""
+        while len(self._unread) > but:
+            loss, other = self._unread.pop(0)
+            self.losses.append(loss.item())
+            if other is not None:
+                self.others.append(other.item())

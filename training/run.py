@@ -101,5 +101,7 @@ class Run(Resumable):
     def train(self, save_every: int, compiled: bool = False, quiet: bool = False) -> None:
         """Take the remaining steps, with a saved state after every `save_every` of them."""
         memory = self.recipe.memory_loss > 0
-        loss_of = loss_function(self.model, self.recipe.precision, compiled, memory)
+        loss_of = loss_function(self.model, self.recipe.precision, memory)
+        if compiled:  # which fuses attention's elementwise operations
+            loss_of = torch.compile(loss_of, dynamic=False)
         self.take_steps(loss_of, lambda: self.step % save_every == 0, quiet)

@@ -18,7 +18,7 @@ from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS
 from attn_kernels.paged import content_bytes
 from attn_kernels.triton import TritonLayer, training
-from attn_kernels.triton.variant import missing_derivative
+from attn_kernels.triton.variant import has_kernel, missing_derivative
 from benchmarks.gpu_peers import call_unified, scratch
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
 from quant_kernels import Panels
@@ -88,9 +88,9 @@ def compile_packed(compiler: DryCompiler, case: Case) -> list[Pair]:
 
 
 def attention_cases() -> Iterator[Case]:
-    """Yield the matrix. Writing differs between variants only by what they keep of a token beside
-    key and value."""
-    names = variant_names()
+    """Yield the matrix, of variants that have a `kernel.py`. Writing differs between variants only
+    by what they keep of a token beside key and value."""
+    names = [name for name in variant_names() if has_kernel(get_variant(name))]
     kept = {(get_variant(name).stateful, get_variant(name).gated): name for name in names}
     writers = kept.values()
     for arch, head_dim, dtype in product(ARCHS, HEAD_DIMS, DTYPES):
@@ -117,8 +117,9 @@ def compile_training(compiler: DryCompiler, case: Case) -> list[Pair]:
         for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
     )
     learned = {name: torch.ones(NUM_HEADS, requires_grad=True) for name in variant.learned}
+    gates = torch.zeros(q.shape[:3], requires_grad=True) if variant.gated else None
     with compiler.target(case["arch"]) as found:
-        training.attention(variant, q, k, v, learned=learned).sum().backward()
+        training.attention(variant, q, k, v, learned=learned, gates=gates).sum().backward()
     return [(kernel, None) for kernel in found]
 
 

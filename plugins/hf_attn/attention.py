@@ -61,7 +61,7 @@ def attention_forward(
     """Attend with the variant called `name`, as transformers calls it.
 
     Scores, weights and their sums are in float32 (float64 for float64 inputs), also under autocast.
-    In training on a GPU kernels do it (`kernels.usable`).
+    Whole sequences on a GPU are computed by kernels (`kernels.usable`).
 
     Args:
         name: the variant; its parameters are the module's `variant`, else those that the config's
@@ -117,7 +117,7 @@ def attention_forward(
         batch = query.shape[0]
         rows = kernels.rows_of(attention_mask, position_ids, batch, causal=variant.stateful)
         if rows is not None:
-            output = kernels.attend(variant, module, query, key, value, rows, scaling)
+            output = kernels.attend(variant, module, query, key, value, rows, scaling, gates)
             return output.transpose(1, 2).contiguous().to(query.dtype), None
     positions = None
     if position_ids is not None and position_ids.dim() == 2:

@@ -1,6 +1,7 @@
-"""Training on GPUs: which calls the kernels take (`attn_kernels.triton.training`), and how.
+"""Whole sequences on GPUs, in training and outside: which calls the kernels take
+(`attn_kernels.triton.training`), and how.
 
-Everything else, and every call outside training, goes through torch operations (`attention.py`).
+Everything else, decoding with a cache among it, goes through torch operations (`attention.py`).
 """
 
 from __future__ import annotations
@@ -35,12 +36,9 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def usable(
     variant: Variant, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> bool:
-    """Return whether the kernels can compute this call: on a GPU, in training or with gradients,
-    whole sequences of heads that are not too large, and neither weights nor a soft cap are asked
-    for."""
+    """Return whether the kernels can compute this call: on a GPU, whole sequences of heads that are
+    not too large, and neither weights nor a soft cap are asked for."""
     if not on_gpu(query) or kwargs.get("softcap") or variant.kv_budgets:
-        return False
-    if not module.training and not (torch.is_grad_enabled() and query.requires_grad):
         return False
     config = getattr(module, "config", None)
     asked = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
@@ -48,14 +46,15 @@ def usable(
     if asked or not alike or operand_dtype(query, key, value) == torch.float64:
         return False
     from attn_kernels.triton.tuning import LARGEST_HEAD_SIZE
-    from attn_kernels.triton.variant import missing_derivative
+    from attn_kernels.triton.variant import missing_derivative, missing_kernel
 
     if query.shape[-1] > LARGEST_HEAD_SIZE:
         return False
-    if missing := missing_derivative(variant):
+    trains = torch.is_grad_enabled()
+    if missing := missing_derivative(variant) if trains else missing_kernel(variant):
         logger.warning_once(
-            f"{variant.name} trains with torch operations, whose scores take memory for heads x "
-            f"tokens x tokens: its kernel.py has no {missing} (docs/VARIANT.md)"
+            f"{variant.name} {'trains' if trains else 'runs'} with torch operations, whose scores "
+            f"take memory for heads x tokens x tokens: it has no {missing} (docs/VARIANT.md)"
         )
     return not missing
 
@@ -84,6 +83,7 @@ def attend(
     value: Tensor,
     rows: Tensor,
     scaling: float | None,
+    gates: Tensor | None = None,
 ) -> Tensor:
     """Return the output `[batch, num_heads, num_tokens, head_size]` of a `usable` call."""
     from attn_kernels.triton.training import attention
@@ -97,6 +97,7 @@ def attend(
         scale=scaling,
         learned={name: getattr(module, name) for name in variant.learned},
         rows=rows,
+        gates=gates,
     )
 
 

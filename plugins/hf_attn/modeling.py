@@ -91,11 +91,9 @@ class VariantLlamaAttention(LlamaAttention):
         )
         q, k = self.rotate(q, k, position_embeddings, position_ids)
 
-        # Kernels compute a stateful variant's penalties themselves.
-        alone = past_key_values is None and penalties is None
-        selects = self.variant.stateful and not (
-            alone and kernels.usable(self.variant, self, q, k, v, **kwargs)
-        )
+        # Kernels compute a stateful variant's penalties themselves; a cache is for later tokens.
+        fused = penalties is None and kernels.usable(self.variant, self, q, k, v, **kwargs)
+        selects = self.variant.stateful and not (fused and past_key_values is None)
         own_key = torch.arange(q.shape[-2], device=q.device)
         if past_key_values is not None:
             _, first_key = past_key_values.get_mask_sizes(q.shape[-2], self.layer_idx)
@@ -103,20 +101,23 @@ class VariantLlamaAttention(LlamaAttention):
         if selects:
             q0, k0 = selecting_head(q, k, attention_mask, own_key)
             k, v = torch.cat((k, k0), 1), torch.cat((v, q0), 1)
-        if self.variant.gated:
-            of_kv_heads = self.f_proj(hidden_states).unflatten(-1, (k.shape[1], -1))
-            k = torch.cat((k, of_kv_heads.transpose(1, 2)), -1)
+        if self.variant.gated:  # `[batch, num_kv_heads, num_keys, group]`
+            projected = self.f_proj(hidden_states).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
         if past_key_values is not None:
+            if self.variant.gated:
+                k = torch.cat((k, projected), -1)
             k, v = past_key_values.update(k, v, self.layer_idx)
+            if self.variant.gated:
+                k, projected = k[..., : self.head_dim], k[..., self.head_dim :]
         gates = None
-        if self.variant.gated:
-            k, projected = k[..., : self.head_dim], k[..., self.head_dim :]
-            # `[batch, num_kv_heads, num_keys, group]`, and one row a query head.
+        if self.variant.gated:  # one row a query head
             gates = self.variant.gate(projected.transpose(-2, -1).flatten(1, 2))
         penalty = None
         if selects:
             k, k0 = k[:, :-1], k[:, -1:]
             v, q0 = v[:, :-1], v[:, -1:]
+            selects = not (fused and k.shape[-2] == q.shape[-2])
+        if selects:
             dtype = torch.promote_types(q.dtype, torch.float32)
             with torch.autocast(q.device.type, enabled=False):
                 q0, k0 = q0.to(dtype), k0.to(dtype)
@@ -212,8 +213,10 @@ class VariantLlamaModel(VariantLlamaPreTrainedModel, LlamaModel):
 
     def __init__(self, config: VariantLlamaConfig) -> None:
         super().__init__(config)
+        variant = config.variant
         for index, layer in enumerate(self.layers):
             layer.self_attn = self.attention_class(config, index)
+            layer.self_attn.variant = variant  # one object: a compiled layer serves all of them
         self.post_init()
 
 

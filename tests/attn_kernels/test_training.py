@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,9 +18,6 @@ from tests.attn_kernels.probe import Probe
 from tests.attn_kernels.test_triton import interpreter
 
 __all__ = ["interpreter"]
-
-CASES = [i for i, variant in enumerate(VARIANTS) if not variant.gated]
-"""Gates have no kernel of training yet."""
 
 LIMIT = 1e-4
 """Of errors, by the largest entry (seen: 5e-5, of ssmax's biases, whose terms cancel)."""
@@ -62,27 +59,33 @@ def mask_of(rows: Tensor) -> Tensor:
 def errors(
     variant: Variant, shape: Shape, dtype: torch.dtype = torch.float32, rows: Tensor | None = None
 ) -> list[float]:
-    """Return the errors of the output and of the gradients of q, k, v and the learned tensors."""
+    """Return the errors of the output and of the gradients of q, k, v, the learned tensors and the
+    gates."""
     from attn_kernels.triton import training
 
     torch.manual_seed(0)
     batch, heads, kv_heads, tokens, size, window = shape
     inputs = [torch.randn(batch, h, tokens, size).to(dtype) for h in (heads, kv_heads, kv_heads)]
     spread = torch.linspace(0.5, 1.5, heads)
-    learned = [spread + variant.initial(name) for name in variant.learned]
+    others = [spread + variant.initial(name) for name in variant.learned]
+    if variant.gated:
+        others.append(torch.rand(batch, heads, tokens).log() / 4)
     direction = torch.randn(batch, heads, tokens, size).to(dtype)
-    exact = [x.double().requires_grad_() for x in (*inputs, *learned)]
+    exact = [x.double().requires_grad_() for x in (*inputs, *others)]
     causal = training.causal_rows(batch, tokens, window)
     mask = mask_of(causal if rows is None else rows)
-    q, k, v, *tensors = exact
-    wanted, _ = attend(
-        variant, q, k, v, mask, learned=dict(zip(variant.learned, tensors, strict=True))
-    )
+
+    def named(tensors: list[Tensor]) -> dict[str, Any]:
+        learned = dict(zip(variant.learned, tensors, strict=False))
+        return {"learned": learned, "gates": tensors[-1] if variant.gated else None}
+
+    q, k, v = exact[:3]
+    wanted, _ = attend(variant, q, k, v, mask, **named(exact[3:]))
     gradients = torch.autograd.grad(wanted, exact, direction.double())
 
-    ours = [*(inside_nan(x, dtype) for x in inputs), *(x.requires_grad_() for x in learned)]
-    named = dict(zip(variant.learned, ours[3:], strict=True))
-    found = training.attention(variant, *ours[:3], learned=named, window=window, rows=rows)
+    ours = [*(inside_nan(x, dtype) for x in inputs), *(x.requires_grad_() for x in others)]
+    q, k, v = ours[:3]
+    found = training.attention(variant, q, k, v, **named(ours[3:]), window=window, rows=rows)
     assert found.dtype == dtype
     backward = torch.autograd.grad(found, ours, inside_nan(direction, dtype).detach())
     both = zip((found, *backward), (wanted, *gradients), strict=True)
@@ -91,19 +94,20 @@ def errors(
     ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[CONFIGURATION_IDS[i] for i in CASES])
+@pytest.mark.parametrize("case", range(len(VARIANTS)), ids=CONFIGURATION_IDS)
 def test_equals_the_reference(case: int) -> None:
     assert max(errors(VARIANTS[case], SHAPES[case % 2])) <= LIMIT
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-@pytest.mark.parametrize("name", ["softpick", "lssar", "selective"])
+@pytest.mark.parametrize("name", ["softpick", "lssar", "selective", "forgetting"])
 def test_odd_shapes(name: str, shape: Shape) -> None:
     assert max(errors(get_variant(name), shape)) <= LIMIT
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("softpick", torch.bfloat16), ("lssa", torch.float16),
-                                             ("selective", torch.bfloat16)])  # fmt: skip
+                                             ("selective", torch.bfloat16),
+                                             ("forgetting", torch.bfloat16)])  # fmt: skip
 def test_16_bits(name: str, dtype: torch.dtype) -> None:
     """Weights and the derivatives of scores are rounded before the next product."""
     assert max(errors(get_variant(name), SHAPES[0], dtype)) <= NARROW_LIMIT[dtype]
@@ -119,7 +123,7 @@ ROWS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("name", ["softpick", "selective"])
+@pytest.mark.parametrize("name", ["softpick", "selective", "forgetting"])
 def test_any_interval_of_keys(name: str, kind: str) -> None:
     """Of the second of two sequences; a stateful variant is causal."""
     if name == "selective" and kind == "both ways":
@@ -131,7 +135,7 @@ def test_any_interval_of_keys(name: str, kind: str) -> None:
     assert max(errors(get_variant(name), Shape(2, 1, 1, 50, 16), rows=rows)) <= LIMIT
 
 
-@pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).gated])
+@pytest.mark.parametrize("name", variant_names())
 def test_extremes_are_finite(name: str) -> None:
     """Vectors of length 0, equal scores and very large ones; the same at each run."""
     from attn_kernels.triton import training
@@ -143,9 +147,14 @@ def test_extremes_are_finite(name: str) -> None:
     q[:, :, 3:9], k[:, :, :5] = 0.0, 0.0
     q[:, :, 20:] *= 1e3
     tensors = [x.requires_grad_() for x in (q, k, v)]
+    gates = None
+    if variant.gated:  # one that forgets nearly all, and many that forget nothing
+        gates = torch.zeros(1, 1, 40)
+        gates[..., 30] = -1e4
+        tensors.append(gates.requires_grad_())
     runs = []
     for _ in range(2 if name == "softpick" else 1):
-        out = training.attention(variant, *tensors, learned=learned)
+        out = training.attention(variant, *tensors[:3], learned=learned, gates=gates)
         runs.append([out, *torch.autograd.grad(out.sum(), tensors)])
     assert all(x.isfinite().all() for x in runs[0])
     assert all(map(torch.equal, runs[0], runs[-1]))
@@ -163,8 +172,8 @@ def test_a_variant_with_a_bias_and_everything_else(monkeypatch: pytest.MonkeyPat
     learned = {name: torch.rand(4) for name in Probe().learned}
     assert triton_variant.missing_derivative(Probe()) == "weights_backward"
     with pytest.raises(ValueError, match=r"has no weights_backward; use attn_kernels\.attend"):
-        training.attention(Probe(), q, k, v, learned=learned)
-    monkeypatch.setattr(training, "missing_derivative", lambda _: "")
+        training.attention(Probe(), q.requires_grad_(), k, v, learned=learned)
+    q.requires_grad_(False)
     found = training.attention(Probe(), q, k, v, learned=learned, window=7)
     wanted, _ = reference.attention(Probe(), q, k, v, learned=learned, window=7)
     torch.testing.assert_close(found.double(), wanted, atol=LIMIT, rtol=0)
@@ -184,6 +193,10 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match=r"learns ssmax_scale: pass it as \[4\]"):
         call(q, k, k)
     learned = {"ssmax_scale": torch.ones(4)}
+    with pytest.raises(ValueError, match=r"forgetting needs gates, \[1, 4, 5\]"):
+        attention(get_variant("forgetting"), q, k, k, gates=torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match="ssmax has no gates: leave them out"):
+        call(q, k, k, learned={"ssmax_scale": torch.ones(4)}, gates=torch.zeros(1, 4, 5))
     with pytest.raises(ValueError, match="leave out the window"):
         call(q, k, k, learned=learned, rows=torch.zeros(3, 1, 5, dtype=torch.int32), window=3)
     with pytest.raises(ValueError, match="a head size of 512 is too large for the kernels"):
@@ -204,16 +217,16 @@ def test_a_third_learned_tensor_is_refused() -> None:
     assert missing_derivative(Three()) == "place for three, a third learned tensor"
 
 
-@pytest.mark.parametrize("unit_keys", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_tiles_of_a_stateful_variant(unit_keys: bool, size: int) -> None:
+def test_tiles_of_a_stateful_variant(wide: bool, size: int) -> None:
     """Accumulators are stored ahead of each tile of queries: all kernels have the same."""
     from attn_kernels.triton import tuning
 
     kinds = (tuning.FORWARD, tuning.BACKWARD_QUERIES, tuning.BACKWARD_KEYS, tuning.SELECTIONS)
     for dims in (16, 32, 64, 128, 256):
         tiles = (
-            tuning.training_tile(kind, "sm_90", dims, size, stateful=True, unit_keys=unit_keys)
+            tuning.training_tile(kind, "sm_90", dims, size, stateful=True, wide=wide)
             for kind in kinds
         )
         assert len({tile.rows for tile in tiles}) == 1
@@ -224,4 +237,4 @@ def test_small_heads_fill_the_least_matrix() -> None:
     from attn_kernels.triton.training import Call
 
     q, k = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8)
-    assert Call(get_variant("softmax"), q, k, k, q, [], 1.0).given["SHAPE"] == (2, 2, 8, 16)
+    assert Call(get_variant("softmax"), q, k, k, q, [], None, 1.0).given["SHAPE"] == (2, 2, 8, 16)

@@ -21,7 +21,7 @@ SHAPES = (
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [n for n in variant_names() if not get_variant(n).gated])
+@pytest.mark.parametrize("name", variant_names())
 def test_equals_the_reference(name: str, shape: Shape, dtype: torch.dtype) -> None:
     with torch.device("cuda"):
         found = errors(get_variant(name), shape, dtype)
@@ -30,7 +30,7 @@ def test_equals_the_reference(name: str, shape: Shape, dtype: torch.dtype) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["softpick", "lssar", "selective"])
+@pytest.mark.parametrize("name", ["softpick", "lssar", "selective", "forgetting"])
 def test_a_compiled_step(name: str) -> None:
     """By inductor: the loss and gradients of a model in one graph are those of torch operations."""
     from tests.hf_attn.test_kernels import batch, model_of, results_of

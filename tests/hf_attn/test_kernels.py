@@ -1,4 +1,4 @@
-"""Training on a GPU's kernels (here in Triton's interpreter) inside transformers.
+"""Whole sequences by a GPU's kernels (here in Triton's interpreter) inside transformers.
 
 Loss and gradients are those of torch operations in float64, whatever the mask, and calls that
 kernels do not know are computed as before.
@@ -80,32 +80,61 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], limit: float) -> Non
 
 
 KINDS = ("left", "right", "packed")
-NAMES = [name for name in variant_names() if not get_variant(name).gated]
-CASES = [(name, KINDS[i % 3]) for i, name in enumerate(NAMES)]
+CASES = [(name, KINDS[i % 3]) for i, name in enumerate(variant_names())]
 CASES += [("selective", kind) for kind in KINDS if ("selective", kind) not in CASES]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_gradients_of_a_model(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With padding, or several texts in a sequence; the second with a sliding window."""
-    launched = []
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that gets the arguments of each launch."""
+    found: list[Any] = []
     attend = kernels.attend
 
     def counted(*arguments: Any) -> Tensor:
-        launched.append(arguments)
+        found.append(arguments)
         return attend(*arguments)
 
     monkeypatch.setattr(kernels, "attend", counted)
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_gradients_of_a_model(name: str, kind: str, launched: list[Any]) -> None:
+    """With padding, or several texts in a sequence; the second with a sliding window."""
     model, given = model_of(name, sliding_window=11 if kind == "right" else None), batch(kind)
     found = results_of(model, given)
     assert len(launched) == 1
     assert_close(found, results_of(model.double(), given), 1e-4)
 
 
+@pytest.mark.parametrize("name", ["softpick", "selective", "forgetting"])
+def test_without_gradients(name: str, launched: list[Any]) -> None:
+    """A whole prompt is the kernels', with and without a cache; what is decoded with that is not,
+    and finds in it what it needs."""
+    model, given = model_of(name, layers=2).eval(), batch("left")
+    both = torch.cat((given["attention_mask"], torch.ones(2, 1, dtype=torch.long)), 1)
+    with torch.no_grad():
+        wanted = model.double()(**given, use_cache=False).logits
+        assert not launched
+        next_wanted = model(
+            torch.cat((given["input_ids"], torch.tensor([[3], [5]])), 1), both, use_cache=False
+        ).logits[:, -1:]
+        model.float()
+        found = [model(**given, use_cache=use_cache) for use_cache in (False, True)]
+        assert len(launched) == 4
+        decoded = model(
+            torch.tensor([[3], [5]]), both, past_key_values=found[1].past_key_values
+        ).logits
+        assert len(launched) == 4
+    tokens = given["attention_mask"].bool()
+    for each in found:
+        assert_close([each.logits[tokens]], [wanted[tokens]], 1e-4)
+    assert_close([decoded], [next_wanted], 1e-4)
+
+
 def test_other_calls_are_computed_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients, where weights are asked for, and masks with gaps."""
+    """Where weights are asked for, and masks with gaps."""
     model, given = model_of("selective"), batch("left")
-    wanted = results_of(model, given)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a kernel was launched")
@@ -113,17 +142,11 @@ def test_other_calls_are_computed_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernels, "attend", refuse)
     found = model(**given, use_cache=False, output_attentions=True)
     assert found.attentions[0].shape == (2, 3, TOKENS, TOKENS)
-    with torch.no_grad():
-        logits = model.eval()(**given, use_cache=False).logits
-    torch.testing.assert_close(
-        logits[given["attention_mask"].bool()], wanted[0], atol=1e-4, rtol=1e-4
-    )
     large = torch.zeros(1, 1, 2, 512)
-    assert not kernels.usable(get_variant("softmax"), model.train(), large, large, large)
+    assert not kernels.usable(get_variant("softmax"), model, large, large, large)
     positions = torch.arange(TOKENS)
     gaps = positions[:, None] >= positions
     gaps &= (positions % 5 != 2) | (positions[:, None] == positions)
-    model.train()
     model(input_ids=given["input_ids"], attention_mask=gaps[None, None], use_cache=False)
     assert kernels.rows_of(gaps[None, None], None, 2) is None
 
@@ -200,9 +223,10 @@ def test_checkpointed_and_autocast() -> None:
 
 
 @pytest.mark.slow
-def test_compiled() -> None:
+@pytest.mark.parametrize("name", ["selective", "forgetting"])
+def test_compiled(name: str) -> None:
     """In one graph, forth and back."""
-    model, given = model_of("selective", layers=2), batch("right")
+    model, given = model_of(name, layers=2), batch("right")
     wanted = results_of(model, given)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_close(results_of(compiled, given), wanted, 1e-5)
@@ -219,4 +243,6 @@ def test_a_variant_without_derivatives_is_named(
     kernels.logger.warning_once.cache_clear()
     results_of(model, given)
     assert "softpick trains with torch operations" in caplog.text
+    with torch.no_grad():
+        assert kernels.usable(get_variant("softpick"), model, *(torch.zeros(1, 1, 2, 8),) * 3)
     assert get_variant("softpick").learned == ()

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from attn_kernels import Rows, get_variant, variant_names
-from attn_kernels.variants.softmax import Softmax
+from attn_kernels import get_variant, variant_names
 from attnserve.errors import UserError
 from attnserve.evaluation.texts import read_tokens
 from hf_attn import VariantLlamaForCausalLM
 from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint, tiny_tokenizer
-from training import finetune
+from training import finetune, fused
 from training.conversion import convert, initial_scale, teacher_of
 from training.convert import convert as command
 from training.data import data_tokens
@@ -241,72 +240,6 @@ def test_finetuning_everything(
     assert not any(torch.equal(p, old[name]) for name, p in after.named_parameters())
 
 
-@pytest.mark.parametrize("variant", ["softmax", "ssmax", "softpick"])
-def test_fused_attention_is_the_same_attention(variant: str, plain: Path, ids: Tensor) -> None:
-    """Loss and gradients of training's own attention, where there is one."""
-    model = convert(plain, {"name": variant}, Conversion())
-    results = []
-    for fused in (False, True):
-        model.zero_grad()
-        if fused:
-            faster = finetune.fused(model)
-            assert (faster is None) == (variant == "softpick")
-            with finetune.attention_forward(model, faster):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        else:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=2e-4)
-
-
-def test_fused_attention_of_scores_without_the_models_scale(plain: Path, ids: Tensor) -> None:
-    """Whatever subclass of softmax it is."""
-
-    class Unscaled(Softmax):
-        uses_scale: ClassVar[bool] = False
-
-        def transform(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-            return q * rows.n.sqrt() * 0.1, k
-
-    model = convert(plain, {"name": "softmax"}, Conversion())
-    plain_logits, found = logits(model, ids), []
-    for layer in model.model.layers:
-        layer.self_attn.variant = Unscaled()
-    for forward in (None, finetune.fused(model)):
-        with finetune.attention_forward(model, forward):
-            found.append(logits(model, ids))
-    torch.testing.assert_close(found[0], found[1], atol=2e-4, rtol=2e-4)
-    assert (found[0] - plain_logits).abs().max() > 0.01
-
-
-def test_blended_attention_with_a_window(tmp_path: Path, ids: Tensor) -> None:
-    """Its softmax part sees no further than the model's own."""
-    folder = tiny_checkpoint(tmp_path, "softmax", sliding_window=5)
-    model = convert(folder, {"name": "softmax"}, Conversion())
-    with finetune.attention_forward(model, finetune.blended(torch.zeros(()))):
-        found = logits(model, ids)
-    torch.testing.assert_close(found, logits(model, ids), atol=2e-4, rtol=2e-4)
-
-
-@pytest.mark.parametrize("variant", ["softpick", "selective"])
-def test_blended_attention(variant: str, plain: Path, ids: Tensor) -> None:
-    """All softmax, all the variant, and in the first layer exactly between them."""
-    model = convert(plain, {"name": variant}, Conversion())
-    share, found = torch.zeros(()), []
-    outputs: list[Tensor] = []
-    model.model.layers[0].self_attn.register_forward_hook(lambda *call: outputs.append(call[2][0]))
-    for value in (0.0, 1.0, 0.25):
-        share.fill_(value)
-        with finetune.attention_forward(model, finetune.blended(share)):
-            found.append(logits(model, ids))
-    torch.testing.assert_close(found[0], logits(load(plain), ids), atol=2e-4, rtol=2e-4)
-    torch.testing.assert_close(found[1], logits(model, ids), atol=2e-4, rtol=2e-4)
-    between = 0.75 * outputs[0] + 0.25 * outputs[1]
-    torch.testing.assert_close(outputs[2], between, atol=1e-5, rtol=1e-5)
-    assert (outputs[0] - outputs[1]).abs().max() > 0.01
-
-
 def test_what_is_distilled(tmp_path: Path) -> None:
     """The divergence of the first step is that of the predictions, and training lowers it."""
     tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(TRAINED))
@@ -322,7 +255,7 @@ def test_what_is_distilled(tmp_path: Path) -> None:
 
     run = FineTune(model, settings, tokens, 0, tmp_path, teacher=teacher)
     (inputs, _), (others, _) = run.batches(0), run.batches(21)
-    with finetune.attention_forward(model, finetune.blended(torch.tensor(1 / 11))):
+    with fused.attention_forward(model, fused.blended(model, torch.tensor(1 / 11))):
         first = divergence(inputs)
     before = divergence(others)
     run.run(quiet=True)
@@ -383,15 +316,15 @@ def test_so_many_minutes(
     clock = [0.0]
     shares: list[float] = []
     rates: list[float] = []
-    take_step, between = FineTune._take_step, finetune.blended
+    take_step, between = FineTune._take_step, fused.blended
 
     def step(run: FineTune, loss_of: Any) -> None:
         rates.append(run.learning_rate)
         take_step(run, loss_of)
         clock[0] += 30.0
 
-    def blended(share: Tensor) -> Any:
-        forward = between(share)
+    def blended(model: VariantLlamaForCausalLM, share: Tensor) -> Any:
+        forward = between(model, share)
 
         def noted(*arguments: Any, **keywords: Any) -> Any:
             shares.append(share.item())

@@ -14,13 +14,13 @@ from attn_kernels.triton.cache import multiply
 from attn_kernels.triton.dense import (
     SIZES,
     Strides,
-    Tile,
     describe,
     edge,
     edges,
     keys_of,
     load_tile,
     of_rows,
+    row_tile,
     scores_of,
     seeing_queries,
     seen_by,
@@ -48,12 +48,13 @@ def load_statistics(statistics, place, plane, inside, STATISTICS_BACKWARD: tl.co
 
 @triton.jit
 def load_rows(
-    q, index, row_values, statistics, rows, plane, place, wide_plane, head, num_tokens,
-    first_learned, second_learned,
+    q, index, row_values, statistics, rows, plane, row_start, wide_plane, head, num_tokens,
+    first_learned, second_learned, decays,
     STATISTICS_BACKWARD: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Return `Tile`, `Query` and `Saved` of rows that `queries_kernel` has been at; `place` is
-    theirs in a plane of `row_values`. What nobody asks for is not loaded."""
+    """Return `Tile`, `Query` and `Saved` of rows that `queries_kernel` has been at; `row_start` is
+    where the head's begin in a plane of `row_values`. What nobody asks for is not loaded."""
+    place = row_start + index
     inside = index < num_tokens
     begin = tl.load(rows + index, mask=inside, other=0)
     end = tl.load(rows + plane + index, mask=inside, other=0)
@@ -74,7 +75,9 @@ def load_rows(
     if VARIANT.num_learned > 1:
         second *= tl.load(second_learned + head)
     n = tl.maximum(end - begin, 1).to(tl.float32)
-    tile = Tile(q, index, begin, end, inside, score_factor)
+    tile = row_tile(
+        q, index, begin, end, inside, score_factor, decays, row_start, wide_plane, VARIANT
+    )  # fmt: skip
     known = Query(index * 0 + head, position, n, norm, first, second)
     saved = Saved(
         running_max, denominator, factor, log_total, mean, per_spread, delta, through
@@ -122,7 +125,8 @@ def query_tile(
     SHAPE: tl.constexpr, TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take up one tile of keys: into what goes through the statistics, `total` [rows], or into the
-    products with keys, `gradient` [rows, dims]."""
+    products with keys, `gradient` [rows, dims], and of a gated variant into the sums of the scores'
+    derivatives, `total`."""
     key = start + tl.arange(0, TILE.keys)
     k = load_tile(keys.k, key, keys.k_stride, num_tokens, SHAPE, MASKED)
     v = load_tile(keys.v, key, keys.v_stride, num_tokens, SHAPE, MASKED)
@@ -137,6 +141,8 @@ def query_tile(
             tile, known, k, v, do, keys, selector, key, saved, scale, num_tokens, SCORE_BIAS,
             SELECTION, WEIGHTS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, False, MASKED,
         )  # fmt: skip
+        if VARIANT.gated:
+            total += tl.sum(ds, 1)
         if VARIANT.unit_keys:
             ds *= tl.load(keys.units + key, mask=key < num_tokens, other=0.0)[None, :]
         gradient = multiply(ds.to(k.dtype), k, gradient)
@@ -174,7 +180,8 @@ def queries_kernel(
     d_query,
     row_values,  # [6, batch, num_heads, num_tokens] float32
     d_learned,  # [number of learned tensors, batch, num_heads, num_tokens] float32
-    d_out, out, query, key, value, rows, units, snapshots, statistics,
+    d_decays,  # of a gated variant, [2, batch, num_heads, num_tokens] float32: of rows, of keys
+    d_out, out, query, key, value, rows, units, snapshots, decays, statistics,
     first_learned, second_learned, scale, batch_size, num_tokens,
     dq_batch, dq_head, dq_token, do_batch, do_head, do_token, out_batch, out_head, out_token,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -198,9 +205,11 @@ def queries_kernel(
         out + batch * out_batch + wide * out_head, index, out_token, num_tokens, SHAPE, True
     )  # fmt: skip
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    row_start = pair.to(tl.int64) * num_tokens
+    wide_plane = plane.to(tl.int64) * SHAPE.num_heads
     tile, known = describe(
-        q, index, rows, plane, head, num_tokens, scale, first_learned, second_learned,
-        QUERY_FACTOR, PARAMS, VARIANT, SHAPE,
+        q, index, rows, plane, head, num_tokens, scale, first_learned, second_learned, decays,
+        row_start, wide_plane, QUERY_FACTOR, PARAMS, VARIANT, SHAPE,
     )  # fmt: skip
     k_strides, v_strides = Strides(k_batch, k_head, k_token), Strides(v_batch, v_head, v_token)
     keys = keys_of(
@@ -211,8 +220,7 @@ def queries_kernel(
         Strides(q_batch, q_head, q_token), k_strides, TILE.rows,
     )  # fmt: skip
     found = seen_keys(tile, TILE.keys)
-    place = pair.to(tl.int64) * num_tokens + index
-    wide_plane = plane.to(tl.int64) * SHAPE.num_heads
+    place = row_start + index
     running_max, denominator, mean, per_spread = load_statistics(
         statistics, place, wide_plane, tile.inside, STATISTICS_BACKWARD
     )
@@ -236,10 +244,12 @@ def queries_kernel(
         saved = Saved(
             running_max, denominator, weight_factor, log_total, mean, per_spread, delta, through
         )  # fmt: skip
-    _, gradient = query_sums(
+    total, gradient = query_sums(
         tile, known, keys, selector, found, do, saved, scale, num_tokens, SCORE_BIAS, SELECTION,
         WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, False,
     )  # fmt: skip
+    if VARIANT.gated:
+        tl.store(d_decays + place, total, mask=tile.inside)
     factor = tile.factor / LOG2E
     dq = gradient * factor[:, None]
     if ROW_BACKWARD is not None:
@@ -260,33 +270,37 @@ def queries_kernel(
 def key_tile(
     query, d_out, statistics, row_values, rows, plane, wide_plane, head, row_start, start, k, v,
     keys, selector, key, scale, num_tokens, q_token, do_token, first_learned, second_learned,
-    dk, dv,
+    decays, dk, dv, total,
     SCORE_BIAS: tl.constexpr, SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr,
     STATISTICS_BACKWARD: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr,
     SHAPE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take up one tile of queries of one head; `query` and `d_out` are that head's."""
+    """Take up one tile of queries of one head, whose `query` and `d_out` these are: into the
+    gradients of keys and values [keys, dims], and of a gated variant into the sums of the scores'
+    derivatives, `total` [keys]."""
     index = start + tl.arange(0, TILE.rows)
     q = load_tile(query, index, q_token, num_tokens, SHAPE, MASKED)
     do = load_tile(d_out, index, do_token, num_tokens, SHAPE, MASKED)
     tile, known, saved = load_rows(
-        q, index, row_values, statistics, rows, plane, row_start + index, wide_plane, head,
-        num_tokens, first_learned, second_learned, STATISTICS_BACKWARD, VARIANT,
+        q, index, row_values, statistics, rows, plane, row_start, wide_plane, head, num_tokens,
+        first_learned, second_learned, decays, STATISTICS_BACKWARD, VARIANT,
     )  # fmt: skip
     weights, ds = differentiate(
         tile, known, k, v, do, keys, selector, key, saved, scale, num_tokens, SCORE_BIAS,
         SELECTION, WEIGHTS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, True, MASKED,
     )  # fmt: skip
     dv = multiply(weights.to(do.dtype), do, dv)
+    if VARIANT.gated:
+        total += tl.sum(ds, 1)
     ds *= (tile.factor / LOG2E)[None, :]
     dk = multiply(ds.to(q.dtype), q, dk)
-    return dk, dv
+    return dk, dv, total
 
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_kernel(
-    d_key, d_value, row_values, d_out, query, key, value, rows, units, snapshots, statistics,
-    first_learned, second_learned, scale, batch_size, num_tokens,
+    d_key, d_value, d_decays, row_values, d_out, query, key, value, rows, units, snapshots, decays,
+    statistics, first_learned, second_learned, scale, batch_size, num_tokens,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, do_batch, do_head, do_token,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     SCORE_BIAS: tl.constexpr, SELECTION: tl.constexpr, WEIGHTS_BACKWARD: tl.constexpr,
@@ -321,21 +335,27 @@ def keys_kernel(
         q_start = query + batch * q_batch + wide * q_head
         do_start = d_out + batch * do_batch + wide * do_head
         row_start = (batch * SHAPE.num_heads + wide) * num_tokens
+        total = tl.full([TILE.keys], 0.0, tl.float32)
         for start in range(found.inner, found.outer, TILE.rows):
-            dk, dv = key_tile(
+            dk, dv, total = key_tile(
                 q_start, do_start, statistics, row_values, rows, plane, wide_plane, head,
                 row_start, start, k, v, keys, selector, key_index, scale, num_tokens, q_token,
-                do_token, first_learned, second_learned, dk, dv, SCORE_BIAS, SELECTION,
-                WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, False,
+                do_token, first_learned, second_learned, decays, dk, dv, total, SCORE_BIAS,
+                SELECTION, WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE,
+                False,
             )  # fmt: skip
         for each in range(0, edges(found, TILE.rows)):
             start = edge(found, each, TILE.rows)
-            dk, dv = key_tile(
+            dk, dv, total = key_tile(
                 q_start, do_start, statistics, row_values, rows, plane, wide_plane, head,
                 row_start, start, k, v, keys, selector, key_index, scale, num_tokens, q_token,
-                do_token, first_learned, second_learned, dk, dv, SCORE_BIAS, SELECTION,
-                WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE, True,
+                do_token, first_learned, second_learned, decays, dk, dv, total, SCORE_BIAS,
+                SELECTION, WEIGHTS_BACKWARD, STATISTICS_BACKWARD, PARAMS, VARIANT, SHAPE, TILE,
+                True,
             )  # fmt: skip
+        if VARIANT.gated:
+            place = d_decays + wide_plane + row_start + key_index
+            tl.store(place, -total, mask=key_index < num_tokens)
     if VARIANT.unit_keys:
         inside = key_index < num_tokens
         unit = tl.load(keys.units + key_index, mask=inside, other=0.0)[:, None]

@@ -1,4 +1,5 @@
-"""Attention of whole sequences, for training: what all its kernels share, and the forward.
+"""Attention of whole sequences, for training: what its kernels (`forward.py`, `backward.py`,
+`selecting.py`) share.
 
 A program has ROWS queries of one head and walks the keys that they see, KEYS at a time, or the
 other way round. Each query sees one interval of keys, so that causal masks, sliding windows,
@@ -89,6 +90,13 @@ class Tile(NamedTuple):
     inside: Any
     factor: Any
     """What q.k is multiplied with, see `query_factor`."""
+    sums: Any
+    rests: Any
+    """Of the gates up to the last key that each row sees, of a gated variant."""
+    decays: Any
+    """Pointer to the sums of the gates up to each key, of the rows' head; their rests are `plane`
+    behind them."""
+    plane: Any
 
 
 class Range(NamedTuple):
@@ -121,8 +129,29 @@ def store_tile(base, index, stride, num_tokens, values, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def load_decays(decays, plane, index, inside):
+    """Return sums and rests of gates (`Tile`)."""
+    sums = tl.load(decays + index, mask=inside, other=0.0)
+    return sums, tl.load(decays + plane + index, mask=inside, other=0.0)
+
+
+@triton.jit
+def row_tile(
+    q, index, begin, end, inside, factor, decays, place, plane, VARIANT: tl.constexpr
+):  # fmt: skip
+    """Return the `Tile` of rows of one head, whose first is at `place` in a plane of `decays`."""
+    if VARIANT.gated:
+        sums, rests = load_decays(decays + place, plane, index, inside)
+        of_keys = decays + 2 * plane + place
+    else:
+        sums, rests, of_keys = factor, factor, factor  # nobody looks
+    return Tile(q, index, begin, end, inside, factor, sums, rests, of_keys, plane)
+
+
+@triton.jit
 def describe(
-    q, index, rows, plane, head, num_tokens, scale, first_learned, second_learned,
+    q, index, rows, plane, head, num_tokens, scale, first_learned, second_learned, decays, place,
+    wide_plane,
     QUERY_FACTOR: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Return the `Tile` of queries `q` and the `Query` that the variant's functions get."""
@@ -139,7 +168,10 @@ def describe(
         second *= tl.load(second_learned + head)
     known = Query(index * 0 + head, position, n, norm, first, second)
     factor = QUERY_FACTOR(known, scale, SHAPE.head_size, PARAMS)
-    return Tile(q, index, begin, end, inside, factor), known
+    tile = row_tile(
+        q, index, begin, end, inside, factor, decays, place, wide_plane, VARIANT
+    )  # fmt: skip
+    return tile, known
 
 
 @triton.jit
@@ -303,8 +335,13 @@ def scores_of(
     if VARIANT.unit_keys:
         s *= of_keys(tl.load(keys.units + key, mask=key < num_tokens, other=0.0), BY_KEYS)
     if SCORE_BIAS is not None:
-        distance = (tile.end - 1)[:, None] - key[None, :]
-        bias = SCORE_BIAS(known, distance.to(tl.float32), PARAMS)
+        distance = ((tile.end - 1)[:, None] - key[None, :]).to(tl.float32)
+        if VARIANT.gated:
+            sums, rests = load_decays(tile.decays, tile.plane, key, key < num_tokens)
+            decay = (tile.sums[:, None] - sums[None, :]) + (tile.rests[:, None] - rests[None, :])
+            bias = SCORE_BIAS(known, distance, decay, PARAMS)
+        else:
+            bias = SCORE_BIAS(known, distance, PARAMS)
         s += tl.trans(bias) if BY_KEYS else bias
     if SELECTION is not None:
         penalty = LOG2E * penalties(
@@ -312,113 +349,3 @@ def scores_of(
         )  # fmt: skip
         s -= tl.trans(penalty) if BY_KEYS else penalty
     return s
-
-
-@triton.jit
-def attend_tile(
-    tile, known, keys, selector, start, scale, num_tokens, running_max, denominator, output,
-    mean, per_spread,
-    UPDATE: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE_STATISTICS: tl.constexpr,
-    SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
-    TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Take up one tile of keys: into the statistics, or into the output."""
-    key = start + tl.arange(0, TILE.keys)
-    k = load_tile(keys.k, key, keys.k_stride, num_tokens, SHAPE, MASKED)
-    s = scores_of(
-        tile, known, k, keys, selector, key, scale, num_tokens, SCORE_BIAS, SELECTION, PARAMS,
-        VARIANT, SHAPE, False, TILE.rows, TILE.keys,
-    )  # fmt: skip
-    seen = seen_by(tile, key, False, TILE.rows, TILE.keys, MASKED)
-    if STATISTICS_ONLY:
-        running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator, known)
-    else:
-        weights, rescale, running_max, denominator = UPDATE(
-            s, seen, running_max, denominator, mean, per_spread, known, PARAMS
-        )
-        v = load_tile(keys.v, key, keys.v_stride, num_tokens, SHAPE, MASKED)
-        output = multiply(weights.to(v.dtype), v, output * rescale[:, None])
-    return running_max, denominator, output
-
-
-@triton.jit
-def attend_keys(
-    tile, known, keys, selector, found, scale, num_tokens, mean, per_spread,
-    UPDATE: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE_STATISTICS: tl.constexpr,
-    SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
-    TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr,
-):  # fmt: skip
-    """Go along the keys of a `Range`. Returns `(running_max, denominator, output)`."""
-    denominator = tl.full([TILE.rows], 0.0, tl.float32)
-    running_max = denominator + VARIANT.first_max
-    output = tl.full([TILE.rows, SHAPE.dims], 0.0, tl.float32)
-    for start in range(found.inner, found.outer, TILE.keys):
-        running_max, denominator, output = attend_tile(
-            tile, known, keys, selector, start, scale, num_tokens, running_max, denominator,
-            output, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS,
-            VARIANT, SHAPE, TILE, STATISTICS_ONLY, False,
-        )  # fmt: skip
-    for number in range(0, edges(found, TILE.keys)):
-        start = edge(found, number, TILE.keys)
-        running_max, denominator, output = attend_tile(
-            tile, known, keys, selector, start, scale, num_tokens, running_max, denominator,
-            output, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS,
-            VARIANT, SHAPE, TILE, STATISTICS_ONLY, True,
-        )  # fmt: skip
-    return running_max, denominator, output
-
-
-@triton.jit(do_not_specialize=SIZES)
-def forward_kernel(
-    out, query, key, value, rows, units, snapshots,
-    statistics,  # [2 or 4, batch, num_heads, num_tokens] float32: see `backward.load_saved`
-    first_learned, second_learned, scale, batch_size, num_tokens,
-    out_batch, out_head, out_token, q_batch, q_head, q_token,
-    k_batch, k_head, k_token, v_batch, v_head, v_token,
-    QUERY_FACTOR: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE: tl.constexpr,
-    EPILOGUE: tl.constexpr, UPDATE_STATISTICS: tl.constexpr, FINISH_STATISTICS: tl.constexpr,
-    SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Attend with one tile's queries. Grid: (batch * num_heads, tiles): the longest come first."""
-    pair, number = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    batch, head = (pair // SHAPE.num_heads).to(tl.int64), pair % SHAPE.num_heads
-    plane = batch_size * num_tokens
-    rows += batch * num_tokens
-    index = number * TILE.rows + tl.arange(0, TILE.rows)
-    q_start = query + batch * q_batch + head.to(tl.int64) * q_head
-    q = load_tile(q_start, index, q_token, num_tokens, SHAPE, True)
-    tile, known = describe(
-        q, index, rows, plane, head, num_tokens, scale, first_learned, second_learned,
-        QUERY_FACTOR, PARAMS, VARIANT, SHAPE,
-    )  # fmt: skip
-    k_strides, v_strides = Strides(k_batch, k_head, k_token), Strides(v_batch, v_head, v_token)
-    keys = keys_of(
-        key, value, units, batch, head // SHAPE.group, num_tokens, k_strides, v_strides, SHAPE
-    )  # fmt: skip
-    selector = selector_of(
-        query, key, rows, snapshots, batch, num_tokens, plane,
-        Strides(q_batch, q_head, q_token), k_strides, TILE.rows,
-    )  # fmt: skip
-    found = seen_keys(tile, TILE.keys)
-    mean = tl.full([TILE.rows], 0.0, tl.float32)
-    per_spread = mean
-    saved = statistics + pair.to(tl.int64) * num_tokens + index
-    saved_plane = plane.to(tl.int64) * SHAPE.num_heads
-    if UPDATE_STATISTICS is not None:
-        maxima, sums, _ = attend_keys(
-            tile, known, keys, selector, found, scale, num_tokens, mean, per_spread, UPDATE,
-            SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS, VARIANT, SHAPE, TILE, True,
-        )  # fmt: skip
-        mean, per_spread = FINISH_STATISTICS(maxima[:, None], sums[:, None], known)
-        tl.store(saved + 2 * saved_plane, mean, mask=tile.inside)
-        tl.store(saved + 3 * saved_plane, per_spread, mask=tile.inside)
-    running_max, denominator, output = attend_keys(
-        tile, known, keys, selector, found, scale, num_tokens, mean, per_spread, UPDATE,
-        SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS, VARIANT, SHAPE, TILE, False,
-    )  # fmt: skip
-    tl.store(saved, running_max, mask=tile.inside)
-    tl.store(saved + saved_plane, denominator, mask=tile.inside)
-    output *= EPILOGUE(running_max, denominator, known, PARAMS)[:, None]
-    start = out + batch * out_batch + head.to(tl.int64) * out_head
-    store_tile(start, index, out_token, num_tokens, output, SHAPE)

@@ -28,7 +28,7 @@ def rows_of(rows, plane, index, num_tokens):
     inside = index < num_tokens
     begin = tl.load(rows + index, mask=inside, other=0)
     end = tl.load(rows + plane + index, mask=inside, other=0)
-    return Tile(index, index, begin, end, inside, index)
+    return Tile(index, index, begin, end, inside, index, index, index, index, plane)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -60,7 +60,7 @@ def snapshots_kernel(
 def selections_kernel(
     d_query,  # [batch, num_tokens, head_size] float32, 0: what head 0's queries get in addition
     d_key,  # [batch, num_tokens, head_size] float32: what KV head 0's keys do
-    row_values, d_out, query, key, value, rows, units, snapshots, statistics,
+    row_values, d_out, query, key, value, rows, units, snapshots, decays, statistics,
     first_learned, second_learned, scale, batch_size, num_tokens,
     do_batch, do_head, do_token, q_batch, q_head, q_token, k_batch, k_head, k_token,
     v_batch, v_head, v_token,
@@ -96,8 +96,8 @@ def selections_kernel(
             do = load_tile(do_start, index, do_token, num_tokens, SHAPE, True)
             row_start = (batch * SHAPE.num_heads + wide) * num_tokens
             tile, known, saved = load_rows(
-                q, index, row_values, statistics, rows, plane, row_start + index, wide_plane, head,
-                num_tokens, first_learned, second_learned, None, VARIANT,
+                q, index, row_values, statistics, rows, plane, row_start, wide_plane, head,
+                num_tokens, first_learned, second_learned, decays, None, VARIANT,
             )  # fmt: skip
             keys = keys_of(
                 key, value, units, batch, wide // SHAPE.group, num_tokens, k_strides, v_strides,

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_kernels.triton import backward, dense, selecting
+from attn_kernels.triton import backward, dense, forward, selecting
 from attn_kernels.triton.tuning import (
     BACKWARD_KEYS,
     BACKWARD_QUERIES,
@@ -25,7 +25,7 @@ from attn_kernels.triton.tuning import (
     SELECTIONS,
     training_tile,
 )
-from attn_kernels.triton.variant import constants, functions, missing_derivative
+from attn_kernels.triton.variant import constants, functions, missing_derivative, missing_kernel
 from attn_kernels.variant import Variant, get_variant
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +41,7 @@ def attention(
     learned: Mapping[str, Tensor] | None = None,
     window: int | None = None,
     rows: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> Tensor:
     """Return the output of attention of whole sequences, `[batch, num_heads, num_tokens,
     head_size]` in the dtype of `q`: what `attn_kernels.attend` returns, without its weights.
@@ -50,7 +51,8 @@ def attention(
     the same at each run, but for a stateful variant's, whose head 0 adds up in any order.
 
     Args:
-        variant: the attention function; `missing_derivative` is empty for it.
+        variant: the attention function. Where gradients are wanted, `missing_derivative` is empty
+            for it, else `missing_kernel`.
         q: `[batch, num_heads, num_tokens, head_size]`, after RoPE; float32, bfloat16 or float16,
             as are `k` and `v`.
         k, v: `[batch, num_kv_heads, num_tokens, head_size]`.
@@ -58,20 +60,30 @@ def attention(
         learned: the variant's per-head tensors, each `[num_heads]`.
         window: sliding window of causal attention; None is unlimited.
         rows: which keys each query sees, in place of causal attention (`dense.py`).
+        gates: `[batch, num_heads, num_tokens]` float32 or float64, of a gated variant.
 
     Raises:
         ValueError: shapes that do not fit, or a variant that does not say its derivatives.
         TypeError: another dtype, or several.
     """
     learned = learned or {}
-    _check(variant, q, k, v, learned, rows, window)
+    _check(variant, q, k, v, learned, rows, window, gates)
     if rows is None:
         rows = causal_rows(q.shape[0], q.shape[-2], window, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = [learned[name].float().contiguous() for name in variant.learned]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out: Tensor = _attention(q, k, v, rows, tensors, _spec(variant), scale)[0]
+    decays = None if gates is None else _decays(gates, rows)
+    out: Tensor = _attention(q, k, v, rows, tensors, decays, _spec(variant), scale)[0]
     return out
+
+
+def _decays(gates: Tensor, rows: Tensor) -> Tensor:
+    """Return `[2, batch, num_heads, num_tokens]` float64: what the gates add up to, up to the last
+    key that each query sees, and up to each key. Between the two lies the decay of a score."""
+    sums = gates.double().cumsum(-1)
+    last = (rows[1].long() - 1).clamp_min(0)[:, None].expand_as(sums)
+    return torch.stack((sums.gather(-1, last), sums))
 
 
 def causal_rows(
@@ -93,10 +105,16 @@ def _check(
     learned: Mapping[str, Tensor],
     rows: Tensor | None,
     window: int | None,
+    gates: Tensor | None,
 ) -> None:
-    if missing := missing_derivative(variant):
+    trained = (q, k, v, *learned.values(), *([] if gates is None else [gates]))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in trained):
+        missing, what = missing_derivative(variant), "trained"
+    else:
+        missing, what = missing_kernel(variant), "computed"
+    if missing:
         raise ValueError(
-            f"{variant.name} cannot be trained by kernels: its kernel.py has no {missing}; use "
+            f"{variant.name} cannot be {what} by kernels: it has no {missing}; use "
             "attn_kernels.attend"
         )
     if variant.kv_budgets:
@@ -120,6 +138,10 @@ def _check(
     for name in variant.learned:
         if name not in learned or learned[name].shape != (q.shape[1],):
             raise ValueError(f"{variant.name} learns {name}: pass it as [{q.shape[1]}]")
+    if variant.gated and (gates is None or gates.shape != q.shape[:3]):
+        raise ValueError(f"{variant.name} needs gates, {list(q.shape[:3])}")
+    if gates is not None and not variant.gated:
+        raise ValueError(f"{variant.name} has no gates: leave them out")
     if rows is not None and window is not None:
         raise ValueError("rows say all that queries see: leave out the window")
     if rows is not None and (
@@ -152,6 +174,7 @@ class Call:
     v: Tensor
     rows: Tensor
     learned: Sequence[Tensor]
+    decays: Tensor | None
     scale: float
 
     @property
@@ -180,7 +203,7 @@ class Call:
             size,
             self.q.element_size(),
             stateful=self.variant.stateful,
-            unit_keys=self.given["VARIANT"].unit_keys,
+            wide=self.given["VARIANT"].unit_keys or self.variant.gated,
         )
         given = {**self.given, "TILE": dense.Tiling(tile.rows, tile.keys)}
         return constants(kernel, given) | tile.options
@@ -210,6 +233,15 @@ class Call:
             self.q.stride(0), self.q.stride(2), self.k.stride(0), self.k.stride(2), **options,
         )  # fmt: skip
         return snapshots
+
+    @functools.cached_property
+    def sums(self) -> Tensor | None:
+        """What kernels get of `decays`, `[2, 2, batch, num_heads, num_tokens]` float32: of queries
+        and of keys, sums and the rests that they round off."""
+        if self.decays is None:
+            return None
+        rounded = self.decays.float()
+        return torch.stack((rounded, (self.decays - rounded).float()), 1)
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Return those between batches, heads and tokens.
@@ -243,6 +275,10 @@ def _statistics(q: Tensor, variant: Variant) -> Tensor:
     return q.new_empty(count, *q.shape[:3], dtype=torch.float32)
 
 
+def _all(learned: Sequence[Tensor], decays: Tensor | None) -> list[Tensor]:
+    return [*learned] if decays is None else [*learned, decays]
+
+
 @torch.library.custom_op("attnserve::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -250,20 +286,21 @@ def _attention(
     v: Tensor,
     rows: Tensor,
     learned: Sequence[Tensor],
+    decays: Tensor | None,
     variant: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the statistics that the backward needs."""
-    call = Call(_variant(variant), q, k, v, rows, learned, scale)
+    call = Call(_variant(variant), q, k, v, rows, learned, decays, scale)
     out, statistics = _rows_first(q), _statistics(q, call.variant)
     if not q.numel():
         return out, statistics
     heads, tokens = call.grid
     with torch.cuda.device_of(q):
-        options = call.options(dense.forward_kernel, FORWARD)
-        dense.forward_kernel[(heads, triton.cdiv(tokens, options["TILE"].rows))](
-            out, q, k, v, rows, call.units(), call.snapshots(), statistics, *call.two_learned,
-            *call.numbers, *call.strides(out, q, k, v), **options,
+        options = call.options(forward.forward_kernel, FORWARD)
+        forward.forward_kernel[(heads, triton.cdiv(tokens, options["TILE"].rows))](
+            out, q, k, v, rows, call.units(), call.snapshots(), call.sums, statistics,
+            *call.two_learned, *call.numbers, *call.strides(out, q, k, v), **options,
         )  # fmt: skip
     return out, statistics
 
@@ -275,6 +312,7 @@ def _(
     v: Tensor,
     rows: Tensor,
     learned: Sequence[Tensor],
+    decays: Tensor | None,
     variant: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -291,42 +329,47 @@ def _attention_backward(
     v: Tensor,
     rows: Tensor,
     learned: Sequence[Tensor],
+    decays: Tensor | None,
     variant: str,
     scale: float,
 ) -> list[Tensor]:
-    """Return the gradients of q, k, v and the learned tensors."""
-    call = Call(_variant(variant), q, k, v, rows, learned, scale)
+    """Return the gradients of q, k, v, the learned tensors and `decays`, if there are any."""
+    call = Call(_variant(variant), q, k, v, rows, learned, decays, scale)
     dq, dk, dv = _rows_first(q), _rows_first(k), _rows_first(v)
     if not q.numel():
-        return [dq, dk, dv, *map(torch.zeros_like, learned)]
+        return [dq, dk, dv, *map(torch.zeros_like, _all(learned, decays))]
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     row_values = q.new_empty(6, *q.shape[:3], dtype=torch.float32)
     d_learned = q.new_empty(len(learned), *q.shape[:3], dtype=torch.float32)
+    d_decays = None if decays is None else torch.empty_like(decays, dtype=torch.float32)
     heads, tokens = call.grid
 
     with torch.cuda.device_of(q):
         units, snapshots = call.units(), call.snapshots()
         options = call.options(backward.queries_kernel, BACKWARD_QUERIES)
         backward.queries_kernel[(heads, triton.cdiv(tokens, options["TILE"].rows))](
-            dq, row_values, d_learned, d_out, out, q, k, v, rows, units, snapshots, statistics,
-            *call.two_learned, *call.numbers, *call.strides(dq, d_out, out, q, k, v), **options,
+            dq, row_values, d_learned, d_decays, d_out, out, q, k, v, rows, units,
+            snapshots, call.sums, statistics, *call.two_learned, *call.numbers,
+            *call.strides(dq, d_out, out, q, k, v), **options,
         )  # fmt: skip
         options = call.options(backward.keys_kernel, BACKWARD_KEYS)
         kv_heads = k.shape[0] * k.shape[1]
         backward.keys_kernel[(kv_heads, triton.cdiv(tokens, options["TILE"].keys))](
-            dk, dv, row_values, d_out, q, k, v, rows, units, snapshots, statistics,
-            *call.two_learned, *call.numbers, *call.strides(dk, dv, d_out, q, k, v), **options,
+            dk, dv, d_decays, row_values, d_out, q, k, v, rows, units, snapshots,
+            call.sums, statistics, *call.two_learned, *call.numbers,
+            *call.strides(dk, dv, d_out, q, k, v), **options,
         )  # fmt: skip
         if snapshots is not None:
             of_head = q.new_zeros(2, q.shape[0], *q.shape[2:], dtype=torch.float32)
             options = call.options(selecting.selections_kernel, SELECTIONS)
             selecting.selections_kernel[(q.shape[0], triton.cdiv(tokens, options["TILE"].keys))](
-                *of_head, row_values, d_out, q, k, v, rows, units, snapshots, statistics,
+                *of_head, row_values, d_out, q, k, v, rows, units, snapshots, call.sums, statistics,
                 *call.two_learned, *call.numbers, *call.strides(d_out, q, k, v), **options,
             )  # fmt: skip
             dq[:, 0] += of_head[0]
             dk[:, 0] += of_head[1]
-    return [dq, dk, dv, *(x.sum((0, 2)) for x in d_learned)]
+    of_decays = None if d_decays is None else d_decays.double()
+    return [dq, dk, dv, *_all([x.sum((0, 2)) for x in d_learned], of_decays)]
 
 
 @_attention_backward.register_fake
@@ -339,23 +382,25 @@ def _(
     v: Tensor,
     rows: Tensor,
     learned: Sequence[Tensor],
+    decays: Tensor | None,
     variant: str,
     scale: float,
 ) -> list[Tensor]:
-    return [*map(_rows_first, (q, k, v)), *map(torch.empty_like, learned)]
+    return [*map(_rows_first, (q, k, v)), *map(torch.empty_like, _all(learned, decays))]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, rows, learned, ctx.variant, ctx.scale = inputs
-    ctx.save_for_backward(*output, q, k, v, rows, *learned)
+    q, k, v, rows, learned, decays, ctx.variant, ctx.scale = inputs
+    ctx.save_for_backward(*output, q, k, v, rows, decays, *learned)
 
 
 def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    out, statistics, q, k, v, rows, *learned = ctx.saved_tensors
-    dq, dk, dv, *d_learned = _attention_backward(
-        d_out, out, statistics, q, k, v, rows, learned, ctx.variant, ctx.scale
+    out, statistics, q, k, v, rows, decays, *learned = ctx.saved_tensors
+    dq, dk, dv, *others = _attention_backward(
+        d_out, out, statistics, q, k, v, rows, learned, decays, ctx.variant, ctx.scale
     )
-    return dq, dk, dv, None, d_learned, None, None
+    d_decays = None if decays is None else others.pop()
+    return dq, dk, dv, None, others, d_decays, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_keep)

@@ -88,14 +88,35 @@ LARGEST_HEAD_SIZE = 256
 """Of training: of 512, a tile of queries and its gradient are more than an H100's shared memory."""
 
 
-def training_tile(
-    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, unit_keys: bool
-) -> Tile:
-    """Return the tile of a kernel of training: the largest that hardly spills where it is compiled
-    (benchmarks.triton_compile --training).
+PLAIN, WIDE, STATEFUL = "plain", "wide", "stateful"
 
-    The tiles of a stateful variant's queries are the same in all kernels: its accumulators are
-    stored ahead of each.
+TRAINING_TILES = {
+    PLAIN: {
+        "sm": ("128x64 128x64 32x128", "128x64 128x64 32x64", "64x32 64x32 32x32"),
+        "sm_80": ("128x64 64x64 32x128", "128x32 64x64 32x64", "64x32 64x32 32x32"),
+        "gfx": ("64x64 64x64 32x64", "64x64 64x32 32x32", "32x32 32x32 32x32"),
+    },
+    WIDE: {  # scores that take registers
+        "sm": ("128x64 64x64 32x64", "128x64 64x32 32x32", "64x32 64x32 32x32"),
+        "sm_80": ("128x32 64x32 32x64", "128x32 64x32 32x32", "64x32 64x32 32x32"),
+        "gfx": ("64x64 64x64 32x64", "64x64 64x32 32x32", "32x32 32x32 32x32"),
+    },
+    STATEFUL: {
+        "sm": ("32x64 32x64 32x64 32x64", "32x64 32x64 32x32 32x64", "32x32 32x32 32x32 32x32"),
+        "sm_80": ("32x64 32x64 32x32 32x64", "32x64 32x64 32x32 32x64", "32x32 32x32 32x32 32x32"),
+        "gfx": ("32x32 32x32 32x32 32x32", "32x32 32x32 32x32 32x32", "32x32 32x32 32x32 32x32"),
+    },
+}
+"""Rows by keys of the kernels of training in 16 bits, forward, backward of queries, of keys and of
+selections, where a head's row has up to 128, 256 and 512 bytes: the largest that hardly spill where
+they are compiled (benchmarks.triton_compile --training). The tiles of a stateful variant's queries
+are the same in all kernels: its accumulators are stored ahead of each."""
+
+
+def training_tile(
+    kernel: str, arch: str, dims: int, element_size: int, *, stateful: bool, wide: bool
+) -> Tile:
+    """Return the tile of a kernel of training.
 
     Args:
         kernel: FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS or SELECTIONS.
@@ -103,25 +124,20 @@ def training_tile(
         dims: head size, rounded up to a power of two.
         element_size: bytes of an element of queries.
         stateful: the variant has accumulators.
-        unit_keys: its scores are divided by the keys' lengths; softplus takes registers, too.
+        wide: its scores take registers: they are divided by the keys' lengths, or decay by gates.
     """
     row_bytes = dims * element_size
-    stages = 1 if arch.startswith("gfx") else 2
+    amd = arch.startswith("gfx")
+    stages = 1 if amd else 2
     if element_size == 4:
         return Tile(32, 32 if row_bytes <= 512 else 16, 8, stages)
-    if stateful:
-        rows, keys = 32, 64 if row_bytes <= 256 else 32
-    elif row_bytes > 256:
-        rows, keys = 32 if kernel == BACKWARD_KEYS else 64, 32
-    elif kernel == BACKWARD_KEYS:
-        rows, keys = 32, 128 if row_bytes <= 128 else 64
-    else:
-        rows, keys = 128, 64
-    if (stateful or unit_keys) and kernel == BACKWARD_KEYS:
-        keys = 64 if row_bytes <= 128 else 32
-    if unit_keys and not stateful and kernel == BACKWARD_QUERIES:
-        rows, keys = (64, 64) if row_bytes <= 128 else (64, 32)
-    return Tile(rows, keys, 8, stages)
+    of_kind = TRAINING_TILES[STATEFUL if stateful else WIDE if wide else PLAIN]
+    by_size = of_kind.get(arch, of_kind["gfx" if amd else "sm"])
+    tiles = by_size[0 if row_bytes <= 128 else 1 if row_bytes == 256 else 2].split()
+    order = (FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS, SELECTIONS)
+    rows, keys = map(int, tiles[order.index(kernel)].split("x"))
+    # AMD's warps are 64 threads, which in a program of 4 have 512 registers each, of 8 half.
+    return Tile(rows, keys, 4 if amd else 8, stages)
 
 
 def parts_for(num_programs: int, num_multiprocessors: int) -> int:

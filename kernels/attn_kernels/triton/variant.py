@@ -28,7 +28,8 @@ A variant that adds something to its scores has one more:
         `distance` [R, N]: how far before the query the key is; anything where it is behind.
 
 A gated variant's is given `score_bias(query, distance, decay, params)`: `decay` [R, N] is what the
-gates after the key add up to, up to the query's own.
+gates after the key add up to, up to the query's own. It adds that to the scores as it is, times
+log2(e): its derivative in training is the scores'.
 
 One that needs statistics of all scores before the first weight has two more:
 
@@ -113,6 +114,11 @@ class Saved(NamedTuple):
 DERIVATIVES = ("weights_backward", "row_backward", "statistics_backward", "selection_backward")
 
 
+def has_kernel(variant: Variant) -> bool:
+    """Return whether a variant says what it is to GPUs."""
+    return (variant.folder() / "kernel.py").exists()
+
+
 @functools.cache
 def functions(variant: Variant) -> dict[str, Any]:
     """Return what the variant gives to the kernels, by the names of their arguments; None for a
@@ -121,7 +127,7 @@ def functions(variant: Variant) -> dict[str, Any]:
     Raises:
         ValueError: it has no Triton kernel.
     """
-    if not (variant.folder() / "kernel.py").exists():
+    if not has_kernel(variant):
         raise ValueError(f"{variant.name} has no Triton kernel ({variant.folder() / 'kernel.py'})")
     module = _module_of(variant)
     always = ("query_factor", "update", "merge", "epilogue")
@@ -145,12 +151,21 @@ def _module_of(variant: Variant) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def missing_derivative(variant: Variant) -> str:
-    """Return which function a variant would need to be trained by kernels; empty: none."""
-    if variant.gated:
-        return "derivative of gates"
+def missing_kernel(variant: Variant) -> str:
+    """Return what a variant lacks to be computed by kernels, whole sequences at once; empty:
+    nothing."""
+    if not has_kernel(variant):
+        return "kernel.py"
     if len(variant.learned) > 2:
         return f"place for {variant.learned[2]}, a third learned tensor"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def missing_derivative(variant: Variant) -> str:
+    """Return what a variant lacks to be trained by kernels: a function; empty: nothing."""
+    if missing := missing_kernel(variant):
+        return missing
     found = functions(variant)
     needed = {
         "weights_backward": True,

@@ -10,6 +10,7 @@ from attn_kernels.variants.softmax.kernel import (  # noqa: F401 (this variant's
     merge,
     query_factor,
     update,
+    weights_backward,
 )
 
 
