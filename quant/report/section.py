@@ -30,7 +30,11 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
     return the section; a line that says so if there are no results."""
     if not any(folder.glob("configs/*/*.json")):
         return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."
-    results = store.read_all(folder)
+    return drawn_section(store.read_all(folder), figures, plot_folder)
+
+
+def drawn_section(results: Sequence[SweepResult], figures: Path, plot_folder: str) -> str:
+    """Draw the plots of results, in the order of tables, as `write_section`; return the section."""
     asked = questions(Answers.of(results))
     plots = draw(asked, figures, prefix="quantization-")
     return section(results, {q.title: f"{plot_folder}/{plots[q.name].name}" for q in asked})

@@ -89,7 +89,7 @@ def test_the_papers_advantage() -> None:
     [
         ([0.30, 0.31, 0.32], [0.1, 0.11, 0.12], "agrees"),
         ([0.1, 0.11, 0.12], [0.30, 0.31, 0.32], "does not agree"),
-        ([0.1, 0.3, 0.2], [0.3, 0.1, 0.2], "cannot be shown at this size"),
+        ([0.1, 0.3, 0.2], [0.3, 0.1, 0.2], "cannot be shown here"),
     ],
 )
 def test_ours_beside_the_papers(soft: list[float], pick: list[float], verdict: str) -> None:

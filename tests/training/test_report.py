@@ -192,7 +192,7 @@ def as_the_papers_say(**changes: Any) -> World:
 
 def read(folder: Path) -> Evidence:
     """Return a world's evidence."""
-    return load(folder / "results", folder / "checkpoints")
+    return load(folder / "results", folder / "checkpoints", folder / "quantization")
 
 
 @pytest.fixture
@@ -204,7 +204,9 @@ def verdicts(tmp_path: Path) -> Callable[[World], dict[str, Verdict]]:
         world.write(folder)
         evidence = read(folder)
         return {
-            f"{paper.title.split()[0].strip(',')}: {claim.text}": claim.judge(evidence).verdict
+            f"{paper.title.split()[0].strip(',')}: {claim.text}": claim.judge(
+                evidence, paper.variant
+            ).verdict
             for paper in PAPERS
             for claim in paper.claims
         }
