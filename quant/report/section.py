@@ -36,6 +36,8 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
 def drawn_section(results: Sequence[SweepResult], figures: Path, plot_folder: str) -> str:
     """Draw the plots of results, in the order of tables, as `write_section`; return the section."""
     asked = questions(Answers.of(results))
+    if len({result.checkpoint for result in results}) < explain.FEWEST:
+        asked = [question for question in asked if question.name != "outliers"]
     plots = draw(asked, figures, prefix="quantization-")
     return section(results, {q.title: f"{plot_folder}/{plots[q.name].name}" for q in asked})
 
@@ -59,6 +61,8 @@ def section(results: Sequence[SweepResult], plots: Mapping[str, str]) -> str:
         in_short=explain.in_short(explanations),
         explanations=explanations,
         level=explain.LEVEL,
+        fewest=explain.FEWEST,
+        statistics_only=len(unquantized) < explain.FEWEST,
         hashes={result.checkpoint: result.key["checkpoint"] for result in results},
         **provenance(results),
     )

@@ -18,7 +18,7 @@ from training.analyze.length import multiples
 from training.analyze.store import Stored
 from training.report.evidence import Evidence, Missing, Values, difference, gains, windows
 
-LOSSES = "sequence_losses"
+LOSSES, SINKS = "sequence_losses", "sequence_sink_rate_0.3"
 Better = Literal["", "lower", "higher"]
 
 
@@ -83,15 +83,17 @@ def blimp(evidence: Evidence, name: str) -> Change:
     return Change("BLiMP accuracy", shown(pair, "mean"), difference(*each), "higher")
 
 
-def attention(figure: str, each: str, is_ratio: bool, evidence: Evidence, name: str) -> Change:
+def attention(
+    what: str, figure: str, each: str, is_ratio: bool, evidence: Evidence, name: str
+) -> Change:
     """Return the change of a figure of the maps or hidden states, whose value on each sequence is
     in the units as `each`."""
     pair = evidence.pair(evidence.control, name, "attention")
     before, after = (unit(one.result.units, each) for one in pair)
     if is_ratio:
         change = difference(np.log(after), np.log(before)).exp()
-        return Change(f"{figure}, times", shown(pair, figure), change, "", is_ratio=True, digits=2)
-    return Change(figure, shown(pair, figure), difference(after, before), "")
+        return Change(f"{what}, times", shown(pair, figure), change, "", is_ratio=True, digits=2)
+    return Change(what, shown(pair, figure), difference(after, before), "")
 
 
 def long_text(factor: float, evidence: Evidence, name: str) -> Change:
@@ -150,10 +152,10 @@ def changes(evidence: Evidence, name: str) -> list[Change]:
         *(partial(loss, text) for text in TEXTS),
         lambada,
         blimp,
-        partial(attention, "sink rate at 0.3", "sequence_sink_rate_0.3", False),
-        partial(attention, "zeros", "sequence_zeros", False),
-        partial(attention, "kurtosis", "sequence_kurtosis", True),
-        partial(attention, "largest |x|", "sequence_largest", True),
+        partial(attention, "sink rate at 0.3", "sink rate at 0.3", SINKS, False),
+        partial(attention, "share of exact zeros", "zeros", "sequence_zeros", False),
+        partial(attention, "kurtosis", "kurtosis", "sequence_kurtosis", True),
+        partial(attention, "largest value", "largest |x|", "sequence_largest", True),
         *(partial(long_text, factor) for factor in evidence.factors("length")),
         *(partial(passkey, factor) for factor in evidence.factors("passkey")),
     ]
