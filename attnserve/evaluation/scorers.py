@@ -160,7 +160,9 @@ class TransformersScorer:
         """Return the continuation's scores from `[num_tokens, vocab_size]` of its tokens."""
         continuation = torch.tensor(item.continuation, device=logprobs.device)
         own = logprobs.gather(-1, continuation[:, None])
-        rivals = (logprobs >= own).sum(-1)
+        # In parts: of 16,384 tokens and a large vocabulary the sum alone would take gigabytes.
+        parts = zip(logprobs.split(BATCH_TOKENS), own.split(BATCH_TOKENS), strict=True)
+        rivals = torch.cat([(each >= right).sum(-1) for each, right in parts])
         return Scored(own[:, 0].double().cpu().numpy(), (rivals == 1).cpu().numpy())
 
     def close(self) -> None:

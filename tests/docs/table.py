@@ -502,8 +502,8 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
-    "python -m training.convert smollm2 smollm2-softpick --variant softpick --train all --minutes 9 "
-    "--data books.txt chats.jsonl --distill 0.9 --blend 0.5": Run(
+    "python -m training.convert smollm2 smollm2-softpick --variant softpick --train all "
+    "--minutes 9 --data books.txt chats.jsonl --distill 0.9 --blend 0.5": Run(
         f"{YOUR_LLAMA} && python -m training.convert your-llama smollm2-softpick "
         "--variant softpick --train all --steps 2 --sequence 64 --data LICENSE --distill 0.9 "
         "--blend 0.5",

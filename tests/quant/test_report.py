@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from quant import store
@@ -28,13 +28,13 @@ BEFORE = np.array([3.0, 4.0, 5.0])
 def result(
     variant: str,
     config: QuantConfig,
-    rise: ArrayLike,
+    rise: Sequence[float] | NDArray[np.float64],
     outliers: float = 3.0,
     before: NDArray[np.float64] = BEFORE,
 ) -> SweepResult:
     """Return a result whose losses rose by `rise` from `before`, and whose divergence is its
     mean."""
-    losses = before + rise
+    losses = before + np.asarray(rise)
     summary = {
         "perplexity: test per token": mean_interval(losses).exp(),
         "perplexity: wikitext2 per word": mean_interval(losses).exp(),

@@ -19,7 +19,9 @@ from attnserve.evaluation.scorers import load_llama
 from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint, write_tiny_llama
 from tests.training.texts import Copier, write_texts
+from training.analyze import run
 from training.analyze.attention import Attention
+from training.analyze.settings import AnalysisSettings
 from training.compare import effort, stages
 from training.compare.__main__ import compare
 from training.report.changes import Change
@@ -104,8 +106,8 @@ def test_what_cannot_be_is_one_line(
     change: list[str], message: str, argv: list[str], tmp_path: Path, commands: Commands
 ) -> None:
     if "--sequence" in change[0]:
-        stages.analyze(Path(argv[0]), ["perplexity"], Data(text=LICENSE), stages.AnalysisSettings(
-            limit=2, context=64, out=tmp_path / "out" / "analysis"))  # fmt: skip
+        settings = AnalysisSettings(limit=2, context=64, out=tmp_path / "out" / "analysis")
+        run.analyze(Path(argv[0]), ["perplexity"], Data(text=LICENSE), settings)
     if "llama" in change[0]:
         write_tiny_llama(tmp_path / "llama")
     given = [one.format(softpick=argv[1], llama=tmp_path / "llama") for one in change]

@@ -33,6 +33,9 @@ class Effort:
     pruned: tuple[int, int, int] = (4, 16, 16)
     uniform: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
     serves: bool = True
+    served: int = 1024  # tokens of a request, prompt and answer, at most
+    requests: int = 32  # that are sent at once
+    rounds: int = 3
 
 
 QUICK = Effort(

@@ -56,7 +56,8 @@ def write(c: Comparison, seen: str, quick: bool) -> tuple[Path, dict[str, dict[s
             "compared": "its second half",
         },
         "served": served(c),
-        "serving": "32 requests at once, as many of which run as the KV cache has room for.",
+        "serving": f"{c.effort.requests} requests at once, of which as many run as the KV cache "
+        "has room for.",
         "command": shlex.join(["python", "-m", "training.compare", *sys.argv[1:]]),
     }
     write_text(c.out / PAGE, page(evidence, about, plots, FIGURES, quantization))

@@ -207,12 +207,14 @@ def serve(c: Comparison) -> None:
 
 
 def _serve(c: Comparison, own: Checkpoint) -> None:
-    length = min(1024, c.context) - SLACK
+    length = min(c.effort.served, c.context) - SLACK
     config = own.config
     heads = (config.num_key_value_heads or config.num_attention_heads) * config.num_hidden_layers
     command = [
         "--ckpts", str(c.original.folder), str(own.folder), "--no-stock", "--gateway", "none",
-        "--request-rates", "inf", "--running", "--requests", "32", "--enforce-eager",
+        "--request-rates", "inf", "--running", "--enforce-eager",
+        "--requests", str(c.effort.requests), "--rounds", str(c.effort.rounds),
+        "--log-folder", str(c.out / "served" / "logs"),
         "--prompt-len", str(length * 3 // 4), "--new-tokens", str(length // 4),
         # Room for four requests of the original, in float32.
         "--kv-cache-memory-bytes", str(4 * (length + 4 * SLACK) * heads * config.head_dim * 8),

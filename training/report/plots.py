@@ -183,10 +183,12 @@ PLOTS: dict[str, Callable[[Evidence], Figure | None]] = {
 
 
 def shade(evidence: Evidence, name: str) -> str:
-    """Return a checkpoint's color: of the reference checkpoint of its name, else by its place."""
+    """Return a checkpoint's color: that of its name among the reference checkpoints, and by its
+    place where none of them is there."""
+    others = [one for one in evidence.names if one != evidence.control]
     if name == evidence.control:
         return color("softmax")
-    return COLORS.get(name) or f"C{(evidence.names.index(name) - 1) % 10}"
+    return color(name) if COLORS.keys() & set(others) else f"C{others.index(name) % 10}"
 
 
 def canvas(panels: int) -> tuple[Figure, list[Axes]]:
