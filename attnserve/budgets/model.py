@@ -38,7 +38,7 @@ class Forward:
                 f"{checkpoint.folder} is a {config.model_type} with {variant.name} attention: "
                 "budgets are measured for a Llama with a prunable variant or softmax"
             )
-        if config.sliding_window:
+        if getattr(config, "sliding_window", None):
             raise UserError(
                 f"{checkpoint.folder} has a sliding window, which budgets are not measured with"
             )
