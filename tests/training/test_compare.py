@@ -98,6 +98,7 @@ def test_the_page(argv: list[str], tmp_path: Path, commands: Commands,
     [
         (["--text=nowhere.txt"], "nowhere.txt is not there: name a text file"),
         (["--sequence=32"], "holds a result with another context"),
+        (["--device=tpu"], "there is no device tpu: leave out --device"),
         (["{softpick}"], "two checkpoints are called softpick"),
         (["{llama}"], "differ in their tokenizers"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from attnserve.command import AsJson, expanded, main, needs
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import SETS
 from attnserve.files import check_writable
+from training.arguments import device_of
 
 
 @needs("train")
@@ -108,7 +111,6 @@ def compare(
     CPU, whatever --device is. Without --quick it takes hours on two cores for 135M parameters, most
     of them for budgets, if one is selective.
     """
-    import torch
     import transformers
 
     from attnserve import machine
@@ -136,7 +138,7 @@ def compare(
             raise UserError(f"{one.folder} and {original} differ in their tokenizers")
     read(text)
     check_writable(out / page.PAGE)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(device)
     effort = stages.shortened(
         QUICK if quick else Effort(), sequence=sequence, max_length=max_length, serves=serves,
         bits=tuple(bits) if bits else None,
@@ -149,7 +151,9 @@ def compare(
     )  # fmt: skip
     for stage in stages.STAGES:
         stage(comparison)
-    file, changes = page.write(comparison, seen, quick)
+    arguments = sys.argv[1:][sys.argv[1:2] == ["compare"] :]  # of `python -m training compare`
+    command = shlex.join(["python", "-m", "training.compare", *arguments])
+    file, changes = page.write(comparison, seen, quick, command)
     if as_json:
         print(json.dumps({"page": str(file), "failed": comparison.failures, "changes": changes}))
     else:

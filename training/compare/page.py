@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 from attnserve.evaluation.checkpoint import digest
@@ -19,8 +17,11 @@ from training.report.plots import draw
 PAGE, FIGURES = "page.md", "figures"
 
 
-def write(c: Comparison, seen: str, quick: bool) -> tuple[Path, dict[str, dict[str, str]]]:
-    """Write the page with its figures; return its file, and each model's verdicts."""
+def write(
+    c: Comparison, seen: str, quick: bool, command: str
+) -> tuple[Path, dict[str, dict[str, str]]]:
+    """Write the page with its figures, what is known of whether the text was `seen`, and the
+    command that measured it; return its file, and each model's verdicts."""
     figures = c.out / FIGURES
     figures.mkdir(parents=True, exist_ok=True)
     evidence = Evidence(
@@ -58,7 +59,7 @@ def write(c: Comparison, seen: str, quick: bool) -> tuple[Path, dict[str, dict[s
         "served": served(c),
         "serving": f"{c.effort.requests} requests at once, of which as many run as the KV cache "
         "has room for.",
-        "command": shlex.join(["python", "-m", "training.compare", *sys.argv[1:]]),
+        "command": command,
     }
     write_text(c.out / PAGE, page(evidence, about, plots, FIGURES, quantization))
     return c.out / PAGE, {
