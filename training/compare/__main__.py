@@ -94,6 +94,7 @@ def compare(
     jobs: Annotated[
         int | None, Option(min=1, help="Processes of quantization. Default: one a core.")
     ] = None,
+    force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the page of converted models beside their softmax original.
@@ -147,7 +148,7 @@ def compare(
     checkpoints = [Checkpoint(folder, length) for folder in folders]
     comparison = stages.Comparison(
         checkpoints[0], checkpoints[1:], Data(evaluation=sets, text=text), calibration_text, length,
-        effort, device, jobs or machine.cores(), out,
+        effort, device, jobs or machine.cores(), force, out,
     )  # fmt: skip
     for stage in stages.STAGES:
         stage(comparison)

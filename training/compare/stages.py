@@ -51,6 +51,7 @@ class Comparison:
         effort: how much to measure.
         device: where transformers runs the models.
         jobs: processes of the sweep.
+        force: measure again what is there.
         out: the folder of everything.
         results, quantization, budgets, served: what was measured.
         failures: what failed, and why.
@@ -65,6 +66,7 @@ class Comparison:
     effort: Effort
     device: str
     jobs: int
+    force: bool
     out: Path
     results: list[Stored] = field(default_factory=list)
     quantization: list[SweepResult] = field(default_factory=list)
@@ -133,6 +135,7 @@ def analyses(c: Comparison) -> None:
                     rope_theta_factor=factor,
                     out=c.out / "analysis",
                     device=c.device,
+                    force=c.force,
                 )
                 theta = "" if factor == 1.0 else f", theta x{factor:g}"
                 c.attempt(
@@ -165,7 +168,7 @@ def sweep(c: Comparison) -> None:
         tasks = runner.plan(
             folders, space.configs(), samples, Sources((c.text,), calibration), c.out / "quantized"
         )
-        missing = [task for task in tasks if not runner.is_there(task)]
+        missing = [task for task in tasks if c.force or not runner.is_there(task)]
         jobs = runner.affordable(c.jobs, folders)
         failed = runner.run(missing, jobs, False, lambda result: None)
         c.failures |= {f"quantization, {name}": why for name, why in failed.items()}
