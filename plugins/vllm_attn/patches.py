@@ -68,6 +68,8 @@ POINTS = (
     (f"{COMPRESSED_TENSORS}.schemes:compressed_tensors_wNa16", "WNA16_SUPPORTED_TYPES_MAP"),
     (f"{COMPRESSED_TENSORS}.schemes:compressed_tensors_wNa16", "WNA16_ZP_SUPPORTED_TYPES_MAP"),
     ("vllm.v1.metrics.loggers:AggregateStatLoggerBase", "log_engine_initialized"),
+    ("vllm.config:CompilationConfig", "static_forward_context"),
+    ("vllm.forward_context:ForwardContext", "no_compile_layers"),
 )
 """What the plugins override or call in vLLM and would not miss at import: class, attribute."""
 
@@ -79,9 +81,11 @@ def missing_points() -> list[str]:
 
     def is_there(place: str, attribute: str) -> bool:
         try:
-            return hasattr(resolve_obj_by_qualname(place.replace(":", ".")), attribute)
+            owner = resolve_obj_by_qualname(place.replace(":", "."))
         except (ImportError, AttributeError):
             return False
+        # A dataclass's field without a default is no attribute of the class.
+        return hasattr(owner, attribute) or attribute in getattr(owner, "__dataclass_fields__", ())
 
     return [
         f"{place.partition(':')[2]}.{attribute}"

@@ -40,7 +40,8 @@ for folder, options in asked["jobs"]:
     except Exception as error:
         found = {"refused": str(error).strip()}
     print("FOUND", json.dumps(found), flush=True)
-    if "refused" in found:  # what it leaves behind is not for the next one
+    # What it leaves behind is not for the next one; numba, which drafts, does not start twice.
+    if "refused" in found or "speculative_config" in options:
         break
     gc.collect()
     cleanup_dist_env_and_memory()

@@ -34,6 +34,7 @@ SERVE_ARGS = (
         pytest.param(EVERYTHING, [], id="everything"),
         pytest.param({}, [], id="plain"),
         pytest.param(EVERYTHING, ["--tensor-parallel-size=2"], id="two-ranks"),
+        pytest.param(EVERYTHING, ["--no-enforce-eager"], id="compiled"),
     ],
 )
 def test_same_answers_as_the_reference(

@@ -57,6 +57,7 @@ def check(folder: Path, variants: Sequence[Any], *options: Mapping[str, Any]) ->
     found = answers(jobs, prompts(), NUM_TOKENS)
     for start, variant in zip(range(0, len(jobs), len(runs)), variants, strict=True):
         expected, *others = found[start : start + len(runs)]
+        assert "refused" not in expected, f"{variant}: {expected}"
         for other, option in zip(others, options, strict=True):
             what = f"{variant} with {option}"
             assert "refused" not in other, f"{what}: {other}"
