@@ -236,5 +236,7 @@ def checkpoints(evidence: Evidence) -> str:
         if own := [stored for stored in evidence.results.values() if stored.checkpoint == name]:
             hashes = sorted({str(stored.key["checkpoint"]) for stored in own})
             minutes = sum(stored.seconds for stored in own) / 60
-            rows.append([name, ", ".join(hashes), str(own[0].context), f"{minutes:.0f}"])
+            rows.append(
+                [name, ", ".join(hashes), str(max(one.context for one in own)), f"{minutes:.0f}"]
+            )
     return table(["", "hash of the checkpoint", "training length", "minutes"], rows)
