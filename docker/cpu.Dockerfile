@@ -30,7 +30,7 @@ RUN tools/install.sh project /opt/attnserve \
  && /opt/attnserve/bin/python -m pip uninstall --quiet --yes hatchling editables pip \
  && /opt/attnserve/bin/python -m compileall -q -j 0 -x /py312_ /opt/attnserve/lib
 
-ARG ISAS="amx avx512 avx2"
+ARG ISAS="amx avx512_bf16 avx512 avx2"
 COPY tools/build_kernels.py tools/
 # The folder first: the one that it would make is for its owner alone.
 RUN mkdir /opt/attnserve/kernels \

@@ -1,7 +1,7 @@
 // Many rows of bfloat16 on AMX tiles. Values less the midpoint are exact in bfloat16, so the tiles
 // multiply those, a group at a time, and scales and zero points come afterwards in float32.
 #pragma once
-#include "amx.hpp"
+#include "bf16.hpp"
 #include "packed.hpp"
 
 namespace {

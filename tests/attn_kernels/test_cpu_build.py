@@ -509,6 +509,7 @@ AVX512 = frozenset(build.ISAS["avx512"])
     ("machine", "features", "usable"),
     [
         ("x86_64", frozenset().union(*build.ISAS.values()), tuple(build.ISAS)),
+        ("x86_64", AVX512 | {"avx512_bf16"}, ("avx512_bf16", "avx512", "avx2", "portable")),
         ("x86_64", AVX512 | {"sse2"}, ("avx512", "avx2", "portable")),
         ("x86_64", AVX2 | {"sse2"}, ("avx2", "portable")),
         ("x86_64", AVX512 - {"avx512bw"}, ("avx2", "portable")),  # Knights Landing

@@ -46,7 +46,8 @@ TOLERANCE = 2e-6
 and scores and sums are float32."""
 
 AMX_TOLERANCE = 1e-2
-"""Of bfloat16 on AMX, whose tiles take the weights rounded to bfloat16 (seen: 4e-3)."""
+"""Of bfloat16 on AMX, whose tiles take the weights rounded to bfloat16 (seen: 4e-3), and on
+AVX512-BF16, which does so too."""
 
 SCORE_ROUNDING = 2**-22
 """Error of a float32 score in units of |q||k|: four roundings of half a unit in the last place.
@@ -61,7 +62,7 @@ lssar takes the 15th power of a score."""
 
 
 def tolerance(path: str, dtype: torch.dtype) -> float:
-    if path == "amx" and dtype == torch.bfloat16:
+    if path in ("amx", "avx512_bf16") and dtype == torch.bfloat16:
         return AMX_TOLERANCE
     return TORCH_TOLERANCE if path == "torch" else TOLERANCE
 
@@ -414,6 +415,33 @@ def test_soft_cap_and_alibi(name: str) -> None:
                 path, name, SHAPES[3], window, dtype, threads=1, modified=True
             )
             assert error <= tolerance(path, dtype), (path, window, dtype)
+
+
+@pytest.mark.parametrize("path", paths("lssar")[1:])
+def test_small_weights_of_many_keys(path: str) -> None:
+    """lssar's kernels leave out weights that are small together, and only those: here half of
+    the keys have a weight of 6e-8 each."""
+    n, size = 4096, 32
+    k = torch.zeros(n, 1, size)
+    k[::2, 0, 0], k[1::2, 0, 0] = -1.0, 1.0
+    k[1::2, 0, 1] = 1.75  # between the others, whose s is 0 and 29
+    k[n // 2, 0, 0] = 1.0
+    v = torch.zeros(n, 1, size)
+    v[1::2, 0, 0] = 1.0
+    v[n // 2, 0, 1] = 1.0
+    q = torch.zeros(1, 1, size)
+    q[..., 0] = 1.0
+    variant = get_variant("lssar")
+    dense = (x.double().transpose(0, 1) for x in (q, k, v))
+    expected, _ = reference.attention(variant, *dense, scale=1.0)
+    assert 1e-4 < expected[0, 0, 0] < 1e-3
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = Cache.make(variant, [n], 1, size, 32, dtype)
+        layer = cache.layer(path, variant, 1, scale=1.0, window=None, learned={})
+        layer.write_cache(k.to(dtype), v.to(dtype), cache.slots(0, 0, n))
+        out = torch.zeros(1, 1, size)
+        layer.attend(q, Batch(cache.block_table, torch.tensor([0, 1]), torch.tensor([n])), out)
+        assert relative_error(out[0], expected[0]) <= tolerance(path, dtype)
 
 
 @pytest.mark.parametrize("name", CPU_KERNELS)

@@ -19,9 +19,9 @@ template <class V, class T>
 class Attention : public Accumulators<V, T> {
  public:
   using Base = Accumulators<V, T>;
-  using Base::accumulate, Base::add_values, Base::cache, Base::call, Base::factor, Base::find_span,
-      Base::first_position, Base::first_visible, Base::for_each_span, Base::gather,
-      Base::group_size, Base::head_size, Base::load_state, Base::NARROW, Base::norms,
+  using Base::accumulate, Base::add_listed_values, Base::add_values, Base::cache, Base::call,
+      Base::factor, Base::find_span, Base::first_position, Base::first_visible, Base::for_each_span,
+      Base::gather, Base::group_size, Base::head_size, Base::load_state, Base::NARROW, Base::norms,
       Base::num_spans, Base::prepare, Base::query_offset, Base::ROTATED, Base::save_state,
       Base::scale, Base::score, Base::SCORES, Base::selecting_head, Base::selection, Base::SPAN,
       Base::TILES, Base::variant;
@@ -42,25 +42,27 @@ class Attention : public Accumulators<V, T> {
   // Everything a tile needs, in this thread's arena.
   struct Tile {
     int request, first_position, num_queries, rows, key_begin, key_end, kv_head;
-    int block;            // rows of a block
-    bool amx, has_norms;  // has_norms: those of the span's keys are in per_norm
+    int block;             // rows of a block
+    bool bf16, has_norms;  // has_norms: those of the span's keys are in per_norm
     float *q, *o, *scores, *per_norm;
     float *penalty, *state;               // stateful: [num_queries, keys], and of the span at hand
     float *sums, *rests;                  // gated: of the span's keys, [group, SPAN]
     float *own_sum, *own_rest;            // gated: [rows]
     float *selecting, *selected;          // selector: queries of a block and their scores
-    float* factor;                        // amx: of each row's scores
-    BFloat16 *narrow_q, *narrow_weights;  // amx: [rows, WIDE] and [block, NARROW]
-    BFloat16* last_values;                // amx: the last values of a context, zeros behind them
+    int32_t* columns;                     // sparse: [block, SCORES], of a span
+    float* factor;                        // bf16: of each row's scores
+    BFloat16 *narrow_q, *narrow_weights;  // bf16: [rows, WIDE] and [block, NARROW]
+    BFloat16* last_values;                // bf16: the last values of a context, zeros behind them
     Float32 *wide_keys, *wide_values;
     Row* row;
     Query* query;  // of each row
   };
 
-  // Tiles need bfloat16 on both sides, whole tiles of dims, and those of tokens within a block.
-  bool uses_amx() const {
+  // Products of bfloat16 need it on both sides, whole tiles of dims, and those of tokens in a
+  // block.
+  bool multiplies_bf16() const {
     return TILES && call.query_format == BFLOAT16 && head_size % TILE_DEPTH == 0 &&
-           cache.block_size % TILE_DEPTH == 0 && amx_permitted();
+           cache.block_size % TILE_DEPTH == 0 && bf16_permitted();
   }
 
   Tile make_tile(const Task& task, Arena& arena) const {
@@ -72,8 +74,8 @@ class Attention : public Accumulators<V, T> {
     t.key_begin = task.key_begin;
     t.key_end = task.key_end;
     t.kv_head = task.kv_head;
-    t.amx = uses_amx();
-    t.block = t.amx ? TILE_ROWS : ROWS;
+    t.bf16 = multiplies_bf16();
+    t.block = t.bf16 ? TILE_ROWS : ROWS;
     const size_t rows = padded(t.rows), matrix = rows * WIDE, span = (size_t)SPAN * head_size;
     const size_t keys = round_up(t.key_end - t.key_begin, SPAN) + SPAN;
     arena.allocate(
@@ -84,10 +86,11 @@ class Attention : public Accumulators<V, T> {
         Array{t.state, V::stateful ? SPAN : 0}, Array{t.sums, V::gated ? group_size * SPAN : 0},
         Array{t.rests, V::gated ? group_size * SPAN : 0}, Array{t.own_sum, V::gated ? rows : 0},
         Array{t.own_rest, V::gated ? rows : 0}, Array{t.selecting, call.selector ? ROWS * WIDE : 0},
+        Array{t.columns, V::sparse ? MAX_BLOCK * SCORES : 0},
         Array{t.selected, call.selector ? ROWS * SCORES : 0}, Array{t.row, rows},
-        Array{t.query, rows}, Array{t.factor, rows}, Array{t.narrow_q, t.amx ? matrix : 0},
-        Array{t.narrow_weights, t.amx ? MAX_BLOCK * NARROW : 0},
-        Array{t.last_values, t.amx ? 2 * TILE_DEPTH * PANEL : 0});
+        Array{t.query, rows}, Array{t.factor, rows}, Array{t.narrow_q, t.bf16 ? matrix : 0},
+        Array{t.narrow_weights, t.bf16 ? MAX_BLOCK * NARROW : 0},
+        Array{t.last_values, t.bf16 ? 2 * TILE_DEPTH * PANEL : 0});
     return t;
   }
 
@@ -99,7 +102,7 @@ class Attention : public Accumulators<V, T> {
       float* q = t.q + (ptrdiff_t)r * WIDE;
       t.query[r] = prepare(t.request, position, head, q);
       t.factor[r] = factor(t.query[r]);
-      if (t.amx)  // as it is: its scores are scaled instead
+      if (t.bf16)  // as it is: its scores are scaled instead
         std::copy_n((const BFloat16*)call.query + query_offset(t.request, position, head),
                     head_size, t.narrow_q + (ptrdiff_t)r * WIDE);
       else
@@ -107,7 +110,7 @@ class Attention : public Accumulators<V, T> {
     }
     for (int r = t.rows; r < pad; r++) {
       std::fill_n(t.q + (ptrdiff_t)r * WIDE, head_size, 0.f);
-      if (t.amx) std::fill_n(t.narrow_q + (ptrdiff_t)r * WIDE, head_size, BFloat16{0});
+      if (t.bf16) std::fill_n(t.narrow_q + (ptrdiff_t)r * WIDE, head_size, BFloat16{0});
     }
     if constexpr (V::gated) {
       for (int r = 0; r < t.rows; r++) {
@@ -124,7 +127,7 @@ class Attention : public Accumulators<V, T> {
 
   // With many rows, widening 16-bit panels (and joining small blocks) once pays.
   bool gathers(const Tile& t) const {
-    return !t.amx && t.rows > ROWS && (sizeof(T) < 4 || cache.block_size % SPAN);
+    return !t.bf16 && t.rows > ROWS && (sizeof(T) < 4 || cache.block_size % SPAN);
   }
   // ---- one block of rows against one span
 
@@ -154,10 +157,10 @@ class Attention : public Accumulators<V, T> {
       for (int j = std::max(c.panel_from, g.column); j < last; j += 2 * PANEL) {
         const BFloat16* k = g.keys + (ptrdiff_t)(j - g.column) * head_size;
         if (last - j > PANEL)
-          amx_multiply<2, false>(q, WIDE, k, (ptrdiff_t)head_size * PANEL, head_size, s + j, SCORES,
-                                 g.ahead);
+          multiply_bf16<2, false>(count, q, WIDE, k, (ptrdiff_t)head_size * PANEL, head_size, s + j,
+                                  SCORES, g.ahead);
         else
-          amx_multiply<1, false>(q, WIDE, k, 0, head_size, s + j, SCORES, g.ahead);
+          multiply_bf16<1, false>(count, q, WIDE, k, 0, head_size, s + j, SCORES, g.ahead);
       }
     }
     for (int r = 0; r < count; r++)
@@ -173,7 +176,8 @@ class Attention : public Accumulators<V, T> {
       std::fill(weights + from, weights + c.panel_from, BFloat16{0});
       for (int j = c.panel_from; j < c.panel_to; j += PANEL)
         round_panel(s + r * SCORES + j, weights + j);
-      std::fill(weights + c.panel_to, weights + to, BFloat16{0});
+      // And behind them, where the last tile of a segment that begins between two may end.
+      std::fill(weights + c.panel_to, weights + to + TILE_DEPTH, BFloat16{0});
       if (rescale[r] != 1.f) scale(o + (ptrdiff_t)r * WIDE, head_size, rescale[r]);
     }
     for (int i = 0; i < span.count; i++) {
@@ -186,14 +190,15 @@ class Attention : public Accumulators<V, T> {
             g.values + d / PANEL * g.value_panel + (ptrdiff_t)(first - g.column) * PANEL;
         const BFloat16* weights = t.narrow_weights + first;
         if (whole)
-          amx_multiply<2, true>(weights, NARROW, v, g.value_panel, whole, o + d, WIDE, g.ahead);
+          multiply_bf16<2, true>(count, weights, NARROW, v, g.value_panel, whole, o + d, WIDE,
+                                 g.ahead);
         if (whole == end - first) continue;
         // What is behind the context's end was never written, and may be NaN.
         for (int panel = 0; panel < 2; panel++)
           copy_rows(v + panel * g.value_panel + whole * PANEL, end - first - whole,
                     t.last_values + panel * TILE_DEPTH * PANEL);
-        amx_multiply<2, true>(weights + whole, NARROW, t.last_values, TILE_DEPTH * PANEL,
-                              TILE_DEPTH, o + d, WIDE, 0);
+        multiply_bf16<2, true>(count, weights + whole, NARROW, t.last_values, TILE_DEPTH * PANEL,
+                               TILE_DEPTH, o + d, WIDE, 0);
       }
     }
   }
@@ -208,8 +213,12 @@ class Attention : public Accumulators<V, T> {
   }
 
   void mask(const Tile& t, int begin, int first, int count, const Columns& c, float* s) const {
+    const Query &earliest = t.query[first], &latest = t.query[first + count - 1];
+    if (begin + c.panel_to <= earliest.position + 1 &&
+        begin + c.panel_from >= std::max(first_visible(latest.position), t.key_begin))
+      return;
     for (int r = 0; r < count; r++, s += SCORES) {
-      const int position = t.first_position + (first + r) / group_size;
+      const int position = t.query[first + r].position;
       const int from = std::max(first_visible(position), t.key_begin) - begin;
       const int to = std::max(position + 1 - begin, c.panel_from);
       for (int j = c.panel_from; j < std::min(from, c.panel_to); j++) s[j] = V::masked;
@@ -251,7 +260,7 @@ class Attention : public Accumulators<V, T> {
   void score_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
                    float* s) const {
     if constexpr (std::is_same_v<U, BFloat16>) {
-      if (t.amx)
+      if (t.bf16)
         score_tiles(t, span, first, count, c, s);
       else
         score(span, count, t.q + (ptrdiff_t)first * WIDE, s, c.panel_from, c.panel_to);
@@ -262,9 +271,11 @@ class Attention : public Accumulators<V, T> {
       // The product before has fetched the keys, in several streams.
       if (!t.has_norms) norms(span, t.per_norm);
       t.has_norms = true;
-      for (int r = 0; r < count; r++)
-        for (int j = c.panel_from; j < c.panel_to; j += WIDTH)
-          store(s + r * SCORES + j, load(s + r * SCORES + j) * load(t.per_norm + j));
+      for (int j = c.panel_from; j < c.panel_to; j += WIDTH) {
+        const Vec per_norm = load(t.per_norm + j);
+        for (int r = 0; r < count; r++)
+          store(s + r * SCORES + j, load(s + r * SCORES + j) * per_norm);
+      }
     }
     if constexpr (!V::unit_keys && !V::stateful) modify(t, span.begin, first, count, c, s);
     if constexpr (V::biased || V::gated) {
@@ -301,12 +312,24 @@ class Attention : public Accumulators<V, T> {
   void output_block(Tile& t, const Span<U>& span, int first, int count, const Columns& c,
                     float* s) const {
     float rescale[MAX_BLOCK] = {};
+    if constexpr (V::sparse && std::is_same_v<U, Float32>) {
+      int listed[MAX_BLOCK];
+      s += c.panel_from;
+      for (int r = 0; r < count; r++)
+        listed[r] = keep_above(variant.cutoff(t.row[first + r]), c.panel_to - c.panel_from,
+                               c.panel_from, s + r * SCORES, t.columns + r * SCORES);
+      for (int r = 0; r < count; r++)
+        rescale[r] = variant.update(t.row[first + r], s + r * SCORES,
+                                    round_up(listed[r], 2 * PANEL), t.query[first + r]);
+      return add_listed_values(span, count, s, t.columns, listed, t.o + (ptrdiff_t)first * WIDE,
+                               rescale);
+    }
     for (int r = 0; r < count; r++)
       rescale[r] = variant.update(t.row[first + r], s + r * SCORES + c.panel_from,
                                   c.panel_to - c.panel_from, t.query[first + r]);
     float* o = t.o + (ptrdiff_t)first * WIDE;
     if constexpr (std::is_same_v<U, BFloat16>) {
-      if (t.amx) return add_values_tiles(t, span, count, c, s, o, rescale);
+      if (t.bf16) return add_values_tiles(t, span, count, c, s, o, rescale);
     }
     add_values(span, count, s, c.from, c.to, o, rescale);
   }
@@ -343,7 +366,7 @@ class Attention : public Accumulators<V, T> {
 
   void run_pass(Tile& t, const Task& task, Pass pass) const {
     std::optional<AmxTiles> tiles;
-    if (t.amx) tiles.emplace(std::min(t.rows, TILE_ROWS));
+    if (t.bf16) tiles.emplace(std::min(t.rows, TILE_ROWS));
     for_each_span(t.request, t.kv_head, t.key_begin, t.key_end, [&](const Span<T>& span) {
       if (gathers(t))
         span_pass(t, task,

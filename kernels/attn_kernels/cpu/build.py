@@ -55,6 +55,7 @@ AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 ISAS = {
     "amx": (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512_bf16": (*AVX512, "avx512_bf16"),
     "avx512": AVX512,
     "avx2": AVX2,
     "portable": (),
@@ -151,6 +152,12 @@ def included(header: Path) -> set[Path]:
     return found
 
 
+def flags_of(isa: str) -> list[str]:
+    """Return the compiler's flags for one of `ISAS`."""
+    features = [feature.replace("amx_", "amx-").replace("2_", "2") for feature in ISAS[isa]]
+    return [*FLAGS, *(f"-m{feature}" for feature in features)]
+
+
 @functools.cache
 def build_library(header: Path, struct: str, isa: str, quantized: bool = False) -> Path:
     """Return the shared library of the variant whose C++ struct is `struct` in `header`, for plain
@@ -189,8 +196,7 @@ def compile_library(
     Raises:
         BuildError: no compiler, it failed, or the cache cannot be written.
     """
-    features = [feature.replace("amx_", "amx-").replace("2_", "2") for feature in ISAS[isa]]
-    flags = [*FLAGS, *(f"-m{feature}" for feature in features), f"-D{define}"]
+    flags = [*flags_of(isa), f"-D{define}"]
     key = hashlib.sha256("\0".join([platform.machine(), *flags]).encode())
     for place, read in sorted((f"{read.parent.name}/{read.name}", read) for read in reads):
         key.update(place.encode() + b"\0" + read.read_bytes())

@@ -13,6 +13,9 @@ constexpr int PARTS = PANEL / WIDTH;
 // Panels that a few rows read side by side: four streams of memory are faster than one.
 constexpr int STREAMS = REGISTERS == 32 ? 4 : 1;
 
+// Panels whose listed rows a row of A meets at a time.
+constexpr int LISTED_PANELS = REGISTERS == 32 ? 4 : 2;
+
 // Into the second-level cache: what is fetched is a block away.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -20,13 +23,20 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // starts at `panels + p * panel_stride` (in objects of T), at an even row. With ADD false, C is
 // overwritten. `ahead` is how many bytes behind a panel the memory lies that is to be fetched
 // meanwhile: a few rows wait for memory, and the processor's own prefetcher stops at every page.
-template <int R, int NP, int LDA, int LDC, bool ADD, class T>
+// With LISTED, A's columns meet the panels' rows `listed[0], listed[1], ...`, and nothing is
+// fetched.
+template <int R, int NP, int LDA, int LDC, bool ADD, bool LISTED = false, class T>
 inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, ptrdiff_t depth,
-                     float* c, const float* rescale, ptrdiff_t ahead) {
+                     float* c, const float* rescale, ptrdiff_t ahead,
+                     const int32_t* listed = nullptr) {
+  static_assert(!LISTED || T::PAIR == 1);
   constexpr int N = NP * PARTS, PAIR = T::PAIR;
-  // A row or two alone would wait for each addition: so many sums run side by side.
-  constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4, STEP = CHAINS > PAIR ? CHAINS : PAIR;
+  // A row or two alone would wait for each addition: so many sums run side by side. Not of a list,
+  // behind whose pairs there is a rest or none, which no processor foretells.
+  constexpr int CHAINS = LISTED || R * N >= 8 ? 1 : R * N >= 4 ? 2 : 4;
+  constexpr int STEP = CHAINS > PAIR ? CHAINS : PAIR;
   const auto at = [&](ptrdiff_t k, int j) {
+    if constexpr (LISTED) k = listed[k];
     return panels + j / PARTS * panel_stride + units<T>(k * PANEL + j % PARTS * WIDTH * PAIR);
   };
   Vec sum[CHAINS][R][N] = {};
@@ -38,7 +48,7 @@ inline void multiply(const float* a, const T* panels, ptrdiff_t panel_stride, pt
 #pragma GCC unroll 4
       for (int j = 0; j < N; j++) {
         const T* p = at(k + pair, j);
-        if constexpr (R <= 4) prefetch((const char*)p + ahead);
+        if constexpr (R <= 4 && !LISTED) prefetch((const char*)p + ahead);
         load_rows(p, b[j]);
       }
 #pragma GCC unroll 2

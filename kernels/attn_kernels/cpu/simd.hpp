@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -69,6 +70,15 @@ constexpr ptrdiff_t units(ptrdiff_t elements) {
 template <>
 constexpr ptrdiff_t units<Int4>(ptrdiff_t elements) {
   return elements / 2;
+}
+
+// f(N, i) for the floats [i, i + N * WIDTH) of `count`, and f(1, i) for each vector of the rest: N
+// of them side by side where each step of a calculation waits for the one before.
+template <int N, class F>
+inline void side_by_side(int count, F&& f) {
+  int i = 0;
+  for (; i + N * WIDTH <= count; i += N * WIDTH) f(std::integral_constant<int, N>(), i);
+  for (; i < count; i += WIDTH) f(std::integral_constant<int, 1>(), i);
 }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
@@ -164,6 +174,34 @@ inline void load_rows(const Int4* p, Vec rows[2]) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// Moves those of `count` values, whole vectors, that are above `least` to the front, and zeros
+// behind them for two panels. `columns` [count] gets which they are, the first value being number
+// `first`. Returns how many there are.
+inline int keep_above(float least, int count, int first, float* values, int32_t* columns) {
+  int kept = 0;
+#if defined(__AVX512F__)
+  IntVec numbers = IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first;
+  for (int i = 0; i < count; i += WIDTH, numbers += WIDTH) {
+    const Vec v = load(values + i);
+    const __mmask16 above = _mm512_cmp_ps_mask(v, broadcast(least), _CMP_GT_OQ);
+    // Compressed in registers: to memory it is many times slower on some processors.
+    store(values + kept, _mm512_maskz_compress_ps(above, v));
+    _mm512_storeu_si512(columns + kept, _mm512_maskz_compress_epi32(above, (__m512i)numbers));
+    kept += __builtin_popcount(above);
+  }
+#else
+  for (int i = 0; i < count; i++) {
+    const float v = values[i];
+    values[kept] = v;
+    columns[kept] = first + i;
+    kept += v > least;
+  }
+#endif
+  for (int i = 0; i < 2 * PANEL; i += WIDTH) store(values + kept + i, Vec{});
+  return kept;
+}
+
 inline void store_bytes(void* p, IntVec v) {  // the low byte of each lane
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
@@ -278,10 +316,10 @@ inline float larger(float a, float b) { return a > b ? a : b; }  // std::fmax is
 struct Whole {
   Vec n, power;
   Whole(Vec y, float exponent) {
-    const float rounder = ROUNDER - exponent;
+    const float rounder = ROUNDER + 127 - exponent;
     const Vec bits = y + rounder;
     n = bits - rounder;
-    power = (Vec)(((IntVec)bits << 23) + (127 << 23));
+    power = (Vec)((IntVec)bits << 23);
   }
 };
 inline float power_of_two(float n) {
@@ -292,21 +330,40 @@ inline float power_of_two(float n) {
 }
 
 // (2^r - 1) for |r| <= 1/2, with a relative error of 1e-8 before rounding.
+template <int N>
+inline void exp2m1_fraction(Vec (&r)[N]) {
+  constexpr float POLYNOMIAL[] = {0.00133907353f, 0.00961823761f, 0.0555035733f, 0.240226492f,
+                                  0.693147182f};
+  Vec p[N];
+  for (Vec& each : p) each = broadcast(0.000154035122f);
+#pragma GCC unroll 5
+  for (float coefficient : POLYNOMIAL)
+    for (int i = 0; i < N; i++) p[i] = p[i] * r[i] + coefficient;
+  for (int i = 0; i < N; i++) r[i] *= p[i];
+}
 inline Vec exp2m1_fraction(Vec r) {
-  Vec p = broadcast(0.000154035122f);
-  p = p * r + 0.00133907353f;
-  p = p * r + 0.00961823761f;
-  p = p * r + 0.0555035733f;
-  p = p * r + 0.240226492f;
-  p = p * r + 0.693147182f;
-  return p * r;
+  Vec one[1] = {r};
+  exp2m1_fraction(one);
+  return one[0];
 }
 
 // 2^(y - exponent) for y <= exponent + 127; exactly 0 below exponent - 127. NaN stays NaN.
+template <int N>
+inline void exp2(Vec (&y)[N], float exponent = 0.f) {
+  Vec power[N];
+  for (int i = 0; i < N; i++) {
+    y[i] = max(broadcast(exponent - 127.f), y[i]);
+    const Whole whole(y[i], exponent);
+    y[i] -= whole.n;
+    power[i] = whole.power;
+  }
+  exp2m1_fraction(y);
+  for (int i = 0; i < N; i++) y[i] = y[i] * power[i] + power[i];
+}
 inline Vec exp2(Vec y, float exponent = 0.f) {
-  y = max(broadcast(exponent - 127.f), y);
-  const Whole whole(y, exponent);
-  return exp2m1_fraction(y - whole.n) * whole.power + whole.power;
+  Vec one[1] = {y};
+  exp2(one, exponent);
+  return one[0];
 }
 
 // m / (m + 2) with m = e^2|x| - 1, which keeps small x exact.
@@ -318,18 +375,18 @@ inline Vec tanh(Vec x) {
   return x < 0.f ? -t : t;
 }
 
-// log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity.
-inline Vec softplus2(Vec y) {
-  const Vec u = exp2(-absolute(y));
-  Vec p = broadcast(-0.00468013622f);
-  p = p * u + 0.0286395941f;
-  p = p * u - 0.0821752176f;
-  p = p * u + 0.152978376f;
-  p = p * u - 0.220813006f;
-  p = p * u + 0.283863783f;
-  p = p * u - 0.360012054f;
-  p = p * u + 0.480849713f;
-  p = p * u - 0.72134614f;
-  p = p * u + 1.44269502f;
-  return p * u + max(Vec{}, y);
+// log2(1 + 2^y), that is softplus in units of ln 2; 0 at -infinity. Several vectors side by side,
+// since each step waits for the one before.
+template <int N>
+inline void softplus2(Vec (&y)[N]) {
+  constexpr float POLYNOMIAL[] = {-0.0425670631f, 0.112856194f, -0.197118968f, 0.275641411f,
+                                  -0.358408481f,  0.480692953f, -0.721340179f, 1.44269502f};
+  Vec u[N], p[N];
+  for (int i = 0; i < N; i++) u[i] = (Vec)((IntVec)y[i] | (int32_t)0x80000000);  // -|y|
+  exp2(u);
+  for (Vec& each : p) each = broadcast(0.00754918205f);
+#pragma GCC unroll 8
+  for (float coefficient : POLYNOMIAL)
+    for (int i = 0; i < N; i++) p[i] = p[i] * u[i] + coefficient;
+  for (int i = 0; i < N; i++) y[i] = p[i] * u[i] + max(Vec{}, y[i]);
 }

@@ -1,6 +1,6 @@
 // The keys and values of requests, a span at a time, and the two products with them.
 #pragma once
-#include "amx.hpp"
+#include "bf16.hpp"
 #include "call.hpp"
 #include "matmul.hpp"
 
@@ -17,14 +17,14 @@ class Spans {
  public:
   // Keys whose scores are in flight at once: those of a block of rows stay in the first-level
   // cache. Tiles multiply so fast that the rest of a span's work counts.
-  static constexpr bool TILES = HAS_AMX && std::is_same_v<T, BFloat16>;
-  static constexpr int SPAN = TILES ? 256 : 128;
+  static constexpr bool TILES = HAS_BF16 && std::is_same_v<T, BFloat16>;
+  static constexpr int SPAN = TILES && HAS_AMX ? 256 : 128;
   // Queries, keys, values and sums of outputs are all rotated (quantized.hpp).
   static constexpr bool ROTATED = std::is_same_v<T, Int4>;
-  static constexpr int SCORES = SPAN + PANEL;      // row stride of scores
+  static constexpr int SCORES = SPAN + 2 * PANEL;  // row stride of scores
   static constexpr int NARROW = SPAN + 2 * PANEL;  // row stride of bfloat16 weights
 
-  static constexpr float ones[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  static constexpr float ones[MAX_BLOCK] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
   const AttendCall& call;
   const Cache<T> cache;
@@ -287,6 +287,39 @@ class Spans {
         for (int r = 0; r < rows; r++)
           for (int d = 0; d < head_size; d += WIDTH)
             store(o + r * WIDE + d, load(o + r * WIDE + d) + added[r]);
+      rescale = ones;
+    }
+  }
+
+  // The same where few weights are not 0: `listed` of each row, of the keys `columns` [rows,
+  // SCORES].
+  void add_listed_values(const Span<Float32>& span, int rows, const float* weights,
+                         const int32_t* columns, const int* listed, float* o,
+                         const float* rescale) const {
+    int done[MAX_BLOCK] = {}, until[MAX_BLOCK];
+    for (int i = 0; i < span.count; i++) {
+      const Segment<Float32>& g = span.segments[i];
+      for (int r = 0; r < rows; r++) {
+        const int32_t* list = columns + r * SCORES;
+        until[r] = listed[r];
+        if (i + 1 < span.count)
+          until[r] = std::lower_bound(list + done[r], list + listed[r], g.column + g.length) - list;
+      }
+      // All rows meet the values of a few panels, which the first-level cache holds.
+      const auto add = [&](auto panels, int d) {
+        const Float32* v = g.values + d / PANEL * g.value_panel - (ptrdiff_t)g.column * PANEL;
+        for (int r = 0; r < rows; r++) {
+          const int next = r * SCORES + done[r];
+          multiply<1, panels(), SCORES, WIDE, true, true>(
+              weights + next, v, g.value_panel, until[r] - done[r], o + (ptrdiff_t)r * WIDE + d,
+              rescale + r, 0, columns + next);
+        }
+      };
+      int d = 0;
+      for (; d + LISTED_PANELS * PANEL <= head_size; d += LISTED_PANELS * PANEL)
+        add(std::integral_constant<int, LISTED_PANELS>(), d);
+      for (; d < head_size; d += PANEL) add(std::integral_constant<int, 1>(), d);
+      std::copy_n(until, rows, done);
       rescale = ones;
     }
   }

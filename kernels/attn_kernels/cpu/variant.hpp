@@ -19,6 +19,8 @@
 // two_pass         `update_statistics` sees all scores first (and may change them, for `update`),
 //                  `merge_statistics` adds up parts of a split context, `finish_statistics` ends
 //                  the pass
+// sparse           of two passes, where most weights are 0: those of scores up to `cutoff(row)`,
+//                  which `update` may then not be given (others come in order, zeros behind them)
 // stateful         each token has a float32 accumulator: `penalise` scores by it, then add
 //                  `selection` of head 0's score
 #pragma once
@@ -49,6 +51,7 @@ struct OnePass {
   static constexpr bool biased = false;
   static constexpr bool gated = false;
   static constexpr bool two_pass = false;
+  static constexpr bool sparse = false;
   static constexpr bool stateful = false;
 
   template <class Row>

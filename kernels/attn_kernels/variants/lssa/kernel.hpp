@@ -14,19 +14,27 @@ struct LSSA : OnePass {
     return scale * std::log(query.n) / larger(query.norm, 1e-12f);
   }
 
+  // Turns `count` scores into s, in place; each vector of them is seen.
+  template <class F>
+  static void softplus(float* s, int count, F&& see) {
+    side_by_side<REGISTERS / 8>(count, [&](auto n, int i) {
+      Vec w[n()];
+      for (int k = 0; k < n(); k++) w[k] = load(s + i + k * WIDTH);
+      softplus2(w);
+      for (int k = 0; k < n(); k++) {
+        store(s + i + k * WIDTH, w[k]);
+        see(w[k]);
+      }
+    });
+  }
+
   struct Row {
     Vec sum = {};
   };
 
   // Scores are bounded by ln(d) ln(n): there is no running maximum, and the unit ln 2 cancels.
   float update(Row& row, float* s, int count, const Query&) const {
-    Vec sum = {};
-    for (int i = 0; i < count; i += WIDTH) {
-      const Vec w = softplus2(load(s + i));
-      store(s + i, w);
-      sum += w;
-    }
-    row.sum += sum;
+    softplus(s, count, [&](Vec w) { row.sum += w; });
     return 1.f;
   }
 

@@ -4,58 +4,56 @@
 #include "lssa/kernel.hpp"
 
 struct LSSAR : LSSA {
-  static constexpr bool two_pass = true;
+  static constexpr bool two_pass = true, sparse = true;
 
   float power;
   bool by_squaring;  // a whole power
-  // Smaller bases are taken as 0: their powers are subnormal, which processors handle slowly.
-  float least;
 
   explicit LSSAR(const Parameters& p)
-      : LSSA(p),
-        power(p.values[0]),
-        by_squaring(power == std::floor(power) && power <= 64.f),
-        least(std::exp2(-126.f / power)) {}
+      : LSSA(p), power(p.values[0]), by_squaring(power == std::floor(power) && power <= 64.f) {}
 
   struct Row {
-    double row_sum = 0.;  // of s over the visible keys; its error is raised to the power
-    float row_max = 0.f, mean = 0.f;  // of s
-    float per_spread = 0.f;           // 1 / (row_max - mean); 0 says that all scores are equal
-    Vec sum = {};                     // of the weights
+    double row_sum = 0.;     // of s over the visible keys; its error is raised to the power
+    Vec row_max = {};        // of s
+    float mean = 0.f;        // of s
+    float per_spread = 0.f;  // 1 / (largest - mean); 0 says that all scores are equal
+    float least = 0.f;       // (s - mean) * per_spread up to which weights are 0
+    Vec sum = {};            // of the weights
   };
 
   // First pass: scores become s, and the row gathers their sum and maximum.
   void update_statistics(Row& row, float* s, int count, const Query&) const {
-    Vec sum = {}, row_max = {};
-    for (int i = 0; i < count; i += WIDTH) {
-      const Vec w = softplus2(load(s + i));
-      store(s + i, w);
+    Vec sum = {}, row_max = row.row_max;
+    softplus(s, count, [&](Vec w) {
       sum += w;
       row_max = max(row_max, w);
-    }
+    });
     row.row_sum += horizontal_sum(sum);
-    row.row_max = larger(row.row_max, horizontal_max(row_max));
+    row.row_max = row_max;
   }
 
   void merge_statistics(Row& row, const Row& other) const {
     row.row_sum += other.row_sum;
-    row.row_max = larger(row.row_max, other.row_max);
+    row.row_max = max(row.row_max, other.row_max);
   }
 
   void finish_statistics(Row& row, const Query& query) const {
     row.mean = query.n <= 3.f ? 0.f : (float)(row.row_sum / query.n);
-    const float spread = row.row_max - row.mean;
-    row.per_spread = spread <= 16 * 0x1p-23f * row.row_max ? 0.f : 1.f / spread;
+    const float largest = horizontal_max(row.row_max), spread = largest - row.mean;
+    row.per_spread = spread <= 16 * 0x1p-23f * largest ? 0.f : 1.f / spread;
+    // Smaller bases are taken as 0: the powers of all of them together are less than a unit in the
+    // last place of the largest one, which is 1.
+    row.least = std::exp2((-23.f - std::log2(query.n)) / power);
+  }
+
+  float cutoff(const Row& row) const {
+    return row.per_spread == 0.f ? 0.f : row.mean + row.least / row.per_spread;
   }
 
   // Second pass.
   float update(Row& row, float* s, int count, const Query&) const {
-    constexpr int SIDE_BY_SIDE = REGISTERS / 4;
     Vec sum = {};
-    int i = 0;
-    for (; i + SIDE_BY_SIDE * WIDTH <= count; i += SIDE_BY_SIDE * WIDTH)
-      sum += to_weights<SIDE_BY_SIDE>(row, s + i);
-    for (; i < count; i += WIDTH) sum += to_weights<1>(row, s + i);
+    side_by_side<2>(count, [&](auto n, int i) { sum += to_weights<n()>(row, s + i); });
     row.sum += sum;
     return 1.f;
   }
@@ -69,7 +67,7 @@ struct LSSAR : LSSA {
       if (row.per_spread == 0.f)
         w[i] = x > 0.f ? broadcast(1.f) : Vec{};  // masked keys have s = 0
       else
-        w[i] = base > least ? base : Vec{};
+        w[i] = base > row.least ? base : Vec{};
     }
     raise(w);
     for (int i = 0; i < N; i++) {
