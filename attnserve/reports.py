@@ -68,7 +68,7 @@ class Verdict(StrEnum):
 
     AGREES = "agrees"
     DISAGREES = "does not agree"
-    UNDECIDED = "cannot be shown at this size"
+    UNDECIDED = "cannot be shown here"
     MISSING = "not measured"
 
 

@@ -125,7 +125,7 @@ class WatchedScorer(TransformersScorer):
 
     def __init__(self, model: PreTrainedModel, watcher: Recorder | KLComparison) -> None:
         # Not TransformersScorer's, which loads a model and makes it attend in tiles, without cache.
-        self.model, self.watcher, self.quiet = model, watcher, True
+        self.model, self.watcher, self.quiet, self.device = model, watcher, True, "cpu"
         self._text = ""
         self._index: dict[int, int] = {}
 

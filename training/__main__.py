@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnserve.command import run_package
 from training.analyze.__main__ import analyze
 from training.checkpoints import checkpoints
+from training.compare.__main__ import compare
 from training.convert import convert
 from training.learning_rate import learning_rate
 from training.long_context import long_context
@@ -18,6 +19,7 @@ COMMANDS = (
     tokenizer,
     tokens,
     convert,
+    compare,
     long_context,
     analyze,
     report,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from attnserve.errors import UserError
 from attnserve.files import CHECKOUT
 
 EXAMPLE = '{"name": "lssar", "power": 3}'
@@ -35,6 +36,18 @@ def variant_entry(text: str) -> dict[str, Any]:
 def variant_name(text: str) -> str:
     """Return the name of a registered variant."""
     return str(variant_entry(text)["name"])
+
+
+def device_of(named: str | None) -> str:
+    """Return the device that is named, else cuda if there is one, else cpu."""
+    import torch
+
+    device = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda") or (
+        device != "cpu" and not torch.cuda.is_available()
+    ):
+        raise UserError(f"there is no device {device}: leave out --device")
+    return device
 
 
 Variant = Annotated[

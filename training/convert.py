@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from attnserve.command import AsJson, main, needs, options_of
 from attnserve.errors import UserError
-from training.arguments import Variant
+from training.arguments import Variant, device_of
 from training.recipe import LEARNING_RATES, Conversion, FineTuning
 
 
@@ -71,8 +71,6 @@ def convert(
     made. A chat template or pad token that SRC lacks is added. An interrupted fine-tuning is kept
     in OUT.part: the same command goes on from there.
     """
-    import torch
-
     from training import conversion
 
     if out.exists():
@@ -83,11 +81,7 @@ def convert(
         raise UserError("--steps (or --minutes) and --data go together: give both or neither")
     if not tuning.tunes and (tuning.distill or tuning.blend):
         raise UserError("--distill and --blend are of a fine-tuning: give --steps and --data too")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] not in ("cpu", "cuda") or (
-        device != "cpu" and not torch.cuda.is_available()
-    ):
-        raise UserError(f"there is no device {device}: leave out --device")
+    device = device_of(device)
     if not tuning.learning_rate:
         tuning = replace(tuning, learning_rate=LEARNING_RATES[tuning.train])
     compile_it = device != "cpu" if compiled is None else compiled

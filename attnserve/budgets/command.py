@@ -58,6 +58,9 @@ def budgets(
             help=f"Budgets for the table, tokens a layer. Default: {' '.join(map(str, UNIFORM))}.",
         ),
     ] = None,
+    no_search: Annotated[
+        bool, Option("--no-search", help="Only --uniform budgets, which takes much less time.")
+    ] = False,
     seed: Annotated[int, Option(help="Seed of random eviction.")] = 0,
     text: Texts = None,
     books: Books = None,
@@ -125,6 +128,7 @@ def budgets(
         step=step,
         uniform=kept,
         seed=seed,
+        searched=not no_search,
     )
     file = found.write(out or (FOLDER if parts.kind == "novels" else runs / "budgets"))
     if plot:

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AutoModelForCausalLM
 
 from attn_kernels import attend, get_variant, variant_from_config
 from attn_kernels.pruning import FRACTION_BITS
@@ -14,6 +13,7 @@ from attn_kernels.variants.softmax import is_softmax
 from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
+from attnserve.evaluation.scorers import load_llama
 from attnserve.evaluation.texts import Text, fingerprint
 from attnserve.evaluation.tiled import project
 from attnserve.files import Journal
@@ -22,32 +22,31 @@ from hf_attn import VariantLlamaForCausalLM
 Budgets = tuple[int, ...]  # tokens that each layer keeps
 Losses = list[float]  # each sequence's mean loss in nats per token
 
-BATCH = 8  # sequences of a batch: a layer holds a few matrices of `BATCH * length ** 2` numbers
+BATCH_SCORES = 2**21  # a layer holds a few matrices of this many numbers, or of one sequence's
 
 
 class Forward:
-    """A model in float32, of a prunable variant or of softmax; `seed` is of random eviction."""
+    """A Llama in float32, of a prunable variant or of softmax; `seed` is of random eviction."""
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
         config = checkpoint.config
         variant = variant_from_config(config) or get_variant("softmax")
-        if config.model_type != "variant_llama" or not (
+        if config.model_type not in ("llama", "variant_llama") or not (
             variant.prunable or variant.name == "softmax"
         ):
             raise UserError(
                 f"{checkpoint.folder} is a {config.model_type} with {variant.name} attention: "
-                "budgets are measured for a variant_llama with a prunable variant or softmax"
+                "budgets are measured for a Llama with a prunable variant or softmax"
             )
-        if config.sliding_window:
+        if getattr(config, "sliding_window", None):
             raise UserError(
                 f"{checkpoint.folder} has a sliding window, which budgets are not measured with"
             )
         self.checkpoint = checkpoint
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-        self.model: VariantLlamaForCausalLM = model.eval()
+        self.model: VariantLlamaForCausalLM = load_llama(checkpoint.folder)
         self.seed = seed
         self.variant = variant
-        self.layers = len(model.model.layers)
+        self.layers = len(self.model.model.layers)
 
     @torch.no_grad()
     def embed(self, inputs: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ class Forward:
         found: Losses = []
         for start, part in self._batches(hidden):
             logits = self.model.lm_head(self.model.model.norm(part))
-            wanted = targets[start : start + BATCH]
+            wanted = targets[start : start + len(part)]
             each = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
             found += each.view(wanted.shape).double().mean(1).tolist()
         return found
@@ -92,7 +91,8 @@ class Forward:
 
     @staticmethod
     def _batches(hidden: Tensor) -> list[tuple[int, Tensor]]:
-        return [(BATCH * i, part) for i, part in enumerate(hidden.split(BATCH))]
+        size = max(1, BATCH_SCORES // hidden.shape[1] ** 2)
+        return [(size * i, part) for i, part in enumerate(hidden.split(size))]
 
     def _layer(self, index: int, hidden: Tensor, start: int, budget: int, rule: str) -> Tensor:
         layer = self.model.model.layers[index]

@@ -7,7 +7,7 @@ from pathlib import Path
 from attnserve import machine
 from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import Found, compare
-from attnserve.budgets.search import Target, Validation, find, higher
+from attnserve.budgets.search import Target, Validation, equal, find, higher
 from attnserve.budgets.texts import Parts
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
@@ -48,8 +48,10 @@ def run(
     step: int,
     uniform: Collection[int],
     seed: int,
+    searched: bool = True,
 ) -> Found:
-    """Search budgets for every target, and compare them with other ways of evicting.
+    """Search budgets for every target, and compare them with other ways of evicting. Where they are
+    not to be searched, the targets are looked for among the uniform ones.
 
     The arguments are options of the command, as `attnserve budgets --help` explains them.
     """
@@ -75,14 +77,14 @@ def run(
         limits.insert(0, (reference.name, unpruned.value + allowance.value))
     if not limits:
         raise UserError("there is no target: give --rise or --max-loss")
-    targets, path = find(validation, limits)
     length = len(parts.test.sequences[0])
     budgets = sorted((one for one in uniform if one < length), reverse=True)
+    targets, path = find(validation, limits) if searched else equal(validation, limits, budgets)
     rows = compare(
         Measured(model, parts.test, runs),
         None if softmax is None else Measured(softmax, parts.test, runs),
         budgets,
-        chosen(targets, path, [one * model.layers for one in uniform]),
+        chosen(targets, path, [one * model.layers for one in uniform]) if searched else {},
     )
     about = {
         "checkpoint": own.name,
@@ -91,7 +93,7 @@ def run(
         "text_from": parts.kind,
         "texts": parts.digests,
         "length": length,
-        "step": step,
+        "step": step if searched else None,
         "sequences": {
             "search": len(parts.search),
             "judged": len(parts.judge),

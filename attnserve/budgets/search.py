@@ -8,7 +8,7 @@ So searches with several limits have all but their ends in common.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -176,6 +176,23 @@ def find(
     unpruned = np.mean(validation.looked_at.losses(RULE, validation.looked_at.full))
     path = {point.budgets: float(point.loss - unpruned) for point in points}
     return [target for target, _ in reached], path
+
+
+def equal(
+    validation: Validation, limits: Sequence[tuple[str, float]], sizes: Collection[int]
+) -> tuple[list[Target], dict[Budgets, float]]:
+    """Return what `find` does, without a search: of budgets that are equal in all layers, `sizes`
+    and the whole length, the smallest within each limit. All are judged on the same sequences."""
+    judged, unpruned = validation.judged, validation.unpruned.value
+    layers = len(judged.full)
+    tried = [judged.full, *((size,) * layers for size in sizes)]
+    losses = {budgets: float(np.mean(judged.losses(RULE, budgets))) for budgets in tried}
+    targets = []
+    for name, limit in limits:
+        within = [budgets for budgets, loss in losses.items() if loss <= limit]
+        best = min(within, key=sum, default=judged.full)
+        targets.append(Target(name, limit, list(best), losses[best], bool(within)))
+    return targets, {budgets: loss - unpruned for budgets, loss in losses.items()}
 
 
 def higher(loss: float, percent: float) -> float:

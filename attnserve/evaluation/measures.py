@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import SETS
+from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate
 from attnserve.evaluation.scorers import Scorer
@@ -20,6 +21,12 @@ class Data:
     # What `attnserve.evaluation.books.split` splits; None: the fetched novels.
     books: Path | None = None
     evaluation: Path | None = None  # the sets that `SETS` names; None: there are none
+    text: Path | None = None  # a text to measure on in place of the novels
+
+    @property
+    def test(self) -> Path:
+        """Return the text that is measured on: the test novel, or the one in its place."""
+        return self.text or split(self.books).test
 
     @property
     def sets(self) -> Path:

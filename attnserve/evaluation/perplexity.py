@@ -90,22 +90,31 @@ def table(scores: Sequence[Score]) -> str:
 
 @dataclass(frozen=True)
 class Perplexity(Measure):
-    """Perplexity per token, word and byte of the held-out books and of WikiText-2's test text, from
-    their beginnings, as training sees text: in sequences that each start anew."""
+    """Perplexity per token, word and byte of the held-out books, or of the text in their place, and
+    of WikiText-2's test text, which only the books make a must: from their beginnings, as training
+    sees text, in sequences that each start anew."""
 
     name: ClassVar[str] = "perplexity"
     counts: ClassVar[tuple[str, ...]] = ("sequences",)
 
     sequences: int = 128  # of each text, of the training length
 
+    def texts(self, data: Data) -> dict[str, Path]:
+        """Return the files by their names among `TEXTS`."""
+        found = {"test": data.test}
+        if data.text is None:
+            found = {"validation": split(data.books).validation} | found
+        if data.text is None or data.evaluation is not None:
+            found["wikitext2"] = data.sets / "wikitext2_test_raw.txt"
+        return found
+
     def files(self, data: Data) -> list[Path]:
-        books = split(data.books)
-        return [books.validation, books.test, data.sets / "wikitext2_test_raw.txt"]
+        return list(self.texts(data).values())
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
         summary: dict[str, Estimate] = {}
         units: dict[str, Any] = {}
-        for name, file in zip(TEXTS, self.files(data), strict=True):
+        for name, file in self.texts(data).items():
             text = beginning(checkpoint, name, file, self.sequences)
             figures, units[name] = score_text(checkpoint, scorer, name, text)
             summary |= figures

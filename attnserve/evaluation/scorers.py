@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from attnserve.evaluation.tiled import attend_in_tiles, is_pruned
-from hf_attn import VariantLlamaForCausalLM
+from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from hf_attn.files import INDEX
 
 BATCH_TOKENS = 2048  # tokens of a batch, padding included; a longer item is a batch of its own
@@ -46,7 +46,13 @@ class Scored:
 
 
 class Scorer(Protocol):
-    """A model that scores items. Computes in float32, whatever the checkpoint's dtype."""
+    """A model that scores items. Computes in float32, whatever the checkpoint's dtype.
+
+    Attributes:
+        device: where it computes.
+    """
+
+    device: str
 
     def score(self, items: Sequence[Item], label: str) -> list[Scored]:
         """Score items that are no longer than the scorer's longest, in order; the progress bar
@@ -83,6 +89,25 @@ def load(folder: Path, rope_theta_factor: float = 1.0, **kwargs: Any) -> PreTrai
     return model.eval()
 
 
+def load_llama(folder: Path) -> PreTrainedModel:
+    """Return a checkpoint in float32.
+
+    A plain Llama is a `VariantLlamaForCausalLM` with softmax, which can attend in tiles; other
+    foreign models give their attention maps.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if isinstance(config, VariantLlamaConfig):
+        return load(folder)
+    if config.model_type != "llama":
+        return load(folder, attn_implementation="softmax")
+    values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    softmax = VariantLlamaConfig(**values, attention_variant={"name": "softmax"})
+    model: PreTrainedModel = VariantLlamaForCausalLM.from_pretrained(
+        folder, config=softmax, dtype=torch.float32
+    )
+    return model.eval()
+
+
 class TransformersScorer:
     """One model, in this process.
 
@@ -90,12 +115,18 @@ class TransformersScorer:
         model: a Hugging Face folder, or a model in float32, which is changed to attend in tiles.
         rope_theta_factor: what a folder's RoPE's theta is multiplied with.
         quiet: no progress bars.
+        device: where it computes.
     """
 
     def __init__(
-        self, model: Path | PreTrainedModel, rope_theta_factor: float = 1.0, quiet: bool = False
+        self,
+        model: Path | PreTrainedModel,
+        rope_theta_factor: float = 1.0,
+        quiet: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.model = load(model, rope_theta_factor) if isinstance(model, Path) else model
+        loaded = load(model, rope_theta_factor) if isinstance(model, Path) else model
+        self.model, self.device = loaded.to(device), device
         self.quiet = quiet
         if isinstance(self.model, VariantLlamaForCausalLM) and not is_pruned(self.model):
             attend_in_tiles(self.model)
@@ -116,7 +147,8 @@ class TransformersScorer:
         """Score one batch, padded after the tokens, where no token of a causal model sees it."""
         longest = max(len(item.tokens) for item in items)
         ids = [item.tokens + [0] * (longest - len(item.tokens)) for item in items]
-        logits = self.model(input_ids=torch.tensor(ids)[:, :-1], use_cache=False).logits
+        inputs = torch.tensor(ids, device=self.device)[:, :-1]
+        logits = self.model(input_ids=inputs, use_cache=False).logits
         found = []
         for row, item in zip(logits, items, strict=True):
             start = len(item.prompt) - 1
@@ -126,9 +158,12 @@ class TransformersScorer:
 
     def _scored(self, logprobs: Tensor, item: Item) -> Scored:
         """Return the continuation's scores from `[num_tokens, vocab_size]` of its tokens."""
-        own = logprobs.gather(-1, torch.tensor(item.continuation)[:, None])
-        rivals = (logprobs >= own).sum(-1)
-        return Scored(own[:, 0].double().numpy(), (rivals == 1).numpy())
+        continuation = torch.tensor(item.continuation, device=logprobs.device)
+        own = logprobs.gather(-1, continuation[:, None])
+        # In parts: of 16,384 tokens and a large vocabulary the sum alone would take gigabytes.
+        parts = zip(logprobs.split(BATCH_TOKENS), own.split(BATCH_TOKENS), strict=True)
+        rivals = torch.cat([(each >= right).sum(-1) for each, right in parts])
+        return Scored(own[:, 0].double().cpu().numpy(), (rivals == 1).cpu().numpy())
 
     def close(self) -> None:
         del self.model

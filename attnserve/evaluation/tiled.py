@@ -7,6 +7,7 @@ twentieth of the memory at 8192 tokens, and faster, since a tile stays in the pr
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,15 +18,19 @@ from hf_attn import VariantLlamaForCausalLM
 from hf_attn.modeling import VariantLlamaAttention
 
 TILE_SCORES = 2**19  # scores of all heads in a tile: 2 MB in float32
+GPU_TILE_SCORES = 2**25  # on a GPU, which is to be busy with a tile
+
+See = Callable[[Tensor], None]
+"""Looks at a tile's weights `[batch, num_heads, queries, keys]`, the keys up to the last query."""
 
 
-def attend_in_tiles(model: VariantLlamaForCausalLM) -> None:
-    """Make `model` attend in tiles from now on, in place.
+def attend_in_tiles(model: VariantLlamaForCausalLM, see: See | None = None) -> None:
+    """Make `model` attend in tiles from now on, in place, and show the weights of each to `see`.
 
     It then takes whole sequences only (`use_cache=False`), and returns no attention weights.
     """
     for layer in model.model.layers:
-        layer.self_attn.forward = functools.partial(_forward, layer.self_attn)
+        layer.self_attn.forward = functools.partial(_forward, layer.self_attn, see)
 
 
 def project(attention: VariantLlamaAttention, hidden: Tensor) -> list[Tensor]:
@@ -43,6 +48,7 @@ def is_pruned(model: VariantLlamaForCausalLM) -> bool:
 
 def _forward(
     module: VariantLlamaAttention,
+    see: See | None,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor,
@@ -68,7 +74,7 @@ def _forward(
     start = 0
     while start < n:
         # rows * (start + rows) scores a head
-        area = TILE_SCORES / (batch * num_heads)
+        area = (GPU_TILE_SCORES if q.is_cuda else TILE_SCORES) / (batch * num_heads)
         rows = int((math.sqrt(start**2 + 4 * area) - start) / 2)
         end = min(n, start + max(1, rows))
         queries, keys = q[:, :, start:end], k[:, :, :end]
@@ -80,7 +86,7 @@ def _forward(
             penalty, state[:, :end] = module.variant.select(
                 queries, keys, selectable, module.scaling, state[:, :end]
             )
-        output[:, :, start:end], _ = attend(
+        output[:, :, start:end], weights = attend(
             module.variant,
             queries,
             keys,
@@ -92,6 +98,8 @@ def _forward(
             gates=None if gates is None else gates[:, :, :end],
             positions=position_ids[:, None, start:end, None],
         )
+        if see is not None:
+            see(weights)
         start = end
     joined = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
     return module.project(joined.to(hidden_states.dtype), hidden_states), None

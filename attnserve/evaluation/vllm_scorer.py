@@ -67,7 +67,7 @@ class VLLMScorer:
         }
         if rope_theta_factor != 1.0:
             overrides["rope_parameters"] = rope_parameters(config, rope_theta_factor)
-        self.quiet = quiet
+        self.quiet, self.device = quiet, "vllm"
         self.llm = LLM(
             model=str(folder),
             dtype=dtype,

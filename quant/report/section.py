@@ -30,8 +30,14 @@ def write_section(folder: Path, figures: Path, plot_folder: str) -> str:
     return the section; a line that says so if there are no results."""
     if not any(folder.glob("configs/*/*.json")):
         return "## Quantization\n\nNot measured: `python -m quant.sweep checkpoints/*`."
-    results = store.read_all(folder)
+    return drawn_section(store.read_all(folder), figures, plot_folder)
+
+
+def drawn_section(results: Sequence[SweepResult], figures: Path, plot_folder: str) -> str:
+    """Draw the plots of results, in the order of tables, as `write_section`; return the section."""
     asked = questions(Answers.of(results))
+    if len({result.checkpoint for result in results}) < explain.FEWEST:
+        asked = [question for question in asked if question.name != "outliers"]
     plots = draw(asked, figures, prefix="quantization-")
     return section(results, {q.title: f"{plot_folder}/{plots[q.name].name}" for q in asked})
 
@@ -55,6 +61,8 @@ def section(results: Sequence[SweepResult], plots: Mapping[str, str]) -> str:
         in_short=explain.in_short(explanations),
         explanations=explanations,
         level=explain.LEVEL,
+        fewest=explain.FEWEST,
+        statistics_only=len(unquantized) < explain.FEWEST,
         hashes={result.checkpoint: result.key["checkpoint"] for result in results},
         **provenance(results),
     )

@@ -488,6 +488,44 @@ RULES: dict[str, Rule] = {
         f"{YOUR_LLAMA} && python -m training.convert your-llama your-ssmax --variant ssmax",
         prints="with ssmax attention",
     ),
+    "python -m training.compare your-llama your-ssmax --text unseen.txt --out my-page --quick": Run(
+        f"{YOUR_LLAMA} && python -m training.convert your-llama compared --variant ssmax && "
+        "python -m training.compare your-llama compared --text LICENSE --out my-page --quick "
+        "--context 256 --max-length 512 --sequence 64",
+        prints="Page: my-page/page.md",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.smollm2 smollm2 --dtype bfloat16": Run(
+        "python -m benchmarks.smollm2 smollm2-bf16 --dtype bfloat16",
+        prints="SmolLM2-135M-Instruct in bfloat16",
+        slow=True,
+        long=True,
+    ),
+    "python -m training.convert smollm2 smollm2-softpick --variant softpick --train all "
+    "--minutes 9 --data books.txt chats.jsonl --distill 0.9 --blend 0.5": Run(
+        f"{YOUR_LLAMA} && python -m training.convert your-llama smollm2-softpick "
+        "--variant softpick --train all --steps 2 --sequence 64 --data LICENSE --distill 0.9 "
+        "--blend 0.5",
+        prints="with softpick attention",
+        slow=True,
+        long=True,
+    ),
+    "python -m training.compare smollm2 smollm2-softpick --text unseen.txt --out smollm2-page "
+    "--quick": Elsewhere("tests/training/test_compare.py"),
+    "python -m quant.quantize smollm2-softpick smollm2-softpick-4bit --bits 4 --embeddings 8": Run(
+        f"{YOUR_LLAMA} && python -m training.convert your-llama to-pack --variant softpick && "
+        "python -m quant.quantize to-pack packed-softpick --bits 4 --embeddings 8 "
+        "--calibration 2 --length 64",
+        prints=PACKED,
+        slow=True,
+    ),
+    "make serve CKPT=smollm2-softpick-4bit": Serve(
+        make_serve("served-softpick"),
+        setup=f"{YOUR_LLAMA} && python -m training.convert your-llama to-serve --variant softpick "
+        "&& python -m quant.quantize to-serve served-softpick --bits 4 --embeddings 8 "
+        "--scheme rtn",
+    ),
     "python -m training.tokens your-llama books.npy --data books.txt chats.jsonl": Elsewhere(
         "tests/training/test_convert.py"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from attn_kernels import Rows, get_variant
 from attn_kernels import variant as registry
@@ -275,6 +277,38 @@ def test_no_reference(
 
     refusal = commands.refused(budgets, *argv, "--no-rise")
     assert "there is no target: give --rise or --max-loss" in refusal
+
+
+def test_equal_budgets_beside_a_plain_llama(
+    folders: dict[str, Path], books: Path, tmp_path: Path, commands: Commands
+) -> None:
+    """Without a search each target has the smallest of the uniform budgets within it; a reference
+    of transformers' own class gives what the same weights give as a `variant_llama`."""
+    trained = AutoModelForCausalLM.from_pretrained(folders["softmax"], dtype=torch.float32)
+    values = trained.config.to_dict()
+    for name in ("model_type", "architectures", "attention_variant", "sliding_window", "auto_map"):
+        values.pop(name, None)
+    plain = LlamaForCausalLM(LlamaConfig(**values))
+    plain.load_state_dict(trained.state_dict())
+    plain.save_pretrained(tmp_path / "softmax")
+    for file in folders["softmax"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "softmax")
+
+    found = []
+    for reference in (folders["softmax"], tmp_path / "softmax"):
+        argv = command(folders, books, tmp_path / reference.parent.name, "--no-search")
+        argv[2] = str(reference)
+        commands.run(budgets, *argv)
+        found.append(Found.read(tmp_path / reference.parent.name / "selective.json"))
+    for own, other in zip(found[0].rows, found[1].rows, strict=True):
+        assert own.loss == pytest.approx(other.loss, abs=1e-5)
+    equal, path = found[0], dict(found[0].path)
+    assert equal.about["step"] is None and {len(set(each)) for each in path} == {1}
+    for target in equal.targets:
+        rise = target.max_loss - equal.unpruned.value
+        within = [each for each, own in path.items() if own <= rise]
+        assert target.budgets == list(min(within, key=sum)) and target.reached
+    assert {row.choice for row in equal.rows} == {"unpruned", "uniform"}
 
 
 def test_bundled_reference(

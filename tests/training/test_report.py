@@ -21,7 +21,11 @@ from attnserve.budgets.search import Target
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.evaluation.measures import Result
 from attnserve.reports import Range, Verdict
+from quant.config import QuantConfig
+from quant.store import path_of
+from quant.store import write as write_result
 from tests.conftest import Commands
+from tests.quant.test_report import result
 from training.analyze import store
 from training.analyze.length import BINS, multiples
 from training.report.__main__ import report
@@ -31,6 +35,11 @@ from training.report.evidence import Evidence, Missing, load
 from training.report.figures import Condition, decide, less_memory, widened
 
 MULTIPLE = 16
+FEW_BITS = [
+    QuantConfig(weights=bits, scheme=scheme, group_size=64)
+    for scheme in ("hqq", "gptq")
+    for bits in (2, 3)
+]
 
 
 @dataclass
@@ -47,6 +56,8 @@ class World:
     gain: dict[str, float] = field(default_factory=dict)
     """Of the planted key, at every length but for softmax, whose is 0 beyond 1x."""
     hits: dict[str, float] = field(default_factory=dict)
+    rise: dict[str, float] = field(default_factory=dict)
+    """Of the loss with the weights in few bits, nats per token."""
     noise: float = 0.001
     """Of each sequence."""
     steps: dict[str, int] = field(default_factory=dict)
@@ -82,7 +93,17 @@ class World:
         rates.to_csv(folder / "results" / "learning_rate.csv", index=False)
         for length in (512, 1024, 2048):
             self.pruning(length).write(folder / "results" / "budgets")
+        self.sweep(folder / "sweep")
         self.swapped().to_csv(folder / "results" / "long_context.csv", index=False)
+
+    def sweep(self, folder: Path) -> None:
+        """Write softmax and softpick unquantized and in few bits, twenty sequences each."""
+        for name in ("softmax", "softpick"):
+            before = 4 + self._noise(20)
+            for config in (QuantConfig(), *FEW_BITS):
+                rise = self.rise.get(name, 1.0) + self._noise(20) if config.weights else 0 * before
+                swept = result(name, config, rise, before=before)
+                write_result(path_of(folder, name, config), swept)
 
     def swapped(self) -> pd.DataFrame:
         """SSMax loses 0.25 nats less in the second half of two windows of 4,096 tokens."""
@@ -186,13 +207,14 @@ def as_the_papers_say(**changes: Any) -> World:
         "kurtosis": {"softpick": 4.0},
         "zeros": {"softpick": 0.99},
         "gain": {"ssmax": 3.0, "lssar": 3.0},
+        "rise": {"softpick": 0.1},
     }
     return World(**fields | changes)
 
 
 def read(folder: Path) -> Evidence:
     """Return a world's evidence."""
-    return load(folder / "results", folder / "checkpoints")
+    return load(folder / "results", folder / "checkpoints", folder / "sweep")
 
 
 @pytest.fixture
@@ -204,7 +226,9 @@ def verdicts(tmp_path: Path) -> Callable[[World], dict[str, Verdict]]:
         world.write(folder)
         evidence = read(folder)
         return {
-            f"{paper.title.split()[0].strip(',')}: {claim.text}": claim.judge(evidence).verdict
+            f"{paper.title.split()[0].strip(',')}: {claim.text}": claim.judge(
+                evidence, paper.variant
+            ).verdict
             for paper in PAPERS
             for claim in paper.claims
         }
@@ -229,6 +253,7 @@ def test_the_opposite_world(verdicts: Judge) -> None:
             kurtosis={"softpick": 100.0},
             zeros={"softpick": 0.5},
             gain={"ssmax": 0.2, "lssar": 0.2, "softmax": 3.0},
+            rise={"softpick": 2.0},
             hits={"softpick": 0.1},
         )
     )
@@ -245,7 +270,10 @@ def test_noise_decides_nothing(verdicts: Judge) -> None:
 @pytest.mark.parametrize(
     ("changes", "undecided"),
     [
-        ({"sinks": {}, "kurtosis": {"softmax": 3.0, "softpick": 3.0}}, {"Softpick: kurtosis"}),
+        (
+            {"sinks": {}, "kurtosis": {"softmax": 3.0, "softpick": 3.0}},
+            {"Softpick: kurtosis", "Softpick: 2 bits", "Softpick: 3 bits"},
+        ),
         ({"sinks": {"softmax": 0.0, "softpick": 0.0}}, {"Softpick: no attention sinks"}),
         ({"hits": {"softmax": 0.001, "softpick": 0.001}}, {"Softpick: equal LAMBADA"}),
         (
@@ -274,8 +302,10 @@ def test_memory_at_softmaxs_loss(tmp_path: Path) -> None:
     finding = less_memory(read(tmp_path), "selective", 512, low=16.0)
     assert finding.ours.endswith("times less memory at softmax's validation loss: 16.0 [1.0, 32.0]")
     assert finding.verdict is Verdict.UNDECIDED
-    with pytest.raises(Missing, match="of selective at 1024 tokens"):
-        less_memory(read(tmp_path), "selective", 1024, low=16.0)
+    at_1024 = less_memory(read(tmp_path), "selective", 1024, low=16.0)
+    assert at_1024.ours.endswith("validation loss: 32.0 [1.0, 64.0]")
+    with pytest.raises(Missing, match="of selective at 4096 tokens"):
+        less_memory(read(tmp_path), "selective", 4096, low=16.0)
 
 
 def test_swapping(tmp_path: Path) -> None:

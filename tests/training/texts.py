@@ -46,6 +46,8 @@ class Copier:
     token before it, with one more for each of 1000 tokens. It finds planted keys at any distance,
     or within `reach` tokens only."""
 
+    device = "cpu"
+
     def __init__(self, reach: int | None = None) -> None:
         self.reach = reach
 

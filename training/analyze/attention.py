@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval
 from attnserve.evaluation.measures import Data, Measure, Result
-from attnserve.evaluation.scorers import Scorer, load
+from attnserve.evaluation.scorers import Scorer, load_llama
 from attnserve.evaluation.texts import read_tokens, spread
+from attnserve.evaluation.tiled import attend_in_tiles, is_pruned
+from hf_attn import VariantLlamaForCausalLM
 
 SINK_EPS = (0.2, 0.3)
 QUIET = 0.01
@@ -34,7 +35,7 @@ Figures = dict[str, list[NDArray[np.float64]]]
 
 @dataclass(frozen=True)
 class Attention(Measure):
-    """Figures of the attention maps and hidden states on sequences of the test book.
+    """Figures of the attention maps and hidden states on sequences of the test text.
 
     - Sink rate (arXiv 2410.10781, 2504.20966): share of (layer, head) whose attention map's first
       column has a mean above eps; of each sequence, then averaged. The first token is the
@@ -58,20 +59,17 @@ class Attention(Measure):
     sequences: int = 32
 
     def files(self, data: Data) -> list[Path]:
-        return [split(data.books).test]
+        return [data.test]
 
     def run(self, checkpoint: Checkpoint, data: Data, scorer: Scorer) -> Result:
         tokens = read_tokens(self.files(data), checkpoint.tokenizer)[:-1]
         fitting = len(tokens) // checkpoint.context
         if fitting < 2:
             raise ValueError(
-                f"the test book has {len(tokens)} tokens, too few for two sequences of "
-                f"{checkpoint.context}: lower --context"
+                f"{data.test.name} has {len(tokens)} tokens, too few for two sequences of "
+                f"{checkpoint.context}: lower --context, or give more text"
             )
-        # The registered "softmax" is a model's own attention, with its maps.
-        own = checkpoint.config.model_type == "variant_llama"
-        attention: dict[str, Any] = {} if own else {"attn_implementation": "softmax"}
-        model = load(checkpoint.folder, **attention)
+        model = load_llama(checkpoint.folder).to(scorer.device)
         chosen = spread(self.sequences, fitting)
         found: Figures = defaultdict(list)
         with torch.inference_mode(), watched(model) as figures:
@@ -79,7 +77,8 @@ class Attention(Measure):
                 start = index * checkpoint.context
                 text = tokens[start : start + checkpoint.context - 1].tolist()
                 figures.clear()
-                model(input_ids=torch.tensor([[checkpoint.bos, *text]]), use_cache=False)
+                ids = torch.tensor([[checkpoint.bos, *text]], device=scorer.device)
+                model(input_ids=ids, use_cache=False)
                 for name, layers in figures.items():
                     found[name].append(np.stack(layers))
         return summarise({name: np.stack(rows) for name, rows in found.items()})
@@ -105,6 +104,8 @@ def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
         "dead_heads": int(dead.sum()),
         "heads": int(dead.size),
         "sequence_kurtosis": f["kurtosis"].mean(1).round(4).tolist(),
+        "sequence_largest": f["largest"].max(1).round(4).tolist(),
+        "sequence_zeros": f["zeros"].mean((1, 2)).round(5).tolist(),
         "layer_kurtosis": f["kurtosis"].mean(0).round(4).tolist(),
         "layer_largest": f["largest"].mean(0).round(4).tolist(),
     }
@@ -116,31 +117,41 @@ def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
 
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[Figures]:
-    """Collect a forward pass's figures, layer by layer: no map outlives its layer."""
+    """Collect a forward pass's figures, layer by layer: no map outlives its layer, and that of a
+    Llama is never there as a whole, but in tiles of a few queries."""
     figures: Figures = defaultdict(list)
+    sums: dict[str, list[Tensor]] = defaultdict(list)
 
-    def maps(module: Any, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        weights = output[1][0]
-        n = weights.shape[-1]
-        seen = n * (n + 1) / 2
-        zeros = (weights == 0).sum((1, 2)) - n * (n - 1) / 2  # those above the diagonal
-        figures["first_column"].append(weights[..., 0].mean(-1).double().numpy())
-        figures["zeros"].append((zeros / seen).double().numpy())
+    def see(weights: Tensor) -> None:
+        rows = weights.shape[-2]
+        unseen = rows * (rows - 1) / 2  # above the diagonal: the last query sees every key
+        sums["first_column"].append(weights[0, ..., 0].double().sum(-1))
+        sums["zeros"].append((weights[0] == 0).sum((1, 2)).double() - unseen)
+
+    def maps(module: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        if output[1] is not None:
+            see(output[1])
+        n = output[0].shape[1]
+        for name, keys in (("first_column", n), ("zeros", n * (n + 1) / 2)):
+            figures[name].append((torch.stack(sums.pop(name)).sum(0) / keys).cpu().numpy())
 
     def heads(module: Any, args: tuple[Tensor]) -> None:
         outputs = args[0][0].unflatten(-1, (model.config.num_attention_heads, -1))
         lengths = outputs.norm(dim=-1)
         quiet = lengths < QUIET * lengths.median()
-        figures["quiet"].append(quiet.double().mean(0).numpy())
-        figures["silent"].append((lengths == 0).double().mean(0).numpy())
+        figures["quiet"].append(quiet.double().mean(0).cpu().numpy())
+        figures["silent"].append((lengths == 0).double().mean(0).cpu().numpy())
 
     def states(module: Any, args: Any, output: Tensor) -> None:
         x = output[0].double()
         centred = x - x.mean()
         kurtosis = centred.pow(4).mean() / centred.pow(2).mean().pow(2)
-        figures["kurtosis"].append(kurtosis.numpy())
-        figures["largest"].append(x.abs().max().numpy())
-        figures["median"].append(x.abs().median().numpy())
+        figures["kurtosis"].append(kurtosis.cpu().numpy())
+        figures["largest"].append(x.abs().max().cpu().numpy())
+        figures["median"].append(x.abs().median().cpu().numpy())
+
+    if isinstance(model, VariantLlamaForCausalLM) and not is_pruned(model):
+        attend_in_tiles(model, see)
 
     with ExitStack() as stack:
         hooks = [model.model.embed_tokens.register_forward_hook(states)]

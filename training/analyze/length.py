@@ -9,7 +9,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from attnserve.evaluation.books import split
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import mean_interval
 from attnserve.evaluation.measures import Data, Measure, Result
@@ -27,7 +26,7 @@ def multiples(longest: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Length(Measure):
-    """Loss in nats per token on windows of the test book, without retraining.
+    """Loss in nats per token on windows of the test text, without retraining.
 
     Each window starts with the begin-of-text token. A token's loss depends on what stands before
     it only, so one pass over the longest windows gives those of all shorter ones. The same tokens
@@ -47,7 +46,7 @@ class Length(Measure):
     multiple: int = 16
 
     def files(self, data: Data) -> list[Path]:
-        return [split(data.books).test]
+        return [data.test]
 
     def longest(self, checkpoint: Checkpoint) -> int:
         return self.multiple * checkpoint.context + 1
@@ -60,8 +59,8 @@ class Length(Measure):
         fitting = len(tokens) // length
         if fitting < 2:
             raise ValueError(
-                f"the test book has {len(tokens)} tokens, too few for two windows of {length}: "
-                "lower --max-length"
+                f"{data.test.name} has {len(tokens)} tokens, too few for two windows of {length}: "
+                "lower --max-length, or give more text"
             )
         chosen = tokens[: fitting * length].reshape(fitting, length)
         chosen = chosen[np.linspace(0, fitting - 1, min(self.windows, fitting)).astype(int)]

@@ -75,7 +75,9 @@ def scorer_for(
 ) -> Scorer:
     """Return the model in the chosen engine."""
     if settings.engine == "transformers":
-        return TransformersScorer(checkpoint.folder, settings.rope_theta_factor)
+        return TransformersScorer(
+            checkpoint.folder, settings.rope_theta_factor, device=settings.device
+        )
     from attnserve.evaluation.vllm_scorer import VLLMScorer
 
     return VLLMScorer(

@@ -54,4 +54,7 @@ class AnalysisSettings:
         Option(parser=positive, help="Multiplies RoPE's theta; length and passkey only."),
     ] = 1.0
     out: Annotated[Path, Option(help="Folder of the results.")] = FOLDER
+    device: Annotated[
+        str, Option(help="Where transformers runs the model: cpu, cuda. vllm chooses itself.")
+    ] = "cpu"
     force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False

@@ -47,13 +47,15 @@ def report(
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
     figures.mkdir(parents=True, exist_ok=True)
-    evidence = load(results, checkpoints)
+    evidence = load(results, checkpoints, quantization)
     plots = draw(evidence, figures)
     seen = Path(os.path.relpath(figures, out.parent)).as_posix()
     section = write_section(quantization, figures, seen)
     write_text(out, document(evidence, plots, seen, section))
     verdicts: dict[str, dict[str, str]] = {
-        paper.title: {claim.text: str(claim.judge(evidence).verdict) for claim in paper.claims}
+        paper.title: {
+            claim.text: str(claim.judge(evidence, paper.variant).verdict) for claim in paper.claims
+        }
         for paper in PAPERS
     }
     if as_json:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from attnserve.budgets.result import Found
 from attnserve.evaluation.intervals import Estimate, mean_interval
+from quant import store
+from quant.store import SweepResult
 from training.analyze.length import BINS
 from training.analyze.store import Stored, read
 
@@ -34,6 +36,8 @@ class Evidence:
         rates: the table of `training.learning_rate`, or None.
         pruning: results of `attnserve budgets` by checkpoint.
         long_context: the table of `training.long_context`, or None.
+        quantization: results of `quant.sweep`.
+        control: the softmax checkpoint that the others are compared with.
     """
 
     results: dict[tuple[str, str, float, str], Stored]
@@ -41,12 +45,14 @@ class Evidence:
     rates: pd.DataFrame | None
     pruning: dict[str, Found]
     long_context: pd.DataFrame | None
+    quantization: Sequence[SweepResult] = ()
+    control: str = "softmax"
 
     @property
     def names(self) -> list[str]:
-        """Return checkpoints with any result or curve: softmax first, the others by name."""
+        """Return checkpoints with any result or curve: the control first, the others by name."""
         found = {key[0] for key in self.results} | set(self.curves)
-        return sorted(found, key=lambda name: (name != "softmax", name))
+        return sorted(found, key=lambda name: (name != self.control, name))
 
     def of(self, measure: str, factor: float = 1.0) -> dict[str, Stored]:
         """Return a measure's results by checkpoint, of transformers where there are several."""
@@ -87,9 +93,9 @@ class Evidence:
         return found[figure]
 
 
-def load(results: Path, checkpoints: Path) -> Evidence:
-    """Read everything: a folder like training/results, whatever of it is there, and the `loss.csv`
-    of checkpoints."""
+def load(results: Path, checkpoints: Path, quantization: Path) -> Evidence:
+    """Read everything: a folder like training/results, whatever of it is there, the `loss.csv` of
+    checkpoints, and what `quant.sweep` wrote."""
 
     def table(csv: Path, **settings: Any) -> pd.DataFrame | None:
         return pd.read_csv(csv, **settings) if csv.exists() else None
@@ -102,7 +108,13 @@ def load(results: Path, checkpoints: Path) -> Evidence:
         table(results / "learning_rate.csv"),
         {path.stem: Found.read(path) for path in sorted((results / "budgets").glob("*.json"))},
         table(results / "long_context.csv", keep_default_na=False),
+        swept(quantization),
     )
+
+
+def swept(folder: Path) -> list[SweepResult]:
+    """Return the results of a sweep; none if there are none."""
+    return store.read_all(folder) if any(folder.glob("configs/*/*.json")) else []
 
 
 def difference(a: Sequence[float] | Values, b: Sequence[float] | Values) -> Estimate:

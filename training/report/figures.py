@@ -8,6 +8,7 @@ import numpy as np
 
 from attnserve.evaluation.intervals import Estimate, mean_interval
 from attnserve.reports import Range, Verdict
+from quant.report import paper
 from training.analyze.length import BINS
 from training.report.evidence import (
     LAST_STEPS,
@@ -69,59 +70,74 @@ def decide(
     return Finding(ours, rule, verdict)
 
 
-CONTROL = "softmax"
 FAILS = Range(low=0.2)
 """A model fails at a length that costs it 0.2 nats per token or more: a perplexity 22 % higher."""
 STAYS_LOW = Range(high=0.2)
+OUTLIERS = Range(low=6.0)
+"""Kurtosis of hidden states with outliers: twice that of a normal distribution."""
 RETRIEVES = Range(low=0.1)
 """A key is seen if planting it brings it 0.1 nats."""
 
 
-def sink_rate(evidence: Evidence, eps: float) -> Finding:
+def sink_rate(evidence: Evidence, name: str, eps: float) -> Finding:
     """Judge whether softpick has no sinks, where softmax has some."""
     figure = f"sink rate at {eps}"
     control = Condition(
-        "softmax's", evidence.estimate(CONTROL, "attention", figure), Range(low=0.05)
+        "softmax's", evidence.estimate(evidence.control, "attention", figure), Range(low=0.05)
     )
-    ours = evidence.estimate("softpick", "attention", figure)
+    ours = evidence.estimate(name, "attention", figure)
     return decide("sink rate", ours, Range(high=0.01), control)
 
 
-def kurtosis(evidence: Evidence) -> Finding:
+def kurtosis(evidence: Evidence, name: str) -> Finding:
     """Judge whether softpick's hidden states have fewer outliers, where softmax has some."""
-    a, b = evidence.pair(CONTROL, "softpick", "attention")
+    a, b = evidence.pair(evidence.control, name, "attention")
     logs = [np.log(stored.result.units["sequence_kurtosis"]) for stored in (a, b)]
-    control = Condition("softmax's kurtosis", a.result.summary["kurtosis"], Range(low=6.0))
+    control = Condition("softmax's kurtosis", a.result.summary["kurtosis"], OUTLIERS)
     ratio = difference(*logs).exp()
     return decide("softmax's kurtosis over softpick's", ratio, Range(low=2.0), control, 2)
 
 
-def zeros(evidence: Evidence) -> Finding:
+def zeros(evidence: Evidence, name: str) -> Finding:
     """Judge whether most of softpick's weights are exactly zero."""
-    share = evidence.estimate("softpick", "attention", "zeros")
+    share = evidence.estimate(name, "attention", "zeros")
     return decide("share of exact zeros", share, Range(low=0.95))
 
 
 def held_out_loss(evidence: Evidence, name: str, **ends: float) -> Finding:
-    """Compare the loss on the test book at the training length with softmax's, in pairs."""
-    a, b = evidence.pair(name, CONTROL, "perplexity")
+    """Compare the loss on the test text at the training length with softmax's, in pairs."""
+    a, b = evidence.pair(name, evidence.control, "perplexity")
     both = [stored.result.units["test"]["sequence_losses"] for stored in (a, b)]
     return decide("nats per token more than softmax", widened(difference(*both)), Range(**ends))
 
 
-def lambada(evidence: Evidence) -> Finding:
+def lambada(evidence: Evidence, name: str) -> Finding:
     """Compare LAMBADA accuracy, passage by passage."""
-    a, b = evidence.pair("softpick", CONTROL, "lambada")
+    a, b = evidence.pair(name, evidence.control, "lambada")
     control = Condition("softmax's accuracy", b.result.summary["accuracy"], Range(low=0.01))
     more = difference(a.result.units["hits"], b.result.units["hits"])
     return decide("accuracy more than softmax's", more, Range(-0.02, 0.02), control)
 
 
-def training_loss(evidence: Evidence) -> Finding:
+def few_bits(evidence: Evidence, name: str, row: str) -> Finding:
+    """Compare what few bits of the weights cost with what they cost softmax, on the same sequences,
+    with the scheme and bits of a row of the paper's table, where softmax has outliers."""
+    pair = [one for one in evidence.quantization if one.checkpoint in (name, evidence.control)]
+    control = evidence.estimate(evidence.control, "attention", "kurtosis")
+    (chosen,) = (one for one in paper.ROWS if one.name == row)
+    ours = paper.our_advantage(pair, chosen, "test")
+    if ours is None:
+        raise Missing(f"no results of quant.sweep of {name} and {evidence.control} for {row}")
+    what = "nats per token by which softmax's loss rises more"
+    return decide(what, ours, Range(low=0.0), Condition("softmax's kurtosis", control, OUTLIERS))
+
+
+def training_loss(evidence: Evidence, name: str) -> Finding:
     """Compare the training loss of the same last batches."""
-    (steps, ours), (others, control) = (last_losses(evidence, name) for name in ("ssmax", CONTROL))
+    both = (name, evidence.control)
+    (steps, ours), (others, control) = (last_losses(evidence, one) for one in both)
     if steps != others:
-        raise Missing(f"ssmax was trained for {steps} steps and softmax for {others}")
+        raise Missing(f"{name} was trained for {steps} steps and {evidence.control} for {others}")
     what = f"nats per token more than softmax, last {LAST_STEPS} steps"
     return decide(what, widened(difference(ours, control)), Range(high=0.0))
 
@@ -132,7 +148,7 @@ def window_loss(evidence: Evidence, name: str, multiple: int, **ends: float) -> 
     At the training length that is all tokens of the windows, in pieces. At longer ones there must
     be something to win: softmax fails.
     """
-    a, b = evidence.pair(name, CONTROL, "length")
+    a, b = evidence.pair(name, evidence.control, "length")
     what = f"nats per token more than softmax at {multiple}x"
     if multiple == 1:
         longest = len(b.result.units["windows"][0]) // BINS
@@ -152,7 +168,7 @@ def stays_low(evidence: Evidence, name: str, multiple: int, factor: float = 1.0)
 
 def softmax_fails(evidence: Evidence, multiple: int, factor: float = 1.0) -> Condition:
     """Return the condition that the control loses something at this length."""
-    return Condition("softmax's rise", rise_of(evidence, CONTROL, multiple, factor), FAILS)
+    return Condition("softmax's rise", rise_of(evidence, evidence.control, multiple, factor), FAILS)
 
 
 def rise_of(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Estimate:
@@ -168,7 +184,7 @@ def rise_of(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -
 def retrieves(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Finding:
     """Compare the key's gain with softmax's on the same prompts, if the model sees a key at all at
     its training length."""
-    a, b = evidence.pair(name, CONTROL, "passkey", factor)
+    a, b = evidence.pair(name, evidence.control, "passkey", factor)
     at_home = Condition("its gain at 1x", mean_interval(gains(a, 1)), RETRIEVES)
     more = difference(gains(a, multiple), gains(b, multiple))
     what = f"gain more than softmax's at {multiple}x, nats"
@@ -181,14 +197,11 @@ def less_memory(evidence: Evidence, name: str, length: int, **ends: float) -> Fi
 
     The interval is of what softmax's loss allows, read off the path of the search.
     """
-    found = evidence.pruning.get(name)
-    controls = (CONTROL, f"{CONTROL}-{length}")  # the latter was trained on at this length
-    if (
-        found is None
-        or found.length != length
-        or found.about["reference"] not in controls
-        or found.allowance is None
-    ):
+    control = evidence.control
+    controls = (control, f"{control}-{length}")  # the latter was trained on at this length
+    results = [evidence.pruning.get(key) for key in (name, f"{name}-{length}")]
+    found = next((one for one in results if one and one.length == length), None)
+    if found is None or found.about["reference"] not in controls or found.allowance is None:
         raise Missing(f"no result of attnserve budgets of {name} at {length} tokens")
     factor = Estimate(*(found.factor_within(rise) for rise in widened(found.allowance)))
     return decide("times less memory at softmax's validation loss", factor, Range(**ends), digits=1)

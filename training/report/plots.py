@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from attnserve.budgets import plot as budgets_plot
 from attnserve.evaluation.intervals import mean_interval
-from attnserve.reports import color, save_figure
+from attnserve.reports import COLORS, color, save_figure
 from training.analyze.length import BINS
 from training.report.evidence import Evidence
 
@@ -31,7 +31,7 @@ def training(evidence: Evidence) -> Figure | None:
     figure, (axes,) = canvas(1)
     for name, curve in sorted(evidence.curves.items(), key=lambda pair: pair[0] != "softmax"):
         smooth = curve["loss"].rolling(SMOOTHED, min_periods=SMOOTHED).mean()
-        axes.plot(curve["step"], smooth, label=name, color=color(name), linewidth=1)
+        axes.plot(curve["step"], smooth, label=name, color=shade(evidence, name), linewidth=1)
     axes.set(
         xlabel="step", ylabel="training loss, nats per token", title=f"mean of {SMOOTHED} steps"
     )
@@ -53,8 +53,8 @@ def length(evidence: Evidence) -> Figure | None:
             means = [mean_interval(bins[:, start:end].mean(1)) for start, end in spans]
             places = [(start + end) / 2 / BINS for start, end in spans]
             values, low, high = (np.array(column) for column in zip(*means, strict=True))
-            axes.plot(places, values, label=name, color=color(name), marker=".")
-            axes.fill_between(places, low, high, color=color(name), alpha=0.1)
+            axes.plot(places, values, label=name, color=shade(evidence, name), marker=".")
+            axes.fill_between(places, low, high, color=shade(evidence, name), alpha=0.1)
         axes.axvline(1, color="gray", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set(
@@ -85,7 +85,7 @@ def attention(evidence: Evidence) -> Figure | None:
         for name, stored in found.items():
             value, low, high = stored.result.summary[key]
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            axes.bar(name, value, yerr=error, color=color(name), capsize=3)
+            axes.bar(name, value, yerr=error, color=shade(evidence, name), capsize=3)
         axes.set_title({"zeros": "share of exact zeros"}.get(key, key))
         axes.tick_params(axis="x", rotation=45)
     return figure
@@ -109,7 +109,7 @@ def passkey(evidence: Evidence) -> Figure | None:
                     values,
                     yerr=(values - low, high - values),
                     label=name + theta,
-                    color=color(name),
+                    color=shade(evidence, name),
                     linestyle="-" if factor == 1 else ":",
                     capsize=3,
                 )
@@ -180,6 +180,15 @@ PLOTS: dict[str, Callable[[Evidence], Figure | None]] = {
     "pruning": lambda e: budgets_plot.draw(list(e.pruning.values())) if e.pruning else None,
     "kv_cache": kv_cache,
 }
+
+
+def shade(evidence: Evidence, name: str) -> str:
+    """Return a checkpoint's color: that of its name among the reference checkpoints, and by its
+    place where none of them is there."""
+    others = [one for one in evidence.names if one != evidence.control]
+    if name == evidence.control:
+        return color("softmax")
+    return color(name) if COLORS.keys() & set(others) else f"C{others.index(name) % 10}"
 
 
 def canvas(panels: int) -> tuple[Figure, list[Axes]]:

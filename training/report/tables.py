@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from attnserve.budgets.result import Found
@@ -10,6 +12,7 @@ from attnserve.evaluation.perplexity import TEXTS, UNITS
 from attnserve.reports import table
 from training.analyze.length import multiples
 from training.positions import FIRST_BIN, against, octaves
+from training.report.changes import changes
 from training.report.claims import Paper
 from training.report.evidence import Evidence
 
@@ -63,11 +66,11 @@ def headings(measure: str) -> list[str]:
     return [heading for heading, _, _ in FIGURES[measure].values()]
 
 
-def claims(paper: Paper, evidence: Evidence) -> str:
-    """Return a paper's claims, each with its verdict."""
+def claims(paper: Paper, evidence: Evidence, name: str) -> str:
+    """Return a paper's claims, each with its verdict on a checkpoint."""
     rows = []
     for claim in paper.claims:
-        finding = claim.judge(evidence)
+        finding = claim.judge(evidence, name)
         verdict = f"**{finding.verdict}**"
         rows.append([claim.text, claim.reported, finding.ours, finding.rule, verdict])
     header = ["claim", "the paper's figure", "here [95 % interval]", "agrees if", "verdict"]
@@ -90,7 +93,11 @@ def figures(evidence: Evidence, measure: str) -> str:
         [name, *cells(found.result.summary, measure)]
         for name, found in evidence.of(measure).items()
     ]
-    return table(["", *headings(measure)], rows) if rows else f"No results of `{measure}`."
+    if not rows:
+        return f"No results of `{measure}`."
+    columns = zip(["", *headings(measure)], *rows, strict=True)
+    header, *lines = zip(*(column for column in columns if any(column[1:])), strict=True)
+    return table(header, lines)
 
 
 def blimp(evidence: Evidence) -> str:
@@ -124,13 +131,30 @@ def by_length(evidence: Evidence, measure: str) -> str:
     return table(["", "theta", "length, tokens", *headings(measure)], rows)
 
 
+def budgets(tokens: Sequence[int]) -> str:
+    """Return the tokens that each layer keeps; those of a deep model in short if they are equal."""
+    if len(tokens) > 8 and len(set(tokens)) == 1:
+        return f"{tokens[0]} in each of {len(tokens)}"
+    return ", ".join(map(str, tokens))
+
+
+def changed(evidence: Evidence, name: str) -> str:
+    """Return what differs between a converted model and its original."""
+    rows = []
+    for one in changes(evidence, name):
+        shown = [each.shown(one.digits) for each in (*one.values, one.change)]
+        rows.append([one.what, *shown, f"**{one.verdict}**"])
+    header = ["", evidence.control, name, "change [95 % interval]", "verdict"]
+    return table(header, rows) if rows else "Nothing was measured of both."
+
+
 def targets(found: Found) -> str:
     """Return the budgets that a search found."""
     rows = [
         [
             target.name,
             f"{target.max_loss:.4f}",
-            ", ".join(map(str, target.budgets)) if target.reached else "not reached",
+            budgets(target.budgets) if target.reached else "not reached",
             f"{found.factor(target.budgets):.1f}" if target.reached else "",
         ]
         for target in found.targets
@@ -212,5 +236,7 @@ def checkpoints(evidence: Evidence) -> str:
         if own := [stored for stored in evidence.results.values() if stored.checkpoint == name]:
             hashes = sorted({str(stored.key["checkpoint"]) for stored in own})
             minutes = sum(stored.seconds for stored in own) / 60
-            rows.append([name, ", ".join(hashes), str(own[0].context), f"{minutes:.0f}"])
+            rows.append(
+                [name, ", ".join(hashes), str(max(one.context for one in own)), f"{minutes:.0f}"]
+            )
     return table(["", "hash of the checkpoint", "training length", "minutes"], rows)
