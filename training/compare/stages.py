@@ -21,8 +21,9 @@ from attnserve.budgets.texts import parts_of
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
+from attnserve.evaluation.texts import read
 from quant import runner, store
-from quant.config import Samples, SearchSpace
+from quant.config import QuantConfig, Samples, SearchSpace
 from quant.store import SweepResult
 from quant.texts import Sources
 from training.analyze.run import analyze
@@ -149,24 +150,58 @@ def analyzed(c: Comparison, folder: Path, name: str, settings: AnalysisSettings)
     c.results += analyze(folder, [name], c.data, settings)
 
 
+def check(c: Comparison) -> None:
+    """Check, before hours of work, what its later part needs.
+
+    Raises:
+        UserError: a model cannot be quantized, or a text is too short.
+    """
+    for one in c.all:
+        runner.check_configs(one.folder, configs(c.effort))
+    least = 2 * c.sequence
+    for file in {c.text, c.calibration or c.text}:
+        if (found := len(c.original.encode(read(file)))) < least:
+            raise UserError(
+                f"{file} has {found} tokens, fewer than two sequences of {c.sequence}: give more "
+                "text, or lower --sequence"
+            )
+
+
+def configs(effort: Effort) -> list[QuantConfig]:
+    """Return how models are quantized: as published, without act-order and searched ranges, since
+    that is what the softpick paper compares."""
+    return SearchSpace(
+        targets=list(effort.targets),
+        bits=list(effort.bits),
+        schemes=list(effort.schemes),
+        act_order=False,
+        search=False,
+    ).configs()
+
+
+def quantized_length(c: Comparison) -> int:
+    """Return the tokens of a sequence that a quantized model is measured on."""
+    return min(c.sequence, c.effort.quantized_length)
+
+
 def sweep(c: Comparison) -> None:
     """Quantize all models as `quant.sweep` does, on the CPU."""
+    whole = Effort()
+    for what, full, own in (
+        ("quantization by", whole.schemes, c.effort.schemes),
+        ("quantization of", whole.targets, c.effort.targets),
+        ("quantization to bits:", whole.bits, c.effort.bits),
+    ):
+        if missing := [str(one) for one in full if one not in own]:
+            c.left_out.append(f"{what} {', '.join(missing)}")
 
     def measure() -> None:
-        effort, context = c.effort, min(c.context, c.effort.quantized_length)
-        # As published, without act-order and searched ranges: that is what the paper compares.
-        space = SearchSpace(
-            targets=list(effort.targets),
-            bits=list(effort.bits),
-            schemes=list(effort.schemes),
-            act_order=False,
-            search=False,
-        )
-        samples = Samples(effort.quantized, context, calibration=effort.quantized)
+        effort = c.effort
+        samples = Samples(effort.quantized, quantized_length(c), calibration=effort.quantized)
         calibration = () if c.calibration is None else (c.calibration,)
         folders = [one.folder for one in c.all]
         tasks = runner.plan(
-            folders, space.configs(), samples, Sources((c.text,), calibration), c.out / "quantized"
+            folders, configs(effort), samples, Sources((c.text,), calibration), c.out / "quantized"
         )
         missing = [task for task in tasks if c.force or not runner.is_there(task)]
         jobs = runner.affordable(c.jobs, folders)
@@ -180,24 +215,31 @@ def sweep(c: Comparison) -> None:
 
 def prune(c: Comparison) -> None:
     """Find out how little KV cache the prunable variants need, by length."""
-    prunable = [one for one in c.converted if get_variant(one.variant).prunable]
-    for checkpoint in prunable:
-        for length in c.effort.pruning:
+    for own in (one for one in c.converted if get_variant(one.variant).prunable):
+        for length in sorted({*Effort().pruning, *c.effort.pruning}):
+            what = f"budgets of {own.name} at {length} tokens"
             if length > c.context:
-                continue
+                c.left_out.append(f"{what}: the training length is {c.context}")
+            elif length not in c.effort.pruning:
+                c.left_out.append(f"{what}: with --quick only the shortest")
+            else:
+                c.attempt(what, partial(_prune, c, own, length, what))
 
-            def measure(own: Checkpoint = checkpoint, length: int = length) -> None:
-                counts = [max(2, count * 512 // length) for count in c.effort.pruned]
-                parts = parts_of(own, (counts[0], counts[1], counts[2]), length, [c.text])
-                found = pruning.run(
-                    own, c.original, parts, runs=c.out / "runs", rises=[1.0], max_loss=None,
-                    step=max(4, length // 128), uniform=c.effort.uniform, seed=0,
-                    searched=length <= c.effort.searched,
-                )  # fmt: skip
-                found.write(c.out / "budgets" / str(length))
-                c.budgets[f"{own.name}-{length}"] = found
 
-            c.attempt(f"budgets of {checkpoint.name} at {length} tokens", measure)
+def _prune(c: Comparison, own: Checkpoint, length: int, what: str) -> None:
+    search, judge, test = (max(2, count * 512 // length) for count in c.effort.pruned)
+    try:
+        parts = parts_of(own, (search, judge, test), length, [c.text])
+    except UserError as error:  # the longest need more text than all the rest
+        c.left_out.append(f"{what}: {str(error).partition(':')[0]}")
+        return
+    found = pruning.run(
+        own, c.original, parts, runs=c.out / "runs", rises=[1.0], max_loss=None,
+        step=max(4, length // 128), uniform=c.effort.uniform, seed=0,
+        searched=length <= c.effort.searched,
+    )  # fmt: skip
+    found.write(c.out / "budgets" / str(length))
+    c.budgets[f"{own.name}-{length}"] = found
 
 
 def serve(c: Comparison) -> None:
