@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,6 +175,19 @@ def test_verdicts() -> None:
     assert verdict(Estimate(2.0, 1.1, 3.0), "lower", True) == "higher: worse"
     none = Estimate(math.nan, math.nan, math.nan)  # of a model that overflows
     assert verdict(none, "lower") == verdict(none, "higher", True) == "no difference shown"
+
+
+def test_a_full_disk_ends_it(
+    argv: list[str], tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows could not be kept either."""
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "analyze", full)
+    line = commands.refused(compare, *argv)
+    assert "out has no room for results (No space left on device): make some" in line
 
 
 def test_texts_too_short_for_the_longest_budgets(folders: list[str], tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def compare(
     jobs: Annotated[
         int | None, Option(min=1, help="Processes of quantization. Default: one a core.")
     ] = None,
-    force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Measure again what is there, but for losses of KV budgets.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the page of converted models beside their softmax original.

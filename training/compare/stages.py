@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import subprocess
@@ -36,6 +37,7 @@ FACTORS = {"ssmax": 50.0}
 SHORT = ("perplexity", "attention")
 LONG = ("length", "passkey")
 SETS = ("lambada", "blimp")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SLACK = 32  # tokens that `benchmarks.serve` adds to a request
 
 
@@ -96,7 +98,8 @@ class Comparison:
         """Measure something; where that fails, note it and go on.
 
         Raises:
-            UserError: what is there was measured otherwise, or the input makes no sense.
+            UserError: what is there was measured otherwise, the input makes no sense, or the disk
+                is full.
         """
         print(what, file=sys.stderr, flush=True)
         try:
@@ -104,6 +107,11 @@ class Comparison:
         except UserError:
             raise
         except Exception as error:  # whatever fails, the page says so
+            if isinstance(error, OSError) and error.errno in FULL:  # so would all that follows
+                raise UserError(
+                    f"{self.out} has no room for results ({error.strerror}): make some, and the "
+                    "same command goes on"
+                ) from None
             self.failures[what] = " ".join(str(error).split()) or repr(error)
             print(f"failed: {what}: {self.failures[what]}", file=sys.stderr, flush=True)
 
@@ -207,7 +215,7 @@ def sweep(c: Comparison) -> None:
         jobs = runner.affordable(c.jobs, folders)
         failed = runner.run(missing, jobs, False, lambda result: None)
         c.failures |= {f"quantization, {name}": why for name, why in failed.items()}
-        c.quantization += [store.read(task.path) for task in tasks if task.path.exists()]
+        c.quantization += [store.read(one.path) for one in tasks if one.name not in failed]
         c.quantization.sort(key=lambda result: result.order)
 
     c.attempt("quantization", measure)
@@ -268,7 +276,7 @@ def _serve(c: Comparison, own: Checkpoint) -> None:
     command += ["--kv-budgets", *map(str, smallest(c, own) or [0])]
     key = json.dumps([own.digest, c.original.digest, command, machine.summary()])
     file = c.out / "served" / f"{own.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv"
-    if not file.exists():
+    if c.force or not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         # A program of its own: it shares no code with this one, and the servers are its children.
         program = [sys.executable, "-m", "benchmarks.serve", *command, "--csv", str(file)]
