@@ -356,6 +356,12 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
+    "python -m benchmarks.triton_compile --training": Run(
+        "python -m benchmarks.triton_compile --training --match 'sm_90 64 bf.* softmax$' --no-save",
+        prints="registers",
+        slow=True,
+        long=True,
+    ),
     "vllm serve CKPT --attention-backend NAME": NotHere("a GPU"),
     "make gpu-check": NotHere("a GPU"),
     "python -m benchmarks.gpu": NotHere("a GPU"),
