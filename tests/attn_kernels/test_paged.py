@@ -457,7 +457,7 @@ def test_nan_and_infinity_are_not_hidden(name: str) -> None:
     rows are numbers."""
     torch.manual_seed(0)
     variant, n, size = get_variant(name), 300, 32
-    options = {"scale": 0.2, "window": None, "learned": {}}
+    options: dict[str, Any] = {"scale": 0.2, "window": None, "learned": {}}
     for path in paths(name)[1:]:
         for bad in (math.nan, math.inf):
             cache = Cache.make(variant, [n], 1, size, 32, torch.float32)
