@@ -50,10 +50,11 @@ def templates(folder: Path) -> Environment:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Return a Markdown table, all of whose columns but the first `left` are aligned to the
-    right."""
+    right; a `|` in a cell, as a folder's name may have it, does not end the cell."""
     # pandas' `to_markdown` needs another package, tabulate.
     rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+    lines = ([cell.replace("|", r"\|") for cell in cells] for cells in (header, rule, *rows))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -75,7 +75,9 @@ class Checkpoint:
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)  # how Python finds the model's class, not what it computes
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # as transformers writes it
-        files = [self.folder / "tokenizer.json", *sorted(self.folder.glob("*.safetensors"))]
+        names = ("*.safetensors", "pytorch_model*.bin")
+        weights = (file for name in names for file in sorted(self.folder.glob(name)))
+        files = [self.folder / "tokenizer.json", *weights]
         return _digest(text.encode(), *(file.read_bytes() for file in files if file.exists()))
 
 

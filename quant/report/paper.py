@@ -95,8 +95,9 @@ def table(results: Sequence[SweepResult]) -> tuple[list[str], list[list[str]]]:
         cells.append(f"{row.advantage:+.3f}" if row.scheme else "")
         cells += [ours.shown(4), f"**{verdict(row, ours)}**"] if ours else ["", ""]
         rows.append(cells)
+    found = [find(results, variant, ROWS[0]) for variant in ("softmax", "softpick")]
     header = [
-        "softmax -> softpick",
+        " -> ".join(one.checkpoint if one else "none" for one in found),
         "paper: Wikitext, word",
         "paper: LAMBADA, %",
         f"here: {text_of(results)}, token",

@@ -47,6 +47,10 @@ def section(results: Sequence[SweepResult], plots: Mapping[str, str]) -> str:
     unquantized = [result for result in results if result.config == UNQUANTIZED]
     statistics, explanations = explain.statistics(unquantized), explain.explanations(results)
     values, answers = np.array(list(statistics.values())).T, Answers.of(results)
+    rows = [
+        [result.checkpoint, *(f"{value:.2f}" for value in own)]
+        for result, own in zip(unquantized, values, strict=True)
+    ]
     template = templates(TEMPLATES).get_template("section.md")
     text = template.render(
         results=results,
@@ -56,8 +60,8 @@ def section(results: Sequence[SweepResult], plots: Mapping[str, str]) -> str:
         spread=spread(answers),
         answers=answers,
         plots=plots,
-        statistics=statistics,
-        outliers=zip([result.checkpoint for result in unquantized], values, strict=True),
+        variants={result.variant for result in results},
+        outliers=[["", *statistics], *rows],
         in_short=explain.in_short(explanations),
         explanations=explanations,
         level=explain.LEVEL,

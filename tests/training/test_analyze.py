@@ -118,6 +118,15 @@ def test_rope_theta_factor_changes_far_tokens_most(checkpoint: Checkpoint) -> No
     assert np.abs(plain - stretched)[1:].max() > 0.01
 
 
+def test_keys_outside_a_window_are_no_zeros(
+    tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled, "TILE_SCORES", 997)
+    fields = {"sliding_window": 16, "num_hidden_layers": 1, "hidden_size": 64}
+    windowed = Checkpoint(tiny_checkpoint(tmp_path, "softmax", **fields), 64)
+    assert Attention(sequences=2).run(windowed, data, Copier()).summary["zeros"].value == 0
+
+
 def test_attention_figures_are_those_of_the_maps(checkpoint: Checkpoint, data: Data) -> None:
     measure = Attention(sequences=2)
     result = measure.run(checkpoint, data, Copier())
@@ -271,4 +280,7 @@ def test_a_checkpoint_knows_itself(checkpoint: Checkpoint, tmp_path: Path) -> No
     assert other.context == 64 and other.digest != checkpoint.digest
     config = json.loads((other.folder / "config.json").read_text())
     (other.folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    assert Checkpoint(other.folder).digest != other.digest
+    changed = Checkpoint(other.folder).digest
+    assert changed != other.digest
+    (other.folder / "pytorch_model.bin").write_bytes(b"other weights")
+    assert Checkpoint(other.folder).digest != changed

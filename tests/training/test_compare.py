@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.intervals import Estimate
 from attnserve.evaluation.measures import Data
 from attnserve.evaluation.scorers import load_llama
+from attnserve.reports import table
 from tests.conftest import Commands
 from tests.tiny import LICENSE, tiny_checkpoint, write_tiny_llama
 from tests.training.texts import Copier, write_texts
@@ -71,6 +76,9 @@ def test_the_page(argv: list[str], tmp_path: Path, commands: Commands,
     assert "### selective: Selective attention (arXiv 2410.02703)" in text
     assert "LSSAR" not in text and "None" not in text and "nan" not in text
     assert "served memory and throughput: they need --serve" in text
+    assert "- quantization by gptq\n" in text and "- quantization of kv\n" in text
+    assert "- quantization to bits: 2, 3, 5, 6, 8\n" in text
+    assert "- budgets of selective at 512 tokens: the training length is 224\n" in text
     assert "the same in all layers, judged on 32 sequences of the first half of LICENSE" in text
     changes = printed["changes"]["softpick"]
     assert "loss at 2x the training length, nats per token" in changes
@@ -97,6 +105,9 @@ def test_the_page(argv: list[str], tmp_path: Path, commands: Commands,
     ("change", "message"),
     [
         (["--text=nowhere.txt"], "nowhere.txt is not there: name a text file"),
+        (["--text={short}"], "short.txt has 3 tokens, fewer than two sequences of 64"),
+        (["--calibration-text={short}"], "short.txt has 3 tokens, fewer than two sequences of 64"),
+        (["{packed}"], "packed is quantized already: name the checkpoint"),
         (["--sequence=32"], "holds a result with another context"),
         (["--device=tpu"], "there is no device tpu: leave out --device"),
         (["{softpick}"], "two checkpoints are called softpick"),
@@ -111,7 +122,14 @@ def test_what_cannot_be_is_one_line(
         run.analyze(Path(argv[0]), ["perplexity"], Data(text=LICENSE), settings)
     if "llama" in change[0]:
         write_tiny_llama(tmp_path / "llama")
-    given = [one.format(softpick=argv[1], llama=tmp_path / "llama") for one in change]
+    (tmp_path / "short.txt").write_text("a\nb")
+    if "packed" in change[0]:
+        shutil.copytree(argv[1], tmp_path / "packed")
+        config = tmp_path / "packed" / "config.json"
+        entry = {"quantization_config": {"quant_method": "gptq"}}
+        config.write_text(json.dumps(json.loads(config.read_text()) | entry))
+    names = {name: tmp_path / name for name in ("llama", "packed")}
+    given = [one.format(softpick=argv[1], short=tmp_path / "short.txt", **names) for one in change]
     assert message in commands.refused(compare, *argv, *given)
     assert not (tmp_path / "out" / "page.md").exists()
 
@@ -155,3 +173,39 @@ def test_verdicts() -> None:
     assert verdict(Estimate(-0.1, -0.2, -0.05), "higher") == "lower: worse"
     assert verdict(Estimate(1.1, 0.9, 1.3), "lower", True) == "no difference shown"
     assert verdict(Estimate(2.0, 1.1, 3.0), "lower", True) == "higher: worse"
+    none = Estimate(math.nan, math.nan, math.nan)  # of a model that overflows
+    assert verdict(none, "lower") == verdict(none, "higher", True) == "no difference shown"
+
+
+def test_a_full_disk_ends_it(
+    argv: list[str], tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows could not be kept either."""
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "analyze", full)
+    line = commands.refused(compare, *argv)
+    assert "out has no room for results (No space left on device): make some" in line
+
+
+def test_texts_too_short_for_the_longest_budgets(folders: list[str], tmp_path: Path) -> None:
+    """They are named on the page, which is written all the same."""
+    original, own = Checkpoint(Path(folders[0]), 8192), Checkpoint(Path(folders[2]), 8192)
+    long = replace(TINY, pruning=(8192,))
+    c = stages.Comparison(
+        original, [own], Data(text=LICENSE), None, 8192, long, "cpu", 1, False, tmp_path
+    )
+    stages.prune(c)
+    why = "first half of LICENSE has fewer than two sequences of 8192 tokens"
+    assert f"budgets of selective at 8192 tokens: {why}" in c.left_out
+    assert "budgets of selective at 512 tokens: with --quick only the shortest" in c.left_out
+    assert not c.failures and not c.budgets
+
+
+def test_a_table_of_names_with_bars() -> None:
+    assert table(["", "a | b"], [["c|d", "1"]]).splitlines()[::2] == [
+        r"|  | a \| b |",
+        r"| c\|d | 1 |",
+    ]

@@ -304,6 +304,9 @@ def test_memory_at_softmaxs_loss(tmp_path: Path) -> None:
     assert finding.verdict is Verdict.UNDECIDED
     at_1024 = less_memory(read(tmp_path), "selective", 1024, low=16.0)
     assert at_1024.ours.endswith("validation loss: 32.0 [1.0, 64.0]")
+    mixed = Evidence({}, {}, None, {"selective-512": world.pruning()}, None)
+    with pytest.raises(Missing):  # it is another checkpoint's, whose file has such a name
+        less_memory(mixed, "selective-512", 512, low=16.0)
     with pytest.raises(Missing, match="of selective at 4096 tokens"):
         less_memory(read(tmp_path), "selective", 4096, low=16.0)
 

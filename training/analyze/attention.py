@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,21 +120,25 @@ def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
 def watched(model: PreTrainedModel) -> Iterator[Figures]:
     """Collect a forward pass's figures, layer by layer: no map outlives its layer, and that of a
     Llama is never there as a whole, but in tiles of a few queries."""
+    window = getattr(model.config, "sliding_window", None)
     figures: Figures = defaultdict(list)
     sums: dict[str, list[Tensor]] = defaultdict(list)
 
-    def see(weights: Tensor) -> None:
-        rows = weights.shape[-2]
-        unseen = rows * (rows - 1) / 2  # above the diagonal: the last query sees every key
+    def see(window: int | None, weights: Tensor) -> None:
+        rows, keys = weights.shape[-2:]
+        ends = torch.arange(keys - rows, keys, device=weights.device) + 1
+        seen = ends.clamp(max=window or keys).sum()  # keys, of all queries
         sums["first_column"].append(weights[0, ..., 0].double().sum(-1))
-        sums["zeros"].append((weights[0] == 0).sum((1, 2)).double() - unseen)
+        sums["zeros"].append((weights[0] == 0).sum((1, 2)).double() - (rows * keys - seen))
+        sums["seen"].append(seen)
 
     def maps(module: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
         if output[1] is not None:
-            see(output[1])
-        n = output[0].shape[1]
-        for name, keys in (("first_column", n), ("zeros", n * (n + 1) / 2)):
-            figures[name].append((torch.stack(sums.pop(name)).sum(0) / keys).cpu().numpy())
+            see(getattr(module, "sliding_window", window), output[1])
+        totals = {name: torch.stack(tiles).sum(0) for name, tiles in sums.items()}
+        sums.clear()
+        for name, count in (("first_column", output[0].shape[1]), ("zeros", totals["seen"])):
+            figures[name].append((totals[name] / count).cpu().numpy())
 
     def heads(module: Any, args: tuple[Tensor]) -> None:
         outputs = args[0][0].unflatten(-1, (model.config.num_attention_heads, -1))
@@ -151,7 +156,7 @@ def watched(model: PreTrainedModel) -> Iterator[Figures]:
         figures["median"].append(x.abs().median().cpu().numpy())
 
     if isinstance(model, VariantLlamaForCausalLM) and not is_pruned(model):
-        attend_in_tiles(model, see)
+        attend_in_tiles(model, partial(see, window))
 
     with ExitStack() as stack:
         hooks = [model.model.embed_tokens.register_forward_hook(states)]

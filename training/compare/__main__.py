@@ -94,7 +94,9 @@ def compare(
     jobs: Annotated[
         int | None, Option(min=1, help="Processes of quantization. Default: one a core.")
     ] = None,
-    force: Annotated[bool, Option("--force", help="Measure again what is there.")] = False,
+    force: Annotated[
+        bool, Option("--force", help="Measure again what is there, but for losses of KV budgets.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the page of converted models beside their softmax original.
@@ -117,7 +119,6 @@ def compare(
     from attnserve import machine
     from attnserve.evaluation.checkpoint import Checkpoint
     from attnserve.evaluation.measures import Data
-    from attnserve.evaluation.texts import read
     from attnserve.sampled_text import alphabet
     from training.compare import page, stages
     from training.compare.effort import QUICK, Effort
@@ -137,7 +138,6 @@ def compare(
     for one in others:
         if alphabet(one) != alphabet(first):
             raise UserError(f"{one.folder} and {original} differ in their tokenizers")
-    read(text)
     check_writable(out / page.PAGE)
     device = device_of(device)
     effort = stages.shortened(
@@ -150,6 +150,7 @@ def compare(
         checkpoints[0], checkpoints[1:], Data(evaluation=sets, text=text), calibration_text, length,
         effort, device, jobs or machine.cores(), force, out,
     )  # fmt: skip
+    stages.check(comparison)
     for stage in stages.STAGES:
         stage(comparison)
     arguments = sys.argv[1:][sys.argv[1:2] == ["compare"] :]  # of `python -m training compare`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import subprocess
@@ -21,8 +22,9 @@ from attnserve.budgets.texts import parts_of
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
 from attnserve.evaluation.measures import Data
+from attnserve.evaluation.texts import read
 from quant import runner, store
-from quant.config import Samples, SearchSpace
+from quant.config import QuantConfig, Samples, SearchSpace
 from quant.store import SweepResult
 from quant.texts import Sources
 from training.analyze.run import analyze
@@ -35,6 +37,7 @@ FACTORS = {"ssmax": 50.0}
 SHORT = ("perplexity", "attention")
 LONG = ("length", "passkey")
 SETS = ("lambada", "blimp")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SLACK = 32  # tokens that `benchmarks.serve` adds to a request
 
 
@@ -95,7 +98,8 @@ class Comparison:
         """Measure something; where that fails, note it and go on.
 
         Raises:
-            UserError: what is there was measured otherwise, or the input makes no sense.
+            UserError: what is there was measured otherwise, the input makes no sense, or the disk
+                is full.
         """
         print(what, file=sys.stderr, flush=True)
         try:
@@ -103,6 +107,11 @@ class Comparison:
         except UserError:
             raise
         except Exception as error:  # whatever fails, the page says so
+            if isinstance(error, OSError) and error.errno in FULL:  # so would all that follows
+                raise UserError(
+                    f"{self.out} has no room for results ({error.strerror}): make some, and the "
+                    "same command goes on"
+                ) from None
             self.failures[what] = " ".join(str(error).split()) or repr(error)
             print(f"failed: {what}: {self.failures[what]}", file=sys.stderr, flush=True)
 
@@ -149,30 +158,64 @@ def analyzed(c: Comparison, folder: Path, name: str, settings: AnalysisSettings)
     c.results += analyze(folder, [name], c.data, settings)
 
 
+def check(c: Comparison) -> None:
+    """Check, before hours of work, what its later part needs.
+
+    Raises:
+        UserError: a model cannot be quantized, or a text is too short.
+    """
+    for one in c.all:
+        runner.check_configs(one.folder, configs(c.effort))
+    least = 2 * c.sequence
+    for file in {c.text, c.calibration or c.text}:
+        if (found := len(c.original.encode(read(file)))) < least:
+            raise UserError(
+                f"{file} has {found} tokens, fewer than two sequences of {c.sequence}: give more "
+                "text, or lower --sequence"
+            )
+
+
+def configs(effort: Effort) -> list[QuantConfig]:
+    """Return how models are quantized: as published, without act-order and searched ranges, since
+    that is what the softpick paper compares."""
+    return SearchSpace(
+        targets=list(effort.targets),
+        bits=list(effort.bits),
+        schemes=list(effort.schemes),
+        act_order=False,
+        search=False,
+    ).configs()
+
+
+def quantized_length(c: Comparison) -> int:
+    """Return the tokens of a sequence that a quantized model is measured on."""
+    return min(c.sequence, c.effort.quantized_length)
+
+
 def sweep(c: Comparison) -> None:
     """Quantize all models as `quant.sweep` does, on the CPU."""
+    whole = Effort()
+    for what, full, own in (
+        ("quantization by", whole.schemes, c.effort.schemes),
+        ("quantization of", whole.targets, c.effort.targets),
+        ("quantization to bits:", whole.bits, c.effort.bits),
+    ):
+        if missing := [str(one) for one in full if one not in own]:
+            c.left_out.append(f"{what} {', '.join(missing)}")
 
     def measure() -> None:
-        effort, context = c.effort, min(c.context, c.effort.quantized_length)
-        # As published, without act-order and searched ranges: that is what the paper compares.
-        space = SearchSpace(
-            targets=list(effort.targets),
-            bits=list(effort.bits),
-            schemes=list(effort.schemes),
-            act_order=False,
-            search=False,
-        )
-        samples = Samples(effort.quantized, context, calibration=effort.quantized)
+        effort = c.effort
+        samples = Samples(effort.quantized, quantized_length(c), calibration=effort.quantized)
         calibration = () if c.calibration is None else (c.calibration,)
         folders = [one.folder for one in c.all]
         tasks = runner.plan(
-            folders, space.configs(), samples, Sources((c.text,), calibration), c.out / "quantized"
+            folders, configs(effort), samples, Sources((c.text,), calibration), c.out / "quantized"
         )
         missing = [task for task in tasks if c.force or not runner.is_there(task)]
         jobs = runner.affordable(c.jobs, folders)
         failed = runner.run(missing, jobs, False, lambda result: None)
         c.failures |= {f"quantization, {name}": why for name, why in failed.items()}
-        c.quantization += [store.read(task.path) for task in tasks if task.path.exists()]
+        c.quantization += [store.read(one.path) for one in tasks if one.name not in failed]
         c.quantization.sort(key=lambda result: result.order)
 
     c.attempt("quantization", measure)
@@ -180,24 +223,31 @@ def sweep(c: Comparison) -> None:
 
 def prune(c: Comparison) -> None:
     """Find out how little KV cache the prunable variants need, by length."""
-    prunable = [one for one in c.converted if get_variant(one.variant).prunable]
-    for checkpoint in prunable:
-        for length in c.effort.pruning:
+    for own in (one for one in c.converted if get_variant(one.variant).prunable):
+        for length in sorted({*Effort().pruning, *c.effort.pruning}):
+            what = f"budgets of {own.name} at {length} tokens"
             if length > c.context:
-                continue
+                c.left_out.append(f"{what}: the training length is {c.context}")
+            elif length not in c.effort.pruning:
+                c.left_out.append(f"{what}: with --quick only the shortest")
+            else:
+                c.attempt(what, partial(_prune, c, own, length, what))
 
-            def measure(own: Checkpoint = checkpoint, length: int = length) -> None:
-                counts = [max(2, count * 512 // length) for count in c.effort.pruned]
-                parts = parts_of(own, (counts[0], counts[1], counts[2]), length, [c.text])
-                found = pruning.run(
-                    own, c.original, parts, runs=c.out / "runs", rises=[1.0], max_loss=None,
-                    step=max(4, length // 128), uniform=c.effort.uniform, seed=0,
-                    searched=length <= c.effort.searched,
-                )  # fmt: skip
-                found.write(c.out / "budgets" / str(length))
-                c.budgets[f"{own.name}-{length}"] = found
 
-            c.attempt(f"budgets of {checkpoint.name} at {length} tokens", measure)
+def _prune(c: Comparison, own: Checkpoint, length: int, what: str) -> None:
+    search, judge, test = (max(2, count * 512 // length) for count in c.effort.pruned)
+    try:
+        parts = parts_of(own, (search, judge, test), length, [c.text])
+    except UserError as error:  # the longest need more text than all the rest
+        c.left_out.append(f"{what}: {str(error).partition(':')[0]}")
+        return
+    found = pruning.run(
+        own, c.original, parts, runs=c.out / "runs", rises=[1.0], max_loss=None,
+        step=max(4, length // 128), uniform=c.effort.uniform, seed=0,
+        searched=length <= c.effort.searched,
+    )  # fmt: skip
+    found.write(c.out / "budgets" / str(length))
+    c.budgets[f"{own.name}-{length}"] = found
 
 
 def serve(c: Comparison) -> None:
@@ -226,7 +276,7 @@ def _serve(c: Comparison, own: Checkpoint) -> None:
     command += ["--kv-budgets", *map(str, smallest(c, own) or [0])]
     key = json.dumps([own.digest, c.original.digest, command, machine.summary()])
     file = c.out / "served" / f"{own.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv"
-    if not file.exists():
+    if c.force or not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         # A program of its own: it shares no code with this one, and the servers are its children.
         program = [sys.executable, "-m", "benchmarks.serve", *command, "--csv", str(file)]

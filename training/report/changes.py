@@ -38,7 +38,8 @@ class Change:
         """Return the direction if the change's 95 % interval leaves out none at all, and whether
         that is for the better."""
         none = 1.0 if self.is_ratio else 0.0
-        if self.change.low <= none <= self.change.high:
+        # Written so that no numbers, as of a model that overflows, show no difference.
+        if not (self.change.low > none or self.change.high < none):
             return "no difference shown"
         direction = "higher" if self.change.value > none else "lower"
         if not self.better:

@@ -199,8 +199,11 @@ def less_memory(evidence: Evidence, name: str, length: int, **ends: float) -> Fi
     """
     control = evidence.control
     controls = (control, f"{control}-{length}")  # the latter was trained on at this length
-    results = [evidence.pruning.get(key) for key in (name, f"{name}-{length}")]
-    found = next((one for one in results if one and one.length == length), None)
+    names = (name, f"{name}-{length}")
+    # A result's file may have the name of another checkpoint: `selective-512` of `selective`.
+    results = [one for key in names if (one := evidence.pruning.get(key))]
+    own = [one for one in results if one.about["checkpoint"] in names]
+    found = next((one for one in own if one.length == length), None)
     if found is None or found.about["reference"] not in controls or found.allowance is None:
         raise Missing(f"no result of attnserve budgets of {name} at {length} tokens")
     factor = Estimate(*(found.factor_within(rise) for rise in widened(found.allowance)))
