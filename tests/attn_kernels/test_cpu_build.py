@@ -528,6 +528,22 @@ def test_usable_isas(
     assert cpu.usable_isas() == usable
 
 
+@pytest.mark.parametrize(("permitted", "best"), [(True, "amx"), (False, "avx512_bf16")])
+def test_tiles_that_the_system_refuses(
+    permitted: bool, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of pairs of bfloat16 are the next best, not those of float32."""
+    build.processor_features.cache_clear()
+    if "amx_tile" not in Path("/proc/cpuinfo").read_text():
+        assert not build.tiles_permitted()
+    flags = " ".join(frozenset().union(*build.ISAS.values()))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(Path, "read_text", lambda _: f"processor : 0\nflags\t: {flags}\n")
+    monkeypatch.setattr(build, "tiles_permitted", lambda: permitted)
+    assert cpu.usable_isas()[0] == best
+    build.processor_features.cache_clear()
+
+
 @pytest.mark.parametrize("isa", ["avx512", "sse9"])
 def test_instruction_set_that_is_not_there(
     isa: str, place: Place, monkeypatch: pytest.MonkeyPatch

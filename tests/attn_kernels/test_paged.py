@@ -451,6 +451,33 @@ def test_single_visible_key(name: str) -> None:
         assert error <= TOLERANCE, path
 
 
+@pytest.mark.parametrize("name", ["lssa", "lssar"])
+def test_nan_and_infinity_are_not_hidden(name: str) -> None:
+    """Rows that see such a key, or have such a query, are NaN, also where the work is split; other
+    rows are numbers."""
+    torch.manual_seed(0)
+    variant, n, size = get_variant(name), 300, 32
+    options: dict[str, Any] = {"scale": 0.2, "window": None, "learned": {}}
+    for path in paths(name)[1:]:
+        for bad in (math.nan, math.inf):
+            cache = Cache.make(variant, [n], 1, size, 32, torch.float32)
+            layer = cache.layer(path, variant, 2, **options)
+            q, k, v = (torch.randn(n, heads, size) for heads in (2, 1, 1))
+            q[1, 0, 3], k[200, 0, 3] = bad, bad
+            layer.write_cache(k, v, cache.slots(0, 0, n))
+            out = torch.zeros(n, 2, size)
+            batch = Batch(cache.block_table, torch.tensor([0, n]), torch.tensor([n]))
+            layer.attend(q, batch, out)
+            wanted = torch.zeros(n, 2, dtype=torch.bool)
+            wanted[1, 0] = wanted[200:] = True
+            assert torch.equal(out.isnan().all(-1), wanted), (path, bad)
+            assert torch.equal(out.isfinite().all(-1), ~wanted), (path, bad)
+            last = torch.zeros(1, 2, size)
+            decode = Batch(cache.block_table, torch.tensor([0, 1]), torch.tensor([n]))
+            layer.attend(q[-1:], decode, last)
+            assert last.isnan().all(), (path, bad)
+
+
 LEARNING = [name for name in variant_names() if get_variant(name).learned]
 
 

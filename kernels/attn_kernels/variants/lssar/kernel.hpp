@@ -41,6 +41,8 @@ struct LSSAR : LSSA {
     row.mean = query.n <= 3.f ? 0.f : (float)(row.row_sum / query.n);
     const float largest = horizontal_max(row.row_max), spread = largest - row.mean;
     row.per_spread = spread <= 16 * 0x1p-23f * largest ? 0.f : 1.f / spread;
+    // NaN, which no comparison below would keep, where a score is NaN or infinite; else 0.
+    row.sum = broadcast((float)(row.row_sum - row.row_sum));
     // Smaller bases are taken as 0: the powers of all of them together are less than a unit in the
     // last place of the largest one, which is 1.
     row.least = std::exp2((-23.f - std::log2(query.n)) / power);
