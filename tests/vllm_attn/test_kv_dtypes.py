@@ -74,9 +74,11 @@ def test_served(
     expected = logprobs(ckpt, tokens, KV_FORMATS[dtype])
     error, effect = (served - expected).abs(), (exact - expected).abs()
     assert expected.std() > 0.1, "the log-probabilities hardly vary: the comparison means nothing"
-    # A float32 key may be rounded to another value than a float64 one.
+    # A float32 key may be rounded to another value than a float64 one, which every query that sees
+    # it then differs by.
     assert error.max() < 0.1 * effect.max()
-    assert error.mean() < 0.01 * effect.mean()
+    assert error.mean() < 0.03 * effect.mean()
+    assert error.median() < 0.01 * effect.median()
     model = ReferenceModel(ckpt, kv_format=KV_FORMATS[dtype])
     rows = [model.read(token) for token in tokens[:-1]][len(prompt) - 1 :]
     for row, token in zip(rows, answer, strict=True):
