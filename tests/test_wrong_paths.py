@@ -22,6 +22,7 @@ WRONG = {
     "attnserve.budgets.command": "{bad}",
     "training.long_context": "{bad} --texts {text}",
     "training.analyze": "{bad} --measures passkey",
+    "training.compare": "{bad} {bad} --text {text} --out {out}",
     "training.report": "--results {file} --out {out}/r.md --figures {out}",
     "attnserve.evaluation.books": "--out {file}",
     "training.checkpoints": "--books {bad} --runs {out} --out {out}",

@@ -28,6 +28,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 GOOD = json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}).encode()
 LENGTH = b"Content-Length: %d\r\n" % len(GOOD)
 WHOLE = POST + LENGTH + b"\r\n" + GOOD
+NO_JSON = POST + LENGTH + b"\r\n" + b"x" * len(GOOD)
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(GOOD), GOOD)
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -223,7 +224,7 @@ def test_head_gets_no_body(gateway: Running, behind: bytes) -> None:
         assert answer(client)[0] == 200
 
 
-@pytest.mark.parametrize("head", [HEALTH, WHOLE, WHOLE + HEALTH, POST + LENGTH + b"\r\nno json"])
+@pytest.mark.parametrize("head", [HEALTH, WHOLE, WHOLE + HEALTH, NO_JSON])
 def test_http_1_0_has_no_chunks(gateway: Running, head: bytes) -> None:
     """An answer of known length says so, and the connection ends with it."""
     with dial(gateway) as client:

@@ -18,12 +18,13 @@ NUM_TOKENS = 24
 PROMPT_LENGTHS = (3, 7, 16, 17, 33, 63, 64, 65, 100, 129, 150, 200)
 """Around the cache block (16) and the chunk (64), and prompts of several chunks."""
 
-LIKE_SOFTMAX = ("sinks", "softmax1", "sigmoid")
-"""What differs from it is in the kernels; test_architectures.py has a model with sinks."""
+LIKE_ANOTHER = ("sinks", "softmax1", "sigmoid", "ssmax", "lssa")
+"""What differs from softmax and lssar is in the kernels and the learned tensors, which other tests
+serve: test_architectures.py a model with sinks."""
 
 CASES = [
-    *((name, None) for name in variant_names() if name not in LIKE_SOFTMAX),
-    *(pytest.param((name, None), marks=pytest.mark.slow) for name in LIKE_SOFTMAX),
+    *((name, None) for name in variant_names() if name not in LIKE_ANOTHER),
+    *(pytest.param((name, None), marks=pytest.mark.slow) for name in LIKE_ANOTHER),
     ("softpick", 24),
     pytest.param(("forgetting", 24), marks=pytest.mark.slow),
     pytest.param(("selective", 24), marks=pytest.mark.slow),

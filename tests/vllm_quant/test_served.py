@@ -45,7 +45,7 @@ def quantized(
     source = tiny_checkpoint(tmp_path / "source", variant, **fields)
     sources = Sources(books=data.books)
     text = (
-        calibration_text(sources, Checkpoint(source, longest=512), 16, seed=0)
+        calibration_text(sources, Checkpoint(source, longest=512), 4, seed=0)
         if recipe.calibrated
         else None
     )
