@@ -53,7 +53,7 @@ def test_sums_of_pairs_equal_reference() -> None:
 
 def test_compilers_know_the_instruction() -> None:
     if not (compiler := shutil.which("g++")) or "avx512" not in cpu.usable_isas():
-        pytest.skip("needs g++ for x86-64")
+        pytest.skip("needs g++, and a processor with AVX-512")
     source = '#include "bf16.hpp"\nauto* product = multiply_bf16<2, true>;\n'
     flags = build.flags_of("avx512_bf16")
     options = ["-xc++", "-S", "-o-", f"-I{build.HERE}", "-"]

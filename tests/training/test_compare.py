@@ -29,7 +29,7 @@ from training.analyze.attention import Attention
 from training.analyze.settings import AnalysisSettings
 from training.compare import effort, stages
 from training.compare.__main__ import compare
-from training.report.changes import Change
+from training.report.changes import Better, Change
 
 CONTEXT = 224
 FIELDS = {"max_position_embeddings": CONTEXT, "num_hidden_layers": 2, "hidden_size": 64}
@@ -164,8 +164,8 @@ def test_maps_of_a_plain_llama_are_taken_in_tiles(
 def test_verdicts() -> None:
     one = Estimate(1.0, 0.9, 1.1)
 
-    def verdict(change: Estimate, better: str = "", is_ratio: bool = False) -> str:
-        return Change("it", (one, one), change, better, is_ratio).verdict  # type: ignore[arg-type]
+    def verdict(change: Estimate, better: Better = "", is_ratio: bool = False) -> str:
+        return Change("it", (one, one), change, better, is_ratio).verdict
 
     assert verdict(Estimate(0.1, -0.1, 0.3)) == "no difference shown"
     assert verdict(Estimate(0.1, 0.05, 0.3)) == "higher"
