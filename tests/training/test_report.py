@@ -55,6 +55,8 @@ class World:
     zeros: dict[str, float] = field(default_factory=dict)
     gain: dict[str, float] = field(default_factory=dict)
     """Of the planted key, at every length but for softmax, whose is 0 beyond 1x."""
+    far_gain: dict[str, float] = field(default_factory=dict)
+    """Of the key beyond 1x, where that is another."""
     hits: dict[str, float] = field(default_factory=dict)
     rise: dict[str, float] = field(default_factory=dict)
     """Of the loss with the weights in few bits, nats per token."""
@@ -167,7 +169,8 @@ class World:
         """Eight pairs a length."""
         summary, units = {}, {}
         for m in multiples(MULTIPLE):
-            gain = self.gain.get(name, 0.5 if m == 1 else 0.0) + self._noise(8)
+            mean = self.gain.get(name, 0.5 if m == 1 else 0.0)
+            gain = (mean if m == 1 else self.far_gain.get(name, mean)) + self._noise(8)
             summary[f"gain at {m}x"] = mean_interval(gain)
             summary[f"accuracy at {m}x"] = Estimate(0.0, 0.0, 0.3)
             units[str(m)] = {"gain": gain.tolist()}
@@ -293,6 +296,13 @@ def test_without_an_effect_in_the_control_nothing_is_shown(
     assert set(chosen.values()) == {Verdict.UNDECIDED}, chosen
     others = {name for name in found if name not in chosen and not name.startswith("Softpick: no")}
     assert {found[name] for name in others} == {Verdict.AGREES}
+
+
+def test_a_key_that_harms_less_than_softmaxs_is_not_retrieved(verdicts: Judge) -> None:
+    far = {"softmax": -1.0, "ssmax": 0.05, "lssar": 0.05}
+    found = verdicts(as_the_papers_say(far_gain=far))
+    denied = {name for name, verdict in found.items() if verdict is Verdict.DISAGREES}
+    assert denied == {name for name in found if "retrieves" in name and "at 1x" not in name}
 
 
 def test_memory_at_softmaxs_loss(tmp_path: Path) -> None:

@@ -182,13 +182,22 @@ def rise_of(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -
 
 
 def retrieves(evidence: Evidence, name: str, multiple: int, factor: float = 1.0) -> Finding:
-    """Compare the key's gain with softmax's on the same prompts, if the model sees a key at all at
-    its training length."""
+    """Judge whether the model sees a key at this length and gains more of it than softmax does on
+    the same prompts, if it sees one at its training length."""
     a, b = evidence.pair(name, evidence.control, "passkey", factor)
     at_home = Condition("its gain at 1x", mean_interval(gains(a, 1)), RETRIEVES)
+    own = mean_interval(gains(a, multiple))
     more = difference(gains(a, multiple), gains(b, multiple))
     what = f"gain more than softmax's at {multiple}x, nats"
-    return decide(what, more, Range(low=0.0), at_home)
+    finding = decide(what, more, Range(low=0.0), at_home)
+    if multiple == 1:
+        return finding
+    ours = f"{finding.ours}; its gain at {multiple}x: {own.shown()}"
+    rule = f"{finding.rule}; its gain at {multiple}x {RETRIEVES}, else it does not agree"
+    verdict = finding.verdict
+    if verdict is Verdict.AGREES:
+        verdict = RETRIEVES.judge(own)
+    return Finding(ours, rule, verdict)
 
 
 def less_memory(evidence: Evidence, name: str, length: int, **ends: float) -> Finding:
