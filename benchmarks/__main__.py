@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 from attnserve.command import AsJson, main
 from attnserve.files import CHECKOUT
+from attnserve.programs import run
 from benchmarks import RESULTS
 from benchmarks import options as opt
 
@@ -68,7 +66,6 @@ def benchmarks(
     from attnserve import machine
     from benchmarks import results
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     commands = {part.value: STANDARD[part] + ["--no-save"] * no_save for part in only or Benchmark}
     if any(f"--packed={PACKED}" in command for command in commands.values()):
         commands = {"pack": PACK, **commands}
@@ -82,17 +79,6 @@ def benchmarks(
     found = {**machine.described(), "rows": rows}
     print(json.dumps(found) if as_json else f"\n{results.table(rows)}")
     return int(any(row["exit code"] for row in rows))
-
-
-def run(command: Sequence[str], output: TextIO) -> int:
-    """Run a command and return its exit code. Ctrl-C is passed on: it ends its servers itself."""
-    process = subprocess.Popen(command, start_new_session=True, stdout=output)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
 
 
 if __name__ == "__main__":

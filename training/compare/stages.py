@@ -6,7 +6,6 @@ import csv
 import errno
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_kernels import get_variant
-from attnserve import machine
+from attnserve import machine, programs
 from attnserve.budgets import run as pruning
 from attnserve.budgets.result import Found
 from attnserve.budgets.texts import parts_of
@@ -280,12 +279,9 @@ def _serve(c: Comparison, own: Checkpoint) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # A program of its own: it shares no code with this one, and the servers are its children.
         program = [sys.executable, "-m", "benchmarks.serve", *command, "--csv", str(file)]
-        done = subprocess.run(program, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
+        if code := programs.run(program, sys.stderr):
             file.unlink(missing_ok=True)
-            raise RuntimeError(
-                f"benchmarks.serve ended with {done.returncode}: {' '.join(program)}"
-            )
+            raise RuntimeError(f"benchmarks.serve ended with {code}: {' '.join(program)}")
     with file.open(encoding="utf-8", newline="") as opened:
         c.served += [row | {"pair": own.name} for row in csv.DictReader(opened)]
 
