@@ -18,6 +18,7 @@ WRONG = {
     "training.train": "--variant softpick --data {text} --tokenizer {bad} --out {out}",
     "training.tokenizer": "--data {bad} --out {out}",
     "training.tokens": "{bad} {out}/t.npy --data {text}",
+    "training.chats": "{bad} {out}/c.jsonl",
     "training.convert": "{bad} {out} --variant ssmax",
     "attnserve.budgets.command": "{bad}",
     "training.long_context": "{bad} --texts {text}",

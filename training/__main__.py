@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnserve.command import run_package
 from training.analyze.__main__ import analyze
+from training.chats import chats
 from training.checkpoints import checkpoints
 from training.compare.__main__ import compare
 from training.convert import convert
@@ -18,6 +19,7 @@ COMMANDS = (
     train,
     tokenizer,
     tokens,
+    chats,
     convert,
     compare,
     long_context,

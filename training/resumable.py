@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from abc import ABC, abstractmethod
@@ -119,6 +120,15 @@ def prediction_losses(heads: Sequence[nn.Module], targets: Tensor, *hidden: Tens
     return torch.stack(sums)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what is allocated next: given back to the system, each page
+    would be cleared again, a quarter of a step on a CPU. Nothing happens with another library."""
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
+
+
 class Resumable(ABC):
     """A training in a folder: it goes on from the state, `state.pt`, if there is one.
 
@@ -155,6 +165,11 @@ class Resumable(ABC):
     def step(self) -> int:
         """Steps taken."""
         return len(self.losses) + len(self._unread)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained parameters are."""
+        return next(iter(self.trained.values())).device
 
     @property
     def progress(self) -> float:
@@ -206,6 +221,8 @@ class Resumable(ABC):
     ) -> None:
         """Take the remaining steps, or those before the progress `until`; save the state where it
         `is_due`, and after the last."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         started = time.monotonic() - self.seconds
         with tqdm(
             initial=self.step,
@@ -227,8 +244,7 @@ class Resumable(ABC):
     def _take_step(self, loss_of: Loss) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        device = next(iter(self.trained.values())).device
-        parts = self.batches(self.step)
+        device, parts = self.device, self.batches(self.step)
         if device.type == "cuda":  # other memory is copied when the device has nothing else to do
             parts = parts[0].pin_memory(), parts[1].pin_memory()
         loss, other = loss_of(*(part.to(device, non_blocking=True) for part in parts))

@@ -221,6 +221,8 @@ RULES: dict[str, Rule] = {
     "make install": Run(prints="Nothing to be done"),
     "make lock": NotHere("a package index"),
     "make doctor": Run(prints="kernel cache"),
+    # models/*/README.md
+    "make serve CKPT=models/smollm2-softpick": Serve(make_serve("models/smollm2-softpick")),
     # checkpoints/*/README.md
     **{
         f"vllm serve checkpoints/{name} --attention-backend {variant}": Serve(
@@ -502,26 +504,27 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
-    "python -m benchmarks.smollm2 smollm2 --dtype bfloat16": Run(
+    "python -m benchmarks.smollm2 smollm2": Run(
         "python -m benchmarks.smollm2 smollm2-bf16 --dtype bfloat16",
         prints="SmolLM2-135M-Instruct in bfloat16",
         slow=True,
         long=True,
     ),
     "python -m training.convert smollm2 smollm2-softpick --variant softpick --train all "
-    "--minutes 9 --data books.txt chats.jsonl --distill 0.9 --blend 0.5": Run(
+    "--minutes 40 --data chats.jsonl prose.txt --distill 1 --learning-rate 2e-4 --precision bf16 "
+    "--compile --batch 2": Run(
         f"{YOUR_LLAMA} && python -m training.convert your-llama smollm2-softpick "
-        "--variant softpick --train all --steps 2 --sequence 64 --data LICENSE --distill 0.9 "
-        "--blend 0.5",
+        "--variant softpick --train all --steps 2 --data LICENSE --distill 1 --learning-rate 2e-4 "
+        "--precision bf16 --compile --batch 2 --sequence 64",
         prints="with softpick attention",
         slow=True,
         long=True,
     ),
     "python -m training.compare smollm2 smollm2-softpick --text unseen.txt --out smollm2-page "
     "--quick": Elsewhere("tests/training/test_compare.py"),
-    "python -m quant.quantize smollm2-softpick smollm2-softpick-4bit --bits 4 --embeddings 8": Run(
+    "python -m quant.quantize smollm2-softpick smollm2-softpick-4bit --bits 4 --embeddings 6": Run(
         f"{YOUR_LLAMA} && python -m training.convert your-llama to-pack --variant softpick && "
-        "python -m quant.quantize to-pack packed-softpick --bits 4 --embeddings 8 "
+        "python -m quant.quantize to-pack packed-softpick --bits 4 --embeddings 6 "
         "--calibration 2 --length 64",
         prints=PACKED,
         slow=True,
@@ -532,6 +535,7 @@ RULES: dict[str, Rule] = {
         "&& python -m quant.quantize to-serve served-softpick --bits 4 --embeddings 8 "
         "--scheme rtn",
     ),
+    "python -m training.chats smollm2 chats.jsonl": Elsewhere("tests/training/test_chats.py"),
     "python -m training.tokens your-llama books.npy --data books.txt chats.jsonl": Elsewhere(
         "tests/training/test_convert.py"
     ),

@@ -11,7 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TEXTS = sorted(
     path.relative_to(ROOT)
-    for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "checkpoints/*/README.md")
+    for pattern in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/*.md",
+        "checkpoints/*/README.md",
+        "models/*/README.md",
+    )
     for path in ROOT.glob(pattern)
     if path.name != "LOG.md"  # a diary: what was once typed, on machines of that day
 )

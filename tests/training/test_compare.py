@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import math
@@ -99,6 +100,20 @@ def test_the_page(argv: list[str], tmp_path: Path, commands: Commands,
     assert "- budgets of selective at 32 tokens: 'NoneType' object has no attribute" in again
     assert "No results of `attnserve budgets`." in again
     assert "not said (--seen)." in again
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_served(argv: list[str], tmp_path: Path, commands: Commands,
+                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Each pair is served, the selective one within the budgets that were found, too."""
+    monkeypatch.setattr(effort, "QUICK", replace(TINY, requests=4, rounds=1))
+    assert json.loads(commands.run(compare, *argv, "--serve"))["failed"] == {}
+    files = list((tmp_path / "out" / "served").glob("*.csv"))
+    assert {file.name.partition("-")[0] for file in files} == {"softpick", "selective"}
+    rows = [row for file in files for row in csv.DictReader(file.open())]
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert "| pair | server | KV cache, MB |" in (tmp_path / "out" / "page.md").read_text()
 
 
 @pytest.mark.parametrize(
