@@ -20,11 +20,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny tensors gain nothing from a second thread, and lose much where a server runs beside the test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Triton decides at its first import, by whichever test comes first, whether its own functions are
-# interpreted. In this process they are, unless TRITON_INTERPRET=0 (`make test-gpu`) says otherwise;
+# Triton decides where a function is defined, so by whichever test imports it first, whether it is
+# interpreted. In this process all are, unless TRITON_INTERPRET=0 (`make test-gpu`) says otherwise;
 # the programs that tests start decide for themselves.
 with pytest.MonkeyPatch.context() as _patch:
     _patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
+    knobs = importlib.import_module("triton.knobs")
+    knobs.runtime.interpret = knobs.runtime.interpret  # also without the variable, from now on
     importlib.import_module("triton.language")
 
 # The same examples in each run; HYPOTHESIS_PROFILE=default draws others.

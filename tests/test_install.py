@@ -78,8 +78,10 @@ def test_steps_are_named_with_their_time(tmp_path: Path) -> None:
     done = install_offline(tmp_path, "one==1.0")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert all(re.match(r"\[ *\d+ s\] \S", line) for line in lines)
-    assert [line[len("[   0 s] ") :] for line in lines] == [
+    assert all(re.match(r"\[ *\d+ s\] +\S", line) for line in lines)
+    steps = [line[len("[   0 s] ") :] for line in lines]
+    # Indented is what a step of 15 seconds shows of the log, on a machine with much else to do.
+    assert [step for step in steps if not step.startswith("  ")] == [
         f"making {tmp_path}/venv with {sys.executable}",
         f"installing 1 distributions of {tmp_path}/lock.txt",
     ]
