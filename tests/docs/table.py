@@ -222,6 +222,12 @@ RULES: dict[str, Rule] = {
     "make lock": NotHere("a package index"),
     "make doctor": Run(prints="kernel cache"),
     # models/*/README.md
+    "python -m training.convert smollm2 smollm2-softpick --variant softpick --train all "
+    "--minutes 40 --compile --data chats.jsonl chats.jsonl prose.npy --distill 1 --precision bf16 "
+    "--sequence 1024 --batch 2 --learning-rate 2e-4": Elsewhere("tests/training/test_convert.py"),
+    "python -m quant.quantize smollm2-softpick models/smollm2-softpick --bits 4 --embeddings 6": (
+        Elsewhere("tests/test_pretrained.py")
+    ),
     "make serve CKPT=models/smollm2-softpick": Serve(make_serve("models/smollm2-softpick")),
     # checkpoints/*/README.md
     **{
