@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TextIO
 
 
-def run(command: Sequence[str], output: TextIO) -> int:
+def run(command: Sequence[str], output: TextIO | int) -> int:
     """Run a program to its end, which Ctrl-C and SIGTERM ask for, and return its exit code.
 
     Args:
         command: the program and its arguments.
-        output: where its standard output goes.
+        output: where its standard output goes: a file, or subprocess.DEVNULL.
 
     Raises:
         KeyboardInterrupt: a signal came; the program has ended.

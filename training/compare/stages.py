@@ -6,6 +6,7 @@ import csv
 import errno
 import hashlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -279,7 +280,7 @@ def _serve(c: Comparison, own: Checkpoint) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # A program of its own: it shares no code with this one, and the servers are its children.
         program = [sys.executable, "-m", "benchmarks.serve", *command, "--csv", str(file)]
-        if code := programs.run(program, sys.stderr):
+        if code := programs.run(program, subprocess.DEVNULL):
             file.unlink(missing_ok=True)
             raise RuntimeError(f"benchmarks.serve ended with {code}: {' '.join(program)}")
     with file.open(encoding="utf-8", newline="") as opened:
