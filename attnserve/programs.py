@@ -7,7 +7,7 @@ from typing import TextIO
 
 
 def run(command: Sequence[str], output: TextIO | int) -> int:
-    """Run a program to its end, which Ctrl-C and SIGTERM ask for, and return its exit code.
+    """Run a program to its end, which Ctrl-C, SIGTERM and SIGHUP ask for, and return its exit code.
 
     Args:
         command: the program and its arguments.
@@ -16,7 +16,10 @@ def run(command: Sequence[str], output: TextIO | int) -> int:
     Raises:
         KeyboardInterrupt: a signal came; the program has ended.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     process = subprocess.Popen(command, start_new_session=True, stdout=output)
     try:
         return process.wait()
@@ -25,4 +28,5 @@ def run(command: Sequence[str], output: TextIO | int) -> int:
         process.wait()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

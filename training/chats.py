@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
-from attnserve.files import replacing
+from attnserve.files import check_writable, replacing
 
 USER = "\ufdd0"
 """Stands for what a user says in the output of a chat template: a character of no text."""
@@ -46,6 +46,7 @@ def chats(
 
     if out.suffix != ".jsonl":
         raise UserError(f"{out} must be named *.jsonl: training.convert knows it by that")
+    check_writable(out)
     checkpoint = Checkpoint(source)
     tokenizer = checkpoint.tokenizer
     if not tokenizer.chat_template:
@@ -55,6 +56,12 @@ def chats(
         user = [{"role": "user", "content": text}]
         return str(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True))
 
+    longest = len(checkpoint.encode(asked(""))) + 2 * tokens + 1
+    if longest > checkpoint.config.max_position_embeddings:
+        raise UserError(
+            f"a chat may have {longest} tokens, and {source} reads "
+            f"{checkpoint.config.max_position_embeddings}: lower --tokens"
+        )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -65,7 +72,7 @@ def chats(
     llm = LLM(
         model=str(source),
         seed=seed,
-        max_model_len=len(checkpoint.encode(asked(""))) + 2 * tokens + 1,
+        max_model_len=longest,
         kv_cache_memory_bytes=CACHE_BYTES,
         enforce_eager=True,
         disable_log_stats=True,
@@ -78,7 +85,11 @@ def chats(
         outputs = [each.outputs[0] for each in llm.generate(prompts, sampling)]
         return [one.text.strip() if one.finish_reason == "stop" else "" for one in outputs]
 
-    questions = [text for text in written([asked(USER).partition(USER)[0]] * count) if text]
+    questions = [
+        text
+        for text in written([asked(USER).partition(USER)[0]] * count)
+        if text and len(checkpoint.encode(text)) <= tokens  # read, it may have more than written
+    ]
     answers = written([asked(question) for question in questions]) if questions else []
     found = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -122,7 +122,7 @@ def prediction_losses(heads: Sequence[nn.Module], targets: Tensor, *hidden: Tens
 
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for what is allocated next: given back to the system, each page
-    would be cleared again, a quarter of a step on a CPU. Nothing happens with another library."""
+    would be cleared again, a fifth of a step on a CPU. Nothing happens with another library."""
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(trim_threshold, -1)

@@ -54,6 +54,9 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     done = run(str(folder), str(tmp_path / "chats.txt"))
     assert done.returncode == 2
     assert "must be named *.jsonl" in done.stderr
+    done = run(str(chat_model(tmp_path / "chatty")), str(tmp_path / "c.jsonl"), "--tokens=600")
+    assert done.returncode == 2
+    assert "reads 1024: lower --tokens" in done.stderr
     done = run(str(folder), str(tmp_path / "chats.jsonl"))
     assert done.returncode == 2
     assert "has no chat template: name a chat model" in done.stderr
