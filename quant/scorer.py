@@ -92,11 +92,12 @@ class KLComparison:
         for text, each in self.divergence.items():
             summary[f"{text} KL"] = mean_interval([values.mean() for values in each.values()])
             shares = mean_interval(list(self.agreement[text].values()))
-            summary[f"{text} top-1"] = Estimate(*(min(1.0, max(0.0, x)) for x in shares))
+            summary[f"{text} top-1"] = shares.within(0.0, 1.0)
             changes = list(self.change[text].values())
             summary[f"{text} p change"] = mean_interval([values.mean() for values in changes])
             squares = mean_interval([(values**2).mean() for values in changes])
-            summary[f"{text} p change, RMS"] = Estimate(*(max(0.0, x) ** 0.5 for x in squares))
+            root = squares.within(0.0, math.inf)
+            summary[f"{text} p change, RMS"] = Estimate(*(x**0.5 for x in root))
         return summary, {
             "KL over tokens": {
                 text: quantiles(each, DIVERGENCES) for text, each in self.divergence.items()

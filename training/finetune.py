@@ -17,7 +17,7 @@ from attnserve.evaluation.texts import Tokens
 from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches, fingerprint
 from training.fused import Forward, attends, attention_forward, blended, fused
-from training.recipe import FineTuning
+from training.recipe import LEARNING_RATES, FineTuning
 from training.resumable import Resumable, loss_function
 
 
@@ -59,21 +59,28 @@ class FineTune(Resumable):
         if bool(settings.distill) != (teacher is not None):
             raise ValueError("a teacher and a weight for what it teaches go together")
         self.teacher = teacher
-        learned = model.config.variant.tensors
-        if settings.train == "scale" and not learned:
+        own = model.config.variant.tensors
+        if settings.train == "scale" and not own:
             raise UserError(
                 f"{model.config.variant.name} learns no per-head tensors: use --train all"
             )
-        trained = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if settings.train == "all" or name.partition(".self_attn.")[2] in learned
-        }
+        learned, trained = {}, {}
+        for name, parameter in model.named_parameters():
+            if name.partition(".self_attn.")[2] in own:
+                learned[name] = parameter
+            elif settings.train == "all":
+                trained[name] = parameter
         batches = Batches(tokens, settings.sequence, settings.batch, bos, settings.seed)
         identity = {**(origin or {}), **asdict(settings), "text": fingerprint(tokens)}
-        optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0, fused=True)
+        faster = max(1.0, LEARNING_RATES["scale"] / settings.learning_rate) if trained else 1.0
+        groups = [
+            {"params": list(each.values()), "faster": times}
+            for each, times in ((trained, 1.0), (learned, faster))
+            if each
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._saved = time.monotonic()
-        super().__init__(folder, identity, settings, batches, trained, optimizer)
+        super().__init__(folder, identity, settings, batches, trained | learned, optimizer)
 
     def save(self) -> None:
         """Write the state."""

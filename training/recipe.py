@@ -71,7 +71,13 @@ class FineTuning:
         Literal["scale", "all"], Option(help="The variant's learned tensors, or every weight.")
     ] = "scale"
     learning_rate: Annotated[
-        float, Option(min=0.0, help=f"The peak. 0: {RATES_TEXT}.", show_default=False)
+        float,
+        Option(
+            min=0.0,
+            help=f"The peak. 0: {RATES_TEXT}. With all, the variant's learned tensors still have "
+            f"{LEARNING_RATES['scale']:g} at least: they begin far from where they belong.",
+            show_default=False,
+        ),
     ] = 0.0
     sequence: Annotated[int, Option(min=1, help="Tokens of a sequence.")] = 1024
     batch: Annotated[int, Option(min=1, help="Sequences of a step.")] = 1

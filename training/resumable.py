@@ -243,7 +243,7 @@ class Resumable(ABC):
 
     def _take_step(self, loss_of: Loss) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group.get("faster", 1.0)
         device, parts = self.device, self.batches(self.step)
         if device.type == "cuda":  # other memory is copied when the device has nothing else to do
             parts = parts[0].pin_memory(), parts[1].pin_memory()

@@ -28,6 +28,10 @@ class Estimate(NamedTuple):
         """Return the estimate of `exp` of the figure: a perplexity from nats."""
         return type(self)(*(math.exp(x) if x < 700 else math.inf for x in self))
 
+    def within(self, low: float, high: float) -> Self:
+        """Return the estimate of a figure that cannot lie outside: a share is 0 to 1."""
+        return type(self)(*(min(high, max(low, x)) for x in self))
+
     def json(self) -> list[float | None]:
         """Return value, low and high to seven digits; None is infinite, which JSON lacks."""
         return [float(f"{x:.7g}") if math.isfinite(x) else None for x in self]

@@ -265,6 +265,18 @@ def test_what_is_distilled(tmp_path: Path) -> None:
         FineTune(model, settings, tokens, 0, tmp_path)
 
 
+def test_learned_tensors_learn_faster(tmp_path: Path) -> None:
+    """Adam's first step is as long as the learning rate: 1e-4 for weights, 2e-3 for scales."""
+    tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(TRAINED))
+    settings = FineTuning(steps=1, train="all", learning_rate=1e-4, sequence=64)
+    model = convert(TRAINED, {"name": "ssmax"}, Conversion()).float()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    FineTune(model, settings, tokens, 0, tmp_path).run(quiet=True)
+    for name, value in model.named_parameters():
+        rate = 2e-3 if name.endswith("ssmax_scale") else 1e-4
+        assert (value - before[name]).abs().max().item() == pytest.approx(rate, rel=0.05)
+
+
 def test_chats_in_the_mix(plain: Path, tmp_path: Path, commands: Commands) -> None:
     """They are written as the chat template says, each followed by the end-of-text token."""
     tokenizer = AutoTokenizer.from_pretrained(plain)

@@ -88,19 +88,19 @@ class Attention(Measure):
 def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
     """Summarise the figures of all sequences: `first_column`, `zeros`, `quiet` and `silent`
     `[sequences, layers, heads]`, `kurtosis`, `largest` and `median` `[sequences, layers + 1]`."""
-    rates = {eps: (f["first_column"] > eps).mean((1, 2)) for eps in SINK_EPS}
+    shares = {f"sink rate at {eps}": (f["first_column"] > eps).mean((1, 2)) for eps in SINK_EPS}
+    shares |= {name: f[name].mean((1, 2)) for name in ("zeros", "silent")}
     # Single sequences are short of a head's quiet tokens: only all of them tell a dead head.
     dead = f["quiet"].mean(0) >= DEAD
     ratio = f["largest"] / np.maximum(f["median"], np.finfo(np.float64).tiny)
-    figures = {f"sink rate at {eps}": rate for eps, rate in rates.items()} | {
+    figures = {
         "kurtosis": f["kurtosis"].mean(1),
         "kurtosis, largest of the layers": f["kurtosis"].max(1),
         "largest |x|": f["largest"].max(1),
         "largest over median |x|": ratio.max(1),
-        "zeros": f["zeros"].mean((1, 2)),
-        "silent": f["silent"].mean((1, 2)),
     }
     summary = {name: mean_interval(values) for name, values in figures.items()}
+    summary |= {name: mean_interval(values).within(0.0, 1.0) for name, values in shares.items()}
     units: dict[str, Any] = {
         "dead_heads": int(dead.sum()),
         "heads": int(dead.size),
@@ -112,7 +112,9 @@ def summarise(f: dict[str, NDArray[np.float64]]) -> Result:
     }
     for name in ("first_column", "zeros", "quiet", "silent"):
         units[f"head_{name}"] = f[name].mean(0).round(5).tolist()
-    units |= {f"sequence_sink_rate_{e}": rate.round(5).tolist() for e, rate in rates.items()}
+    for eps in SINK_EPS:
+        rates = shares[f"sink rate at {eps}"]
+        units[f"sequence_sink_rate_{eps}"] = rates.round(5).tolist()
     return Result(summary, units)
 
 
