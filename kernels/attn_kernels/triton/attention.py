@@ -2,9 +2,9 @@
 
 A tile has `queries` consecutive queries of one request and all `group` query heads of one KV head:
 `rows` rows of a matrix product (the last few may be empty). Its program goes along the keys that
-the tile sees, `keys` at a time; a long context is cut into `splits` parts with a program each,
-whose results `merge_kernel` adds up. The grid depends on the numbers of tokens and requests only,
-so that a CUDA graph can hold it.
+the tile sees, `keys` at a time, with masks only where some row does not see some key; a long
+context is cut into `splits` parts with a program each, whose results `merge_kernel` adds up. The
+grid depends on the numbers of tokens and requests only, so that a CUDA graph can hold it.
 
 What is fixed when a kernel is compiled comes as named tuples: VARIANT (`variant.Constants`), SHAPE
 (`Shape`) and TILE (`Tiling`). A variant's functions and parameters come one by one: Triton cannot
@@ -20,12 +20,16 @@ import triton.language as tl
 from attn_kernels.triton.cache import (
     Blocks,
     add_values,
+    along,
     find_parameters,
     find_state,
     load_blocks,
     load_keys,
+    load_tile_blocks,
     load_values,
+    multiply,
     score_keys,
+    tile_offsets,
     unit,
 )
 from attn_kernels.triton.gates import load_sums
@@ -69,26 +73,35 @@ class Tiling(NamedTuple):
 
     rows: int
     queries: int
+    selectors: int
+    """`queries` rounded up to a power of two, 16 at least (a tensor core's)."""
     keys: int
     splits: int
 
 
 class Rows(NamedTuple):
-    """The query rows of a tile: `q` and `selecting` `[rows, dims]`, all others `[rows]`."""
+    """The query rows of a tile: `q` `[rows, dims]`, all others `[rows]`."""
 
     q: Any
-    selecting: Any
-    """Head 0's queries, of a stateful variant."""
     factor: Any
     """What q.k is multiplied with, see `query_factor`."""
     position: Any
-    first_of_group: Any
-    valid: Any
     slope: Any
     """ALiBi's, times log2(e)."""
     sums: Any
     rests: Any
     """Of the gates up to each row's own token, of a gated variant."""
+
+
+class Selectors(NamedTuple):
+    """Head 0's queries of a tile, of a stateful variant: `q` `[N, dims]`, N a power of two of 16
+    at least; the other two `[N]`."""
+
+    q: Any
+    position: Any
+    valid: Any
+    before: Any
+    """`[rows, N]`: 1 where a selector is before the row's query, else 0."""
 
 
 @triton.jit
@@ -121,11 +134,33 @@ def visible(position, key, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def selections(x, seen, position, key, SELECTION: tl.constexpr):
-    """Return what queries of head 0 with raw scores `x` add to the accumulators: nothing to their
+def selected(
+    selectors, k, words, key, inside, scale,
+    SELECTION: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return what head 0's queries add to the accumulators of keys, `[N, keys]`: nothing to their
     own token's and nothing to the first's."""
-    chosen = seen & (key[None, :] != position[:, None]) & (key != 0)[None, :]
-    return tl.where(chosen, SELECTION(x), 0.0)
+    zeros = tl.full([selectors.q.shape[0], k.shape[1]], 0.0, tl.float32)
+    added = SELECTION(score_keys(selectors.q, k, words, inside, zeros, SHAPE) * scale)
+    chosen = (key != 0)[None, :]
+    if MASKED:
+        chosen = chosen & inside[None, :] & selectors.valid[:, None]
+        chosen = chosen & (key[None, :] != selectors.position[:, None])
+        chosen = chosen & visible(selectors.position, key, SHAPE.window)
+    return tl.where(chosen, added, 0.0)
+
+
+@triton.jit
+def add_before(selectors, added, output):
+    """Return `output` `[rows, keys]` and, for each row, the sum of what the selectors before it
+    have added."""
+    if selectors.q.dtype == tl.float32:
+        return multiply(selectors.before, added, output)
+    # A product of two halves of a float32 keeps 16 bits, by which it is as exact as the scores.
+    high = added.to(tl.bfloat16)
+    low = (added - high.to(tl.float32)).to(tl.bfloat16)
+    before = selectors.before.to(tl.bfloat16)
+    return multiply(before, low, multiply(before, high, output))
 
 
 @triton.jit
@@ -158,27 +193,71 @@ def known_of(
 
 @triton.jit
 def attend_keys(
-    rows, known, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
-    mean, per_spread,
+    rows, selectors, known, blocks, kv_head, begin, end, first_position, last_position, scale,
+    snapshots, running_max, denominator, mean, per_spread,
     UPDATE: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE_STATISTICS: tl.constexpr,
     SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
     TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """Go along the keys [begin, end) of a tile: gather statistics of the scores, or turn them into
-    weights and add up the values. `scale` is the model's.
+    """Go along the keys [begin, end) of a tile, `begin` a multiple of TILE.keys: gather statistics
+    of the scores, or turn them into weights and add up the values. `scale` is the model's, the
+    tile's queries are from `first_position` to `last_position`.
 
     Returns:
         `(running_max [rows], denominator [rows], output [rows, dims])`.
     """
+    output = tl.full([TILE.rows, SHAPE.dims], 0.0, tl.float32)
+    # From `lead` on the last query sees all keys of a window, up to `full` the first one does (and
+    # none is its own, for whose sake alone a stateful variant would have to look).
+    lead = begin
+    if SHAPE.window:
+        unseen = tl.maximum(last_position - SHAPE.window + 1 - begin, 0)
+        lead = tl.minimum(begin + tl.cdiv(unseen, TILE.keys) * TILE.keys, end)
+    ahead = tl.minimum(first_position + (SELECTION is None), end) - begin
+    full = tl.maximum(begin + tl.maximum(ahead, 0) // TILE.keys * TILE.keys, lead)
+    for stage in tl.static_range(3):
+        if stage == 0:
+            start_of, end_of = begin, lead
+        elif stage == 1:
+            start_of, end_of = lead, full
+        else:
+            start_of, end_of = full, end
+        if stage > 0 or SHAPE.window > 0:
+            running_max, denominator, output = attend_range(
+                rows, selectors, known, blocks, kv_head, start_of, end_of, end, scale, snapshots,
+                running_max, denominator, output, mean, per_spread, UPDATE, SCORE_BIAS,
+                UPDATE_STATISTICS, SELECTION, PARAMS, VARIANT, SHAPE, TILE, STATISTICS_ONLY,
+                stage != 1,
+            )  # fmt: skip
+    return running_max, denominator, output
+
+
+@triton.jit
+def attend_range(
+    rows, selectors, known, blocks, kv_head, begin, end, last, scale, snapshots, running_max,
+    denominator, output, mean, per_spread,
+    UPDATE: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE_STATISTICS: tl.constexpr,
+    SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
+    TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Do what `attend_keys` does with the keys [begin, end) of a tile whose last is before `last`.
+    Not MASKED: all rows see all of them."""
     dtype = rows.q.dtype
     zeros = tl.full([TILE.rows, TILE.keys], 0.0, tl.float32)
-    output = tl.full([TILE.rows, SHAPE.dims], 0.0, tl.float32)
-    for start in range(begin, end, TILE.keys):
+    # A tile's blocks are looked up a tile ahead: copies that depend on nothing of their own
+    # iteration overlap the products.
+    next_block = load_tile_blocks(blocks, begin, end, SHAPE, TILE.keys)
+    for start in tl.range(begin, end, TILE.keys, num_stages=1 if MASKED else None):
         key = start + tl.arange(0, TILE.keys)
-        inside = key < end
-        block = load_blocks(blocks, key, inside, SHAPE)
-        k = load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE)
-        words = find_parameters(blocks, block, kv_head, key, False, SHAPE)
+        inside = key < last
+        seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
+        if not MASKED:
+            inside = tl.full([TILE.keys], True, tl.int1)
+            seen = tl.full([TILE.rows, TILE.keys], True, tl.int1)
+        block, offset = next_block, tile_offsets(start, SHAPE, TILE.keys)
+        next_block = load_tile_blocks(blocks, start + TILE.keys, end, SHAPE, TILE.keys)
+        k = load_keys(blocks, block, kv_head, offset, inside, dtype, SHAPE)
+        words = find_parameters(blocks, block, kv_head, offset, False, SHAPE)
         s = score_keys(rows.q, k, words, inside, zeros, SHAPE)
         s *= rows.factor[:, None]
         if VARIANT.unit_keys:
@@ -193,51 +272,70 @@ def attend_keys(
             if SHAPE.group == 1:  # no sum is loaded twice
                 member = tl.full([1, 1], 0, tl.int32)
             sums, rests = load_sums(
-                blocks, block[None, :], kv_head, member, key[None, :], inside[None, :], SHAPE
+                blocks, along(block, 1), kv_head, member, offset[None, :], inside[None, :], SHAPE
             )
             decay = (rows.sums[:, None] - sums) + (rows.rests[:, None] - rests)
             s += SCORE_BIAS(known, distance, decay, PARAMS)
         elif SCORE_BIAS is not None:
             s += SCORE_BIAS(known, distance, PARAMS)
-        seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
         if STATISTICS_ONLY:
             running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator, known)
         else:
             if SELECTION is not None:
-                penalty = tl.load(snapshots + key, mask=inside, other=0.0)[None, :]
+                if TILE.queries == 1:
+                    ahead = find_state(blocks, block, 0, SHAPE) + offset
+                else:
+                    ahead = snapshots + key
+                penalty = zeros + tl.load(ahead, mask=inside, other=0.0)[None, :]
                 if TILE.queries > 1:
                     # And what the tile's own queries before each row's have added.
                     selector_keys = k
                     if SHAPE.num_kv_heads > 1 or SHAPE.selecting_head > 0:
                         selector_keys = load_keys(
-                            blocks, block, SHAPE.selecting_head, key, inside, dtype, SHAPE
+                            blocks, block, SHAPE.selecting_head, offset, inside, dtype, SHAPE
                         )
                         words = find_parameters(
-                            blocks, block, SHAPE.selecting_head, key, False, SHAPE
+                            blocks, block, SHAPE.selecting_head, offset, False, SHAPE
                         )
-                    x = score_keys(rows.selecting, selector_keys, words, inside, zeros, SHAPE)
-                    x *= scale
-                    chosen = seen & rows.valid[:, None]
-                    added = selections(x, chosen, rows.position, key, SELECTION)
-                    once = tl.where(rows.first_of_group[:, None], added, 0.0)
-                    penalty = penalty + tl.cumsum(once, 0) - added
+                    added = selected(
+                        selectors, selector_keys, words, key, inside, scale, SELECTION, SHAPE, MASKED
+                    )  # fmt: skip
+                    penalty = add_before(selectors, added, penalty)
                 s -= penalty * LOG2E
             weights, rescale, running_max, denominator = UPDATE(
                 s, seen, running_max, denominator, mean, per_spread, known, PARAMS
             )
-            v = load_values(blocks, block, kv_head, key, inside, dtype, SHAPE)
-            words = find_parameters(blocks, block, kv_head, key, True, SHAPE)
+            v = load_values(blocks, block, kv_head, offset, inside, dtype, SHAPE)
+            words = find_parameters(blocks, block, kv_head, offset, True, SHAPE)
             output = add_values(weights, v, words, inside, output * rescale[:, None], SHAPE)
     return running_max, denominator, output
 
 
 @triton.jit
+def load_selectors(
+    selectors, stride, start_loc, first, num_queries, first_position, query_of_row,
+    SHAPE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Return the `Selectors` of a tile whose first query is a request's `first`; `query_of_row`
+    `[rows]` says which of the tile a row's is."""
+    query, dim = tl.arange(0, TILE.selectors), tl.arange(0, SHAPE.dims)
+    index = first + query
+    valid = (query < TILE.queries) & (index < num_queries)
+    place = selectors + (start_loc + index).to(tl.int64)[:, None] * stride + dim[None, :]
+    q = tl.load(place, mask=valid[:, None] & (dim < SHAPE.head_size)[None, :], other=0.0)
+    if SHAPE.kv_bits == 4:
+        q = rotate(q, TILE.selectors, SHAPE.dims, SHAPE.head_size)
+    before = (query[None, :] < query_of_row[:, None]).to(tl.float32)
+    return Selectors(q, first_position + index, valid, before)
+
+
+@triton.jit(do_not_specialize=["num_reqs"])
 def attend_kernel(
     out, query,
     selectors,  # [num_tokens, head_size]: head 0's queries, of a stateful variant
     cache, block_table, query_start_loc, seq_lens,
     first_learned, second_learned, alibi_slopes,  # [num_heads] float32
-    snapshots,  # [tiles, keys] float32: accumulators ahead of each tile (select_kernel)
+    snapshots,  # [tiles, keys] float32: accumulators ahead of each tile of several queries
     statistics,  # [num_tokens, num_heads, splits, 2] float32, of the pass for statistics
     part_rows,  # the same: each part's running maximum and denominator
     part_outputs,  # [num_tokens, num_heads, splits, head_size] float32
@@ -250,8 +348,13 @@ def attend_kernel(
     SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
     TILE: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one tile's queries. Grid: (tiles, num_kv_heads, splits)."""
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Attend with one tile's queries. Grid: (tiles * num_kv_heads, splits).
+
+    The last tiles of a request, which see the most keys, start first; the KV heads of a tile start
+    together."""
+    program, split = tl.program_id(0), tl.program_id(1)
+    kv_head = program % SHAPE.num_kv_heads
+    tile = (tl.num_programs(0) - 1 - program) // SHAPE.num_kv_heads
     request = find_request(query_start_loc, tile, num_reqs, TILE.queries)
     start_loc = tl.load(query_start_loc + request)
     num_queries = tl.load(query_start_loc + request + 1) - start_loc
@@ -269,11 +372,6 @@ def attend_kernel(
     row_mask = valid[:, None] & (dim < SHAPE.head_size)[None, :]
     q_start = query + token[:, None] * query_stride + dim[None, :]
     q = tl.load(q_start + head[:, None] * SHAPE.head_size, mask=row_mask, other=0.0)
-    selecting = q
-    if SELECTION is not None and TILE.queries > 1:
-        place = selectors + token[:, None] * selector_stride + dim[None, :]
-        selecting = tl.load(place, mask=row_mask, other=0.0)
-
     known = known_of(
         position, head, q, valid, first_learned, second_learned, VARIANT, SHAPE
     )  # fmt: skip
@@ -283,7 +381,6 @@ def attend_kernel(
     factor = QUERY_FACTOR(known, scale, SHAPE.head_size, PARAMS)
     if SHAPE.kv_bits == 4:  # as the keys are
         q = rotate(q, TILE.rows, SHAPE.dims, SHAPE.head_size)
-        selecting = rotate(selecting, TILE.rows, SHAPE.dims, SHAPE.head_size)
     slope = zeros
     if SHAPE.alibi:
         slope = LOG2E * tl.load(alibi_slopes + head, mask=valid, other=0.0)
@@ -292,22 +389,28 @@ def attend_kernel(
     sums, rests = zeros, zeros
     if VARIANT.gated:
         block = load_blocks(blocks, position, valid, SHAPE)
-        sums, rests = load_sums(blocks, block, kv_head, row % SHAPE.group, position, valid, SHAPE)
-    rows = Rows(
-        q, selecting, factor, position, row % SHAPE.group == 0, valid, slope, sums, rests
-    )  # fmt: skip
+        offset = position % SHAPE.block_size
+        sums, rests = load_sums(blocks, block, kv_head, row % SHAPE.group, offset, valid, SHAPE)
+    rows = Rows(q, factor, position, slope, sums, rests)
+    selecting = Selectors(q, position, valid, q)  # of which nothing is used
+    if SELECTION is not None and TILE.queries > 1:
+        selecting = load_selectors(
+            selectors, selector_stride, start_loc, first, num_queries, first_position,
+            row // SHAPE.group, SHAPE, TILE,
+        )  # fmt: skip
 
     begin = 0
     if SHAPE.window:
         begin = tl.maximum(first_position + first - SHAPE.window + 1, 0) // TILE.keys * TILE.keys
     end = first_position + tl.minimum(first + TILE.queries, num_queries)
+    oldest, newest = first_position + first, end - 1
     if TILE.splits > 1:
         keys_each = tl.cdiv(tl.cdiv(end - begin, TILE.keys), TILE.splits) * TILE.keys
         begin += split * keys_each
         end = tl.minimum(end, begin + keys_each)
     num_heads: tl.constexpr = SHAPE.num_kv_heads * SHAPE.group
     part = (token * num_heads + head) * TILE.splits + split  # of a row
-    if SELECTION is not None:
+    if SELECTION is not None and TILE.queries > 1:
         snapshots += tile.to(tl.int64) * snapshot_stride
 
     mean, per_spread = zeros, zeros
@@ -320,8 +423,8 @@ def attend_kernel(
             sums = tl.load(pairs + 1, mask=valid[:, None], other=0.0)
         else:
             row_max, row_sum, _ = attend_keys(
-                rows, known, blocks, kv_head, begin, end, scale, snapshots, running_max,
-                denominator, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION,
+                rows, selecting, known, blocks, kv_head, begin, end, oldest, newest, scale,
+                snapshots, running_max, denominator, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION,
                 PARAMS, VARIANT, SHAPE, TILE, True,
             )  # fmt: skip
             if PASS == STATISTICS:
@@ -332,8 +435,8 @@ def attend_kernel(
         mean, per_spread = FINISH_STATISTICS(maxima, sums, known)
 
     running_max, denominator, output = attend_keys(
-        rows, known, blocks, kv_head, begin, end, scale, snapshots, running_max, denominator,
-        mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS,
+        rows, selecting, known, blocks, kv_head, begin, end, oldest, newest, scale, snapshots,
+        running_max, denominator, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS,
         VARIANT, SHAPE, TILE, False,
     )  # fmt: skip
     if SHAPE.quantized:
@@ -351,7 +454,7 @@ def attend_kernel(
         tl.store(place, output.to(out.dtype.element_ty), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def merge_kernel(
     out, query, part_rows, part_outputs, query_start_loc, seq_lens, first_learned, second_learned,
     num_reqs, query_stride, out_stride,
@@ -384,20 +487,62 @@ def merge_kernel(
     tl.store(place, o.to(out.dtype.element_ty), mask=dim < SHAPE.head_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def select_kernel(
     selectors, cache, block_table, query_start_loc, seq_lens,
     snapshots,  # [tiles, keys] float32
-    key_scale, scale,
+    key_scale, scale, num_reqs,
     selector_stride, block_stride, head_stride, table_stride, snapshot_stride,
-    SELECTION: tl.constexpr, SHAPE: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SELECTION: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keep the accumulators ahead of each tile of QUERIES, and leave those after the last query
-    in the cache. Grid: (num_reqs, tiles of keys).
+    """Sum up what each tile of queries adds to the accumulators of a tile of keys: for
+    `advance_kernel`, or, where each request has one query only, in the cache at once. Grid: (tiles,
+    tiles of keys)."""
+    tile, start = tl.program_id(0), tl.program_id(1) * TILE.keys
+    request = find_request(query_start_loc, tile, num_reqs, TILE.queries)
+    start_loc = tl.load(query_start_loc + request)
+    num_queries = tl.load(query_start_loc + request + 1) - start_loc
+    first = (tile - first_tile(start_loc, request, TILE.queries)) * TILE.queries
+    first_position = tl.load(seq_lens + request) - num_queries
+    end = first_position + tl.minimum(first + TILE.queries, num_queries)  # of the keys it sees
+    if (first >= num_queries) | (start >= end):
+        return
+    key = start + tl.arange(0, TILE.keys)
+    inside = key < end
+    if SHAPE.window:  # a block that nobody sees may be another request's by now
+        inside &= key > first_position + first - SHAPE.window
+        if start + TILE.keys <= first_position + first - SHAPE.window + 1:
+            return
+    table = block_table + request.to(tl.int64) * table_stride
+    blocks = Blocks(cache, table, block_stride, head_stride)
+    block, offset = load_blocks(blocks, key, inside, SHAPE), key % SHAPE.block_size
+    selecting = load_selectors(
+        selectors, selector_stride, start_loc, first, num_queries, first_position,
+        tl.arange(0, TILE.rows), SHAPE, TILE,
+    )  # fmt: skip
+    k = load_keys(blocks, block, SHAPE.selecting_head, offset, inside, selecting.q.dtype, SHAPE)
+    words = find_parameters(blocks, block, SHAPE.selecting_head, offset, False, SHAPE)
+    if SHAPE.quantized:
+        scale *= tl.load(key_scale)
+    added = selected(selecting, k, words, key, inside, scale, SELECTION, SHAPE, True)
+    total = tl.sum(added, 0)
+    if TILE.queries == 1:
+        accumulators = find_state(blocks, block, 0, SHAPE) + offset
+        state = tl.load(accumulators, mask=inside, other=0.0)
+        tl.store(accumulators, state + total, mask=inside)
+    else:
+        tl.store(snapshots + tile.to(tl.int64) * snapshot_stride + key, total)
 
-    Tiles run side by side, so what queries before a tile have added must be known before: here each
-    program walks the queries for a tile of keys, with head 0 alone."""
+
+@triton.jit
+def advance_kernel(
+    cache, block_table, query_start_loc, seq_lens,
+    snapshots,  # [tiles, keys] float32: what each tile adds; then the accumulators ahead of it
+    block_stride, head_stride, table_stride, snapshot_stride,
+    SHAPE: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Add up what the tiles before each tile of QUERIES have added to the accumulators, and leave
+    in the cache what is after the last one. Grid: (num_reqs, tiles of keys)."""
     request = tl.program_id(0)
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     start_loc = tl.load(query_start_loc + request)
@@ -405,37 +550,27 @@ def select_kernel(
     seq_len = tl.load(seq_lens + request)
     first_position = seq_len - num_queries
     inside = key < seq_len
-    if SHAPE.window:  # a block that nobody sees may be another request's by now
+    if SHAPE.window:
         inside &= key > first_position - SHAPE.window
     if (num_queries == 0) | (tl.max(inside.to(tl.int32), 0) == 0):
         return
-
     table = block_table + request.to(tl.int64) * table_stride
     blocks = Blocks(cache, table, block_stride, head_stride)
     block = load_blocks(blocks, key, inside, SHAPE)
-    dtype: tl.constexpr = selectors.dtype.element_ty
-    k = load_keys(blocks, block, SHAPE.selecting_head, key, inside, dtype, SHAPE)
-    words = find_parameters(blocks, block, SHAPE.selecting_head, key, False, SHAPE)
     accumulators = find_state(blocks, block, 0, SHAPE) + key % SHAPE.block_size
     state = tl.load(accumulators, mask=inside, other=0.0)
-    if SHAPE.quantized:
-        scale *= tl.load(key_scale)
-
-    row, dim = tl.arange(0, ROWS), tl.arange(0, SHAPE.dims)
-    tile = first_tile(start_loc, request, QUERIES).to(tl.int64)
-    for first in range(0, num_queries, QUERIES):
-        tl.store(snapshots + tile * snapshot_stride + key, state, mask=inside)
-        tile += 1
-        index = first + row
-        valid = (row < QUERIES) & (index < num_queries)
-        token = (start_loc + index).to(tl.int64)
-        mask = valid[:, None] & (dim < SHAPE.head_size)[None, :]
-        place = selectors + token[:, None] * selector_stride + dim[None, :]
-        q = tl.load(place, mask=mask, other=0.0)
-        if SHAPE.kv_bits == 4:
-            q = rotate(q, ROWS, SHAPE.dims, SHAPE.head_size)
-        x = score_keys(q, k, words, inside, tl.zeros([ROWS, KEYS], tl.float32), SHAPE) * scale
-        position = first_position + index
-        seen = visible(position, key, SHAPE.window) & inside[None, :] & valid[:, None]
-        state += tl.sum(selections(x, seen, position, key, SELECTION), 0)
+    tiles = tl.cdiv(num_queries, QUERIES)
+    snapshots += first_tile(start_loc, request, QUERIES).to(tl.int64) * snapshot_stride
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        end = first_position + tl.minimum((tile + 1) * QUERIES, num_queries)
+        seen = (tile < tiles)[:, None] & inside[None, :] & (key[None, :] < end[:, None])
+        if SHAPE.window:
+            oldest = first_position + tile * QUERIES
+            seen &= key[None, :] > (oldest - SHAPE.window)[:, None]
+        place = snapshots + tile.to(tl.int64)[:, None] * snapshot_stride + key[None, :]
+        added = tl.load(place, mask=seen, other=0.0)
+        before = state[None, :] + (tl.cumsum(added, 0) - added)
+        tl.store(place, before, mask=(tile < tiles)[:, None] & inside[None, :])
+        state += tl.sum(added, 0)
     tl.store(accumulators, state, mask=inside)

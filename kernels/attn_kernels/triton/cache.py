@@ -31,11 +31,48 @@ def load_blocks(blocks, key, inside, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def find_parameters(blocks, block, kv_head, key, values: tl.constexpr, SHAPE: tl.constexpr):
+def load_tile_blocks(blocks, start, end, SHAPE: tl.constexpr, KEYS: tl.constexpr):
+    """Return the index of the block of each of the KEYS keys from `start`, a multiple of KEYS, that
+    are before `end`: one number, where all are in one block."""
+    if SHAPE.block_size % KEYS == 0:
+        number = start // SHAPE.block_size
+        return tl.load(blocks.table + number, mask=start < end, other=0).to(tl.int64)
+    key = tl.arange(0, KEYS)
+    if KEYS % SHAPE.block_size == 0:  # what does not depend on `start` stays out of a loop
+        number = start // SHAPE.block_size + key // SHAPE.block_size
+    else:
+        number = (start + key) // SHAPE.block_size
+    return tl.load(blocks.table + number, mask=start + key < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def tile_offsets(start, SHAPE: tl.constexpr, KEYS: tl.constexpr):
+    """Return where the KEYS keys from `start`, a multiple of KEYS, are in their blocks."""
+    key = tl.arange(0, KEYS)
+    if KEYS % SHAPE.block_size == 0:
+        return key % SHAPE.block_size
+    if SHAPE.block_size % KEYS == 0:
+        return start % SHAPE.block_size + key
+    return (start + key) % SHAPE.block_size
+
+
+@triton.jit
+def along(x, axis: tl.constexpr):
+    """Return `[n]` as a row (axis 1) or a column (axis 0) of a matrix, and a number as it is."""
+    return tl.expand_dims(x, 1 - axis) if x.type.is_block() else x
+
+
+@triton.jit
+def head_of(blocks, block, kv_head):
+    """Return where a KV head begins in blocks."""
+    return blocks.cache + block * blocks.block_stride + kv_head * blocks.head_stride
+
+
+@triton.jit
+def find_parameters(blocks, block, kv_head, offset, values: tl.constexpr, SHAPE: tl.constexpr):
     """Return where the parameters of keys, or of values, are in a cache of 8 or 4 bits."""
-    base = block * blocks.block_stride + kv_head * blocks.head_stride
-    ends = blocks.cache + base + SHAPE.block_size * SHAPE.head_size * SHAPE.kv_bits // 4
-    words = ends.to(tl.pointer_type(tl.int32)) + key % SHAPE.block_size
+    ends = head_of(blocks, block, kv_head) + SHAPE.block_size * SHAPE.head_size * SHAPE.kv_bits // 4
+    words = ends.to(tl.pointer_type(tl.int32)) + offset
     return words + SHAPE.block_size if values else words
 
 
@@ -43,41 +80,39 @@ def find_parameters(blocks, block, kv_head, key, values: tl.constexpr, SHAPE: tl
 def find_state(blocks, block, kv_head, SHAPE: tl.constexpr):
     """Return where blocks hold what is behind keys, values and their parameters, float32."""
     if SHAPE.kv_bits:
-        words = find_parameters(blocks, block, kv_head, block * 0, False, SHAPE)
+        words = find_parameters(blocks, block, kv_head, 0, False, SHAPE)
         return words.to(tl.pointer_type(tl.float32)) + 2 * SHAPE.block_size
-    base = block * blocks.block_stride + kv_head * blocks.head_stride
-    ends = blocks.cache + base + 2 * SHAPE.block_size * SHAPE.head_size
+    ends = head_of(blocks, block, kv_head) + 2 * SHAPE.block_size * SHAPE.head_size
     return ends.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
-def load_keys(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
-    """Return keys `[dims, keys]`, quantized if they have parameters; 0 where there are none."""
-    dim = tl.arange(0, SHAPE.dims)
-    base = block * blocks.block_stride + kv_head * blocks.head_stride
-    mask = inside[None, :] & (dim < SHAPE.head_size)[:, None]
-    token = (key % SHAPE.block_size)[None, :]
-    base = (blocks.cache + base)[None, :]
+def load_keys(blocks, block, kv_head, offset, inside, dtype, SHAPE: tl.constexpr):
+    """Return keys `[dims, keys]`, quantized if they have parameters; 0 where there are none.
+    `block` is of each, or one number; `offset` is where in its block a key is."""
+    dim = tl.arange(0, SHAPE.dims)[:, None]
+    start = along(head_of(blocks, block, kv_head), 1)
+    mask = inside[None, :]
+    if SHAPE.dims > SHAPE.head_size:
+        mask = mask & (dim < SHAPE.head_size)
+    token = offset[None, :]
     if SHAPE.kv_bits:
-        return load_quantized(base, token, dim[:, None], mask, SHAPE.head_size, SHAPE.kv_bits).to(
-            dtype
-        )
-    return tl.load(base + token * SHAPE.head_size + dim[:, None], mask=mask, other=0.0).to(dtype)
+        return load_quantized(start, token, dim, mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+    return tl.load(start + (token * SHAPE.head_size + dim), mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
-def load_values(blocks, block, kv_head, key, inside, dtype, SHAPE: tl.constexpr):
+def load_values(blocks, block, kv_head, offset, inside, dtype, SHAPE: tl.constexpr):
     """Return values `[keys, dims]`, quantized if they have parameters; 0 where there are none."""
-    dim = tl.arange(0, SHAPE.dims)
-    base = block * blocks.block_stride + kv_head * blocks.head_stride
-    mask = inside[:, None] & (dim < SHAPE.head_size)[None, :]
-    token = (SHAPE.block_size + key % SHAPE.block_size)[:, None]
-    base = (blocks.cache + base)[:, None]
+    dim = tl.arange(0, SHAPE.dims)[None, :]
+    start = along(head_of(blocks, block, kv_head), 0)
+    mask = inside[:, None]
+    if SHAPE.dims > SHAPE.head_size:
+        mask = mask & (dim < SHAPE.head_size)
+    token = (SHAPE.block_size + offset)[:, None]
     if SHAPE.kv_bits:
-        return load_quantized(base, token, dim[None, :], mask, SHAPE.head_size, SHAPE.kv_bits).to(
-            dtype
-        )
-    return tl.load(base + token * SHAPE.head_size + dim[None, :], mask=mask, other=0.0).to(dtype)
+        return load_quantized(start, token, dim, mask, SHAPE.head_size, SHAPE.kv_bits).to(dtype)
+    return tl.load(start + (token * SHAPE.head_size + dim), mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit

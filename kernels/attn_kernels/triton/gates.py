@@ -12,11 +12,10 @@ from attn_kernels.triton.cache import Blocks, find_state, load_blocks
 
 
 @triton.jit
-def load_sums(blocks, block, kv_head, member, key, inside, SHAPE: tl.constexpr):
-    """Return `(sums, rests)` of tokens `key`, of the KV head's query head `member`; the shape is
-    what `block`, `member`, `key` and `inside` broadcast to."""
-    place = find_state(blocks, block, kv_head, SHAPE) + member * (2 * SHAPE.block_size)
-    place += key % SHAPE.block_size
+def load_sums(blocks, block, kv_head, member, offset, inside, SHAPE: tl.constexpr):
+    """Return `(sums, rests)` of tokens at `offset` in their blocks, of the KV head's query head
+    `member`; the shape is what `block`, `member`, `offset` and `inside` broadcast to."""
+    place = find_state(blocks, block, kv_head, SHAPE) + member * (2 * SHAPE.block_size) + offset
     sums = tl.load(place, mask=inside, other=0.0)
     return sums, tl.load(place + SHAPE.block_size, mask=inside, other=0.0)
 
@@ -46,7 +45,8 @@ def write_gates_kernel(
         before = index < 0
     key = tl.where(before, first - 1, 0)
     block = load_blocks(blocks, key, before, SHAPE)
-    sums, rests = load_sums(blocks, block, kv_head, member, key, before, SHAPE)
+    offset = key % SHAPE.block_size
+    sums, rests = load_sums(blocks, block, kv_head, member, offset, before, SHAPE)
     total = tl.sum(sums.to(tl.float64) + rests.to(tl.float64), 0)
     for start in range(0, num_tokens, TOKENS):
         inside = start + index < num_tokens

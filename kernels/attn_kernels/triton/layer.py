@@ -22,6 +22,7 @@ from attn_kernels.triton.attention import (
     WHOLE,
     Shape,
     Tiling,
+    advance_kernel,
     attend_kernel,
     merge_kernel,
     select_kernel,
@@ -168,7 +169,11 @@ class TritonLayer(Layer):
         decode = phase == DECODE
         queries = 1 if decode else tile.queries(self.group)
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
-        parts = parts_for(tiles * self.num_kv_heads, self.num_multiprocessors) if decode else 1
+        programs = tiles * self.num_kv_heads
+        parts = parts_for(phase, programs, self.num_multiprocessors, batch.max_seq_len)
+        cut = Tiling(
+            tile.rows, queries, max(16, triton.next_power_of_2(queries)), tile.keys, parts
+        )
         part_rows = part_outputs = statistics = snapshots = None
         two_pass = parts > 1 and self.attend_constants["UPDATE_STATISTICS"] is not None
         if parts > 1:
@@ -177,18 +182,17 @@ class TritonLayer(Layer):
             part_outputs = scratch(self.device, "part_outputs", *of_parts, self.head_size)
             if two_pass:
                 statistics = scratch(self.device, "statistics", *of_parts, 2)
-        if self.variant.stateful:
-            snapshots = self._select(selectors, batch, tile, queries, tiles)
+        if self.variant.stateful and not decode:
+            snapshots = self._select(selectors, batch, tile, cut, tiles)
         for only in (STATISTICS, OUTPUT) if two_pass else (WHOLE,):
-            attend_kernel[(tiles, self.num_kv_heads, parts)](
+            attend_kernel[(programs, parts)](
                 out, query, selectors, self.kv_cache, batch.block_table, batch.query_start_loc,
                 batch.seq_lens, *self.two_learned, self.slopes, snapshots, statistics, part_rows,
                 part_outputs,
                 *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
                 query.stride(0), selectors.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
                 batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
-                **self.attend_constants, TILE=Tiling(tile.rows, queries, tile.keys, parts),
-                PASS=only, **tile.options,
+                **self.attend_constants, TILE=cut, PASS=only, **tile.options,
             )  # fmt: skip
         if parts > 1:
             merge_kernel[(num_tokens, self.num_heads)](
@@ -196,20 +200,30 @@ class TritonLayer(Layer):
                 *self.two_learned, num_reqs, query.stride(0), out.stride(0),
                 **self.merge_constants, SPLITS=parts, enable_fp_fusion=True, num_warps=4,
             )  # fmt: skip
+        if self.variant.stateful and decode:  # what this step's queries add is for the next one's
+            self._select(selectors, batch, tile, cut, tiles)
 
     def _select(
-        self, selectors: Tensor, batch: Batch, tile: Tile, queries: int, tiles: int
-    ) -> Tensor:
-        """Compute the accumulators ahead of each tile of queries, `[tiles, keys]`."""
-        keys = triton.cdiv(batch.max_seq_len, tile.keys) * tile.keys
-        snapshots = scratch(self.device, "snapshots", tiles, keys)
-        select_kernel[(batch.seq_lens.shape[0], keys // tile.keys)](
+        self, selectors: Tensor, batch: Batch, tile: Tile, cut: Tiling, tiles: int
+    ) -> Tensor | None:
+        """Advance the accumulators, and return those ahead of each tile of several queries,
+        `[tiles, keys]`."""
+        key_tiles, snapshots = triton.cdiv(batch.max_seq_len, tile.keys), None
+        if cut.queries > 1:
+            snapshots = scratch(self.device, "snapshots", tiles, key_tiles * tile.keys)
+        stride = 0 if snapshots is None else snapshots.stride(0)
+        strides = *self.kv_cache.stride()[:2], batch.block_table.stride(0), stride
+        select_kernel[(tiles, key_tiles)](
             selectors, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
-            snapshots, self.scales[0], self.scale,
-            selectors.stride(0), *self.kv_cache.stride()[:2], batch.block_table.stride(0), keys,
-            **self.select_constants, ROWS=max(16, triton.next_power_of_2(queries)),
-            QUERIES=queries, KEYS=tile.keys, **tile.options,
+            snapshots, self.scales[0], self.scale, batch.seq_lens.shape[0],
+            selectors.stride(0), *strides, **self.select_constants, TILE=cut, **tile.options,
         )  # fmt: skip
+        if snapshots is not None:
+            advance_kernel[(batch.seq_lens.shape[0], key_tiles)](
+                self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens, snapshots,
+                *strides, SHAPE=self.shape, QUERIES=cut.queries, TILES=16, KEYS=tile.keys,
+                enable_fp_fusion=True, num_warps=4,
+            )  # fmt: skip
         return snapshots
 
 

@@ -140,11 +140,20 @@ def training_tile(
     return Tile(rows, keys, 4 if amd else 8, stages)
 
 
-def parts_for(num_programs: int, num_multiprocessors: int) -> int:
-    """Return how many parts of a context let a few requests fill the device: a power of 2."""
-    if num_programs >= 2 * num_multiprocessors:
-        return 1
-    return min(32, triton.next_power_of_2(triton.cdiv(2 * num_multiprocessors, num_programs)))
+KEYS_OF_PART = 1024
+"""Keys that a part of a context has, of the longest request, where there are many queries: fewer
+would take less time than adding up the parts."""
+
+
+def parts_for(phase: str, num_programs: int, num_multiprocessors: int, max_seq_len: int) -> int:
+    """Return how many parts of a context let few programs fill the device: a power of 2. Of a
+    decode, where it must not depend on the contexts; of a prefill 1, 4 or 16, so that few kernels
+    are compiled."""
+    wanted = triton.cdiv(2 * num_multiprocessors, num_programs)
+    if phase == DECODE:
+        return min(32, triton.next_power_of_2(wanted))
+    wanted = min(wanted, max_seq_len // KEYS_OF_PART)
+    return 16 if wanted >= 16 else 4 if wanted >= 4 else 1
 
 
 # ---- autotuning
