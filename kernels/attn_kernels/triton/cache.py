@@ -34,26 +34,27 @@ def load_blocks(blocks, key, inside, SHAPE: tl.constexpr):
 def load_tile_blocks(blocks, start, end, SHAPE: tl.constexpr, KEYS: tl.constexpr):
     """Return the index of the block of each of the KEYS keys from `start`, a multiple of KEYS, that
     are before `end`: one number, where all are in one block."""
-    if SHAPE.block_size % KEYS == 0:
-        number = start // SHAPE.block_size
-        return tl.load(blocks.table + number, mask=start < end, other=0).to(tl.int64)
     key = tl.arange(0, KEYS)
-    if KEYS % SHAPE.block_size == 0:  # what does not depend on `start` stays out of a loop
-        number = start // SHAPE.block_size + key // SHAPE.block_size
+    if SHAPE.block_size % KEYS == 0:
+        number, inside = start // SHAPE.block_size, start < end
+    elif KEYS % SHAPE.block_size == 0:  # what does not depend on `start` stays out of a loop
+        number, inside = start // SHAPE.block_size + key // SHAPE.block_size, start + key < end
     else:
-        number = (start + key) // SHAPE.block_size
-    return tl.load(blocks.table + number, mask=start + key < end, other=0).to(tl.int64)
+        number, inside = (start + key) // SHAPE.block_size, start + key < end
+    return tl.load(blocks.table + number, mask=inside, other=0).to(tl.int64)
 
 
 @triton.jit
 def tile_offsets(start, SHAPE: tl.constexpr, KEYS: tl.constexpr):
     """Return where the KEYS keys from `start`, a multiple of KEYS, are in their blocks."""
-    key = tl.arange(0, KEYS)
+    offset = tl.arange(0, KEYS)
     if KEYS % SHAPE.block_size == 0:
-        return key % SHAPE.block_size
-    if SHAPE.block_size % KEYS == 0:
-        return start % SHAPE.block_size + key
-    return (start + key) % SHAPE.block_size
+        offset = offset % SHAPE.block_size
+    elif SHAPE.block_size % KEYS == 0:
+        offset += start % SHAPE.block_size
+    else:
+        offset = (start + offset) % SHAPE.block_size
+    return offset
 
 
 @triton.jit

@@ -46,10 +46,10 @@ def raised(base, params: tl.constexpr):
 
 @triton.jit
 def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
-    base = tl.maximum((softplus(s, seen) - mean[:, None]) * per_spread[:, None], 0.0)
-    weights = raised(base, params)
-    weights = tl.where((per_spread == 0.0)[:, None], 1.0, weights)
-    weights = tl.where(seen, weights, 0.0)
+    # Where all scores are equal the base is 1.
+    shift = tl.where(per_spread == 0.0, 1.0, -mean * per_spread)
+    base = tl.maximum(softplus(s, seen) * per_spread[:, None] + shift[:, None], 0.0)
+    weights = tl.where(seen, raised(base, params), 0.0)
     return weights, tl.zeros_like(denominator) + 1.0, running_max, denominator + tl.sum(weights, 1)
 
 
