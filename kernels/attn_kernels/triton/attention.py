@@ -77,12 +77,17 @@ class Tiling(NamedTuple):
     """`queries` rounded up to a power of two, 16 at least (a tensor core's)."""
     keys: int
     splits: int
+    keeps_scores: bool
+    """The pass for statistics leaves its scores for the other."""
 
 
 class Rows(NamedTuple):
     """The query rows of a tile: `q` `[rows, dims]`, all others `[rows]`."""
 
     q: Any
+    valid: Any
+    scores: Any
+    """Where its scores are kept between two passes."""
     factor: Any
     """What q.k is multiplied with, see `query_factor`."""
     position: Any
@@ -256,29 +261,36 @@ def attend_range(
             seen = tl.full([TILE.rows, TILE.keys], True, tl.int1)
         block, offset = next_block, tile_offsets(start, SHAPE, TILE.keys)
         next_block = load_tile_blocks(blocks, start + TILE.keys, end, SHAPE, TILE.keys)
-        k = load_keys(blocks, block, kv_head, offset, inside, dtype, SHAPE)
-        words = find_parameters(blocks, block, kv_head, offset, False, SHAPE)
-        s = score_keys(rows.q, k, words, inside, zeros, SHAPE)
-        s *= rows.factor[:, None]
-        if VARIANT.unit_keys:
-            s *= unit(k, words, inside, SHAPE)[None, :]
-        if SHAPE.soft_cap > 0.0:
-            s = SHAPE.soft_cap * LOG2E * tanh(s / (SHAPE.soft_cap * LOG2E))
-        distance = (rows.position[:, None] - key[None, :]).to(tl.float32)
-        if SHAPE.alibi:
-            s -= rows.slope[:, None] * distance
-        if VARIANT.gated:
-            member = (known.head % SHAPE.group)[:, None]
-            if SHAPE.group == 1:  # no sum is loaded twice
-                member = tl.full([1, 1], 0, tl.int32)
-            sums, rests = load_sums(
-                blocks, along(block, 1), kv_head, member, offset[None, :], inside[None, :], SHAPE
-            )
-            decay = (rows.sums[:, None] - sums) + (rows.rests[:, None] - rests)
-            s += SCORE_BIAS(known, distance, decay, PARAMS)
-        elif SCORE_BIAS is not None:
-            s += SCORE_BIAS(known, distance, PARAMS)
+        kept = rows.scores[:, None] + key[None, :]
+        if TILE.keeps_scores and not STATISTICS_ONLY:
+            s = tl.load(kept, mask=rows.valid[:, None] & inside[None, :], other=0.0)
+        else:
+            k = load_keys(blocks, block, kv_head, offset, inside, dtype, SHAPE)
+            words = find_parameters(blocks, block, kv_head, offset, False, SHAPE)
+            s = score_keys(rows.q, k, words, inside, zeros, SHAPE)
+            s *= rows.factor[:, None]
+            if VARIANT.unit_keys:
+                s *= unit(k, words, inside, SHAPE)[None, :]
+            if SHAPE.soft_cap > 0.0:
+                s = SHAPE.soft_cap * LOG2E * tanh(s / (SHAPE.soft_cap * LOG2E))
+            distance = (rows.position[:, None] - key[None, :]).to(tl.float32)
+            if SHAPE.alibi:
+                s -= rows.slope[:, None] * distance
+            if VARIANT.gated:
+                member = (known.head % SHAPE.group)[:, None]
+                if SHAPE.group == 1:  # no sum is loaded twice
+                    member = tl.full([1, 1], 0, tl.int32)
+                sums, rests = load_sums(
+                    blocks, along(block, 1), kv_head, member, offset[None, :], inside[None, :],
+                    SHAPE,
+                )  # fmt: skip
+                decay = (rows.sums[:, None] - sums) + (rows.rests[:, None] - rests)
+                s += SCORE_BIAS(known, distance, decay, PARAMS)
+            elif SCORE_BIAS is not None:
+                s += SCORE_BIAS(known, distance, PARAMS)
         if STATISTICS_ONLY:
+            if TILE.keeps_scores:
+                tl.store(kept, s, mask=rows.valid[:, None] & inside[None, :])
             running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator, known)
         else:
             if SELECTION is not None:
@@ -337,12 +349,13 @@ def attend_kernel(
     first_learned, second_learned, alibi_slopes,  # [num_heads] float32
     snapshots,  # [tiles, keys] float32: accumulators ahead of each tile of several queries
     statistics,  # [num_tokens, num_heads, splits, 2] float32, of the pass for statistics
+    scores,  # [num_tokens, num_heads, keys] float32, likewise
     part_rows,  # the same: each part's running maximum and denominator
     part_outputs,  # [num_tokens, num_heads, splits, head_size] float32
     key_scale, value_scale,  # [1] float32, of a quantized cache
     scale, num_reqs,
     query_stride, selector_stride, out_stride, block_stride, head_stride, table_stride,
-    snapshot_stride,
+    snapshot_stride, score_stride,
     QUERY_FACTOR: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE: tl.constexpr,
     EPILOGUE: tl.constexpr, UPDATE_STATISTICS: tl.constexpr, FINISH_STATISTICS: tl.constexpr,
     SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
@@ -391,7 +404,11 @@ def attend_kernel(
         block = load_blocks(blocks, position, valid, SHAPE)
         offset = position % SHAPE.block_size
         sums, rests = load_sums(blocks, block, kv_head, row % SHAPE.group, offset, valid, SHAPE)
-    rows = Rows(q, factor, position, slope, sums, rests)
+    num_heads: tl.constexpr = SHAPE.num_kv_heads * SHAPE.group
+    kept = position  # of which nothing is used
+    if TILE.keeps_scores:
+        kept = scores + (token * num_heads + head) * score_stride
+    rows = Rows(q, valid, kept, factor, position, slope, sums, rests)
     selecting = Selectors(q, position, valid, q)  # of which nothing is used
     if SELECTION is not None and TILE.queries > 1:
         selecting = load_selectors(
@@ -408,7 +425,6 @@ def attend_kernel(
         keys_each = tl.cdiv(tl.cdiv(end - begin, TILE.keys), TILE.splits) * TILE.keys
         begin += split * keys_each
         end = tl.minimum(end, begin + keys_each)
-    num_heads: tl.constexpr = SHAPE.num_kv_heads * SHAPE.group
     part = (token * num_heads + head) * TILE.splits + split  # of a row
     if SELECTION is not None and TILE.queries > 1:
         snapshots += tile.to(tl.int64) * snapshot_stride

@@ -36,6 +36,10 @@ from attn_kernels.variant import Variant
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 """Cache dtypes that need scales."""
 
+MOST_SCORES = 2**25
+"""Scores of a step that are kept between two passes, 128 MiB; of longer contexts they are computed
+again."""
+
 
 _buffers: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)
 
@@ -171,28 +175,31 @@ class TritonLayer(Layer):
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
         programs = tiles * self.num_kv_heads
         parts = parts_for(phase, programs, self.num_multiprocessors, batch.max_seq_len)
-        cut = Tiling(
-            tile.rows, queries, max(16, triton.next_power_of_2(queries)), tile.keys, parts
-        )
-        part_rows = part_outputs = statistics = snapshots = None
         two_pass = parts > 1 and self.attend_constants["UPDATE_STATISTICS"] is not None
+        of_scores = (num_tokens, self.num_heads, batch.max_seq_len)
+        keeps_scores = two_pass and math.prod(of_scores) <= MOST_SCORES
+        selectors_of_tile = max(16, triton.next_power_of_2(queries))
+        cut = Tiling(tile.rows, queries, selectors_of_tile, tile.keys, parts, keeps_scores)
+        part_rows = part_outputs = statistics = scores = snapshots = None
         if parts > 1:
             of_parts = (num_tokens, self.num_heads, parts)
             part_rows = scratch(self.device, "part_rows", *of_parts, 2)
             part_outputs = scratch(self.device, "part_outputs", *of_parts, self.head_size)
             if two_pass:
                 statistics = scratch(self.device, "statistics", *of_parts, 2)
+            if keeps_scores:
+                scores = scratch(self.device, "scores", *of_scores)
         if self.variant.stateful and not decode:
             snapshots = self._select(selectors, batch, tile, cut, tiles)
         for only in (STATISTICS, OUTPUT) if two_pass else (WHOLE,):
             attend_kernel[(programs, parts)](
                 out, query, selectors, self.kv_cache, batch.block_table, batch.query_start_loc,
-                batch.seq_lens, *self.two_learned, self.slopes, snapshots, statistics, part_rows,
-                part_outputs,
+                batch.seq_lens, *self.two_learned, self.slopes, snapshots, statistics, scores,
+                part_rows, part_outputs,
                 *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
                 query.stride(0), selectors.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
                 batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
-                **self.attend_constants, TILE=cut, PASS=only, **tile.options,
+                batch.max_seq_len, **self.attend_constants, TILE=cut, PASS=only, **tile.options,
             )  # fmt: skip
         if parts > 1:
             merge_kernel[(num_tokens, self.num_heads)](
