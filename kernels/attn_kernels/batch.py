@@ -38,6 +38,8 @@ class Batch:
             `write_cache` takes it. Empty unless given.
         max_query_len, max_seq_len: no request has more queries, or more tokens; the size of what is
             launched on a GPU.
+        num_decodes: so many requests at the beginning have one query each. A GPU attends with them
+            apart from the others (`halves`), by a kernel that cuts contexts into parts.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -50,6 +52,10 @@ class Batch:
     _: KW_ONLY
     max_query_len: int = 0
     max_seq_len: int = 0
+    num_decodes: int = 0
+    halves: tuple[Batch, ...] = field(init=False, default=())
+    """The first `num_decodes` requests and the others, which count their queries from 0; empty
+    where one of them is all."""
     struct: _Batch = field(init=False)
     """The same for C++; it points into the tensors."""
     address: int = field(init=False)
@@ -76,6 +82,18 @@ class Batch:
                 f"a batch of {list(self.seq_lens.shape)} lengths has query_start_loc "
                 f"{list(self.query_start_loc.shape)} and block_table {list(table.shape)}"
             )
+        count = self.num_decodes
+        if 0 < count < num_reqs:
+            sizes = {"max_seq_len": self.max_seq_len}
+            starts = self.query_start_loc
+            first = Batch(
+                table[:count], starts[: count + 1], self.seq_lens[:count], max_query_len=1, **sizes
+            )
+            rest = Batch(
+                table[count:num_reqs], starts[count:] - count, self.seq_lens[count:],
+                max_query_len=self.max_query_len, **sizes,
+            )  # fmt: skip
+            self.halves = first, rest
         self.num_tokens = 0 if table.is_cuda else int(self.query_start_loc[-1])
         self.struct = _Batch(
             self.block_table.data_ptr(),

@@ -67,6 +67,12 @@ class VariantBackend(AttentionBackend):
         return [MultipleOf(16)]
 
     @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Return the tokens of a block where --block-size does not say them: on a GPU so many that
+        a tile of keys is in one, and its addresses are cheap."""
+        return max(default_block_size, 64) if current_platform.is_cuda_alike() else default_block_size
+
+    @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         return capability is None or capability.major >= 8  # Triton's bfloat16; None: a CPU
 
@@ -102,6 +108,8 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
 
     def __init__(self, kv_cache_spec: AttentionSpec, *others: Any, **named: Any) -> None:
         super().__init__(kv_cache_spec, *others, **named)
+        if self.device.type != "cpu":  # requests with one query first, for `Batch.num_decodes`
+            self.reorder_batch_threshold = 1
         if isinstance(kv_cache_spec, PageSpec):
             pruned.announce(self.vllm_config, kv_cache_spec)
 
@@ -114,6 +122,10 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
         if common_attn_metadata.causal is not True:
             raise NotImplementedError("attention variants are causal only")
         common = common_attn_metadata
+        num_decodes = 0
+        if self.device.type != "cpu" and common.max_query_len > 1:
+            lens = common.query_start_loc_cpu.diff()
+            num_decodes = int((lens == 1).cumprod(0).sum())
         return Batch(
             common.block_table_tensor,
             common.query_start_loc_cpu if self.device.type == "cpu" else common.query_start_loc,
@@ -121,10 +133,12 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
             common.slot_mapping,
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
+            num_decodes=num_decodes,
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Batch:
         batch = self.build(0, common_attn_metadata)
+        batch.halves = ()  # of other sizes in each step
         batch.max_seq_len = self.vllm_config.model_config.max_model_len
         # The longest contexts would make the capture slow; none is shorter than its queries.
         batch.seq_lens.copy_(batch.query_start_loc.diff().clamp_min(1))

@@ -81,8 +81,15 @@ def interpreter() -> Iterator[None]:
 def launch(layer: TritonLayer, query: Tensor, batch: Batch, out: Tensor, *others: Tensor) -> None:
     """Attend with the sizes that a server knows."""
     lens = batch.query_start_loc.diff()
-    batch.max_query_len, batch.max_seq_len = int(lens.max()), int(batch.seq_lens.max())
-    type(layer).attend(layer, query, batch, out, *others)
+    sized = Batch(
+        batch.block_table,
+        batch.query_start_loc,
+        batch.seq_lens,
+        max_query_len=int(lens.max()),
+        max_seq_len=int(batch.seq_lens.max()),
+        num_decodes=int((lens == 1).cumprod(0).sum()),
+    )
+    type(layer).attend(layer, query, sized, out, *others)
 
 
 def make_layer(
@@ -120,6 +127,34 @@ def test_equals_the_reference(
     monkeypatch.setattr(paged.Cache, "layer", make_layer)
     shape = SHAPES[window is not None]
     error = paged.error_against_reference(processors, name, shape, window, torch.float32, 1)
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_many_queries_in_parts(
+    name: str, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few queries behind a long context: their contexts are cut, too. A block of 128 holds several
+    tiles of keys, one of 16 is a part of a tile."""
+    from attn_kernels.triton import tuning
+
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    monkeypatch.setattr(tuning, "KEYS_OF_PART", 8)
+    shape = paged.Shape(4, 2, 32, block_size, 150, 20)
+    window = 70 if block_size == 16 else None
+    error = paged.error_against_reference("132", name, shape, window, torch.float32, 1)
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["lssar"])
+def test_scores_that_are_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they would take too much memory, the second pass computes them again."""
+    from attn_kernels.triton import layer
+
+    monkeypatch.setattr(layer, "MOST_SCORES", 0)
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    error = paged.error_against_reference("132", name, SHAPES[0], None, torch.float32, 1)
     assert error <= TOLERANCE
 
 

@@ -71,6 +71,8 @@ class Shape(NamedTuple):
 class Tiling(NamedTuple):
     """How a call is cut up, as compile-time arguments."""
 
+    decode: bool
+    """Each request has one query only."""
     rows: int
     queries: int
     selectors: int
@@ -294,7 +296,7 @@ def attend_range(
             running_max, denominator = UPDATE_STATISTICS(s, seen, running_max, denominator, known)
         else:
             if SELECTION is not None:
-                if TILE.queries == 1:
+                if TILE.decode:
                     ahead = find_state(blocks, block, 0, SHAPE) + offset
                 else:
                     ahead = snapshots + key
@@ -347,7 +349,7 @@ def attend_kernel(
     selectors,  # [num_tokens, head_size]: head 0's queries, of a stateful variant
     cache, block_table, query_start_loc, seq_lens,
     first_learned, second_learned, alibi_slopes,  # [num_heads] float32
-    snapshots,  # [tiles, keys] float32: accumulators ahead of each tile of several queries
+    snapshots,  # [tiles, keys] float32: accumulators ahead of each tile, but in a decode
     statistics,  # [num_tokens, num_heads, splits, 2] float32, of the pass for statistics
     scores,  # [num_tokens, num_heads, keys] float32, likewise
     part_rows,  # the same: each part's running maximum and denominator
@@ -424,9 +426,9 @@ def attend_kernel(
     if TILE.splits > 1:
         keys_each = tl.cdiv(tl.cdiv(end - begin, TILE.keys), TILE.splits) * TILE.keys
         begin += split * keys_each
-        end = tl.minimum(end, begin + keys_each)
+        end = tl.maximum(tl.minimum(end, begin + keys_each), begin)
     part = (token * num_heads + head) * TILE.splits + split  # of a row
-    if SELECTION is not None and TILE.queries > 1:
+    if SELECTION is not None and not TILE.decode:
         snapshots += tile.to(tl.int64) * snapshot_stride
 
     mean, per_spread = zeros, zeros
@@ -542,7 +544,7 @@ def select_kernel(
         scale *= tl.load(key_scale)
     added = selected(selecting, k, words, key, inside, scale, SELECTION, SHAPE, True)
     total = tl.sum(added, 0)
-    if TILE.queries == 1:
+    if TILE.decode:
         accumulators = find_state(blocks, block, 0, SHAPE) + offset
         state = tl.load(accumulators, mask=inside, other=0.0)
         tl.store(accumulators, state + total, mask=inside)

@@ -153,6 +153,12 @@ class TritonLayer(Layer):
         selectors = query[:, 0] if selecting is None else selecting[:, 0].to(query.dtype)
         if query.shape[0] == 0:
             return
+        if batch.halves:
+            count = batch.num_decodes
+            for half, tokens in zip(batch.halves, (slice(count), slice(count, None)), strict=True):
+                given = None if selecting is None else selecting[tokens]
+                self.attend(query[tokens], half, out[tokens], given)
+            return
         phase = DECODE if batch.max_query_len == 1 else PREFILL
         run = functools.partial(self._attend, phase, query, selectors, batch, out)
         tile = tile_for(
@@ -176,10 +182,11 @@ class TritonLayer(Layer):
         programs = tiles * self.num_kv_heads
         parts = parts_for(phase, programs, self.num_multiprocessors, batch.max_seq_len)
         two_pass = parts > 1 and self.attend_constants["UPDATE_STATISTICS"] is not None
-        of_scores = (num_tokens, self.num_heads, batch.max_seq_len)
+        most_keys = triton.cdiv(batch.max_seq_len, tile.keys) * tile.keys
+        of_scores = (num_tokens, self.num_heads, most_keys)
         keeps_scores = two_pass and math.prod(of_scores) <= MOST_SCORES
         selectors_of_tile = max(16, triton.next_power_of_2(queries))
-        cut = Tiling(tile.rows, queries, selectors_of_tile, tile.keys, parts, keeps_scores)
+        cut = Tiling(decode, tile.rows, queries, selectors_of_tile, tile.keys, parts, keeps_scores)
         part_rows = part_outputs = statistics = scores = snapshots = None
         if parts > 1:
             of_parts = (num_tokens, self.num_heads, parts)
@@ -199,7 +206,7 @@ class TritonLayer(Layer):
                 *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
                 query.stride(0), selectors.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
                 batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
-                batch.max_seq_len, **self.attend_constants, TILE=cut, PASS=only, **tile.options,
+                most_keys, **self.attend_constants, TILE=cut, PASS=only, **tile.options,
             )  # fmt: skip
         if parts > 1:
             merge_kernel[(num_tokens, self.num_heads)](
@@ -213,10 +220,10 @@ class TritonLayer(Layer):
     def _select(
         self, selectors: Tensor, batch: Batch, tile: Tile, cut: Tiling, tiles: int
     ) -> Tensor | None:
-        """Advance the accumulators, and return those ahead of each tile of several queries,
-        `[tiles, keys]`."""
+        """Advance the accumulators, and return those ahead of each tile, `[tiles, keys]`, but of a
+        decode."""
         key_tiles, snapshots = triton.cdiv(batch.max_seq_len, tile.keys), None
-        if cut.queries > 1:
+        if not cut.decode:
             snapshots = scratch(self.device, "snapshots", tiles, key_tiles * tile.keys)
         stride = 0 if snapshots is None else snapshots.stride(0)
         strides = *self.kv_cache.stride()[:2], batch.block_table.stride(0), stride
