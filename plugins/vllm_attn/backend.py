@@ -112,6 +112,30 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
             self.reorder_batch_threshold = 1
         if isinstance(kv_cache_spec, PageSpec):
             pruned.announce(self.vllm_config, kv_cache_spec)
+        elif self.device.type != "cpu":
+            self.compile_launches()
+
+    def compile_launches(self) -> None:
+        """Compile what the layers can launch, before the first request; what a disk's cache has is
+        read there."""
+        from attn_kernels.triton import launch, warm
+
+        spec, config = self.kv_cache_spec, self.vllm_config
+        size = 1, spec.num_heads, spec.block_size, spec.state_content_size_bytes
+        cache = torch.zeros(size, dtype=torch.uint8, device=self.device).view(spec.dtype)
+        layers: dict[str, Any] = get_layers_from_vllm_config(
+            config, AttentionLayerBase, self.layer_names
+        )
+        unlike = {layer.impl.kind: layer for layer in layers.values()}
+        with launch.compile_only():
+            for layer in unlike.values():
+                warm.compile_launches(
+                    layer.impl.bind_triton(layer, cache),
+                    config.model_config.dtype,
+                    max_num_reqs=config.scheduler_config.max_num_seqs,
+                    max_num_tokens=config.scheduler_config.max_num_batched_tokens,
+                    max_seq_len=config.model_config.max_model_len,
+                )
 
     def build(
         self,
@@ -250,32 +274,55 @@ class VariantImpl(AttentionImpl[Batch]):
                     '\'{"attention_variant": {"name": "%s", ...}}\'' % self.variant.name
                 )
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What kernels are compiled for; layers of one kind run the same ones."""
+        sizes = self.num_heads, self.num_kv_heads, self.head_size, self.sliding_window
+        return *sizes, self.soft_cap, self.alibi_slopes is not None, self.kv_cache_dtype
+
     def bind(self, layer: Any, kv_cache: Tensor) -> Layer | PrunedLayer:
         """Return attention bound to the cache of vLLM's `layer`."""
-        options: dict[str, Any] = {"num_heads": self.num_heads, "scale": self.scale}
         if self.budget is not None:
             sizes = self.budget, self.num_kv_heads, self.head_size
             shape = PageShape(*sizes, kv_cache.dtype, self.selector)
+            options = {"num_heads": self.num_heads, "scale": self.scale}
             return pruned.bind(self.variant, kv_cache, shape, **options)
-        if self.selector:
-            kv_cache = heads_of(kv_cache, self.num_kv_heads, self.head_size)
-            options["selector"] = True
-        options |= {"window": self.sliding_window, "learned": self.learned}
-        options |= {"kv_format": self.kv_format, "soft_cap": self.soft_cap}
-        if self.alibi_slopes is not None:
-            options["alibi_slopes"] = self.alibi_slopes.to(kv_cache.device)
-        if kv_cache.device.type == "cpu":
-            return cpu.bind(self.variant, kv_cache, **options)
+        if kv_cache.device.type != "cpu":
+            return self.bind_triton(layer, kv_cache)
+        return cpu.bind(self.variant, self.heads(kv_cache), **self.options(kv_cache))
+
+    def bind_triton(self, layer: Any, kv_cache: Tensor) -> Layer:
+        """Return attention by the kernels for GPUs, bound to the cache of vLLM's `layer`."""
         from attn_kernels.triton import TritonLayer
 
         quantized = self.kv_cache_dtype in kv_dtypes.FP8
         return TritonLayer(
             self.variant,
-            kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache,
+            self.heads(kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache),
             key_scale=layer._k_scale,
             value_scale=layer._v_scale,
-            **options,
+            **self.options(kv_cache),
         )
+
+    def heads(self, kv_cache: Tensor) -> Tensor:
+        """Return the heads of a cache that may have selecting keys behind them."""
+        if not self.selector:
+            return kv_cache
+        return heads_of(kv_cache, self.num_kv_heads, self.head_size)
+
+    def options(self, kv_cache: Tensor) -> dict[str, Any]:
+        """Return the options of a `Layer`."""
+        slopes = self.alibi_slopes
+        return {
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "window": self.sliding_window,
+            "learned": self.learned,
+            "kv_format": self.kv_format,
+            "soft_cap": self.soft_cap,
+            "alibi_slopes": None if slopes is None else slopes.to(kv_cache.device),
+            "selector": self.selector,
+        }
 
     def forward(
         self,

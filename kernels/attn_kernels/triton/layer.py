@@ -29,6 +29,7 @@ from attn_kernels.triton.attention import (
 )
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.gates import write_gates_kernel
+from attn_kernels.triton.launch import Launcher
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
 from attn_kernels.triton.variant import constants, functions
 from attn_kernels.variant import Variant
@@ -40,6 +41,9 @@ MOST_SCORES = 2**25
 """Scores of a step that are kept between two passes, 128 MiB; of longer contexts they are computed
 again."""
 
+
+ONE_WARP = {"enable_fp_fusion": True, "num_warps": 1}
+FOUR_WARPS = {"enable_fp_fusion": True, "num_warps": 4}
 
 _buffers: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list)
 
@@ -60,6 +64,11 @@ def scratch(device: torch.device, name: str, *shape: int) -> Tensor:
         # The smaller ones stay: a captured graph may still write there.
         buffers.append(torch.empty(count, device=device))
     return buffers[-1][:count].view(shape)
+
+
+def forget_scratch() -> None:
+    """Give the memory back."""
+    _buffers.clear()
 
 
 def capturing(device: torch.device) -> bool:
@@ -104,6 +113,7 @@ class TritonLayer(Layer):
             raise ValueError(f"a cache of {kv_cache.dtype} needs key_scale and value_scale")
         self.num_kv_heads, self.group = num_kv_heads, self.num_heads // num_kv_heads
         self.device = kv_cache.device
+        self.strides = kv_cache.stride()[:2]
         self.arch, self.num_multiprocessors = device_figures(self.device)
         self.arch = arch or self.arch
         tensors = [tensor.float().contiguous() for tensor in self.learned.values()]
@@ -117,9 +127,16 @@ class TritonLayer(Layer):
             self.kv_format.bits if self.kv_format else 0, num_kv_heads if self.selector else 0,
         )  # fmt: skip
         given = {**functions(variant), "SHAPE": self.shape}
-        self.attend_constants = constants(attend_kernel, given)
-        self.merge_constants = constants(merge_kernel, given)
-        self.select_constants = constants(select_kernel, given)
+        self.two_passes = given["UPDATE_STATISTICS"] is not None
+        given |= {"STATEFUL": variant.stateful}
+        given["LARGEST"] = 127.0 if self.kv_cache.dtype == torch.int8 else 448.0
+        self.launch = {
+            kernel: Launcher(kernel, constants(kernel, given))
+            for kernel in (
+                attend_kernel, merge_kernel, select_kernel, advance_kernel, write_kernel,
+                write_gates_kernel,
+            )
+        }  # fmt: skip
 
     def write_cache(
         self, key: Tensor, value: Tensor, slot_mapping: Tensor, selecting: Tensor | None = None
@@ -128,22 +145,20 @@ class TritonLayer(Layer):
             return
         key, value = heads_together(key), heads_together(value)
         head_0 = None if selecting is None else selecting[:, 1].to(self.kv_cache.dtype)
-        write_kernel[(slot_mapping.shape[0], self.num_kv_heads + self.selector)](
+        self.launch[write_kernel](
+            (slot_mapping.shape[0], self.num_kv_heads + self.selector),
             key, value, head_0, self.kv_cache, slot_mapping, *self.scales,
             key.stride(0), value.stride(0), 0 if head_0 is None else head_0.stride(0),
-            *self.kv_cache.stride()[:2],
-            SHAPE=self.shape, STATEFUL=self.variant.stateful,
-            LARGEST=127.0 if self.kv_cache.dtype == torch.int8 else 448.0,
-            enable_fp_fusion=True, num_warps=1,
+            *self.strides, options=ONE_WARP,
         )  # fmt: skip
 
     def write_gates(self, gates: Tensor, batch: Batch) -> None:
         gates = gates.float().contiguous()
-        write_gates_kernel[(batch.seq_lens.shape[0], self.num_heads)](
+        self.launch[write_gates_kernel](
+            (batch.seq_lens.shape[0], self.num_heads),
             gates, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
-            gates.stride(0), *self.kv_cache.stride()[:2], batch.block_table.stride(0),
-            SHAPE=self.shape, TOKENS=16 if batch.max_query_len == 1 else 128,
-            enable_fp_fusion=True, num_warps=1,
+            gates.stride(0), *self.strides, batch.block_table.stride(0),
+            options=ONE_WARP, TOKENS=16 if batch.max_query_len == 1 else 128,
         )  # fmt: skip
 
     def attend(
@@ -181,11 +196,11 @@ class TritonLayer(Layer):
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
         programs = tiles * self.num_kv_heads
         parts = parts_for(phase, programs, self.num_multiprocessors, batch.max_seq_len)
-        two_pass = parts > 1 and self.attend_constants["UPDATE_STATISTICS"] is not None
-        most_keys = triton.cdiv(batch.max_seq_len, tile.keys) * tile.keys
+        two_pass = parts > 1 and self.two_passes
+        most_keys = -(-batch.max_seq_len // tile.keys) * tile.keys
         of_scores = (num_tokens, self.num_heads, most_keys)
         keeps_scores = two_pass and math.prod(of_scores) <= MOST_SCORES
-        selectors_of_tile = max(16, triton.next_power_of_2(queries))
+        selectors_of_tile = max(16, 1 << (queries - 1).bit_length())
         cut = Tiling(decode, tile.rows, queries, selectors_of_tile, tile.keys, parts, keeps_scores)
         part_rows = part_outputs = statistics = scores = snapshots = None
         if parts > 1:
@@ -199,20 +214,22 @@ class TritonLayer(Layer):
         if self.variant.stateful and not decode:
             snapshots = self._select(selectors, batch, tile, cut, tiles)
         for only in (STATISTICS, OUTPUT) if two_pass else (WHOLE,):
-            attend_kernel[(programs, parts)](
+            self.launch[attend_kernel](
+                (programs, parts),
                 out, query, selectors, self.kv_cache, batch.block_table, batch.query_start_loc,
                 batch.seq_lens, *self.two_learned, self.slopes, snapshots, statistics, scores,
                 part_rows, part_outputs,
                 *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
-                query.stride(0), selectors.stride(0), out.stride(0), *self.kv_cache.stride()[:2],
+                query.stride(0), selectors.stride(0), out.stride(0), *self.strides,
                 batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
-                most_keys, **self.attend_constants, TILE=cut, PASS=only, **tile.options,
+                most_keys, options=tile.options, TILE=cut, PASS=only,
             )  # fmt: skip
         if parts > 1:
-            merge_kernel[(num_tokens, self.num_heads)](
+            self.launch[merge_kernel](
+                (num_tokens, self.num_heads),
                 out, query, part_rows, part_outputs, batch.query_start_loc, batch.seq_lens,
                 *self.two_learned, num_reqs, query.stride(0), out.stride(0),
-                **self.merge_constants, SPLITS=parts, enable_fp_fusion=True, num_warps=4,
+                options=FOUR_WARPS, SPLITS=parts,
             )  # fmt: skip
         if self.variant.stateful and decode:  # what this step's queries add is for the next one's
             self._select(selectors, batch, tile, cut, tiles)
@@ -222,21 +239,22 @@ class TritonLayer(Layer):
     ) -> Tensor | None:
         """Advance the accumulators, and return those ahead of each tile, `[tiles, keys]`, but of a
         decode."""
-        key_tiles, snapshots = triton.cdiv(batch.max_seq_len, tile.keys), None
+        key_tiles, snapshots = -(-batch.max_seq_len // tile.keys), None
         if not cut.decode:
             snapshots = scratch(self.device, "snapshots", tiles, key_tiles * tile.keys)
         stride = 0 if snapshots is None else snapshots.stride(0)
-        strides = *self.kv_cache.stride()[:2], batch.block_table.stride(0), stride
-        select_kernel[(tiles, key_tiles)](
+        strides = *self.strides, batch.block_table.stride(0), stride
+        self.launch[select_kernel](
+            (tiles, key_tiles),
             selectors, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
             snapshots, self.scales[0], self.scale, batch.seq_lens.shape[0],
-            selectors.stride(0), *strides, **self.select_constants, TILE=cut, **tile.options,
+            selectors.stride(0), *strides, options=tile.options, TILE=cut,
         )  # fmt: skip
         if snapshots is not None:
-            advance_kernel[(batch.seq_lens.shape[0], key_tiles)](
+            self.launch[advance_kernel](
+                (batch.seq_lens.shape[0], key_tiles),
                 self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens, snapshots,
-                *strides, SHAPE=self.shape, QUERIES=cut.queries, TILES=16, KEYS=tile.keys,
-                enable_fp_fusion=True, num_warps=4,
+                *strides, options=FOUR_WARPS, QUERIES=cut.queries, TILES=16, KEYS=tile.keys,
             )  # fmt: skip
         return snapshots
 

@@ -1,0 +1,66 @@
+"""Compile what a layer can launch before its first request, which would wait for it."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_kernels.batch import Batch
+from attn_kernels.triton import tuning
+from attn_kernels.triton.layer import TritonLayer, forget_scratch
+
+
+def compile_launches(
+    layer: TritonLayer,
+    dtype: torch.dtype,
+    *,
+    max_num_reqs: int,
+    max_num_tokens: int,
+    max_seq_len: int,
+) -> None:
+    """Launch what any batch does; inside `launch.compile_only` that compiles it.
+
+    What is compiled depends on how full the device is: every number of programs up to the most is
+    tried in powers of two, and every length that decides into how many parts contexts are cut.
+
+    Args:
+        layer: bound to a cache of the shape of a server's, of any number of blocks.
+        dtype: of queries.
+        max_num_reqs: requests of a step.
+        max_num_tokens: tokens of a step.
+        max_seq_len: tokens of a request.
+    """
+    lengths = {min(parts * tuning.KEYS_OF_PART, max_seq_len) for parts in (1, 4, 16)}
+    for count in powers(max_num_reqs):  # a decode, whose kernels do not depend on the lengths
+        _launch(layer, dtype, count, max_query_len=1, max_seq_len=max_seq_len)
+    for count in powers(max_num_tokens):
+        for length in sorted(lengths):
+            _launch(layer, dtype, count, max_query_len=max(2, count), max_seq_len=length)
+    forget_scratch()
+
+
+def powers(most: int) -> list[int]:
+    """Return the powers of two up to `most`, and `most`."""
+    return sorted({1 << n for n in range(most.bit_length())} | {most})
+
+
+def _launch(
+    layer: TritonLayer, dtype: torch.dtype, count: int, *, max_query_len: int, max_seq_len: int
+) -> None:
+    """Launch a step of `count` tokens of one request, of which none has any."""
+    device = layer.device
+    batch = Batch(
+        torch.zeros(1, 1, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+        torch.full((count,), -1, dtype=torch.int64, device=device),
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+    )
+    query = torch.empty(count, layer.num_heads, layer.head_size, dtype=dtype, device=device)
+    key = torch.empty(count, layer.num_kv_heads, layer.head_size, dtype=dtype, device=device)
+    if layer.variant.gated:
+        layer.write_gates(torch.empty(count, layer.num_heads, device=device), batch)
+    selecting = None
+    if layer.selector:
+        selecting = torch.empty(count, 2, layer.head_size, dtype=dtype, device=device)
+    layer.step(query, key, key, batch, torch.empty_like(query), selecting)
