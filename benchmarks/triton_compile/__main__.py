@@ -28,7 +28,6 @@ SPILLS = 24
 """Most bytes of a thread: ptxas puts a few registers away once a program, for some kernels even
 where it has registers left (docs/LOG.md)."""
 
-
 QUICK = "sm_90 128 bfloat16"
 
 
@@ -65,6 +64,13 @@ def triton_compile(
     a program). Limits: 24 bytes of spills, the shared memory that the chip has, and 1.1 times
     vLLM's registers at the same tile. A kernel that exceeds one, or does not compile, is marked,
     and the exit code is 1.
+
+    On NVIDIA's GPUs a row has what a warp issues in one turn of the innermost loop with matrix
+    products on tensor cores (loop_instructions), that by the scores of a thread in a tile, rows x
+    keys / (32 x warps) (per_score), and of these the special functions: exponentials, logarithms,
+    reciprocals (special). Of several loops with as many products, as one with masks and one
+    without, the shortest counts; loops with other numbers of products are joined by "+": lssar's
+    statistics and its output. serialised: ptxas made Hopper's products wait for one another.
     """  # fmt: skip
     if packed and training:
         raise UserError("--packed and --training are two tables: give one of them")
@@ -135,12 +141,28 @@ def row_of(
     for name in ("num_warps", "num_stages", "registers", "spills", "shared"):
         row[name] = getattr(kernel, name, None)
     if "head_dim" in case:
+        row |= loop_figures(kernel)
         for name in ("registers", "spills", "shared"):
             row[f"vllm_{name}"] = getattr(theirs, name, None)
         row["registers_to_vllm"] = None
         if kernel is not None and theirs is not None:
             row["registers_to_vllm"] = round(kernel.registers / theirs.registers, 3)
     return row | {"violation": violations(row), "error": ""}
+
+
+def loop_figures(kernel: Compiled | None) -> results.Row:
+    """Return the columns of a kernel's loops, joined by "+" where it has several: their
+    instructions, and these and special functions by each score of a thread."""
+    row: results.Row = dict.fromkeys(("loop_instructions", "per_score", "special", "serialised"))
+    if kernel is not None and kernel.loops:
+        row["loop_instructions"] = "+".join(str(loop.instructions) for loop in kernel.loops)
+        row["serialised"] = kernel.serialised
+        if {"ROWS", "KEYS"} <= kernel.constants.keys():
+            scores = kernel.constants["ROWS"] * kernel.constants["KEYS"] / (32 * kernel.num_warps)
+            each = [(loop.instructions / scores, loop.special / scores) for loop in kernel.loops]
+            row["per_score"] = "+".join(f"{instructions:.1f}" for instructions, _ in each)
+            row["special"] = "+".join(f"{special:.2f}" for _, special in each)
+    return row
 
 
 def violations(row: results.Row) -> str:

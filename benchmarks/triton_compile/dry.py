@@ -7,12 +7,13 @@ after TRITON_CACHE_DIR is set and TRITON_INTERPRET is not.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,9 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime import jit
+
+from benchmarks.triton_compile.loops import Loop, main_loops
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,6 +35,8 @@ CUBIN_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 AMD_USAGE = re.compile(
     r"^\s+(?:- )?\.(\w+_count|private_segment_fixed_size):\s+(\d+)", re.MULTILINE
 )
+SERIALISED = "wgmma.mma_async instructions are serialized"
+"""In what ptxas prints: Hopper's products wait for one another."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Compiled:
         registers: of a thread, 32 bits each: at most 255 (NVIDIA), 512 (AMD: VGPRs and AGPRs).
         spills: bytes of memory a thread has for what its registers do not hold.
         shared: bytes of shared memory (AMD: LDS) of a program.
+        loops: those with matrix products (AMD: not looked for).
+        serialised: ptxas made Hopper's asynchronous matrix products wait for one another.
     """
 
     name: str
@@ -50,6 +58,8 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+    loops: tuple[Loop, ...]
+    serialised: bool
 
 
 class DryCompiler:
@@ -60,12 +70,14 @@ class DryCompiler:
     Args:
         cache: Triton's cache folder (TRITON_CACHE_DIR), emptied after each use: a kernel's
             intermediate texts are megabytes.
+        keep: a second launch of a kernel compiles nothing, as on a GPU.
     """
 
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
+    def __init__(self, cache: Path, *, keep: bool = False) -> None:
+        self.cache, self.keep = cache, keep
         self.device = 0
         self.found: list[Compiled] = []
+        self.log = io.StringIO()
         # Limits are checked later.
         properties = {"max_shared_mem": 2**31, "multiprocessor_count": 1, "warpSize": 32}
         driver = SimpleNamespace(
@@ -82,20 +94,29 @@ class DryCompiler:
         )
         triton.runtime.driver.set_active(driver)
         triton.knobs.runtime.jit_post_compile_hook = self._compiled
+        # Which would be told a text that Triton 3.6 cannot write where an argument is a function.
+        jit.serialize_specialization_data = lambda *_: ""
+        triton.knobs.nvidia.dump_ptxas_log = True  # printed, and caught in `target`
 
-    @contextmanager
+    @contextlib.contextmanager
     def target(self, arch: str) -> Iterator[list[Compiled]]:
-        """Compile for `arch` inside; the list gets what is launched."""
+        """Compile for `arch` inside; the list gets what is compiled."""
         self.device = list(TARGETS).index(arch)
-        self.found = []
+        self.found, self.log = [], io.StringIO()
         try:
-            yield self.found
+            with contextlib.redirect_stdout(self.log):
+                yield self.found
         finally:
             shutil.rmtree(self.cache, ignore_errors=True)
 
     def _compiled(self, *, key: str, fn: Any, compile: Any, **_: Any) -> None:
-        kernel = fn.jit_function.device_caches[self.device][0].pop(key)
-        usage = of_cubin if "cubin" in kernel.asm else of_amdgcn
+        kernels = fn.jit_function.device_caches[self.device][0]
+        kernel = kernels[key] if self.keep else kernels.pop(key)
+        read = of_cubin if "cubin" in kernel.asm else of_amdgcn
+        registers, spills, loops = read(kernel.asm)
+        log = self.log.getvalue()
+        self.log.seek(0)
+        self.log.truncate()
         names = fn.jit_function.arg_names
         constants: dict[str, Any] = {}
         for path, value in compile["constants"].items():
@@ -105,27 +126,29 @@ class DryCompiler:
                 constants[names[path[0]]] = value
         launch = compile["num_warps"], compile["num_stages"]
         self.found.append(
-            Compiled(fn.jit_function.__name__, constants, *launch, *usage(kernel.asm),
-                     kernel.metadata.shared)
+            Compiled(fn.jit_function.__name__, constants, *launch, registers, spills,
+                     kernel.metadata.shared, loops, SERIALISED in log)
         )  # fmt: skip
 
 
-def of_cubin(asm: dict[str, Any]) -> tuple[int, int]:
-    """Return the registers and spilled bytes of an NVIDIA binary, by Triton's cuobjdump."""
+def of_cubin(asm: dict[str, Any]) -> tuple[int, int, tuple[Loop, ...]]:
+    """Return the registers, spilled bytes and main loops of an NVIDIA binary, by Triton's
+    cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = CUBIN_USAGE.search(text)
     if usage is None:
         raise ValueError("cuobjdump prints no resource usage that this program can read")
     registers, stack, local = map(int, usage.groups())
-    return registers, stack + local
+    return registers, stack + local, main_loops(text)
 
 
-def of_amdgcn(asm: dict[str, Any]) -> tuple[int, int]:
-    """Return the registers (with AGPRs) and spilled bytes that an AMD assembly text states."""
+def of_amdgcn(asm: dict[str, Any]) -> tuple[int, int, tuple[Loop, ...]]:
+    """Return the registers (with AGPRs) and spilled bytes that an AMD assembly text states, and no
+    loops."""
     usage = {name: int(value) for name, value in AMD_USAGE.findall(asm["amdgcn"])}
     spills = max(usage["private_segment_fixed_size"], 4 * usage["vgpr_spill_count"])
-    return usage["vgpr_count"], spills
+    return usage["vgpr_count"], spills, ()

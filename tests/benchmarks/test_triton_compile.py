@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.triton_compile.__main__ import violations
+from benchmarks.triton_compile.loops import Loop, main_loops
 
 pytestmark = pytest.mark.integration
 
@@ -99,9 +100,28 @@ def broken_kernel(x):
     tl.store(x, missing_name)
 
 
+@triton.jit
+def products_kernel(x, n, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """For each of n: a loop with one product and one exponential a score, the same with masks and
+    one more exponential, and one with two products and two exponentials."""
+    at = x + tl.arange(0, ROWS)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    a = tl.load(at)
+    total = tl.zeros([ROWS, KEYS], tl.float32)
+    for _ in range(n):
+        for i in range(n):
+            total += tl.exp2(tl.dot(a, tl.load(at + i)))
+        for i in range(n):
+            s = tl.exp2(tl.dot(a, tl.load(at + i)))
+            total += tl.where(tl.arange(0, KEYS)[None, :] < i, tl.exp2(s), 0.0)
+        for i in range(n):
+            b = tl.load(at + i)
+            total = tl.dot(tl.exp2(tl.exp2(tl.dot(a, b))).to(b.dtype), b, total)
+    tl.store(at, total)
+
+
 compiler = DryCompiler(folder / "cache")
 # A thread of 2048 / 32 sums, with at most 32 registers; of 8192 / 64, with 8 waves to share 512.
-few = {"sm_80": {"maxnreg": 32}, "gfx942": {"waves_per_eu": 8}}
+few = {"sm_80": {"maxnreg": 32}, "gfx942": {"waves_per_eu": 8}, "sm_90": {"maxnreg": 80}}
 
 
 def launch(compiler, case):
@@ -109,12 +129,17 @@ def launch(compiler, case):
         if case["label"] == "broken":
             broken_kernel[(1,)](torch.empty(1))
         options = few[case["arch"]] if case["label"] == "few" else {}
+        if "head_dim" in case:
+            x = torch.empty(64 * 64, dtype=torch.bfloat16)
+            products_kernel[(1,)](x, 5, ROWS=64, KEYS=64, **options)
+            return [(found[0], None)]
         sums_kernel[(1,)](torch.empty(case["size"]), 5, SIZE=case["size"], num_warps=1, **options)
     return [(kernel, None) for kernel in found]
 
 
 sizes = (("sm_80", 2048), ("gfx942", 8192))
 todo = [{"arch": arch, "size": size, "label": k} for arch, size in sizes for k in ("all", "few")]
+todo += [{"arch": "sm_90", "size": 0, "label": k, "head_dim": 64} for k in ("all", "few")]
 todo.append({"arch": "sm_80", "size": 64, "label": "broken"})
 print(json.dumps(compile_all(compiler, todo, launch)))
 '''
@@ -143,6 +168,44 @@ def test_a_kernel_that_does_not_compile_is_one_row(rows: list[dict[str, Any]]) -
     row = rows[-1]
     assert "missing_name" in row["error"]
     assert row["registers"] is None
+
+
+def test_loops_with_products(rows: list[dict[str, Any]]) -> None:
+    """The innermost, of two that differ in masks the shorter; a program of 4 warps has 64 x 64
+    scores, 32 a thread. With too few registers Hopper's products are not asynchronous."""
+    enough, few = (row for row in rows if row["arch"] == "sm_90")
+    for row in (enough, few):
+        assert row["special"] == "1.00+2.00"
+        one, two = map(int, row["loop_instructions"].split("+"))
+        assert 32 * 2 < one < two  # at least the exponentials and sums
+        assert row["per_score"] == f"{one / 32:.1f}+{two / 32:.1f}"
+    assert (enough["serialised"], few["serialised"]) == (False, True)
+
+
+LISTING = """
+        Function : some_kernel
+        /*0000*/                   MOV R1, c[0x0][0x28] ;      /* 0x0000 */
+        /*0010*/               @P0 BRA 0xb0 ;                  /* a loop, without a product */
+        /*0020*/                   LDS R2, [R3] ;
+        /*0030*/                   NOP ;
+        /*0040*/              @!P1 BRA 0x90 ;                  /* out of line */
+        /*0050*/                   HGMMA.64x64x16.F32 R24, gdesc[UR4], R24 ;
+        /*0060*/                   MUFU.EX2 R2, R2 ;
+        /*0070*/               @P2 BRA 0x20 ;
+        /*0080*/               @P3 BRA 0x10 ;                  /* a loop around */
+        /*0088*/                   EXIT ;
+        /*0090*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R5 ;
+        /*00a0*/              @!P1 BRA 0x90 ;                  /* waits */
+        /*00a8*/                   BRA 0x50 ;
+        /*00b0*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*00c0*/               @P0 BRA 0xb0 ;
+        /*00d0*/                   BRA 0x20 ;
+"""
+
+
+def test_a_loop_in_a_loop() -> None:
+    """With a part out of line, which has a loop that waits: 5 instructions in line, 3 elsewhere."""
+    assert main_loops(LISTING) == (Loop(instructions=8, products=1, special=1),)
 
 
 @pytest.mark.parametrize(
