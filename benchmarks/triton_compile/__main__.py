@@ -39,12 +39,18 @@ def triton_compile(
     training: Annotated[
         bool, opt.option("The kernels of training, forward and backward, not those of serving.")
     ] = False,
+    host: Annotated[
+        bool,
+        opt.option(
+            f"The host's time of a call, of {QUICK} or what --match says; no CSV.", "--host"
+        ),
+    ] = False,
     match: Annotated[
         str,
         opt.option(
-            "Only cases whose name has this regular expression: 'sm_90 64 .* softpick "
-            "decode$', or with --packed 'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup; then "
-            "two-level, of such scales)."
+            "Only cases whose name has this regular expression: 'sm_90 64 .* softpick decode$' "
+            "(then 64 or 128, of a cache with such pages and not with 16), or with --packed "
+            "'sm_90 bfloat16 4 1$' (bits, rows; 0: a lookup; then two-level, of such scales)."
         ),
     ] = "",
     csv: Annotated[
@@ -71,12 +77,16 @@ def triton_compile(
     reciprocals (special). Of several loops with as many products, as one with masks and one
     without, the shortest counts; loops with other numbers of products are joined by "+": lssar's
     statistics and its output. serialised: ptxas made Hopper's products wait for one another.
+
+    --host times calls of a layer whose kernels are compiled, on this machine's CPU: what Python
+    takes for a layer's attention (cases decode-split: contexts in parts, decode, prefill) or for
+    writing the cache, without the GPU's driver.
     """  # fmt: skip
-    if packed and training:
-        raise UserError("--packed and --training are two tables: give one of them")
+    if packed + training + host > 1:
+        raise UserError("--packed, --training and --host are three tables: give one of them")
     name = f"triton_compile{'_packed' * packed}{'_training' * training}.csv"
     path = csv or RESULTS / name
-    save = results.checked(path, no_save or quick)
+    save = results.checked(path, no_save or quick or host)
     about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit()}
     about |= {name: machine.package(name) for name in ("triton", "vllm")}
     with tempfile.TemporaryDirectory(prefix="attnserve-triton-") as cache:
@@ -96,10 +106,13 @@ def triton_compile(
             cases, compile_one = calls.training_cases(), calls.compile_training
         elif not packed:
             cases = calls.attention_cases()
-        wanted = re.compile(match or (QUICK if quick else ""))
+        # Without large pages.
+        wanted = re.compile(match or (rf"{QUICK}( \S+){{1,2}}$" if quick or host else ""))
         todo = [case for case in cases if wanted.search(" ".join(map(str, case.values())))]
         if not todo:
             raise UserError(f"--match {match!r} is in no case's name")
+        if host:
+            return report_host_times(DryCompiler(Path(cache), keep=True), todo, as_json=as_json)
         if not packed and not training:
             compile_one = functools.partial(calls.compile_attention, peer=calls.Vllm())
         rows = compile_all(DryCompiler(Path(cache)), todo, compile_one)
@@ -109,6 +122,15 @@ def triton_compile(
     counts = {"kernels": len(rows), "wrong": len(wrong)}
     results.report({**about, **counts}, rows, results.table(rows), csv=None, as_json=as_json)
     return 1 if wrong else 0
+
+
+def report_host_times(compiler: DryCompiler, todo: Sequence[Case], *, as_json: bool) -> int:
+    """Print the host's time of each case's call in microseconds."""
+    from benchmarks.triton_compile.calls import host_time
+
+    rows = [{**case, "host_us": round(1e6 * host_time(compiler, case), 1)} for case in todo]
+    results.report(machine.described(), rows, results.table(rows), csv=None, as_json=as_json)
+    return 0
 
 
 def compile_all(
@@ -137,6 +159,8 @@ def row_of(
     constants = {} if kernel is None else kernel.constants
     row = {**case, "kernel": "" if kernel is None else kernel.name.removesuffix("_kernel")}
     if "head_dim" in case:
+        if "phase" in case:
+            row["block_size"] = constants.get("BLOCK_SIZE", case.get("block_size"))
         row |= {"rows": constants.get("ROWS"), "keys": constants.get("KEYS")}
     for name in ("num_warps", "num_stages", "registers", "spills", "shared"):
         row[name] = getattr(kernel, name, None)

@@ -5,7 +5,8 @@ Import it after the environment of Triton and vLLM is set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import timeit
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,9 @@ OUTPUTS, INPUTS, GROUP_SIZE = 4096, 2048, 64
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE, CONTEXT, REQUESTS = 32, 8, 16, 4096, 3
 CACHE_BYTES = 2**31 + 2**24
 """A served cache has more than 2 GiB, and AMD's code for smaller ones is another. Never touched."""
+
+LARGE_PAGES = (64, 128)
+"""Other block sizes."""
 
 PEER_VARIANTS, PEER_DTYPES = ("softmax", "softpick", "ssmax"), ("bfloat16", "float16")
 """What is compared with vLLM's softmax. In float32 vLLM multiplies in TF32; float8 it scales
@@ -89,7 +93,7 @@ def compile_packed(compiler: DryCompiler, case: Case) -> list[Pair]:
 
 def attention_cases() -> Iterator[Case]:
     """Yield the matrix, of variants that have a `kernel.py`. Writing differs between variants only
-    by what they keep of a token beside key and value."""
+    by what they keep of a token beside key and value; large pages come in bfloat16."""
     names = [name for name in variant_names() if has_kernel(get_variant(name))]
     kept = {(get_variant(name).stateful, get_variant(name).gated): name for name in names}
     writers = kept.values()
@@ -99,7 +103,10 @@ def attention_cases() -> Iterator[Case]:
         for variant, phase in product(names, PHASES):
             if phase != WRITE or variant in writers:
                 case = {"arch": arch, "head_dim": head_dim, "dtype": dtype}
-                yield case | {"variant": variant, "phase": phase}
+                case |= {"variant": variant, "phase": phase}
+                yield case
+                if dtype == "bfloat16" and phase in (DECODE, PREFILL):
+                    yield from (case | {"block_size": size} for size in LARGE_PAGES)
 
 
 def training_cases() -> Iterator[Case]:
@@ -123,21 +130,21 @@ def compile_training(compiler: DryCompiler, case: Case) -> list[Pair]:
     return [(kernel, None) for kernel in found]
 
 
-def batch_of(phase: str) -> Any:
-    """Return REQUESTS requests of CONTEXT tokens: the last of each, or the last 100, are new."""
+def batch_of(phase: str, block_size: int = BLOCK_SIZE, requests: int = REQUESTS) -> Any:
+    """Return requests of CONTEXT tokens: the last of each, or the last 100, are new."""
     queries = 100 if phase == PREFILL else 1
     return Batch(
-        torch.zeros(REQUESTS, CONTEXT // BLOCK_SIZE, dtype=torch.int32),
-        torch.arange(REQUESTS + 1) * queries,
-        torch.full((REQUESTS,), CONTEXT),
+        torch.zeros(requests, CONTEXT // block_size, dtype=torch.int32),
+        torch.arange(requests + 1) * queries,
+        torch.full((requests,), CONTEXT),
         max_query_len=queries,
         max_seq_len=CONTEXT,
     )
 
 
-def empty_cache(content: int, dtype: Any) -> Any:
+def empty_cache(content: int, dtype: Any, block_size: int = BLOCK_SIZE) -> Any:
     """Return `[num_blocks, num_kv_heads, block_size, bytes of the content]`, as vLLM's and ours."""
-    shape = (NUM_KV_HEADS, BLOCK_SIZE, content // dtype.itemsize)
+    shape = (NUM_KV_HEADS, block_size, content // dtype.itemsize)
     block = torch.Size(shape).numel() * dtype.itemsize
     return torch.empty(CACHE_BYTES // block, *shape, dtype=dtype)
 
@@ -151,15 +158,15 @@ def types_of(case: Case) -> tuple[Any, Any]:
     return getattr(torch, case["dtype"]), getattr(torch, case["dtype"])
 
 
-def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pair]:
-    """Compile what our layer launches, and vLLM's kernel where the two can be compared."""
+def attention_call(case: Case, requests: int = REQUESTS) -> Callable[[], None]:
+    """Return a call of our layer, with memory of its own."""
     variant, (query_dtype, cache_dtype) = get_variant(case["variant"]), types_of(case)
-    kv_format = KV_FORMATS.get(case["dtype"])
+    kv_format, block_size = KV_FORMATS.get(case["dtype"]), case.get("block_size", BLOCK_SIZE)
     group = NUM_HEADS // NUM_KV_HEADS
     content = content_bytes(variant, case["head_dim"], cache_dtype, kv_format, group=group)
     layer = TritonLayer(
         variant,
-        empty_cache(content, cache_dtype),
+        empty_cache(content, cache_dtype, block_size),
         kv_format=kv_format,
         num_heads=NUM_HEADS,
         scale=case["head_dim"] ** -0.5,
@@ -168,19 +175,29 @@ def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pai
         value_scale=torch.ones(1),
         arch=case["arch"],
     )
+    # 132 with 3 requests of 8 KV heads takes 16 parts, 1 none.
+    layer.num_multiprocessors = 132 if case["phase"] == SPLIT else 1
+    batch = batch_of(case["phase"], block_size, requests)
+    tokens = int(batch.query_start_loc[-1])
+    query = torch.empty(tokens, NUM_HEADS, case["head_dim"], dtype=query_dtype)
+    if case["phase"] != WRITE:
+        out = torch.empty_like(query)
+        return lambda: layer.attend(query, batch, out)
+    new, slots = query[:, :NUM_KV_HEADS].contiguous(), torch.arange(tokens)
+    gates = torch.empty(tokens, NUM_HEADS)
+
+    def write() -> None:
+        layer.write_cache(new, new, slots)
+        if variant.gated:
+            layer.write_gates(gates, batch)
+
+    return write
+
+
+def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pair]:
+    """Compile what our layer launches, and vLLM's kernel where the two can be compared."""
     with compiler.target(case["arch"]) as found:
-        if case["phase"] == WRITE:
-            new = torch.empty(REQUESTS, NUM_KV_HEADS, case["head_dim"], dtype=query_dtype)
-            layer.write_cache(new, new, torch.arange(REQUESTS))
-            if variant.gated:
-                layer.write_gates(torch.empty(REQUESTS, NUM_HEADS), batch_of(SPLIT))
-        else:
-            # 132 with 3 requests of 8 KV heads takes 16 parts, 1 none.
-            layer.num_multiprocessors = 132 if case["phase"] == SPLIT else 1
-            batch = batch_of(case["phase"])
-            tokens = int(batch.query_start_loc[-1])
-            query = torch.empty(tokens, NUM_HEADS, case["head_dim"], dtype=query_dtype)
-            layer.attend(query, batch, torch.empty_like(query))
+        attention_call(case)()
     compared = case["variant"] in PEER_VARIANTS and case["dtype"] in PEER_DTYPES
     return [
         (kernel, peer.compile(compiler, case, kernel))
@@ -188,6 +205,28 @@ def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pai
         else (kernel, None)
         for kernel in list(found)
     ]
+
+
+def compiled_kernels(
+    compiler: DryCompiler, case: Case, requests: Sequence[int]
+) -> dict[int, list[str]]:
+    """Return the names of the kernels that are compiled for batches of so many requests, one batch
+    after the other. `compiler` keeps kernels; what it has compiled before does not count."""
+    names = {}
+    for number in requests:
+        with compiler.target(case["arch"]) as found:
+            attention_call(case, number)()
+        names[number] = [kernel.name for kernel in found]
+    return names
+
+
+def host_time(compiler: DryCompiler, case: Case, rounds: int = 50, calls: int = 40) -> float:
+    """Return the seconds that a call of our layer takes once its kernels are compiled, without what
+    the GPU's driver adds: the fastest round's mean. `compiler` keeps kernels."""
+    with compiler.target(case["arch"]):
+        call = attention_call(case)
+        call()
+        return min(timeit.repeat(call, number=calls, repeat=rounds)) / calls
 
 
 class Vllm:
@@ -210,13 +249,13 @@ class Vllm:
         """Compile what vLLM launches for the batch of a case that does not write the cache: softmax
         whatever the variant, with the tile, warps and stages of our kernel."""
         dtype, _ = types_of(case)
-        batch, dim = batch_of(case["phase"]), case["head_dim"]
+        block_size = case.get("block_size", BLOCK_SIZE)
+        batch, dim = batch_of(case["phase"], block_size), case["head_dim"]
         tokens = int(batch.query_start_loc[-1])
         query = torch.empty(tokens, NUM_HEADS, dim, dtype=dtype)
         # As vLLM's backend TRITON_ATTN takes its cache apart.
-        keys, values = (
-            empty_cache(2 * dim * dtype.itemsize, dtype).transpose(1, 2).split(dim, dim=-1)
-        )
+        cache = empty_cache(2 * dim * dtype.itemsize, dtype, block_size)
+        keys, values = cache.transpose(1, 2).split(dim, dim=-1)
         descale = torch.ones(1).expand(batch.seq_lens.shape[0], keys.shape[2])
         split = case["phase"] == SPLIT
         parts = scratch(tokens, NUM_HEADS, dim, tokens) if split else {}

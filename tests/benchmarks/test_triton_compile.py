@@ -40,21 +40,34 @@ def compiled(*arguments: str | Path) -> list[dict[str, Any]]:
 
 
 def test_registers_spills_and_shared_memory(tmp_path: Path) -> None:
-    """Of a decode kernel for two makers of GPUs, beside vLLM's with the same tile."""
+    """Of a decode kernel for two makers of GPUs and two sizes of pages, beside vLLM's with the same
+    tile."""
     path = tmp_path / "results.csv"
-    rows = compiled("--match", "(sm_90|gfx942) 64 bfloat16 softpick decode$", "--csv", path)
-    assert [row["arch"] for row in rows] == ["sm_90", "gfx942"]
-    for row, most in zip(rows, (255, 512), strict=True):
+    rows = compiled("--match", "(sm_90|gfx942) 64 bfloat16 softpick decode( 64)?$", "--csv", path)
+    kinds = [("sm_90", 16), ("sm_90", 64), ("gfx942", 16), ("gfx942", 64)]
+    assert [(row["arch"], row["block_size"]) for row in rows] == kinds
+    for row in rows:
         assert (row["kernel"], row["rows"], row["keys"], row["spills"]) == ("attend", 16, 64, 0)
-        assert 32 < row["registers"] <= most
+        assert 32 < row["registers"] <= (255 if row["arch"] == "sm_90" else 512)
         # At least a tile of keys and one of values, or their half if they share the space.
         assert row["shared"] >= 64 * 64 * 2
         ratio = row["registers"] / row["vllm_registers"]
         assert row["registers_to_vllm"] == pytest.approx(ratio, abs=1e-3)
         assert ratio <= 1.1
+        assert (row["per_score"] is None) == (row["arch"] == "gfx942")
     with path.open(encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
     assert [int(row["registers"]) for row in written] == [row["registers"] for row in rows]
+
+
+def test_host_times() -> None:
+    """In microseconds, of three launches and of one; a call that compiled would take seconds."""
+    match = "sm_90 64 bfloat16 selective (decode-split|write)$"
+    parts, write = json.loads(
+        python("-m", "benchmarks.triton_compile", "--host", "--json", "--match", match)
+    )["rows"]
+    assert (parts["phase"], write["phase"]) == ("decode-split", "write")
+    assert 1 < write["host_us"] < parts["host_us"] < 5000
 
 
 def test_packed_products() -> None:
@@ -206,6 +219,42 @@ LISTING = """
 def test_a_loop_in_a_loop() -> None:
     """With a part out of line, which has a loop that waits: 5 instructions in line, 3 elsewhere."""
     assert main_loops(LISTING) == (Loop(instructions=8, products=1, special=1),)
+
+
+BATCHES = """
+import json, os, sys
+from pathlib import Path
+
+os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": sys.argv[1]}
+from benchmarks.triton_compile.calls import compiled_kernels
+from benchmarks.triton_compile.dry import DryCompiler
+
+compiler = DryCompiler(Path(sys.argv[1]), keep=True)
+found = {}
+for name in sys.argv[2:]:
+    variant, phase = name.split()
+    case = {"arch": "sm_90", "head_dim": 64, "dtype": "bfloat16"}
+    case |= {"variant": variant, "phase": phase}
+    found[name] = compiled_kernels(compiler, case, (1, 2, 3, 5, 8, 16, 20, 32, 64, 128))
+print(json.dumps(found))
+"""
+
+
+def test_kernels_of_many_batch_sizes(tmp_path: Path) -> None:
+    """For ten numbers of requests few kernels are compiled: each is seconds of a server's."""
+    script = tmp_path / "batches.py"
+    script.write_text(BATCHES, encoding="utf-8")
+    most = {
+        # One for each number of parts, 32, 16, 8, 4, 2 and 1, and one that merges them where there
+        # are several, again for 1 and for 32 requests.
+        "softpick decode-split": 2 * 5 + 1 + 2 * 2,
+        # For 1 request, for multiples of 16 and for others.
+        "softpick prefill": 3,
+        "selective prefill": 3 + 1,
+    }
+    found = json.loads(python(script, tmp_path / "cache", *most).splitlines()[-1])
+    counts = {name: sum(map(len, of.values())) for name, of in found.items()}
+    assert counts == most
 
 
 @pytest.mark.parametrize(
