@@ -80,7 +80,7 @@ def triton_compile(
 
     --host times calls of a layer whose kernels are compiled, on this machine's CPU: what Python
     takes for a layer's attention (cases decode-split: contexts in parts, decode, prefill) or for
-    writing the cache, without the GPU's driver.
+    writing the cache, without what Triton's launcher in C and the GPU's driver add.
     """  # fmt: skip
     if packed + training + host > 1:
         raise UserError("--packed, --training and --host are three tables: give one of them")

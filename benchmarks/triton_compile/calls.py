@@ -222,7 +222,8 @@ def compiled_kernels(
 
 def host_time(compiler: DryCompiler, case: Case, rounds: int = 50, calls: int = 40) -> float:
     """Return the seconds that a call of our layer takes once its kernels are compiled, without what
-    the GPU's driver adds: the fastest round's mean. `compiler` keeps kernels."""
+    Triton's launcher in C and the GPU's driver add: the fastest round's mean. `compiler` keeps
+    kernels."""
     with compiler.target(case["arch"]):
         call = attention_call(case)
         call()
