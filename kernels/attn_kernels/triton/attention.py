@@ -43,6 +43,12 @@ where a context is cut into parts, the statistics or the output. For all others:
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+SIZES = ["num_reqs", "table_stride"]
+STEP = ["block_table", "query_start_loc", "seq_lens"]
+"""What differs from step to step, or is a part of a longer tensor: no other kernels are compiled
+for numbers and addresses that 16 divides."""
+
+
 class Shape(NamedTuple):
     """A layer and its cache, as compile-time arguments."""
 
@@ -343,7 +349,7 @@ def load_selectors(
     return Selectors(q, first_position + index, valid, before)
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STEP)
 def attend_kernel(
     out, query,
     selectors,  # [num_tokens, head_size]: head 0's queries, of a stateful variant
@@ -472,7 +478,7 @@ def attend_kernel(
         tl.store(place, output.to(out.dtype.element_ty), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=STEP[1:])
 def merge_kernel(
     out, query, part_rows, part_outputs, query_start_loc, seq_lens, first_learned, second_learned,
     num_reqs, query_stride, out_stride,
@@ -505,7 +511,7 @@ def merge_kernel(
     tl.store(place, o.to(out.dtype.element_ty), mask=dim < SHAPE.head_size)
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STEP)
 def select_kernel(
     selectors, cache, block_table, query_start_loc, seq_lens,
     snapshots,  # [tiles, keys] float32
@@ -552,7 +558,7 @@ def select_kernel(
         tl.store(snapshots + tile.to(tl.int64) * snapshot_stride + key, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[1:], do_not_specialize_on_alignment=STEP)
 def advance_kernel(
     cache, block_table, query_start_loc, seq_lens,
     snapshots,  # [tiles, keys] float32: what each tile adds; then the accumulators ahead of it

@@ -20,7 +20,10 @@ def load_sums(blocks, block, kv_head, member, offset, inside, SHAPE: tl.constexp
     return sums, tl.load(place + SHAPE.block_size, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_table", "query_start_loc", "seq_lens"],
+)
 def write_gates_kernel(
     gates,  # [num_tokens, num_heads] float32
     cache, block_table, query_start_loc, seq_lens,
