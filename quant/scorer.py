@@ -4,6 +4,7 @@ The unquantized model's log-probabilities of every token are kept in files, sinc
 checkpoint are compared with the same ones.
 """
 
+import math
 import os
 import shutil
 from collections import defaultdict

@@ -92,8 +92,7 @@ def triton_compile(
     with tempfile.TemporaryDirectory(prefix="attnserve-triton-") as cache:
         # Before Triton and vLLM are imported. A cache of its own: everything is compiled, and a
         # user's cache stays as it is. Fused multiply-adds for vLLM's kernel as for ours.
-        for name in ("TRITON_INTERPRET", "ATTNSERVE_TRITON_AUTOTUNE"):
-            os.environ.pop(name, None)
+        os.environ.pop("TRITON_INTERPRET", None)
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
         os.environ |= {"VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

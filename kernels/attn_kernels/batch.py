@@ -84,14 +84,14 @@ class Batch:
             )
         count = self.num_decodes
         if 0 < count < num_reqs:
-            sizes = {"max_seq_len": self.max_seq_len}
             starts = self.query_start_loc
             first = Batch(
-                table[:count], starts[: count + 1], self.seq_lens[:count], max_query_len=1, **sizes
-            )
+                table[:count], starts[: count + 1], self.seq_lens[:count],
+                max_query_len=1, max_seq_len=self.max_seq_len,
+            )  # fmt: skip
             rest = Batch(
                 table[count:num_reqs], starts[count:] - count, self.seq_lens[count:],
-                max_query_len=self.max_query_len, **sizes,
+                max_query_len=self.max_query_len, max_seq_len=self.max_seq_len,
             )  # fmt: skip
             self.halves = first, rest
         self.num_tokens = 0 if table.is_cuda else int(self.query_start_loc[-1])

@@ -70,7 +70,8 @@ class VariantBackend(AttentionBackend):
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """Return the tokens of a block where --block-size does not say them: on a GPU so many that
         a tile of keys is in one, and its addresses are cheap."""
-        return max(default_block_size, 64) if current_platform.is_cuda_alike() else default_block_size
+        least = 64 if current_platform.is_cuda_alike() else 0
+        return max(default_block_size, least)
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:

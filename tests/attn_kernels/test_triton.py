@@ -132,9 +132,7 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("name", GPU_KERNELS)
-def test_many_queries_in_parts(
-    name: str, block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_queries_in_parts(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few queries behind a long context: their contexts are cut, too. A block of 128 holds several
     tiles of keys, one of 16 is a part of a tile."""
     from attn_kernels.triton import tuning
@@ -285,41 +283,6 @@ def test_modifiers_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "132", name, SHAPES[0], None, torch.float32, 1, modified=True
     )
     assert error <= TOLERANCE
-
-
-def test_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles are timed once, one that does not fit is passed over, the answer stays the same."""
-    from triton.runtime.errors import OutOfResources
-
-    from attn_kernels.triton import tuning
-
-    tiles = [tuning.Tile(32, 16), tuning.Tile(16, 32), tuning.Tile(64, 64)]
-    ran: list[tuning.Tile] = []
-    timed = tuning.seconds
-
-    def seconds(tile: tuning.Tile, run: Any, rounds: int) -> float:
-        ran.append(tile)
-        if tile == tiles[2]:
-            run = functools.partial(fail, OutOfResources(10**6, 10**5, "shared memory"))
-        return timed(tile, run, rounds)
-
-    monkeypatch.setattr(tuning, "AUTOTUNE", True)
-    monkeypatch.setattr(tuning, "_fastest", {})
-    monkeypatch.setattr(tuning, "candidates", lambda tile: tiles)
-    monkeypatch.setattr(tuning, "seconds", seconds)
-    for _ in range(2):
-        found = single("softpick", torch.float32)
-        expected, _ = reference.attention(
-            get_variant("softpick"), found.q, found.k, found.v, scale=0.2
-        )
-        assert paged.relative_error(found.output, expected) <= TOLERANCE
-    assert ran == tiles
-    (chosen,) = tuning._fastest.values()
-    assert chosen in tiles[:2]
-
-
-def fail(error: Exception, _: Any) -> None:
-    raise error
 
 
 def test_requests_that_pad_a_graph() -> None:

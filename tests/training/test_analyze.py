@@ -52,7 +52,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_intervals() -> None:
     assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
     assert mean_interval([5.0]) == (5.0, -math.inf, math.inf)
-    assert mean_interval([0.0, 0.0, 0.3]).within(0.0, 1.0) == pytest.approx((0.1, 0.0, 0.53), abs=1e-3)
+    cut = mean_interval([0.0, 0.0, 0.3]).within(0.0, 1.0)
+    assert cut == pytest.approx((0.1, 0.0, 0.53), abs=1e-3)
     assert share_interval(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-4)
     assert share_interval(10, 10) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-4)
     assert mean_share_interval([(5, 10), (10, 10)]).value == 0.75

@@ -318,7 +318,8 @@ def attend_range(
                             blocks, block, SHAPE.selecting_head, offset, False, SHAPE
                         )
                     added = selected(
-                        selectors, selector_keys, words, key, inside, scale, SELECTION, SHAPE, MASKED
+                        selectors, selector_keys, words, key, inside, scale,
+                        SELECTION, SHAPE, MASKED,
                     )  # fmt: skip
                     penalty = add_before(selectors, added, penalty)
                 s -= penalty * LOG2E
@@ -448,8 +449,8 @@ def attend_kernel(
         else:
             row_max, row_sum, _ = attend_keys(
                 rows, selecting, known, blocks, kv_head, begin, end, oldest, newest, scale,
-                snapshots, running_max, denominator, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION,
-                PARAMS, VARIANT, SHAPE, TILE, True,
+                snapshots, running_max, denominator, mean, per_spread, UPDATE, SCORE_BIAS,
+                UPDATE_STATISTICS, SELECTION, PARAMS, VARIANT, SHAPE, TILE, True,
             )  # fmt: skip
             if PASS == STATISTICS:
                 tl.store(statistics + 2 * part, row_max, mask=valid)
@@ -460,8 +461,8 @@ def attend_kernel(
 
     running_max, denominator, output = attend_keys(
         rows, selecting, known, blocks, kv_head, begin, end, oldest, newest, scale, snapshots,
-        running_max, denominator, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS, SELECTION, PARAMS,
-        VARIANT, SHAPE, TILE, False,
+        running_max, denominator, mean, per_spread, UPDATE, SCORE_BIAS, UPDATE_STATISTICS,
+        SELECTION, PARAMS, VARIANT, SHAPE, TILE, False,
     )  # fmt: skip
     if SHAPE.quantized:
         output *= tl.load(value_scale)

@@ -30,7 +30,14 @@ from attn_kernels.triton.attention import (
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.gates import write_gates_kernel
 from attn_kernels.triton.launch import Launcher
-from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, parts_for, tile_for
+from attn_kernels.triton.tuning import (
+    DECODE,
+    LARGEST_ROWS,
+    PREFILL,
+    Tile,
+    parts_for,
+    tile_for,
+)
 from attn_kernels.triton.variant import constants, functions
 from attn_kernels.variant import Variant
 
@@ -128,6 +135,7 @@ class TritonLayer(Layer):
         )  # fmt: skip
         given = {**functions(variant), "SHAPE": self.shape}
         self.two_passes = given["UPDATE_STATISTICS"] is not None
+        self.kind = tuning.kind_of_variant(variant, self.two_passes)
         given |= {"STATEFUL": variant.stateful}
         given["LARGEST"] = 127.0 if self.kv_cache.dtype == torch.int8 else 448.0
         self.launch = {
@@ -174,24 +182,20 @@ class TritonLayer(Layer):
                 given = None if selecting is None else selecting[tokens]
                 self.attend(query[tokens], half, out[tokens], given)
             return
-        phase = DECODE if batch.max_query_len == 1 else PREFILL
-        run = functools.partial(self._attend, phase, query, selectors, batch, out)
-        tile = tile_for(
-            phase, self.arch, self.head_size, query.element_size(), self.group,
-            self.shape.kv_bits,
-        )  # fmt: skip
-        # A second run would advance accumulators twice.
-        if tuning.AUTOTUNE and not self.variant.stateful and not capturing(query.device):
-            kind = (phase, self.arch, query.dtype, self.variant, self.shape)
-            tile = tuning.fastest(kind, tile, run)
-        run(tile)
+        self._attend(query, selectors, batch, out)
 
-    def _attend(
-        self, phase: str, query: Tensor, selectors: Tensor, batch: Batch, out: Tensor, tile: Tile
-    ) -> None:
-        """Launch the kernels with a tile."""
+    def tile(self, phase: str, dtype: torch.dtype, num_tokens: int) -> Tile:
+        """Return the tile of so many queries."""
+        rows = num_tokens * self.num_heads
+        many = rows // LARGEST_ROWS >= 2 * self.num_multiprocessors
+        size = self.head_size, dtype.itemsize, self.group, self.shape.kv_bits
+        return tile_for(phase, self.arch, *size, self.kind, many)
+
+    def _attend(self, query: Tensor, selectors: Tensor, batch: Batch, out: Tensor) -> None:
+        """Launch the kernels."""
         num_reqs, num_tokens = batch.seq_lens.shape[0], query.shape[0]  # padding included
-        decode = phase == DECODE
+        phase = DECODE if batch.max_query_len == 1 else PREFILL
+        decode, tile = phase == DECODE, self.tile(phase, query.dtype, num_tokens)
         queries = 1 if decode else tile.queries(self.group)
         tiles = num_tokens if decode else num_tokens // queries + num_reqs
         programs = tiles * self.num_kv_heads

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import timeit
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-import torch
 import triton
-from triton.runtime.errors import OutOfResources
+
+from attn_kernels.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -43,8 +38,61 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 """Bytes that a program may have, by architecture (CUDA's and ROCm's documentation)."""
 
 
+PLAIN, TWO_PASSES, STATEFUL, GATED = "plain", "two passes", "stateful", "gated"
+"""What takes registers beside the scores: statistics of all scores ahead, accumulators, gates."""
+
+PREFILL_TILES = {
+    PLAIN: {
+        "sm_80": ("128x64:8:3 64x64:4:3", "128x32:8:3 32x64:4:3", "64x32:8:2 32x32:4:2"),
+        "sm_90": ("128x128:8:2 64x64:4:3", "128x128:8:2 64x64:4:3", "128x32:8:2 64x32:4:2"),
+        "sm_100": ("128x128:8:2 64x64:4:3", "128x128:8:2 64x64:4:3", "128x32:8:2 64x32:4:2"),
+        "gfx": ("64x64:4:1 64x64:4:1", "64x64:4:1 64x64:4:1", "32x32:4:1 32x32:4:1"),
+    },
+    TWO_PASSES: {
+        "sm_80": ("128x64:8:3 64x64:4:3", "128x32:8:3 32x64:4:3", "64x32:8:2 32x32:4:2"),
+        "sm_90": ("128x128:8:2 64x64:4:3", "128x64:8:3 64x64:4:3", "128x32:8:2 64x32:4:2"),
+        "sm_100": ("128x128:8:2 64x64:4:3", "128x128:8:2 64x64:4:3", "128x32:8:2 64x32:4:2"),
+        "gfx": ("64x64:4:1 64x64:4:1", "64x64:4:1 64x64:4:1", "32x32:4:1 32x32:4:1"),
+    },
+    STATEFUL: {
+        "sm_80": ("64x64:4:3 64x64:4:3", "32x32:4:3 32x32:4:3", "32x32:4:2 32x32:4:2"),
+        "sm_90": ("64x64:4:3 64x64:4:3", "128x64:8:3 64x64:4:3", "32x32:4:2 32x32:4:2"),
+        "sm_100": ("128x64:8:2 64x64:4:3", "128x64:8:2 64x64:4:3", "64x32:4:2 64x32:4:2"),
+        "gfx": ("64x64:4:1 64x64:4:1", "64x64:4:1 64x64:4:1", "32x32:4:1 32x32:4:1"),
+    },
+    GATED: {
+        "sm_80": ("128x64:8:2 64x64:4:2", "128x32:8:2 32x64:4:2", "64x32:8:2 32x32:4:2"),
+        "sm_90": ("128x64:8:2 64x64:4:2", "128x64:8:2 64x64:4:2", "128x32:8:2 64x32:4:2"),
+        "sm_100": ("128x64:8:2 64x64:4:2", "128x64:8:2 64x64:4:2", "128x32:8:2 64x32:4:2"),
+        "gfx": ("64x64:4:1 64x64:4:1", "64x64:4:1 64x64:4:1", "32x32:4:1 32x32:4:1"),
+    },
+}
+"""Tiles of many queries in 16 bits, rows x keys : warps : stages, where a head's row has up to 128,
+256 and 512 bytes: first where there are programs enough for two of each multiprocessor, then for
+fewer. They are those of the fewest instructions a score that hardly spill where they are compiled
+(benchmarks.triton_compile); no GPU has timed them."""
+
+
+LARGEST_ROWS = 128
+"""Of a tile in `PREFILL_TILES`."""
+
+
+def kind_of_variant(variant: Variant, two_passes: bool) -> str:
+    """Return what of a variant takes registers."""
+    if variant.stateful:
+        return STATEFUL
+    return GATED if variant.gated else TWO_PASSES if two_passes else PLAIN
+
+
 def tile_for(
-    phase: str, arch: str, head_size: int, element_size: int, group: int, kv_bits: int = 0
+    phase: str,
+    arch: str,
+    head_size: int,
+    element_size: int,
+    group: int,
+    kv_bits: int = 0,
+    kind: str = PLAIN,
+    many: bool = True,
 ) -> Tile:
     """Return the tile of a kernel.
 
@@ -56,26 +104,32 @@ def tile_for(
         group: query heads of a KV head.
         kv_bits: of keys and values in 8 or 4 bits, whose way to the queries' dtype takes registers;
             else 0.
+        kind: of the variant, `kind_of_variant`.
+        many: there are queries enough to fill the device with large tiles.
     """
     least = max(16, triton.next_power_of_2(group))
     row_bytes = triton.next_power_of_2(head_size) * element_size
-    stages = 1 if arch.startswith("gfx") else 2 if arch == "sm_90" else 3
+    amd = arch.startswith("gfx")
+    stages = 1 if amd else 3 if element_size == 2 else 2
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     if kv_bits and row_bytes >= 256:
         keys = max(16, keys // 2)
-    # The largest that hardly spill a register where they are compiled (benchmarks.triton_compile).
     # float32 is multiplied by plain arithmetic, whose operands are in registers.
     num_warps = 8 if element_size == 4 else 4
     if phase == DECODE:
         return Tile(least, keys, num_warps, stages)
     if element_size == 4:
         return Tile(max(least, 32), 32 if row_bytes <= 256 else 16, num_warps, stages)
-    rows = 64 if row_bytes <= (128 if arch == "sm_80" else 256) else 32
-    if kv_bits == 4 and row_bytes == 256 and arch in ("sm_80", "sm_90"):
-        keys, num_warps = 16, 8  # with 32 and 4, lssar and selective spill
-    if arch == "sm_90" and row_bytes == 512:
-        stages = 3  # with two, lssa in float16 spills in its loop
-    return Tile(max(least, rows), keys, num_warps, stages)
+    if kv_bits or row_bytes > 512:
+        rows = 64 if row_bytes <= (128 if arch == "sm_80" else 256) else 32
+        if kv_bits == 4 and row_bytes == 256 and arch in ("sm_80", "sm_90"):
+            keys, num_warps = 16, 8  # with 32 and 4, lssar and selective spill
+        return Tile(max(least, rows), keys, num_warps, min(stages, 2))
+    by_size = PREFILL_TILES[kind].get(arch) or PREFILL_TILES[kind]["gfx" if amd else "sm_90"]
+    sizes = by_size[0 if row_bytes <= 128 else 1 if row_bytes == 256 else 2].split()
+    size, warps, stage_count = sizes[not many].split(":")
+    rows, keys = map(int, size.split("x"))
+    return Tile(max(least, rows), keys, int(warps), int(stage_count))
 
 
 FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS, SELECTIONS = (
@@ -88,7 +142,7 @@ LARGEST_HEAD_SIZE = 256
 """Of training: of 512, a tile of queries and its gradient are more than an H100's shared memory."""
 
 
-PLAIN, WIDE, STATEFUL = "plain", "wide", "stateful"
+WIDE = "wide"
 
 TRAINING_TILES = {
     PLAIN: {
@@ -154,47 +208,3 @@ def parts_for(phase: str, num_programs: int, num_multiprocessors: int, max_seq_l
         return min(32, triton.next_power_of_2(wanted))
     wanted = min(wanted, max_seq_len // KEYS_OF_PART)
     return 16 if wanted >= 16 else 4 if wanted >= 4 else 1
-
-
-# ---- autotuning
-
-AUTOTUNE = os.environ.get("ATTNSERVE_TRITON_AUTOTUNE", "0") == "1"
-"""Time a few tiles at the first batch of a kind, which takes seconds and waits for the device."""
-
-_fastest: dict[Hashable, Tile] = {}
-
-
-def candidates(tile: Tile) -> list[Tile]:
-    """Return tiles around one, itself first."""
-    rows = [tile.rows, tile.rows * 2] if tile.rows > 16 else [tile.rows]
-    others = itertools.product(rows, (16, 32, 64, 128), (4, 8), (1, 2, 3))
-    return list(dict.fromkeys([tile, *itertools.starmap(Tile, others)]))
-
-
-def fastest(key: Hashable, tile: Tile, run: Callable[[Tile], None], rounds: int = 5) -> Tile:
-    """Return the fastest of `candidates(tile)`, timed once for each `key`.
-
-    Args:
-        key: whatever a kernel's speed depends on.
-        tile: the table's.
-        run: launches the kernels with a tile; may be repeated.
-        rounds: repetitions, of which the median counts.
-    """
-    if key not in _fastest:
-        _fastest[key] = min(candidates(tile), key=lambda other: seconds(other, run, rounds))
-    return _fastest[key]
-
-
-def seconds(tile: Tile, run: Callable[[Tile], None], rounds: int) -> float:
-    """Return the median time of a run; infinite if the device cannot hold the tile."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-
-    def once() -> None:
-        run(tile)
-        synchronize()
-
-    try:
-        once()  # compiles
-        return median(timeit.repeat(once, number=1, repeat=rounds))
-    except OutOfResources:
-        return float("inf")

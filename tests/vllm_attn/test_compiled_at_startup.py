@@ -1,0 +1,34 @@
+"""No request waits for a kernel to be compiled: a server on a GPU compiles all when it starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("variant", ["lssar", "selective"])
+def test_compiled_at_startup(variant: str, tmp_path: Path) -> None:
+    """Two passes and parts; accumulators."""
+    program = "tests.vllm_attn.compiled_at_startup"
+    environment = os.environ | {
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "TRITON_INTERPRET": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-m", program, str(CHECKPOINTS / variant), variant],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["startup"] >= 10
+    assert found["load"] == []
