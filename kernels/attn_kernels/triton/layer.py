@@ -15,7 +15,7 @@ from torch import Tensor
 from attn_kernels.batch import Batch, heads_together
 from attn_kernels.paged import Layer
 from attn_kernels.pruning import LARGEST_GPU_BUDGET, PageShape, PrunedLayer
-from attn_kernels.triton import pruned, tuning
+from attn_kernels.triton import pruned
 from attn_kernels.triton.attention import (
     OUTPUT,
     STATISTICS,
@@ -35,6 +35,7 @@ from attn_kernels.triton.tuning import (
     LARGEST_ROWS,
     PREFILL,
     Tile,
+    kind_of_variant,
     parts_for,
     tile_for,
 )
@@ -135,7 +136,7 @@ class TritonLayer(Layer):
         )  # fmt: skip
         given = {**functions(variant), "SHAPE": self.shape}
         self.two_passes = given["UPDATE_STATISTICS"] is not None
-        self.kind = tuning.kind_of_variant(variant, self.two_passes)
+        self.kind = kind_of_variant(variant, given["VARIANT"].unit_keys)
         given |= {"STATEFUL": variant.stateful}
         given["LARGEST"] = 127.0 if self.kv_cache.dtype == torch.int8 else 448.0
         self.launch = {

@@ -38,8 +38,9 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 """Bytes that a program may have, by architecture (CUDA's and ROCm's documentation)."""
 
 
-PLAIN, TWO_PASSES, STATEFUL, GATED = "plain", "two passes", "stateful", "gated"
-"""What takes registers beside the scores: statistics of all scores ahead, accumulators, gates."""
+PLAIN, WIDE, STATEFUL, GATED = "plain", "wide", "stateful", "gated"
+"""What takes registers beside the scores: nothing, the keys' lengths (or statistics of all scores),
+accumulators, gates."""
 
 PREFILL_TILES = {
     PLAIN: {
@@ -48,7 +49,7 @@ PREFILL_TILES = {
         "sm_100": ("128x128:8:2 64x64:4:3", "128x128:8:2 64x64:4:3", "128x32:8:2 64x32:4:2"),
         "gfx": ("64x64:4:1 64x64:4:1", "64x64:4:1 64x64:4:1", "32x32:4:1 32x32:4:1"),
     },
-    TWO_PASSES: {
+    WIDE: {
         "sm_80": ("128x64:8:3 64x64:4:3", "128x32:8:3 32x64:4:3", "64x32:8:2 32x32:4:2"),
         "sm_90": ("128x128:8:2 64x64:4:3", "128x64:8:3 64x64:4:3", "128x32:8:2 64x32:4:2"),
         "sm_100": ("128x128:8:2 64x64:4:3", "128x128:8:2 64x64:4:3", "128x32:8:2 64x32:4:2"),
@@ -77,11 +78,12 @@ LARGEST_ROWS = 128
 """Of a tile in `PREFILL_TILES`."""
 
 
-def kind_of_variant(variant: Variant, two_passes: bool) -> str:
-    """Return what of a variant takes registers."""
+def kind_of_variant(variant: Variant, unit_keys: bool) -> str:
+    """Return what of a variant takes registers; `unit_keys`: scores are divided by the keys'
+    lengths."""
     if variant.stateful:
         return STATEFUL
-    return GATED if variant.gated else TWO_PASSES if two_passes else PLAIN
+    return GATED if variant.gated else WIDE if unit_keys else PLAIN
 
 
 def tile_for(
@@ -141,8 +143,6 @@ FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS, SELECTIONS = (
 LARGEST_HEAD_SIZE = 256
 """Of training: of 512, a tile of queries and its gradient are more than an H100's shared memory."""
 
-
-WIDE = "wide"
 
 TRAINING_TILES = {
     PLAIN: {
