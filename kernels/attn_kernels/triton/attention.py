@@ -34,6 +34,7 @@ from attn_kernels.triton.cache import (
 )
 from attn_kernels.triton.gates import load_sums
 from attn_kernels.triton.kv_quant import rotate
+from attn_kernels.triton.special import INTERPRETED
 from attn_kernels.triton.variant import Query
 
 WHOLE, STATISTICS, OUTPUT = (tl.constexpr(i) for i in range(3))
@@ -220,27 +221,33 @@ def attend_keys(
         `(running_max [rows], denominator [rows], output [rows, dims])`.
     """
     output = tl.full([TILE.rows, SHAPE.dims], 0.0, tl.float32)
-    # From `lead` on the last query sees all keys of a window, up to `full` the first one does (and
-    # none is its own, for whose sake alone a stateful variant would have to look).
-    lead = begin
-    if SHAPE.window:
-        unseen = tl.maximum(last_position - SHAPE.window + 1 - begin, 0)
-        lead = tl.minimum(begin + tl.cdiv(unseen, TILE.keys) * TILE.keys, end)
-    ahead = tl.minimum(first_position + (SELECTION is None), end) - begin
-    full = tl.maximum(begin + tl.maximum(ahead, 0) // TILE.keys * TILE.keys, lead)
-    for stage in tl.static_range(3):
-        if stage == 0:
+    # float32 is multiplied in registers, where the queries for two loops would not find room. (The
+    # interpreter has none, and float32 shows best whether the loops are right.)
+    once: tl.constexpr = rows.q.dtype == tl.float32 and not INTERPRETED
+    if once:
+        lead, full = begin, begin
+    else:
+        # From `lead` on the last query sees all keys of a window, up to `full` the first one does
+        # (and none is its own, for whose sake alone a stateful variant would have to look).
+        lead = begin
+        if SHAPE.window:
+            unseen = tl.maximum(last_position - SHAPE.window + 1 - begin, 0)
+            lead = tl.minimum(begin + tl.cdiv(unseen, TILE.keys) * TILE.keys, end)
+        ahead = tl.minimum(first_position + (SELECTION is None), end) - begin
+        full = tl.maximum(begin + tl.maximum(ahead, 0) // TILE.keys * TILE.keys, lead)
+    for part in tl.static_range(3):
+        if part == 0:
             start_of, end_of = begin, lead
-        elif stage == 1:
+        elif part == 1:
             start_of, end_of = lead, full
         else:
             start_of, end_of = full, end
-        if stage > 0 or SHAPE.window > 0:
+        if part == 2 or (not once and (part == 1 or SHAPE.window > 0)):
             running_max, denominator, output = attend_range(
                 rows, selectors, known, blocks, kv_head, start_of, end_of, end, scale, snapshots,
                 running_max, denominator, output, mean, per_spread, UPDATE, SCORE_BIAS,
                 UPDATE_STATISTICS, SELECTION, PARAMS, VARIANT, SHAPE, TILE, STATISTICS_ONLY,
-                stage != 1,
+                part != 1, 1 if part != 1 and not once else None,
             )  # fmt: skip
     return running_max, denominator, output
 
@@ -252,6 +259,7 @@ def attend_range(
     UPDATE: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE_STATISTICS: tl.constexpr,
     SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
     TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr, MASKED: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Do what `attend_keys` does with the keys [begin, end) of a tile whose last is before `last`.
     Not MASKED: all rows see all of them."""
@@ -260,7 +268,7 @@ def attend_range(
     # A tile's blocks are looked up a tile ahead: copies that depend on nothing of their own
     # iteration overlap the products.
     next_block = load_tile_blocks(blocks, begin, end, SHAPE, TILE.keys)
-    for start in tl.range(begin, end, TILE.keys, num_stages=1 if MASKED else None):
+    for start in tl.range(begin, end, TILE.keys, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE.keys)
         inside = key < last
         seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
