@@ -528,43 +528,46 @@ def select_kernel(
     selector_stride, block_stride, head_stride, table_stride, snapshot_stride,
     SELECTION: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sum up what each tile of queries adds to the accumulators of a tile of keys: for
-    `advance_kernel`, or, where each request has one query only, in the cache at once. Grid: (tiles,
-    tiles of keys)."""
-    tile, start = tl.program_id(0), tl.program_id(1) * TILE.keys
+    """Sum up what each tile of queries adds to the accumulators: for `advance_kernel`, or, where
+    each request has one query only, in the cache at once. Grid: (tiles, programs that share a
+    tile's keys)."""
+    tile = tl.program_id(0)
     request = find_request(query_start_loc, tile, num_reqs, TILE.queries)
     start_loc = tl.load(query_start_loc + request)
     num_queries = tl.load(query_start_loc + request + 1) - start_loc
     first = (tile - first_tile(start_loc, request, TILE.queries)) * TILE.queries
+    if first >= num_queries:
+        return
     first_position = tl.load(seq_lens + request) - num_queries
     end = first_position + tl.minimum(first + TILE.queries, num_queries)  # of the keys it sees
-    if (first >= num_queries) | (start >= end):
-        return
-    key = start + tl.arange(0, TILE.keys)
-    inside = key < end
+    begin = tl.program_id(1) * TILE.keys
     if SHAPE.window:  # a block that nobody sees may be another request's by now
-        inside &= key > first_position + first - SHAPE.window
-        if start + TILE.keys <= first_position + first - SHAPE.window + 1:
-            return
+        oldest = tl.maximum(first_position + first - SHAPE.window + 1, 0)
+        begin += oldest // TILE.keys * TILE.keys
     table = block_table + request.to(tl.int64) * table_stride
     blocks = Blocks(cache, table, block_stride, head_stride)
-    block, offset = load_blocks(blocks, key, inside, SHAPE), key % SHAPE.block_size
     selecting = load_selectors(
         selectors, selector_stride, start_loc, first, num_queries, first_position,
         tl.arange(0, TILE.rows), SHAPE, TILE,
     )  # fmt: skip
-    k = load_keys(blocks, block, SHAPE.selecting_head, offset, inside, selecting.q.dtype, SHAPE)
-    words = find_parameters(blocks, block, SHAPE.selecting_head, offset, False, SHAPE)
     if SHAPE.quantized:
         scale *= tl.load(key_scale)
-    added = selected(selecting, k, words, key, inside, scale, SELECTION, SHAPE, True)
-    total = tl.sum(added, 0)
-    if TILE.decode:
-        accumulators = find_state(blocks, block, 0, SHAPE) + offset
-        state = tl.load(accumulators, mask=inside, other=0.0)
-        tl.store(accumulators, state + total, mask=inside)
-    else:
-        tl.store(snapshots + tile.to(tl.int64) * snapshot_stride + key, total)
+    for start in range(begin, end, tl.num_programs(1) * TILE.keys):
+        key = start + tl.arange(0, TILE.keys)
+        inside = key < end
+        if SHAPE.window:
+            inside &= key >= oldest
+        block, offset = load_blocks(blocks, key, inside, SHAPE), key % SHAPE.block_size
+        k = load_keys(blocks, block, SHAPE.selecting_head, offset, inside, selecting.q.dtype, SHAPE)
+        words = find_parameters(blocks, block, SHAPE.selecting_head, offset, False, SHAPE)
+        added = selected(selecting, k, words, key, inside, scale, SELECTION, SHAPE, True)
+        total = tl.sum(added, 0)
+        if TILE.decode:
+            accumulators = find_state(blocks, block, 0, SHAPE) + offset
+            state = tl.load(accumulators, mask=inside, other=0.0)
+            tl.store(accumulators, state + total, mask=inside)
+        else:
+            tl.store(snapshots + tile.to(tl.int64) * snapshot_stride + key, total)
 
 
 @triton.jit(do_not_specialize=SIZES[1:], do_not_specialize_on_alignment=STEP)

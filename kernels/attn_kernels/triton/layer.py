@@ -249,8 +249,10 @@ class TritonLayer(Layer):
             snapshots = scratch(self.device, "snapshots", tiles, key_tiles * tile.keys)
         stride = 0 if snapshots is None else snapshots.stride(0)
         strides = *self.strides, batch.block_table.stride(0), stride
+        # Under a CUDA graph the longest context is the model's, and most programs would be idle.
+        sharing = min(key_tiles, -(-8 * self.num_multiprocessors // tiles))
         self.launch[select_kernel](
-            (tiles, key_tiles),
+            (tiles, sharing),
             selectors, self.kv_cache, batch.block_table, batch.query_start_loc, batch.seq_lens,
             snapshots, self.scales[0], self.scale, batch.seq_lens.shape[0],
             selectors.stride(0), *strides, options=tile.options, TILE=cut,

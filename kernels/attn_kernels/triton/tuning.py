@@ -122,6 +122,8 @@ def tile_for(
         return Tile(least, keys, num_warps, stages)
     if element_size == 4:
         return Tile(max(least, 32), 32 if row_bytes <= 256 else 16, num_warps, stages)
+    if kv_bits and row_bytes == 256 and kind in (PLAIN, WIDE) and arch in ("sm_90", "sm_100"):
+        return Tile(max(least, 128), 32, 8, 2)
     if kv_bits or row_bytes > 512:
         rows = 64 if row_bytes <= (128 if arch == "sm_80" else 256) else 32
         if kv_bits == 4 and row_bytes == 256 and arch in ("sm_80", "sm_90"):
