@@ -18,7 +18,8 @@ from attn_kernels import get_variant, variant_names
 from attn_kernels.batch import Batch
 from attn_kernels.kv_quant import KV_FORMATS
 from attn_kernels.paged import content_bytes
-from attn_kernels.triton import TritonLayer, training
+from attn_kernels.pruning import PageShape
+from attn_kernels.triton import TritonLayer, TritonPrunedLayer, training
 from attn_kernels.triton.variant import has_kernel, missing_derivative
 from benchmarks.gpu_peers import call_unified, scratch
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
@@ -54,6 +55,9 @@ FLOAT8_ARCHS = ("sm_90", "sm_100")
 
 DECODE, SPLIT, PREFILL, WRITE = PHASES = ("decode", "decode-split", "prefill", "write")
 """One query a request; the same with contexts in parts; many queries; writing the cache."""
+
+BUDGETS = (256, 1024, 4096, 16384)
+"""Tokens of a page, of variants that can be pruned; the phase is called "budget-256"."""
 
 Case = dict[str, Any]
 """Its values, in order and separated by spaces, are its name."""
@@ -107,6 +111,11 @@ def attention_cases() -> Iterator[Case]:
                 yield case
                 if dtype == "bfloat16" and phase in (DECODE, PREFILL):
                     yield from (case | {"block_size": size} for size in LARGE_PAGES)
+    prunable = [name for name in names if get_variant(name).prunable]
+    for arch, head_dim, dtype in product(ARCHS, HEAD_DIMS, DTYPES[:3]):
+        for variant, budget in product(prunable, BUDGETS):
+            case = {"arch": arch, "head_dim": head_dim, "dtype": dtype}
+            yield case | {"variant": variant, "phase": f"budget-{budget}"}
 
 
 def training_cases() -> Iterator[Case]:
@@ -196,6 +205,8 @@ def attention_call(case: Case, requests: int = REQUESTS) -> Callable[[], None]:
 
 def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pair]:
     """Compile what our layer launches, and vLLM's kernel where the two can be compared."""
+    if case["phase"].startswith("budget"):
+        return compile_budget(compiler, case)
     with compiler.target(case["arch"]) as found:
         attention_call(case)()
     compared = case["variant"] in PEER_VARIANTS and case["dtype"] in PEER_DTYPES
@@ -228,6 +239,32 @@ def host_time(compiler: DryCompiler, case: Case, rounds: int = 50, calls: int = 
         call = attention_call(case)
         call()
         return min(timeit.repeat(call, number=calls, repeat=rounds)) / calls
+
+
+def compile_budget(compiler: DryCompiler, case: Case) -> list[Pair]:
+    """Compile what a layer within a budget launches for a prefill and, where it is another kernel,
+    for decoding."""
+    budget, (dtype, _) = int(case["phase"].partition("-")[2]), types_of(case)
+    shape = PageShape(budget, NUM_KV_HEADS, case["head_dim"], dtype)
+    layer = TritonPrunedLayer(
+        get_variant(case["variant"]),
+        torch.empty(REQUESTS, shape.num_bytes, dtype=torch.uint8),
+        shape,
+        num_heads=NUM_HEADS,
+        scale=case["head_dim"] ** -0.5,
+        arch=case["arch"],
+    )
+    compiled: list[Compiled] = []
+    for phase in (PREFILL, DECODE):
+        batch = batch_of(phase)
+        query, key, value = (
+            torch.empty(int(batch.query_start_loc[-1]), heads, case["head_dim"], dtype=dtype)
+            for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+        )
+        with compiler.target(case["arch"]) as found:
+            layer.step(query, key, value, batch, torch.empty_like(query))
+        compiled += [kernel for kernel in found if phase == PREFILL or "STORE" in kernel.constants]
+    return [(kernel, None) for kernel in compiled]
 
 
 class Vllm:

@@ -30,7 +30,7 @@ FRACTION_BITS = 16
 
 LARGEST = 2**31 - 1
 
-LARGEST_GPU_BUDGET = 4096
+LARGEST_GPU_BUDGET = 16384
 """Slots that one program of the Triton kernels scans."""
 
 NUMBERS_BYTES = 8

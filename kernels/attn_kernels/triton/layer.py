@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -268,9 +269,26 @@ class TritonLayer(Layer):
 
 class TritonPrunedLayer(PrunedLayer):
     """One layer's attention within a budget on a GPU. No call waits for the device, and what is
-    launched depends on the numbers of tokens and requests only."""
+    launched depends only on the numbers of tokens and requests and on the batch's most queries of
+    a request.
 
-    def __init__(self, variant: Variant, pages: Tensor, shape: PageShape, **options: Any) -> None:
+    Args:
+        arch: "sm_90", "gfx942"; the device's if None.
+        options: those of `PrunedLayer`.
+    """
+
+    chunk = pruned.CHUNK
+    """Most tokens of a request that are processed at once: a power of 2, at least 16."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        pages: Tensor,
+        shape: PageShape,
+        *,
+        arch: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(variant, pages.view(shape.dtype), shape, **options)
         if shape.budget > LARGEST_GPU_BUDGET:
             raise ValueError(
@@ -284,12 +302,18 @@ class TritonPrunedLayer(PrunedLayer):
             triton.next_power_of_2(shape.head_size),
             shape.budget,
             max(16, triton.next_power_of_2(shape.budget)),
+            triton.cdiv(shape.budget, 16) * 16,
             2 * shape.num_kv_heads if shape.selector else 0,
         )
-        arch, _ = device_figures(pages.device)
-        self.tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, group)
+        arch = arch or device_figures(pages.device)[0]
+        tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, group)
+        self.select_tile, self.decode_tile = dataclasses.replace(tile, rows=16), tile
+        self.prefill_tile = tile
+        if shape.dtype.itemsize < 4:  # float32 spills with more rows
+            self.prefill_tile = dataclasses.replace(tile, rows=max(64, tile.rows), num_warps=8)
+        self.scan_warps = pruned.scan_warps(self.page.slots, arch)
         given = {**functions(variant), "PAGE": self.page}
-        self.scan_constants = constants(pruned.scan_kernel, given)
+        self.select_constants = constants(pruned.select_kernel, given)
         self.attend_constants = constants(pruned.attend_kernel, given)
 
     def step(
@@ -304,35 +328,57 @@ class TritonPrunedLayer(PrunedLayer):
         num_tokens, num_reqs = query.shape[0], batch.seq_lens.shape[0]
         if num_tokens == 0:
             return
-        dtype, slots, num_kv_heads = self.shape.dtype, self.page.slots, self.page.num_kv_heads
+        dtype, width, num_kv_heads = self.shape.dtype, self.page.width, self.page.num_kv_heads
         query = heads_together(query)
         key, value = heads_together(key.to(dtype)), heads_together(value.to(dtype))
         selectors, selecting_keys = query[:, 0], key[:, 0]
         if selecting is not None:
             selectors, selecting_keys = selecting[:, 0].to(query.dtype), selecting[:, 1].to(dtype)
-        sources = scratch(query.device, "sources", num_tokens, slots).view(torch.int32)
-        penalties = scratch(query.device, "penalties", num_tokens, slots)
-        page_stride, table_stride = self.pages.stride(0), batch.block_table.stride(0)
-        pruned.scan_kernel[(num_reqs,)](
-            selectors, selecting_keys, self.pages, batch.block_table, batch.query_start_loc,
-            batch.seq_lens, sources, penalties, self.scale,
-            selectors.stride(0), selecting_keys.stride(0), page_stride, table_stride,
-            **self.scan_constants, enable_fp_fusion=True, num_warps=8,
-        )  # fmt: skip
-        pruned.attend_kernel[(num_tokens, num_kv_heads)](
-            out, query, key, value, self.pages, batch.block_table, batch.query_start_loc,
-            batch.seq_lens, sources, penalties, self.scale, num_reqs,
-            query.stride(0), key.stride(0), value.stride(0), out.stride(0),
-            page_stride, table_stride,
-            **self.attend_constants, ROWS=self.tile.rows, KEYS=min(slots, self.tile.keys),
-            **self.tile.options,
-        )  # fmt: skip
-        pruned.store_kernel[(num_tokens, num_kv_heads + self.shape.selector)](
-            key, value, selecting_keys, self.pages, batch.block_table, batch.query_start_loc,
-            sources, num_reqs,
-            key.stride(0), value.stride(0), selecting_keys.stride(0), page_stride, table_stride,
-            PAGE=self.page, enable_fp_fusion=True, num_warps=1,
-        )  # fmt: skip
+        longest = min(num_tokens, batch.max_query_len or num_tokens)
+        alone = longest == 1
+        length = pruned.chunk_length(longest, num_tokens, num_reqs, width, self.chunk)
+        rows = min(num_tokens, num_reqs * length)
+        accumulators = scratch(query.device, "accumulators", rows, width + length)
+        moves = scratch(query.device, "moves", rows, 2)
+        deaths = scratch(query.device, "deaths", num_reqs, width)
+        accumulators, moves, deaths = (
+            each.view(torch.int32) for each in (accumulators, moves, deaths)
+        )
+        requests = batch.block_table, batch.query_start_loc, batch.seq_lens
+        strides = self.pages.stride(0), batch.block_table.stride(0)
+        select, attend = self.select_tile, self.decode_tile if alone else self.prefill_tile
+        queries = 1 if alone else attend.queries(self.page.group)
+        for first in range(0, longest, length):
+            parts = triton.cdiv(width, select.keys)
+            if not alone:
+                parts += triton.cdiv(length, select.keys)
+            pruned.select_kernel[(rows // select.rows + num_reqs, parts)](
+                selectors, selecting_keys, self.pages, *requests, accumulators,
+                self.scale, num_reqs, first, length,
+                selectors.stride(0), selecting_keys.stride(0), *strides,
+                **self.select_constants, ROWS=select.rows, KEYS=select.keys, **select.options,
+            )  # fmt: skip
+            pruned.scan_kernel[(num_reqs,)](
+                self.pages, *requests, accumulators, moves, deaths, first, length, *strides,
+                PAGE=self.page, OWN=self.chunk, PIECE=min(self.page.slots, 1024),
+                enable_fp_fusion=True, num_warps=self.scan_warps,
+            )  # fmt: skip
+            tiles = rows if queries == 1 else rows // queries + num_reqs
+            pruned.attend_kernel[(tiles, num_kv_heads)](
+                out, query, key, value, selecting_keys, self.pages, *requests, accumulators, moves,
+                self.scale, num_reqs, first, length,
+                query.stride(0), key.stride(0), value.stride(0), selecting_keys.stride(0),
+                out.stride(0), *strides,
+                **self.attend_constants, ROWS=attend.rows, QUERIES=queries, KEYS=attend.keys,
+                STORE=alone, **attend.options,
+            )  # fmt: skip
+            if not alone:
+                pruned.store_kernel[(rows, num_kv_heads)](
+                    key, value, selecting_keys, self.pages, *requests, moves,
+                    num_reqs, first, length,
+                    key.stride(0), value.stride(0), selecting_keys.stride(0), *strides,
+                    PAGE=self.page, enable_fp_fusion=True, num_warps=1,
+                )  # fmt: skip
 
 
 @functools.cache

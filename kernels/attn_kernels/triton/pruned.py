@@ -2,25 +2,43 @@
 `attn_kernels.pruning`.
 
 A page holds keys `[num_kv_heads, budget, head_size]`, values likewise, head 0's keys where that is
-another rank's, `[budget, head_size]`, and int32 accumulators and positions `[budget]` each. Three
-kernels a step: `scan_kernel` finds out what every query sees, `attend_kernel` attends, and only
-then `store_kernel` puts the new tokens into their slots, since earlier queries may still have seen
-what was there.
+another rank's, `[budget, head_size]`, and int32 accumulators and positions `[budget]` each.
+
+A step goes through its requests' tokens in chunks: of each request the tokens `first` to
+`first + length`, for `first` = 0, `length`, ... Four kernels a chunk, since what a query adds to
+the accumulators does not depend on what is evicted:
+
+    `select_kernel`  what each query would add to each slot and to the chunk's own tokens, by
+                     products, side by side
+    `scan_kernel`    evictions, token after token: additions only
+    `attend_kernel`  all queries side by side, with what the scan says that they find
+    `store_kernel`   the chunk's tokens that are left, into the slots of those that they replaced,
+                     where earlier queries may still have seen what was there
+
+Of a request with one query nothing has to wait: `attend_kernel` stores it, and a step that has no
+others is one chunk of three launches.
+
+Between the kernels goes a row of `accumulators` for each of a chunk's tokens, `[rows, width +
+length]` int32: of the slots, then of the chunk's own tokens. What is launched depends on the
+numbers of tokens and requests, so requests' rows begin where they would if all before had as many
+tokens as they can have (`Chunk.row`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.attention import LOG2E, find_request
+from attn_kernels.triton.attention import LOG2E, first_tile
 from attn_kernels.triton.cache import multiply
 from attn_kernels.triton.variant import Query
 
-NOBODY = tl.constexpr(-2)  # sources: an empty slot
-STORED = tl.constexpr(-1)  # a token of an earlier step; others are indices of the step's own
 LARGEST = tl.constexpr(2**31 - 1)
-NEVER = tl.constexpr(-(2**62))
+
+FIRST = tl.constexpr(-(1 << 32))
+"""The rank of a request's first token, which is never evicted and to which nothing is added."""
+ABSENT = tl.constexpr(-(2 << 32))
+"""Of a token that is not there."""
 
 
 class PagedSlots(NamedTuple):
@@ -35,176 +53,384 @@ class PagedSlots(NamedTuple):
     budget: int
     slots: int
     """`budget` rounded up to a power of two."""
+    width: int
+    """`budget` rounded up to a multiple of 16."""
     selecting_head: int
     """Which head of a page's keys and values are head 0's keys: one behind all others where head 0
     is another rank's."""
 
 
-@triton.jit
-def load_source(
-    new, pages, source, slot, offset, new_stride, page_offset, dim,
-    HEAD_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Return the tokens `[slots, dims]` of a step (`new`) or a page, wherever each slot's is."""
-    inside = (dim < HEAD_SIZE)[None, :]
-    own = tl.load(
-        new + (offset + source.to(tl.int64))[:, None] * new_stride + dim[None, :],
-        mask=(source >= 0)[:, None] & inside, other=0.0,
-    )  # fmt: skip
-    kept = tl.load(
-        pages + page_offset + slot[:, None] * HEAD_SIZE + dim[None, :],
-        mask=(source == STORED)[:, None] & inside, other=0.0,
-    )  # fmt: skip
-    return tl.where((source >= 0)[:, None], own, kept)
+CHUNK = 256
+"""Most tokens of a chunk. A step of more has more launches; in a chunk of more, queries attend to
+more tokens of which few are left."""
+
+SCRATCH_BYTES = 2**26
+"""Of `accumulators`, if chunks of 16 tokens can do with them."""
+
+
+def chunk_length(longest: int, num_tokens: int, num_reqs: int, width: int, most: int) -> int:
+    """Return how many tokens of each request are processed at once: a power of 2 from 16 to `most`.
+
+    Args:
+        longest: no request has more tokens in the step.
+        num_tokens, num_reqs: of the step.
+        width: `PagedSlots.width`.
+        most: a power of 2.
+    """
+    length = min(max(16, triton.next_power_of_2(longest)), most)
+    while length > 16 and 4 * min(num_tokens, num_reqs * length) * (width + length) > SCRATCH_BYTES:
+        length //= 2
+    return length
+
+
+def scan_warps(slots: int, arch: str) -> int:
+    """Return the warps of a scan of so many slots, which a thread has in its registers."""
+    threads = max(128, min(512, slots // 4))
+    if arch.startswith("gfx"):
+        return (1024 if slots > 8192 else threads) // 64
+    return (256 if slots > 8192 else threads) // 32  # those of 16,384 fit in 255 registers
+
+
+class Chunk(NamedTuple):
+    """Of a request, the tokens that are processed at once."""
+
+    page: Any
+    """The offset of the request's page, in elements."""
+    token: Any
+    """The first one's index in the step."""
+    count: Any
+    before: Any
+    """Tokens of the request before them."""
+    row: Any
+    """The first one's row of `accumulators`."""
 
 
 @triton.jit
-def scan_kernel(
+def first_row(query_start_loc, request, length):
+    """Return where a request's rows of `accumulators` begin, whatever chunk it is. In no chunk
+    does it have more than `length` tokens, nor more than it has in the step."""
+    return tl.minimum(tl.load(query_start_loc + request), request * length)
+
+
+@triton.jit
+def find_request(query_start_loc, tile, num_reqs, length, QUERIES: tl.constexpr):
+    """Return the request of a tile of rows: the last whose first tile is not behind it."""
+    low = 0
+    high = num_reqs
+    while low < high:
+        middle = (low + high) // 2
+        row = first_row(query_start_loc, middle, length)
+        if first_tile(row, middle, QUERIES) <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def load_chunk(
+    block_table, query_start_loc, seq_lens, request, first, length, page_stride, table_stride
+):
+    """Return a request's tokens `first` to `first + length` of the step, as far as there are."""
+    start = tl.load(query_start_loc + request)
+    num_queries = tl.load(query_start_loc + request + 1) - start
+    count = tl.minimum(num_queries - first, length)
+    page = tl.load(block_table + request.to(tl.int64) * table_stride, mask=count > 0, other=0)
+    return Chunk(
+        page.to(tl.int64) * page_stride,
+        (start + first).to(tl.int64),
+        count,
+        tl.load(seq_lens + request) - num_queries + first,
+        first_row(query_start_loc, request, length).to(tl.int64),
+    )
+
+
+@triton.jit
+def find_numbers(pages, page, PAGE: tl.constexpr):
+    """Return where a page's accumulators are; its positions are `budget` further on."""
+    heads: tl.constexpr = 2 * PAGE.num_kv_heads + (PAGE.selecting_head > 0)
+    ends = pages + page + heads * PAGE.budget * PAGE.head_size
+    return ends.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def load_vectors(base, stride, token, there, PAGE: tl.constexpr):
+    """Return the keys or values `[tokens, dims]` of one head; 0 where there are none."""
+    dim = tl.arange(0, PAGE.dims)
+    mask = there[:, None] & (dim < PAGE.head_size)[None, :]
+    return tl.load(base + token[:, None] * stride + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["num_reqs", "first"])
+def select_kernel(
     query, key,  # head 0's
     pages, block_table, query_start_loc, seq_lens,
-    sources,  # [num_tokens, slots] int32: which token each query sees in a slot
-    penalties,  # [num_tokens, slots] float32
-    scale, query_stride, key_stride, page_stride, table_stride,
-    SELECTION: tl.constexpr, PAGE: tl.constexpr,
+    accumulators,  # [rows, width + length] int32, written: what each query adds
+    scale, num_reqs, first, length,
+    query_stride, key_stride, page_stride, table_stride,
+    SELECTION: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Go through a request's tokens: evict, insert, and add head 0's selections. Grid:
-    (num_reqs,)."""
-    request = tl.program_id(0)
-    start_loc = tl.load(query_start_loc + request)
-    num_queries = tl.load(query_start_loc + request + 1) - start_loc
-    if num_queries == 0:
-        return
-    num_before = tl.load(seq_lens + request) - num_queries
-    page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
-    heads: tl.constexpr = 2 * PAGE.num_kv_heads + (PAGE.selecting_head > 0)
-    numbers = (pages + page + heads * PAGE.budget * PAGE.head_size).to(tl.pointer_type(tl.int32))
-    keys = page + PAGE.selecting_head * PAGE.budget * PAGE.head_size
-    slot, dim = tl.arange(0, PAGE.slots), tl.arange(0, PAGE.dims)
-    taken = slot < tl.minimum(num_before, PAGE.budget)
-    state = tl.load(numbers + slot, mask=taken, other=0)
-    positions = tl.load(numbers + PAGE.budget + slot, mask=taken, other=0)
-    source = tl.where(taken, STORED, NOBODY)
-    for i in range(0, num_queries):
-        position = num_before + i
-        # The largest accumulator's slot, the oldest of equal ones, never the first token's.
-        rank = (state.to(tl.int64) << 31) - positions
-        rank = tl.where((source != NOBODY) & (positions != 0), rank, NEVER)
-        full = position >= PAGE.budget
-        new = tl.where(full, rank == tl.max(rank, 0), slot == position)
-        state = tl.where(new, 0, state)
-        positions = tl.where(new, position, positions)
-        source = tl.where(new, i, source)
-        token = (start_loc + i).to(tl.int64)
-        tl.store(sources + token * PAGE.slots + slot, source)
-        tl.store(penalties + token * PAGE.slots + slot, state.to(tl.float32) / 65536.0)
+    """Compute head 0's selections, in fixed point. Grid: (tiles of rows, tiles of slots and of the
+    chunk's tokens).
 
-        mask = dim < PAGE.head_size
-        q = tl.load(query + token * query_stride + dim, mask=mask, other=0.0).to(tl.float32)
-        k = load_source(key, pages, source, slot, start_loc, key_stride, keys, dim, PAGE.head_size)
-        x = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
-        units = SELECTION(x) * 65536.0
-        whole = tl.where(units < 4194304.0, tl.floor(units + 0.5), units)  # beyond, it is whole
-        whole = tl.minimum(whole, 2147483520.0).to(tl.int64)
-        total = tl.minimum(state.to(tl.int64) + whole, LARGEST).to(tl.int32)
-        chosen = (source != NOBODY) & (positions != 0) & ~new
-        state = tl.where(chosen, total, state)
-    kept = source != NOBODY
-    tl.store(numbers + slot, state, mask=kept)
-    tl.store(numbers + PAGE.budget + slot, positions, mask=kept)
+    The tile is the same for any chunk, so that a product is the same, to the bit, however a text
+    is cut into chunks."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    request = find_request(query_start_loc, tile, num_reqs, length, ROWS)
+    chunk = load_chunk(
+        block_table, query_start_loc, seq_lens, request, first, length, page_stride, table_stride
+    )
+    row = first_row(query_start_loc, request, length)
+    start = (tile - first_tile(row, request, ROWS)) * ROWS
+    index, token = start + tl.arange(0, ROWS), tl.arange(0, KEYS)
+    if start >= chunk.count:
+        return
+    slot_tiles: tl.constexpr = (PAGE.width + KEYS - 1) // KEYS
+    if part < slot_tiles:
+        token += part * KEYS
+        column, end = token, tl.minimum(chunk.before, PAGE.budget)
+        keys = pages + chunk.page + PAGE.selecting_head * PAGE.budget * PAGE.head_size
+        k = load_vectors(keys, PAGE.head_size, token, token < end, PAGE)
+    else:
+        token += (part - slot_tiles) * KEYS
+        # A token adds nothing to its own accumulator, so the last one's key is not asked for.
+        column, end = PAGE.width + token, tl.minimum(start + ROWS, chunk.count) - 1
+        keys = key + chunk.token * key_stride
+        k = load_vectors(keys, key_stride, token, token < end, PAGE)
+    if tl.min(token, 0) >= end:
+        return
+    queries = query + chunk.token * query_stride
+    q = load_vectors(queries, query_stride, index, index < chunk.count, PAGE)
+    if k.dtype != q.dtype:
+        q, k = q.to(tl.float32), k.to(tl.float32)
+    x = multiply(q, tl.trans(k), tl.zeros([ROWS, KEYS], tl.float32)) * scale
+    units = SELECTION(x) * 65536.0
+    units = tl.where(units < 4194304.0, tl.floor(units + 0.5), units)  # beyond, it is whole
+    places = (chunk.row + index)[:, None] * (PAGE.width + length) + column[None, :]
+    mask = (index < chunk.count)[:, None] & (token < end)[None, :]
+    tl.store(accumulators + places, tl.minimum(units, 2147483520.0).to(tl.int32), mask=mask)
 
 
 @triton.jit
+def found(rank):
+    """Return the accumulator of tokens that are there, of others -1, int32."""
+    high = (rank >> 32).to(tl.int32)
+    return tl.where(high < 0, high + 1, high)
+
+
+@triton.jit
+def add(rank, units):
+    """Return ranks after an addition to the accumulators, which stop at LARGEST."""
+    high = (rank >> 32).to(tl.int32)
+    more = tl.where(high < 0, 0, tl.minimum(units, -high + LARGEST))
+    return rank + (more.to(tl.int64) << 32)
+
+
+@triton.jit(do_not_specialize=["first"])
+def scan_kernel(
+    pages, block_table, query_start_loc, seq_lens,
+    accumulators,  # [rows, width + length] int32: what each query adds, then what it finds
+    moves,  # [rows, 2] int32, written: whom each token replaced, and its accumulator at the end
+    deaths,  # [num_reqs, width] int32, for use in here: the row of what replaced a slot's token
+    first, length, page_stride, table_stride,
+    PAGE: tl.constexpr, OWN: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Go through a chunk's tokens: evict, insert, and add. Grid: (num_reqs,).
+
+    A token's rank is its accumulator, before its age: the accumulator in the upper 32 bits. Nobody
+    is looked for by its slot: a token that replaces another leaves in `moves` the slot, or -1 - i
+    if that was the chunk's own token i. At most OWN tokens are a chunk."""
+    request = tl.program_id(0)
+    chunk = load_chunk(
+        block_table, query_start_loc, seq_lens, request, first, length, page_stride, table_stride
+    )
+    if chunk.count <= 0:
+        return
+    numbers = find_numbers(pages, chunk.page, PAGE)
+    slot, own = tl.arange(0, PAGE.slots), tl.arange(0, OWN)
+    inside, taken = slot < PAGE.width, slot < tl.minimum(chunk.before, PAGE.budget)
+    state = tl.load(numbers + slot, mask=taken, other=0)
+    position = tl.load(numbers + PAGE.budget + slot, mask=taken, other=0)
+    rank = (state.to(tl.int64) << 32) + (-position + LARGEST)
+    rank = tl.where(position == 0, FIRST, rank)
+    rank = tl.where(taken, rank, ABSENT - 1)
+    own_rank = own.to(tl.int64) * 0 + (ABSENT - 1)
+    for i in range(0, chunk.count):
+        newest = chunk.row + i
+        row = accumulators + newest * (PAGE.width + length)
+        # What was not written is not added either: those tokens are not there.
+        units = tl.load(row + slot, mask=inside, other=0)
+        own_units = tl.load(row + PAGE.width + own, mask=own < length, other=0)
+        place = chunk.before + i
+        if place >= PAGE.budget:
+            largest = tl.maximum(tl.max(rank, 0), tl.max(own_rank, 0))
+            rank = tl.where(rank == largest, ABSENT + newest, rank)
+            own_rank = tl.where(own_rank == largest, ABSENT + newest, own_rank)
+        tl.store(row + slot, found(rank), mask=inside)
+        own_found = tl.where(own == i, 0, found(own_rank))
+        tl.store(row + PAGE.width + own, own_found, mask=own < length)
+        rank, own_rank = add(rank, units), add(own_rank, own_units)
+        youngest = tl.where(place == 0, FIRST, (-place + LARGEST).to(tl.int64))
+        own_rank = tl.where(own == i, youngest, own_rank)
+    tl.store(numbers + slot, found(rank), mask=rank >= 0)
+    there, place = own < chunk.count, chunk.before + own
+    own_moves = moves + 2 * (chunk.row + own)
+    tl.store(own_moves + 1, found(own_rank), mask=there)
+    tl.store(own_moves, place, mask=there & (place < PAGE.budget))
+    tl.store(moves + 2 * (own_rank - ABSENT), -1 - own, mask=there & (own_rank < FIRST))
+    # The same of the slots, a few at a time: in a scatter each thread wants slots of its own.
+    deaths += request.to(tl.int64) * PAGE.width
+    replaced_by = tl.where(rank < FIRST, rank - ABSENT, -1)
+    tl.store(deaths + slot, replaced_by.to(tl.int32), mask=inside)
+    tl.debug_barrier()
+    for start in range(0, tl.minimum(chunk.before, PAGE.budget), PIECE):
+        few = start + tl.arange(0, PIECE)
+        by = tl.load(deaths + few, mask=few < PAGE.width, other=-1)
+        tl.store(moves + 2 * by, few, mask=by >= 0)
+
+
+@triton.jit
+def store_token(
+    key, value, selecting, pages, moves, chunk, index, place, kv_head,
+    key_stride, value_stride, selecting_stride,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Put one head of a chunk's token into a slot; with KV head 0's go the token's accumulator and
+    position, and head 0's key where that is another rank's."""
+    token, dim = chunk.token + index, tl.arange(0, PAGE.dims)
+    mask = dim < PAGE.head_size
+    k = tl.load(key + token * key_stride + kv_head * PAGE.head_size + dim, mask=mask)
+    v = tl.load(value + token * value_stride + kv_head * PAGE.head_size + dim, mask=mask)
+    target = pages + chunk.page + (kv_head * PAGE.budget + place) * PAGE.head_size + dim
+    tl.store(target, k, mask=mask)
+    tl.store(target + PAGE.num_kv_heads * PAGE.budget * PAGE.head_size, v, mask=mask)
+    if kv_head == 0:
+        numbers = find_numbers(pages, chunk.page, PAGE) + place
+        tl.store(numbers, tl.load(moves + 2 * (chunk.row + index) + 1))
+        tl.store(numbers + PAGE.budget, chunk.before + index)
+        if PAGE.selecting_head > 0:
+            k = tl.load(selecting + token * selecting_stride + dim, mask=mask)
+            target += PAGE.selecting_head * PAGE.budget * PAGE.head_size
+            tl.store(target, k, mask=mask)
+
+
+@triton.jit
+def attend_tokens(
+    q, k, v, accumulators, valid, running_max, denominator, output, factor, known,
+    UPDATE: tl.constexpr, PARAMS: tl.constexpr,
+):  # fmt: skip
+    """Go on with keys and values `[KEYS, dims]`, of which each row finds those with accumulators
+    `[ROWS or 1, KEYS]` of at least 0."""
+    s = multiply(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
+    s = s * factor[:, None] - accumulators.to(tl.float32) * (LOG2E / 65536.0)
+    seen = (accumulators >= 0) & valid[:, None]
+    one = factor * 0.0 + 1.0
+    weights, rescale, running_max, denominator = UPDATE(
+        s, seen, running_max, denominator, one, one, known, PARAMS
+    )
+    output = multiply(weights.to(q.dtype), v.to(q.dtype), output * rescale[:, None])
+    return running_max, denominator, output
+
+
+@triton.jit(do_not_specialize=["num_reqs", "first"])
 def attend_kernel(
-    out, query, key, value, pages, block_table, query_start_loc, seq_lens, sources, penalties,
-    scale, num_reqs,
-    query_stride, key_stride, value_stride, out_stride, page_stride, table_stride,
+    out, query, key, value,
+    selecting,  # head 0's keys, where PAGE has a head for them
+    pages, block_table, query_start_loc, seq_lens, accumulators, moves,
+    scale, num_reqs, first, length,
+    query_stride, key_stride, value_stride, selecting_stride, out_stride,
+    page_stride, table_stride,
     QUERY_FACTOR: tl.constexpr, UPDATE: tl.constexpr, EPILOGUE: tl.constexpr,
     PARAMS: tl.constexpr, VARIANT: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """Attend with all query heads of a KV head to what the scan says they see. Grid: (num_tokens,
-    num_kv_heads)."""
-    token, kv_head = tl.program_id(0), tl.program_id(1)
-    request = find_request(query_start_loc, token, num_reqs, 1)
-    start_loc = tl.load(query_start_loc + request)
-    if token >= tl.load(query_start_loc + request + 1):  # padding
+    """Attend with all query heads of a KV head to what the scan says they find; with STORE no
+    request has another query, and it is stored. Grid: (tiles of QUERIES, num_kv_heads)."""
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    request = find_request(query_start_loc, tile, num_reqs, length, QUERIES)
+    chunk = load_chunk(
+        block_table, query_start_loc, seq_lens, request, first, length, page_stride, table_stride
+    )
+    start_row = first_row(query_start_loc, request, length)
+    start = (tile - first_tile(start_row, request, QUERIES)) * QUERIES
+    if start >= chunk.count:
         return
-    page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
     row, dim = tl.arange(0, ROWS), tl.arange(0, PAGE.dims)
-    head = kv_head * PAGE.group + row
-    place = token.to(tl.int64)
-    row_mask = (row < PAGE.group)[:, None] & (dim < PAGE.head_size)[None, :]
-    q = tl.load(
-        query + place * query_stride + head[:, None] * PAGE.head_size + dim[None, :],
-        mask=row_mask, other=0.0,
-    )  # fmt: skip
+    index, head = start + row // PAGE.group, kv_head * PAGE.group + row % PAGE.group
+    valid = (row < QUERIES * PAGE.group) & (index < chunk.count)
+    row_mask = valid[:, None] & (dim < PAGE.head_size)[None, :]
+    column = head[:, None] * PAGE.head_size + dim[None, :]
+    token = chunk.token + index
+    q = tl.load(query + token[:, None] * query_stride + column, mask=row_mask, other=0.0)
     one = tl.zeros([ROWS], tl.float32) + 1.0
-    behind = tl.load(query_start_loc + request + 1) - token
-    position = row * 0 + tl.load(seq_lens + request) - behind
+    position = chunk.before + index
     n = tl.minimum(position + 1, PAGE.budget).to(tl.float32)
     norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
     known = Query(head, position, n, norm, one, one)
     factor = QUERY_FACTOR(known, scale, PAGE.head_size, PARAMS)
     running_max, denominator = one * 0.0 + VARIANT.first_max, one * 0.0
-    o = tl.full([ROWS, PAGE.dims], 0.0, tl.float32)
-    for start in range(0, PAGE.slots, KEYS):
-        slot = start + tl.arange(0, KEYS)
-        source = tl.load(sources + place * PAGE.slots + slot)
-        penalty = tl.load(penalties + place * PAGE.slots + slot)
-        keys = page + kv_head * PAGE.budget * PAGE.head_size
-        k = load_source(
-            key + kv_head * PAGE.head_size, pages, source, slot, start_loc, key_stride, keys, dim,
-            PAGE.head_size,
-        )  # fmt: skip
-        values = page + (PAGE.num_kv_heads + kv_head) * PAGE.budget * PAGE.head_size
-        v = load_source(
-            value + kv_head * PAGE.head_size, pages, source, slot, start_loc, value_stride, values,
-            dim, PAGE.head_size,
-        )  # fmt: skip
-        s = multiply(q, tl.trans(k.to(q.dtype)), tl.zeros([ROWS, KEYS], tl.float32))
-        s = s * factor[:, None] - (penalty * LOG2E)[None, :]
-        seen = ((source != NOBODY)[None, :]) & (row >= 0)[:, None]
-        weights, rescale, running_max, denominator = UPDATE(
-            s, seen, running_max, denominator, one, one, known, PARAMS
+    output = tl.full([ROWS, PAGE.dims], 0.0, tl.float32)
+
+    width = PAGE.width + length
+    row_index = tl.full([1], start, tl.int32) if QUERIES == 1 else index  # of all heads the same
+    rows = accumulators + ((chunk.row + row_index) * width)[:, None]
+    inside = (row_index < chunk.count)[:, None]
+    stored = tl.minimum(chunk.before, PAGE.budget)
+    keys = pages + chunk.page + kv_head * PAGE.budget * PAGE.head_size
+    values = keys + PAGE.num_kv_heads * PAGE.budget * PAGE.head_size
+    for begin in range(0, stored, KEYS):
+        slot = begin + tl.arange(0, KEYS)
+        there = slot < stored
+        found = tl.load(rows + slot[None, :], mask=inside & there[None, :], other=-1)
+        k = load_vectors(keys, PAGE.head_size, slot, there, PAGE)
+        v = load_vectors(values, PAGE.head_size, slot, there, PAGE)
+        running_max, denominator, output = attend_tokens(
+            q, k, v, found, valid, running_max, denominator, output, factor, known, UPDATE, PARAMS
         )
-        o = multiply(weights.to(q.dtype), v.to(q.dtype), o * rescale[:, None])
-    o *= EPILOGUE(running_max, denominator, known, PARAMS)[:, None]
-    result = out + place * out_stride + head[:, None] * PAGE.head_size + dim[None, :]
-    tl.store(result, o.to(out.dtype.element_ty), mask=row_mask)
+    own_keys = key + chunk.token * key_stride + kv_head * PAGE.head_size
+    own_values = value + chunk.token * value_stride + kv_head * PAGE.head_size
+    end = tl.minimum(start + QUERIES, chunk.count)
+    for begin in range(0, end, KEYS):
+        own = begin + tl.arange(0, KEYS)
+        there = own < end
+        found = tl.load(rows + PAGE.width + own[None, :], mask=inside & there[None, :], other=-1)
+        k = load_vectors(own_keys, key_stride, own, there, PAGE)
+        v = load_vectors(own_values, value_stride, own, there, PAGE)
+        running_max, denominator, output = attend_tokens(
+            q, k, v, found, valid, running_max, denominator, output, factor, known, UPDATE, PARAMS
+        )
+    output *= EPILOGUE(running_max, denominator, known, PARAMS)[:, None]
+    result = out + token[:, None] * out_stride + column
+    tl.store(result, output.to(out.dtype.element_ty), mask=row_mask)
+    if STORE:
+        store_token(
+            key, value, selecting, pages, moves, chunk, start, tl.load(moves + 2 * chunk.row),
+            kv_head, key_stride, value_stride, selecting_stride, PAGE,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "first"])
 def store_kernel(
-    key, value,
-    selecting,  # head 0's keys, where PAGE has a head for them
-    pages, block_table, query_start_loc, sources, num_reqs,
+    key, value, selecting, pages, block_table, query_start_loc, seq_lens, moves,
+    num_reqs, first, length,
     key_stride, value_stride, selecting_stride, page_stride, table_stride,
     PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Store a token in the slot in which the request's last query sees it, if it does. Grid:
-    (num_tokens, num_kv_heads, and one more where there are selecting keys)."""
-    token, kv_head = tl.program_id(0), tl.program_id(1)
-    request = find_request(query_start_loc, token, num_reqs, 1)
-    start_loc = tl.load(query_start_loc + request)
-    end = tl.load(query_start_loc + request + 1)
-    if token >= end:  # padding
+    """Store a chunk's token if it is left at the end of it. Grid: (rows, num_kv_heads)."""
+    row, kv_head = tl.program_id(0), tl.program_id(1)
+    request = find_request(query_start_loc, row, num_reqs, length, 1)
+    chunk = load_chunk(
+        block_table, query_start_loc, seq_lens, request, first, length, page_stride, table_stride
+    )
+    index = row - first_row(query_start_loc, request, length)
+    if index >= chunk.count:
         return
-    slot, dim = tl.arange(0, PAGE.slots), tl.arange(0, PAGE.dims)
-    source = tl.load(sources + (end - 1).to(tl.int64) * PAGE.slots + slot)
-    place = tl.max(tl.where(source == token - start_loc, slot, -1), 0)
-    if place < 0:  # evicted by its own step
+    if tl.load(moves + 2 * row + 1) < 0:
         return
-    page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
-    mask = dim < PAGE.head_size
-    if PAGE.selecting_head > 0:  # noqa: SIM102 (known when it is compiled)
-        if kv_head == PAGE.num_kv_heads:
-            k = tl.load(selecting + token.to(tl.int64) * selecting_stride + dim, mask=mask)
-            keys = pages + page + PAGE.selecting_head * PAGE.budget * PAGE.head_size
-            tl.store(keys + place * PAGE.head_size + dim, k, mask=mask)
-            return
-    head = kv_head * PAGE.head_size + dim
-    k = tl.load(key + token.to(tl.int64) * key_stride + head, mask=mask)
-    v = tl.load(value + token.to(tl.int64) * value_stride + head, mask=mask)
-    target = pages + page + (kv_head * PAGE.budget + place) * PAGE.head_size + dim
-    tl.store(target, k, mask=mask)
-    tl.store(target + PAGE.num_kv_heads * PAGE.budget * PAGE.head_size, v, mask=mask)
+    place = tl.load(moves + 2 * row)
+    while place < 0:  # it replaced one that had replaced another
+        place = tl.load(moves + 2 * (chunk.row - 1 - place))
+    store_token(
+        key, value, selecting, pages, moves, chunk, index, place, kv_head,
+        key_stride, value_stride, selecting_stride, PAGE,
+    )  # fmt: skip
