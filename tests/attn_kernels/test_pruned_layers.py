@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -97,26 +98,31 @@ def pages_of(shape: Shape, dtype: torch.dtype) -> Tensor:
     return memory
 
 
-def in_chunks(layer: Any, shape: Shape, dtype: torch.dtype, chunk: int) -> list[Tensor]:
+def in_chunks(
+    layer: Any, shape: Shape, dtype: torch.dtype, chunk: int, decoding: int | None = None
+) -> list[Tensor]:
     """Every request's outputs `[heads, length, head_size]`, all requests in step, `chunk` tokens of
-    each at a time; those that are done stay as requests without a query."""
+    each at a time, from token `decoding` on one; those that are done stay as requests without a
+    query."""
     found = requests(shape, dtype)
     pages = torch.randperm(NUM_PAGES, generator=seeded(3))[: len(found)].int()
     outputs: list[list[Tensor]] = [[] for _ in found]
-    for start in range(0, max(shape.lengths), chunk):
-        sizes = [max(0, min(n - start, chunk)) for n in shape.lengths]
+    longest = max(shape.lengths)
+    decoding = longest if decoding is None else decoding
+    cuts = [*range(0, decoding, chunk), *range(decoding, longest), longest]
+    for start, stop in itertools.pairwise(cuts):
+        sizes = [max(0, min(n, stop) - start) for n in shape.lengths]
         q, k, v = (
-            torch.cat([request[i][:, start : start + chunk] for request in found], 1)
-            .transpose(0, 1)
-            .to(dtype)
+            torch.cat([request[i][:, start:stop] for request in found], 1).transpose(0, 1).to(dtype)
             for i in range(3)
         )
         starts = torch.tensor([0, *sizes]).cumsum(0).int()
-        lens = torch.tensor([min(n, start + chunk) for n in shape.lengths]).int()
+        lens = torch.tensor([min(n, stop) for n in shape.lengths]).int()
         # A table wider than the one page, as the model runner's buffers are.
         table = torch.stack([pages, pages.flip(0)], 1)
         out = torch.full((len(q) + 1, *q.shape[1:]), float("nan"), dtype=dtype)
-        layer.step(q.contiguous(), k, v.contiguous(), Batch(table, starts, lens), out)
+        batch = Batch(table, starts, lens, max_query_len=max(sizes))
+        layer.step(q.contiguous(), k, v.contiguous(), batch, out)
         assert out[-1].isnan().all()
         for kept, part in zip(outputs, out[:-1].split(sizes), strict=True):
             kept.append(part.transpose(0, 1))

@@ -186,16 +186,16 @@ def test_budget_limits(tmp_path: Path, budgets: object, options: dict[str, Any],
 def test_budgets_that_a_gpu_does_not_take(tmp_path: Path) -> None:
     """No GPU is needed to refuse them: only the device's name is asked."""
     tiny_checkpoint(tmp_path, "selective")
-    budgets = {"attention_variant": {"name": "selective", "kv_budgets": [4096, 4097, 5000]}}
+    budgets = {"attention_variant": {"name": "selective", "kv_budgets": [16384, 16385, 20000]}}
     config = make_config(tmp_path, hf_overrides=budgets)
     variant = variant_from_config(config.model_config.hf_config)
     assert variant is not None
-    config.model_config.max_model_len = 8192
+    config.model_config.max_model_len = 32768
     check_budgets(config, variant)
     config.device_config.device_type = "cuda"
-    with pytest.raises(StartupError, match="do not go with a GPU where one is above 4096: lower"):
+    with pytest.raises(StartupError, match="do not go with a GPU where one is above 16384: lower"):
         check_budgets(config, variant)
-    config.model_config.max_model_len = 4096
+    config.model_config.max_model_len = 16384
     check_budgets(config, variant)
 
 

@@ -206,9 +206,11 @@ def select_kernel(
     x = multiply(q, tl.trans(k), tl.zeros([ROWS, KEYS], tl.float32)) * scale
     units = SELECTION(x) * 65536.0
     units = tl.where(units < 4194304.0, tl.floor(units + 0.5), units)  # beyond, it is whole
+    whole = tl.minimum(units, 2147483520.0).to(tl.int32)  # the largest float32 below 2^31
+    whole = tl.where(units > 2147483520.0, LARGEST, whole)
     places = (chunk.row + index)[:, None] * (PAGE.width + length) + column[None, :]
     mask = (index < chunk.count)[:, None] & (token < end)[None, :]
-    tl.store(accumulators + places, tl.minimum(units, 2147483520.0).to(tl.int32), mask=mask)
+    tl.store(accumulators + places, whole, mask=mask)
 
 
 @triton.jit
