@@ -51,14 +51,14 @@ def test_budgets_in_pieces(name: str, sizes: Any) -> None:
     pruned.in_chunks(layer, shape, torch.float32, 100)
     for place, n in enumerate(shape.lengths):
         taken, page = min(n, shape.budget), shape.page(torch.float32)
-        right = Page.view(layer.pages[pages[place]], page)
+        reference = Page.view(layer.pages[pages[place]], page)
         for memory in kept:
             found = Page.view(memory[place], page)
-            assert torch.equal(found.positions[:taken], right.positions[:taken])
-            assert torch.equal(found.keys[:, :taken], right.keys[:, :taken])
-            assert torch.equal(found.values[:, :taken], right.values[:, :taken])
-            difference = found.accumulators[:taken].long() - right.accumulators[:taken].long()
-            assert int(difference.abs().max()) <= n  # a rounding of each addition
+            assert torch.equal(found.positions[:taken], reference.positions[:taken])
+            assert torch.equal(found.keys[:, :taken], reference.keys[:, :taken])
+            assert torch.equal(found.values[:, :taken], reference.values[:, :taken])
+            difference = found.accumulators.long() - reference.accumulators.long()
+            assert int(difference[:taken].abs().max()) <= n  # a rounding of each addition
 
 
 @pytest.mark.parametrize("budget", [5000, 16384])
