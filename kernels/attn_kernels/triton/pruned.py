@@ -35,10 +35,12 @@ from attn_kernels.triton.variant import Query
 
 LARGEST = tl.constexpr(2**31 - 1)
 
-FIRST = tl.constexpr(-(1 << 32))
-"""The rank of a request's first token, which is never evicted and to which nothing is added."""
-ABSENT = tl.constexpr(-(2 << 32))
-"""Of a token that is not there."""
+FIRST = tl.constexpr(-1)
+"""In a scan, the accumulator of a request's first token, which is never evicted and to which
+nothing is added."""
+ABSENT = tl.constexpr(-2)
+"""In a scan, the accumulator of a token that is not there; less 1 and the row of the token that
+replaced it, if that was in the scan."""
 
 
 class PagedSlots(NamedTuple):
@@ -68,6 +70,10 @@ SCRATCH_BYTES = 2**26
 """Of `accumulators`, if chunks of 16 tokens can do with them."""
 
 
+LARGEST_HELD = tl.constexpr(8192)
+"""Slots of which a scan keeps positions, too, in registers, and asks for additions ahead."""
+
+
 def chunk_length(longest: int, num_tokens: int, num_reqs: int, width: int, most: int) -> int:
     """Return how many tokens of each request are processed at once: a power of 2 from 16 to `most`.
 
@@ -84,11 +90,10 @@ def chunk_length(longest: int, num_tokens: int, num_reqs: int, width: int, most:
 
 
 def scan_warps(slots: int, arch: str) -> int:
-    """Return the warps of a scan of so many slots, which a thread has in its registers."""
-    threads = max(128, min(512, slots // 4))
-    if arch.startswith("gfx"):
-        return (1024 if slots > 8192 else threads) // 64
-    return (256 if slots > 8192 else threads) // 32  # those of 16,384 fit in 255 registers
+    """Return the warps of a scan of so many slots: of 16,384, each of 1,024 threads has 16 in its
+    64 registers."""
+    threads = 1024 if slots > LARGEST_HELD else max(128, min(512, slots // 4))
+    return threads // (64 if arch.startswith("gfx") else 32)
 
 
 class Chunk(NamedTuple):
@@ -214,18 +219,28 @@ def select_kernel(
 
 
 @triton.jit
-def found(rank):
-    """Return the accumulator of tokens that are there, of others -1, int32."""
-    high = (rank >> 32).to(tl.int32)
-    return tl.where(high < 0, high + 1, high)
+def largest_rank(state, position):
+    """Return the rank of the token that is evicted next: accumulators in the upper 32 bits, before
+    ages."""
+    return tl.max((state.to(tl.int64) << 32) + (-position + LARGEST), 0)
 
 
 @triton.jit
-def add(rank, units):
-    """Return ranks after an addition to the accumulators, which stop at LARGEST."""
-    high = (rank >> 32).to(tl.int32)
-    more = tl.where(high < 0, 0, tl.minimum(units, -high + LARGEST))
-    return rank + (more.to(tl.int64) << 32)
+def has_rank(state, position, rank):
+    """Return which tokens have this rank; no two have the same."""
+    return (state == (rank >> 32).to(tl.int32)) & (-position + LARGEST == rank.to(tl.int32))
+
+
+@triton.jit
+def found(state):
+    """Return the accumulators of tokens that are there, of others -1."""
+    return tl.where(state == FIRST, 0, tl.maximum(state, -1))
+
+
+@triton.jit
+def add(state, units):
+    """Return accumulators after an addition; they stop at LARGEST."""
+    return tl.where(state < 0, state, state + tl.minimum(units, -state + LARGEST))
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -237,11 +252,11 @@ def scan_kernel(
     first, length, page_stride, table_stride,
     PAGE: tl.constexpr, OWN: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Go through a chunk's tokens: evict, insert, and add. Grid: (num_reqs,).
+    """Go through a chunk's tokens, at most OWN: evict, insert, and add. Grid: (num_reqs,).
 
-    A token's rank is its accumulator, before its age: the accumulator in the upper 32 bits. Nobody
-    is looked for by its slot: a token that replaces another leaves in `moves` the slot, or -1 - i
-    if that was the chunk's own token i. At most OWN tokens are a chunk."""
+    The chunk's own tokens are kept apart from those in the slots, so that nothing is looked up by
+    its slot: a token that replaces another leaves in `moves` the slot, or -1 - i if that was the
+    chunk's token i."""
     request = tl.program_id(0)
     chunk = load_chunk(
         block_table, query_start_loc, seq_lens, request, first, length, page_stride, table_stride
@@ -251,44 +266,54 @@ def scan_kernel(
     numbers = find_numbers(pages, chunk.page, PAGE)
     slot, own = tl.arange(0, PAGE.slots), tl.arange(0, OWN)
     inside, taken = slot < PAGE.width, slot < tl.minimum(chunk.before, PAGE.budget)
-    state = tl.load(numbers + slot, mask=taken, other=0)
     position = tl.load(numbers + PAGE.budget + slot, mask=taken, other=0)
-    rank = (state.to(tl.int64) << 32) + (-position + LARGEST)
-    rank = tl.where(position == 0, FIRST, rank)
-    rank = tl.where(taken, rank, ABSENT - 1)
-    own_rank = own.to(tl.int64) * 0 + (ABSENT - 1)
+    state = tl.load(numbers + slot, mask=taken, other=ABSENT)
+    state = tl.where(taken & (position == 0), FIRST, state)
+    own_state, own_position = own * 0 + ABSENT, chunk.before + own
     for i in range(0, chunk.count):
         newest = chunk.row + i
         row = accumulators + newest * (PAGE.width + length)
-        # What was not written is not added either: those tokens are not there.
-        units = tl.load(row + slot, mask=inside, other=0)
+        # What has not been written is not added either: those tokens are not there.
+        if PAGE.slots <= LARGEST_HELD:
+            units = tl.load(row + slot, mask=inside, other=0)
         own_units = tl.load(row + PAGE.width + own, mask=own < length, other=0)
         place = chunk.before + i
         if place >= PAGE.budget:
-            largest = tl.maximum(tl.max(rank, 0), tl.max(own_rank, 0))
-            rank = tl.where(rank == largest, ABSENT + newest, rank)
-            own_rank = tl.where(own_rank == largest, ABSENT + newest, own_rank)
-        tl.store(row + slot, found(rank), mask=inside)
-        own_found = tl.where(own == i, 0, found(own_rank))
+            if PAGE.slots <= LARGEST_HELD:
+                age = position
+            else:
+                in_page = slot < PAGE.budget
+                age = tl.load(numbers + PAGE.budget + slot, mask=in_page, other=0)
+            rank = largest_rank(own_state, own_position)
+            rank = tl.maximum(rank, largest_rank(state, age))
+            dead = (-newest + (ABSENT - 1)).to(tl.int32)
+            state = tl.where(has_rank(state, age, rank), dead, state)
+            own_state = tl.where(has_rank(own_state, own_position, rank), dead, own_state)
+        if PAGE.slots > LARGEST_HELD:
+            units = tl.load(row + slot, mask=inside, other=0)
+        tl.store(row + slot, found(state), mask=inside)
+        own_found = tl.where(own == i, 0, found(own_state))
         tl.store(row + PAGE.width + own, own_found, mask=own < length)
-        rank, own_rank = add(rank, units), add(own_rank, own_units)
-        youngest = tl.where(place == 0, FIRST, (-place + LARGEST).to(tl.int64))
-        own_rank = tl.where(own == i, youngest, own_rank)
-    tl.store(numbers + slot, found(rank), mask=rank >= 0)
+        state, own_state = add(state, units), add(own_state, own_units)
+        own_state = tl.where(own == i, tl.where(place == 0, FIRST, 0), own_state)
+
+    # Asked for again: the addresses would take registers in the loop.
+    page = tl.load(block_table + request.to(tl.int64) * table_stride).to(tl.int64) * page_stride
+    tl.store(find_numbers(pages, page, PAGE) + slot, state, mask=state >= 0)
     there, place = own < chunk.count, chunk.before + own
     own_moves = moves + 2 * (chunk.row + own)
-    tl.store(own_moves + 1, found(own_rank), mask=there)
+    tl.store(own_moves + 1, found(own_state), mask=there)
     tl.store(own_moves, place, mask=there & (place < PAGE.budget))
-    tl.store(moves + 2 * (own_rank - ABSENT), -1 - own, mask=there & (own_rank < FIRST))
-    # The same of the slots, a few at a time: in a scatter each thread wants slots of its own.
+    newer = -own_state + (ABSENT - 1)
+    tl.store(moves + 2 * newer, -1 - own, mask=there & (newer >= 0))
+    # The same of the slots, through memory: in a scatter each thread wants slots of its own.
     deaths += request.to(tl.int64) * PAGE.width
-    replaced_by = tl.where(rank < FIRST, rank - ABSENT, -1)
-    tl.store(deaths + slot, replaced_by.to(tl.int32), mask=inside)
+    tl.store(deaths + slot, -state + (ABSENT - 1), mask=inside)
     tl.debug_barrier()
     for start in range(0, tl.minimum(chunk.before, PAGE.budget), PIECE):
         few = start + tl.arange(0, PIECE)
-        by = tl.load(deaths + few, mask=few < PAGE.width, other=-1)
-        tl.store(moves + 2 * by, few, mask=by >= 0)
+        newer_row = tl.load(deaths + few, mask=few < PAGE.width, other=-1)
+        tl.store(moves + 2 * newer_row, few, mask=newer_row >= 0)
 
 
 @triton.jit
