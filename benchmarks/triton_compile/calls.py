@@ -26,8 +26,8 @@ from benchmarks.triton_compile.dry import Compiled, DryCompiler
 from quant_kernels import Panels
 from quant_kernels import triton as packed
 
-PACKED_ROWS = (1, 4, 16, 64, 0)
-"""Rows of x, a kernel for each; 0: a lookup."""
+PACKED_ROWS = (4, 16, 32, 64, 256, 0)
+"""Rows of x, a tile for each; with 256 the matrix is unpacked; 0: a lookup."""
 
 TWO_LEVEL = "two-level"
 OUTPUTS, INPUTS, GROUP_SIZE = 4096, 2048, 64
@@ -86,9 +86,11 @@ def compile_packed(compiler: DryCompiler, case: Case) -> list[Pair]:
     zeros = torch.empty(panels, groups, 16, dtype=torch.int8 if two_level else torch.uint8)
     weight = Panels(words, scales, zeros, bits, group_size, OUTPUTS, INPUTS)
     with compiler.target(case["arch"]) as found:
-        if case["rows"]:
+        if case["rows"] >= packed.UNPACKED_ROWS:
+            packed.unpack(weight, kind, 0, OUTPUTS)
+        elif case["rows"]:
             x = torch.empty(case["rows"], INPUTS, dtype=kind)
-            packed.multiply(x, weight)
+            packed.multiply(x, weight, case["arch"])
         else:
             ids = torch.zeros(3, dtype=torch.int64)
             packed.gather(ids, weight, kind)

@@ -6,54 +6,130 @@ import torch
 import triton
 from torch import Tensor
 
+from attn_kernels.triton.layer import device_figures
 from quant_kernels.panels import CHUNK, PANEL, Panels
-from quant_kernels.triton.product import few_kernel, gather_kernel, many_kernel
+from quant_kernels.triton.product import (
+    add_kernel,
+    few_kernel,
+    gather_kernel,
+    many_kernel,
+    unpack_kernel,
+)
 
 FEW = 4
-"""Most rows that are multiplied without tensor cores, which take 16."""
+"""Most rows of float32, which tensor cores do not multiply, that are multiplied where a weight was
+unpacked."""
+
+UNPACKED_ROWS = 256
+"""From so many rows on the matrix is unpacked for torch's product: each tile of rows would unpack
+it again."""
+
+UNPACKED_SIZE = 2**26
+"""Most weights that are unpacked at a time, 128 MiB in 16 bits: a vocabulary's matrix is larger."""
 
 
-def tile_for(rows: int, group_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return how a product is cut up and compiled: guesses from the compiled code, nothing was
-    timed.
+def tile_for(rows: int, weight: Panels, dtype: torch.dtype, arch: str) -> dict[str, int]:
+    """Return how a product is cut up and compiled: what has the fewest instructions a weight and
+    spills no register where it is compiled (benchmarks.triton_compile --packed); nothing was timed.
 
     Args:
         rows: of x.
-        group_size: inputs of a group, 16 or a multiple of 32.
+        weight: the matrix.
         dtype: of x.
+        arch: "sm_90", "gfx942".
 
     Returns:
-        What the kernels are launched with: ROWS of x, a power of two; OUTPUTS, a power of two, at
-        least 16; UNIT inputs that one group has; CHUNKS of them that are multiplied at once, a
-        power of two; and warps.
+        What the kernels are launched with: ROWS of x and OUTPUTS, powers of two; CHUNKS that are
+        multiplied at once, a power of two; warps and stages.
     """
-    unit = min(group_size, CHUNK)
-    if rows <= FEW:
-        return {"ROWS": rows, "OUTPUTS": PANEL, "UNIT": unit, "CHUNKS": 32, "num_warps": 4}
-    inputs = {"UNIT": unit, "CHUNKS": 2 if group_size % (2 * CHUNK) == 0 else 1}
-    if rows <= 16:
-        return {"ROWS": 16, "OUTPUTS": 32, **inputs, "num_warps": 4}
+    if dtype == torch.float32 and rows <= FEW:
+        return {"ROWS": rows, "OUTPUTS": PANEL, "CHUNKS": 32, "num_warps": 4, "num_stages": 1}
+    of_group = max(1, weight.group_size // CHUNK) if weight.groups > 1 else 4
+    chunks = next(count for count in (4, 2, 1) if of_group % count == 0)
     if dtype == torch.float32:  # multiplied by plain arithmetic, from registers
-        return {"ROWS": 32, "OUTPUTS": 32, **inputs, "num_warps": 4}
-    if rows <= 32:
-        return {"ROWS": 32, "OUTPUTS": 64, **inputs, "num_warps": 4}
-    return {"ROWS": 64, "OUTPUTS": 128, **inputs, "num_warps": 8}
+        tile = {"ROWS": 16 if rows <= 16 else 32, "OUTPUTS": 32, "CHUNKS": min(chunks, 2)}
+        return tile | {"num_warps": 4, "num_stages": 1}
+    # A thread has two outputs' chunks at least: of one, Triton stores each weight by itself.
+    num_warps = 4
+    if rows <= 16 or _group(weight) == 16:
+        tile = {"ROWS": 16, "OUTPUTS": 128 if chunks == 4 else 256}
+    elif rows <= 32 or chunks == 1:
+        tile = {"ROWS": 32, "OUTPUTS": 256 if chunks == 1 else 128}
+    else:
+        tile = {"ROWS": 64, "OUTPUTS": 128}
+        num_warps = 8 if chunks == 4 else 4
+    stages = 1 if arch.startswith("gfx") else 3
+    return tile | {"CHUNKS": chunks, "num_warps": num_warps, "num_stages": stages}
 
 
-def multiply(x: Tensor, weight: Panels) -> Tensor:
-    """Return `x @ weight.T`: `quant_kernels.multiply` for tensors on a GPU."""
+def multiply(x: Tensor, weight: Panels, arch: str | None = None) -> Tensor:
+    """Return `x @ weight.T`: `quant_kernels.multiply` for tensors on a GPU.
+
+    Nothing waits for the device, and what is launched depends on shapes only: CUDA graphs hold it.
+
+    Args:
+        x: `[..., inputs]`.
+        weight: the matrix.
+        arch: "sm_90", "gfx942"; the device's if None.
+    """
     rows = x.reshape(-1, weight.inputs)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.outputs)
-    if not len(rows):
-        return out
-    tile = tile_for(len(rows), weight.group_size, x.dtype)
-    kernel = few_kernel if len(rows) <= FEW else many_kernel
-    kernel[(triton.cdiv(weight.outputs, tile["OUTPUTS"]), triton.cdiv(len(rows), tile["ROWS"]))](
-        out, rows, *weight[:3], len(rows), weight.outputs, weight.inputs, weight.groups,
-        weight.group_size, rows.stride(0),
-        BITS=weight.bits, **tile, enable_fp_fusion=True, num_stages=1,
+    if len(rows) >= UNPACKED_ROWS:
+        _multiply_unpacked(rows, weight, out.view(-1, weight.outputs))
+    elif len(rows):
+        _multiply_packed(rows, weight, out, arch)
+    return out
+
+
+def _multiply_packed(x: Tensor, weight: Panels, out: Tensor, arch: str | None) -> None:
+    """Multiply weights where they are unpacked. Where that is fewer than two programs a
+    multiprocessor, the inputs are cut into parts, whose sums are added up afterwards."""
+    found, num_multiprocessors = device_figures(x.device)
+    tile = tile_for(len(x), weight, x.dtype, arch or found)
+    grid = triton.cdiv(weight.outputs, tile["OUTPUTS"]), triton.cdiv(len(x), tile["ROWS"])
+    steps = triton.cdiv(weight.inputs, CHUNK * tile["CHUNKS"])
+    steps_each = max(1, steps // triton.cdiv(2 * num_multiprocessors, grid[0] * grid[1]))
+    parts = triton.cdiv(steps, steps_each)
+    # Of torch's allocator, and not kept: a graph that is captured holds what it needs.
+    sums = out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
+    kernel = few_kernel if tile["ROWS"] <= FEW else many_kernel
+    kernel[(*grid, parts)](
+        sums, x, *weight[:3], len(x), weight.outputs, weight.inputs, weight.groups,
+        steps_each * tile["CHUNKS"], x.stride(0),
+        BITS=weight.bits, GROUP=_group(weight), **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+    if parts > 1:
+        block = 1024
+        add_kernel[(triton.cdiv(out.numel(), block),)](
+            out, sums, out.numel(), PARTS=parts, BLOCK=block, num_warps=4
+        )
+
+
+def _multiply_unpacked(x: Tensor, weight: Panels, out: Tensor) -> None:
+    """Multiply by torch's product of pieces of the matrix, each unpacked to x's dtype."""
+    size = max(PANEL, UNPACKED_SIZE // weight.inputs // PANEL * PANEL)
+    for first in range(0, weight.outputs, size):
+        matrix = unpack(weight, x.dtype, first, min(size, weight.outputs - first))
+        torch.mm(x, matrix.T, out=out[:, first : first + size])
+
+
+def unpack(weight: Panels, dtype: torch.dtype, first: int, outputs: int) -> Tensor:
+    """Return rows of a matrix on a GPU, `[outputs, inputs]`.
+
+    Args:
+        weight: the matrix.
+        dtype: of the rows: float32, bfloat16 or float16.
+        first: the first one, a multiple of 16.
+        outputs: how many.
+    """
+    out = weight.words.new_empty(outputs, weight.inputs, dtype=dtype)
+    tile = {"OUTPUTS": 32, "CHUNKS": 4}
+    grid = triton.cdiv(outputs, tile["OUTPUTS"]), triton.cdiv(weight.inputs, CHUNK * tile["CHUNKS"])
+    unpack_kernel[grid](
+        out, *weight[:3], first, outputs, weight.inputs, weight.groups,
+        BITS=weight.bits, GROUP=_group(weight), **tile, enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -63,10 +139,14 @@ def gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
     out = torch.empty(*ids.shape, weight.inputs, dtype=dtype, device=ids.device)
     if not ids.numel():
         return out
-    columns = 512
-    gather_kernel[(ids.numel(), triton.cdiv(weight.inputs, columns))](
+    chunks = min(64, triton.next_power_of_2(triton.cdiv(weight.inputs, CHUNK)))
+    gather_kernel[(ids.numel(), triton.cdiv(weight.inputs, CHUNK * chunks))](
         out, ids.contiguous(), *weight[:3], weight.outputs, weight.inputs, weight.groups,
-        weight.group_size,
-        BITS=weight.bits, COLUMNS=columns, enable_fp_fusion=True, num_warps=4,
+        BITS=weight.bits, GROUP=_group(weight), CHUNKS=chunks, enable_fp_fusion=True, num_warps=2,
     )  # fmt: skip
     return out
+
+
+def _group(weight: Panels) -> int:
+    """Return the inputs of a group, 0 for all: compiled in, and whole rows are the same for all."""
+    return weight.group_size if weight.groups > 1 else 0

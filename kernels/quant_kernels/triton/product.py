@@ -1,9 +1,9 @@
 """Products and lookups with packed matrices on a GPU; the device code.
 
 A matrix is in panels of sixteen rows, as on a CPU (`quant_kernels.panels`): word w of all sixteen
-lies side by side, and 32 values of a row take exactly BITS words. Quantized values become floats in
-registers, less their midpoint, which is exact in all dtypes. Scales, and how far zero points are
-from the midpoint, come after the sums in float32: weights are not rounded a second time.
+lies side by side, and 32 values of a row take exactly BITS words, each of which a program reads
+once. Quantized values become floats in registers, exactly. In a product, scales and zero points
+come after the sums, in float32: weights are not rounded a second time.
 """
 
 import triton
@@ -14,31 +14,84 @@ CHUNK = tl.constexpr(32)
 
 
 @triton.jit
-def first_word(words, output, num_chunks, BITS: tl.constexpr):
-    """Return each row's first word; its next one is PANEL further."""
-    return words + (output // PANEL) * (num_chunks * BITS * PANEL) + output % PANEL
+def load_words(words, output, chunk, inside, num_chunks, BITS: tl.constexpr):
+    """Return the BITS words of outputs' chunks, which broadcast, 0 where not `inside`."""
+    first = words + (output // PANEL) * (num_chunks * BITS * PANEL) + output % PANEL
+    loaded = ()
+    for k in tl.static_range(BITS):
+        word = tl.load(first + (chunk * BITS + k) * PANEL, mask=inside, other=0)
+        loaded += (word.to(tl.uint32, bitcast=True),)
+    return loaded
 
 
 @triton.jit
-def less_midpoint(value, BITS: tl.constexpr):
-    """Return a quantized value (the low bits) less the midpoint, in float32, by the bits of 2^23 +
-    value: a conversion takes more cycles (CUDA's programming guide, throughput of native
-    instructions)."""
+def less_midpoint(words, I: tl.constexpr, BITS: tl.constexpr):
+    """Return value I of a chunk less the midpoint, in float32, by the bits of 2^23 + value: a
+    conversion takes more cycles (CUDA's programming guide, throughput of native instructions)."""
+    SHIFT: tl.constexpr = I * BITS % 32
+    value = words[I * BITS // 32] >> SHIFT
+    if SHIFT + BITS > 32:
+        value |= words[I * BITS // 32 + 1] << (32 - SHIFT)
     shifted = (value & (2**BITS - 1)) | 0x4B000000
     return shifted.to(tl.float32, bitcast=True) - (8388608.0 + 2 ** (BITS - 1))
 
 
 @triton.jit
-def load_values(first, column, inside, BITS: tl.constexpr):
-    """Return quantized values of rows and columns that broadcast, less the midpoint; any where not
-    `inside`."""
-    bit = column * BITS
-    place, shift = first + bit // 32 * PANEL, bit % 32
-    value = tl.load(place, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
-    if 32 % BITS:  # some values lie across two words
-        rest = tl.load(place + PANEL, mask=inside & (shift > 32 - BITS), other=0)
-        value |= rest.to(tl.uint32, bitcast=True) << ((32 - shift) % 32)
-    return less_midpoint(value, BITS)
+def side_by_side(words, BITS: tl.constexpr):
+    """Return a chunk's BITS words with 16 bits of its first 16 values below the same 16 bits of its
+    last 16 values."""
+    both = ()
+    for k in tl.static_range(BITS):
+        if k % 2 == 0:
+            low = words[k // 2] & 0xFFFF
+        else:
+            low = words[k // 2] >> 16
+        if (k + BITS) % 2 == 0:
+            high = words[(k + BITS) // 2] << 16
+        else:
+            high = words[(k + BITS) // 2] & 0xFFFF0000
+        both += (low | high,)
+    return both
+
+
+@triton.jit
+def pair(both, I: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr):
+    """Return the bits of two 16-bit floats, values I and 16 + I of a chunk in the last bits of
+    ZERO, by the instructions that one takes; `both` is `side_by_side`."""
+    SHIFT: tl.constexpr = I * BITS % 16
+    FIRST: tl.constexpr = min(2**BITS, 2 ** (16 - SHIFT)) - 1
+    bits = ((both[I * BITS // 16] >> SHIFT) & (FIRST * 0x10001)) | (ZERO * 0x10001)
+    if SHIFT + BITS > 16:
+        rest = both[I * BITS // 16 + 1] << (16 - SHIFT)
+        bits |= rest & ((2**BITS - 1 - FIRST) * 0x10001)
+    return bits
+
+
+@triton.jit
+def to_floats(words, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """Return chunks' values `[..., 2, 2, 2, 2, 2]`, in order, less the midpoint; in bfloat16, of up
+    to 7 bits, plus 128, whose last bits they are then. All are exact."""
+    parts = ()
+    if DTYPE == tl.float32 or (DTYPE == tl.bfloat16 and BITS == 8):
+        for i in tl.static_range(CHUNK // 2):
+            low = less_midpoint(words, i, BITS).to(DTYPE)
+            parts += (tl.join(low, less_midpoint(words, CHUNK // 2 + i, BITS).to(DTYPE)),)
+    else:
+        both = side_by_side(words, BITS)
+        for i in tl.static_range(CHUNK // 2):
+            bits = pair(both, i, 0x4300 if DTYPE == tl.bfloat16 else 0x6400, BITS)
+            low = bits.to(tl.uint16).to(DTYPE, bitcast=True)
+            high = (bits >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+            if DTYPE == tl.float16:  # 1024 and the value in its last bits
+                low -= 1024 + 2 ** (BITS - 1)
+                high -= 1024 + 2 ** (BITS - 1)
+            parts += (tl.join(low, high),)
+    for level in tl.static_range(4):
+        joined = ()
+        for i in tl.static_range(8 >> level):
+            joined += (tl.join(parts[i], parts[i + (8 >> level)]),)
+        parts = joined
+    return parts[0]
 
 
 @triton.jit
@@ -54,7 +107,7 @@ def load_qparams(scales, zeros, output, group, inside, num_groups, BITS: tl.cons
     of two-level scales (`quant_kernels.levels`), and `scales` are of rows then."""
     if zeros is None:
         scale = load_groups(scales, output, group, inside, num_groups).to(tl.float32)
-        zero = 2.0 ** (BITS - 1)
+        zero = tl.full(scale.shape, 2.0 ** (BITS - 1), tl.float32)
     elif zeros.dtype.element_ty == tl.int8:
         level = load_groups(zeros, output, group, inside, num_groups).to(tl.int32)
         row = load_groups(scales, output, group * 0, inside, 1).to(tl.float32)
@@ -66,47 +119,42 @@ def load_qparams(scales, zeros, output, group, inside, num_groups, BITS: tl.cons
     return scale, zero
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "part_chunks"])
 def few_kernel(
-    out, x, words, scales, zeros, rows, outputs, inputs, num_groups, group_size, x_stride,
+    out, x, words, scales, zeros, rows, outputs, inputs, num_groups, part_chunks, x_stride,
     BITS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr,
-    UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Compute `x @ weight.T` of ROWS rows. UNIT inputs of a chunk are of one group: 16 or all.
-    Grid: (outputs / OUTPUTS,).
+    """Compute `x @ weight.T` of ROWS rows, or of a part of their inputs, `part_chunks` chunks.
+    GROUP: the inputs of a group; 0: all. Grid: (outputs / OUTPUTS, 1, parts).
 
     A thread has some outputs of a chunk of 32 inputs: it reads each word once and multiplies each
     value where it unpacked it. The chunks' sums are added up at the end."""
     output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS))[None, :]
     num_chunks = tl.cdiv(inputs, CHUNK)
-    first = first_word(words, output, num_chunks, BITS)
+    begin = tl.program_id(2) * part_chunks
+    end = tl.minimum(begin + part_chunks, num_chunks)
     zero_sums = tl.zeros([CHUNKS, OUTPUTS], tl.float32)
     totals = ()
     for _ in tl.static_range(ROWS):
         totals += (zero_sums,)
-    for start in range(0, num_chunks, CHUNKS):
+    for start in range(begin, end, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         inside = (chunk < num_chunks)[:, None] & (output < outputs)
-        loaded = ()
-        for i in tl.static_range(BITS):
-            word = tl.load(first + (chunk[:, None] * BITS + i) * PANEL, mask=inside, other=0)
-            loaded += (word.to(tl.uint32, bitcast=True),)
+        loaded = load_words(words, output, chunk[:, None], inside, num_chunks, BITS)
         sums = ()
         for _ in tl.static_range(ROWS):
             sums += ((zero_sums, tl.zeros([CHUNKS], tl.float32)),)
         for j in tl.static_range(CHUNK):
-            value = loaded[j * BITS // 32] >> (j * BITS % 32)
-            if j * BITS % 32 + BITS > 32:
-                value |= loaded[j * BITS // 32 + 1] << (32 - j * BITS % 32)
-            value = less_midpoint(value, BITS)
+            value = less_midpoint(loaded, j, BITS)
             new = ()
             for r in tl.static_range(ROWS):
                 at = x + r * x_stride + chunk * CHUNK
                 given = tl.load(at + j, mask=chunk * CHUNK < inputs - j, other=0.0).to(tl.float32)
                 new += ((sums[r][0] + value * given[:, None], sums[r][1] + given),)
             sums = new
-            if j % UNIT == UNIT - 1:  # the end of a group, or of a chunk of it
-                group = ((chunk * CHUNK + j) // group_size)[:, None]
+            if j == CHUNK - 1 or (GROUP == 16 and j == 15):  # the end of a group, or of its chunk
+                group = (chunk * CHUNK + j)[:, None] // GROUP if GROUP else chunk[:, None] * 0
                 there = inside & (group < num_groups)
                 scale, zero = load_qparams(scales, zeros, output, group, there, num_groups, BITS)
                 new = ()
@@ -120,60 +168,139 @@ def few_kernel(
                 totals = new
                 sums = fresh
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    part = out + tl.program_id(2) * ROWS * outputs
     for r in tl.static_range(ROWS):
         y = tl.sum(totals[r], 0).to(out.dtype.element_ty)
-        tl.store(out + r * outputs + output, y, mask=output < outputs)
+        tl.store(part + r * outputs + output, y, mask=output < outputs)
+
+
+@triton.jit(do_not_specialize=["rows", "part_chunks"])
+def many_kernel(
+    out, x, words, scales, zeros, rows, outputs, inputs, num_groups, part_chunks, x_stride,
+    BITS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Compute `x @ weight.T`, or that of a part of the inputs, `part_chunks` chunks, by matrix
+    products of ROWS rows and CHUNKS chunks, of one group or of whole ones. GROUP: the inputs of a
+    group; 0: all. Grid: (outputs / OUTPUTS, rows / ROWS, parts).
+
+    Products are transposed: a tensor core's side of 64 is that of outputs, since rows are few."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    ADDED: tl.constexpr = 128 if DTYPE == tl.bfloat16 and BITS < 8 else -(2 ** (BITS - 1))
+    UNIT: tl.constexpr = min(GROUP, CHUNKS * CHUNK) if GROUP else CHUNKS * CHUNK
+    UNITS: tl.constexpr = CHUNKS * CHUNK // UNIT
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    known = output < outputs
+    num_chunks = tl.cdiv(inputs, CHUNK)
+    begin = tl.program_id(2) * part_chunks
+    end = tl.minimum(begin + part_chunks, num_chunks)
+    at = x + row.to(tl.int64)[:, None] * x_stride
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    first = begin * CHUNK
+    for start in range(begin, end, CHUNKS):
+        qparams = ()
+        for unit in tl.static_range(UNITS):
+            group = first * 0
+            if GROUP:
+                group = tl.minimum((first + unit * UNIT) // GROUP, num_groups - 1)
+            qparams += (load_qparams(scales, zeros, output, group, known, num_groups, BITS),)
+        chunk = (tl.arange(0, CHUNKS) + start)[None, :]
+        inside = known[:, None] & (chunk < num_chunks)
+        loaded = load_words(words, output[:, None], chunk, inside, num_chunks, BITS)
+        weight = to_floats(loaded, DTYPE, BITS).reshape(OUTPUTS, UNITS * UNIT)
+        place = tl.arange(0, UNITS * UNIT)[None, :]
+        mask = (row < rows)[:, None] & (first + place < inputs)
+        given = tl.load(at + first + place, mask=mask, other=0.0)
+        for unit in tl.static_range(UNITS):
+            scale, zero = qparams[unit]
+            of_unit = given
+            if UNITS > 1:
+                of_unit = tl.where(place // UNIT == unit, given, 0.0)
+            start_at = tl.zeros([OUTPUTS, ROWS], tl.float32)
+            if zeros is not None or ADDED > 0:
+                if DTYPE == tl.float32:
+                    sums = tl.sum(of_unit, 1)[None, :]
+                else:  # on tensor cores, too
+                    sums = tl.dot(tl.full([OUTPUTS, UNITS * UNIT], 1.0, DTYPE), of_unit.T)
+                start_at -= sums * (zero + ADDED)[:, None]
+            # No TF32, which keeps ten bits.
+            products = tl.dot(weight, of_unit.T, start_at, input_precision="ieee")
+            total += products * scale[:, None]
+        first += UNITS * UNIT
+    part = out + (tl.program_id(2) * rows + row.to(tl.int64)) * outputs
+    mask = (row < rows)[None, :] & known[:, None]
+    tl.store(part[None, :] + output[:, None], total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size"])
+def add_kernel(out, parts, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up PARTS times `size` sums, always in the same order. Grid: (size / BLOCK,)."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * size + place, mask=place < size, other=0.0)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
 
 
 @triton.jit
-def many_kernel(
-    out, x, words, scales, zeros, rows, outputs, inputs, num_groups, group_size, x_stride,
-    BITS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr,
-    UNIT: tl.constexpr,
+def dequantized(
+    words, scales, zeros, output, inside, start, inputs, num_groups,
+    BITS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Compute `x @ weight.T` by matrix products of ROWS rows and CHUNKS times UNIT inputs, which
-    are of one group. Grid: (outputs / OUTPUTS, rows / ROWS)."""
-    output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS))[None, :]
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    """Return the weights of OUTPUTS outputs and CHUNKS chunks from `start` in float32, outputs by
+    inputs. Values and zero points are exact, and what they differ by is rounded once, as on a
+    CPU."""
+    UNIT: tl.constexpr = 16 if GROUP == 16 else CHUNK
+    UNITS: tl.constexpr = CHUNKS * CHUNK // UNIT
     num_chunks = tl.cdiv(inputs, CHUNK)
-    first = first_word(words, output, num_chunks, BITS)
-    known = output < outputs
-    total = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for start in range(0, inputs, CHUNKS * UNIT):
-        column = start + tl.arange(0, CHUNKS * UNIT)
-        mask = (row < rows) & (column < inputs)[None, :]
-        given = tl.load(x + row * x_stride + column[None, :], mask=mask, other=0.0)
-        inside = (column < num_chunks * CHUNK)[:, None] & known
-        values = load_values(first, column[:, None], inside, BITS).to(given.dtype)
-        products = tl.dot(given, values, input_precision="ieee")  # no TF32, which keeps ten bits
-        group = start // group_size
-        scale, zero = load_qparams(scales, zeros, output, group, known, num_groups, BITS)
-        if zeros is not None:
-            products += tl.sum(given.to(tl.float32), 1)[:, None] * (2 ** (BITS - 1) - zero)
-        total += products * scale
-    mask = (row < rows) & known
-    tl.store(out + row * outputs + output, total.to(out.dtype.element_ty), mask=mask)
+    output, inside = output[:, None], inside[:, None]
+    chunk = start + tl.arange(0, CHUNKS)[None, :]
+    loaded = load_words(words, output, chunk, inside & (chunk < num_chunks), num_chunks, BITS)
+    value = to_floats(loaded, tl.float32, BITS).reshape(OUTPUTS, UNITS, UNIT)
+    column = tl.arange(0, UNITS)[None, :] * UNIT + start * CHUNK
+    group = column // GROUP if GROUP else column * 0
+    inside = inside & (column < inputs)
+    scale, zero = load_qparams(scales, zeros, output, group, inside, num_groups, BITS)
+    if zeros is not None:
+        value = (value + 2 ** (BITS - 1)) - zero[:, :, None]
+    return (value * scale[:, :, None]).reshape(OUTPUTS, CHUNKS * CHUNK)
+
+
+@triton.jit
+def unpack_kernel(
+    out, words, scales, zeros, first, outputs, inputs, num_groups,
+    BITS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write rows of the matrix from the row `first`, a multiple of 16, as many as `out` has,
+    `outputs`. Grid: (outputs / OUTPUTS, inputs / CHUNKS)."""
+    row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    start = tl.program_id(1) * CHUNKS
+    weight = dequantized(
+        words, scales, zeros, first + row, row < outputs, start, inputs, num_groups,
+        BITS, CHUNKS, OUTPUTS, GROUP,
+    )  # fmt: skip
+    column = tl.arange(0, CHUNKS * CHUNK)[None, :] + start * CHUNK
+    place = out + row.to(tl.int64)[:, None] * inputs + column
+    mask = (row < outputs)[:, None] & (column < inputs)
+    tl.store(place, weight.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def gather_kernel(
-    out, ids, words, scales, zeros, outputs, inputs, num_groups, group_size,
-    BITS: tl.constexpr, COLUMNS: tl.constexpr,
+    out, ids, words, scales, zeros, outputs, inputs, num_groups,
+    BITS: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows of the matrix, 0 for one that it does not have. Grid: (ids, inputs / COLUMNS)."""
-    row = tl.program_id(0).to(tl.int64)
+    """Copy rows of the matrix, 0 for one that it does not have. Grid: (ids, inputs / CHUNKS)."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     asked = tl.load(ids + row)
     output = tl.minimum(tl.maximum(asked, 0), outputs - 1)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < inputs
-    first = first_word(words, output, tl.cdiv(inputs, CHUNK), BITS)
-    value = load_values(first, column, inside, BITS)
-    scale, zero = load_qparams(
-        scales, zeros, output, column // group_size, inside, num_groups, BITS
-    )
-    # Values and zero points are exact, and what they differ by is rounded once, as on a CPU.
-    if zeros is not None:
-        value = (value + 2 ** (BITS - 1)) - zero
-    weight = value * scale
-    weight = tl.where(asked == output, weight, 0.0)
-    tl.store(out + row * inputs + column, weight.to(out.dtype.element_ty), mask=inside)
+    start = tl.program_id(1) * CHUNKS
+    weight = dequantized(
+        words, scales, zeros, output, asked == output, start, inputs, num_groups,
+        BITS, CHUNKS, 1, GROUP,
+    )  # fmt: skip
+    weight = tl.where((asked == output)[:, None], weight, 0.0)
+    column = tl.arange(0, CHUNKS * CHUNK)[None, :] + start * CHUNK
+    place = out + row[:, None] * inputs + column
+    tl.store(place, weight.to(out.dtype.element_ty), mask=column < inputs)
