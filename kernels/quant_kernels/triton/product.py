@@ -25,13 +25,13 @@ def load_words(words, output, chunk, inside, num_chunks, BITS: tl.constexpr):
 
 
 @triton.jit
-def less_midpoint(words, I: tl.constexpr, BITS: tl.constexpr):
-    """Return value I of a chunk less the midpoint, in float32, by the bits of 2^23 + value: a
+def less_midpoint(words, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """Return value INDEX of a chunk less the midpoint, in float32, by the bits of 2^23 + value: a
     conversion takes more cycles (CUDA's programming guide, throughput of native instructions)."""
-    SHIFT: tl.constexpr = I * BITS % 32
-    value = words[I * BITS // 32] >> SHIFT
+    SHIFT: tl.constexpr = INDEX * BITS % 32
+    value = words[INDEX * BITS // 32] >> SHIFT
     if SHIFT + BITS > 32:
-        value |= words[I * BITS // 32 + 1] << (32 - SHIFT)
+        value |= words[INDEX * BITS // 32 + 1] << (32 - SHIFT)
     shifted = (value & (2**BITS - 1)) | 0x4B000000
     return shifted.to(tl.float32, bitcast=True) - (8388608.0 + 2 ** (BITS - 1))
 
@@ -42,47 +42,42 @@ def side_by_side(words, BITS: tl.constexpr):
     last 16 values."""
     both = ()
     for k in tl.static_range(BITS):
-        if k % 2 == 0:
-            low = words[k // 2] & 0xFFFF
-        else:
-            low = words[k // 2] >> 16
-        if (k + BITS) % 2 == 0:
-            high = words[(k + BITS) // 2] << 16
-        else:
-            high = words[(k + BITS) // 2] & 0xFFFF0000
+        high = words[(k + BITS) // 2]
+        low = words[k // 2] >> 16 if k % 2 else words[k // 2] & 0xFFFF
+        high = high & 0xFFFF0000 if (k + BITS) % 2 else high << 16
         both += (low | high,)
     return both
 
 
 @triton.jit
-def pair(both, I: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr):
-    """Return the bits of two 16-bit floats, values I and 16 + I of a chunk in the last bits of
-    ZERO, by the instructions that one takes; `both` is `side_by_side`."""
-    SHIFT: tl.constexpr = I * BITS % 16
+def pair(both, INDEX: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr):
+    """Return the bits of two 16-bit floats, by the instructions that one takes: values INDEX and
+    16 + INDEX of a chunk, of which `both` is `side_by_side`, in the last bits of ZERO."""
+    SHIFT: tl.constexpr = INDEX * BITS % 16
     FIRST: tl.constexpr = min(2**BITS, 2 ** (16 - SHIFT)) - 1
-    bits = ((both[I * BITS // 16] >> SHIFT) & (FIRST * 0x10001)) | (ZERO * 0x10001)
+    bits = ((both[INDEX * BITS // 16] >> SHIFT) & (FIRST * 0x10001)) | (ZERO * 0x10001)
     if SHIFT + BITS > 16:
-        rest = both[I * BITS // 16 + 1] << (16 - SHIFT)
+        rest = both[INDEX * BITS // 16 + 1] << (16 - SHIFT)
         bits |= rest & ((2**BITS - 1 - FIRST) * 0x10001)
     return bits
 
 
 @triton.jit
-def to_floats(words, DTYPE: tl.constexpr, BITS: tl.constexpr):
+def to_floats(words, dtype: tl.constexpr, BITS: tl.constexpr):
     """Return chunks' values `[..., 2, 2, 2, 2, 2]`, in order, less the midpoint; in bfloat16, of up
     to 7 bits, plus 128, whose last bits they are then. All are exact."""
     parts = ()
-    if DTYPE == tl.float32 or (DTYPE == tl.bfloat16 and BITS == 8):
+    if dtype == tl.float32 or (dtype == tl.bfloat16 and BITS == 8):
         for i in tl.static_range(CHUNK // 2):
-            low = less_midpoint(words, i, BITS).to(DTYPE)
-            parts += (tl.join(low, less_midpoint(words, CHUNK // 2 + i, BITS).to(DTYPE)),)
+            low = less_midpoint(words, i, BITS).to(dtype)
+            parts += (tl.join(low, less_midpoint(words, CHUNK // 2 + i, BITS).to(dtype)),)
     else:
         both = side_by_side(words, BITS)
         for i in tl.static_range(CHUNK // 2):
-            bits = pair(both, i, 0x4300 if DTYPE == tl.bfloat16 else 0x6400, BITS)
-            low = bits.to(tl.uint16).to(DTYPE, bitcast=True)
-            high = (bits >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-            if DTYPE == tl.float16:  # 1024 and the value in its last bits
+            bits = pair(both, i, 0x4300 if dtype == tl.bfloat16 else 0x6400, BITS)
+            low = bits.to(tl.uint16).to(dtype, bitcast=True)
+            high = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
+            if dtype == tl.float16:  # 1024 and the value in its last bits
                 low -= 1024 + 2 ** (BITS - 1)
                 high -= 1024 + 2 ** (BITS - 1)
             parts += (tl.join(low, high),)
@@ -185,8 +180,8 @@ def many_kernel(
     group; 0: all. Grid: (outputs / OUTPUTS, rows / ROWS, parts).
 
     Products are transposed: a tensor core's side of 64 is that of outputs, since rows are few."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    ADDED: tl.constexpr = 128 if DTYPE == tl.bfloat16 and BITS < 8 else -(2 ** (BITS - 1))
+    dtype: tl.constexpr = x.dtype.element_ty
+    ADDED: tl.constexpr = 128 if dtype == tl.bfloat16 and BITS < 8 else -(2 ** (BITS - 1))
     UNIT: tl.constexpr = min(GROUP, CHUNKS * CHUNK) if GROUP else CHUNKS * CHUNK
     UNITS: tl.constexpr = CHUNKS * CHUNK // UNIT
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -208,7 +203,7 @@ def many_kernel(
         chunk = (tl.arange(0, CHUNKS) + start)[None, :]
         inside = known[:, None] & (chunk < num_chunks)
         loaded = load_words(words, output[:, None], chunk, inside, num_chunks, BITS)
-        weight = to_floats(loaded, DTYPE, BITS).reshape(OUTPUTS, UNITS * UNIT)
+        weight = to_floats(loaded, dtype, BITS).reshape(OUTPUTS, UNITS * UNIT)
         place = tl.arange(0, UNITS * UNIT)[None, :]
         mask = (row < rows)[:, None] & (first + place < inputs)
         given = tl.load(at + first + place, mask=mask, other=0.0)
@@ -219,10 +214,10 @@ def many_kernel(
                 of_unit = tl.where(place // UNIT == unit, given, 0.0)
             start_at = tl.zeros([OUTPUTS, ROWS], tl.float32)
             if zeros is not None or ADDED > 0:
-                if DTYPE == tl.float32:
+                if dtype == tl.float32:
                     sums = tl.sum(of_unit, 1)[None, :]
                 else:  # on tensor cores, too
-                    sums = tl.dot(tl.full([OUTPUTS, UNITS * UNIT], 1.0, DTYPE), of_unit.T)
+                    sums = tl.dot(tl.full([OUTPUTS, UNITS * UNIT], 1.0, dtype), of_unit.T)
                 start_at -= sums * (zero + ADDED)[:, None]
             # No TF32, which keeps ten bits.
             products = tl.dot(weight, of_unit.T, start_at, input_precision="ieee")
