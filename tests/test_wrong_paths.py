@@ -40,6 +40,7 @@ WITHOUT = {  # they read no path, and write only what they have measured
     "benchmarks.triton_compile",
     "benchmarks.gpu",
     "benchmarks.gpu_training",
+    "benchmarks.gpu_packed",
 }
 OURS = ("attnserve.evaluation.evaluate", "attnserve.evaluation.books", "attnserve.budgets.command")
 """Modules that `attnserve` runs."""

@@ -71,11 +71,13 @@ def test_host_times() -> None:
 
 
 def test_packed_products() -> None:
-    match = "sm_80 float16 (3 (4|0)$|2 16 two-level)"
-    two_level, product, lookup = compiled("--packed", "--no-save", "--match", match)
-    assert (two_level["rows"], product["rows"], lookup["rows"]) == (16, 4, 0)
-    for kernel in (two_level, product):
-        assert kernel["registers"] > 32 and kernel["violation"] == ""
+    """A product in parts is two kernels; with many rows the matrix is unpacked."""
+    match = "sm_80 float16 (3 (256|4|0)$|2 16 two-level)"
+    rows = compiled("--packed", "--no-save", "--match", match)
+    assert [(row["rows"], row["kernel"]) for row in rows] == [
+        *((16, "many"), (16, "add"), (4, "many"), (4, "add"), (256, "unpack"), (0, "gather"))
+    ]
+    assert all(row["registers"] > 32 for row in rows if row["kernel"] == "many")
 
 
 def test_training() -> None:

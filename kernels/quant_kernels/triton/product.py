@@ -63,14 +63,13 @@ def pair(both, INDEX: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def to_floats(words, dtype: tl.constexpr, BITS: tl.constexpr):
-    """Return chunks' values `[..., 2, 2, 2, 2, 2]`, in order, less the midpoint; in bfloat16, of up
-    to 7 bits, plus 128, whose last bits they are then. All are exact."""
-    parts = ()
+def two_by_two(words, dtype: tl.constexpr, BITS: tl.constexpr):
+    """Return values i and 16 + i of chunks for each i, `[..., 2]`, as `to_floats` does."""
+    twos = ()
     if dtype == tl.float32 or (dtype == tl.bfloat16 and BITS == 8):
         for i in tl.static_range(CHUNK // 2):
             low = less_midpoint(words, i, BITS).to(dtype)
-            parts += (tl.join(low, less_midpoint(words, CHUNK // 2 + i, BITS).to(dtype)),)
+            twos += (tl.join(low, less_midpoint(words, CHUNK // 2 + i, BITS).to(dtype)),)
     else:
         both = side_by_side(words, BITS)
         for i in tl.static_range(CHUNK // 2):
@@ -80,7 +79,15 @@ def to_floats(words, dtype: tl.constexpr, BITS: tl.constexpr):
             if dtype == tl.float16:  # 1024 and the value in its last bits
                 low -= 1024 + 2 ** (BITS - 1)
                 high -= 1024 + 2 ** (BITS - 1)
-            parts += (tl.join(low, high),)
+            twos += (tl.join(low, high),)
+    return twos
+
+
+@triton.jit
+def to_floats(words, dtype: tl.constexpr, BITS: tl.constexpr):
+    """Return chunks' values `[..., 2, 2, 2, 2, 2]`, in order, less the midpoint; in bfloat16, of up
+    to 7 bits, plus 128, whose last bits they are then. All are exact."""
+    parts = two_by_two(words, dtype, BITS)
     for level in tl.static_range(4):
         joined = ()
         for i in tl.static_range(8 >> level):
