@@ -103,7 +103,7 @@ def _multiply_packed(x: Tensor, weight: Panels, out: Tensor, arch: str | None) -
     if parts > 1:
         block = 1024
         add_kernel[(triton.cdiv(out.numel(), block),)](
-            out, sums, out.numel(), PARTS=parts, BLOCK=block, num_warps=4
+            out, sums, out.numel(), parts, BLOCK=block, enable_fp_fusion=True, num_warps=4
         )
 
 

@@ -235,13 +235,16 @@ def many_kernel(
     tl.store(part[None, :] + output[:, None], total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size"])
-def add_kernel(out, parts, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up PARTS times `size` sums, always in the same order. Grid: (size / BLOCK,)."""
+@triton.jit(do_not_specialize=["size", "count"])
+def add_kernel(out, parts, size, count, BLOCK: tl.constexpr):
+    """Add up `count` times `size` sums, always in the same order. Grid: (size / BLOCK,)."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts + part * size + place, mask=place < size, other=0.0)
+    for start in range(0, count, 4):  # four loads under way
+        for i in tl.static_range(4):
+            other = place + (start + i) * size
+            inside = (place < size) & (other < count * size)
+            total += tl.load(parts + other, mask=inside, other=0.0)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
 
 
