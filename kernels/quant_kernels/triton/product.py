@@ -121,6 +121,25 @@ def load_qparams(scales, zeros, output, group, inside, num_groups, BITS: tl.cons
     return scale, zero
 
 
+@triton.jit
+def load_units(
+    scales, zeros, output, first, inside, num_groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Return the scales of UNITS times UNIT inputs from `first` on, then their zero points; behind
+    the last group, that one's."""
+    found = ()
+    others = ()
+    for unit in tl.static_range(UNITS):
+        group = first * 0
+        if GROUP:
+            group = tl.minimum((first + unit * UNIT) // GROUP, num_groups - 1)
+        scale, zero = load_qparams(scales, zeros, output, group, inside, num_groups, BITS)
+        found += (scale,)
+        others += (zero,)
+    return found + others
+
+
 @triton.jit(do_not_specialize=["rows", "part_chunks"])
 def few_kernel(
     out, x, words, scales, zeros, rows, outputs, inputs, num_groups, part_chunks, x_stride,
@@ -200,13 +219,14 @@ def many_kernel(
     at = x + row.to(tl.int64)[:, None] * x_stride
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     first = begin * CHUNK
+    qparams = load_units(
+        scales, zeros, output, first, known, num_groups, BITS, GROUP, UNIT, UNITS
+    )
     for start in range(begin, end, CHUNKS):
-        qparams = ()
-        for unit in tl.static_range(UNITS):
-            group = first * 0
-            if GROUP:
-                group = tl.minimum((first + unit * UNIT) // GROUP, num_groups - 1)
-            qparams += (load_qparams(scales, zeros, output, group, known, num_groups, BITS),)
+        # Those of the next step: they are on their way while this one is computed.
+        coming = load_units(
+            scales, zeros, output, first + UNITS * UNIT, known, num_groups, BITS, GROUP, UNIT, UNITS
+        )
         chunk = (tl.arange(0, CHUNKS) + start)[None, :]
         inside = known[:, None] & (chunk < num_chunks)
         loaded = load_words(words, output[:, None], chunk, inside, num_chunks, BITS)
@@ -215,7 +235,7 @@ def many_kernel(
         mask = (row < rows)[:, None] & (first + place < inputs)
         given = tl.load(at + first + place, mask=mask, other=0.0)
         for unit in tl.static_range(UNITS):
-            scale, zero = qparams[unit]
+            scale, zero = qparams[unit], qparams[UNITS + unit]
             of_unit = given
             if UNITS > 1:
                 of_unit = tl.where(place // UNIT == unit, given, 0.0)
@@ -230,6 +250,7 @@ def many_kernel(
             products = tl.dot(weight, of_unit.T, start_at, input_precision="ieee")
             total += products * scale[:, None]
         first += UNITS * UNIT
+        qparams = coming
     part = out + (tl.program_id(2) * rows + row.to(tl.int64)) * outputs
     mask = (row < rows)[None, :] & known[:, None]
     tl.store(part[None, :] + output[:, None], total.to(out.dtype.element_ty), mask=mask)
