@@ -50,12 +50,12 @@ def side_by_side(words, BITS: tl.constexpr):
 
 
 @triton.jit
-def pair(both, INDEX: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr):
+def pair(both, blank, INDEX: tl.constexpr, BITS: tl.constexpr):
     """Return the bits of two 16-bit floats, by the instructions that one takes: values INDEX and
-    16 + INDEX of a chunk, of which `both` is `side_by_side`, in the last bits of ZERO."""
+    16 + INDEX of a chunk, of which `both` is `side_by_side`, in the last bits of `blank`."""
     SHIFT: tl.constexpr = INDEX * BITS % 16
     FIRST: tl.constexpr = min(2**BITS, 2 ** (16 - SHIFT)) - 1
-    bits = ((both[INDEX * BITS // 16] >> SHIFT) & (FIRST * 0x10001)) | (ZERO * 0x10001)
+    bits = ((both[INDEX * BITS // 16] >> SHIFT) & (FIRST * 0x10001)) | blank
     if SHIFT + BITS > 16:
         rest = both[INDEX * BITS // 16 + 1] << (16 - SHIFT)
         bits |= rest & ((2**BITS - 1 - FIRST) * 0x10001)
@@ -63,8 +63,9 @@ def pair(both, INDEX: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def two_by_two(words, dtype: tl.constexpr, BITS: tl.constexpr):
-    """Return values i and 16 + i of chunks for each i, `[..., 2]`, as `to_floats` does."""
+def two_by_two(words, nothing, dtype: tl.constexpr, BITS: tl.constexpr):
+    """Return values i and 16 + i of chunks for each i, `[..., 2]`, as `to_floats` does. `nothing`:
+    0, unknown to the compiler, which would put a constant into a register anew at each use."""
     twos = ()
     if dtype == tl.float32 or (dtype == tl.bfloat16 and BITS == 8):
         for i in tl.static_range(CHUNK // 2):
@@ -72,8 +73,9 @@ def two_by_two(words, dtype: tl.constexpr, BITS: tl.constexpr):
             twos += (tl.join(low, less_midpoint(words, CHUNK // 2 + i, BITS).to(dtype)),)
     else:
         both = side_by_side(words, BITS)
+        blank = nothing + (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
         for i in tl.static_range(CHUNK // 2):
-            bits = pair(both, i, 0x4300 if dtype == tl.bfloat16 else 0x6400, BITS)
+            bits = pair(both, blank, i, BITS)
             low = bits.to(tl.uint16).to(dtype, bitcast=True)
             high = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
             if dtype == tl.float16:  # 1024 and the value in its last bits
@@ -84,10 +86,10 @@ def two_by_two(words, dtype: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def to_floats(words, dtype: tl.constexpr, BITS: tl.constexpr):
+def to_floats(words, nothing, dtype: tl.constexpr, BITS: tl.constexpr):
     """Return chunks' values `[..., 2, 2, 2, 2, 2]`, in order, less the midpoint; in bfloat16, of up
-    to 7 bits, plus 128, whose last bits they are then. All are exact."""
-    parts = two_by_two(words, dtype, BITS)
+    to 7 bits, plus 128, whose last bits they are then. All are exact. `nothing` is 0."""
+    parts = two_by_two(words, nothing, dtype, BITS)
     for level in tl.static_range(4):
         joined = ()
         for i in tl.static_range(8 >> level):
@@ -218,10 +220,9 @@ def many_kernel(
     end = tl.minimum(begin + part_chunks, num_chunks)
     at = x + row.to(tl.int64)[:, None] * x_stride
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    nothing = tl.minimum(rows, 0).to(tl.uint32)
     first = begin * CHUNK
-    qparams = load_units(
-        scales, zeros, output, first, known, num_groups, BITS, GROUP, UNIT, UNITS
-    )
+    qparams = load_units(scales, zeros, output, first, known, num_groups, BITS, GROUP, UNIT, UNITS)
     for start in range(begin, end, CHUNKS):
         # Those of the next step: they are on their way while this one is computed.
         coming = load_units(
@@ -230,7 +231,7 @@ def many_kernel(
         chunk = (tl.arange(0, CHUNKS) + start)[None, :]
         inside = known[:, None] & (chunk < num_chunks)
         loaded = load_words(words, output[:, None], chunk, inside, num_chunks, BITS)
-        weight = to_floats(loaded, dtype, BITS).reshape(OUTPUTS, UNITS * UNIT)
+        weight = to_floats(loaded, nothing, dtype, BITS).reshape(OUTPUTS, UNITS * UNIT)
         place = tl.arange(0, UNITS * UNIT)[None, :]
         mask = (row < rows)[:, None] & (first + place < inputs)
         given = tl.load(at + first + place, mask=mask, other=0.0)
@@ -283,7 +284,7 @@ def dequantized(
     output, inside = output[:, None], inside[:, None]
     chunk = start + tl.arange(0, CHUNKS)[None, :]
     loaded = load_words(words, output, chunk, inside & (chunk < num_chunks), num_chunks, BITS)
-    value = to_floats(loaded, tl.float32, BITS).reshape(OUTPUTS, UNITS, UNIT)
+    value = to_floats(loaded, 0, tl.float32, BITS).reshape(OUTPUTS, UNITS, UNIT)
     column = tl.arange(0, UNITS)[None, :] * UNIT + start * CHUNK
     group = column // GROUP if GROUP else column * 0
     inside = inside & (column < inputs)
