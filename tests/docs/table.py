@@ -374,6 +374,7 @@ RULES: dict[str, Rule] = {
     "make gpu-check": NotHere("a GPU"),
     "python -m benchmarks.gpu": NotHere("a GPU"),
     "python -m benchmarks.gpu_training": NotHere("a GPU"),
+    "python -m benchmarks.gpu_packed": NotHere("a GPU"),
     # docs/QUANT.md
     "python -m quant": Run(prints="sensitivity"),
     **{
