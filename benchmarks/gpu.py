@@ -19,6 +19,8 @@ from benchmarks import options as opt
 from benchmarks.gpu_peers import PEERS, MissingError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from benchmarks.kernels.case import Case, Inputs, Paging
 
 CSV = RESULTS / "gpu.csv"
@@ -35,6 +37,7 @@ def gpu(
         float, opt.option("No case begins after this time; those that are left are named.", min=0)
     ] = 3.0,
     variants: Annotated[list[str] | None, opt.option("Which (default: all).")] = None,
+    peers: Annotated[list[str] | None, opt.option("Which of the others (default: all).")] = None,
     seed: opt.Seed = 0,
     device: Annotated[
         Literal["cuda", "cpu"],
@@ -48,8 +51,9 @@ def gpu(
 
     The others are FlashAttention (the package flash_attn, and the one in vLLM's CUDA build), vLLM's
     Triton kernel and torch's FlexAttention, as far as they are installed. All get the same data in
-    bfloat16. Before a case is timed, each output is compared with the float64 reference; what is
-    wrong is not timed, and the exit code is 1. Ratios are our time by theirs, inside a round.
+    bfloat16. Before a case is timed, all outputs are compared with the float64 reference, which is
+    computed on the GPU; what is wrong is not timed, and the exit code is 1. Ratios are our time by
+    theirs, inside a round.
 
     Each case's rows are added to the CSV as soon as it is measured. Run again, the command goes on
     with the cases that the CSV does not have of this GPU, commit and software.
@@ -64,6 +68,9 @@ def gpu(
             "pip install -e '.[cuda,bench,dev]', then make gpu-check GPU_PYTHON=that/python"
         )
     names = [get_variant(name).name for name in variants or variant_names()]
+    others = peers or list(PEERS)
+    if unknown := sorted(set(others) - set(PEERS)):
+        raise UserError(f"--peers {' '.join(unknown)}: there are {', '.join(PEERS)}")
     about = described(device)
     save = results.checked(csv, no_save)
     deadline = time.monotonic() + 60 * minutes
@@ -77,7 +84,7 @@ def gpu(
             left.append(str(case))
         else:
             print(f"{case} ...", file=sys.stderr, flush=True)
-            kept = measure(case, names, device, seed)
+            kept = measure(case, names, others, device, seed)
             if save is not None:
                 results.append_csv(save, about, kept)
             if any("CUDA error" in row["note"] for row in kept):
@@ -110,8 +117,8 @@ def described(device: str) -> dict[str, Any]:
 
 
 def cases(device: str) -> list[Case]:
-    """Return decode of one long, some long and many short contexts, and prefill without and with a
-    context before it."""
+    """Return decode of some long, one very long and many short contexts, prefill of two lengths,
+    and a chunk of a prefill behind a long context."""
     from benchmarks.kernels.case import Case
 
     if device == "cpu":
@@ -122,7 +129,8 @@ def cases(device: str) -> list[Case]:
         Case("prefill", "bf16", 128, 0, 1, 2048, *heads),
         Case("decode", "bf16", 128, 32768, 1, 1, *heads),
         Case("decode", "bf16", 128, 1024, 64, 1, *heads),
-        Case("prefill", "bf16", 128, 8192, 1, 2048, *heads),
+        Case("prefill", "bf16", 128, 0, 1, 8192, *heads),
+        Case("prefill", "bf16", 128, 32768, 1, 512, *heads),
     ]
 
 
@@ -166,12 +174,15 @@ class Stopwatch:
         return float(begin.elapsed_time(end)) * 1e3
 
 
-def measure(case: Case, variants: Sequence[str], device: str, seed: int) -> list[results.Row]:
+def measure(
+    case: Case, variants: Sequence[str], peers: Sequence[str], device: str, seed: int
+) -> list[results.Row]:
     """Return a row for each variant's kernel and each kernel of others."""
     import torch
 
+    from benchmarks import gpu_reference
     from benchmarks.kernels.case import Inputs, Paging
-    from benchmarks.kernels.check import LIMITS, PEER_LIMITS, Expected, complaint, error_of
+    from benchmarks.kernels.check import LIMITS, PEER_LIMITS, complaint
 
     torch.manual_seed(seed)
     watch = Stopwatch(device)
@@ -180,24 +191,23 @@ def measure(case: Case, variants: Sequence[str], device: str, seed: int) -> list
     with torch.device(device):
         inputs = Inputs.make(case)
         paging = Paging(case, 1)
-        fields: dict[str, Any] = {
-            name: x if x is case else x.cpu() for name, x in vars(inputs).items()
-        }
-        host = Inputs(**fields)
+        outputs: dict[str, Tensor] = {}  # by variant: the peers have softmax's
         makers: dict[str, Callable[[], Any]] = {
             name: functools.partial(ours, name, inputs, paging, device) for name in variants
         }
-        makers |= {name: functools.partial(peer, inputs, paging) for name, peer in PEERS.items()}
+        makers |= {name: functools.partial(PEERS[name], inputs, paging) for name in peers}
         for name, make in makers.items():
             row: results.Row = {"case": str(case), "seed": seed, "kernel": name}
             row |= {"status": "ok", "error": None, "note": ""}
             rows.append(row)
             try:
                 candidate = make()
-                with torch.device("cpu"):
-                    learned = {key: x.cpu() for key, x in candidate.learned.items()}
-                    expected = Expected.of(candidate.variant, host, learned)
-                row["error"] = error_of(candidate, inputs, expected)
+                variant = candidate.variant
+                if variant.name not in outputs:
+                    outputs[variant.name] = gpu_reference.expected(
+                        variant, inputs, candidate.learned
+                    )
+                row["error"] = gpu_reference.error_of(candidate, inputs, outputs[variant.name])
                 limits = PEER_LIMITS if name in PEERS else LIMITS
                 if why := complaint(row["error"], limits[case.dtype]):
                     row |= {"status": "failed", "note": why}

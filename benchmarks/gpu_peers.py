@@ -89,6 +89,7 @@ def flash_attention(inputs: Inputs, paging: Paging) -> Peer:
 def vllm_flash_attention(inputs: Inputs, paging: Paging) -> Peer:
     """Return the FlashAttention that vLLM's CUDA build brings with it, paged."""
     call = of_vllm(inputs, "vllm.vllm_flash_attn", "flash_attn_varlen_func")
+    version = flash_attention_version(inputs.case.head_dim)
     keys, values = paged(inputs, paging)
     out = inputs.query.new_zeros(inputs.query.shape)
 
@@ -105,10 +106,21 @@ def vllm_flash_attention(inputs: Inputs, paging: Paging) -> Peer:
             causal=True,
             block_table=paging.tables[0],
             out=out,
+            fa_version=version,
         )
         return out
 
     return softmax(run)
+
+
+def flash_attention_version(head_dim: int) -> int:
+    """Return the version of FlashAttention with which vLLM serves on this GPU: 3 on Hopper. The
+    function's own default is 2, whatever the GPU."""
+    choose = imported("vllm.v1.attention.backends.fa_utils", "get_flash_attn_version")
+    version: int | None = choose(head_size=head_dim)
+    if version is None:
+        raise MissingError("vLLM has no FlashAttention for this device")
+    return version
 
 
 def call_unified(
