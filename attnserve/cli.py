@@ -13,6 +13,7 @@ from attnserve.budgets.command import budgets
 from attnserve.evaluation.books import books
 from attnserve.evaluation.evaluate import evaluate
 from attnserve.look.command import look
+from attnserve.tune.command import tune
 from quant.convert import convert
 from quant.quantize import quantize
 from quant.sweep import sweep
@@ -44,6 +45,7 @@ command.add(app, "serve", serve, others=True)
 command.add(app, "gateway", gateway)
 app.add_typer(keys, name="keys")
 command.add(app, "doctor", doctor)
+command.add(app, "tune", tune)
 command.add(app, "quantize", quantize)
 command.add(app, "convert", convert)
 command.add(app, "sweep", sweep)

@@ -37,7 +37,7 @@ def test_help_lists_every_command_with_one_line() -> None:
     assert done.returncode == 0
     listed = done.stdout.partition("Commands:\n")[2].splitlines()
     names = [line.split()[0] for line in listed]
-    commands = "serve gateway doctor quantize convert sweep budgets evaluate look books keys"
+    commands = "serve gateway doctor tune quantize convert sweep budgets evaluate look books keys"
     assert names == commands.split()
     assert all(line.rstrip().endswith(".") and len(line.split()) > 2 for line in listed)
 

@@ -1,0 +1,1 @@
+"""Finding the fastest tiles of a GPU's kernels: the command `attnserve tune`."""

@@ -1,0 +1,58 @@
+"""Which tiles of a kernel are tried."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import torch
+import triton
+
+from attn_kernels.triton.tuned import Kind
+from attn_kernels.triton.tuning import DECODE, Tile, tile_for
+
+ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4, 5)
+
+
+def usual_tile(kind: Kind, arch: str) -> Tile:
+    """Return the tile of a kernel that nobody has tuned."""
+    size = getattr(torch, kind.dtype).itemsize
+    return tile_for(kind.phase, arch, kind.head_size, size, kind.group)
+
+
+def candidates(kind: Kind, arch: str, *, few: bool = False) -> list[Tile]:
+    """Return the tiles that are tried for a kernel: the usual one, then from its neighbours on to
+    others.
+
+    Decode has a fixed number of rows, a token's, and more would be empty. What cannot fit into
+    registers is left out.
+
+    Args:
+        kind: the kernel.
+        arch: "sm_90", "gfx942".
+        few: only tiles up to 32 by 32, with 4 warps and one stage, beside the usual one.
+    """
+    usual = usual_tile(kind, arch)
+    every: Iterable[Tile] = itertools.starmap(Tile, itertools.product(ROWS, KEYS, WARPS, STAGES))
+    if few:
+        every = itertools.starmap(Tile, itertools.product((16, 32), (16, 32), (4,), (1,)))
+    if kind.phase == DECODE:
+        every = (tile for tile in every if tile.rows == usual.rows)
+    fit = [tile for tile in every if tile.rows >= kind.group and fits(tile, kind.head_size, arch)]
+    return list(dict.fromkeys([usual, *sorted(fit, key=lambda tile: distance(tile, usual))]))
+
+
+def fits(tile: Tile, head_size: int, arch: str) -> bool:
+    """Return whether a thread's registers hold its share of outputs and scores, in float32."""
+    lanes, registers = (64, 512) if arch.startswith("gfx") else (32, 255)
+    numbers = tile.rows * (triton.next_power_of_2(head_size) + tile.keys)
+    return numbers < registers * lanes * tile.num_warps
+
+
+def distance(tile: Tile, other: Tile) -> float:
+    """Return how far two tiles are apart: 1 where a size is double, half of it a stage."""
+    sizes = ((getattr(x, name) for x in (tile, other)) for name in ("rows", "keys", "num_warps"))
+    return (
+        sum(abs(math.log2(a / b)) for a, b in sizes) + abs(tile.num_stages - other.num_stages) / 2
+    )
