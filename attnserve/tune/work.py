@@ -57,6 +57,7 @@ class Work:
         cold_bytes: the caches have at least so many together, so that none is found in the
             device's caches when its turn comes.
         launched: something is launched; else keys, values and caches take no memory.
+        arch: of the device that kernels are compiled for, "sm_90"; the device's own if None.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Work:
         device: str,
         cold_bytes: int = 0,
         launched: bool = True,
+        arch: str | None = None,
     ) -> None:
-        self.kind, self.load, self.num_kv_heads = kind, load, num_kv_heads
+        self.kind, self.load, self.launched, self.arch = kind, load, launched, arch
         self.variant, self.dtype = get_variant(kind.variant), getattr(torch, kind.dtype)
         num_heads, block_size = num_kv_heads * kind.group, kind.block_size
         blocks = -(-load.seq_len // block_size)
@@ -108,8 +110,9 @@ class Work:
             num_heads=self.query.shape[1],
             scale=self.scale,
             learned=self.learned,
+            arch=self.arch,
         )
-        if not self.kv.is_cuda:
+        if self.launched and not self.kv.is_cuda:
             layer.num_multiprocessors = 2  # a GPU's would make 32 parts, one after the other here
         return layer
 

@@ -1,0 +1,69 @@
+"""Tables of tiles compile within limits: those of the package, and a check that it would be seen if
+they did not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attn_kernels.triton import tuned
+from attn_kernels.triton.tuning import DECODE, PREFILL, Tile
+
+pytestmark = pytest.mark.integration
+
+
+def compiled(*tables: Path) -> tuple[int, dict[str, Any]]:
+    """Return the command's exit code and what it prints."""
+    command = [sys.executable, "-m", "benchmarks.triton_compile.tables", "--json"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which it must not heed
+    done = subprocess.run(
+        [*command, *map(str, tables)], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout, done.stderr[-3000:]
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("table", sorted(tuned.PACKAGED.glob("*.json")), ids=lambda path: path.name)
+def test_tables_of_the_package(table: Path) -> None:
+    code, found = compiled(table)
+    wrong = [row for row in found["rows"] if row["error"] or row["violation"]]
+    assert (code, wrong) == (0, [])
+    kinds = {str(kind) for kind in tuned.read(table)[1]}
+    assert {row["kind"] for row in found["rows"]} == kinds
+
+
+def test_bad_entries_are_seen(tmp_path: Path) -> None:
+    """One that spills and one of an unknown variant, beside a good one in each phase."""
+    good = tuned.Kind(PREFILL, "softpick", "bfloat16", "bfloat16", 64, 4, 16)
+    tiles = {
+        good: Tile(32, 32, 4, 2),
+        good._replace(phase=DECODE): Tile(16, 32, 4, 2),
+        good._replace(head_size=128): Tile(128, 128, 4, 1),
+        good._replace(variant="hardpick"): Tile(32, 32, 4, 2),
+    }
+    table = tmp_path / "sm_80.json"
+    table.write_text(tuned.text_of("sm_80", tiles))
+    code, found = compiled(table)
+    assert code == 1 and found["wrong"] >= 2
+    said: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        said.setdefault(row["kind"], []).append(row["error"] or row["violation"])
+    wanted = ("", "", "spills", "hardpick")
+    for kind, part in zip(tiles, wanted, strict=True):
+        assert all(part in line if part else not line for line in said[str(kind)]), said[str(kind)]
+
+
+def test_an_unknown_architecture_is_one_line(tmp_path: Path) -> None:
+    table = tmp_path / "sm_70.json"
+    table.write_text(tuned.text_of("sm_70", {}))
+    command = [sys.executable, "-m", "benchmarks.triton_compile.tables", str(table)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert f"{table}: arch: 'sm_70' is none of sm_80" in line
