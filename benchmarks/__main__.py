@@ -61,7 +61,7 @@ def benchmarks(
       gateway   benchmarks.gateway, 3 rounds
 
     Others, each alone: benchmarks.packed_products, benchmarks.smollm2, benchmarks.triton_compile,
-    benchmarks.gpu.
+    benchmarks.gpu, benchmarks.gpu_serving, benchmarks.gpu_check.
     """
     from attnserve import machine
     from benchmarks import results
