@@ -16,7 +16,8 @@
 #   make bench        the standard benchmarks on the bundled checkpoints, in under 40 minutes on 2 cores
 #                     (ARGS="--only serve memory": some of kernels, memory, serve, pruning, gateway)
 #   make bench-kernels    time the CPU kernels (ARGS=--quick: under a minute)
-#   make gpu-check    the first hour on a GPU, in 10 minutes: its tests, then times; needs GPU_PYTHON=
+#   make gpu-check    what a GPU must show, in 15 minutes: tests, tuning, times, serving; needs GPU_PYTHON=
+#                     (ARGS=--dry: tiny, without a GPU; --only correctness tune: some of it)
 #   make compile-kernels  compile the GPU kernels for GPUs that are not here (ARGS=--quick: a minute)
 #   make doctor       what is wrong with this environment, and what to do; before an install, too
 #   make images-check check docker/ and deploy/ with hadolint, docker compose, kubernetes-validate
@@ -138,13 +139,9 @@ bench-kernels: $(READY)
 compile-kernels: $(READY)
 	$(BIN)/python -m benchmarks.triton_compile $(ARGS)
 
-# Not in .venv, whose torch is for CPUs. The hundreds of tests of attention come last: the time may not suffice
-# for all of them, and the first ones have seen something of everything.
+# Not in .venv, whose torch is for CPUs.
 gpu-check:
-	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n auto --dist loadgroup --session-timeout 400 \
-	  --junitxml .run/gpu-tests.xml $(addprefix tests/gpu/,test_served.py test_graph.py test_packed.py \
-	  test_attention.py) $(ARGS); tested=$$?; \
-	timeout 240 $(GPU_PYTHON) -m benchmarks.gpu && exit $$tested
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # Also where nothing is installed yet, or not wholly: then with any Python, and for what it can tell.
 doctor:

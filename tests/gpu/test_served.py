@@ -97,15 +97,17 @@ class ServedCase:
         if self.graphs:
             mode = {"mode": 0} if self.graphs == "FULL" else {}
             compilation = json.dumps({**mode, "cudagraph_mode": self.graphs})
-            found += ["--no-enforce-eager", "--gpu-memory-utilization=0.3"]
+            found += ["--no-enforce-eager", "--gpu-memory-utilization=0.1"]
             found += [f"--compilation-config={compilation}"]
         return found
 
 
 BUDGETS = {"name": "selective", "kv_budgets": [8, 8, 12, 16]}
 GPU_CASES = [
-    ServedCase("softpick", checkpoint("softpick"), "float32", "FULL"),
-    ServedCase("selective", checkpoint("selective"), "float32", "FULL"),
+    *(
+        ServedCase(name, checkpoint(name), "float32", "FULL")
+        for name in ("softpick", "selective", "lssar", "lssa", "ssmax", "softmax")
+    ),
     ServedCase("selective within budgets", checkpoint("selective"), "float32", "FULL", BUDGETS),
     ServedCase("softpick in 3 bits", three_bits, "float32", "FULL"),
     ServedCase("softpick", checkpoint("softpick"), "float32", "FULL_AND_PIECEWISE"),
@@ -140,8 +142,8 @@ def compare(
             ServedCase("softpick in 3 bits", three_bits, "float32", None), marks=pytest.mark.slow
         ),
         *(
-            pytest.param(case, marks=[pytest.mark.gpu, pytest.mark.xdist_group("served")])
-            for case in GPU_CASES
+            pytest.param(case, marks=[pytest.mark.gpu, pytest.mark.xdist_group(f"served {n % 5}")])
+            for n, case in enumerate(GPU_CASES)
         ),
     ],
     ids=str,
