@@ -230,6 +230,8 @@ from attn_kernels.triton.tuning import Tile
 from attnserve.tune.compiling import Place, Task, compile_only, compiled
 
 compiler = DryCompiler(Path(sys.argv[1]))
+# Triton 3.6 cannot write down for a hook which functions it compiles with.
+triton.knobs.runtime.jit_post_compile_hook = None
 utils = triton.runtime.driver.active.utils
 # As a driver counts spills: by 4 bytes.
 utils.load_binary = lambda name, binary, *_: (1, 1, *counted(binary), 1024)
