@@ -9,16 +9,27 @@ from collections.abc import Iterable
 import torch
 import triton
 
-from attn_kernels.triton.tuned import Kind
-from attn_kernels.triton.tuning import DECODE, Tile, tile_for
+from attn_kernels import get_variant
+from attn_kernels.triton.tuned import SHORT_PREFILL, Kind
+from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, kind_of_variant, tile_for
+from attn_kernels.triton.variant import functions
 
 ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4, 5)
 
 
 def usual_tile(kind: Kind, arch: str) -> Tile:
     """Return the tile of a kernel that nobody has tuned."""
+    variant = get_variant(kind.variant)
     size = getattr(torch, kind.dtype).itemsize
-    return tile_for(kind.phase, arch, kind.head_size, size, kind.group)
+    return tile_for(
+        DECODE if kind.phase == DECODE else PREFILL,
+        arch,
+        kind.head_size,
+        size,
+        kind.group,
+        kind=kind_of_variant(variant, functions(variant)["VARIANT"].unit_keys),
+        many=kind.phase != SHORT_PREFILL,
+    )
 
 
 def candidates(kind: Kind, arch: str, *, few: bool = False) -> list[Tile]:

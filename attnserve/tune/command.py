@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from attn_kernels.triton.tuned import Kind
     from attnserve.files import Journal
 
-Phase = StrEnum("Phase", ["DECODE", "PREFILL"])
+Phase = StrEnum(
+    "Phase", {"DECODE": "decode", "PREFILL": "prefill", "SHORT_PREFILL": "short-prefill"}
+)
 Dtype = StrEnum("Dtype", ["FLOAT32", "BFLOAT16", "FLOAT16"])
 Device = StrEnum("Device", ["CUDA", "CPU"])
 
@@ -43,7 +45,12 @@ def tune(
     groups: Annotated[
         list[int] | None, Option(min=1, help="Query heads of a KV head. Default: 4.")
     ] = None,
-    phases: Annotated[list[Phase] | None, Option(help="Default: both.")] = None,
+    phases: Annotated[
+        list[Phase] | None,
+        Option(
+            help="short-prefill: of too few queries to fill the GPU with large tiles. Default: all."
+        ),
+    ] = None,
     block_sizes: Annotated[
         list[int] | None, Option(min=1, help="Tokens of a block of the cache. Default: 16.")
     ] = None,

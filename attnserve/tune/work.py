@@ -14,7 +14,7 @@ from attn_kernels import get_variant, reference
 from attn_kernels.batch import Batch
 from attn_kernels.paged import content_bytes
 from attn_kernels.triton import TritonLayer
-from attn_kernels.triton.tuned import Kind, trying
+from attn_kernels.triton.tuned import SHORT_PREFILL, Kind, trying
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile
 
 
@@ -29,17 +29,19 @@ class Load(NamedTuple):
 
 LOADS = {
     DECODE: (Load(8, 1, 8192), Load(64, 1, 1024), Load(1, 1, 32768)),
-    PREFILL: (Load(1, 2048, 2048), Load(1, 512, 8704)),
+    PREFILL: (Load(1, 2048, 2048), Load(1, 2048, 10240)),
+    SHORT_PREFILL: (Load(1, 512, 8704), Load(1, 256, 256)),
 }
 """What is timed: all candidates with the first, the best with all of them."""
 
 TINY_LOADS = {
     DECODE: (Load(3, 1, 37), Load(1, 1, 50)),
     PREFILL: (Load(1, 21, 30), Load(2, 9, 9)),
+    SHORT_PREFILL: (Load(1, 11, 30), Load(2, 5, 5)),
 }
 """The same in the interpreter."""
 
-CHECKED = {DECODE: Load(3, 1, 77), PREFILL: Load(2, 45, 77)}
+CHECKED = {DECODE: Load(3, 1, 77), PREFILL: Load(2, 45, 77), SHORT_PREFILL: Load(1, 19, 64)}
 """What is compared with the float64 reference."""
 
 LIMITS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}

@@ -126,7 +126,10 @@ def with_entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (with_entry(num_warps=0), "tiles[1].num_warps: 0 is no power of two from 1 on"),
         (with_entry(num_stages=0), "tiles[1].num_stages: 0 is less than 1"),
         (with_entry(group=128), "tiles[1].rows: 64 is less than the group of 128 heads"),
-        (with_entry(phase="prefil"), "tiles[1].phase: 'prefil' is none of decode, prefill"),
+        (
+            with_entry(phase="prefil"),
+            "tiles[1].phase: 'prefil' is none of decode, prefill, short-prefill",
+        ),
         (with_entry(dtype=16), "tiles[1].dtype: 16 is not a string"),
         (with_entry(stages=2), "tiles[1].stages: unknown; known are phase, variant, dtype"),
     ],
@@ -153,7 +156,9 @@ def test_no_json_is_one_line(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("name", ["softpick", "softmax"])
 def test_a_layer_takes_its_tile(name: str, folders: tuple[Path, Path]) -> None:
     """Of its own kernel; the answer is the same."""
-    kind = tuned.kind_of(PREFILL, name, torch.float32, torch.float32, 32, 2, 16)
+    f32 = torch.float32
+    kind = tuned.kind_of(PREFILL, name, f32, f32, 32, 2, 16, many=False)
+    assert kind.phase == tuned.SHORT_PREFILL
     path = folders[0] / f"{device_figures(CPU)[0]}.json"
     for tile in (Tile(16, 16), Tile(64, 128)):
         path.write_text(tuned.text_of("sm_90", {kind: tile}))
@@ -171,4 +176,4 @@ def test_a_layer_asks_with_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuned.Kind] = []
     monkeypatch.setattr(tuned, "tuned_tile", lambda kind, arch, device: asked.append(kind))
     single("lssa", torch.int8, key_scale=torch.ones(1), value_scale=torch.ones(1))
-    assert asked == [tuned.Kind(PREFILL, "lssa", "float32", "int8", 32, 2, 16)]
+    assert asked == [tuned.Kind(tuned.SHORT_PREFILL, "lssa", "float32", "int8", 32, 2, 16)]

@@ -29,11 +29,17 @@ VARIABLE = "ATTNSERVE_TRITON_CONFIGS"
 """Environment variable that names the user's folder of tables."""
 
 
+SHORT_PREFILL = "short-prefill"
+"""A prefill of too few queries to fill the device with large tiles (`TritonLayer.tile`)."""
+
+PHASES = (DECODE, PREFILL, SHORT_PREFILL)
+
+
 class Kind(NamedTuple):
     """What the speed of a tile depends on, beside the device and the numbers of tokens."""
 
     phase: str
-    """tuning.DECODE or tuning.PREFILL."""
+    """One of PHASES."""
     variant: str
     dtype: str
     """Of queries: "bfloat16"."""
@@ -53,6 +59,7 @@ class Kind(NamedTuple):
 Tiles = dict[Kind, Tile]
 
 
+@functools.cache
 def kind_of(
     phase: str,
     variant: str,
@@ -62,8 +69,22 @@ def kind_of(
     group: int,
     block_size: int,
     kv_bits: int = 0,
+    many: bool = True,
 ) -> Kind:
-    """Return what a layer's tile is looked up by; `kv_bits` are those of codes, else 0."""
+    """Return what a layer's tile is looked up by.
+
+    Args:
+        phase: tuning.DECODE or tuning.PREFILL.
+        variant: its name.
+        dtype: of queries.
+        cache_dtype: of the cache's elements.
+        head_size: of a head.
+        group: query heads of a KV head.
+        block_size: tokens of a block.
+        kv_bits: of keys and values in codes, else 0.
+        many: there are queries enough to fill the device with large tiles.
+    """
+    phase = SHORT_PREFILL if phase == PREFILL and not many else phase
     cache = f"{kv_bits} bits" if kv_bits else str(cache_dtype).removeprefix("torch.")
     own = str(dtype).removeprefix("torch.")
     return Kind(phase, variant, own, cache, head_size, group, block_size)
@@ -194,8 +215,8 @@ def _entry(row: Any) -> tuple[Kind, Tile]:
             wanted = "a string" if name in TEXTS else "a whole number"
             raise ValueError(f".{name}: {value!r} is not {wanted}")
     kind = Kind(*(row[name] for name in Kind._fields))
-    if kind.phase not in (phases := (DECODE, PREFILL)):
-        raise ValueError(f".phase: {kind.phase!r} is none of {', '.join(phases)}")
+    if kind.phase not in PHASES:
+        raise ValueError(f".phase: {kind.phase!r} is none of {', '.join(PHASES)}")
     tile = Tile(**{name: row[name] for name in row if name not in Kind._fields})
     for name, least in (("rows", 16), ("keys", 16), ("num_warps", 1)):
         value = getattr(tile, name)
