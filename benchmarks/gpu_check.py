@@ -39,6 +39,9 @@ TESTS = [f"tests/gpu/test_{name}.py" for name in ("graph", "packed", "attention"
 """Those of attention come late: there are hundreds, and the first of each file have seen something
 of everything."""
 
+VARIANTS = ("softpick", "softmax", "lssa", "lssar", "selective")
+"""The others' kernels are much like these: ssmax's like softmax's."""
+
 PEERS = ("vLLM FlashAttention", "vLLM Triton")
 """Those that need no compiling: FlexAttention takes as long as all the others."""
 
@@ -51,18 +54,20 @@ class Run:
         out: folder of the results.
         dry: tiny, on the CPU.
         jobs: processes of tests and of compilers.
-        variants: which are tuned and timed; none: all.
+        variants: which are tuned and timed.
+        candidates: a list of what `attnserve tune` tries, if there is one.
     """
 
     out: Path
     dry: bool
     jobs: int
     variants: tuple[str, ...]
+    candidates: Path | None = None
 
     def command(self, stage: Stage, seconds: float) -> list[str]:
         """Return what a stage runs, which ends by itself before `seconds` have passed."""
         device = ["--device=cpu"] if self.dry else []
-        variants = ["--variants", *self.variants] if self.variants else []
+        variants = ["--variants", *self.variants]
         within = f"--minutes={max(seconds - 20, 1) / 60:.3f}"
         match stage:
             case Stage.CORRECTNESS:
@@ -72,6 +77,7 @@ class Run:
             case Stage.TUNE:
                 dry = ["--variants", "softpick", "--phases", "decode"] if self.dry else variants
                 module = ["-m", "attnserve.tune.command", *device, *dry]
+                module += [f"--candidates={self.candidates}"] if self.candidates else []
                 return [*module, f"--out={self.out / 'tiles'}", f"--jobs={self.jobs}", within]
             case Stage.TIMES:
                 dry = ["--variants", "softpick"] if self.dry else [*variants, "--peers", *PEERS]
@@ -108,7 +114,12 @@ def gpu_check(
         opt.option("Longest time of stages, like tune=420.", metavar="STAGE=SECONDS"),
     ] = None,
     variants: Annotated[
-        list[str] | None, opt.option("Which are tuned and timed (default: all).")
+        list[str] | None,
+        opt.option(f"Which are tuned and timed. Default: {' '.join(VARIANTS)}."),
+    ] = None,
+    candidates: Annotated[
+        Path | None,
+        opt.folder("What attnserve tune tries: a list by benchmarks.triton_compile.candidates."),
     ] = None,
     jobs: Annotated[int, opt.count("Processes of tests and of compilers.")] = opt.CORES,
     dry: Annotated[
@@ -137,7 +148,8 @@ def gpu_check(
     out = out.absolute()
     check_writable(out / "summary.json")
     out.mkdir(parents=True, exist_ok=True)
-    setup = Run(out, dry, jobs, tuple(variants or ()))
+    listed = candidates.absolute() if candidates else None
+    setup = Run(out, dry, jobs, tuple(variants or VARIANTS), listed)
     stages = [stage for stage in Stage if stage in (only or Stage)]
     rows: list[results.Row] = []
     for stage in stages:

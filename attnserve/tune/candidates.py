@@ -3,18 +3,64 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 import triton
 
-from attn_kernels import get_variant
-from attn_kernels.triton.tuned import SHORT_PREFILL, Kind
+from attn_kernels import get_variant, variant_names
+from attn_kernels.triton.tuned import PHASES, SHORT_PREFILL, Kind
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, kind_of_variant, tile_for
-from attn_kernels.triton.variant import functions
+from attn_kernels.triton.variant import functions, has_kernel
+from attnserve.errors import UserError
 
 ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4, 5)
+
+
+def kinds_of(
+    *,
+    phases: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    head_sizes: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
+    block_sizes: Sequence[int] | None = None,
+) -> list[Kind]:
+    """Return the kernels that are tuned: of every combination, where None stands for all phases,
+    all variants that have a kernel, bfloat16, heads of 128 in groups of 4, and blocks of 16."""
+    names = [get_variant(name).name for name in variants or variant_names()]
+    return [
+        Kind(phase, name, dtype, dtype, size, group, block_size)
+        for dtype, size, group, block_size, phase, name in itertools.product(
+            dtypes or ["bfloat16"],
+            head_sizes or [128],
+            groups or [4],
+            block_sizes or [16],
+            phases or PHASES,
+            [name for name in names if has_kernel(get_variant(name))],
+        )
+    ]
+
+
+def listed(path: Path, arch: str) -> dict[str, list[Tile]]:
+    """Return the candidates of kernels, by their names, from a file that
+    `benchmarks.triton_compile.candidates` wrote: a JSON line about all, then one a kernel.
+
+    Raises:
+        UserError: it is none, or for another architecture.
+    """
+    try:
+        about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        found = {kind: [Tile(**tile) for tile in tiles] for kind, tiles in rows}
+        of = about["arch"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} lists no candidates: {error}") from None
+    if of != arch:
+        raise UserError(f"{path} lists candidates for {of}, and here is {arch}")
+    return found
 
 
 def usual_tile(kind: Kind, arch: str) -> Tile:

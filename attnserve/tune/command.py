@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from enum import StrEnum
-from itertools import product, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from attnserve.errors import UserError
 
 if TYPE_CHECKING:
     from attn_kernels.triton.tuned import Kind
+    from attn_kernels.triton.tuning import Tile
     from attnserve.files import Journal
 
 Phase = StrEnum(
@@ -32,7 +33,7 @@ Device = StrEnum("Device", ["CUDA", "CPU"])
 COMPILING = 0.45
 """Share of the time in which candidates are compiled, at most."""
 
-DRY = {"variants": ["softpick", "selective"], "dtypes": ["float32"], "head_sizes": [16]}
+DRY_VARIANTS = ["softpick", "selective"]
 """What is tuned on a CPU if nothing is said."""
 
 
@@ -72,8 +73,17 @@ def tune(
     device: Annotated[
         Device, Option(help="cpu: a dry run of tiny cases in Triton's interpreter.")
     ] = Device.CUDA,
+    candidates: Annotated[
+        Path | None,
+        Option(
+            parser=expanded,
+            metavar="FILE",
+            help="Only these tiles, which benchmarks.triton_compile.candidates has compiled for "
+            "the same architecture.",
+        ),
+    ] = None,
     as_json: AsJson = False,
-) -> None:
+) -> int:
     """Find the fastest tiles of the attention kernels on this GPU.
 
       attnserve tune --variants softpick --head-sizes 64 128
@@ -82,6 +92,7 @@ def tune(
     shared memory than there is are dropped, and the others are timed in CUDA graphs whose caches do
     not fit the GPU's; the slower half drops out again and again. A tile is taken if its outputs are
     those of the usual tile and of the float64 reference, and if it is faster than the usual one.
+    Where the usual tile fails or is wrong, the exit code is 1.
 
     The table, named after the GPU and Triton's version, is written whenever a kernel is done, and
     found by every server that starts from then on. Run again, the command goes on with the kernels
@@ -99,31 +110,19 @@ def tune(
         raise UserError(
             f"torch {torch.__version__} finds no GPU to tune for; --device cpu is a dry run"
         )
-    from attn_kernels import get_variant, variant_names
     from attn_kernels.triton import tuned
     from attn_kernels.triton.layer import device_figures
-    from attn_kernels.triton.variant import has_kernel
     from attnserve.files import Journal, check_writable
+    from attnserve.tune.candidates import kinds_of, listed
 
-    chosen: dict[str, Any] = {
-        "phases": [phase.value for phase in phases or Phase],
-        "variants": [get_variant(name).name for name in variants or ()],
-        "dtypes": [dtype.value for dtype in dtypes or ()],
-        "head_sizes": head_sizes,
-    }
-    usual = {"variants": variant_names(), "dtypes": ["bfloat16"], "head_sizes": [128]}
-    chosen = {name: value or (DRY if dry else usual)[name] for name, value in chosen.items()}
-    kinds = [
-        tuned.Kind(phase, name, dtype, dtype, *sizes)
-        for dtype, *sizes, phase, name in product(
-            chosen["dtypes"],
-            chosen["head_sizes"],
-            groups or [2 if dry else 4],
-            block_sizes or [16],
-            chosen["phases"],
-            [name for name in chosen["variants"] if has_kernel(get_variant(name))],
-        )
-    ]
+    kinds = kinds_of(
+        phases=[phase.value for phase in phases or Phase],
+        variants=variants or (DRY_VARIANTS if dry else None),
+        dtypes=[dtype.value for dtype in dtypes or ()] or (["float32"] if dry else None),
+        head_sizes=head_sizes or ([16] if dry else None),
+        groups=groups or ([2] if dry else None),
+        block_sizes=block_sizes,
+    )
     arch, _ = device_figures(torch.device(device.value, 0) if not dry else torch.device("cpu"))
     name = machine.cpu_model() if dry else torch.cuda.get_device_name()
     folder = out or tuned.user_folder()
@@ -131,8 +130,12 @@ def tune(
     check_writable(table)
     about = {"device": name, "arch": arch, "triton": triton.__version__}
     about |= {"torch": torch.__version__, "commit": machine.commit()}
+    given = listed(candidates, arch) if candidates else {}
     journal = Journal(table.with_suffix(".jsonl"), about, force)
-    run(kinds, journal, table, about, kv_heads=2 if dry else kv_heads, minutes=minutes, jobs=jobs)
+    failed = run(
+        kinds, given, journal, table, about,
+        kv_heads=2 if dry else kv_heads, minutes=minutes, jobs=jobs, dry=dry,
+    )  # fmt: skip
     results = {
         str(kind): journal.values[str(kind)] for kind in kinds if str(kind) in journal.values
     }
@@ -142,10 +145,12 @@ def tune(
         for text, result in results.items():
             print(f"{text}: {result['ratio']:.2f} of the usual tile's time: {result['tile']}")
         print(f"{table}: {len(results)} of {len(kinds)} kernels")
+    return 1 if failed else 0
 
 
 def run(
     kinds: list[Kind],
+    given: dict[str, list[Tile]],
     journal: Journal,
     table: Path,
     about: dict[str, Any],
@@ -153,29 +158,35 @@ def run(
     kv_heads: int,
     minutes: float,
     jobs: int,
-) -> None:
-    """Tune the kernels that the journal does not have, and write the table after each."""
+    dry: bool,
+) -> list[Kind]:
+    """Tune the kernels that the journal does not have, and write the table after each; return those
+    whose usual tile fails. `given` are the candidates of some kernels by name."""
     import torch
 
-    from attnserve.tune.candidates import candidates
+    from attnserve.tune.candidates import candidates, usual_tile
     from attnserve.tune.compiling import Compilers, Place, Task
-    from attnserve.tune.search import Bench, search
+    from attnserve.tune.search import Bench, UsualTileError, search
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tiny = device == "cpu"
+    device = "cpu" if dry else "cuda"
     began = time.monotonic()
     deadline = began + 60 * minutes
     todo = [kind for kind in kinds if str(kind) not in journal.values]
-    tiles = {kind: candidates(kind, about["arch"], few=tiny) for kind in todo}
+    tiles, failed = {}, []
+    for kind in todo:
+        every = candidates(kind, about["arch"], few=dry)
+        if str(kind) in given:
+            every = list(dict.fromkeys([usual_tile(kind, about["arch"]), *given[str(kind)]]))
+        tiles[kind] = every
     # A candidate of each kernel in turn, from the most promising on.
     tasks = [
         Task(kind, tile, 0)
         for of_all in zip_longest(*([(kind, tile) for tile in tiles[kind]] for kind in todo))
         for kind, tile in filter(None, of_all)
     ]
-    cold = 0 if tiny else 3 * torch.cuda.get_device_properties(0).L2_cache_size
-    bench = Bench(device, kv_heads, cold, tiny)
-    with Compilers(Place(device, kv_heads, tiny), jobs) as compilers:
+    cold = 0 if dry else 3 * torch.cuda.get_device_properties(0).L2_cache_size
+    bench = Bench(device, kv_heads, cold, dry)
+    with Compilers(Place(device, kv_heads, dry), jobs) as compilers:
         faults = compilers.compile(tasks, began + 60 * minutes * COMPILING)
         dropped = sum(map(bool, faults.values()))
         print(
@@ -193,9 +204,15 @@ def run(
             share = now + (deadline - now) / (len(todo) - index)
             print(f"{kind}: {len(good)} tiles ...", file=sys.stderr, flush=True)
             find = functools.partial(search, kind, good, bench, compilers, journal, share)
-            result = journal.get(str(kind), find)
+            try:
+                result = journal.get(str(kind), find)
+            except UsualTileError as error:
+                print(f"  {error}", file=sys.stderr)
+                failed.append(kind)
+                continue
             print(f"  {result['ratio']} of the usual tile's time", file=sys.stderr)
             write_table(table, kinds, journal, about)
+    return failed
 
 
 def write_table(table: Path, kinds: list[Kind], journal: Journal, about: dict[str, Any]) -> None:

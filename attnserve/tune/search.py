@@ -32,6 +32,10 @@ Clock = Callable[[], float]
 """Runs once, and says how many seconds a call took."""
 
 
+class UsualTileError(Exception):
+    """A kernel's usual tile fails or is wrong: there is nothing to compare with."""
+
+
 class Bench(NamedTuple):
     """Where candidates run."""
 
@@ -118,7 +122,8 @@ def search(
         times by the usual tile's; `timed`, how many candidates were.
 
     Raises:
-        UserError: the usual tile fails, or the device does not answer any more.
+        UsualTileError: the usual tile fails or is wrong.
+        UserError: the device does not answer any more.
     """
     candidates = Tiles(kind, journal)
     works = bench.works(kind)
@@ -137,7 +142,7 @@ def search(
     )
     times = _final(finalists, works, candidates)
     if usual not in times:
-        raise UserError(f"{kind}: the usual tile, {label(usual)}, fails: see what is above")
+        raise UsualTileError(f"{kind}: the usual tile, {label(usual)}, fails")
     ratios = {
         tile: math.prod(a / b for a, b in zip(seconds, times[usual], strict=True))
         ** (1 / len(works))
@@ -149,7 +154,7 @@ def search(
         if why := wrong(tile, usual, works, bench.checked(kind)):
             candidates.drop(tile, why)
             if tile == usual:
-                raise UserError(f"{kind}: the usual tile, {label(usual)}, is wrong: {why}")
+                raise UsualTileError(f"{kind}: the usual tile, {label(usual)}: {why}")
             continue
         break
     micro = {t: [float(f"{1e6 * s:.6g}") for s in times[t]] for t in (tile, usual)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,16 @@ from attn_kernels.triton.tuning import DECODE, PREFILL, Tile
 from attnserve.errors import UserError
 from attnserve.files import Journal
 from attnserve.tune import search
-from attnserve.tune.candidates import KEYS, ROWS, STAGES, WARPS, candidates, fits, usual_tile
+from attnserve.tune.candidates import (
+    KEYS,
+    ROWS,
+    STAGES,
+    WARPS,
+    candidates,
+    fits,
+    listed,
+    usual_tile,
+)
 from attnserve.tune.command import tune
 from attnserve.tune.compiling import Compilers, Place, Task
 from attnserve.tune.work import CHECKED, LOADS, TINY_LOADS, Load, Work, error_of
@@ -76,6 +86,20 @@ def test_what_was_measured_elsewhere_is_refused(tmp_path: Path, commands: Comman
     journal.write_text(journal.read_text().replace('"arch": "sm_90"', '"arch": "sm_80"'))
     assert "has values that differ in arch: --force" in commands.refused(tune, *arguments)
     commands.run(tune, *arguments, "--force")
+
+
+def test_only_listed_candidates(tmp_path: Path, commands: Commands) -> None:
+    """A list of another architecture, or none, is one line."""
+    path = tmp_path / "list"
+    arguments = ["--device=cpu", "--minutes=0", f"--out={tmp_path}", f"--candidates={path}"]
+    assert f"{path} lists no candidates: " in commands.refused(tune, *arguments)
+    tiles = [Tile(64, 32), Tile(16, 16)]
+    rows = [{"arch": "sm_90"}, ["decode softpick", [dataclasses.asdict(tile) for tile in tiles]]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert listed(path, "sm_90") == {"decode softpick": tiles}
+    commands.run(tune, *arguments)
+    path.write_text(path.read_text().replace("sm_90", "sm_80"))
+    assert "lists candidates for sm_80, and here is sm_90" in commands.refused(tune, *arguments)
 
 
 @pytest.mark.parametrize("phase", tuned.PHASES)
@@ -153,6 +177,15 @@ def test_tiles_that_fail_or_are_wrong_are_dropped(
     seconds[right] = 2.98
     found, _ = searched(tmp_path, [usual, right])
     assert Tile(**found["tile"]) == usual and found["ratio"] == 1.0
+
+
+def test_a_wrong_usual_tile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = Work.attend
+    monkeypatch.setattr(Work, "attend", lambda *given: attend(*given).mul_(1.001))
+    with pytest.raises(search.UsualTileError, match=r"off by 1\.0e-03 from the reference"):
+        searched(tmp_path, [Tile(32, 16)])
+    with pytest.raises(search.UsualTileError, match=r"rows 48, .* fails"):
+        searched(tmp_path, [Tile(48, 16)])
 
 
 def test_a_spoiled_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

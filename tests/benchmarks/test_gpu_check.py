@@ -74,7 +74,7 @@ def test_fifteen_minutes() -> None:
 
 def started(stage: Stage, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """Run what a stage runs on a GPU."""
-    setup = Run(out, False, 2, ("softpick", "lssar"))
+    setup = Run(out, False, 2, ("softpick", "lssar"), out / "candidates")
     return subprocess.run(
         [sys.executable, *setup.command(stage, 100.0), *more],
         cwd=CHECKOUT, capture_output=True, text=True,

@@ -14,6 +14,7 @@ import pytest
 
 from attn_kernels.triton import tuned
 from attn_kernels.triton.tuning import DECODE, PREFILL, Tile
+from attnserve.tune.candidates import candidates, kinds_of, listed
 
 pytestmark = pytest.mark.integration
 
@@ -57,6 +58,23 @@ def test_bad_entries_are_seen(tmp_path: Path) -> None:
     wanted = ("", "", "spills", "hardpick")
     for kind, part in zip(tiles, wanted, strict=True):
         assert all(part in line if part else not line for line in said[str(kind)]), said[str(kind)]
+
+
+def test_candidates_are_listed(tmp_path: Path) -> None:
+    """Those that fit, the fewest instructions first; what is listed is not compiled again."""
+    out = tmp_path / "list.jsonl"
+    command = [sys.executable, "-m", "benchmarks.triton_compile.candidates", f"--out={out}"]
+    command += ["--arch=sm_80", "--variants", "softpick", "--head-sizes", "64", "--most=3"]
+    for phases in (["decode"], ["decode", "short-prefill"]):
+        done = subprocess.run([*command, "--phases", *phases], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count(" of 3 fit") == 1
+    found = listed(out, "sm_80")
+    kinds = kinds_of(phases=phases, variants=["softpick"], head_sizes=[64])
+    assert list(found) == [str(kind) for kind in kinds]
+    for kind in kinds:
+        assert 1 <= len(found[str(kind)]) <= 3
+        assert set(found[str(kind)]) <= set(candidates(kind, "sm_80")[:3])
 
 
 def test_an_unknown_architecture_is_one_line(tmp_path: Path) -> None:
