@@ -16,7 +16,7 @@ from torch import Tensor
 from attn_kernels.batch import Batch, heads_together
 from attn_kernels.paged import Layer
 from attn_kernels.pruning import LARGEST_GPU_BUDGET, PageShape, PrunedLayer
-from attn_kernels.triton import pruned
+from attn_kernels.triton import pruned, tuned
 from attn_kernels.triton.attention import (
     OUTPUT,
     STATISTICS,
@@ -137,6 +137,7 @@ class TritonLayer(Layer):
         )  # fmt: skip
         given = {**functions(variant), "SHAPE": self.shape}
         self.two_passes = given["UPDATE_STATISTICS"] is not None
+        self.tiles: dict[tuple[str, torch.dtype, bool], Tile] = {}
         self.kind = kind_of_variant(variant, given["VARIANT"].unit_keys)
         given |= {"STATEFUL": variant.stateful}
         given["LARGEST"] = 127.0 if self.kv_cache.dtype == torch.int8 else 448.0
@@ -190,8 +191,16 @@ class TritonLayer(Layer):
         """Return the tile of so many queries."""
         rows = num_tokens * self.num_heads
         many = rows // LARGEST_ROWS >= 2 * self.num_multiprocessors
+        if (known := tuned.trial() or self.tiles.get((phase, dtype, many))) is not None:
+            return known
+        kind = tuned.kind_of(
+            phase, self.variant.name, dtype, self.kv_cache.dtype, self.head_size, self.group,
+            self.shape.block_size, self.shape.kv_bits, many,
+        )  # fmt: skip
         size = self.head_size, dtype.itemsize, self.group, self.shape.kv_bits
-        return tile_for(phase, self.arch, *size, self.kind, many)
+        tile = tuned.tuned_tile(kind, self.arch, self.device)
+        tile = tile or tile_for(phase, self.arch, *size, self.kind, many)
+        return self.tiles.setdefault((phase, dtype, many), tile)
 
     def _attend(self, query: Tensor, selectors: Tensor, batch: Batch, out: Tensor) -> None:
         """Launch the kernels."""

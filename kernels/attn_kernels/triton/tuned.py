@@ -104,6 +104,11 @@ def trying(tile: Tile) -> Iterator[None]:
         _trial = before
 
 
+def trial() -> Tile | None:
+    """Return the tile that is tried, inside `trying`."""
+    return _trial
+
+
 def tuned_tile(kind: Kind, arch: str, device: torch.device) -> Tile | None:
     """Return the tile that was measured for a kernel; None if none was.
 
@@ -115,7 +120,7 @@ def tuned_tile(kind: Kind, arch: str, device: torch.device) -> Tile | None:
     Raises:
         ValueError: a table cannot be read: one line that names the file and the key.
     """
-    return _trial or _looked_up(kind, arch, device)
+    return _looked_up(kind, arch, device)
 
 
 @functools.cache
