@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from benchmarks.triton_compile.calls import Case, Pair
     from benchmarks.triton_compile.dry import Compiled, DryCompiler
 
-REGISTERS_TO_VLLM = 1.10
-"""Most registers, by vLLM's at the same tile."""
-
 SPILLS = 24
 """Most bytes of a thread: ptxas puts a few registers away once a program, for some kernels even
 where it has registers left (docs/LOG.md)."""
@@ -67,9 +64,9 @@ def triton_compile(
     nothing about speed.
 
     A row is a kernel: registers of a thread, spills (bytes of a thread) and shared memory (bytes of
-    a program). Limits: 24 bytes of spills, the shared memory that the chip has, and 1.1 times
-    vLLM's registers at the same tile. A kernel that exceeds one, or does not compile, is marked,
-    and the exit code is 1.
+    a program). Limits: 24 bytes of spills, the shared memory that the chip has, and matrix products
+    that overlap (below). A kernel that exceeds one, or does not compile, is marked, and the exit
+    code is 1.
 
     On NVIDIA's GPUs a row has what a warp issues in one turn of the innermost loop with matrix
     products on tensor cores (loop_instructions), that by the scores of a thread in a tile, rows x
@@ -198,8 +195,8 @@ def violations(row: results.Row) -> str:
         found.append(f"spills {row['spills']} B")
     if (row["shared"] or 0) > limit:
         found.append(f"shared memory {row['shared']} B of {limit}")
-    if (row.get("registers_to_vllm") or 0) > REGISTERS_TO_VLLM:
-        found.append(f"registers {row['registers_to_vllm']:.2f} of vLLM's")
+    if row.get("serialised"):
+        found.append("products are serialised")
     return "; ".join(found)
 
 

@@ -53,7 +53,6 @@ def test_registers_spills_and_shared_memory(tmp_path: Path) -> None:
         assert row["shared"] >= 64 * 64 * 2
         ratio = row["registers"] / row["vllm_registers"]
         assert row["registers_to_vllm"] == pytest.approx(ratio, abs=1e-3)
-        assert ratio <= 1.1
         assert (row["per_score"] is None) == (row["arch"] == "gfx942")
     with path.open(encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
@@ -248,11 +247,12 @@ def test_kernels_of_many_batch_sizes(tmp_path: Path) -> None:
     script.write_text(BATCHES, encoding="utf-8")
     most = {
         # One for each number of parts, 32, 16, 8, 4, 2 and 1, and one that merges them where there
-        # are several, again for 1 and for 32 requests.
-        "softpick decode-split": 2 * 5 + 1 + 2 * 2,
-        # For 1 request, for multiples of 16 and for others.
-        "softpick prefill": 3,
-        "selective prefill": 3 + 1,
+        # are several.
+        "softpick decode-split": 2 * 5 + 1,
+        # On a device of one multiprocessor, which any number of requests fills.
+        "softpick prefill": 1,
+        # What each tile selects, what those before it have, and attention.
+        "selective prefill": 3,
     }
     found = json.loads(python(script, tmp_path / "cache", *most).splitlines()[-1])
     counts = {name: sum(map(len, of.values())) for name, of in found.items()}
@@ -265,11 +265,11 @@ def test_kernels_of_many_batch_sizes(tmp_path: Path) -> None:
         ({}, ""),
         ({"spills": 32}, "spills 32 B"),
         ({"shared": 65540}, "shared memory 65540 B of 65536"),
-        ({"registers_to_vllm": 1.11}, "registers 1.11 of vLLM's"),
+        ({"serialised": True}, "products are serialised"),
     ],
 )
 def test_limits(worse: dict[str, Any], said: str) -> None:
-    row = {"spills": 24, "shared": 65536, "arch": "gfx942", "registers_to_vllm": 1.1}
+    row = {"spills": 24, "shared": 65536, "arch": "gfx942", "serialised": False}
     assert violations(row | worse) == said
 
 
