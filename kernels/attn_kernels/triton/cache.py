@@ -156,7 +156,7 @@ def unit(k, words, inside, SHAPE: tl.constexpr):
         scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
         there = (tl.arange(0, SHAPE.dims) < SHAPE.head_size)[:, None]
         k = tl.where(there, k * scale[None, :] + offset[None, :], 0.0)
-    return longer * tl.rsqrt(tl.maximum(tl.sum(k * k, 0), (longer * 1e-12) ** 2))
+    return longer / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), longer * 1e-12)
 
 
 @triton.jit
