@@ -79,6 +79,13 @@ def test_packed_products() -> None:
     assert all(row["registers"] > 32 for row in rows if row["kernel"] == "many")
 
 
+def test_budgets() -> None:
+    """The largest: a prefill's kernels, and what attends while decoding."""
+    rows = compiled("--no-save", "--match", "(sm_90|gfx942) 64 bfloat16 selective budget-16384$")
+    assert [row["kernel"] for row in rows] == 2 * ["select", "scan", "attend", "store", "attend"]
+    assert all(row["violation"] == "" for row in rows)
+
+
 def test_training() -> None:
     """Forward and backward, which the interpreter does not compile."""
     rows = compiled("--training", "--no-save", "--match", "sm_90 64 bfloat16 softpick$")
