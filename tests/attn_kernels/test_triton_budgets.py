@@ -144,3 +144,25 @@ def test_scratch_within_a_budget() -> None:
     assert chunk_length(8192, 8192, 1, 16384, 256) == 256
     length = chunk_length(512, 8192, 16, 16384, 256)
     assert 16 < length < 256 and 4 * 16 * length * (16384 + length) <= SCRATCH_BYTES
+
+
+def test_decodes_apart_within_a_budget() -> None:
+    """A batch whose first requests have one query each is the same in two halves."""
+    shape = pruned.Shape("selective", 2, 1, 16, 6, (9, 12, 20))
+    q, k, v = (torch.randn(41, heads, 16, generator=seeded(4)) for heads in (2, 1, 1))
+    table, results = torch.tensor([[4], [0], [2]]), []
+    for decodes in (0, 2):
+        layer = triton_pages(shape, torch.float32, 16)
+        prompts = Batch(table[:2], torch.tensor([0, 8, 19]), torch.tensor([8, 11]))
+        layer.step(q[:19], k[:19], v[:19], prompts, torch.empty_like(q))
+        batch = Batch(
+            table, torch.tensor([0, 1, 2, 22]), torch.tensor([9, 12, 20]), max_query_len=20,
+            num_decodes=decodes,
+        )  # fmt: skip
+        assert len(batch.halves) == decodes
+        out = torch.full((22, 2, 16), torch.nan)
+        layer.step(q[19:], k[19:], v[19:], batch, out)
+        results.append((out, layer.pages.view(torch.uint8).clone()))
+    (out, pages), (apart, pages_apart) = results
+    torch.testing.assert_close(out, apart, rtol=0, atol=1e-5)
+    assert torch.equal(pages, pages_apart)

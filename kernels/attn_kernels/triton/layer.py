@@ -321,9 +321,14 @@ class TritonPrunedLayer(PrunedLayer):
         if shape.dtype.itemsize < 4:  # float32 spills with more rows
             self.prefill_tile = dataclasses.replace(tile, rows=max(64, tile.rows), num_warps=8)
         self.scan_warps = pruned.scan_warps(self.page.slots, arch)
-        given = {**functions(variant), "PAGE": self.page}
-        self.select_constants = constants(pruned.select_kernel, given)
-        self.attend_constants = constants(pruned.attend_kernel, given)
+        given = {**functions(variant), "PAGE": self.page, "OWN": self.chunk}
+        given |= {"PIECE": min(self.page.slots, 1024)}
+        self.launch = {
+            kernel: Launcher(kernel, constants(kernel, given))
+            for kernel in (
+                pruned.select_kernel, pruned.scan_kernel, pruned.attend_kernel, pruned.store_kernel
+            )
+        }  # fmt: skip
 
     def step(
         self,
@@ -334,6 +339,12 @@ class TritonPrunedLayer(PrunedLayer):
         out: Tensor,
         selecting: Tensor | None = None,
     ) -> None:
+        if batch.halves:
+            count = batch.num_decodes
+            for half, tokens in zip(batch.halves, (slice(count), slice(count, None)), strict=True):
+                given = None if selecting is None else selecting[tokens]
+                self.step(query[tokens], key[tokens], value[tokens], half, out[tokens], given)
+            return
         num_tokens, num_reqs = query.shape[0], batch.seq_lens.shape[0]
         if num_tokens == 0:
             return
@@ -361,32 +372,34 @@ class TritonPrunedLayer(PrunedLayer):
             parts = triton.cdiv(width, select.keys)
             if not alone:
                 parts += triton.cdiv(length, select.keys)
-            pruned.select_kernel[(rows // select.rows + num_reqs, parts)](
+            self.launch[pruned.select_kernel](
+                (rows // select.rows + num_reqs, parts),
                 selectors, selecting_keys, self.pages, *requests, accumulators,
                 self.scale, num_reqs, first, length,
                 selectors.stride(0), selecting_keys.stride(0), *strides,
-                **self.select_constants, ROWS=select.rows, KEYS=select.keys, **select.options,
+                options=select.options, ROWS=select.rows, KEYS=select.keys,
             )  # fmt: skip
-            pruned.scan_kernel[(num_reqs,)](
+            self.launch[pruned.scan_kernel](
+                (num_reqs,),
                 self.pages, *requests, accumulators, moves, deaths, first, length, *strides,
-                PAGE=self.page, OWN=self.chunk, PIECE=min(self.page.slots, 1024),
-                enable_fp_fusion=True, num_warps=self.scan_warps,
+                options={"enable_fp_fusion": True, "num_warps": self.scan_warps},
             )  # fmt: skip
             tiles = rows if queries == 1 else rows // queries + num_reqs
-            pruned.attend_kernel[(tiles, num_kv_heads)](
+            self.launch[pruned.attend_kernel](
+                (tiles, num_kv_heads),
                 out, query, key, value, selecting_keys, self.pages, *requests, accumulators, moves,
                 self.scale, num_reqs, first, length,
                 query.stride(0), key.stride(0), value.stride(0), selecting_keys.stride(0),
-                out.stride(0), *strides,
-                **self.attend_constants, ROWS=attend.rows, QUERIES=queries, KEYS=attend.keys,
-                STORE=alone, **attend.options,
+                out.stride(0), *strides, options=attend.options,
+                ROWS=attend.rows, QUERIES=queries, KEYS=attend.keys, STORE=alone,
             )  # fmt: skip
             if not alone:
-                pruned.store_kernel[(rows, num_kv_heads)](
+                self.launch[pruned.store_kernel](
+                    (rows, num_kv_heads),
                     key, value, selecting_keys, self.pages, *requests, moves,
                     num_reqs, first, length,
                     key.stride(0), value.stride(0), selecting_keys.stride(0), *strides,
-                    PAGE=self.page, enable_fp_fusion=True, num_warps=1,
+                    options=ONE_WARP,
                 )  # fmt: skip
 
 

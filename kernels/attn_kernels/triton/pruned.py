@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.attention import LOG2E, first_tile
+from attn_kernels.triton.attention import LOG2E, SIZES, STEP, first_tile
 from attn_kernels.triton.cache import multiply
 from attn_kernels.triton.variant import Query
 
@@ -166,7 +166,7 @@ def load_vectors(base, stride, token, there, PAGE: tl.constexpr):
     return tl.load(base + token[:, None] * stride + dim[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "first"])
+@triton.jit(do_not_specialize=[*SIZES, "first"], do_not_specialize_on_alignment=STEP)
 def select_kernel(
     query, key,  # head 0's
     pages, block_table, query_start_loc, seq_lens,
@@ -243,7 +243,7 @@ def add(state, units):
     return tl.where(state < 0, state, state + tl.minimum(units, -state + LARGEST))
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=[*SIZES[1:], "first"], do_not_specialize_on_alignment=STEP)
 def scan_kernel(
     pages, block_table, query_start_loc, seq_lens,
     accumulators,  # [rows, width + length] int32: what each query adds, then what it finds
@@ -359,7 +359,7 @@ def attend_tokens(
     return running_max, denominator, output
 
 
-@triton.jit(do_not_specialize=["num_reqs", "first"])
+@triton.jit(do_not_specialize=[*SIZES, "first"], do_not_specialize_on_alignment=STEP)
 def attend_kernel(
     out, query, key, value,
     selecting,  # head 0's keys, where PAGE has a head for them
@@ -436,7 +436,7 @@ def attend_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_reqs", "first"])
+@triton.jit(do_not_specialize=[*SIZES, "first"], do_not_specialize_on_alignment=STEP)
 def store_kernel(
     key, value, selecting, pages, block_table, query_start_loc, seq_lens, moves,
     num_reqs, first, length,
