@@ -10,7 +10,7 @@ it: `attn_kernels.triton` on a GPU, `attn_kernels.cpu` (or, where that cannot be
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from attn_kernels.pruning import PageShape, PrunedLayer
 from vllm_attn import head_0, kv_dtypes, names, pruned
 from vllm_attn.pruned import PageSpec
 from vllm_attn.report import StartupError
+
+if TYPE_CHECKING:
+    from attn_kernels.triton import TritonLayer, TritonPrunedLayer
 
 
 class VariantBackend(AttentionBackend):
@@ -113,7 +116,7 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
             self.reorder_batch_threshold = 1
         if isinstance(kv_cache_spec, PageSpec):
             pruned.announce(self.vllm_config, kv_cache_spec)
-        elif self.device.type != "cpu":
+        if self.device.type != "cpu":
             self.compile_launches()
 
     def compile_launches(self) -> None:
@@ -122,7 +125,8 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
         from attn_kernels.triton import launch, warm
 
         spec, config = self.kv_cache_spec, self.vllm_config
-        size = 1, spec.num_heads, spec.block_size, spec.state_content_size_bytes
+        states = spec.get_num_kernel_states(spec.block_size)
+        size = 1, spec.num_heads, states, spec.state_content_size_bytes
         cache = torch.zeros(size, dtype=torch.uint8, device=self.device).view(spec.dtype)
         layers: dict[str, Any] = get_layers_from_vllm_config(
             config, AttentionLayerBase, self.layer_names
@@ -279,31 +283,44 @@ class VariantImpl(AttentionImpl[Batch]):
     def kind(self) -> tuple[Any, ...]:
         """What kernels are compiled for; layers of one kind run the same ones."""
         sizes = self.num_heads, self.num_kv_heads, self.head_size, self.sliding_window
-        return *sizes, self.soft_cap, self.alibi_slopes is not None, self.kv_cache_dtype
+        modifiers = self.soft_cap, self.alibi_slopes is not None
+        return *sizes, *modifiers, self.kv_cache_dtype, self.budget
 
     def bind(self, layer: Any, kv_cache: Tensor) -> Layer | PrunedLayer:
         """Return attention bound to the cache of vLLM's `layer`."""
-        if self.budget is not None:
-            sizes = self.budget, self.num_kv_heads, self.head_size
-            shape = PageShape(*sizes, kv_cache.dtype, self.selector)
-            options = {"num_heads": self.num_heads, "scale": self.scale}
-            return pruned.bind(self.variant, kv_cache, shape, **options)
         if kv_cache.device.type != "cpu":
             return self.bind_triton(layer, kv_cache)
+        if self.budget is not None:
+            options = {"num_heads": self.num_heads, "scale": self.scale}
+            return pruned.bind(self.variant, kv_cache, self.page(kv_cache.dtype), **options)
         return cpu.bind(self.variant, self.heads(kv_cache), **self.options(kv_cache))
 
-    def bind_triton(self, layer: Any, kv_cache: Tensor) -> Layer:
+    def bind_triton(self, layer: Any, kv_cache: Tensor) -> TritonLayer | TritonPrunedLayer:
         """Return attention by the kernels for GPUs, bound to the cache of vLLM's `layer`."""
-        from attn_kernels.triton import TritonLayer
+        from attn_kernels import triton
 
+        if self.budget is not None:
+            return triton.TritonPrunedLayer(
+                self.variant,
+                pruned.pages_of(kv_cache),
+                self.page(kv_cache.dtype),
+                num_heads=self.num_heads,
+                scale=self.scale,
+            )
         quantized = self.kv_cache_dtype in kv_dtypes.FP8
-        return TritonLayer(
+        return triton.TritonLayer(
             self.variant,
             self.heads(kv_cache.view(torch.float8_e4m3fn) if quantized else kv_cache),
             key_scale=layer._k_scale,
             value_scale=layer._v_scale,
             **self.options(kv_cache),
         )
+
+    def page(self, dtype: torch.dtype) -> PageShape:
+        """Return the page of a layer with a budget."""
+        assert self.budget is not None
+        sizes = self.budget, self.num_kv_heads, self.head_size
+        return PageShape(*sizes, dtype, self.selector)
 
     def heads(self, kv_cache: Tensor) -> Tensor:
         """Return the heads of a cache that may have selecting keys behind them."""

@@ -99,20 +99,21 @@ def announce(vllm_config: VllmConfig, spec: PageSpec) -> None:
     )
 
 
+def pages_of(kv_cache: Tensor) -> Tensor:
+    """Return the pages, bytes `[num_pages, num_bytes]`, of a cache `[num_pages, 1, budget,
+    content]`."""
+    return kv_cache.flatten(1).view(torch.uint8)
+
+
 def bind(variant: Variant, kv_cache: Tensor, shape: PageShape, **options: Any) -> PrunedLayer:
-    """Bind one layer's pages to the fastest kernels that this machine has.
+    """Bind one layer's pages to the fastest kernels for CPUs that this machine has.
 
     Args:
         kv_cache: `[num_pages, 1, budget, content]`.
         shape: of each page.
         options: those of `PrunedLayer`.
     """
-    pages = kv_cache.flatten(1).view(torch.uint8)
-    if kv_cache.device.type != "cpu":
-        from attn_kernels.triton import TritonPrunedLayer
-
-        return TritonPrunedLayer(variant, pages, shape, **options)
-    kernel = cpu.load(variant)
+    pages, kernel = pages_of(kv_cache), cpu.load(variant)
     if kernel is not None and kernel.unsupported(shape.head_size, 16, shape.dtype) is None:
         return cpu.PrunedCPULayer(kernel, pages, shape, **options)
     return TorchPrunedLayer(variant, pages, shape, **options)

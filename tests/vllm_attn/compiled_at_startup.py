@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 
-def main(checkpoint: str, variant: str) -> None:
+def main(checkpoint: str, variant: str, overrides: str) -> None:
     from vllm import LLM
 
     llm: Any = LLM(
         checkpoint,
         attention_backend=variant,
+        hf_overrides=json.loads(overrides),
         enforce_eager=True,
         kv_cache_memory_bytes=2**26,
         max_num_batched_tokens=4096,
@@ -49,7 +50,8 @@ def load(builder: Any, layer: Any) -> None:
     from attn_kernels.batch import Batch
 
     spec = builder.kv_cache_spec
-    size = 64, spec.num_heads, spec.block_size, spec.state_content_size_bytes
+    states = spec.get_num_kernel_states(spec.block_size)
+    size = 64, spec.num_heads, states, spec.state_content_size_bytes
     bound = layer.impl.bind_triton(layer, torch.zeros(size, dtype=torch.uint8).view(spec.dtype))
     heads = [bound.num_heads, bound.num_kv_heads, bound.num_kv_heads]
     dtype = builder.vllm_config.model_config.dtype

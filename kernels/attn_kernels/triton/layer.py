@@ -303,6 +303,8 @@ class TritonPrunedLayer(PrunedLayer):
             raise ValueError(
                 f"the GPU kernels take budgets to {LARGEST_GPU_BUDGET}, not {shape.budget}"
             )
+        self.num_kv_heads, self.head_size = shape.num_kv_heads, shape.head_size
+        self.device, self.selector = pages.device, shape.selector
         group = self.num_heads // shape.num_kv_heads
         self.page = pruned.PagedSlots(
             shape.num_kv_heads,

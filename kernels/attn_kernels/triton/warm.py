@@ -6,11 +6,11 @@ import torch
 
 from attn_kernels.batch import Batch
 from attn_kernels.triton import tuning
-from attn_kernels.triton.layer import TritonLayer, forget_scratch
+from attn_kernels.triton.layer import TritonLayer, TritonPrunedLayer, forget_scratch
 
 
 def compile_launches(
-    layer: TritonLayer,
+    layer: TritonLayer | TritonPrunedLayer,
     dtype: torch.dtype,
     *,
     max_num_reqs: int,
@@ -44,7 +44,12 @@ def powers(most: int) -> list[int]:
 
 
 def _launch(
-    layer: TritonLayer, dtype: torch.dtype, count: int, *, max_query_len: int, max_seq_len: int
+    layer: TritonLayer | TritonPrunedLayer,
+    dtype: torch.dtype,
+    count: int,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
 ) -> None:
     """Launch a step of `count` tokens of one request, of which none has any."""
     device = layer.device
@@ -58,7 +63,7 @@ def _launch(
     )
     query = torch.empty(count, layer.num_heads, layer.head_size, dtype=dtype, device=device)
     key = torch.empty(count, layer.num_kv_heads, layer.head_size, dtype=dtype, device=device)
-    if layer.variant.gated:
+    if isinstance(layer, TritonLayer) and layer.variant.gated:
         layer.write_gates(torch.empty(count, layer.num_heads, device=device), batch)
     selecting = None
     if layer.selector:
