@@ -25,9 +25,9 @@ Stage = StrEnum("Stage", ["CORRECTNESS", "TUNE", "TIMES", "SERVING", "TOKENS"])
 
 SECONDS = {
     Stage.CORRECTNESS: 100,
-    Stage.TUNE: 300,
-    Stage.TIMES: 120,
-    Stage.SERVING: 240,
+    Stage.TUNE: 270,
+    Stage.TIMES: 110,
+    Stage.SERVING: 280,
     Stage.TOKENS: 90,
 }
 """Longest time of each: 850 s together."""
@@ -130,9 +130,9 @@ def gpu_check(
     """Check, tune and time the GPU kernels, in 15 minutes and in this order:
 
       correctness   tests/gpu against the float64 reference, but for servers: 100 s
-      tune          attnserve tune; the stages that follow use its tiles: 300 s
-      times         benchmarks.gpu, beside FlashAttention and vLLM's Triton kernel: 120 s
-      serving       benchmarks.gpu_serving, vLLM's rates by attention: 240 s
+      tune          attnserve tune; the stages that follow use its tiles: 270 s
+      times         benchmarks.gpu, beside FlashAttention and vLLM's Triton kernel: 110 s
+      serving       benchmarks.gpu_serving, vLLM's rates by attention: 280 s
       tokens        tests/gpu/test_served.py: greedy tokens are those of the reference: 90 s
 
     Each stage is ended after its time and the next one begins; what it has found by then is in the

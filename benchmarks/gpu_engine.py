@@ -20,6 +20,9 @@ from typing import Any
 
 PREFIX = "ROW "
 
+TWICE = 1 << 18
+"""Tokens of prompts, at most, of a load whose prefill is measured twice."""
+
 RUNNING = "vllm:num_requests_running"
 
 LLAMA: dict[str, Any] = {
@@ -121,8 +124,8 @@ def most_running(llm: Any) -> Iterator[list[int]]:
 def measured(
     llm: Any, load: Sequence[int], new_tokens: int, vocabulary: int, rng: random.Random
 ) -> dict[str, Any]:
-    """Return the rates of a load: of prefill from answers of one token, the faster of two runs; of
-    decode from what longer answers take beyond that."""
+    """Return the rates of a load: of prefill from answers of one token, of small loads the faster
+    of two runs; of decode from what longer answers take beyond that."""
     from vllm import SamplingParams
 
     batch, length = load
@@ -143,7 +146,7 @@ def measured(
             raise RuntimeError(f"{len(answers)} answers of {found} tokens")
         return took
 
-    prefill = min(seconds(1), seconds(1))
+    prefill = min(seconds(1) for _ in range(2 if batch * length <= TWICE else 1))
     with most_running(llm) as running:
         whole = seconds(new_tokens)
     decode = whole - prefill

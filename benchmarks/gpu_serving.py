@@ -73,7 +73,7 @@ def gpu_serving(
     only times mean anything. Loads: 8 prompts of 8192 tokens, 32 of 4096, 1 of 12288, and 64 of
     8192, of which the KV cache holds a quarter unless layers have budgets.
 
-      prefill    prompts whose answers are one token: the faster of two runs
+      prefill    prompts whose answers are one token: of small loads the faster of two runs
       decode     what answers of --new-tokens take beyond that
       in flight  the most requests that ran at once
 
