@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ATTNSERVE_CHECKS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["ATTNSERVE_TRITON_CONFIGS"] = os.devnull  # what a user has tuned changes no test
 # Tiny tensors gain nothing from a second thread, and lose much where a server runs beside the test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -91,6 +91,7 @@ def triton_compile(
         # user's cache stays as it is. Fused multiply-adds for vLLM's kernel as for ours.
         os.environ.pop("TRITON_INTERPRET", None)
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
+        os.environ["ATTNSERVE_TRITON_CONFIGS"] = cache  # a user's own tables change no figures
         os.environ |= {"VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from benchmarks.triton_compile import calls
