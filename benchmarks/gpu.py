@@ -123,7 +123,7 @@ def cases(device: str) -> list[Case]:
 
     if device == "cpu":
         return [Case("decode", "fp32", 32, 12, 2, 1, 4, 2, 16)]
-    heads = (32, 8, 16)  # query heads, KV heads, tokens of a block
+    heads = (32, 8, 64)  # query heads, KV heads, tokens of a block, as served
     return [
         Case("decode", "bf16", 128, 8192, 8, 1, *heads),
         Case("prefill", "bf16", 128, 0, 1, 2048, *heads),

@@ -13,7 +13,7 @@ import triton
 
 from attn_kernels import get_variant, variant_names
 from attn_kernels.triton.tuned import PHASES, SHORT_PREFILL, Kind
-from attn_kernels.triton.tuning import DECODE, PREFILL, Tile, kind_of_variant, tile_for
+from attn_kernels.triton.tuning import BLOCK_SIZE, DECODE, PREFILL, Tile, kind_of_variant, tile_for
 from attn_kernels.triton.variant import functions, has_kernel
 from attnserve.errors import UserError
 
@@ -30,7 +30,7 @@ def kinds_of(
     block_sizes: Sequence[int] | None = None,
 ) -> list[Kind]:
     """Return the kernels that are tuned: of every combination, where None stands for all phases,
-    all variants that have a kernel, bfloat16, heads of 128 in groups of 4, and blocks of 16."""
+    all variants that have a kernel, bfloat16, heads of 128 in groups of 4, and blocks as served."""
     names = [get_variant(name).name for name in variants or variant_names()]
     return [
         Kind(phase, name, dtype, dtype, size, group, block_size)
@@ -38,7 +38,7 @@ def kinds_of(
             dtypes or ["bfloat16"],
             head_sizes or [128],
             groups or [4],
-            block_sizes or [16],
+            block_sizes or [BLOCK_SIZE],
             phases or PHASES,
             [name for name in names if has_kernel(get_variant(name))],
         )

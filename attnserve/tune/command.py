@@ -53,7 +53,7 @@ def tune(
         ),
     ] = None,
     block_sizes: Annotated[
-        list[int] | None, Option(min=1, help="Tokens of a block of the cache. Default: 16.")
+        list[int] | None, Option(min=1, help="Tokens of a block of the cache. Default: 64.")
     ] = None,
     kv_heads: Annotated[int, Option(min=1, help="KV heads of what is timed.")] = 8,
     minutes: Annotated[

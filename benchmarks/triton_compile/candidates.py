@@ -35,7 +35,7 @@ def candidates(
     dtypes: Annotated[list[opt.Dtype] | None, opt.option("Default: bfloat16.")] = None,
     head_sizes: Annotated[list[int] | None, opt.option("Default: 128.", min=1)] = None,
     groups: Annotated[list[int] | None, opt.option("Default: 4.", min=1)] = None,
-    block_sizes: Annotated[list[int] | None, opt.option("Default: 16.", min=1)] = None,
+    block_sizes: Annotated[list[int] | None, opt.option("Default: 64.", min=1)] = None,
     keep: Annotated[int, opt.count("Candidates of a kernel that are listed.")] = 12,
     most: Annotated[
         int | None, opt.option("Compile no more of each, the nearest to the usual tile.", min=1)

@@ -71,10 +71,12 @@ class VariantBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Return the tokens of a block where --block-size does not say them: on a GPU so many that
-        a tile of keys is in one, and its addresses are cheap."""
-        least = 64 if current_platform.is_cuda_alike() else 0
-        return max(default_block_size, least)
+        """Return the tokens of a block where --block-size does not say them."""
+        if not current_platform.is_cuda_alike():
+            return default_block_size
+        from attn_kernels.triton.tuning import BLOCK_SIZE
+
+        return max(default_block_size, BLOCK_SIZE)
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:

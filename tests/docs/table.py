@@ -375,6 +375,17 @@ RULES: dict[str, Rule] = {
     "python -m benchmarks.gpu": NotHere("a GPU"),
     "python -m benchmarks.gpu_training": NotHere("a GPU"),
     "python -m benchmarks.gpu_packed": NotHere("a GPU"),
+    "python -m benchmarks.gpu_serving": NotHere("a GPU"),
+    "python -m benchmarks.gpu_check": NotHere("a GPU"),
+    "attnserve tune": NotHere("a GPU"),
+    "python -m benchmarks.triton_compile.candidates --arch sm_90 --out FILE": Run(
+        "python -m benchmarks.triton_compile.candidates --arch sm_90 --variants softpick --most 1 "
+        "--phases decode --out candidates.jsonl",
+        prints="softpick",
+        slow=True,
+        long=True,
+    ),
+    "python -m benchmarks.triton_compile.tables": Run(prints="nothing was measured"),
     # docs/QUANT.md
     "python -m quant": Run(prints="sensitivity"),
     **{
