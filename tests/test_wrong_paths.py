@@ -33,12 +33,16 @@ WRONG = {
     "benchmarks.engines": "--packed {bad} --ckpt {bad}",
     "benchmarks.quantization": "{bad} --books {bad}",
     "benchmarks.smollm2": "{file}",
+    "benchmarks.triton_compile.tables": "{bad}",
 }
 """A path that is no checkpoint, text or folder, where the command reads or writes one."""
 WITHOUT = {  # they read no path, and write only what they have measured
     *("benchmarks.kernels", "benchmarks.packed_products", "benchmarks.gateway"),
     "benchmarks.triton_compile",
+    "benchmarks.triton_compile.candidates",
     "benchmarks.gpu",
+    "benchmarks.gpu_check",
+    "benchmarks.gpu_serving",
     "benchmarks.gpu_training",
     "benchmarks.gpu_packed",
 }
@@ -60,6 +64,7 @@ def test_every_command_is_here() -> None:
                 "floor",
                 "upstream",
                 "engine",
+                "gpu_engine",
             }  # processes that a command starts
             if '__name__ == "__main__"' in file.read_text() and file.stem not in inside:
                 found.add(module)

@@ -62,7 +62,7 @@ def test_dry_run(tmp_path: Path, commands: Commands) -> None:
     found = json.loads(commands.run(tune, *arguments, "--phases", "decode"))
     (table,) = out.glob("*.json")
     assert found["table"] == str(table) and table.name.endswith(f"{found['triton'][:3]}.json")
-    kind = tuned.Kind(DECODE, "softpick", "float32", "float32", 16, 2, 16)
+    kind = tuned.Kind(DECODE, "softpick", "float32", "float32", 16, 2, 64)
     (result,) = found["kinds"].values()
     assert found["kinds"] == {str(kind): result}
     assert len(result["us"]) == len(result["usual_us"]) == 2 and min(result["us"]) > 0
