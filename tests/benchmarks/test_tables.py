@@ -30,12 +30,14 @@ def compiled(*tables: Path) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("table", sorted(tuned.PACKAGED.glob("*.json")), ids=lambda path: path.name)
-def test_tables_of_the_package(table: Path) -> None:
-    code, found = compiled(table)
+def test_tables_of_the_package() -> None:
+    tables = sorted(tuned.PACKAGED.glob("*.json"))
+    if not tables:
+        pytest.skip("no table is in the package: `attnserve tune` has not run on a GPU yet")
+    code, found = compiled(*tables)
     wrong = [row for row in found["rows"] if row["error"] or row["violation"]]
     assert (code, wrong) == (0, [])
-    kinds = {str(kind) for kind in tuned.read(table)[1]}
+    kinds = {str(kind) for table in tables for kind in tuned.read(table)[1]}
     assert {row["kind"] for row in found["rows"]} == kinds
 
 
