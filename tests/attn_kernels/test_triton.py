@@ -145,6 +145,14 @@ def test_many_queries_in_parts(name: str, block_size: int, monkeypatch: pytest.M
     assert error <= TOLERANCE
 
 
+def test_large_heads_of_a_stateful_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One loop over the keys, with masks, as everything has on a GPU in float32."""
+    monkeypatch.setattr(paged.Cache, "layer", make_layer)
+    shape = paged.Shape(4, 2, 144, 16, 50, 20)
+    error = paged.error_against_reference("1", "selective", shape, 24, torch.float32, 1)
+    assert error <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["lssar"])
 def test_scores_that_are_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they would take too much memory, the second pass computes them again."""

@@ -221,9 +221,11 @@ def attend_keys(
         `(running_max [rows], denominator [rows], output [rows, dims])`.
     """
     output = tl.full([TILE.rows, SHAPE.dims], 0.0, tl.float32)
-    # float32 is multiplied in registers, where the queries for two loops would not find room. (The
-    # interpreter has none, and float32 shows best whether the loops are right.)
-    once: tl.constexpr = rows.q.dtype == tl.float32 and not INTERPRETED
+    # Where queries are multiplied in registers, those of two loops would not find room: in float32,
+    # and of large heads with those of head 0. (The interpreter has none, and float32 shows best
+    # whether the loops are right.)
+    in_registers: tl.constexpr = rows.q.dtype == tl.float32 and not INTERPRETED
+    once: tl.constexpr = in_registers or (SELECTION is not None and SHAPE.dims > 128)
     if once:
         lead, full = begin, begin
     else:
