@@ -44,7 +44,7 @@ class Kind(NamedTuple):
     dtype: str
     """Of queries: "bfloat16"."""
     cache: str
-    """Of keys and values: a dtype, or the bits of each in codes, "8 bits"."""
+    """Of keys and values: a dtype, or the bits of each where they are quantized, "8 bits"."""
     head_size: int
     group: int
     """Query heads of a KV head."""
@@ -81,7 +81,7 @@ def kind_of(
         head_size: of a head.
         group: query heads of a KV head.
         block_size: tokens of a block.
-        kv_bits: of keys and values in codes, else 0.
+        kv_bits: of quantized keys and values, else 0.
         many: there are queries enough to fill the device with large tiles.
     """
     phase = SHORT_PREFILL if phase == PREFILL and not many else phase
