@@ -35,8 +35,8 @@ class Tile:
 DECODE, PREFILL = "decode", "prefill"
 
 BLOCK_SIZE = 64
-"""Tokens of a block of a server's cache where nobody says otherwise: a tile of 64 keys is in one, and
-one of 128 in two, so that its addresses are cheap."""
+"""Tokens of a block of a server's cache where nobody says otherwise: a tile of 64 keys is in one,
+and one of 128 in two, so that its addresses are cheap."""
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes that a program may have, by architecture (CUDA's and ROCm's documentation)."""
