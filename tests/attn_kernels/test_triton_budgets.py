@@ -5,6 +5,7 @@ Interpreting each step's arithmetic, these tests say nothing about registers or 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -94,8 +95,19 @@ def test_large_budgets(budget: int) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e9], ids=["nothing is added", "accumulators are full"])
-def test_equal_accumulators(factor: float) -> None:
-    """The oldest of equal ones is evicted, but never the first token."""
+def test_equal_accumulators(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest of equal ones is evicted, but never the first token; nothing is written beside the
+    scratch memory."""
+    from attn_kernels.triton import layer as layers
+
+    margins: list[torch.Tensor] = []
+
+    def amid(device: torch.device, name: str, *shape: int) -> torch.Tensor:
+        whole = torch.full((math.prod(shape) + 128,), 7.0)
+        margins.extend((whole[:64], whole[-64:]))
+        return whole[64:-64].view(shape)
+
+    monkeypatch.setattr(layers, "scratch", amid)
     shape = pruned.Shape("selective", 2, 1, 16, 6, (45,))
     k = torch.randn(45, 1, 16, generator=seeded(1)).abs()
     pages = []
@@ -108,6 +120,7 @@ def test_equal_accumulators(factor: float) -> None:
             part = k[start:stop]
             layer.step(factor * part.expand(-1, 2, -1), part, part, batch, torch.empty(45, 2, 16))
         pages.append(Page.view(layer.pages.view(torch.uint8)[0], shape.page(torch.float32)))
+    assert margins and all((margin == 7.0).all() for margin in margins)
     found, right = pages
     assert torch.equal(found.positions, right.positions) and 0 in found.positions
     assert torch.equal(found.accumulators, right.accumulators)

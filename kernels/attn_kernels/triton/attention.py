@@ -7,9 +7,9 @@ context is cut into `splits` parts with a program each, whose results `merge_ker
 grid depends on the numbers of tokens and requests only, so that a CUDA graph can hold it.
 
 What is fixed when a kernel is compiled comes as named tuples: VARIANT (`variant.Constants`), SHAPE
-(`Shape`) and TILE (`Tiling`). A variant's functions and parameters come one by one: Triton cannot
-write down a tuple of functions where a hook watches compilations, as vLLM's does, and Triton 3.6
-cannot pass on a tuple inside a tuple.
+(`tiles.Shape`) and TILE (`tiles.Tiling`). A variant's functions and parameters come one by one:
+Triton cannot write down a tuple of functions where a hook watches compilations, as vLLM's does, and
+Triton 3.6 cannot pass on a tuple inside a tuple.
 """
 
 from typing import Any, NamedTuple
@@ -27,14 +27,15 @@ from attn_kernels.triton.cache import (
     load_keys,
     load_tile_blocks,
     load_values,
-    multiply,
     score_keys,
     tile_offsets,
     unit,
 )
 from attn_kernels.triton.gates import load_sums
 from attn_kernels.triton.kv_quant import rotate
+from attn_kernels.triton.selections import Selectors, add_before, load_selectors, selected
 from attn_kernels.triton.special import INTERPRETED
+from attn_kernels.triton.tiles import SIZES, STEP, find_request, first_tile, visible
 from attn_kernels.triton.variant import Query
 
 WHOLE, STATISTICS, OUTPUT = (tl.constexpr(i) for i in range(3))
@@ -42,52 +43,6 @@ WHOLE, STATISTICS, OUTPUT = (tl.constexpr(i) for i in range(3))
 where a context is cut into parts, the statistics or the output. For all others: WHOLE."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-SIZES = ["num_reqs", "table_stride"]
-STEP = ["block_table", "query_start_loc", "seq_lens"]
-"""What differs from step to step, or is a part of a longer tensor: no other kernels are compiled
-for numbers and addresses that 16 divides."""
-
-
-class Shape(NamedTuple):
-    """A layer and its cache, as compile-time arguments."""
-
-    num_kv_heads: int
-    group: int
-    """Query heads of a KV head."""
-    head_size: int
-    dims: int
-    """`head_size` rounded up to a power of two."""
-    block_size: int
-    window: int
-    """0: none."""
-    soft_cap: float
-    """0: none."""
-    alibi: bool
-    """With a slope a head."""
-    quantized: bool
-    """With a scale for all keys, and one for all values."""
-    kv_bits: int
-    """Bits of keys and values that are quantized with parameters of each token; 0: none."""
-    selecting_head: int
-    """The KV head in the cache with head 0's keys: one behind the others where head 0 is another
-    rank's."""
-
-
-class Tiling(NamedTuple):
-    """How a call is cut up, as compile-time arguments."""
-
-    decode: bool
-    """Each request has one query only."""
-    rows: int
-    queries: int
-    selectors: int
-    """`queries` rounded up to a power of two, 16 at least (a tensor core's)."""
-    keys: int
-    splits: int
-    keeps_scores: bool
-    """The pass for statistics leaves its scores for the other."""
 
 
 class Rows(NamedTuple):
@@ -105,76 +60,6 @@ class Rows(NamedTuple):
     sums: Any
     rests: Any
     """Of the gates up to each row's own token, of a gated variant."""
-
-
-class Selectors(NamedTuple):
-    """Head 0's queries of a tile, of a stateful variant: `q` `[N, dims]`, N a power of two of 16
-    at least; the other two `[N]`."""
-
-    q: Any
-    position: Any
-    valid: Any
-    before: Any
-    """`[rows, N]`: 1 where a selector is before the row's query, else 0."""
-
-
-@triton.jit
-def first_tile(start_loc, request, QUERIES: tl.constexpr):
-    """Return the number of a request's first tile. Its last one may be short: this leaves room for
-    that, so that no request reaches the next one's."""
-    return start_loc // QUERIES + request if QUERIES > 1 else start_loc
-
-
-@triton.jit
-def find_request(query_start_loc, tile, num_reqs, QUERIES: tl.constexpr):
-    """Return the request of a tile: the last whose first tile is not behind it."""
-    low = 0
-    high = num_reqs
-    while low < high:
-        middle = (low + high) // 2
-        if first_tile(tl.load(query_start_loc + middle), middle, QUERIES) <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
-
-
-@triton.jit
-def visible(position, key, WINDOW: tl.constexpr):
-    """Return which keys each row sees, `[rows, keys]`."""
-    distance = position[:, None] - key[None, :]
-    seen = distance >= 0
-    return seen & (distance < WINDOW) if WINDOW else seen
-
-
-@triton.jit
-def selected(
-    selectors, k, words, key, inside, scale,
-    SELECTION: tl.constexpr, SHAPE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Return what head 0's queries add to the accumulators of keys, `[N, keys]`: nothing to their
-    own token's and nothing to the first's."""
-    zeros = tl.full([selectors.q.shape[0], k.shape[1]], 0.0, tl.float32)
-    added = SELECTION(score_keys(selectors.q, k, words, inside, zeros, SHAPE) * scale)
-    chosen = (key != 0)[None, :]
-    if MASKED:
-        chosen = chosen & inside[None, :] & selectors.valid[:, None]
-        chosen = chosen & (key[None, :] != selectors.position[:, None])
-        chosen = chosen & visible(selectors.position, key, SHAPE.window)
-    return tl.where(chosen, added, 0.0)
-
-
-@triton.jit
-def add_before(selectors, added, output):
-    """Return `output` `[rows, keys]` and, for each row, the sum of what the selectors before it
-    have added."""
-    if selectors.q.dtype == tl.float32:
-        return multiply(selectors.before, added, output)
-    # A product of two halves of a float32 keeps 16 bits, by which it is as exact as the scores.
-    high = added.to(tl.bfloat16)
-    low = (added - high.to(tl.float32)).to(tl.bfloat16)
-    before = selectors.before.to(tl.bfloat16)
-    return multiply(before, low, multiply(before, high, output))
 
 
 @triton.jit
@@ -342,24 +227,6 @@ def attend_range(
     return running_max, denominator, output
 
 
-@triton.jit
-def load_selectors(
-    selectors, stride, start_loc, first, num_queries, first_position, query_of_row,
-    SHAPE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Return the `Selectors` of a tile whose first query is a request's `first`; `query_of_row`
-    `[rows]` says which of the tile a row's is."""
-    query, dim = tl.arange(0, TILE.selectors), tl.arange(0, SHAPE.dims)
-    index = first + query
-    valid = (query < TILE.queries) & (index < num_queries)
-    place = selectors + (start_loc + index).to(tl.int64)[:, None] * stride + dim[None, :]
-    q = tl.load(place, mask=valid[:, None] & (dim < SHAPE.head_size)[None, :], other=0.0)
-    if SHAPE.kv_bits == 4:
-        q = rotate(q, TILE.selectors, SHAPE.dims, SHAPE.head_size)
-    before = (query[None, :] < query_of_row[:, None]).to(tl.float32)
-    return Selectors(q, first_position + index, valid, before)
-
-
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STEP)
 def attend_kernel(
     out, query,
@@ -520,95 +387,3 @@ def merge_kernel(
     o *= EPILOGUE(running_max, denominator, known, PARAMS)
     place = out + token * out_stride + head * SHAPE.head_size + dim
     tl.store(place, o.to(out.dtype.element_ty), mask=dim < SHAPE.head_size)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STEP)
-def select_kernel(
-    selectors, cache, block_table, query_start_loc, seq_lens,
-    snapshots,  # [tiles, keys] float32
-    key_scale, scale, num_reqs,
-    selector_stride, block_stride, head_stride, table_stride, snapshot_stride,
-    SELECTION: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Sum up what each tile of queries adds to the accumulators: for `advance_kernel`, or, where
-    each request has one query only, in the cache at once. Grid: (tiles, programs that share a
-    tile's keys)."""
-    tile = tl.program_id(0)
-    request = find_request(query_start_loc, tile, num_reqs, TILE.queries)
-    start_loc = tl.load(query_start_loc + request)
-    num_queries = tl.load(query_start_loc + request + 1) - start_loc
-    first = (tile - first_tile(start_loc, request, TILE.queries)) * TILE.queries
-    if first >= num_queries:
-        return
-    first_position = tl.load(seq_lens + request) - num_queries
-    end = first_position + tl.minimum(first + TILE.queries, num_queries)  # of the keys it sees
-    begin = tl.program_id(1) * TILE.keys
-    if SHAPE.window:  # a block that nobody sees may be another request's by now
-        oldest = tl.maximum(first_position + first - SHAPE.window + 1, 0)
-        begin += oldest // TILE.keys * TILE.keys
-    table = block_table + request.to(tl.int64) * table_stride
-    blocks = Blocks(cache, table, block_stride, head_stride)
-    selecting = load_selectors(
-        selectors, selector_stride, start_loc, first, num_queries, first_position,
-        tl.arange(0, TILE.rows), SHAPE, TILE,
-    )  # fmt: skip
-    if SHAPE.quantized:
-        scale *= tl.load(key_scale)
-    for start in range(begin, end, tl.num_programs(1) * TILE.keys):
-        key = start + tl.arange(0, TILE.keys)
-        inside = key < end
-        if SHAPE.window:
-            inside &= key >= oldest
-        block, offset = load_blocks(blocks, key, inside, SHAPE), key % SHAPE.block_size
-        k = load_keys(blocks, block, SHAPE.selecting_head, offset, inside, selecting.q.dtype, SHAPE)
-        words = find_parameters(blocks, block, SHAPE.selecting_head, offset, False, SHAPE)
-        added = selected(selecting, k, words, key, inside, scale, SELECTION, SHAPE, True)
-        total = tl.sum(added, 0)
-        if TILE.decode:
-            accumulators = find_state(blocks, block, 0, SHAPE) + offset
-            state = tl.load(accumulators, mask=inside, other=0.0)
-            tl.store(accumulators, state + total, mask=inside)
-        else:
-            tl.store(snapshots + tile.to(tl.int64) * snapshot_stride + key, total)
-
-
-@triton.jit(do_not_specialize=SIZES[1:], do_not_specialize_on_alignment=STEP)
-def advance_kernel(
-    cache, block_table, query_start_loc, seq_lens,
-    snapshots,  # [tiles, keys] float32: what each tile adds; then the accumulators ahead of it
-    block_stride, head_stride, table_stride, snapshot_stride,
-    SHAPE: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Add up what the tiles before each tile of QUERIES have added to the accumulators, and leave
-    in the cache what is after the last one. Grid: (num_reqs, tiles of keys)."""
-    request = tl.program_id(0)
-    key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    start_loc = tl.load(query_start_loc + request)
-    num_queries = tl.load(query_start_loc + request + 1) - start_loc
-    seq_len = tl.load(seq_lens + request)
-    first_position = seq_len - num_queries
-    inside = key < seq_len
-    if SHAPE.window:
-        inside &= key > first_position - SHAPE.window
-    if (num_queries == 0) | (tl.max(inside.to(tl.int32), 0) == 0):
-        return
-    table = block_table + request.to(tl.int64) * table_stride
-    blocks = Blocks(cache, table, block_stride, head_stride)
-    block = load_blocks(blocks, key, inside, SHAPE)
-    accumulators = find_state(blocks, block, 0, SHAPE) + key % SHAPE.block_size
-    state = tl.load(accumulators, mask=inside, other=0.0)
-    tiles = tl.cdiv(num_queries, QUERIES)
-    snapshots += first_tile(start_loc, request, QUERIES).to(tl.int64) * snapshot_stride
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        end = first_position + tl.minimum((tile + 1) * QUERIES, num_queries)
-        seen = (tile < tiles)[:, None] & inside[None, :] & (key[None, :] < end[:, None])
-        if SHAPE.window:
-            oldest = first_position + tile * QUERIES
-            seen &= key[None, :] > (oldest - SHAPE.window)[:, None]
-        place = snapshots + tile.to(tl.int64)[:, None] * snapshot_stride + key[None, :]
-        added = tl.load(place, mask=seen, other=0.0)
-        before = state[None, :] + (tl.cumsum(added, 0) - added)
-        tl.store(place, before, mask=(tile < tiles)[:, None] & inside[None, :])
-        state += tl.sum(added, 0)
-    tl.store(accumulators, state, mask=inside)

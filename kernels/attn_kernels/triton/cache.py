@@ -4,7 +4,7 @@ Where head 0 is another rank's, its keys lie behind the heads of a block, as tho
 Inside its block each KV head has `block_size` keys, then as many values, then (8 and 4 bits)
 their parameters (`triton/kv_quant.py`), then (stateful variants) as many float32 accumulators, of
 which KV head 0's are used, or (gated variants) for each of its query heads as many sums of gates,
-as `triton/gates.py` has them: rows of keys and values are aligned. SHAPE is `attention.Shape`.
+as `triton/gates.py` has them: rows of keys and values are aligned. SHAPE is `tiles.Shape`.
 """
 
 from typing import Any, NamedTuple

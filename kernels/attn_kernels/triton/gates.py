@@ -2,7 +2,7 @@
 and the rest that it rounds off, since few GPUs are quick at float64.
 
 Behind the values of a KV head, each of its query heads has `block_size` sums in every block, then
-as many rests. SHAPE is `attention.Shape`.
+as many rests. SHAPE is `tiles.Shape`.
 """
 
 import triton

@@ -21,16 +21,14 @@ from attn_kernels.triton.attention import (
     OUTPUT,
     STATISTICS,
     WHOLE,
-    Shape,
-    Tiling,
-    advance_kernel,
     attend_kernel,
     merge_kernel,
-    select_kernel,
 )
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.gates import write_gates_kernel
 from attn_kernels.triton.launch import Launcher
+from attn_kernels.triton.selections import advance_kernel, select_kernel
+from attn_kernels.triton.tiles import Shape, Tiling
 from attn_kernels.triton.tuning import (
     DECODE,
     LARGEST_ROWS,

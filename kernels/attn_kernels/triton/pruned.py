@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.attention import LOG2E, SIZES, STEP, first_tile
+from attn_kernels.triton.attention import LOG2E
 from attn_kernels.triton.cache import multiply
+from attn_kernels.triton.tiles import SIZES, STEP, first_tile
 from attn_kernels.triton.variant import Query
 
 LARGEST = tl.constexpr(2**31 - 1)
@@ -238,6 +239,13 @@ def found(state):
 
 
 @triton.jit
+def replacement(state):
+    """Return the rows of the tokens that have replaced others, negative where none has. (Of the
+    largest accumulators the difference would be beyond 32 bits.)"""
+    return tl.where(state < ABSENT, ABSENT - 1 - tl.minimum(state, ABSENT), -1)
+
+
+@triton.jit
 def add(state, units):
     """Return accumulators after an addition; they stop at LARGEST."""
     return tl.where(state < 0, state, state + tl.minimum(units, -state + LARGEST))
@@ -304,11 +312,11 @@ def scan_kernel(
     own_moves = moves + 2 * (chunk.row + own)
     tl.store(own_moves + 1, found(own_state), mask=there)
     tl.store(own_moves, place, mask=there & (place < PAGE.budget))
-    newer = -own_state + (ABSENT - 1)
+    newer = replacement(own_state)
     tl.store(moves + 2 * newer, -1 - own, mask=there & (newer >= 0))
     # The same of the slots, through memory: in a scatter each thread wants slots of its own.
     deaths += request.to(tl.int64) * PAGE.width
-    tl.store(deaths + slot, -state + (ABSENT - 1), mask=inside)
+    tl.store(deaths + slot, replacement(state), mask=inside)
     tl.debug_barrier()
     for start in range(0, tl.minimum(chunk.before, PAGE.budget), PIECE):
         few = start + tl.arange(0, PIECE)
