@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ def _clocks(
     for tile in tiles:
         if time.monotonic() > deadline:
             break
-        clock = candidates.attempt(tile, lambda tile=tile: work.timed(tile))  # type: ignore[misc]
+        clock = candidates.attempt(tile, partial(work.timed, tile))
         if clock is not None:
             found[tile] = clock
     return found
