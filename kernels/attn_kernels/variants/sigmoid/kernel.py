@@ -22,7 +22,7 @@ def weigh(s, seen, n, params: tl.constexpr):
 @triton.jit
 def update(s, seen, running_max, denominator, mean, per_spread, query, params: tl.constexpr):
     weights = weigh(s, seen, query.n[:, None], params)
-    return weights, tl.zeros_like(denominator) + 1.0, running_max, denominator
+    return weights, denominator * 0.0 + 1.0, running_max, denominator
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def merge(maxima, denominators):
 
 @triton.jit
 def epilogue(running_max, denominator, query, params: tl.constexpr):
-    return tl.zeros_like(denominator) + 1.0
+    return denominator * 0.0 + 1.0
 
 
 @triton.jit
