@@ -5,16 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import triton
 
 from attn_kernels import get_variant, variant_names
-from attn_kernels.triton.tuned import PHASES, SHORT_PREFILL, Kind
-from attn_kernels.triton.tuning import BLOCK_SIZE, DECODE, PREFILL, Tile, kind_of_variant, tile_for
-from attn_kernels.triton.variant import functions, has_kernel
+from attn_kernels.triton.tuned import PHASES, SHORT_PREFILL, Kind, for_gluon
+from attn_kernels.triton.tuning import (
+    BLOCK_SIZE,
+    DECODE,
+    GLUON,
+    PREFILL,
+    SHARED_MEMORY,
+    Tile,
+    kind_of_variant,
+    tile_for,
+)
+from attn_kernels.triton.variant import functions, has_kernel, is_plain
 from attnserve.errors import UserError
 
 ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4, 5)
@@ -94,10 +103,22 @@ def candidates(kind: Kind, arch: str, *, few: bool = False) -> list[Tile]:
     every: Iterable[Tile] = itertools.starmap(Tile, itertools.product(ROWS, KEYS, WARPS, STAGES))
     if few:
         every = itertools.starmap(Tile, itertools.product((16, 32), (16, 32), (4,), (1,)))
+    else:
+        every = itertools.chain(gluon_tiles(kind, arch), every)
     if kind.phase == DECODE:
         every = (tile for tile in every if tile.rows == usual.rows)
     fit = [tile for tile in every if tile.rows >= kind.group and fits(tile, kind.head_size, arch)]
     return list(dict.fromkeys([usual, *sorted(fit, key=lambda tile: distance(tile, usual))]))
+
+
+def gluon_tiles(kind: Kind, arch: str) -> Iterator[Tile]:
+    """Yield the tiles of the kernel in Gluon, if it is for such a kernel and variant. It has rings
+    of `num_stages` tiles of keys, and of values, in shared memory, beside the queries."""
+    if not for_gluon(kind, arch) or not is_plain(functions(get_variant(kind.variant))):
+        return
+    for rows, keys, stages in itertools.product((64, 128), (64, 128), STAGES[1:]):
+        if 2 * kind.head_size * (rows + 2 * stages * keys) < SHARED_MEMORY[arch]:
+            yield Tile(rows, keys, rows // 16, stages, GLUON)
 
 
 def fits(tile: Tile, head_size: int, arch: str) -> bool:

@@ -20,7 +20,9 @@ from attn_kernels.kv_quant import KV_FORMATS
 from attn_kernels.paged import content_bytes
 from attn_kernels.pruning import PageShape
 from attn_kernels.triton import TritonLayer, TritonPrunedLayer, training
-from attn_kernels.triton.variant import has_kernel, missing_derivative
+from attn_kernels.triton.tuned import trying
+from attn_kernels.triton.tuning import GLUON, Tile
+from attn_kernels.triton.variant import functions, has_kernel, is_plain, missing_derivative
 from benchmarks.gpu_peers import call_unified, scratch
 from benchmarks.triton_compile.dry import Compiled, DryCompiler
 from quant_kernels import Panels
@@ -55,6 +57,11 @@ FLOAT8_ARCHS = ("sm_90", "sm_100")
 
 DECODE, SPLIT, PREFILL, WRITE = PHASES = ("decode", "decode-split", "prefill", "write")
 """One query a request; the same with contexts in parts; many queries; writing the cache."""
+
+ON_HOPPER = "prefill-gluon"
+"""Many queries with the kernel in Gluon, which tables may name."""
+
+GLUON_TILE = Tile(128, 128, 8, 2, GLUON)
 
 BUDGETS = (256, 1024, 4096, 16384)
 """Tokens of a page, of variants that can be pruned; the phase is called "budget-256"."""
@@ -113,6 +120,12 @@ def attention_cases() -> Iterator[Case]:
                 yield case
                 if dtype == "bfloat16" and phase in (DECODE, PREFILL):
                     yield from (case | {"block_size": size} for size in LARGE_PAGES)
+    plain = [name for name in names if is_plain(functions(get_variant(name)))]
+    for head_dim, dtype, variant in product(HEAD_DIMS[:2], ("bfloat16", "float16"), plain):
+        case = {"arch": "sm_90", "head_dim": head_dim, "dtype": dtype}
+        case |= {"variant": variant, "phase": ON_HOPPER}
+        yield case
+        yield from (case | {"block_size": size} for size in LARGE_PAGES)
     prunable = [name for name in names if get_variant(name).prunable]
     for arch, head_dim, dtype in product(ARCHS, HEAD_DIMS, DTYPES[:3]):
         for variant, budget in product(prunable, BUDGETS):
@@ -143,7 +156,7 @@ def compile_training(compiler: DryCompiler, case: Case) -> list[Pair]:
 
 def batch_of(phase: str, block_size: int = BLOCK_SIZE, requests: int = REQUESTS) -> Any:
     """Return requests of CONTEXT tokens: the last of each, or the last 100, are new."""
-    queries = 100 if phase == PREFILL else 1
+    queries = 100 if phase in (PREFILL, ON_HOPPER) else 1
     return Batch(
         torch.zeros(requests, CONTEXT // block_size, dtype=torch.int32),
         torch.arange(requests + 1) * queries,
@@ -193,6 +206,8 @@ def attention_call(case: Case, requests: int = REQUESTS) -> Callable[[], None]:
     query = torch.empty(tokens, NUM_HEADS, case["head_dim"], dtype=query_dtype)
     if case["phase"] != WRITE:
         out = torch.empty_like(query)
+        if case["phase"] == ON_HOPPER:
+            return lambda: attend_with(GLUON_TILE, layer, query, batch, out)
         return lambda: layer.attend(query, batch, out)
     new, slots = query[:, :NUM_KV_HEADS].contiguous(), torch.arange(tokens)
     gates = torch.empty(tokens, NUM_HEADS)
@@ -205,6 +220,12 @@ def attention_call(case: Case, requests: int = REQUESTS) -> Callable[[], None]:
     return write
 
 
+def attend_with(tile: Tile, layer: TritonLayer, *given: Any) -> None:
+    """Attend with a tile, whatever tables say."""
+    with trying(tile):
+        layer.attend(*given)
+
+
 def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pair]:
     """Compile what our layer launches, and vLLM's kernel where the two can be compared."""
     if case["phase"].startswith("budget"):
@@ -212,6 +233,7 @@ def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pai
     with compiler.target(case["arch"]) as found:
         attention_call(case)()
     compared = case["variant"] in PEER_VARIANTS and case["dtype"] in PEER_DTYPES
+    compared = compared and case["phase"] != ON_HOPPER
     return [
         (kernel, peer.compile(compiler, case, kernel))
         if compared and kernel.name == "attend_kernel"

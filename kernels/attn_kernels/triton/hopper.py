@@ -7,18 +7,20 @@ multiply: the scores of a tile are under way before the values of the tile ahead
 tensor cores have work while weights are computed. Each place of a ring has two barriers: it is
 filled, it is free again.
 
-A variant's functions are those that Triton's kernel calls. What this kernel does not do, `missing`
-says: statistics, states, gates, score biases, windows, ALiBi, caps and quantized caches. It is
-compiled here (`benchmarks.triton_compile`) and its source is run by an emulator
-(tests/attn_kernels/gluon_emulator.py); it has never run on a GPU. So no table names it but one that
-`attnserve tune` wrote, where its outputs were right and it was faster.
+A variant's functions are those that Triton's kernel calls; they may not use `tl.zeros`,
+`tl.zeros_like` and `tl.full`, which Gluon wants a layout of. What else a layer must be, `takes`
+says. A tile asks for this kernel (`tuning.Tile.kernel`).
+
+It is compiled ahead of time (`benchmarks.triton_compile`), and its source is right in an emulator
+(tests/attn_kernels/gluon_emulator.py); it has never run on a GPU. Therefore no layer uses it but
+where a table says so that `attnserve tune` wrote: after its outputs were compared with the
+reference there, and it was faster.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,16 +35,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attn_kernels.triton.attention import known_of
-from attn_kernels.triton.tiles import SIZES, STEP, Shape, find_request, first_tile, visible
+from attn_kernels.triton.launch import Launcher
+from attn_kernels.triton.tiles import SIZES, STEP, Shape, Tiling, find_request, first_tile
+from attn_kernels.triton.variant import constants, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-ARCH = "sm_90"
-HEAD_SIZES = (64, 128)
-DTYPES = (torch.bfloat16, torch.float16)
+    from attn_kernels.batch import Batch
+    from attn_kernels.triton.tuning import Tile
 
 PRODUCER_REGISTERS = gl.constexpr(24)
 """Of a thread of the warp that copies; the others share the rest."""
@@ -55,14 +58,12 @@ copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 
 
 @gluon.jit
-def rows_of(
-    row, start_loc, num_queries, first, first_position, kv_head,
-    SHAPE: gl.constexpr, TILE: gl.constexpr,
-):  # fmt: skip
-    """Return of a tile's rows: whether there is a query, its token, its position and its head."""
-    index = first + row // SHAPE.group
-    valid = (row < TILE.queries * SHAPE.group) & (index < num_queries)
-    return valid, start_loc + index, first_position + index, kv_head * SHAPE.group + row % SHAPE.group
+def rows_of(row, token, count, position, kv_head, SHAPE: gl.constexpr, TILE: gl.constexpr):
+    """Return of rows of a tile, whose first query is `token` at `position`, and whose request has
+    `count` queries from there on: whether there is a query, its token, position and head."""
+    query = row // SHAPE.group
+    valid = (row < TILE.queries * SHAPE.group) & (query < count)
+    return valid, token + query, position + query, kv_head * SHAPE.group + row % SHAPE.group
 
 
 @gluon.constexpr_function
@@ -74,16 +75,14 @@ def row_layout(lanes, rows):
 
 @gluon.jit
 def places_of(
-    vectors, stride, start_loc, num_queries, first, first_position, kv_head,
+    vectors, stride, token, count, kv_head,
     SHAPE: gl.constexpr, TILE: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """Return where a tile's queries, or outputs, are, `[rows, dims]`, and whether they are."""
     dims: gl.constexpr = SHAPE.head_size
     layout: gl.constexpr = row_layout(LANES, TILE.rows)
-    valid, token, position, head = rows_of(
-        gl.arange(0, TILE.rows, gl.SliceLayout(1, layout)),
-        start_loc, num_queries, first, first_position, kv_head, SHAPE, TILE,
-    )  # fmt: skip
+    row = gl.arange(0, TILE.rows, gl.SliceLayout(1, layout))
+    valid, token, _, head = rows_of(row, token, count, 0, kv_head, SHAPE, TILE)
     row = vectors + token.to(gl.int64) * stride + head * dims
     dim = gl.arange(0, dims, gl.SliceLayout(0, layout))
     return row[:, None] + dim[None, :], valid[:, None]
@@ -138,8 +137,7 @@ def produce(
 def consume(
     out, q, keys, values, keys_filled, keys_free, values_filled, values_free,
     first_learned, second_learned, part_rows, part_outputs,
-    scale, out_stride, begin, end, tiles, split,
-    start_loc, num_queries, first, first_position, kv_head,
+    scale, out_stride, begin, end, tiles, split, token, count, position, kv_head,
     QUERY_FACTOR: gl.constexpr, UPDATE: gl.constexpr, EPILOGUE: gl.constexpr,
     PARAMS: gl.constexpr, VARIANT: gl.constexpr, SHAPE: gl.constexpr, TILE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -154,12 +152,10 @@ def consume(
     of_rows: gl.constexpr = gl.SliceLayout(1, of_scores)
     of_output_rows: gl.constexpr = gl.SliceLayout(1, of_output)
 
-    valid, token, position, head = rows_of(
-        gl.arange(0, TILE.rows, of_rows),
-        start_loc, num_queries, first, first_position, kv_head, SHAPE, TILE,
-    )  # fmt: skip
+    row = gl.arange(0, TILE.rows, of_rows)
+    valid, tokens, positions, head = rows_of(row, token, count, position, kv_head, SHAPE, TILE)
     known = known_of(
-        position, head, q.load(of_scores), valid, first_learned, second_learned, VARIANT, SHAPE
+        positions, head, q.load(of_scores), valid, first_learned, second_learned, VARIANT, SHAPE
     )
     factor = QUERY_FACTOR(known, scale, dims, PARAMS)
     zeros = gl.full([TILE.rows, TILE.keys], 0.0, gl.float32, of_scores)
@@ -174,14 +170,14 @@ def consume(
     output = warpgroup_mma_init(gl.full([TILE.rows, dims], 0.0, gl.float32, of_output))
     # All rows see all keys of the tiles up to `full`, which end before the first query's own; the
     # last tile comes behind the loops.
-    full = gl.maximum(gl.minimum(first_position + first + 1, end) - begin, 0) // TILE.keys
+    full = gl.maximum(gl.minimum(position + 1, end) - begin, 0) // TILE.keys
     full = gl.minimum(full, tiles - 1)
     for masked in gl.static_range(2):
         start_of, end_of = (full, tiles - 1) if masked else (0, full)
         for i in range(start_of, end_of):
             seen = gl.full([TILE.rows, TILE.keys], True, gl.int1, of_scores)
             if masked:
-                seen = visible(position, begin + i * TILE.keys + offset, 0)
+                seen = (positions - (begin + i * TILE.keys))[:, None] >= offset[None, :]
             weights, rescale, running_max, denominator = UPDATE(
                 s * factor[:, None], seen, running_max, denominator, nothing, nothing, known,
                 PARAMS,
@@ -201,10 +197,10 @@ def consume(
 
     # No query sees a key from `end` on; rows without a query may, and their output is not stored.
     start = begin + (tiles - 1) * TILE.keys
+    seen = (positions - start)[:, None] >= offset[None, :]
     weights, rescale, running_max, denominator = UPDATE(
-        s * factor[:, None], visible(position, start + offset, 0), running_max, denominator,
-        nothing, nothing, known, PARAMS,
-    )  # fmt: skip
+        s * factor[:, None], seen, running_max, denominator, nothing, nothing, known, PARAMS
+    )
     output = warpgroup_mma_wait(0, deps=[output])
     output *= gl.convert_layout(rescale, of_output_rows)[:, None]
     p = gl.convert_layout(weights.to(q.dtype), of_weights)
@@ -222,14 +218,12 @@ def consume(
     output = warpgroup_mma_wait(0, deps=[output])
 
     if TILE.splits > 1:
-        part = part_of(token, head, split, SHAPE, TILE)
+        part = part_of(tokens, head, split, SHAPE, TILE)
         gl.store(part_rows + 2 * part, running_max, mask=valid)
         gl.store(part_rows + 2 * part + 1, denominator, mask=valid)
-        valid, token, position, head = rows_of(
-            gl.arange(0, TILE.rows, of_output_rows),
-            start_loc, num_queries, first, first_position, kv_head, SHAPE, TILE,
-        )  # fmt: skip
-        part = part_of(token, head, split, SHAPE, TILE)
+        row = gl.arange(0, TILE.rows, of_output_rows)
+        valid, tokens, _, head = rows_of(row, token, count, position, kv_head, SHAPE, TILE)
+        part = part_of(tokens, head, split, SHAPE, TILE)
         dim = gl.arange(0, dims, gl.SliceLayout(0, of_output))
         place = part_outputs + part[:, None] * dims + dim[None, :]
         gl.store(place, output, mask=valid[:, None])
@@ -237,9 +231,7 @@ def consume(
         last_factor = EPILOGUE(running_max, denominator, known, PARAMS)
         output *= gl.convert_layout(last_factor, of_output_rows)[:, None]
         q.store(output.to(q.dtype))  # no query is needed any more; whole rows are stored faster
-        place, valid = places_of(
-            out, out_stride, start_loc, num_queries, first, first_position, kv_head, SHAPE, TILE, 4
-        )
+        place, valid = places_of(out, out_stride, token, count, kv_head, SHAPE, TILE, 4)
         gl.store(place, q.load(row_layout(4, TILE.rows)), mask=valid)
 
 
@@ -262,13 +254,14 @@ def attend_kernel(
     kv_head = program % SHAPE.num_kv_heads
     tile = (gl.num_programs(0) - 1 - program) // SHAPE.num_kv_heads
     request = find_request(query_start_loc, tile, num_reqs, TILE.queries)
-    start_loc = gl.load(query_start_loc + request)
-    num_queries = gl.load(query_start_loc + request + 1) - start_loc
+    start_loc = gl.load(query_start_loc + request).to(gl.int32)
+    num_queries = gl.load(query_start_loc + request + 1).to(gl.int32) - start_loc
     first = (tile - first_tile(start_loc, request, TILE.queries)) * TILE.queries
     if first >= num_queries:
         return
-    first_position = gl.load(seq_lens + request) - num_queries
-    begin, end = 0, first_position + gl.minimum(first + TILE.queries, num_queries)
+    token, count = start_loc + first, num_queries - first
+    position = gl.load(seq_lens + request).to(gl.int32) - count
+    begin, end = 0, position + gl.minimum(count, TILE.queries)
     if TILE.splits > 1:
         keys_each = tl.cdiv(tl.cdiv(end, TILE.keys), TILE.splits) * TILE.keys
         begin = split * keys_each
@@ -277,10 +270,7 @@ def attend_kernel(
 
     dtype: gl.constexpr = query.dtype.element_ty
     dims: gl.constexpr = SHAPE.head_size
-    place, valid = places_of(
-        query, query_stride, start_loc, num_queries, first, first_position, kv_head, SHAPE, TILE,
-        dims // 8,
-    )
+    place, valid = places_of(query, query_stride, token, count, kv_head, SHAPE, TILE, dims // 8)
     q = gl.allocate_shared_memory(dtype, [TILE.rows, dims], SWIZZLED)
     q.store(gl.load(place, mask=valid, other=0.0))
     keys = gl.allocate_shared_memory(dtype, [STAGES, TILE.keys, dims], SWIZZLED)
@@ -296,7 +286,6 @@ def attend_kernel(
         mbarrier.init(values_filled.index(i), count=1)
         mbarrier.init(values_free.index(i), count=1)
     fence_async_shared()  # products and copies see what was written until here
-    rings = keys, values, keys_filled, keys_free, values_filled, values_free
     table = block_table + request.to(gl.int64) * table_stride
     gl.warp_specialize(
         [
@@ -305,8 +294,8 @@ def attend_kernel(
                 (
                     out, q, keys, values, keys_filled, keys_free, values_filled, values_free,
                     first_learned, second_learned, part_rows, part_outputs, scale, out_stride,
-                    begin, end, tiles, split, start_loc, num_queries, first, first_position,
-                    kv_head, QUERY_FACTOR, UPDATE, EPILOGUE, PARAMS, VARIANT, SHAPE, TILE, STAGES,
+                    begin, end, tiles, split, token, count, position, kv_head,
+                    QUERY_FACTOR, UPDATE, EPILOGUE, PARAMS, VARIANT, SHAPE, TILE, STAGES,
                 ),
             ),
             (
@@ -320,3 +309,66 @@ def attend_kernel(
         [1],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
+
+
+def takes(given: Mapping[str, Any], shape: Shape, kv_cache: Tensor) -> bool:
+    """Return whether the kernel does what a layer needs, of a kernel's kind that it is for
+    (`tuned.for_gluon`).
+
+    Args:
+        given: what the variant gives to kernels (`variant.functions`).
+        shape: the layer's.
+        kv_cache: the layer's, whose rows are the copy engine's.
+    """
+    modified = shape.window or shape.soft_cap or shape.alibi
+    whole_rows = all(stride % shape.head_size == 0 for stride in kv_cache.stride()[:2])
+    aligned = kv_cache.shape[0] > 0 and kv_cache.data_ptr() % 16 == 0
+    return is_plain(given) and not modified and whole_rows and aligned
+
+
+class Prefill:
+    """The kernel bound to one layer's cache.
+
+    Args:
+        given: what the variant gives to kernels, and SHAPE.
+        kv_cache: a cache that `takes` takes, in the queries' dtype.
+    """
+
+    def __init__(self, given: Mapping[str, Any], kv_cache: Tensor) -> None:
+        self.launch = Launcher(attend_kernel, constants(attend_kernel, given))
+        self.kv_cache, self.shape = kv_cache, given["SHAPE"]
+        self.rows = [stride // self.shape.head_size for stride in kv_cache.stride()[:2]]
+        self.pages: dict[int, TensorDescriptor] = {}
+
+    def descriptor(self, keys: int) -> TensorDescriptor:
+        """Return the cache as rows `[rows, head_size]` from which a copy takes what a tile of
+        `keys` keys has in one block. A launch takes it apart: a CUDA graph keeps the address."""
+        size, box = self.shape.head_size, min(keys, self.shape.block_size)
+        if box not in self.pages:
+            lasts = zip(self.kv_cache.shape, self.rows, strict=False)
+            rows = sum((count - 1) * each for count, each in lasts) + 2 * self.shape.block_size
+            self.pages[box] = TensorDescriptor(
+                self.kv_cache, [rows, size], [size, 1], [box, size], SWIZZLED.value
+            )
+        return self.pages[box]
+
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        out: Tensor,
+        query: Tensor,
+        batch: Batch,
+        learned: tuple[Tensor | None, Tensor | None],
+        parts: tuple[Tensor | None, Tensor | None],
+        scale: float,
+        tile: Tile,
+        cut: Tiling,
+    ) -> None:
+        """Launch it; arguments as `attention.attend_kernel`'s."""
+        self.launch(
+            grid,
+            out, query, self.descriptor(tile.keys), batch.block_table, batch.query_start_loc,
+            batch.seq_lens, *learned, *parts, scale, batch.seq_lens.shape[0],
+            query.stride(0), out.stride(0), *self.rows, batch.block_table.stride(0),
+            options=tile.options, TILE=cut, STAGES=tile.num_stages,
+        )  # fmt: skip

@@ -28,9 +28,11 @@ from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.gates import write_gates_kernel
 from attn_kernels.triton.launch import Launcher
 from attn_kernels.triton.selections import advance_kernel, select_kernel
+from attn_kernels.triton.special import INTERPRETED
 from attn_kernels.triton.tiles import Shape, Tiling
 from attn_kernels.triton.tuning import (
     DECODE,
+    GLUON,
     LARGEST_ROWS,
     PREFILL,
     Tile,
@@ -133,7 +135,7 @@ class TritonLayer(Layer):
             self.soft_cap or 0.0, self.slopes is not None, self.quantized,
             self.kv_format.bits if self.kv_format else 0, num_kv_heads if self.selector else 0,
         )  # fmt: skip
-        given = {**functions(variant), "SHAPE": self.shape}
+        given = self.given = {**functions(variant), "SHAPE": self.shape}
         self.two_passes = given["UPDATE_STATISTICS"] is not None
         self.tiles: dict[tuple[str, torch.dtype, bool], Tile] = {}
         self.kind = kind_of_variant(variant, given["VARIANT"].unit_keys)
@@ -197,8 +199,22 @@ class TritonLayer(Layer):
         )  # fmt: skip
         size = self.head_size, dtype.itemsize, self.group, self.shape.kv_bits
         tile = tuned.tuned_tile(kind, self.arch, self.device)
+        if tile is not None and tile.kernel == GLUON and self.gluon is None:
+            tile = None
         tile = tile or tile_for(phase, self.arch, *size, self.kind, many)
         return self.tiles.setdefault((phase, dtype, many), tile)
+
+    @functools.cached_property
+    def gluon(self) -> Any:
+        """The kernel for Hopper, bound to the cache; None where it does not do what this layer
+        needs, or Triton has no Gluon as it expects."""
+        try:
+            from attn_kernels.triton import hopper
+        except (ImportError, AttributeError):  # which Triton calls experimental
+            return None
+        if INTERPRETED or not hopper.takes(self.given, self.shape, self.kv_cache):
+            return None
+        return hopper.Prefill(self.given, self.kv_cache)
 
     def _attend(self, query: Tensor, selectors: Tensor, batch: Batch, out: Tensor) -> None:
         """Launch the kernels."""
@@ -226,13 +242,20 @@ class TritonLayer(Layer):
                 scores = scratch(self.device, "scores", *of_scores)
         if self.variant.stateful and not decode:
             snapshots = self._select(selectors, batch, tile, cut, tiles)
-        for only in (STATISTICS, OUTPUT) if two_pass else (WHOLE,):
+        scale = self.scale if self.variant.uses_scale else 1.0
+        if tile.kernel == GLUON:
+            self.gluon(
+                (programs, parts), out, query, batch, self.two_learned, (part_rows, part_outputs),
+                scale, tile, cut,
+            )  # fmt: skip
+        passes = (STATISTICS, OUTPUT) if two_pass else (WHOLE,)
+        for only in () if tile.kernel == GLUON else passes:
             self.launch[attend_kernel](
                 (programs, parts),
                 out, query, selectors, self.kv_cache, batch.block_table, batch.query_start_loc,
                 batch.seq_lens, *self.two_learned, self.slopes, snapshots, statistics, scores,
                 part_rows, part_outputs,
-                *self.scales, self.scale if self.variant.uses_scale else 1.0, num_reqs,
+                *self.scales, scale, num_reqs,
                 query.stride(0), selectors.stride(0), out.stride(0), *self.strides,
                 batch.block_table.stride(0), 0 if snapshots is None else snapshots.stride(0),
                 most_keys, options=tile.options, TILE=cut, PASS=only,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from attn_kernels.triton.tuning import DECODE, PREFILL, Tile
+from attn_kernels.triton.tuning import DECODE, GLUON, KERNELS, PREFILL, Tile
 
 PACKAGED = Path(__file__).parent / "configs"
 
@@ -57,6 +57,20 @@ class Kind(NamedTuple):
 
 
 Tiles = dict[Kind, Tile]
+
+
+def for_gluon(kind: Kind, arch: str) -> bool:
+    """Return whether `triton/hopper.py` may be what attends, if the layer has nothing that it does
+    not know."""
+    return (
+        arch == "sm_90"
+        and kind.phase != DECODE
+        and kind.dtype in ("bfloat16", "float16")
+        and kind.cache == kind.dtype
+        and kind.head_size in (64, 128)
+        and kind.block_size >= 16
+        and kind.block_size & (kind.block_size - 1) == 0
+    )
 
 
 @functools.cache
@@ -191,6 +205,10 @@ def _parsed(content: Any) -> tuple[str, Tiles]:
     for index, row in enumerate(rows):
         try:
             kind, tile = _entry(row)
+            if tile.kernel == GLUON and not for_gluon(kind, arch):
+                raise ValueError(f".kernel: {GLUON!r} does not attend for {kind} on {arch}")
+            if tile.kernel == GLUON and tile.num_warps != tile.rows // 16:
+                raise ValueError(f".num_warps: {GLUON!r} has {tile.rows // 16} for as many rows")
             if kind in tiles:
                 raise ValueError(": it is for the same kernel as one before")
         except ValueError as error:
@@ -201,7 +219,7 @@ def _parsed(content: Any) -> tuple[str, Tiles]:
 
 TILE_FIELDS = dataclasses.fields(Tile)
 NEEDED = [*Kind._fields, *(f.name for f in TILE_FIELDS if f.default is dataclasses.MISSING)]
-TEXTS = ("phase", "variant", "dtype", "cache")
+TEXTS = ("phase", "variant", "dtype", "cache", "kernel")
 
 
 def _entry(row: Any) -> tuple[Kind, Tile]:
@@ -229,6 +247,8 @@ def _entry(row: Any) -> tuple[Kind, Tile]:
             raise ValueError(f".{name}: {value} is no power of two from {least} on")
     if tile.rows < kind.group:
         raise ValueError(f".rows: {tile.rows} is less than the group of {kind.group} heads")
+    if tile.kernel not in KERNELS:
+        raise ValueError(f".kernel: {tile.kernel!r} is none of {', '.join(KERNELS)}")
     if tile.num_stages < 1:
         raise ValueError(".num_stages: 0 is less than 1")
     return kind, tile

@@ -9,6 +9,9 @@ import triton
 
 from attn_kernels.variant import Variant
 
+TRITON, GLUON = KERNELS = ("triton", "gluon")
+"""What attends: `triton/attention.py`, or `triton/hopper.py`."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -20,6 +23,8 @@ class Tile:
     """Keys that a program multiplies at once."""
     num_warps: int = 4
     num_stages: int = 2
+    kernel: str = TRITON
+    """One of KERNELS."""
 
     def queries(self, group: int) -> int:
         """Return the queries of a tile if `group` heads share a KV head."""

@@ -145,6 +145,14 @@ def functions(variant: Variant) -> dict[str, Any]:
     }
 
 
+def is_plain(given: Mapping[str, Any]) -> bool:
+    """Return whether a variant is nothing but `query_factor`, `update`, `merge` and `epilogue`, of
+    what `functions` returns."""
+    more = ("SCORE_BIAS", "UPDATE_STATISTICS", "SELECTION")
+    constant = given["VARIANT"]
+    return not (constant.unit_keys or constant.gated or any(given[name] for name in more))
+
+
 def _module_of(variant: Variant) -> Any:
     package = sys.modules[type(variant).__module__].__package__
     return importlib.import_module(f"{package}.kernel")
