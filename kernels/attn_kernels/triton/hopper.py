@@ -232,7 +232,8 @@ def consume(
         output *= gl.convert_layout(last_factor, of_output_rows)[:, None]
         q.store(output.to(q.dtype))  # no query is needed any more; whole rows are stored faster
         place, valid = places_of(out, out_stride, token, count, kv_head, SHAPE, TILE, 4)
-        gl.store(place, q.load(row_layout(4, TILE.rows)), mask=valid)
+        rounded = q.load(row_layout(4, TILE.rows))
+        gl.store(place, rounded.to(out.dtype.element_ty), mask=valid)
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STEP)
