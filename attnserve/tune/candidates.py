@@ -12,7 +12,7 @@ import torch
 import triton
 
 from attn_kernels import get_variant, variant_names
-from attn_kernels.triton.tuned import PHASES, SHORT_PREFILL, Kind, for_gluon
+from attn_kernels.triton.tuned import GLUON_SIZES, PHASES, SHORT_PREFILL, Kind, for_gluon
 from attn_kernels.triton.tuning import (
     BLOCK_SIZE,
     DECODE,
@@ -116,7 +116,7 @@ def gluon_tiles(kind: Kind, arch: str) -> Iterator[Tile]:
     of `num_stages` tiles of keys, and of values, in shared memory, beside the queries."""
     if not for_gluon(kind, arch) or not is_plain(functions(get_variant(kind.variant))):
         return
-    for rows, keys, stages in itertools.product((64, 128), (64, 128), STAGES[1:]):
+    for rows, keys, stages in itertools.product(GLUON_SIZES, GLUON_SIZES, STAGES[1:]):
         if 2 * kind.head_size * (rows + 2 * stages * keys) < SHARED_MEMORY[arch]:
             yield Tile(rows, keys, rows // 16, stages, GLUON)
 

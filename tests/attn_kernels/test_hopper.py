@@ -175,15 +175,30 @@ BROKEN = {
     "a score is used before it is there": (
         "s = warpgroup_mma_wait(1, deps=[s])", "s = warpgroup_mma_wait(2, deps=[s])",
     ),
-    "too few bytes are expected": ("TILE.keys * SHAPE.head_size * 2", "TILE.keys * SHAPE.head_size"),
+    "too few bytes are expected": (
+        "TILE.keys * SHAPE.head_size * 2", "TILE.keys * SHAPE.head_size",
+    ),
     "what is behind the last key is added": ("if start + TILE.keys > end:", "if start > end:"),
     "zeros are not seen by products": (
         "there)))\n        fence_async_shared()", "there)))",
     ),
     "the last key that a query sees is not": (">= offset[None, :]", "> offset[None, :]"),
-    "a tile too many has no masks": ("gl.minimum(position + 1, end)", "gl.minimum(position + 99, end)"),
+    "a tile too many has no masks": (
+        "gl.minimum(position + 1, end)", "gl.minimum(position + 99, end)",
+    ),
     "blocks behind the last are looked up": ("mask=key < end", "mask=key > -1"),
 }  # fmt: skip
+
+
+ERRORS_SHAPE = paged.Shape(1, 1, 64, 16, 275, 135)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of copies, products and partitions; of what the next test breaks."""
+    emulate(monkeypatch, (64, 64, 2), seed=seed)
+    error = paged.error_against_reference("1", "softmax", ERRORS_SHAPE, None, torch.float16, 1)
+    assert error <= NARROW_TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("error", BROKEN)
@@ -201,7 +216,7 @@ def test_errors_are_found(error: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert spec is not None and spec.loader is not None
     broken = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(broken)
-    shape = paged.Shape(1, 1, 64, 16, 275, 135)
+    shape = ERRORS_SHAPE
     found = []
     for seed in range(5):
         emulate(monkeypatch, (64, 64, 2), broken, seed)

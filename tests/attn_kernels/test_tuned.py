@@ -14,7 +14,7 @@ import triton
 from attn_kernels import get_variant, reference
 from attn_kernels.triton import tuned
 from attn_kernels.triton.layer import device_figures
-from attn_kernels.triton.tuning import DECODE, PREFILL, Tile
+from attn_kernels.triton.tuning import DECODE, GLUON, PREFILL, Tile
 from tests.attn_kernels.test_paged import relative_error
 from tests.attn_kernels.test_triton import TOLERANCE, single
 
@@ -131,6 +131,19 @@ def with_entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
             "tiles[1].phase: 'prefil' is none of decode, prefill, short-prefill",
         ),
         (with_entry(dtype=16), "tiles[1].dtype: 16 is not a string"),
+        (with_entry(kernel="cuda"), "tiles[1].kernel: 'cuda' is none of triton, gluon"),
+        (
+            with_entry(kernel="gluon", keys=64, num_warps=8),
+            "tiles[1].num_warps: 'gluon' has 4 for 64 rows",
+        ),
+        (with_entry(kernel="gluon", rows=32), "tiles[1].rows: 'gluon' has 64 or 128, not 32"),
+        (with_entry(kernel="gluon", keys=32), "tiles[1].keys: 'gluon' has 64 or 128, not 32"),
+        (
+            with_entry(kernel="gluon", head_size=256),
+            "tiles[1].kernel: 'gluon' does not attend for prefill softmax bfloat16, D256, group 4",
+        ),
+        (with_entry(kernel="gluon", phase=DECODE), "tiles[1].kernel: 'gluon' does not attend for"),
+        (with_entry(kernel="gluon", cache="float16"), "tiles[1].kernel: 'gluon' does not attend"),
         (with_entry(stages=2), "tiles[1].stages: unknown; known are phase, variant, dtype"),
     ],
 )
@@ -143,6 +156,16 @@ def test_a_wrong_table_is_one_line(
     with pytest.raises(ValueError) as raised:
         found()
     assert str(raised.value).startswith(f"{path}: {said}") and "\n" not in str(raised.value)
+
+
+def test_gluon_is_for_hopper(folders: tuple[Path, Path]) -> None:
+    """A table names another kernel for a GPU that has it."""
+    tile = Tile(128, 128, 8, 2, GLUON)
+    for arch in ("sm_90", "sm_100"):
+        (folders[0] / f"{arch}.json").write_text(tuned.text_of(arch, {KIND: tile}))
+    assert tuned.tuned_tile(KIND, "sm_90", CPU) == tile
+    with pytest.raises(ValueError, match="'gluon' does not attend for prefill softpick"):
+        tuned.tuned_tile(KIND, "sm_100", CPU)
 
 
 def test_no_json_is_one_line(folders: tuple[Path, Path]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from attn_kernels.triton import tuned
-from attn_kernels.triton.tuning import DECODE, PREFILL, Tile
+from attn_kernels.triton.tuning import DECODE, GLUON, PREFILL, TRITON, Tile
 from attnserve.errors import UserError
 from attnserve.files import Journal
 from attnserve.tune import search
@@ -114,10 +114,32 @@ def test_candidates(phase: str, dtype: str, size: int, arch: str) -> None:
     assert all(tile.rows >= 32 for tile in found)
     assert {tile.rows for tile in found} == ({32} if phase == DECODE else {32, 64, 128})
     for tile in found[1:]:
+        assert tile.kernel == TRITON or (arch, phase, size) == ("sm_90", PREFILL, 128)
         assert tile.rows in ROWS and tile.keys in KEYS
         assert tile.num_warps in WARPS and tile.num_stages in STAGES
         assert fits(tile, size, arch)
     assert not fits(Tile(128, 128, 4), 256, "sm_90") and fits(Tile(128, 128, 8), 128, "sm_90")
+
+
+def test_candidates_in_gluon() -> None:
+    """On Hopper, for a prefill of a plain variant in 16 bits, as far as shared memory goes; and
+    the tables take them."""
+    kind = KIND._replace(phase=PREFILL, variant="softpick", dtype="bfloat16", cache="bfloat16")
+    kind = kind._replace(head_size=128, group=4, block_size=64)
+
+    def found(arch: str = "sm_90", few: bool = False, **changes: Any) -> list[Tile]:
+        tiles = candidates(kind._replace(**changes), arch, few=few)
+        return [tile for tile in tiles if tile.kernel == GLUON]
+
+    tiles = found()
+    assert tiles[0] == Tile(128, 128, 8, 2, GLUON) and Tile(64, 64, 4, 5, GLUON) in tiles
+    assert Tile(128, 128, 8, 3, GLUON) in tiles and Tile(128, 128, 8, 4, GLUON) not in tiles
+    assert Tile(128, 128, 8, 4, GLUON) in found(head_size=64)
+    text = tuned.text_of("sm_90", {kind._replace(group=n): tile for n, tile in enumerate(tiles, 1)})
+    assert len(tuned._parsed(json.loads(text))[1]) == len(tiles)
+    assert not found("sm_100") and not found(few=True) and not found(phase=DECODE)
+    for name, value in (("variant", "lssa"), ("dtype", "float32"), ("block_size", 48)):
+        assert not found(**{name: value})
 
 
 def test_halving() -> None:

@@ -59,6 +59,10 @@ class Kind(NamedTuple):
 Tiles = dict[Kind, Tile]
 
 
+GLUON_SIZES = (64, 128)
+"""Rows, and keys, of a tile of the kernel in Gluon, which has a warp for 16 rows."""
+
+
 def for_gluon(kind: Kind, arch: str) -> bool:
     """Return whether `triton/hopper.py` may be what attends, if the layer has nothing that it does
     not know."""
@@ -205,16 +209,25 @@ def _parsed(content: Any) -> tuple[str, Tiles]:
     for index, row in enumerate(rows):
         try:
             kind, tile = _entry(row)
-            if tile.kernel == GLUON and not for_gluon(kind, arch):
-                raise ValueError(f".kernel: {GLUON!r} does not attend for {kind} on {arch}")
-            if tile.kernel == GLUON and tile.num_warps != tile.rows // 16:
-                raise ValueError(f".num_warps: {GLUON!r} has {tile.rows // 16} for as many rows")
+            if tile.kernel == GLUON:
+                _check_gluon(kind, tile, arch)
             if kind in tiles:
                 raise ValueError(": it is for the same kernel as one before")
         except ValueError as error:
             raise ValueError(f"tiles[{index}]{error}") from None
         tiles[kind] = tile
     return arch, tiles
+
+
+def _check_gluon(kind: Kind, tile: Tile, arch: str) -> None:
+    """Raise ValueError for a tile that the kernel in Gluon does not have."""
+    if not for_gluon(kind, arch):
+        raise ValueError(f".kernel: {GLUON!r} does not attend for {kind} on {arch}")
+    for name, value in (("rows", tile.rows), ("keys", tile.keys)):
+        if value not in GLUON_SIZES:
+            raise ValueError(f".{name}: {GLUON!r} has 64 or 128, not {value}")
+    if tile.num_warps != tile.rows // 16:
+        raise ValueError(f".num_warps: {GLUON!r} has {tile.rows // 16} for {tile.rows} rows")
 
 
 TILE_FIELDS = dataclasses.fields(Tile)
