@@ -233,7 +233,6 @@ def compile_attention(compiler: DryCompiler, case: Case, peer: Vllm) -> list[Pai
     with compiler.target(case["arch"]) as found:
         attention_call(case)()
     compared = case["variant"] in PEER_VARIANTS and case["dtype"] in PEER_DTYPES
-    compared = compared and case["phase"] != ON_HOPPER
     return [
         (kernel, peer.compile(compiler, case, kernel))
         if compared and kernel.name == "attend_kernel"

@@ -45,7 +45,7 @@ def emulate(
 
     class Emulated:
         def __init__(self, function: Any, constants: dict[str, Any]) -> None:
-            self.function = (kernel or hopper).attend_kernel
+            self.function = (kernel or hopper).prefill_kernel
             self.constants = constants
 
         def __call__(

@@ -237,7 +237,7 @@ def consume(
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STEP)
-def attend_kernel(
+def prefill_kernel(
     out, query,
     pages,  # [rows, head_size]: a descriptor of the cache, a row for each key and each value
     block_table, query_start_loc, seq_lens,
@@ -323,8 +323,9 @@ def takes(given: Mapping[str, Any], shape: Shape, kv_cache: Tensor) -> bool:
     """
     modified = shape.window or shape.soft_cap or shape.alibi
     whole_rows = all(stride % shape.head_size == 0 for stride in kv_cache.stride()[:2])
-    aligned = kv_cache.shape[0] > 0 and kv_cache.data_ptr() % 16 == 0
-    return is_plain(given) and not modified and whole_rows and aligned
+    numbered = 0 < kv_cache.shape[0] * kv_cache.stride(0) // shape.head_size < 2**31
+    aligned = kv_cache.data_ptr() % 16 == 0
+    return is_plain(given) and not modified and whole_rows and numbered and aligned
 
 
 class Prefill:
@@ -336,7 +337,7 @@ class Prefill:
     """
 
     def __init__(self, given: Mapping[str, Any], kv_cache: Tensor) -> None:
-        self.launch = Launcher(attend_kernel, constants(attend_kernel, given))
+        self.launch = Launcher(prefill_kernel, constants(prefill_kernel, given))
         self.kv_cache, self.shape = kv_cache, given["SHAPE"]
         self.rows = [stride // self.shape.head_size for stride in kv_cache.stride()[:2]]
         self.pages: dict[int, TensorDescriptor] = {}

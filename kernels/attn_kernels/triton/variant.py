@@ -19,6 +19,9 @@ variant's parameters as compile-time constants, in the order of its dataclass, N
         The parts of a split context as one.
     epilogue(running_max, denominator, query, params) -> factor of the output after the last key.
 
+On Hopper the first, the second and the fourth may run in Gluon, too, where tables say so
+(`triton/hopper.py`), if they use no `tl.full`, `tl.zeros` and `tl.zeros_like`: `x * 0.0 + 1.0`.
+
 UNIT_KEYS = True: the scores are also divided by |k|. FIRST_MAX: the running maximum
 before the first key; the denominator is 0 there.
 
