@@ -35,7 +35,9 @@ SECONDS = {
 GRACE = 15
 """Seconds in which a stage that was told to end may end what it has started."""
 
-TESTS = [f"tests/gpu/test_{name}.py" for name in ("graph", "packed", "attention", "training")]
+TESTS = [
+    f"tests/gpu/test_{name}.py" for name in ("graph", "packed", "hopper", "attention", "training")
+]
 """Those of attention come late: there are hundreds, and the first of each file have seen something
 of everything."""
 

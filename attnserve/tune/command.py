@@ -164,8 +164,9 @@ def run(
     whose usual tile fails. `given` are the candidates of some kernels by name."""
     import torch
 
+    from attn_kernels.triton.tuning import GLUON
     from attnserve.tune.candidates import candidates, usual_tile
-    from attnserve.tune.compiling import Compilers, Place, Task
+    from attnserve.tune.compiling import Compilers, Place, Task, trial
     from attnserve.tune.search import Bench, UsualTileError, search
 
     device = "cpu" if dry else "cuda"
@@ -194,6 +195,10 @@ def run(
             f"{time.monotonic() - began:.0f} s, {dropped} of them dropped",
             file=sys.stderr,
         )
+        gluon = [task for task, why in faults.items() if task.tile.kernel == GLUON and not why]
+        if gluon and (why := trial(gluon[0].kind, gluon[0].tile, compilers.place)):
+            print(f"no tile in Gluon is tried: the first one {why}", file=sys.stderr)
+            tiles = {kind: [t for t in of if t.kernel != GLUON] for kind, of in tiles.items()}
         for index, kind in enumerate(todo):
             now = time.monotonic()
             if now > deadline:

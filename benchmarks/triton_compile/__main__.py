@@ -64,9 +64,9 @@ def triton_compile(
     nothing about speed.
 
     A row is a kernel: registers of a thread, spills (bytes of a thread) and shared memory (bytes of
-    a program). Limits: 24 bytes of spills, the shared memory that the chip has, and matrix products
-    that overlap (below). A kernel that exceeds one, or does not compile, is marked, and the exit
-    code is 1.
+    a program). Limits: 24 bytes of spills (of the kernel in Gluon, prefill-gluon: 64), the shared
+    memory that the chip has, and matrix products that overlap (below). A kernel that exceeds one,
+    or does not compile, is marked, and the exit code is 1.
 
     On NVIDIA's GPUs a row has what a warp issues in one turn of the innermost loop with matrix
     products on tensor cores (loop_instructions), that by the scores of a thread in a tile, rows x

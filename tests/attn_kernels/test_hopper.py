@@ -28,16 +28,26 @@ Launched = list[tuple[int, int]]
 """Grids of the kernel's launches."""
 
 
+def ask(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int, int]) -> None:
+    """Let layers ask for a tile of so many rows, keys and stages of the Gluon kernel."""
+    from attn_kernels.triton import tuned
+    from attn_kernels.triton.tuning import DECODE, GLUON, Tile
+
+    rows, keys, stages = tile
+    asked = Tile(rows, keys, rows // 16, stages, GLUON)
+    monkeypatch.setattr(
+        tuned, "tuned_tile", lambda kind, *_: None if kind.phase == DECODE else asked
+    )
+
+
 def emulate(
     monkeypatch: pytest.MonkeyPatch,
     tile: tuple[int, int, int],
     kernel: ModuleType | None = None,
     seed: int = 0,
 ) -> Launched:
-    """Let layers ask for a tile of so many rows, keys and stages of the Gluon kernel, or of that of
-    another module, and emulate it."""
-    from attn_kernels.triton import hopper, layer, tuned
-    from attn_kernels.triton.tuning import DECODE, GLUON, Tile
+    """Do so, and emulate the kernel, or that of another module."""
+    from attn_kernels.triton import hopper, layer
     from tests.attn_kernels import gluon_emulator
 
     launched: Launched = []
@@ -55,11 +65,7 @@ def emulate(
             given = self.constants | constants
             gluon_emulator.run(self.function, grid, *args, seed=next(seeds), **given)
 
-    rows, keys, stages = tile
-    asked = Tile(rows, keys, rows // 16, stages, GLUON)
-    monkeypatch.setattr(
-        tuned, "tuned_tile", lambda kind, *_: None if kind.phase == DECODE else asked
-    )
+    ask(monkeypatch, tile)
     monkeypatch.setattr(layer, "INTERPRETED", False)
     monkeypatch.setattr(hopper, "Launcher", Emulated)
     monkeypatch.setattr(paged.Cache, "layer", make_layer)

@@ -31,7 +31,7 @@ from attnserve.tune.candidates import (
     usual_tile,
 )
 from attnserve.tune.command import tune
-from attnserve.tune.compiling import Compilers, Place, Task
+from attnserve.tune.compiling import Compilers, Place, Task, trial
 from attnserve.tune.work import CHECKED, LOADS, TINY_LOADS, Load, Work, error_of
 from tests.conftest import Commands
 
@@ -138,8 +138,14 @@ def test_candidates_in_gluon() -> None:
     text = tuned.text_of("sm_90", {kind._replace(group=n): tile for n, tile in enumerate(tiles, 1)})
     assert len(tuned._parsed(json.loads(text))[1]) == len(tiles)
     assert not found("sm_100") and not found(few=True) and not found(phase=DECODE)
-    for name, value in (("variant", "lssa"), ("dtype", "float32"), ("block_size", 48)):
-        assert not found(**{name: value})
+    assert not found(variant="lssa") and not found(dtype="float32") and not found(block_size=48)
+
+
+def test_a_trial_in_a_process_of_its_own() -> None:
+    """Of a tile that is right, one that cannot be compiled, and one that takes too long."""
+    assert trial(KIND, Tile(16, 16), PLACE) == ""
+    assert "Error" in trial(KIND, Tile(48, 16), PLACE)
+    assert trial(KIND, Tile(16, 16), PLACE, 0.01) == "does not end within 0 s"
 
 
 def test_halving() -> None:

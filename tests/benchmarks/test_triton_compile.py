@@ -276,6 +276,55 @@ def test_kernels_of_many_batch_sizes(tmp_path: Path) -> None:
     assert counts == most
 
 
+START = """
+import json, os, sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+os.environ["ATTNSERVE_TRITON_CONFIGS"] = str(folder)
+import torch
+from attn_kernels import get_variant
+from attn_kernels.batch import Batch
+from attn_kernels.triton import TritonLayer, launch, tuned, warm
+from attn_kernels.triton.tuning import GLUON, Tile
+from benchmarks.triton_compile.dry import DryCompiler
+
+kind = tuned.Kind("short-prefill", "softpick", "float16", "float16", 64, 2, 16)
+text = tuned.text_of("sm_90", {kind: Tile(64, 64, 4, 2, GLUON)})
+(folder / "sm_90.json").write_text(text)
+compiler = DryCompiler(folder / "cache", keep=True)
+counts = []
+with compiler.target("sm_90") as found:
+    kv = torch.zeros(1, 1, 16, 128, dtype=torch.float16)
+    layer = TritonLayer(get_variant("softpick"), kv, num_heads=2, scale=0.1, arch="sm_90")
+    with launch.compile_only():
+        warm.compile_launches(
+            layer, torch.float16, max_num_reqs=1, max_num_tokens=64, max_seq_len=64
+        )
+    counts.append(sorted(kernel.name for kernel in found))
+    query = torch.zeros(40, 2, 64, dtype=torch.float16)
+    batch = Batch(
+        torch.zeros(1, 4, dtype=torch.int32),
+        torch.tensor([0, 40], dtype=torch.int32),
+        torch.tensor([50], dtype=torch.int32),
+        max_query_len=40,
+        max_seq_len=50,
+    )
+    layer.attend(query, batch, torch.empty_like(query))
+    counts.append(sorted(kernel.name for kernel in found))
+print(json.dumps(counts))
+"""
+
+
+def test_start_up_compiles_what_a_table_names(tmp_path: Path) -> None:
+    """In Gluon, with a descriptor of the cache among its arguments; a request compiles nothing."""
+    script = tmp_path / "script.py"
+    script.write_text(START, encoding="utf-8")
+    before, after = json.loads(python(script, tmp_path).splitlines()[-1])
+    assert before.count("prefill_kernel") == 1 and after == before
+
+
 @pytest.mark.parametrize(
     ("worse", "said"),
     [
