@@ -62,11 +62,11 @@ def test_registers_spills_and_shared_memory(tmp_path: Path) -> None:
 def test_gluon_on_hopper() -> None:
     """The kernel with a warp that copies: few instructions, products that overlap, and rings of two
     tiles of keys and values beside the queries in shared memory."""
-    (row,) = compiled("--no-save", "--match", "sm_90 64 bfloat16 softpick prefill-gluon$")
+    (row,) = compiled("--no-save", "--match", "sm_90 128 bfloat16 softmax prefill-gluon 64$")
     assert (row["kernel"], row["rows"], row["keys"]) == ("prefill", 128, 128)
-    assert row["serialised"] is False and row["spills"] == 0
-    assert 5 * 128 * 64 * 2 <= row["shared"] < 5 * 128 * 64 * 2 + 1024
-    assert float(row["per_score"]) < 10.5
+    assert row["serialised"] is False and row["violation"] == ""
+    assert 5 * 128 * 128 * 2 <= row["shared"] < 5 * 128 * 128 * 2 + 1024
+    assert float(row["per_score"]) <= 8.5
 
 
 def test_host_times() -> None:
