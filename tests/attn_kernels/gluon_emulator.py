@@ -31,6 +31,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attn_kernels.triton.hopper import copy_tile
+
 
 class EmulatedError(Exception):
     """The kernel does what it may not, or stands still."""
@@ -352,7 +354,7 @@ def replacements() -> Iterator[tuple[Any, Any]]:
     for function in (warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait):
         yield getattr(hopper, function.__name__), function
     yield hopper.fence_async_shared, lambda: machine.unfenced.clear()
-    yield getattr(hopper.tma, "async_load", hopper.tma.async_copy_global_to_shared), copy
+    yield copy_tile, copy
 
 
 def emulated(x: Any) -> Any:
