@@ -64,7 +64,7 @@ def triton_compile(
     nothing about speed.
 
     A row is a kernel: registers of a thread, spills (bytes of a thread) and shared memory (bytes of
-    a program). Limits: 24 bytes of spills (of the kernel in Gluon, prefill-gluon: 64), the shared
+    a program). Limits: 24 bytes of spills (of the kernel in Gluon, prefill-gluon: 96), the shared
     memory that the chip has, and matrix products that overlap (below). A kernel that exceeds one,
     or does not compile, is marked, and the exit code is 1.
 

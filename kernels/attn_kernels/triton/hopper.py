@@ -175,13 +175,14 @@ def consume(
     for masked in gl.static_range(2):
         start_of, end_of = (full, tiles - 1) if masked else (0, full)
         for i in range(start_of, end_of):
+            s *= factor[:, None]
             seen = gl.full([TILE.rows, TILE.keys], True, gl.int1, of_scores)
             if masked:
                 seen = (positions - (begin + i * TILE.keys))[:, None] >= offset[None, :]
+                s = gl.where(seen, s, 0.0)
             weights, rescale, running_max, denominator = UPDATE(
-                s * factor[:, None], seen, running_max, denominator, nothing, nothing, known,
-                PARAMS,
-            )  # fmt: skip
+                s, seen, running_max, denominator, nothing, nothing, known, PARAMS
+            )
             output = warpgroup_mma_wait(0, deps=[output])
             mbarrier.arrive(values_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
             output *= gl.convert_layout(rescale, of_output_rows)[:, None]
@@ -195,11 +196,13 @@ def consume(
             s = warpgroup_mma_wait(1, deps=[s])
             mbarrier.arrive(keys_free.index(after))
 
-    # No query sees a key from `end` on; rows without a query may, and their output is not stored.
+    # No query sees a key from `end` on, which may be NaN. Rows without a query may: nothing of them
+    # is stored.
     start = begin + (tiles - 1) * TILE.keys
     seen = (positions - start)[:, None] >= offset[None, :]
+    s = gl.where(seen, s * factor[:, None], 0.0)
     weights, rescale, running_max, denominator = UPDATE(
-        s * factor[:, None], seen, running_max, denominator, nothing, nothing, known, PARAMS
+        s, seen, running_max, denominator, nothing, nothing, known, PARAMS
     )
     output = warpgroup_mma_wait(0, deps=[output])
     output *= gl.convert_layout(rescale, of_output_rows)[:, None]
@@ -208,7 +211,7 @@ def consume(
     mbarrier.wait(values_filled.index(stage), (tiles - 1) // STAGES & 1)
     v = values.index(stage)
     if start + TILE.keys > end:
-        # What is behind the last key may be NaN, which a weight of 0 does not make 0.
+        # A value behind the last may be NaN, which a weight of 0 does not make 0.
         of_values: gl.constexpr = row_layout(dims // 8, TILE.rows)
         inside = start + gl.arange(0, TILE.keys, gl.SliceLayout(1, of_values)) < end
         there = v.load(of_values)

@@ -12,7 +12,7 @@ from attn_kernels.variant import Variant
 TRITON, GLUON = KERNELS = ("triton", "gluon")
 """What attends: `triton/attention.py`, or `triton/hopper.py`."""
 
-GLUON_SPILLS = 64
+GLUON_SPILLS = 96
 """Most bytes of a thread that the latter puts away: once a program, and where masks are, as its
 warps have all of a multiprocessor's registers; the loop of full tiles has them all."""
 
