@@ -136,6 +136,10 @@ def with_entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
             with_entry(kernel="gluon", keys=64, num_warps=8),
             "tiles[1].num_warps: 'gluon' has 4 for 64 rows",
         ),
+        (
+            with_entry(kernel="gluon", keys=64, num_stages=1),
+            "tiles[1].num_stages: 'gluon' has 2 or more, not 1",
+        ),
         (with_entry(kernel="gluon", rows=32), "tiles[1].rows: 'gluon' has 64 or 128, not 32"),
         (with_entry(kernel="gluon", keys=32), "tiles[1].keys: 'gluon' has 64 or 128, not 32"),
         (

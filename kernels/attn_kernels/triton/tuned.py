@@ -226,6 +226,8 @@ def _check_gluon(kind: Kind, tile: Tile, arch: str) -> None:
     for name, value in (("rows", tile.rows), ("keys", tile.keys)):
         if value not in GLUON_SIZES:
             raise ValueError(f".{name}: {GLUON!r} has 64 or 128, not {value}")
+    if tile.num_stages < 2:
+        raise ValueError(f".num_stages: {GLUON!r} has 2 or more, not {tile.num_stages}")
     if tile.num_warps != tile.rows // 16:
         raise ValueError(f".num_warps: {GLUON!r} has {tile.rows // 16} for {tile.rows} rows")
 
