@@ -68,10 +68,10 @@ def triton_compile(
     memory that the chip has, and matrix products that overlap (below). A kernel that exceeds one,
     or does not compile, is marked, and the exit code is 1.
 
-    On NVIDIA's GPUs a row has what a warp issues in one turn of the innermost loop with matrix
-    products on tensor cores (loop_instructions), that by the scores of a thread in a tile, rows x
-    keys / (32 x warps) (per_score), and of these the special functions: exponentials, logarithms,
-    reciprocals (special). Of several loops with as many products, as one with masks and one
+    A row has what a warp issues in one turn of the innermost loop with matrix products on tensor
+    cores (loop_instructions), that by the scores of a thread in a tile, rows x keys / threads
+    (per_score), and of these the special functions: exponentials, logarithms, reciprocals
+    (special). Of several loops with as many products, as one with masks and one
     without, the shortest counts; loops with other numbers of products are joined by "+": lssar's
     statistics and its output. serialised: ptxas made Hopper's products wait for one another.
 
@@ -178,8 +178,8 @@ def loop_figures(kernel: Compiled | None) -> results.Row:
     if kernel is not None and kernel.loops:
         row["loop_instructions"] = "+".join(str(loop.instructions) for loop in kernel.loops)
         row["serialised"] = kernel.serialised
-        if {"ROWS", "KEYS"} <= kernel.constants.keys():
-            scores = kernel.constants["ROWS"] * kernel.constants["KEYS"] / (32 * kernel.num_warps)
+        scores = kernel.scores
+        if scores is not None:
             each = [(loop.instructions / scores, loop.special / scores) for loop in kernel.loops]
             row["per_score"] = "+".join(f"{instructions:.1f}" for instructions, _ in each)
             row["special"] = "+".join(f"{special:.2f}" for _, special in each)

@@ -110,10 +110,9 @@ def cost(compiler: DryCompiler, arch: str, kind: Kind, tile: Tile) -> float | No
 
 def per_score(kernel: Compiled) -> float:
     """Return the instructions of a kernel's loops by each score of a thread."""
-    if not {"ROWS", "KEYS"} <= kernel.constants.keys():
+    if kernel.scores is None:
         return 0.0
-    scores = kernel.constants["ROWS"] * kernel.constants["KEYS"] / (32 * kernel.num_warps)
-    return float(sum(loop.instructions for loop in kernel.loops) / scores)
+    return sum(loop.instructions for loop in kernel.loops) / kernel.scores
 
 
 if __name__ == "__main__":

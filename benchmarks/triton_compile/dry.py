@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 
-from benchmarks.triton_compile.loops import Loop, main_loops
+from benchmarks.triton_compile.loops import Loop, main_loops, of_amdgcn, of_sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,7 +47,8 @@ class Compiled:
         registers: of a thread, 32 bits each: at most 255 (NVIDIA), 512 (AMD: VGPRs and AGPRs).
         spills: bytes of memory a thread has for what its registers do not hold.
         shared: bytes of shared memory (AMD: LDS) of a program.
-        loops: those with matrix products (AMD: not looked for).
+        loops: those with matrix products.
+        threads: of a program.
         serialised: ptxas made Hopper's asynchronous matrix products wait for one another.
     """
 
@@ -60,6 +61,14 @@ class Compiled:
     shared: int
     loops: tuple[Loop, ...]
     serialised: bool
+    threads: int
+
+    @property
+    def scores(self) -> float | None:
+        """Scores of a thread in a tile, where there are tiles of them."""
+        if not {"ROWS", "KEYS"} <= self.constants.keys():
+            return None
+        return float(self.constants["ROWS"] * self.constants["KEYS"] / self.threads)
 
 
 class DryCompiler:
@@ -112,7 +121,7 @@ class DryCompiler:
     def _compiled(self, *, key: str, fn: Any, compile: Any, **_: Any) -> None:
         kernels = fn.jit_function.device_caches[self.device][0]
         kernel = kernels[key] if self.keep else kernels.pop(key)
-        read = of_cubin if "cubin" in kernel.asm else of_amdgcn
+        read = read_cubin if "cubin" in kernel.asm else read_amdgcn
         registers, spills, loops = read(kernel.asm)
         log = self.log.getvalue()
         self.log.seek(0)
@@ -125,13 +134,14 @@ class DryCompiler:
             elif len(path) == 1:
                 constants[names[path[0]]] = value
         launch = compile["num_warps"], compile["num_stages"]
+        threads = compile["num_warps"] * list(TARGETS.values())[self.device].warp_size
         self.found.append(
             Compiled(fn.jit_function.__name__, constants, *launch, registers, spills,
-                     kernel.metadata.shared, loops, SERIALISED in log)
+                     kernel.metadata.shared, loops, SERIALISED in log, threads)
         )  # fmt: skip
 
 
-def of_cubin(asm: dict[str, Any]) -> tuple[int, int, tuple[Loop, ...]]:
+def read_cubin(asm: dict[str, Any]) -> tuple[int, int, tuple[Loop, ...]]:
     """Return the registers, spilled bytes and main loops of an NVIDIA binary, by Triton's
     cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -143,12 +153,13 @@ def of_cubin(asm: dict[str, Any]) -> tuple[int, int, tuple[Loop, ...]]:
     if usage is None:
         raise ValueError("cuobjdump prints no resource usage that this program can read")
     registers, stack, local = map(int, usage.groups())
-    return registers, stack + local, main_loops(text)
+    return registers, stack + local, main_loops(of_sass(text))
 
 
-def of_amdgcn(asm: dict[str, Any]) -> tuple[int, int, tuple[Loop, ...]]:
-    """Return the registers (with AGPRs) and spilled bytes that an AMD assembly text states, and no
-    loops."""
-    usage = {name: int(value) for name, value in AMD_USAGE.findall(asm["amdgcn"])}
+def read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, tuple[Loop, ...]]:
+    """Return the registers (with AGPRs) and spilled bytes that an AMD assembly text states, and its
+    main loops."""
+    text = asm["amdgcn"]
+    usage = {name: int(value) for name, value in AMD_USAGE.findall(text)}
     spills = max(usage["private_segment_fixed_size"], 4 * usage["vgpr_spill_count"])
-    return usage["vgpr_count"], spills, ()
+    return usage["vgpr_count"], spills, main_loops(of_amdgcn(text))

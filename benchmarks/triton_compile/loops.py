@@ -1,4 +1,4 @@
-"""The loops in a kernel's machine code that multiply matrices, of NVIDIA's GPUs.
+"""The loops in a kernel's machine code that multiply matrices.
 
 A kernel without such a loop, as one that computes in float32, has none here.
 """
@@ -12,11 +12,18 @@ from typing import Any, NamedTuple
 import networkx  # type: ignore[import-untyped]  # it ships no types
 
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
-"""Of an instruction: its address and what it does."""
+"""Of an instruction of NVIDIA's: its address and what it does."""
 
-PRODUCT, SPECIAL = re.compile(r"\w*MMA\b"), re.compile(r"MUFU\b")
-"""Names of matrix products (HMMA, on Hopper HGMMA, on Blackwell UTCHMMA) and of exponentials,
-logarithms, reciprocals and roots."""
+AMD_LINE = re.compile(r"^(?:(\.LBB\w+):|\t([sv_a-z]\w+)[ \t]*([^;\n]*))", re.MULTILINE)
+"""Of AMD's: a label, or an instruction's name and operands."""
+
+PRODUCT = re.compile(r"\w*MMA\b|v_s?mfma_")
+"""Names of matrix products (HMMA, on Hopper HGMMA, on Blackwell UTCHMMA)."""
+
+SPECIAL = re.compile(r"MUFU\b|v_(exp|log|rcp|rsq|sqrt)_")
+"""Names of exponentials, logarithms, reciprocals and roots."""
+
+NOTHING = ("NOP", "s_nop")
 
 
 class Instruction(NamedTuple):
@@ -42,14 +49,9 @@ class Loop(NamedTuple):
     special: int
 
 
-def main_loops(text: str) -> tuple[Loop, ...]:
+def main_loops(code: Sequence[Instruction]) -> tuple[Loop, ...]:
     """Return the innermost loops with matrix products, in the order of their addresses. Of loops
-    with as many products, which do the same with masks and without, only the shortest.
-
-    Args:
-        text: what `cuobjdump -sass` prints of one kernel.
-    """
-    code = instructions(text)
+    with as many products, which do the same with masks and without, only the shortest."""
     graph = networkx.DiGraph()
     for index, each in enumerate(code):
         if each.falls and index + 1 < len(code):
@@ -58,15 +60,15 @@ def main_loops(text: str) -> tuple[Loop, ...]:
             graph.add_edge(index, each.target)
     shortest: dict[int, Loop] = {}
     for nodes in sorted(map(sorted, innermost(graph, code))):
-        names = [code[index].name for index in nodes if code[index].name != "NOP"]
+        names = [code[index].name for index in nodes if code[index].name not in NOTHING]
         products, special = (sum(map(bool, map(kind.match, names))) for kind in (PRODUCT, SPECIAL))
         loop = Loop(len(names), products, special)
         shortest[products] = min(loop, shortest.get(products, loop))
     return tuple(shortest.values())
 
 
-def instructions(text: str) -> list[Instruction]:
-    """Return the instructions of one kernel."""
+def of_sass(text: str) -> list[Instruction]:
+    """Return the instructions of one kernel, as `cuobjdump -sass` prints it."""
     lines = LINE.findall(text)
     places = {int(address, 16): index for index, (address, _) in enumerate(lines)}
     found = []
@@ -79,6 +81,26 @@ def instructions(text: str) -> list[Instruction]:
         target = places.get(int(jump[1], 16)) if jump else None
         found.append(Instruction(words[predicated], target, predicated or not always))
     return found
+
+
+def of_amdgcn(text: str) -> list[Instruction]:
+    """Return the instructions of the assembly text of one kernel."""
+    lines = AMD_LINE.findall(text.partition("\n.Lfunc_end")[0])
+    names = [(name, operands.strip()) for _, name, operands in lines if name]
+    places: dict[str, int] = {}
+    count = 0
+    for label, name, _ in lines:
+        if label:
+            places[label] = count
+        count += bool(name)
+    return [
+        Instruction(
+            name,
+            places.get(operands) if "branch" in name else None,
+            name not in ("s_branch", "s_endpgm"),
+        )
+        for name, operands in names
+    ]
 
 
 def innermost(graph: Any, code: Sequence[Instruction]) -> Iterator[set[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.triton_compile.__main__ import violations
-from benchmarks.triton_compile.loops import Loop, main_loops
+from benchmarks.triton_compile.loops import Loop, main_loops, of_amdgcn, of_sass
 
 pytestmark = pytest.mark.integration
 
@@ -53,7 +53,9 @@ def test_registers_spills_and_shared_memory(tmp_path: Path) -> None:
         assert row["shared"] >= 64 * 64 * 2
         ratio = row["registers"] / row["vllm_registers"]
         assert row["registers_to_vllm"] == pytest.approx(ratio, abs=1e-3)
-        assert (row["per_score"] is None) == (row["arch"] == "gfx942")
+        threads = row["num_warps"] * (64 if row["arch"] == "gfx942" else 32)
+        each = int(row["loop_instructions"]) / (16 * 64 / threads)
+        assert row["per_score"] == f"{each:.1f}" and 10 < each < 100
     with path.open(encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
     assert [int(row["registers"]) for row in written] == [row["registers"] for row in rows]
@@ -236,7 +238,35 @@ LISTING = """
 
 def test_a_loop_in_a_loop() -> None:
     """With a part out of line, which has a loop that waits: 5 instructions in line, 3 elsewhere."""
-    assert main_loops(LISTING) == (Loop(instructions=8, products=1, special=1),)
+    assert main_loops(of_sass(LISTING)) == (Loop(instructions=8, products=1, special=1),)
+
+
+AMD_LISTING = """
+some_kernel:
+\ts_load_dword s2, s[0:1], 0x0
+.LBB0_1:                                ; a loop around
+\ts_cbranch_scc1 .LBB0_4
+\ts_branch .LBB0_3
+.LBB0_2:                                ;   in Loop: Header=BB0_3 Depth=2
+\tv_mfma_f32_32x32x8_bf16 v[2:17], v[50:51], v[66:67], v[2:17]
+\ts_nop 7
+\tv_exp_f32_e32 v1, v2
+\ts_cbranch_scc0 .LBB0_1
+.LBB0_3:                                ; =>  This Inner Loop Header: Depth=2
+\tds_read_b64 v[50:51], v3             ; of shared memory
+\ts_cbranch_vccnz .LBB0_2
+\tv_mov_b32_e32 v50, 0
+\ts_branch .LBB0_2
+.LBB0_4:
+\ts_endpgm
+.Lfunc_end0:
+\ts_cbranch_scc0 .LBB0_1
+"""
+
+
+def test_a_loop_of_amd() -> None:
+    """Entered in the middle; of its 7 instructions two are passed by in some turns."""
+    assert main_loops(of_amdgcn(AMD_LISTING)) == (Loop(instructions=7, products=1, special=1),)
 
 
 BATCHES = """
