@@ -173,7 +173,7 @@ def attend_range(
             s = score_keys(rows.q, k, words, inside, zeros, SHAPE)
             s *= rows.factor[:, None]
             if VARIANT.unit_keys:
-                s *= unit(k, words, inside, SHAPE)[None, :]
+                s *= unit(k, words, inside, SHAPE, TILE.rows)[None, :]
             if SHAPE.soft_cap > 0.0:
                 s = SHAPE.soft_cap * LOG2E * tanh(s / (SHAPE.soft_cap * LOG2E))
             distance = (rows.position[:, None] - key[None, :]).to(tl.float32)

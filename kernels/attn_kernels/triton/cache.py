@@ -146,17 +146,34 @@ def multiply(a, b, acc):
 
 
 @triton.jit
-def unit(k, words, inside, SHAPE: tl.constexpr):
+def squared(k, SHAPE: tl.constexpr, ROWS: tl.constexpr):
+    """Return |k|^2 of keys `[dims, keys]` in float32, beside ROWS queries.
+
+    Of keys that are 16 bits in the cache, too, by products of 16 keys with themselves, whose
+    diagonal is kept: that takes fewer instructions than to multiply each element, but registers,
+    which many queries of large heads leave none of."""
+    if k.dtype == tl.float32 or SHAPE.quantized or ROWS * SHAPE.dims > 128 * 128:
+        k = k.to(tl.float32)
+        result = tl.sum(k * k, 0)
+    else:
+        few = tl.reshape(tl.trans(k), (k.shape[1] // 16, 16, k.shape[0]))
+        products = tl.dot(few, tl.permute(few, (0, 2, 1)))
+        one, other = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+        result = tl.reshape(tl.sum(tl.where(one == other, products, 0.0), 2), (k.shape[1],))
+    return result
+
+
+@triton.jit
+def unit(k, words, inside, SHAPE: tl.constexpr, ROWS: tl.constexpr):
     """Return 1 / |k| of keys `[dims, keys]`."""
-    k = k.to(tl.float32)
     longer: tl.constexpr = (
         (SHAPE.head_size & -SHAPE.head_size) ** 0.5 if SHAPE.kv_bits == 4 else 1.0
     )
     if SHAPE.kv_bits:
         scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
         there = (tl.arange(0, SHAPE.dims) < SHAPE.head_size)[:, None]
-        k = tl.where(there, k * scale[None, :] + offset[None, :], 0.0)
-    return longer / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), longer * 1e-12)
+        k = tl.where(there, k.to(tl.float32) * scale[None, :] + offset[None, :], 0.0)
+    return longer * tl.rsqrt(tl.maximum(squared(k, SHAPE, ROWS), longer * longer * 1e-24))
 
 
 @triton.jit
