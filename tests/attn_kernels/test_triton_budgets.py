@@ -36,13 +36,16 @@ BUDGET_SIZES = (
 
 @pytest.mark.parametrize("name", pruned.PRUNABLE)
 @pytest.mark.parametrize("sizes", BUDGET_SIZES, ids=str)
-def test_budgets_in_pieces(name: str, sizes: Any) -> None:
+def test_budgets_in_pieces(name: str, sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of more tokens than are processed at once, and decoding: outputs, and what is kept, in
-    the same slots, whatever the pieces are."""
+    the same slots, whatever the pieces are, and the parts of a page in a decode, some empty."""
+    from attn_kernels.triton import pruned as kernels
+
     shape = pruned.Shape(name, *sizes)
     kept: list[torch.Tensor] = []
     pages = torch.randperm(pruned.NUM_PAGES, generator=seeded(3))[: len(shape.lengths)]
-    for step, piece, decoding in ((90, 16, None), (19, 32, 57)):
+    for step, piece, decoding in ((90, 16, None), (19, 32, 57), (60, 32, 60)):
+        monkeypatch.setattr(kernels, "SLOTS_OF_PART", 16 if step == 60 else 256)
         layer = triton_pages(shape, torch.float32, piece)
         outputs = pruned.in_chunks(layer, shape, torch.float32, step, decoding)
         for output, right in zip(outputs, pruned.expected(shape, torch.float32), strict=True):

@@ -15,7 +15,7 @@ CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("variant", "parameters"),
-    [("lssar", {}), ("selective", {}), ("selective", {"kv_budgets": [64, 64, 40, 64]})],
+    [("lssar", {}), ("selective", {}), ("selective", {"kv_budgets": [64, 64, 40, 2048]})],
     ids=str,
 )
 def test_compiled_at_startup(variant: str, parameters: dict[str, Any], tmp_path: Path) -> None:

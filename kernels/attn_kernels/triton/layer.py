@@ -337,19 +337,29 @@ class TritonPrunedLayer(PrunedLayer):
             triton.cdiv(shape.budget, 16) * 16,
             2 * shape.num_kv_heads if shape.selector else 0,
         )
-        arch = arch or device_figures(pages.device)[0]
+        found, self.num_multiprocessors = device_figures(pages.device)
+        arch = arch or found
         tile = tile_for(DECODE, arch, shape.head_size, shape.dtype.itemsize, group)
         self.select_tile, self.decode_tile = dataclasses.replace(tile, rows=16), tile
         self.prefill_tile = tile
         if shape.dtype.itemsize < 4:  # float32 spills with more rows
-            self.prefill_tile = dataclasses.replace(tile, rows=max(64, tile.rows), num_warps=8)
+            # On some with 4 warps, too, which take fewer instructions a score.
+            spills = arch in ("sm_80", "sm_100") and self.page.dims > 64
+            warps, stages = (8, tile.num_stages) if spills else (4, min(2, tile.num_stages))
+            self.prefill_tile = Tile(max(64, tile.rows), tile.keys, warps, stages)
         self.scan_warps = pruned.scan_warps(self.page.slots, arch)
         given = {**functions(variant), "PAGE": self.page, "OWN": self.chunk}
         given |= {"PIECE": min(self.page.slots, 1024)}
+        # A query sees as many keys as in a window.
+        given["SHAPE"] = Shape(
+            shape.num_kv_heads, group, shape.head_size, self.page.dims, shape.budget, shape.budget,
+            0.0, False, False, 0, 0,
+        )  # fmt: skip
         self.launch = {
             kernel: Launcher(kernel, constants(kernel, given))
             for kernel in (
-                pruned.select_kernel, pruned.scan_kernel, pruned.attend_kernel, pruned.store_kernel
+                pruned.select_kernel, pruned.scan_kernel, pruned.attend_kernel,
+                pruned.store_kernel, merge_kernel,
             )
         }  # fmt: skip
 
@@ -390,7 +400,15 @@ class TritonPrunedLayer(PrunedLayer):
         requests = batch.block_table, batch.query_start_loc, batch.seq_lens
         strides = self.pages.stride(0), batch.block_table.stride(0)
         select, attend = self.select_tile, self.decode_tile if alone else self.prefill_tile
-        queries = 1 if alone else attend.queries(self.page.group)
+        queries, splits, part_rows, part_outputs = attend.queries(self.page.group), 1, None, None
+        if alone:
+            queries, programs = 1, num_tokens * num_kv_heads
+            splits = parts_for(DECODE, programs, self.num_multiprocessors, self.page.budget)
+            splits = min(splits, max(1, self.page.slots // pruned.SLOTS_OF_PART))
+        if splits > 1:
+            of_parts = (num_tokens, self.num_heads, splits)
+            part_rows = scratch(query.device, "part_rows", *of_parts, 2)
+            part_outputs = scratch(query.device, "part_outputs", *of_parts, self.head_size)
         for first in range(0, longest, length):
             parts = triton.cdiv(width, select.keys)
             if not alone:
@@ -409,13 +427,19 @@ class TritonPrunedLayer(PrunedLayer):
             )  # fmt: skip
             tiles = rows if queries == 1 else rows // queries + num_reqs
             self.launch[pruned.attend_kernel](
-                (tiles, num_kv_heads),
+                (tiles, num_kv_heads, splits),
                 out, query, key, value, selecting_keys, self.pages, *requests, accumulators, moves,
-                self.scale, num_reqs, first, length,
+                part_rows, part_outputs, self.scale, num_reqs, first, length,
                 query.stride(0), key.stride(0), value.stride(0), selecting_keys.stride(0),
                 out.stride(0), *strides, options=attend.options,
-                ROWS=attend.rows, QUERIES=queries, KEYS=attend.keys, STORE=alone,
+                ROWS=attend.rows, QUERIES=queries, KEYS=attend.keys, STORE=alone, SPLITS=splits,
             )  # fmt: skip
+            if splits > 1:
+                self.launch[merge_kernel](
+                    (num_tokens, self.num_heads),
+                    out, query, part_rows, part_outputs, *requests[1:], None, None, num_reqs,
+                    query.stride(0), out.stride(0), options=FOUR_WARPS, SPLITS=splits,
+                )  # fmt: skip
             if not alone:
                 self.launch[pruned.store_kernel](
                     (rows, num_kv_heads),

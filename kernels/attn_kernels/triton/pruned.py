@@ -16,7 +16,8 @@ the accumulators does not depend on what is evicted:
                      where earlier queries may still have seen what was there
 
 Of a request with one query nothing has to wait: `attend_kernel` stores it, and a step that has no
-others is one chunk of three launches.
+others is one chunk of three launches. Where these are few requests of a large budget, the slots are
+cut into parts with a program each, which `attention.merge_kernel` adds up in a fourth.
 
 Between the kernels goes a row of `accumulators` for each of a chunk's tokens, `[rows, width +
 length]` int32: of the slots, then of the chunk's own tokens. What is launched depends on the
@@ -69,6 +70,10 @@ more tokens of which few are left."""
 
 SCRATCH_BYTES = 2**26
 """Of `accumulators`, if chunks of 16 tokens can do with them."""
+
+
+SLOTS_OF_PART = 256
+"""Fewest slots that a part of a page has: fewer would take less time than adding up the parts."""
 
 
 LARGEST_HELD = tl.constexpr(8192)
@@ -372,16 +377,18 @@ def attend_kernel(
     out, query, key, value,
     selecting,  # head 0's keys, where PAGE has a head for them
     pages, block_table, query_start_loc, seq_lens, accumulators, moves,
+    part_rows, part_outputs,  # as those of `attention.attend_kernel`
     scale, num_reqs, first, length,
     query_stride, key_stride, value_stride, selecting_stride, out_stride,
     page_stride, table_stride,
     QUERY_FACTOR: tl.constexpr, UPDATE: tl.constexpr, EPILOGUE: tl.constexpr,
     PARAMS: tl.constexpr, VARIANT: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STORE: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Attend with all query heads of a KV head to what the scan says they find; with STORE no
-    request has another query, and it is stored. Grid: (tiles of QUERIES, num_kv_heads)."""
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    request has another query, and it is stored. Grid: (tiles of QUERIES, num_kv_heads, SPLITS)."""
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     request = find_request(query_start_loc, tile, num_reqs, length, QUERIES)
     chunk = load_chunk(
         block_table, query_start_loc, seq_lens, request, first, length, page_stride, table_stride
@@ -410,10 +417,15 @@ def attend_kernel(
     row_index = tl.full([1], start, tl.int32) if QUERIES == 1 else index  # of all heads the same
     rows = accumulators + ((chunk.row + row_index) * width)[:, None]
     inside = (row_index < chunk.count)[:, None]
-    stored = tl.minimum(chunk.before, PAGE.budget)
+    stored, end = tl.minimum(chunk.before, PAGE.budget), tl.minimum(start + QUERIES, chunk.count)
+    low, high = 0, stored
+    slots_each: tl.constexpr = (PAGE.budget + SPLITS * KEYS - 1) // (SPLITS * KEYS) * KEYS
+    if SPLITS > 1:  # the chunk's own token is in the first part
+        low, high = split * slots_each, tl.minimum(stored, (split + 1) * slots_each)
+        end = tl.where(split == 0, end, 0)
     keys = pages + chunk.page + kv_head * PAGE.budget * PAGE.head_size
     values = keys + PAGE.num_kv_heads * PAGE.budget * PAGE.head_size
-    for begin in range(0, stored, KEYS):
+    for begin in range(low, high, KEYS):
         slot = begin + tl.arange(0, KEYS)
         there = slot < stored
         found = tl.load(rows + slot[None, :], mask=inside & there[None, :], other=-1)
@@ -424,7 +436,6 @@ def attend_kernel(
         )
     own_keys = key + chunk.token * key_stride + kv_head * PAGE.head_size
     own_values = value + chunk.token * value_stride + kv_head * PAGE.head_size
-    end = tl.minimum(start + QUERIES, chunk.count)
     for begin in range(0, end, KEYS):
         own = begin + tl.arange(0, KEYS)
         there = own < end
@@ -434,14 +445,23 @@ def attend_kernel(
         running_max, denominator, output = attend_tokens(
             q, k, v, found, valid, running_max, denominator, output, factor, known, UPDATE, PARAMS
         )
-    output *= EPILOGUE(running_max, denominator, known, PARAMS)[:, None]
-    result = out + token[:, None] * out_stride + column
-    tl.store(result, output.to(out.dtype.element_ty), mask=row_mask)
+    if SPLITS > 1:
+        part = (token * (PAGE.num_kv_heads * PAGE.group) + head) * SPLITS + split
+        tl.store(part_rows + 2 * part, running_max, mask=valid)
+        tl.store(part_rows + 2 * part + 1, denominator, mask=valid)
+        result = part_outputs + part[:, None] * PAGE.head_size + dim[None, :]
+        tl.store(result, output, mask=row_mask)
+    else:
+        output *= EPILOGUE(running_max, denominator, known, PARAMS)[:, None]
+        result = out + token[:, None] * out_stride + column
+        tl.store(result, output.to(out.dtype.element_ty), mask=row_mask)
     if STORE:
-        store_token(
-            key, value, selecting, pages, moves, chunk, start, tl.load(moves + 2 * chunk.row),
-            kv_head, key_stride, value_stride, selecting_stride, PAGE,
-        )  # fmt: skip
+        place = tl.load(moves + 2 * chunk.row)
+        if place // slots_each == split:  # nobody else reads there
+            store_token(
+                key, value, selecting, pages, moves, chunk, start, place,
+                kv_head, key_stride, value_stride, selecting_stride, PAGE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "first"], do_not_specialize_on_alignment=STEP)
