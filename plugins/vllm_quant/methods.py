@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
@@ -21,6 +22,28 @@ from vllm_quant.layer import Format, weight_of
 
 CAPABILITY = 80
 """Of NVIDIA's GPUs, 8.0: the oldest that the kernels are compiled for."""
+
+
+def compile_launches(layer: nn.Module) -> None:
+    """Compile what a layer can launch on a GPU, before the first request: vLLM's own first steps
+    have as many tokens as a step can have, and few other numbers of them."""
+    from attn_kernels.triton import launch
+    from quant_kernels import triton
+
+    config = get_current_vllm_config()
+    with launch.compile_only():
+        triton.compile_launches(
+            weight_of(layer),
+            config.model_config.dtype,
+            config.scheduler_config.max_num_batched_tokens,
+        )
+
+
+def arrange(format: Format, layer: Any, inputs: int) -> None:
+    """Bring a layer's parameters into the kernels' order."""
+    format.arrange(layer, inputs)
+    if layer.weight_packed.is_cuda:
+        compile_launches(layer)
 
 
 class PackedScheme(CompressedTensorsScheme):
@@ -72,7 +95,7 @@ class PackedScheme(CompressedTensorsScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring them into the kernels' order."""
-        self.format.arrange(layer, self.inputs)
+        arrange(self.format, layer, self.inputs)
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x @ weight.T + bias`."""
@@ -131,7 +154,7 @@ class PackedEmbeddingMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring them into the kernels' order."""
         if not self.owner:
-            self.format.arrange(layer, self.inputs)
+            arrange(self.format, layer, self.inputs)
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """Return rows by token id, `[..., columns]` in the model's dtype."""

@@ -32,6 +32,11 @@ def compile_only() -> Iterator[None]:
             _compile_only = False
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a `triton.jit` function as Triton does; inside `compile_only` compile it."""
+    kernel.run(*args, grid=grid, warmup=_compile_only, **options)
+
+
 class Launcher:
     """Launches a kernel of one layer.
 

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from attn_kernels.triton.launch import launch
 from attn_kernels.triton.layer import device_figures
 from quant_kernels.panels import CHUNK, PANEL, Panels
 from quant_kernels.triton.product import (
@@ -95,24 +96,52 @@ def _multiply_packed(x: Tensor, weight: Panels, out: Tensor, arch: str | None) -
     # Of torch's allocator, and not kept: a graph that is captured holds what it needs.
     sums = out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
     kernel = few_kernel if tile["ROWS"] <= FEW else many_kernel
-    kernel[(*grid, parts)](
+    launch(
+        kernel, (*grid, parts),
         sums, x, *weight[:3], len(x), weight.outputs, weight.inputs, weight.groups,
         steps_each * tile["CHUNKS"], x.stride(0),
         BITS=weight.bits, GROUP=_group(weight), **tile, enable_fp_fusion=True,
     )  # fmt: skip
     if parts > 1:
         block = 1024
-        add_kernel[(triton.cdiv(out.numel(), block),)](
-            out, sums, out.numel(), parts, BLOCK=block, enable_fp_fusion=True, num_warps=4
-        )
+        launch(
+            add_kernel, (triton.cdiv(out.numel(), block),),
+            out, sums, out.numel(), parts, BLOCK=block, enable_fp_fusion=True, num_warps=4,
+        )  # fmt: skip
 
 
 def _multiply_unpacked(x: Tensor, weight: Panels, out: Tensor) -> None:
     """Multiply by torch's product of pieces of the matrix, each unpacked to x's dtype."""
+    for first, outputs in _pieces(weight):
+        matrix = unpack(weight, x.dtype, first, outputs)
+        torch.mm(x, matrix.T, out=out[:, first : first + outputs])
+
+
+def _pieces(weight: Panels) -> list[tuple[int, int]]:
+    """Return the first output and the outputs of each piece that is unpacked at a time."""
     size = max(PANEL, UNPACKED_SIZE // weight.inputs // PANEL * PANEL)
-    for first in range(0, weight.outputs, size):
-        matrix = unpack(weight, x.dtype, first, min(size, weight.outputs - first))
-        torch.mm(x, matrix.T, out=out[:, first : first + size])
+    starts = range(0, weight.outputs, size)
+    return [(first, min(size, weight.outputs - first)) for first in starts]
+
+
+def compile_launches(weight: Panels, dtype: torch.dtype, max_rows: int) -> None:
+    """Launch what products and lookups of any size do; inside `launch.compile_only` that compiles
+    it.
+
+    Args:
+        weight: the matrix.
+        dtype: of x.
+        max_rows: of x.
+    """
+    most = min(max_rows, UNPACKED_ROWS - 1)
+    # Of a tile the fewest and the most rows: whether there are parts depends on them.
+    for rows in sorted({min(rows, most) for rows in (*range(1, FEW + 2), 16, 17, 32, 33, most)}):
+        x = weight.words.new_empty(rows, weight.inputs, dtype=dtype)
+        _multiply_packed(x, weight, x.new_empty(rows, weight.outputs), None)
+    if max_rows >= UNPACKED_ROWS:
+        for outputs in {outputs for _, outputs in _pieces(weight)}:
+            unpack(weight, dtype, 0, outputs)
+    gather(weight.words.new_zeros(1, dtype=torch.int64), weight, dtype)
 
 
 def unpack(weight: Panels, dtype: torch.dtype, first: int, outputs: int) -> Tensor:
@@ -127,7 +156,8 @@ def unpack(weight: Panels, dtype: torch.dtype, first: int, outputs: int) -> Tens
     out = weight.words.new_empty(outputs, weight.inputs, dtype=dtype)
     tile = {"OUTPUTS": 32, "CHUNKS": 4}
     grid = triton.cdiv(outputs, tile["OUTPUTS"]), triton.cdiv(weight.inputs, CHUNK * tile["CHUNKS"])
-    unpack_kernel[grid](
+    launch(
+        unpack_kernel, grid,
         out, *weight[:3], first, outputs, weight.inputs, weight.groups,
         BITS=weight.bits, GROUP=_group(weight), **tile, enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
@@ -140,7 +170,8 @@ def gather(ids: Tensor, weight: Panels, dtype: torch.dtype) -> Tensor:
     if not ids.numel():
         return out
     chunks = min(64, triton.next_power_of_2(triton.cdiv(weight.inputs, CHUNK)))
-    gather_kernel[(ids.numel(), triton.cdiv(weight.inputs, CHUNK * chunks))](
+    launch(
+        gather_kernel, (ids.numel(), triton.cdiv(weight.inputs, CHUNK * chunks)),
         out, ids.contiguous(), *weight[:3], weight.outputs, weight.inputs, weight.groups,
         BITS=weight.bits, GROUP=_group(weight), CHUNKS=chunks, enable_fp_fusion=True, num_warps=2,
     )  # fmt: skip
