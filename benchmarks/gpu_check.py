@@ -21,13 +21,14 @@ from attnserve.files import CHECKOUT, check_writable, write_text
 from benchmarks import options as opt
 from benchmarks import results
 
-Stage = StrEnum("Stage", ["CORRECTNESS", "TUNE", "TIMES", "SERVING", "TOKENS"])
+Stage = StrEnum("Stage", ["CORRECTNESS", "TUNE", "TIMES", "PACKED", "SERVING", "TOKENS"])
 
 SECONDS = {
     Stage.CORRECTNESS: 100,
-    Stage.TUNE: 270,
+    Stage.TUNE: 240,
     Stage.TIMES: 110,
-    Stage.SERVING: 280,
+    Stage.PACKED: 45,
+    Stage.SERVING: 265,
     Stage.TOKENS: 90,
 }
 """Longest time of each: 850 s together."""
@@ -85,6 +86,9 @@ class Run:
                 dry = ["--variants", "softpick"] if self.dry else [*variants, "--peers", *PEERS]
                 csv = f"--csv={self.out / 'gpu.csv'}"
                 return ["-m", "benchmarks.gpu", *device, *dry, csv, within]
+            case Stage.PACKED:
+                csv = f"--csv={self.out / 'gpu_packed.csv'}"
+                return ["-m", "benchmarks.gpu_packed", *device, csv, within]
             case Stage.SERVING:
                 dry = ["--engines", "selective:8", "--new-tokens=5"] if self.dry else []
                 where = [f"--csv={self.out / 'gpu_serving.csv'}", f"--log-folder={self.out}"]
@@ -132,9 +136,10 @@ def gpu_check(
     """Check, tune and time the GPU kernels, in 15 minutes and in this order:
 
       correctness   tests/gpu against the float64 reference, but for servers: 100 s
-      tune          attnserve tune; the stages that follow use its tiles: 270 s
+      tune          attnserve tune; the stages that follow use its tiles: 240 s
       times         benchmarks.gpu, beside FlashAttention and vLLM's Triton kernel: 110 s
-      serving       benchmarks.gpu_serving, vLLM's rates by attention: 280 s
+      packed        benchmarks.gpu_packed, beside vLLM's Marlin and torch: 45 s
+      serving       benchmarks.gpu_serving, vLLM's rates by attention: 265 s
       tokens        tests/gpu/test_served.py: greedy tokens are those of the reference: 90 s
 
     Each stage is ended after its time and the next one begins; what it has found by then is in the

@@ -132,7 +132,8 @@ def random_weight(outputs: int, inputs: int, symmetric: bool) -> QuantizedWeight
 
 
 def ours(weight: QuantizedWeight, device: str, dtype: torch.dtype) -> Product:
-    """Return our kernels' product."""
+    """Return our kernels' product, of any case's number of rows compiled."""
+    from attn_kernels.triton.launch import compile_only
     from quant_kernels import panels, triton
     from quant_kernels.pack import pack
 
@@ -148,6 +149,8 @@ def ours(weight: QuantizedWeight, device: str, dtype: torch.dtype) -> Product:
     stored = found._replace(
         words=found.words.to(device), scales=found.scales.to(device), zeros=zeros
     )
+    with compile_only():
+        triton.compile_launches(stored, dtype, max(ROWS))
     return lambda x: triton.multiply(x, stored)
 
 

@@ -31,16 +31,18 @@ def summary(out: Path) -> dict[str, dict[str, Any]]:
 def test_dry_run(tmp_path: Path, commands: Commands) -> None:
     """A stage that takes too long is ended, and the others go on; each leaves its results."""
     arguments = ["--dry", f"--out={tmp_path}", "--jobs=1", "--seconds"]
-    limits = ["correctness=2", "tune=400", "times=200"]
-    commands.run(gpu_check, *arguments, *limits, "--only", "correctness", "tune", "times", code=1)
+    limits = ["correctness=2", "tune=400", "times=200", "packed=200"]
+    stages = ["correctness", "tune", "times", "packed"]
+    commands.run(gpu_check, *arguments, *limits, "--only", *reversed(stages), code=1)
     rows = summary(tmp_path)
-    assert list(rows) == ["correctness", "tune", "times"]  # whatever the order they are named in
+    assert list(rows) == stages  # whatever the order they are named in
     late = rows["correctness"]
     assert late["late"] and late["exit code"] != 0 and 2 <= late["s"] < 20
-    assert [rows[name]["exit code"] for name in ("tune", "times")] == [0, 0]
+    assert [rows[name]["exit code"] for name in stages[1:]] == [0, 0, 0]
     (table,) = (tmp_path / "tiles").glob("*.json")
     assert '"decode", "variant": "softpick"' in table.read_text()
     assert "softpick" in (tmp_path / "gpu.csv").read_text()
+    assert "64x256 asymmetric" in (tmp_path / "gpu_packed.csv").read_text()
     assert "candidates compiled" in (tmp_path / "tune.log").read_text()
 
     commands.run(gpu_check, *arguments, "correctness=400", "--only", "correctness")
@@ -84,7 +86,7 @@ def started(stage: Stage, out: Path, *more: str) -> subprocess.CompletedProcess[
 
 @NO_GPU
 @pytest.mark.integration
-@pytest.mark.parametrize("stage", [Stage.TUNE, Stage.TIMES, Stage.SERVING], ids=str)
+@pytest.mark.parametrize("stage", [Stage.TUNE, Stage.TIMES, Stage.PACKED, Stage.SERVING], ids=str)
 def test_a_gpu_is_all_that_they_lack(stage: Stage, tmp_path: Path) -> None:
     """Their commands are understood."""
     done = started(stage, tmp_path)

@@ -1,4 +1,4 @@
-"""No request waits for a packed product to be compiled: weights that a GPU gets bring them along."""
+"""No request waits for a packed product to be compiled: all are when the weights are loaded."""
 
 import json
 import os
