@@ -383,3 +383,58 @@ def test_no_case_is_one_line() -> None:
 def test_the_whole_matrix(arch: str, head_dim: int) -> None:
     """Every kernel compiles and keeps the limits."""
     assert len(compiled("--no-save", "--match", f"{arch} {head_dim} ")) > 50
+
+
+LAUNCHES = """
+import json, os, sys
+from pathlib import Path
+
+os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": sys.argv[1]}
+import torch, triton
+from benchmarks.triton_compile.dry import DryCompiler
+from attn_kernels import get_variant
+from attn_kernels.batch import Batch
+from attn_kernels.pruning import PageShape
+from attn_kernels.triton import TritonPrunedLayer
+from attn_kernels.triton.launch import Launcher
+
+compiler = DryCompiler(Path(sys.argv[1]), keep=True)
+launched = []
+
+
+def seen(x):
+    return x.data_ptr() if isinstance(x, torch.Tensor) else repr(x)
+
+
+triton.runtime.driver.active.launcher_cls = (
+    lambda source, _: lambda *args: launched.append([
+        source.name, *(found for found in map(seen, args) if " at 0x" not in str(found))  # a hook
+    ])
+)
+page = PageShape(64, 2, 64, torch.bfloat16)
+pages = torch.empty(3, page.num_bytes, dtype=torch.uint8)
+layer = TritonPrunedLayer(get_variant("selective"), pages, page, num_heads=4, scale=0.1)
+batch = Batch(
+    torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 900]), torch.tensor([900]),
+    max_query_len=900,
+)
+q, k = torch.empty(900, 4, 64).bfloat16(), torch.empty(900, 2, 64).bfloat16()
+out = torch.empty_like(q)
+with compiler.target("sm_90"):
+    layer.step(q, k, k, batch, out)
+    Launcher.again = Launcher.__call__
+    layer.step(q, k, k, batch, out)
+print(json.dumps(launched))
+"""
+
+
+def test_launches_that_are_repeated(tmp_path: Path) -> None:
+    """A prefill within a budget launches the same in each chunk but for where it begins, whether
+    the arguments are looked at anew or not."""
+    script = tmp_path / "launches.py"
+    script.write_text(LAUNCHES, encoding="utf-8")
+    found = json.loads(python(script, tmp_path / "cache").splitlines()[-1])
+    repeated, anew = found[:16], found[16:]
+    names = ["select_kernel", "scan_kernel", "attend_kernel", "store_kernel"]
+    assert [name for name, *_ in repeated] == 4 * names
+    assert repeated == anew and len({str(launch) for launch in repeated}) == 16

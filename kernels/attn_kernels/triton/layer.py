@@ -410,23 +410,27 @@ class TritonPrunedLayer(PrunedLayer):
             part_rows = scratch(query.device, "part_rows", *of_parts, 2)
             part_outputs = scratch(query.device, "part_outputs", *of_parts, self.head_size)
         for first in range(0, longest, length):
+            launch = {
+                kernel: launcher.again if first else launcher
+                for kernel, launcher in self.launch.items()
+            }
             parts = triton.cdiv(width, select.keys)
             if not alone:
                 parts += triton.cdiv(length, select.keys)
-            self.launch[pruned.select_kernel](
+            launch[pruned.select_kernel](
                 (rows // select.rows + num_reqs, parts),
                 selectors, selecting_keys, self.pages, *requests, accumulators,
                 self.scale, num_reqs, first, length,
                 selectors.stride(0), selecting_keys.stride(0), *strides,
                 options=select.options, ROWS=select.rows, KEYS=select.keys,
             )  # fmt: skip
-            self.launch[pruned.scan_kernel](
+            launch[pruned.scan_kernel](
                 (num_reqs,),
                 self.pages, *requests, accumulators, moves, deaths, first, length, *strides,
                 options={"enable_fp_fusion": True, "num_warps": self.scan_warps},
             )  # fmt: skip
             tiles = rows if queries == 1 else rows // queries + num_reqs
-            self.launch[pruned.attend_kernel](
+            launch[pruned.attend_kernel](
                 (tiles, num_kv_heads, splits),
                 out, query, key, value, selecting_keys, self.pages, *requests, accumulators, moves,
                 part_rows, part_outputs, self.scale, num_reqs, first, length,
@@ -441,7 +445,7 @@ class TritonPrunedLayer(PrunedLayer):
                     query.stride(0), out.stride(0), options=FOUR_WARPS, SPLITS=splits,
                 )  # fmt: skip
             if not alone:
-                self.launch[pruned.store_kernel](
+                launch[pruned.store_kernel](
                     (rows, num_kv_heads),
                     key, value, selecting_keys, self.pages, *requests, moves,
                     num_reqs, first, length,
