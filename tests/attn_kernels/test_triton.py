@@ -284,6 +284,28 @@ def test_soft_cap_and_alibi() -> None:
     assert paged.relative_error(found.output, weights @ v) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [("lssa", torch.float32, 5e-6), ("lssa", torch.float16, 6e-4), ("lssar", torch.float32, 1e-3)],
+    ids=str,
+)
+def test_queries_against_all_keys(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Scores are -20 to -10 then: a softplus is e^score, and no row is 0. (lssar's power of nearly
+    equal ones is known to 2e-4.)"""
+    n, variant = 70, get_variant(name)
+    torch.manual_seed(0)
+    direction = torch.randn(1, 1, 32) * 2
+    q = (torch.randn(n, 1, 32) * 0.5 - direction).to(dtype)
+    k, v = (direction + torch.randn(n, 1, 32) * 0.3).to(dtype), torch.randn(n, 1, 32).to(dtype)
+    cache = paged.Cache.make(variant, [n], 1, 32, 16, dtype)
+    layer = bind(variant, "1", cache.kv, num_heads=1, scale=1.0)
+    layer.write_cache(k, v, cache.slots(0, 0, n))
+    out = torch.full((n, 1, 32), float("nan"))
+    layer.attend(q, Batch(cache.block_table, torch.tensor([0, n]), torch.tensor([n])), out)
+    expected, _ = reference.attention(variant, *(x.double().transpose(0, 1) for x in (q, k, v)))
+    assert paged.relative_error(out.transpose(0, 1), expected) <= tolerance
+
+
 @pytest.mark.parametrize("name", ["softpick", "sigmoid"])
 def test_modifiers_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)

@@ -129,14 +129,22 @@ def score_keys(q, k, words, inside, zeros, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def add_values(weights, v, words, inside, output, SHAPE: tl.constexpr):
-    """Return `output + weights @ values`, in the values' dtype."""
+def add_values(weights, v, words, inside, output, SMALL: tl.constexpr, SHAPE: tl.constexpr):
+    """Return `output + weights @ values`, in the values' dtype. SMALL: all weights of a row may be
+    less than a float16 can be."""
     if SHAPE.kv_bits:
         scale, offset = load_parameters(words, inside, SHAPE.kv_bits)
         if SHAPE.kv_bits == 4:
             output += tl.sum(weights * offset[None, :], 1)[:, None]
         weights *= scale[None, :]
-    return multiply(weights.to(v.dtype), v, output)
+    if SMALL and v.dtype == tl.float16:
+        largest = tl.max(weights, 1)[:, None]
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        zeros = tl.zeros_like(output)
+        output += largest * multiply((weights / largest).to(v.dtype), v, zeros)
+    else:
+        output = multiply(weights.to(v.dtype), v, output)
+    return output
 
 
 @triton.jit

@@ -4,7 +4,7 @@ s = softplus(ln(d) ln(n) q.k / |q||k|), weights s / sum s."""
 import triton
 import triton.language as tl
 
-from attn_kernels.triton.special import log2
+from attn_kernels.triton.special import log2_1p
 from attn_kernels.variants.softmax.kernel import epilogue  # noqa: F401 (this variant's, too)
 
 UNIT_KEYS = True
@@ -21,7 +21,7 @@ def query_factor(query, scale, head_size: tl.constexpr, params: tl.constexpr):
 def softplus(s, seen):
     """In units of ln 2, which cancel. No score is so large that its power would be infinite: they
     are bounded by ln(d) ln(n) / ln 2, which is 127 for heads of 512 and a million of keys."""
-    return tl.where(seen, log2(1.0 + tl.exp2(s)), 0.0)
+    return tl.where(seen, log2_1p(tl.exp2(s)), 0.0)
 
 
 @triton.jit
