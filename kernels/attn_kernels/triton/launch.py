@@ -37,6 +37,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     kernel.run(*args, grid=grid, warmup=_compile_only, **options)
 
 
+def compiling() -> bool:
+    """Return whether launches only compile."""
+    return _compile_only
+
+
 class Launcher:
     """Launches a kernel of one layer.
 

@@ -26,7 +26,7 @@ from attn_kernels.triton.attention import (
 )
 from attn_kernels.triton.cache import write_kernel
 from attn_kernels.triton.gates import write_gates_kernel
-from attn_kernels.triton.launch import Launcher
+from attn_kernels.triton.launch import Launcher, compiling
 from attn_kernels.triton.selections import advance_kernel, select_kernel
 from attn_kernels.triton.special import INTERPRETED
 from attn_kernels.triton.tiles import Shape, Tiling
@@ -59,30 +59,16 @@ _buffers: defaultdict[tuple[torch.device, str], list[Tensor]] = defaultdict(list
 
 def scratch(device: torch.device, name: str, *shape: int) -> Tensor:
     """Return float32 memory of a step, shared by a device's layers: good until it is asked for by
-    this name again.
-
-    Raises:
-        RuntimeError: it would have to grow while a CUDA graph is captured. Run the step once
-            before it is captured, as vLLM does.
-    """
+    this name again. Where kernels are only compiled, there is none behind it."""
+    if compiling():
+        return torch.empty(shape, device="meta")
     count = math.prod(shape)
     buffers = _buffers[device, name]
     if not buffers or buffers[-1].numel() < count:
-        if capturing(device):
-            raise RuntimeError(f"no room for {count} {name} while a CUDA graph is captured")
-        # The smaller ones stay: a captured graph may still write there.
+        # The smaller ones stay: a captured graph may still write there. (One that is made while a
+        # graph is captured is of that graph's memory, and stays, too.)
         buffers.append(torch.empty(count, device=device))
     return buffers[-1][:count].view(shape)
-
-
-def forget_scratch() -> None:
-    """Give the memory back."""
-    _buffers.clear()
-
-
-def capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class TritonLayer(Layer):
@@ -137,6 +123,7 @@ class TritonLayer(Layer):
         )  # fmt: skip
         given = self.given = {**functions(variant), "SHAPE": self.shape}
         self.two_passes = given["UPDATE_STATISTICS"] is not None
+        self.most_scores: float = MOST_SCORES
         self.tiles: dict[tuple[str, torch.dtype, bool], Tile] = {}
         self.kind = kind_of_variant(variant, given["VARIANT"].unit_keys)
         given |= {"STATEFUL": variant.stateful}
@@ -228,7 +215,7 @@ class TritonLayer(Layer):
         two_pass = parts > 1 and self.two_passes
         most_keys = -(-batch.max_seq_len // tile.keys) * tile.keys
         of_scores = (num_tokens, self.num_heads, most_keys)
-        keeps_scores = two_pass and math.prod(of_scores) <= MOST_SCORES
+        keeps_scores = two_pass and math.prod(of_scores) <= self.most_scores
         selectors_of_tile = max(16, 1 << (queries - 1).bit_length())
         cut = Tiling(decode, tile.rows, queries, selectors_of_tile, tile.keys, parts, keeps_scores)
         part_rows = part_outputs = statistics = scores = snapshots = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from attn_kernels.batch import Batch
 from attn_kernels.triton import tuning
-from attn_kernels.triton.layer import TritonLayer, TritonPrunedLayer, forget_scratch
+from attn_kernels.triton.layer import MOST_SCORES, TritonLayer, TritonPrunedLayer
 
 
 def compile_launches(
@@ -20,7 +22,8 @@ def compile_launches(
     """Launch what any batch does; inside `launch.compile_only` that compiles it.
 
     What is compiled depends on how full the device is: every number of programs up to the most is
-    tried in powers of two, and every length that decides into how many parts contexts are cut.
+    tried in powers of two, and every length that decides into how many parts contexts are cut. Of
+    two passes, the scores are kept between them, or not, by what the most would take.
 
     Args:
         layer: bound to a cache of the shape of a server's, of any number of blocks.
@@ -30,12 +33,18 @@ def compile_launches(
         max_seq_len: tokens of a request.
     """
     lengths = {min(parts * tuning.KEYS_OF_PART, max_seq_len) for parts in (1, 4, 16)}
-    for count in powers(max_num_reqs):  # a decode, whose kernels do not depend on the lengths
-        _launch(layer, dtype, count, max_query_len=1, max_seq_len=max_seq_len)
-    for count in powers(max_num_tokens):
-        for length in sorted(lengths):
-            _launch(layer, dtype, count, max_query_len=max(2, count), max_seq_len=length)
-    forget_scratch()
+    two_passes = isinstance(layer, TritonLayer) and layer.two_passes
+    for kept in (True, False) if two_passes else (True,):
+        if isinstance(layer, TritonLayer):
+            layer.most_scores = math.inf if kept else 0
+        # Up to the next power of two some batch may be too large.
+        least = 1 if kept else MOST_SCORES // (2 * layer.num_heads * max_seq_len)
+        for count in powers(max_num_reqs):  # a decode, whose parts do not depend on the lengths
+            if count >= least:
+                _launch(layer, dtype, count, max_query_len=1, max_seq_len=max_seq_len)
+        for count in powers(max_num_tokens):
+            for length in sorted(lengths) if count >= least else ():
+                _launch(layer, dtype, count, max_query_len=max(2, count), max_seq_len=length)
 
 
 def powers(most: int) -> list[int]:
