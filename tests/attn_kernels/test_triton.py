@@ -306,6 +306,29 @@ def test_queries_against_all_keys(name: str, dtype: torch.dtype, tolerance: floa
     assert paged.relative_error(out.transpose(0, 1), expected) <= tolerance
 
 
+@pytest.mark.parametrize("kv_format", [None, KV_FORMATS["int8_per_token_head"]], ids=str)
+@pytest.mark.parametrize("name", ["softmax", "lssar", "selective"])
+def test_blocks_before_a_window_are_not_read(name: str, kv_format: KVFormat | None) -> None:
+    """They may be another request's, or another layer's, whose bits are NaN here."""
+    n, variant = 40, get_variant(name)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, 1, 32) for _ in range(3))
+    cache = paged.Cache.make(variant, [n], 1, 32, 16, torch.float32, kv_format)
+    layer = bind(variant, "1", cache.kv, num_heads=1, scale=0.2, window=5, kv_format=kv_format)
+    out = torch.full((n, 1, 32), float("nan"))
+    for start, end in ((0, 36), (36, 39), (39, 40)):
+        for block in cache.block_table[0, : max(0, start - 4) // 16]:
+            cache.kv[block].view(torch.uint8).fill_(255)
+        layer.write_cache(k[start:end], v[start:end], cache.slots(0, start, end))
+        batch = Batch(cache.block_table, torch.tensor([0, end - start]), torch.tensor([end]))
+        layer.attend(q[start:end], batch, out[start:end])
+    if kv_format is not None:
+        k, v = kv_format.rounded(k), kv_format.rounded(v)
+    given = (x.double().transpose(0, 1) for x in (q, k, v))
+    expected, _ = reference.attention(variant, *given, scale=0.2, window=5)
+    assert paged.relative_error(out.transpose(0, 1), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["softpick", "sigmoid"])
 def test_modifiers_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged.Cache, "layer", make_layer)

@@ -122,6 +122,9 @@ def attend_keys(
             lead = tl.minimum(begin + tl.cdiv(unseen, TILE.keys) * TILE.keys, end)
         ahead = tl.minimum(first_position + (SELECTION is None), end) - begin
         full = tl.maximum(begin + tl.maximum(ahead, 0) // TILE.keys * TILE.keys, lead)
+    oldest = begin
+    if SHAPE.window:
+        oldest = first_position - SHAPE.window + 1
     for part in tl.static_range(3):
         if part == 0:
             start_of, end_of = begin, lead
@@ -131,8 +134,8 @@ def attend_keys(
             start_of, end_of = full, end
         if part == 2 or (not once and (part == 1 or SHAPE.window > 0)):
             running_max, denominator, output = attend_range(
-                rows, selectors, known, blocks, kv_head, start_of, end_of, end, scale, snapshots,
-                running_max, denominator, output, mean, per_spread, UPDATE, SCORE_BIAS,
+                rows, selectors, known, blocks, kv_head, start_of, end_of, oldest, end, scale,
+                snapshots, running_max, denominator, output, mean, per_spread, UPDATE, SCORE_BIAS,
                 UPDATE_STATISTICS, SELECTION, PARAMS, VARIANT, SHAPE, TILE, STATISTICS_ONLY,
                 part != 1, 1 if part != 1 and not once else None,
             )  # fmt: skip
@@ -141,15 +144,15 @@ def attend_keys(
 
 @triton.jit
 def attend_range(
-    rows, selectors, known, blocks, kv_head, begin, end, last, scale, snapshots, running_max,
-    denominator, output, mean, per_spread,
+    rows, selectors, known, blocks, kv_head, begin, end, oldest, last, scale, snapshots,
+    running_max, denominator, output, mean, per_spread,
     UPDATE: tl.constexpr, SCORE_BIAS: tl.constexpr, UPDATE_STATISTICS: tl.constexpr,
     SELECTION: tl.constexpr, PARAMS: tl.constexpr, VARIANT: tl.constexpr, SHAPE: tl.constexpr,
     TILE: tl.constexpr, STATISTICS_ONLY: tl.constexpr, MASKED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Do what `attend_keys` does with the keys [begin, end) of a tile whose last is before `last`.
-    Not MASKED: all rows see all of them."""
+    """Do what `attend_keys` does with the keys [begin, end) of a tile, which sees [oldest, last):
+    what is before a window may be another request's. Not MASKED: all rows see all of them."""
     dtype = rows.q.dtype
     zeros = tl.full([TILE.rows, TILE.keys], 0.0, tl.float32)
     # A tile's blocks are looked up a tile ahead: copies that depend on nothing of their own
@@ -158,6 +161,8 @@ def attend_range(
     for start in tl.range(begin, end, TILE.keys, num_stages=NUM_STAGES):
         key = start + tl.arange(0, TILE.keys)
         inside = key < last
+        if SHAPE.window:
+            inside &= key >= oldest
         seen = visible(rows.position, key, SHAPE.window) & inside[None, :]
         if not MASKED:
             inside = tl.full([TILE.keys], True, tl.int1)
