@@ -126,6 +126,8 @@ def tune(
     arch, _ = device_figures(torch.device(device.value, 0) if not dry else torch.device("cpu"))
     name = machine.cpu_model() if dry else torch.cuda.get_device_name()
     folder = out or tuned.user_folder()
+    if folder is None:
+        raise UserError(f"this user has no home folder: --out or {tuned.VARIABLE} names another")
     table = folder / tuned.file_name(name)
     check_writable(table)
     about = {"device": name, "arch": arch, "triton": triton.__version__}

@@ -10,11 +10,13 @@ it: `attn_kernels.triton` on a GPU, `attn_kernels.cpu` (or, where that cannot be
 from __future__ import annotations
 
 import functools
+import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.platforms import current_platform
@@ -40,6 +42,8 @@ from vllm_attn.report import StartupError
 
 if TYPE_CHECKING:
     from attn_kernels.triton import TritonLayer, TritonPrunedLayer
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class VariantBackend(AttentionBackend):
@@ -123,9 +127,15 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
 
     def compile_launches(self) -> None:
         """Compile what the layers can launch, before the first request; what a disk's cache has is
-        read there."""
-        from attn_kernels.triton import launch, warm
+        read there.
 
+        Raises:
+            StartupError: a table of tiles cannot be read.
+        """
+        from attn_kernels.triton import launch, tuned, warm
+
+        logger.info("Compiling attention kernels, or reading them from Triton's cache")
+        began = time.monotonic()
         spec, config = self.kv_cache_spec, self.vllm_config
         states = spec.get_num_kernel_states(spec.block_size)
         size = 1, spec.num_heads, states, spec.state_content_size_bytes
@@ -134,15 +144,19 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
             config, AttentionLayerBase, self.layer_names
         )
         unlike = {layer.impl.kind: layer for layer in layers.values()}
-        with launch.compile_only():
-            for layer in unlike.values():
-                warm.compile_launches(
-                    layer.impl.bind_triton(layer, cache),
-                    config.model_config.dtype,
-                    max_num_reqs=config.scheduler_config.max_num_seqs,
-                    max_num_tokens=config.scheduler_config.max_num_batched_tokens,
-                    max_seq_len=config.model_config.max_model_len,
-                )
+        try:
+            with launch.compile_only():
+                for layer in unlike.values():
+                    warm.compile_launches(
+                        layer.impl.bind_triton(layer, cache),
+                        config.model_config.dtype,
+                        max_num_reqs=config.scheduler_config.max_num_seqs,
+                        max_num_tokens=config.scheduler_config.max_num_batched_tokens,
+                        max_seq_len=config.model_config.max_model_len,
+                    )
+        except tuned.TableError as error:
+            raise StartupError(str(error)) from None
+        logger.info("Attention kernels took %.1f s", time.monotonic() - began)
 
     def build(
         self,

@@ -43,6 +43,7 @@ PHASES = (
     (r"^Starting to load model", "building the model"),
     (r"^Compiling the .* kernels", "compiling CPU kernels, once on this machine"),
     (r"^Initializing model took|^Loading safetensors", "loading the weights"),
+    (r"^Compiling attention kernels", "compiling GPU kernels"),
     (r"Dynamo bytecode transform|^Compiling a graph", "compiling the model"),
     (r"^Available KV cache memory|KV cache layout|KV cache size: ", "reserving the KV cache"),
     (r"^Capturing CUDA graphs", "capturing CUDA graphs"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def test_where_the_user_has_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tuned.user_folder() == tmp_path / ".cache/attnserve/triton"
+
+
+def test_a_user_without_a_home_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user nobody knows."""
+    for name in (tuned.VARIABLE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert tuned.user_folder() is None
+    assert found() is None
 
 
 def test_what_is_written_is_read(folders: tuple[Path, Path]) -> None:

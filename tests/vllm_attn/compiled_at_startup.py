@@ -39,10 +39,27 @@ def main(checkpoint: str, variant: str, overrides: str) -> None:
     compiler.device = list(TARGETS).index("sm_90")
     names: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: names.append(fn.name)
+    refused = with_a_broken_table(builder)
     builder.compile_launches()
     at_startup = len(names)
     load(builder, next(module for module in runner.model.modules() if hasattr(module, "impl")))
-    print(json.dumps({"startup": at_startup, "load": names[at_startup:]}))
+    print(json.dumps({"startup": at_startup, "load": names[at_startup:], "refused": refused}))
+
+
+def with_a_broken_table(builder: Any) -> str:
+    """Return how a server is refused whose user has a table of tiles that is none; empty: not at
+    all, since layers within budgets have no tables."""
+    from vllm_attn.report import StartupError
+
+    table = Path(os.environ["ATTNSERVE_TRITON_CONFIGS"]) / "sm_90.json"
+    table.write_text("{")
+    try:
+        builder.compile_launches()
+    except StartupError as error:
+        return str(error)
+    finally:
+        table.unlink()
+    return ""
 
 
 def load(builder: Any, layer: Any) -> None:

@@ -23,6 +23,7 @@ def test_compiled_at_startup(variant: str, parameters: dict[str, Any], tmp_path:
     overrides = {"attention_variant": {"name": variant, **parameters}}
     program = "tests.vllm_attn.compiled_at_startup"
     environment = os.environ | {
+        "ATTNSERVE_TRITON_CONFIGS": str(tmp_path),
         "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "TRITON_INTERPRET": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -41,3 +42,7 @@ def test_compiled_at_startup(variant: str, parameters: dict[str, Any], tmp_path:
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["startup"] >= 5
     assert found["load"] == []
+    assert found["refused"].startswith(f"{tmp_path}/sm_90.json: no table of tiles") != bool(
+        parameters
+    )
+    assert "Attention kernels took" in ran.stdout

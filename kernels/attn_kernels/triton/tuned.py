@@ -59,6 +59,10 @@ class Kind(NamedTuple):
 Tiles = dict[Kind, Tile]
 
 
+class TableError(ValueError):
+    """A table cannot be read: one line that names the file and the key."""
+
+
 GLUON_SIZES = (64, 128)
 """Rows, and keys, of a tile of the kernel in Gluon, which has a warp for 16 rows."""
 
@@ -136,7 +140,7 @@ def tuned_tile(kind: Kind, arch: str, device: torch.device) -> Tile | None:
         device: where it runs; other devices than GPUs have no tables of their own.
 
     Raises:
-        ValueError: a table cannot be read: one line that names the file and the key.
+        TableError: a table cannot be read.
     """
     return _looked_up(kind, arch, device)
 
@@ -145,7 +149,7 @@ def tuned_tile(kind: Kind, arch: str, device: torch.device) -> Tile | None:
 def _looked_up(kind: Kind, arch: str, device: torch.device) -> Tile | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for path in paths(arch, name):
-        if path.is_file() and kind in (tiles := read(path)[1]):
+        if os.path.isfile(path) and kind in (tiles := read(path)[1]):
             return tiles[kind]
     return None
 
@@ -153,13 +157,16 @@ def _looked_up(kind: Kind, arch: str, device: torch.device) -> Tile | None:
 def paths(arch: str, device_name: str = "") -> list[Path]:
     """Return where tables of a device may be, the first that has a kernel counts."""
     names = ([file_name(device_name)] if device_name else []) + [f"{arch}.json"]
-    return [folder / name for name in names for folder in (user_folder(), PACKAGED)]
+    return [folder / name for name in names for folder in (user_folder(), PACKAGED) if folder]
 
 
-def user_folder() -> Path:
-    """Return the folder of the user's own tables."""
+def user_folder() -> Path | None:
+    """Return the folder of the user's own tables; None: a user without a home has none."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get(VARIABLE) or f"{cache}/attnserve/triton").expanduser()
+    try:
+        return Path(os.environ.get(VARIABLE) or f"{cache}/attnserve/triton").expanduser()
+    except RuntimeError:
+        return None
 
 
 def file_name(device_name: str) -> str:
@@ -175,16 +182,16 @@ def read(path: Path) -> tuple[str, Tiles]:
     """Return a table's architecture and tiles.
 
     Raises:
-        ValueError: it is none: one line that names the file and the key.
+        TableError: it is none.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no table of tiles: {error}") from None
+        raise TableError(f"{path}: no table of tiles: {error}") from None
     try:
         return _parsed(content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise TableError(f"{path}: {error}") from None
 
 
 def text_of(arch: str, tiles: Mapping[Kind, Tile], **about: Any) -> str:
