@@ -204,4 +204,6 @@ def error_of(outputs: Tensor, expected: Tensor) -> float:
     is. The last two dimensions are a query's."""
     wanted = expected.double()
     difference = (outputs.double() - wanted).abs().flatten(-2).amax(-1)
-    return float((difference / wanted.abs().flatten(-2).amax(-1)).max())
+    # Where no score of softpick's is positive the output is 0, and so it must be.
+    relative = difference / wanted.abs().flatten(-2).amax(-1)
+    return float(torch.where(difference > 0, relative, difference).max())
