@@ -80,14 +80,19 @@ class Journal:
     def __init__(self, file: Path, key: dict[str, Any], force: bool = False) -> None:
         self.file = file
         lines = [] if force or not file.exists() else file.read_text().splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            whole = [json.loads(line) for line in lines if line.endswith("\n")]
+            differing = ", ".join(name for name in key if whole and key[name] != whole[0].get(name))
+            self.values: dict[str, Any] = dict(whole[1:])
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"{file} is no list of measured values: --force writes it anew"
+            ) from None
         if whole and whole[0] != key:
-            differing = ", ".join(name for name in key if key[name] != whole[0].get(name))
             raise UserError(
                 f"{file} has values that differ in {differing}: --force measures again, --out DIR "
                 "writes elsewhere"
             )
-        self.values: dict[str, Any] = dict(whole[1:])
         write_text(file, "".join(json.dumps(line) + "\n" for line in (key, *self.values.items())))
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:

@@ -130,6 +130,8 @@ def tune(
         raise UserError(f"this user has no home folder: --out or {tuned.VARIABLE} names another")
     table = folder / tuned.file_name(name)
     check_writable(table)
+    if table.exists():
+        tuned.read(table)  # now rather than when the first kernel is done
     about = {"device": name, "arch": arch, "triton": triton.__version__}
     about |= {"torch": torch.__version__, "commit": machine.commit()}
     given = listed(candidates, arch) if candidates else {}

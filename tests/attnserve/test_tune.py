@@ -88,6 +88,24 @@ def test_what_was_measured_elsewhere_is_refused(tmp_path: Path, commands: Comman
     commands.run(tune, *arguments, "--force")
 
 
+@pytest.mark.parametrize("content", ["{", "[]\n{}\n", "{}\n3\n"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_broken_files_are_one_line(
+    suffix: str, content: str, tmp_path: Path, commands: Commands
+) -> None:
+    """A table that cannot be read, and a list of values that is none, before anything is timed; a
+    list's last line may be cut short."""
+    arguments = ["--device=cpu", "--minutes=0", f"--out={tmp_path}"]
+    commands.run(tune, *arguments)
+    (journal,) = tmp_path.glob("*.jsonl")
+    path = journal.with_suffix(suffix)
+    path.write_text(content)
+    if path == journal and content == "{":
+        commands.run(tune, *arguments)
+    else:
+        assert str(path) in commands.refused(tune, *arguments)
+
+
 def test_only_listed_candidates(tmp_path: Path, commands: Commands) -> None:
     """A list of another architecture, or none, is one line."""
     path = tmp_path / "list"
@@ -246,6 +264,14 @@ def test_outputs_are_compared_with_the_reference(name: str, phase: str) -> None:
     assert error_of(outputs, wanted) > 5e-4
     outputs[0, 0, 0, 0] = math.nan
     assert math.isnan(error_of(outputs, wanted))
+
+
+def test_error_of_outputs_that_are_0() -> None:
+    """As softpick's are where no score is positive."""
+    nothing = torch.zeros(2, 3, 4)
+    assert error_of(nothing, nothing) == 0
+    assert error_of(nothing + 1e-9, nothing) == math.inf
+    assert math.isnan(error_of(nothing / 0, nothing))
 
 
 def test_caches_are_read_in_turn() -> None:
