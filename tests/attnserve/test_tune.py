@@ -74,7 +74,7 @@ def test_dry_run(tmp_path: Path, commands: Commands) -> None:
     assert again["kinds"] == {str(kind): result}
     assert "out of time, run again for 2 more" in commands.printed.err
 
-    commands.run(tune, *arguments, "--phases", "prefill", "--minutes=1")
+    commands.run(tune, *arguments, "--phases", "prefill", "--minutes=0.3")
     tuned.read.cache_clear()
     assert set(tuned.read(table)[1]) == {kind, kind._replace(phase=PREFILL)}
 
