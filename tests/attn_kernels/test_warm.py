@@ -52,3 +52,11 @@ def test_all_lengths_of_requests(name: str, most_keys: int, launched: set[Any]) 
         count = draw.choice([draw.randrange(longest, limit + 1), 2 ** draw.randrange(1, 8)])
         warm._launch(served, torch.bfloat16, count, max_query_len=longest, max_seq_len=length)
         assert launched <= compiled, (count, longest, length)
+
+
+def test_a_launch_is_like_another_of_the_same_types() -> None:
+    """Queries of another dtype, or an address that 16 does not divide, have another kernel."""
+    x = torch.zeros(40, dtype=torch.float16)
+    kinds = [launch.kind_of(each) for each in (x, x.bfloat16(), x[1:], None, 1, 3, 16, 2**31)]
+    assert len(set(kinds)) == len(kinds)
+    assert launch.kind_of(x[8:]) == kinds[0] and launch.kind_of(48) == launch.kind_of(16)

@@ -96,10 +96,10 @@ class Launcher:
 
 
 def kind_of(argument: Any) -> Any:
-    """Return what a kernel is compiled for, of an argument whose type is always the same: whether
-    16 divides it (a tensor's address), whether it is 1, and whether it has 32 bits."""
+    """Return what a kernel is compiled for: a tensor's dtype, whether 16 divides an argument (a
+    tensor's address), whether it is 1, and whether it has 32 bits."""
     if isinstance(argument, Tensor):
-        return argument.data_ptr() % 16 == 0
+        return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
         return argument % 16 == 0, argument == 1, argument < 2**31
     return None if argument is None else 0
