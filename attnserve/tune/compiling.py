@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import queue
+import signal
 import threading
 import time
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.pool import Pool
 from typing import Any, NamedTuple
 
@@ -75,7 +77,9 @@ class Compilers:
             waiting.put(task)
         found: dict[Task, str] = {}
         given = [(index, waiting, found, deadline) for index in range(len(self.pools))]
-        threads = [threading.Thread(target=self._work_through, args=each) for each in given]
+        threads = [
+            threading.Thread(target=self._work_through, args=each, daemon=True) for each in given
+        ]
         for thread in threads[: len(tasks)]:
             thread.start()
         for thread in threads[: len(tasks)]:
@@ -86,6 +90,10 @@ class Compilers:
         self, index: int, waiting: queue.SimpleQueue[Task], found: dict[Task, str], deadline: float
     ) -> None:
         """Compile what waits in one process."""
+        # An interruption is for this process, which ends its compilers. (A tracker that is started
+        # later would let them be interrupted again.)
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while (left := deadline - time.monotonic()) > 0:
             try:
                 task = waiting.get_nowait()

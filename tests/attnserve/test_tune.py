@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -86,6 +88,30 @@ def test_what_was_measured_elsewhere_is_refused(tmp_path: Path, commands: Comman
     journal.write_text(journal.read_text().replace('"arch": "sm_90"', '"arch": "sm_80"'))
     assert "has values that differ in arch: --force" in commands.refused(tune, *arguments)
     commands.run(tune, *arguments, "--force")
+
+
+def test_interrupted_while_compiling(tmp_path: Path) -> None:
+    """It ends at once, with one line, and so do its compilers."""
+    command = [sys.executable, "-m", "attnserve.tune.command", "--device=cpu", "--jobs=2"]
+    process = subprocess.Popen(
+        [*command, f"--out={tmp_path}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What a shell runs in the background ignores it.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not [*tmp_path.glob("*.jsonl")]:  # written when compilers are about to start
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said == "python -m attnserve.tune.command: interrupted\n"
 
 
 @pytest.mark.parametrize("content", ["{", "[]\n{}\n", "{}\n3\n"])
