@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+from attn_kernels import get_variant
 from attnserve.command import AsJson, main
 from attnserve.errors import UserError
 from attnserve.files import CHECKOUT, check_writable, write_text
@@ -146,6 +147,8 @@ def gpu_check(
     folder, with its output in STAGE.log, and summary.json says how each has ended. Nothing is
     downloaded. Run again, tune, times and serving go on where they were.
     """
+    for name in variants or ():
+        get_variant(name)
     limits = {**SECONDS, **dict(map(limit_of, seconds or ()))}
     if not dry:
         import torch
@@ -173,6 +176,8 @@ def limit_of(text: str) -> tuple[Stage, float]:
     name, _, value = text.partition("=")
     try:
         found = Stage(name), float(value)
+        if not found[1] > 0:
+            raise ValueError
     except ValueError:
         raise UserError(
             f"--seconds {text}: give STAGE=SECONDS with one of {', '.join(Stage)}"

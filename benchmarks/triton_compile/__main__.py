@@ -104,7 +104,10 @@ def triton_compile(
         elif not packed:
             cases = calls.attention_cases()
         # Without large pages.
-        wanted = re.compile(match or (rf"{QUICK}( \S+){{1,2}}$" if quick or host else ""))
+        try:
+            wanted = re.compile(match or (rf"{QUICK}( \S+){{1,2}}$" if quick or host else ""))
+        except re.error as error:
+            raise UserError(f"--match {match!r} is no regular expression: {error}") from None
         todo = [case for case in cases if wanted.search(" ".join(map(str, case.values())))]
         if not todo:
             raise UserError(f"--match {match!r} is in no case's name")

@@ -65,9 +65,14 @@ def test_no_gpu_is_one_line(commands: Commands, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["tuning=3", "tune", "tune=long"])
+@pytest.mark.parametrize("text", ["tuning=3", "tune", "tune=long", "tune=0", "tune=nan"])
 def test_wrong_limits_are_one_line(text: str, commands: Commands) -> None:
     assert f"--seconds {text}: give" in commands.refused(gpu_check, "--seconds", text)
+
+
+def test_an_unknown_variant_is_one_line(commands: Commands) -> None:
+    said = commands.refused(gpu_check, "--variants", "softpik")
+    assert "unknown attention variant 'softpik'" in said
 
 
 def test_fifteen_minutes() -> None:
