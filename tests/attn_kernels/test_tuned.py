@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import triton
 from attn_kernels import get_variant, reference
 from attn_kernels.triton import tuned
 from attn_kernels.triton.layer import device_figures
-from attn_kernels.triton.tuning import DECODE, GLUON, PREFILL, Tile
+from attn_kernels.triton.tuning import DECODE, GLUON, PREFILL, PREFILL_TILES, Tile, tile_for
 from tests.attn_kernels.test_paged import relative_error
 from tests.attn_kernels.test_triton import TOLERANCE, single
 
@@ -214,3 +215,13 @@ def test_a_layer_asks_with_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned, "tuned_tile", lambda kind, arch, device: asked.append(kind))
     single("lssa", torch.int8, key_scale=torch.ones(1), value_scale=torch.ones(1))
     assert asked == [tuned.Kind(tuned.SHORT_PREFILL, "lssa", "float32", "int8", 32, 2, 16)]
+
+
+@pytest.mark.parametrize("kind", PREFILL_TILES)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_gpus_with_less_shared_memory(kind: str, head_size: int) -> None:
+    """L4, L40S and GeForce have 99 KiB a program: what an A100 has room for, not an H100."""
+    for phase, many, kv_bits in itertools.product((DECODE, PREFILL), (True, False), (0, 4, 8)):
+        sizes = head_size, 2, 4, kv_bits, kind, many
+        for arch in ("sm_86", "sm_89", "sm_120"):
+            assert tile_for(phase, arch, *sizes) == tile_for(phase, "sm_80", *sizes)

@@ -125,6 +125,8 @@ def tile_for(
     least = max(16, triton.next_power_of_2(group))
     row_bytes = triton.next_power_of_2(head_size) * element_size
     amd = arch.startswith("gfx")
+    if not amd and arch not in SHARED_MEMORY:
+        arch = "sm_100" if arch == "sm_103" else "sm_80"  # others have less shared memory yet
     stages = 1 if amd else 3 if element_size == 2 else 2
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     if kv_bits and row_bytes >= 256:
@@ -142,7 +144,7 @@ def tile_for(
         if kv_bits == 4 and row_bytes == 256 and arch in ("sm_80", "sm_90"):
             keys, num_warps = 16, 8  # with 32 and 4, lssar and selective spill
         return Tile(max(least, rows), keys, num_warps, min(stages, 2))
-    by_size = PREFILL_TILES[kind].get(arch) or PREFILL_TILES[kind]["gfx" if amd else "sm_90"]
+    by_size = PREFILL_TILES[kind]["gfx" if amd else arch]
     sizes = by_size[0 if row_bytes <= 128 else 1 if row_bytes == 256 else 2].split()
     size, warps, stage_count = sizes[not many].split(":")
     rows, keys = map(int, size.split("x"))
