@@ -81,6 +81,10 @@ def triton_compile(
     """  # fmt: skip
     if packed + training + host > 1:
         raise UserError("--packed, --training and --host are three tables: give one of them")
+    try:  # without large pages, if nothing is said
+        wanted = re.compile(match or (rf"{QUICK}( \S+){{1,2}}$" if quick or host else ""))
+    except re.error as error:
+        raise UserError(f"--match {match!r} is no regular expression: {error}") from None
     name = f"triton_compile{'_packed' * packed}{'_training' * training}.csv"
     path = csv or RESULTS / name
     save = results.checked(path, no_save or quick or host)
@@ -103,11 +107,6 @@ def triton_compile(
             cases, compile_one = calls.training_cases(), calls.compile_training
         elif not packed:
             cases = calls.attention_cases()
-        # Without large pages.
-        try:
-            wanted = re.compile(match or (rf"{QUICK}( \S+){{1,2}}$" if quick or host else ""))
-        except re.error as error:
-            raise UserError(f"--match {match!r} is no regular expression: {error}") from None
         todo = [case for case in cases if wanted.search(" ".join(map(str, case.values())))]
         if not todo:
             raise UserError(f"--match {match!r} is in no case's name")
