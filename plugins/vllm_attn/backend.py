@@ -109,9 +109,9 @@ class VariantMetadataBuilder(AttentionMetadataBuilder[Batch]):
     """Reads vLLM's batch once a step; all layers share the result.
 
     On a GPU it refers to vLLM's persistent buffers, copies nothing and waits for nothing, and what
-    is launched depends on the numbers of tokens and requests only (and, for a stateful variant, on
-    the longest context, which is the model's while a graph is captured): a captured CUDA graph
-    serves every batch of its size.
+    is launched depends on the numbers of tokens and requests only, and on the longest context,
+    which is the model's while a graph is captured: a captured CUDA graph serves every batch of its
+    size.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS

@@ -4,7 +4,8 @@ A tile has `queries` consecutive queries of one request and all `group` query he
 `rows` rows of a matrix product (the last few may be empty). Its program goes along the keys that
 the tile sees, `keys` at a time, with masks only where some row does not see some key; a long
 context is cut into `splits` parts with a program each, whose results `merge_kernel` adds up. The
-grid depends on the numbers of tokens and requests only, so that a CUDA graph can hold it.
+grid depends on the numbers of tokens and requests and on the longest context they may have, so that
+a CUDA graph can hold it.
 
 What is fixed when a kernel is compiled comes as named tuples: VARIANT (`variant.Constants`), SHAPE
 (`tiles.Shape`) and TILE (`tiles.Tiling`). A variant's functions and parameters come one by one:
