@@ -11,6 +11,7 @@ import torch
 from attn_kernels import get_variant
 from attn_kernels.paged import content_bytes
 from attn_kernels.triton import TritonLayer, launch, layer, warm
+from attn_kernels.triton.cache import write_kernel
 
 MOST_TOKENS, MOST_REQUESTS = 2048, 256
 
@@ -21,7 +22,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     found: set[Any] = set()
 
     def record(self: Any, grid: Any, *args: Any, options: Any, **constants: Any) -> None:
-        found.add((self.kernel, *options.items(), *constants.items()))
+        # All that changes of the writing kernel's arguments are strides.
+        kinds = map(launch.kind_of, args) if self.kernel is write_kernel else ()
+        found.add((self.kernel, *kinds, *options.items(), *constants.items()))
 
     monkeypatch.setattr(launch.Launcher, "__call__", record)
     monkeypatch.setattr(layer, "compiling", lambda: True)
@@ -52,6 +55,21 @@ def test_all_lengths_of_requests(name: str, most_keys: int, launched: set[Any]) 
         count = draw.choice([draw.randrange(longest, limit + 1), 2 ** draw.randrange(1, 8)])
         warm._launch(served, torch.bfloat16, count, max_query_len=longest, max_seq_len=length)
         assert launched <= compiled, (count, longest, length)
+
+
+def test_keys_that_are_a_part_of_a_product(launched: set[Any]) -> None:
+    """16 divides the strides of 10 heads of 72, which share a product, and not of one."""
+    cache = torch.zeros(1, 1, 64, 144, dtype=torch.bfloat16)
+    served = TritonLayer(get_variant("softmax"), cache, num_heads=8, scale=1.0)
+    most = {"max_num_tokens": 64, "max_num_reqs": 8, "max_seq_len": 100}
+    warm.compile_launches(served, torch.bfloat16, **most)
+    compiled = launched.copy()
+    _, *parts = torch.empty(5, 10, 72, dtype=torch.bfloat16).split([8, 1, 1], 1)
+    whole = [part.contiguous() for part in parts]
+    launched.clear()
+    for key, value in (parts, whole, (whole[0], parts[1])):
+        served.write_cache(key, value, torch.zeros(5, dtype=torch.int64))
+    assert len(launched) == 3 and launched <= compiled
 
 
 def test_a_launch_is_like_another_of_the_same_types() -> None:

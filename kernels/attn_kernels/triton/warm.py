@@ -19,7 +19,7 @@ def compile_launches(
     max_num_tokens: int,
     max_seq_len: int,
 ) -> None:
-    """Launch what any batch does; inside `launch.compile_only` that compiles it.
+    """Compile what any batch launches, inside `launch.compile_only`.
 
     What is compiled depends on how full the device is: every number of programs up to the most is
     tried in powers of two, and every length that decides into how many parts contexts are cut. Of
@@ -60,7 +60,7 @@ def _launch(
     max_query_len: int,
     max_seq_len: int,
 ) -> None:
-    """Launch a step of `count` tokens of one request, of which none has any."""
+    """Compile a step of `count` tokens of one request, of which none has any."""
     device = layer.device
     batch = Batch(
         torch.zeros(1, 1, dtype=torch.int32, device=device),
@@ -70,11 +70,16 @@ def _launch(
         max_query_len=max_query_len,
         max_seq_len=max_seq_len,
     )
-    query = torch.empty(count, layer.num_heads, layer.head_size, dtype=dtype, device=device)
-    key = torch.empty(count, layer.num_kv_heads, layer.head_size, dtype=dtype, device=device)
+    with torch.device("meta"):  # nothing is read
+        query = torch.empty(count, layer.num_heads, layer.head_size, dtype=dtype)
+        key = torch.empty(count, layer.num_kv_heads, layer.head_size, dtype=dtype)
+        gates = torch.empty(count, layer.num_heads)
+        selecting = torch.empty(count, 2, layer.head_size, dtype=dtype)
+        # 16 may divide the strides of keys and values that are a part of one product with queries
+        # where it does not divide their own.
+        part = torch.cat([query, key, key], 1)[:, layer.num_heads : -layer.num_kv_heads]
     if isinstance(layer, TritonLayer) and layer.variant.gated:
-        layer.write_gates(torch.empty(count, layer.num_heads, device=device), batch)
-    selecting = None
-    if layer.selector:
-        selecting = torch.empty(count, 2, layer.head_size, dtype=dtype, device=device)
-    layer.step(query, key, key, batch, torch.empty_like(query), selecting)
+        layer.write_gates(gates, batch)
+    for given in ((key, key), (key, part), (part, part)):
+        out = torch.empty_like(query)
+        layer.step(query, *given, batch, out, selecting if layer.selector else None)
