@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from attn_kernels import get_variant
 from attn_kernels.batch import Batch
-from attn_kernels.pruning import Page
+from attn_kernels.pruning import Page, PageShape
 from tests.attn_kernels import test_pruned_layers as pruned
 from tests.attn_kernels.cases import seeded
 
@@ -182,3 +183,15 @@ def test_decodes_apart_within_a_budget() -> None:
     (out, pages), (apart, pages_apart) = results
     torch.testing.assert_close(out, apart, rtol=0, atol=1e-5)
     assert torch.equal(pages, pages_apart)
+
+
+@pytest.mark.parametrize(("arch", "stages"), [("sm_80", 3), ("sm_89", 2), ("gfx942", 1)])
+def test_stages_that_there_is_room_for(arch: str, stages: int) -> None:
+    """An L4 has 99 KiB of shared memory a program, where three stages take 120."""
+    from attn_kernels.triton import TritonPrunedLayer
+
+    shape = PageShape(64, 2, 128, torch.bfloat16)
+    pages = torch.zeros(1, shape.num_bytes, dtype=torch.uint8)
+    options: dict[str, Any] = {"num_heads": 8, "scale": 1.0, "arch": arch}
+    layer = TritonPrunedLayer(get_variant("selective"), pages, shape, **options)
+    assert (layer.prefill_tile.rows, layer.prefill_tile.num_stages) == (64, stages)

@@ -35,6 +35,7 @@ from attn_kernels.triton.tuning import (
     GLUON,
     LARGEST_ROWS,
     PREFILL,
+    SHARED_MEMORY,
     Tile,
     kind_of_variant,
     parts_for,
@@ -330,10 +331,12 @@ class TritonPrunedLayer(PrunedLayer):
         self.select_tile, self.decode_tile = dataclasses.replace(tile, rows=16), tile
         self.prefill_tile = tile
         if shape.dtype.itemsize < 4:  # float32 spills with more rows
-            # On some with 4 warps, too, which take fewer instructions a score.
-            spills = arch in ("sm_80", "sm_100") and self.page.dims > 64
-            warps, stages = (8, tile.num_stages) if spills else (4, min(2, tile.num_stages))
-            self.prefill_tile = Tile(max(64, tile.rows), tile.keys, warps, stages)
+            # 4 warps take fewer instructions a score, but spill on most of NVIDIA's chips. L4, L40S
+            # and GeForce have room for two stages.
+            eight = self.page.dims > 64 and arch.startswith("sm_") and arch != "sm_90"
+            three = eight and arch in SHARED_MEMORY
+            stages = tile.num_stages if three else min(2, tile.num_stages)
+            self.prefill_tile = Tile(max(64, tile.rows), tile.keys, 8 if eight else 4, stages)
         self.scan_warps = pruned.scan_warps(self.page.slots, arch)
         given = {**functions(variant), "PAGE": self.page, "OWN": self.chunk}
         given |= {"PIECE": min(self.page.slots, 1024)}
