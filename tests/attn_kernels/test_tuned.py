@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,7 +17,18 @@ import triton
 from attn_kernels import get_variant, reference
 from attn_kernels.triton import tuned
 from attn_kernels.triton.layer import device_figures
-from attn_kernels.triton.tuning import DECODE, GLUON, PREFILL, PREFILL_TILES, Tile, tile_for
+from attn_kernels.triton.tuning import (
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES,
+    DECODE,
+    FORWARD,
+    GLUON,
+    PREFILL,
+    PREFILL_TILES,
+    Tile,
+    tile_for,
+    training_tile,
+)
 from tests.attn_kernels.test_paged import relative_error
 from tests.attn_kernels.test_triton import TOLERANCE, single
 
@@ -225,3 +237,9 @@ def test_gpus_with_less_shared_memory(kind: str, head_size: int) -> None:
         sizes = head_size, 2, 4, kv_bits, kind, many
         for arch in ("sm_86", "sm_89", "sm_120"):
             assert tile_for(phase, arch, *sizes) == tile_for(phase, "sm_80", *sizes)
+    for kernel in (FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS):  # with two stages 128 KiB
+        of_a100, of_l4 = (
+            training_tile(kernel, arch, head_size, 2, stateful=False, wide=True)
+            for arch in ("sm_80", "sm_89")
+        )
+        assert of_l4 == dataclasses.replace(of_a100, num_stages=1)

@@ -200,6 +200,8 @@ def training_tile(
     row_bytes = dims * element_size
     amd = arch.startswith("gfx")
     stages = 1 if amd else 2
+    if not amd and arch not in SHARED_MEMORY and arch != "sm_103":  # L4, L40S, GeForce have less
+        arch, stages = "sm_80", 1
     if element_size == 4:
         return Tile(32, 32 if row_bytes <= 512 else 16, 8, stages)
     of_kind = TRAINING_TILES[STATEFUL if stateful else WIDE if wide else PLAIN]
