@@ -20,7 +20,10 @@ def run(command: Sequence[str], output: TextIO | int) -> int:
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
+    # A program of one that ignores it, as a shell script's job behind "&" does, would do so, too.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, start_new_session=True, stdout=output)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -20,14 +20,25 @@ except KeyboardInterrupt:
     print("ended", flush=True)
 """
 PARENT = (
-    "import sys; from attnserve.programs import run; "
+    "import signal, sys; signal.signal(signal.SIGINT, getattr(signal, sys.argv[1])); "
+    "from attnserve.programs import run; "
     f"run([sys.executable, '-c', {CHILD!r}], sys.stdout)"
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_both(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as one:
+@pytest.mark.parametrize(
+    ("number", "interrupt"),
+    [
+        (signal.SIGTERM, "default_int_handler"),
+        (signal.SIGTERM, "SIG_IGN"),  # as of a shell script's job behind "&"
+        (signal.SIGHUP, "default_int_handler"),
+        (signal.SIGINT, "default_int_handler"),
+    ],
+    ids=str,
+)
+def test_a_signal_ends_both(number: signal.Signals, interrupt: str) -> None:
+    command = [sys.executable, "-c", PARENT, interrupt]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one:
         assert one.stdout is not None
         assert one.stdout.readline() == "started\n"
         one.send_signal(number)
