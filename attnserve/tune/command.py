@@ -170,8 +170,9 @@ def run(
 
     from attn_kernels.triton.tuning import GLUON
     from attnserve.tune.candidates import candidates, usual_tile
-    from attnserve.tune.compiling import Compilers, Place, Task, trial
+    from attnserve.tune.compiling import Compilers, Place, Task
     from attnserve.tune.search import Bench, UsualTileError, search
+    from attnserve.tune.trial import trial
 
     device = "cpu" if dry else "cuda"
     began = time.monotonic()

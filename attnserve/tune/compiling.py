@@ -21,15 +21,11 @@ from attn_kernels.triton.tuned import Kind
 from attn_kernels.triton.tuning import GLUON, GLUON_SPILLS, Tile
 
 SPILLS = 24
-"""Most bytes of a thread that a kernel puts away: ptxas does so once a program for some kernels
-even where it has registers left."""
+"""Most bytes of a thread that a kernel spills: ptxas does so once a program for some kernels even
+where it has registers left."""
 
 LONGEST = 60.0
 """Seconds that a candidate's kernels may take to compile."""
-
-
-TRIAL = 60.0
-"""Seconds that `trial` waits."""
 
 
 class Task(NamedTuple):
@@ -127,28 +123,6 @@ def compiled(task: Task, place: Place) -> str:
     spilled = max((4 * kernel.n_spills for kernel in loaded), default=0)
     most = GLUON_SPILLS if task.tile.kernel == GLUON else SPILLS
     return f"spills {spilled} B" if spilled > most else ""
-
-
-def trial(kind: Kind, tile: Tile, place: Place, seconds: float = TRIAL) -> str:
-    """Compare a tile's outputs with the reference in a process of its own, which is ended after so
-    many seconds: warps that wait for one another may wait for ever. Return what is wrong."""
-    pool = multiprocessing.get_context("spawn").Pool(1)
-    try:
-        return pool.apply_async(fault, (kind, tile, place)).get(seconds)
-    except multiprocessing.TimeoutError:
-        return f"does not end within {seconds:.0f} s"
-    except Exception as error:  # of a compiler or a driver
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    finally:
-        pool.terminate()
-
-
-def fault(kind: Kind, tile: Tile, place: Place) -> str:
-    """Return what is wrong with a tile's outputs, in words; empty: nothing."""
-    from attnserve.tune.search import Bench, wrong
-
-    bench = Bench(place.device, place.num_kv_heads, 0, place.tiny)
-    return wrong(tile, tile, [], bench.checked(kind))
 
 
 @functools.cache

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from benchmarks.triton_compile.dry import Compiled, DryCompiler
 
 SPILLS = 24
-"""Most bytes of a thread: ptxas puts a few registers away once a program, for some kernels even
-where it has registers left (docs/LOG.md)."""
+"""Most bytes of a thread: ptxas spills a few registers once a program, for some kernels even where
+it has registers left (docs/LOG.md)."""
 
 QUICK = "sm_90 128 bfloat16"
 

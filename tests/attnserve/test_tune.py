@@ -33,7 +33,8 @@ from attnserve.tune.candidates import (
     usual_tile,
 )
 from attnserve.tune.command import tune
-from attnserve.tune.compiling import Compilers, Place, Task, trial
+from attnserve.tune.compiling import Compilers, Place, Task
+from attnserve.tune.trial import trial
 from attnserve.tune.work import CHECKED, LOADS, TINY_LOADS, Load, Work, error_of
 from tests.conftest import Commands
 
@@ -337,7 +338,7 @@ from pathlib import Path
 
 os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": sys.argv[1]}
 import triton
-from benchmarks.triton_compile.dry import DryCompiler, of_cubin
+from benchmarks.triton_compile.dry import DryCompiler, read_cubin
 from attn_kernels.triton.tuned import Kind
 from attn_kernels.triton.tuning import Tile
 from attnserve.tune.compiling import Place, Task, compile_only, compiled
@@ -351,7 +352,7 @@ utils.load_binary = lambda name, binary, *_: (1, 1, *counted(binary), 1024)
 
 
 def counted(binary):
-    registers, spilled, *_ = of_cubin({"cubin": binary})
+    registers, spilled, *_ = read_cubin({"cubin": binary})
     return registers, spilled // 4
 
 

@@ -27,6 +27,7 @@ def test_compiled_at_startup(variant: str, parameters: dict[str, Any], tmp_path:
         "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "TRITON_INTERPRET": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "INFO",
     }
     ran = subprocess.run(
         [

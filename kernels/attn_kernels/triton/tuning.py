@@ -13,7 +13,7 @@ TRITON, GLUON = KERNELS = ("triton", "gluon")
 """What attends: `triton/attention.py`, or `triton/hopper.py`."""
 
 GLUON_SPILLS = 96
-"""Most bytes of a thread that the latter puts away: once a program and where masks are, hardly any
+"""Most bytes of a thread that the latter spills: once a program and where masks are, hardly any
 in the loop of full tiles. Its warps have all of a multiprocessor's registers, and no more fit."""
 
 
