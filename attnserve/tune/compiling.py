@@ -25,7 +25,7 @@ SPILLS = 24
 where it has registers left."""
 
 LONGEST = 60.0
-"""Seconds that a candidate's kernels may take to compile."""
+"""Seconds that a candidate's kernels may take to compile, or to run for the first time."""
 
 
 class Task(NamedTuple):
