@@ -183,7 +183,8 @@ def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
             "loss_first_fifth": round(sum(tune.losses[:fifth]) / fifth, 4),
             "loss_last_fifth": round(sum(tune.losses[-fifth:]) / fifth, 4),
             "losses": [round(loss, 4) for loss in tune.losses],
-            "divergences": [round(each, 5) for each in tune.others],
+            "divergences": [round(each, 5) for each in tune.terms.get("divergence", [])],
+            "memory": [round(share, 5) for share in tune.terms.get("memory", [])],
             "learned": learned_summary(tune.model),
         }
     )

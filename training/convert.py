@@ -79,8 +79,10 @@ def convert(
         raise UserError("--steps and --minutes say the same: give one of them")
     if tuning.tunes != bool(data):
         raise UserError("--steps (or --minutes) and --data go together: give both or neither")
-    if not tuning.tunes and (tuning.distill or tuning.blend):
-        raise UserError("--distill and --blend are of a fine-tuning: give --steps and --data too")
+    if not tuning.tunes and (tuning.distill or tuning.blend or tuning.memory_loss):
+        raise UserError(
+            "--distill, --blend and --memory-loss are of a fine-tuning: give --steps and --data too"
+        )
     device = device_of(device)
     if not tuning.learning_rate:
         tuning = replace(tuning, learning_rate=LEARNING_RATES[tuning.train])

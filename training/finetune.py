@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from hf_attn import VariantLlamaForCausalLM
 from training.data import Batches, fingerprint
 from training.fused import Forward, attends, attention_forward, blended, fused
 from training.recipe import LEARNING_RATES, FineTuning
-from training.resumable import Resumable, loss_function
+from training.resumable import Resumable, check_masks, loss_function
 
 
 @contextmanager
@@ -27,12 +27,29 @@ def compiled_layers(*models: Any) -> Iterator[None]:
     which takes seconds to make where a compiled model would take minutes."""
     layers = [layer for model in models for layer in model.model.layers]
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=False)
+        layer.forward = _with_own_penalties(torch.compile(layer.forward, dynamic=False))
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _with_own_penalties(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer's forward that begins a list of penalties of its own: one that has those of
+    the layers before it would be compiled anew at each length."""
+
+    def called(
+        *args: Any, penalties: list[Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        if penalties is None:
+            return forward(*args, **kwargs)
+        own: list[Tensor] = []
+        output = forward(*args, penalties=own, **kwargs)
+        penalties += own
+        return output
+
+    return called
 
 
 class FineTune(Resumable):
@@ -59,6 +76,8 @@ class FineTune(Resumable):
         if bool(settings.distill) != (teacher is not None):
             raise ValueError("a teacher and a weight for what it teaches go together")
         self.teacher = teacher
+        if settings.memory_loss:
+            check_masks(model.config.variant)
         own = model.config.variant.tensors
         if settings.train == "scale" and not own:
             raise UserError(
@@ -89,9 +108,13 @@ class FineTune(Resumable):
         self._saved = time.monotonic()
         self.save_seconds = max(self.save_seconds, 30 * (self._saved - started))
 
-    def objective(self, loss: Tensor, other: Tensor) -> Tensor:
-        """Return the loss and the divergence from the teacher, with their weights."""
-        return torch.lerp(loss, other, self.settings.distill)
+    def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss, the divergence from the teacher and the memory loss, with their
+        weights."""
+        loss, settings = terms["loss"], self.settings
+        if "divergence" in terms:
+            loss = torch.lerp(loss, terms["divergence"], settings.distill)
+        return loss + settings.memory_loss * terms["memory"] if "memory" in terms else loss
 
     @property
     def progress(self) -> float:
@@ -109,9 +132,10 @@ class FineTune(Resumable):
             parameter.requires_grad_(name in self.trained)
         self.model.train()
         share = torch.zeros((), device=self.model.device)
-        between = blended(self.model, share)
+        memory = self.settings.memory_loss > 0
+        between = blended(self.model, share, memory)
         self._take(between, compiled, quiet, self.settings.blend, share)
-        self._take(fused(self.model), compiled, quiet)
+        self._take(fused(self.model, memory), compiled, quiet)
         self.model.eval()
 
     def _take(
@@ -126,15 +150,16 @@ class FineTune(Resumable):
         to 1."""
         if self.progress >= until:
             return
-        if attends(self.model) is None and not compiled:
+        memory = self.settings.memory_loss > 0
+        if attends(self.model, memory) is None and not compiled:
             self.model.gradient_checkpointing_enable()  # scores of one layer at a time
         step = 1 / self.settings.steps if self.settings.steps else 1e-3
         inner = loss_function(
-            self.model, self.settings.precision, teacher=self.teacher, compiled=compiled
+            self.model, self.settings.precision, memory, self.teacher, compiled
         )
         models = [self.model] if self.teacher is None else [self.model, self.teacher]
 
-        def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        def loss_of(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
             if share is not None:
                 share.fill_((self.progress + step) / (until + step))
             return inner(inputs, targets)

@@ -44,9 +44,12 @@ def attention_forward(model: VariantLlamaForCausalLM, forward: Forward | None) -
             del attention.forward
 
 
-def attends(model: VariantLlamaForCausalLM) -> Attend | None:
-    """Return what computes the model's attention faster than its modules do; None: nothing."""
+def attends(model: VariantLlamaForCausalLM, penalties: bool = False) -> Attend | None:
+    """Return what computes the model's attention faster than its modules do; None: nothing, as
+    where its penalties are asked for."""
     variant = model.config.variant
+    if penalties:
+        return None
     if is_softmax(variant) and not variant.stateful and not model.config.sliding_window:
         return by_sdpa
     return by_kernels if on_gpu(model) and _kernels_train(model) else None
@@ -66,21 +69,22 @@ def _kernels_train(model: VariantLlamaForCausalLM) -> bool:
     return small and not variant.kv_budgets and not missing_derivative(variant)
 
 
-def fused(model: VariantLlamaForCausalLM) -> Forward | None:
+def fused(model: VariantLlamaForCausalLM, penalties: bool = False) -> Forward | None:
     """Return the forward of the model's attention modules by `attends`, if there is one."""
-    attend = attends(model)
+    attend = attends(model, penalties)
     return None if attend is None else _forward_of(attend)
 
 
-def blended(model: VariantLlamaForCausalLM, share: Tensor) -> Forward:
+def blended(model: VariantLlamaForCausalLM, share: Tensor, penalties: bool = False) -> Forward:
     """Return attention between softmax's and the variant's: its output is `share` of the variant's
     and the rest of softmax's.
 
     Args:
         model: what it is for.
         share: 0 to 1, read at each call.
+        penalties: whether a list asks for a stateful variant's.
     """
-    own = attends(model)
+    own = attends(model, penalties)
     if own is not None:
 
         def between(*given: Any) -> Tensor:

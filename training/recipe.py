@@ -99,6 +99,14 @@ class FineTuning:
             help="Share of the steps in which attention goes over from softmax to the variant.",
         ),
     ] = 0.0
+    memory_loss: Annotated[
+        float,
+        Option(
+            min=0.0,
+            help="Weight of selective attention's loss for pruning, beside the text's and the "
+            "divergence; 0.1 in the paper.",
+        ),
+    ] = 0.0
     clip: ClassVar[float] = 1.0
     """Largest norm of the gradient."""
 

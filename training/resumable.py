@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div, nll_loss
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from attn_kernels import Variant
 from attnserve.errors import UserError
 from attnserve.files import replacing
 from hf_attn import VariantLlamaForCausalLM
@@ -23,8 +24,8 @@ from training.data import Batches
 from training.recipe import FineTuning, TrainingRecipe
 
 STATE = "state.pt"
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""A function of inputs and targets that gives the mean cross entropy and what else is minimised."""
+Loss = Callable[[Tensor, Tensor], dict[str, Tensor]]
+"""A function of inputs and targets that gives the terms of what is minimised, by name."""
 
 
 FULLY_MASKED = 1.0
@@ -51,6 +52,12 @@ def memory_share(penalties: Sequence[Tensor]) -> Tensor:
     return torch.stack(needed).mean()
 
 
+def check_masks(variant: Variant) -> None:
+    """Refuse a memory loss for a variant whose tokens do not mask others."""
+    if not variant.stateful:
+        raise UserError(f"{variant.name} attention masks no tokens: leave out --memory-loss")
+
+
 LOGITS = 2**28
 """Logits that are in memory at once: 1 GiB in float32, of which a loss holds a few."""
 
@@ -62,9 +69,9 @@ def loss_function(
     teacher: Any = None,
     compiled: bool = False,
 ) -> Loss:
-    """Return a function of inputs and targets, `[batch, context]` each, that gives the mean cross
-    entropy in nats, and `memory_share` (of a stateful variant, if asked for), or the mean
-    divergence from a teacher's predictions on the same tokens in nats, or None.
+    """Return a function of inputs and targets, `[batch, context]` each, that gives "loss", the mean
+    cross entropy in nats, with a teacher "divergence", the mean one from its predictions on the
+    same tokens in nats, and if asked for "memory", `memory_share` of a stateful variant.
 
     "bf16" runs matrix products outside attention in bfloat16. Of many tokens and a large
     vocabulary the logits are computed in pieces, and again in the backward. `compiled` compiles
@@ -72,7 +79,7 @@ def loss_function(
     """
     prediction = torch.compile(prediction_losses, dynamic=False) if compiled else prediction_losses
 
-    def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    def loss(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         penalties: list[Tensor] = []
         wanted = {"penalties": penalties} if memory else {}
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -96,9 +103,9 @@ def loss_function(
                     )
                     for piece in pieces
                 )
-        cross_entropy, *divergence = (sums / targets.numel()).unbind()
-        other = memory_share(penalties) if memory else None
-        return cross_entropy, divergence[0] if divergence else other
+        names = ["loss"] if teacher is None else ["loss", "divergence"]
+        terms = dict(zip(names, (sums / targets.numel()).unbind(), strict=True))
+        return terms | {"memory": memory_share(penalties)} if memory else terms
 
     return loss
 
@@ -137,8 +144,7 @@ class Resumable(ABC):
         trained: the parameters to train, by name.
 
     Attributes:
-        losses: mean cross entropy of every step so far, in nats per token.
-        others: the other term of what is minimised, of every step, if there is one.
+        terms: what is minimised at every step so far, by the names that `Loss` gives.
         seconds: time of the steps.
     """
 
@@ -153,13 +159,17 @@ class Resumable(ABC):
     ) -> None:
         self.folder, self.identity, self.schedule = folder, dict(identity), schedule
         self.batches, self.trained, self.optimizer = batches, dict(trained), optimizer
-        self.losses: list[float] = []
-        self.others: list[float] = []
-        self._unread: list[tuple[Tensor, Tensor | None]] = []
+        self.terms: dict[str, list[float]] = {"loss": []}
+        self._unread: list[dict[str, Tensor]] = []
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._load()
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean cross entropy of every step so far, in nats per token."""
+        return self.terms["loss"]
 
     @property
     def step(self) -> int:
@@ -182,8 +192,8 @@ class Resumable(ABC):
         return self.schedule.learning_rate_at(self.step)
 
     @abstractmethod
-    def objective(self, loss: Tensor, other: Tensor) -> Tensor:
-        """Return what is minimised, of the two terms."""
+    def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return what is minimised, of its terms."""
 
     def _load(self) -> None:
         state = torch.load(self.folder / STATE, weights_only=True, map_location="cpu")
@@ -196,7 +206,7 @@ class Resumable(ABC):
         for name, parameter in self.trained.items():
             parameter.data.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.others, self.seconds = state["losses"], state["others"], state["seconds"]
+        self.terms, self.seconds = state["terms"], state["seconds"]
 
     def save(self) -> None:
         """Write the state."""
@@ -205,8 +215,7 @@ class Resumable(ABC):
             "identity": self.identity,
             "trained": {name: parameter.detach() for name, parameter in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses,
-            "others": self.others,
+            "terms": self.terms,
             "seconds": self.seconds,
         }
         with replacing(self.folder / STATE) as temporary:
@@ -236,8 +245,8 @@ class Resumable(ABC):
                 self._read(but=1)  # or the device would wait for the next step to be launched
                 self.seconds = time.monotonic() - started
                 progress.update()
-                shown = [f"{loss:.3f}" for loss in self.losses[-1:]]
-                progress.set_postfix(loss=", ".join(shown), refresh=False)
+                shown = {name: f"{term[-1]:.3f}" for name, term in self.terms.items() if term}
+                progress.set_postfix(shown, refresh=False)
                 if is_due() or self.progress >= 1:
                     self.save()
 
@@ -247,17 +256,15 @@ class Resumable(ABC):
         device, parts = self.device, self.batches(self.step)
         if device.type == "cuda":  # other memory is copied when the device has nothing else to do
             parts = parts[0].pin_memory(), parts[1].pin_memory()
-        loss, other = loss_of(*(part.to(device, non_blocking=True) for part in parts))
-        (loss if other is None else self.objective(loss, other)).backward()
+        terms = loss_of(*(part.to(device, non_blocking=True) for part in parts))
+        self.objective(terms).backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._unread.append((loss.detach(), None if other is None else other.detach()))
+        self._unread.append({name: term.detach() for name, term in terms.items()})
 
     def _read(self, but: int = 0) -> None:
         """Read the losses of the steps, but for the last ones, from the device."""
         while len(self._unread) > but:
-            loss, other = self._unread.pop(0)
-            self.losses.append(loss.item())
-            if other is not None:
-                self.others.append(other.item())
+            for name, term in self._unread.pop(0).items():
+                self.terms.setdefault(name, []).append(term.item())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attnserve.errors import UserError
 from attnserve.evaluation.texts import Tokens
 from attnserve.files import write_text
 from hf_attn import VariantLlamaConfig, VariantLlamaForCausalLM
 from training.data import Batches, fingerprint
 from training.recipe import TrainingRecipe
-from training.resumable import Resumable, loss_function
+from training.resumable import Resumable, check_masks, loss_function
 from training.tokenizer import complete
 
 LOSSES, MODEL = "loss.csv", "model"
@@ -57,8 +57,8 @@ class Run(Resumable):
                 eos_token_id=eos,
             )
         )
-        if recipe.memory_loss and not self.model.config.variant.stateful:
-            raise UserError(f"{variant['name']} attention masks no tokens: leave out memory_loss")
+        if recipe.memory_loss:
+            check_masks(self.model.config.variant)
         trained = dict(self.model.named_parameters())
         matrices = [p for p in trained.values() if p.dim() > 1]
         others = [p for p in trained.values() if p.dim() <= 1]
@@ -73,14 +73,10 @@ class Run(Resumable):
         )
         super().__init__(folder, identity, recipe, batches, trained, optimizer)
 
-    @property
-    def memory(self) -> list[float]:
-        """`memory_share` of every step, if it is trained on."""
-        return self.others
-
-    def objective(self, loss: Tensor, other: Tensor) -> Tensor:
+    def objective(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the loss, and the memory loss with its weight."""
-        return loss + self.recipe.memory_loss * other
+        memory = terms.get("memory")
+        return terms["loss"] + (0 if memory is None else self.recipe.memory_loss * memory)
 
     def save(self) -> None:
         """Write the state, then the losses."""
@@ -88,8 +84,8 @@ class Run(Resumable):
         rows = pd.DataFrame({"step": range(self.step)})
         rows["learning_rate"] = [f"{self.recipe.learning_rate_at(step):.6g}" for step in rows.step]
         rows["loss"] = [f"{loss:.5f}" for loss in self.losses]
-        if self.memory:  # of a run with the memory loss, which is no part of `loss`
-            rows["memory"] = [f"{share:.5f}" for share in self.memory]
+        if memory := self.terms.get("memory"):
+            rows["memory"] = [f"{share:.5f}" for share in memory]
         write_text(self.folder / LOSSES, rows.to_csv(index=False))
 
     def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -259,7 +259,8 @@ def test_what_is_distilled(tmp_path: Path) -> None:
         first = divergence(inputs)
     before = divergence(others)
     run.run(quiet=True)
-    assert run.others[0] == pytest.approx(first, rel=1e-2) and len(run.others) == 20
+    divergences = run.terms["divergence"]
+    assert divergences[0] == pytest.approx(first, rel=1e-2) and len(divergences) == 20
     assert divergence(others) < 0.7 * before
     with pytest.raises(ValueError, match="go together"):
         FineTune(model, settings, tokens, 0, tmp_path)
@@ -335,8 +336,8 @@ def test_so_many_minutes(
         take_step(run, loss_of)
         clock[0] += 30.0
 
-    def blended(model: VariantLlamaForCausalLM, share: Tensor) -> Any:
-        forward = between(model, share)
+    def blended(model: VariantLlamaForCausalLM, share: Tensor, penalties: bool) -> Any:
+        forward = between(model, share, penalties)
 
         def noted(*arguments: Any, **keywords: Any) -> Any:
             shares.append(share.item())
@@ -355,6 +356,18 @@ def test_so_many_minutes(
     assert rates == pytest.approx([0.01, 0.51, *(1 - np.arange(2, 20) / 20) / 0.9], rel=1e-6)
     both = (plain, tmp_path / "both", "--variant", "softpick", *tune_arguments(*options))
     assert "give one of them" in commands.refused(command, *both, "--steps", "3")
+
+
+def test_with_the_memory_loss(tmp_path: Path, commands: Commands) -> None:
+    """The layers need less of the text; and it is refused for what masks nothing."""
+    options = ("--steps", "30", "--train", "all", "--learning-rate", "1e-3", "--distill", "0.5")
+    weight = ("--memory-loss", "2", "--json")
+    argv = (TRAINED, tmp_path / "out", "--variant", "selective", *tune_arguments(*options))
+    record = json.loads(commands.run(command, *argv, *weight))["finetuning"]
+    assert len(record["memory"]) == len(record["divergences"]) == 30
+    assert 0 < sum(record["memory"][-5:]) < 0.9 * sum(record["memory"][:5]) < 0.9 * 5
+    argv = (TRAINED, tmp_path / "no", "--variant", "softpick", *tune_arguments(*options), *weight)
+    assert "masks no tokens: leave out --memory-loss" in commands.refused(command, *argv)
 
 
 def tune(plain: Path, folder: Path, **changes: Any) -> FineTune:
@@ -396,13 +409,15 @@ def test_interrupted_and_continued_equals_uninterrupted(plain: Path, tmp_path: P
 def test_compiled_is_the_same_training(plain: Path, tmp_path: Path) -> None:
     """For a variant that no fused kernel has."""
     tokens = read_tokens([LICENSE], AutoTokenizer.from_pretrained(plain))
-    settings = FineTuning(steps=4, train="all", learning_rate=1e-3, sequence=16, batch=2)
+    settings = FineTuning(
+        steps=4, train="all", learning_rate=1e-3, sequence=16, batch=2, memory_loss=0.1
+    )
     losses = []
     for compiled in (False, True):
         model = convert(plain, {"name": "selective"}, Conversion())
         run = FineTune(model, settings, tokens, 0, tmp_path / str(compiled))
         run.run(compiled, quiet=True)
-        losses.append(run.losses)
+        losses.append(run.losses + run.terms["memory"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert losses[0][0] != pytest.approx(losses[0][-1], abs=1e-3)
 

@@ -123,8 +123,8 @@ def test_a_loss_in_pieces(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (resumable.LOGITS, 10 * model.config.vocab_size):
         monkeypatch.setattr(resumable, "LOGITS", limit)
         model.zero_grad()
-        loss, divergence = loss_function(model, "fp32", teacher=teacher)(inputs, targets)
-        assert divergence is not None
+        terms = loss_function(model, "fp32", teacher=teacher)(inputs, targets)
+        loss, divergence = terms["loss"], terms["divergence"]
         (loss + 2 * divergence).backward()
         found.append([loss, divergence, *(p.grad for p in model.parameters())])
     logprobs = logits(model, inputs).log_softmax(-1)
@@ -136,24 +136,28 @@ def test_a_loss_in_pieces(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["softpick", "selective"])
 def test_all_layers_are_compiled_once(
-    tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    variant: str, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an attention between softmax and the variant, and once more without; a teacher's, too.
-    Else a limit would be reached, behind which layers run as they are."""
+    """With an attention between softmax and the variant, and once more without; a teacher's, too;
+    and with a list of penalties, which grows from layer to layer. Else a limit would be reached,
+    behind which layers run as they are."""
     folder, ids = tiny_checkpoint(tmp_path, "softmax"), ids[:, :24]
-    model = convert(folder, {"name": "softpick"}, Conversion())
+    model = convert(folder, {"name": variant}, Conversion())
+    memory = variant == "selective"
     teacher = teacher_of(folder, "fp32", "cpu")
     monkeypatch.setattr(fused, "on_gpu", lambda _: True)
-    loss_of = loss_function(model, "fp32", teacher=teacher)
+    loss_of = loss_function(model, "fp32", memory, teacher)
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    for forward in (fused.blended(model, torch.tensor(0.5)), fused.fused(model)):
+    between = fused.blended(model, torch.tensor(0.5), memory)
+    for forward in (between, fused.fused(model, memory)):
         with fused.attention_forward(model, forward):
             wanted = loss_of(ids[:, :-1], ids[:, 1:])
             with finetune.compiled_layers(model, teacher):
                 found = loss_of(ids[:, :-1], ids[:, 1:])
-                found[0].backward()
+                sum(found.values()).backward()
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     assert counter.frame_count == 3
     assert "forward" not in vars(model.model.layers[0])

@@ -110,14 +110,14 @@ def test_a_models_penalties(precision: str) -> None:
 
     for layer in model.model.layers:
         layer.self_attn.rotate = functools.partial(recorded, layer.self_attn)
-    loss, share = loss_function(model, precision, memory=True)(ids[:, :-1], ids[:, 1:])
-    assert share is not None and len(scores) == 2
+    found = loss_function(model, precision, memory=True)(ids[:, :-1], ids[:, 1:])
+    assert len(scores) == 2
     naive = torch.stack([naive_share([x[b] for x in scores]) for b in range(2)]).mean()
     assert 0.3 < naive.item() < 0.95
-    assert share.item() == pytest.approx(naive.item(), rel=1e-5)
-    plain, nothing = loss_function(model, precision)(ids[:, :-1], ids[:, 1:])
-    assert nothing is None
-    assert torch.equal(plain, loss)
+    assert found["memory"].item() == pytest.approx(naive.item(), rel=1e-5)
+    plain = loss_function(model, precision)(ids[:, :-1], ids[:, 1:])
+    assert list(plain) == ["loss"]
+    assert torch.equal(plain["loss"], found["loss"])
 
 
 def test_training_with_it_masks_more(
@@ -131,17 +131,17 @@ def test_training_with_it_masks_more(
         own = dataclasses.replace(recipe, memory_loss=weight)
         run = Run(folder, own, SELECTIVE, tokenizer, tokens)
         run.train(save_every=40, quiet=True)
-        _, share = loss_function(run.model, "fp32", memory=True)(*run.batches(0))
-        assert share is not None
-        shares[weight] = share.item()
+        terms = loss_function(run.model, "fp32", memory=True)(*run.batches(0))
+        shares[weight] = terms["memory"].item()
         rows = list(csv.DictReader((folder / LOSSES).open()))
         assert [float(row["loss"]) for row in rows] == pytest.approx(run.losses, abs=1e-5)
         if weight:
-            assert [float(row["memory"]) for row in rows] == pytest.approx(run.memory, abs=1e-5)
-            assert 0 < min(run.memory) <= max(run.memory) <= 1
+            memory = run.terms["memory"]
+            assert [float(row["memory"]) for row in rows] == pytest.approx(memory, abs=1e-5)
+            assert 0 < min(memory) <= max(memory) <= 1
         else:
             assert list(rows[0]) == ["step", "learning_rate", "loss"]
-            assert run.memory == []
+            assert list(run.terms) == ["loss"]
     assert shares[0.5] < shares[0.0] - 0.1
 
 
@@ -162,7 +162,7 @@ def test_resumed_equals_uninterrupted(
     with pytest.raises(Killed):
         Interrupted(tmp_path / "killed", MEMORY, SELECTIVE, tokenizer, tokens).train(5, quiet=True)
     again = Run(tmp_path / "killed", MEMORY, SELECTIVE, tokenizer, tokens)
-    assert (again.step, len(again.memory)) == (5, 5)
+    assert (again.step, len(again.terms["memory"])) == (5, 5)
     again.train(save_every=5, quiet=True)
     losses = [(tmp_path / run / LOSSES).read_text() for run in ("killed", "whole")]
     assert losses[0] == losses[1]
@@ -188,4 +188,4 @@ def test_a_variant_that_masks_nothing_is_refused(
         *("--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "run"),
         *("--memory-loss", "0.1", "--context", "16"),
     )
-    assert line.endswith("softpick attention masks no tokens: leave out memory_loss")
+    assert line.endswith("softpick attention masks no tokens: leave out --memory-loss")
