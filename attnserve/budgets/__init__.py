@@ -1,6 +1,13 @@
 """KV budgets: how many tokens each layer of selective attention keeps, and what that costs.
 
 `texts` (what is read), `eviction` (which token is thrown out), `model` (a model whose layers prune,
-and what has been measured of it), `search` (the greedy descent to targets), `result` (the budgets
+and what has been measured of it), `search` (two ways to the targets), `result` (the budgets
 beside other ways of evicting, as a file), `plot`, `run` and `command`.
 """
+
+from typing import Literal
+
+Search = Literal["greedy", "threshold", "none"]
+"""How budgets are searched (`attnserve.budgets.search`); none: they are the same in all layers."""
+MOST_GREEDY = 8
+"""Layers of which a greedy search takes minutes; of 30 it takes days."""

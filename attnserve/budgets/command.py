@@ -6,6 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
+from attnserve.budgets import MOST_GREEDY, Search
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import Books, CheckpointFolder, Texts
@@ -58,9 +59,15 @@ def budgets(
             help=f"Budgets for the table, tokens a layer. Default: {' '.join(map(str, UNIFORM))}.",
         ),
     ] = None,
-    no_search: Annotated[
-        bool, Option("--no-search", help="Only --uniform budgets, which takes much less time.")
-    ] = False,
+    search: Annotated[
+        Search | None,
+        Option(
+            help="How: greedy, layer by layer; threshold, all layers keep what is masked by less "
+            "than the same amount; none, the same budget in all layers, of --uniform. "
+            f"Default: greedy up to {MOST_GREEDY} layers, else threshold.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, Option(help="Seed of random eviction.")] = 0,
     text: Texts = None,
     books: Books = None,
@@ -86,10 +93,12 @@ def budgets(
 
     On the validation text, it starts from full budgets and shrinks again and again the layer whose
     shrinking moves the loss least, until the loss is that of the reference checkpoint, or
-    --max-loss, and likewise for --rise. On the test text, it compares perplexity and memory with
-    random eviction and with keeping the first and the most recent tokens on the same checkpoint,
-    and with StreamingLLM and H2O on the reference. Where there is no reference, --rise and
-    --max-loss are all targets, and the checkpoint is compared with itself only.
+    --max-loss, and likewise for --rise. With many layers that would take days: there it looks for
+    the lowest threshold such that every layer may forget what is masked by more (--search). On the
+    test text, it compares perplexity and memory with random eviction and with keeping the first
+    and the most recent tokens on the same checkpoint, and with StreamingLLM and H2O on the
+    reference. Where there is no reference, --rise and --max-loss are all targets, and the
+    checkpoint is compared with itself only.
 
     The text is --text, of which the first half is for the search and the second for the test, else
     the two held-out novels, which --books names or `attnserve books` has fetched, else text that
@@ -128,7 +137,7 @@ def budgets(
         step=step,
         uniform=kept,
         seed=seed,
-        searched=not no_search,
+        search=search,
     )
     file = found.write(out or (FOLDER if parts.kind == "novels" else runs / "budgets"))
     if plot:

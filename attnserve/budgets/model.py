@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from tqdm import tqdm
 
 from attn_kernels import attend, get_variant, variant_from_config
-from attn_kernels.pruning import FRACTION_BITS
+from attn_kernels.pruning import FRACTION_BITS, LARGEST
+from attn_kernels.variant import LEAST_BUDGET
 from attn_kernels.variants.softmax import is_softmax
 from attnserve.budgets.eviction import RULES, Cache, accumulate, survivors
 from attnserve.errors import UserError
@@ -85,16 +87,39 @@ class Forward:
     def __call__(self, text: Text, budgets: Sequence[int], rule: str) -> Losses:
         """Return each sequence's loss with these budgets, one a layer."""
         hidden = self.embed(text.rows[:, :-1])
-        for index, budget in enumerate(budgets):
+        for index, budget in enumerate(tqdm(budgets, desc=rule, unit="layer", leave=False)):
             hidden = self.layer(index, hidden, budget, rule)
         return self.losses(hidden, text.rows[:, 1:])
+
+    @torch.no_grad()
+    def needed(self, text: Text, thresholds: Sequence[float]) -> list[Budgets]:
+        """Return, for each threshold, how many tokens each layer of a prunable variant must keep at
+        most if it may evict those that are masked by at least so much, in the units of scores, and
+        nothing is evicted in other layers."""
+        hidden = self.embed(text.rows[:, :-1])
+        limits = [round(threshold * 2**FRACTION_BITS) for threshold in thresholds]
+        most = torch.zeros(len(limits), self.layers, dtype=torch.int64)
+        for index in tqdm(range(self.layers), desc="thresholds", unit="layer", leave=False):
+            for _, part in self._batches(hidden):
+                *_, accumulated = self._attended(index, part)
+                assert accumulated is not None
+                future = torch.ones(accumulated.shape[1:], dtype=torch.bool).triu(1)
+                accumulated.masked_fill_(future, LARGEST)
+                for found, limit in zip(most, limits, strict=True):
+                    found[index] = max(found[index], (accumulated < limit).sum(-1).max())
+            hidden = self.layer(index, hidden, hidden.shape[1], "selective")
+        return [tuple(budgets) for budgets in most.clamp(min=LEAST_BUDGET).tolist()]
 
     @staticmethod
     def _batches(hidden: Tensor) -> list[tuple[int, Tensor]]:
         size = max(1, BATCH_SCORES // hidden.shape[1] ** 2)
         return [(size * i, part) for i, part in enumerate(hidden.split(size))]
 
-    def _layer(self, index: int, hidden: Tensor, start: int, budget: int, rule: str) -> Tensor:
+    def _attended(
+        self, index: int, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Return a layer's normalised input, queries, keys, values and accumulators, if it has
+        these."""
         layer = self.model.model.layers[index]
         attention = layer.self_attn
         positions = torch.arange(hidden.shape[1])[None]
@@ -104,6 +129,12 @@ class Forward:
         accumulated = (
             accumulate(self.variant, q, k, attention.scaling) if self.variant.prunable else None
         )
+        return x, q, k, v, accumulated
+
+    def _layer(self, index: int, hidden: Tensor, start: int, budget: int, rule: str) -> Tensor:
+        layer = self.model.model.layers[index]
+        attention = layer.self_attn
+        x, q, k, v, accumulated = self._attended(index, hidden)
         if budget < hidden.shape[1]:
             seeds = [[self.seed, index, start + i] for i in range(len(hidden))]
             mask = RULES[rule](Cache(q, k, attention.scaling, accumulated, seeds, budget))

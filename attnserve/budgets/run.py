@@ -5,9 +5,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from attnserve import machine
+from attnserve.budgets import MOST_GREEDY, Search
 from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import Found, compare
-from attnserve.budgets.search import Target, Validation, equal, find, higher
+from attnserve.budgets.search import Target, Validation, by_thresholds, equal, find, higher
 from attnserve.budgets.texts import Parts
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
@@ -48,10 +49,9 @@ def run(
     step: int,
     uniform: Collection[int],
     seed: int,
-    searched: bool = True,
+    search: Search | None = None,
 ) -> Found:
-    """Search budgets for every target, and compare them with other ways of evicting. Where they are
-    not to be searched, the targets are looked for among the uniform ones.
+    """Search budgets for every target, and compare them with other ways of evicting.
 
     The arguments are options of the command, as `attnserve budgets --help` explains them.
     """
@@ -79,12 +79,16 @@ def run(
         raise UserError("there is no target: give --rise or --max-loss")
     length = len(parts.test.sequences[0])
     budgets = sorted((one for one in uniform if one < length), reverse=True)
-    targets, path = find(validation, limits) if searched else equal(validation, limits, budgets)
+    search = search or ("greedy" if model.layers <= MOST_GREEDY else "threshold")
+    if search == "none":
+        targets, path = equal(validation, limits, budgets)
+    else:
+        targets, path = (find if search == "greedy" else by_thresholds)(validation, limits)
     rows = compare(
         Measured(model, parts.test, runs),
         None if softmax is None else Measured(softmax, parts.test, runs),
         budgets,
-        chosen(targets, path, [one * model.layers for one in uniform]) if searched else {},
+        {} if search == "none" else chosen(targets, path, [one * model.layers for one in uniform]),
     )
     about = {
         "checkpoint": own.name,
@@ -93,7 +97,8 @@ def run(
         "text_from": parts.kind,
         "texts": parts.digests,
         "length": length,
-        "step": step if searched else None,
+        "search": search,
+        "step": step if search == "greedy" else None,
         "sequences": {
             "search": len(parts.search),
             "judged": len(parts.judge),

@@ -538,6 +538,16 @@ RULES: dict[str, Rule] = {
         slow=True,
         long=True,
     ),
+    "examples/convert_offline.sh selective 9 unseen.txt --sequence 2048 --memory-loss 0.5": Run(
+        "mkdir offline && python -m tests.docs.prepare plain-llama offline/smollm2 && "
+        "head -c 3000 LICENSE > offline/unseen.txt && export PYTHONPATH=$PWD && cd offline && "
+        "python -m training.tokens smollm2 tokens.npy --data ../LICENSE && "
+        "../examples/convert_offline.sh selective 0.05 unseen.txt --sequence 64 --memory-loss 0.5 "
+        "&& ls result.tar.aa",
+        prints="result.tar.aa",
+        slow=True,
+        long=True,
+    ),
     "python -m training.compare smollm2 smollm2-softpick --text unseen.txt --out smollm2-page "
     "--quick": Elsewhere("tests/training/test_compare.py"),
     "python -m quant.quantize smollm2-softpick smollm2-softpick-4bit --bits 4 --embeddings 6": Run(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from attn_kernels import Rows, get_variant
 from attn_kernels import variant as registry
 from attn_kernels.pruning import attend_pruned
+from attn_kernels.variant import LEAST_BUDGET
 from attn_kernels.variants.selective import Selective
 from attnserve.budgets import model as model_module
 from attnserve.budgets import run as run_module
@@ -25,7 +26,7 @@ from attnserve.budgets.command import budgets
 from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import FOLDER, Found
 from attnserve.budgets.run import BUNDLED
-from attnserve.budgets.search import FREE, Descent, search
+from attnserve.budgets.search import FREE, THRESHOLDS, Descent, search
 from attnserve.budgets.texts import parts_of
 from attnserve.errors import UserError
 from attnserve.evaluation.checkpoint import Checkpoint
@@ -296,19 +297,51 @@ def test_equal_budgets_beside_a_plain_llama(
 
     found = []
     for reference in (folders["softmax"], tmp_path / "softmax"):
-        argv = command(folders, books, tmp_path / reference.parent.name, "--no-search")
+        argv = command(folders, books, tmp_path / reference.parent.name, "--search=none")
         argv[2] = str(reference)
         commands.run(budgets, *argv)
         found.append(Found.read(tmp_path / reference.parent.name / "selective.json"))
     for own, other in zip(found[0].rows, found[1].rows, strict=True):
         assert own.loss == pytest.approx(other.loss, abs=1e-5)
     equal, path = found[0], dict(found[0].path)
-    assert equal.about["step"] is None and {len(set(each)) for each in path} == {1}
+    assert equal.about["search"] == "none" and {len(set(each)) for each in path} == {1}
     for target in equal.targets:
         rise = target.max_loss - equal.unpruned.value
         within = [each for each, own in path.items() if own <= rise]
         assert target.budgets == list(min(within, key=sum)) and target.reached
     assert {row.choice for row in equal.rows} == {"unpruned", "uniform"}
+
+
+def test_budgets_by_thresholds(
+    folders: dict[str, Path], books: Path, tmp_path: Path, commands: Commands
+) -> None:
+    """A layer needs as many tokens as are ever masked by less than the threshold at once. Each
+    target has the lowest threshold within it."""
+    own = measured(folders["selective"], books, tmp_path, 3)
+    penalties: list[Tensor] = []
+    with torch.no_grad():
+        own.forward.model.model(own.text.rows[:, :-1], use_cache=False, penalties=penalties)
+    thresholds = (0.1, 2.0, 16.0, 100.0)
+    needed = own.forward.needed(own.text, thresholds)
+    for threshold, found in zip(thresholds, needed, strict=True):
+        kept = [(each < threshold).tril().sum(-1).max().item() for each in penalties]
+        assert list(found) == [max(LEAST_BUDGET, most) for most in kept]
+    assert sum(needed[0]) < sum(needed[2]) < sum(needed[3])
+
+    commands.run(budgets, *command(folders, books, tmp_path, "--search=threshold", "--rise=3"))
+    result = Found.read(tmp_path / "selective.json")
+    assert result.about["search"] == "threshold" and len(result.path) > 3
+    own = measured(folders["selective"], books, tmp_path, 6)
+    tried = {
+        *own.forward.needed(measured(folders["selective"], books, tmp_path, 3).text, THRESHOLDS)
+    }
+    for target in result.targets:
+        fewer = [each for each in tried if sum(each) < sum(target.budgets)]
+        assert target.reached and (tuple(target.budgets) in tried or target.budgets == list(FULL))
+        assert target.loss == pytest.approx(np.mean(own.losses("selective", tuple(target.budgets))))
+        assert target.loss <= target.max_loss
+        assert not fewer or target.max_loss < np.mean(own.losses("selective", max(fewer, key=sum)))
+    assert len({sum(target.budgets) for target in result.targets}) == 2
 
 
 def test_bundled_reference(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from attnserve.budgets import Search
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -28,7 +30,7 @@ class Effort:
     quantized: int = 16  # sequences that a quantized model is measured and calibrated on
     quantized_length: int = 512  # tokens of such a sequence, at most
     pruning: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)  # tokens of a sequence
-    searched: int = 2048  # up to this length budgets are searched, beyond it they are uniform
+    search: Search | None = None  # of budgets; None: as `attnserve budgets` does
     # Sequences of 512 tokens to search, judge and test on; fewer, but two, of longer ones.
     pruned: tuple[int, int, int] = (4, 16, 16)
     uniform: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
@@ -54,10 +56,9 @@ QUICK = Effort(
     targets=("weights",),
     quantized=4,
     quantized_length=256,
-    pruning=(512,),
-    searched=0,
-    pruned=(2, 2, 2),
-    uniform=(16, 32, 64, 128, 256),
+    pruning=(2048,),
+    pruned=(8, 16, 16),
+    uniform=(128, 512),
     serves=False,
 )
 """What takes minutes on two cores for a model of 135M parameters."""

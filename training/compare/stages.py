@@ -229,7 +229,7 @@ def prune(c: Comparison) -> None:
             if length > c.context:
                 c.left_out.append(f"{what}: the training length is {c.context}")
             elif length not in c.effort.pruning:
-                c.left_out.append(f"{what}: with --quick only the shortest")
+                c.left_out.append(f"{what}: not with --quick")
             else:
                 c.attempt(what, partial(_prune, c, own, length, what))
 
@@ -243,8 +243,7 @@ def _prune(c: Comparison, own: Checkpoint, length: int, what: str) -> None:
         return
     found = pruning.run(
         own, c.original, parts, runs=c.out / "runs", rises=[1.0], max_loss=None,
-        step=max(4, length // 128), uniform=c.effort.uniform, seed=0,
-        searched=length <= c.effort.searched,
+        step=max(4, length // 128), uniform=c.effort.uniform, seed=0, search=c.effort.search,
     )  # fmt: skip
     found.write(c.out / "budgets" / str(length))
     c.budgets[f"{own.name}-{length}"] = found

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Convert a GGUF of SmolLM2 on a machine without a network that only small files reach, as a rented
+# GPU may be: `examples/convert_offline.sh softpick 9 unseen.txt` in a folder with
+#
+#   smollm2.gguf.*  the model in parts: split -b 55M SmolLM2-135M-Instruct.Q4_1.gguf smollm2.gguf.
+#   tokens.npy      what to train on, of python -m training.tokens
+#   unseen.txt      a text to measure on
+#
+# trains for 9 minutes and leaves result.tar.*, parts of at most 60 MB: the weights in 4 bits, and the
+# page of what the change did. Interrupted, it goes on. More arguments are options of training.convert.
+set -euo pipefail
+variant=$1 minutes=$2 text=$3
+out=smollm2-$variant
+
+[ -d smollm2 ] || {
+    cat smollm2.gguf.* > smollm2.gguf
+    python -m benchmarks.smollm2 smollm2 --gguf smollm2.gguf
+}
+[ -d "$out" ] || python -m training.convert smollm2 "$out" --variant "$variant" --train all \
+    --minutes "$minutes" --data tokens.npy --distill 1 --learning-rate 2e-4 --precision bf16 "${@:4}"
+[ -d "$out-4bit" ] || python -m quant.quantize "$out" "$out-4bit" --bits 4 --embeddings 6
+python -m training.compare smollm2 "$out" --text "$text" --out page --quick
+cp "$out/conversion.json" page
+tar -c "$out-4bit" page | split -b 60M - result.tar.
