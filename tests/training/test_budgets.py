@@ -341,7 +341,7 @@ def test_budgets_by_thresholds(
         assert target.loss == pytest.approx(np.mean(own.losses("selective", tuple(target.budgets))))
         assert target.loss <= target.max_loss
         assert not fewer or target.max_loss < np.mean(own.losses("selective", max(fewer, key=sum)))
-    assert len({sum(target.budgets) for target in result.targets}) == 2
+    assert any(target.budgets != list(FULL) for target in result.targets)
 
 
 def test_bundled_reference(
