@@ -195,6 +195,8 @@ class CaseOptions:
         """Return all of them, those of packed checkpoints last."""
         dtypes = [str(dtype) for dtype in self.dtypes or [opt.Dtype.FLOAT32]]
         packed, kv_budgets = self.packed or [], self.kv_budgets or [8, 8, 12, 16]
+        if 0 in kv_budgets and len(kv_budgets) > 1:
+            raise UserError("--kv-budgets 0 stands alone: the budgets of config.json")
         folders = [(folder, dtype) for dtype in dtypes for folder in self.ckpts or BUNDLED]
         folders += [(folder, dtypes[0]) for folder in packed]
         cases: list[ServerCase] = []
@@ -208,7 +210,7 @@ class CaseOptions:
             cases.append(case)
             if variant is not None and variant.prunable:
                 layers = config["num_hidden_layers"]
-                budgets = tuple(variant.kv_budgets if 0 in kv_budgets else kv_budgets)
+                budgets = tuple(variant.kv_budgets if kv_budgets == [0] else kv_budgets)
                 if budgets and len(budgets) != layers:
                     raise UserError(f"{len(budgets)} budgets; {folder} has {layers} layers")
                 if budgets:

@@ -9,12 +9,17 @@
 # trains for 9 minutes and leaves result.tar.*, parts of at most 60 MB: the weights in 4 bits, and the
 # page of what the change did. Interrupted, it goes on. More arguments are options of training.convert.
 set -euo pipefail
+if [ $# -lt 3 ]; then
+    echo "convert_offline.sh: name a variant, minutes and a text: softpick 9 unseen.txt" >&2
+    exit 2
+fi
 variant=$1 minutes=$2 text=$3
 out=smollm2-$variant
 
 [ -d smollm2 ] || {
     cat smollm2.gguf.* > smollm2.gguf
-    python -m benchmarks.smollm2 smollm2 --gguf smollm2.gguf
+    python -m benchmarks.smollm2 smollm2.part --gguf smollm2.gguf
+    mv smollm2.part smollm2
 }
 [ -d "$out" ] || python -m training.convert smollm2 "$out" --variant "$variant" --train all \
     --minutes "$minutes" --data tokens.npy --distill 1 --learning-rate 2e-4 --precision bf16 "${@:4}"

@@ -211,6 +211,7 @@ def test_without_a_peer(folder: Path) -> None:
         (["--prompt-len=1000"], "prompt and answer take 1064 tokens, softmax 1024"),
         (["--packed=nowhere"], "nowhere is not a checkpoint"),
         (["--ckpts=nowhere"], "nowhere is not a checkpoint"),
+        (["--kv-budgets", "0", "8", "4"], "--kv-budgets 0 stands alone"),
         (["--level=chat"], "'chat' is not like interactive=500:30 (ms)"),
         (["--request-rates=0"], "'--request-rates'"),
         (["--concurrency=0"], "'--concurrency'"),
