@@ -20,7 +20,8 @@ def smollm2(
     ],
     dtype: Annotated[opt.Dtype, opt.option("Of the weights.")] = opt.Dtype.FLOAT32,
     gguf: Annotated[
-        Path | None, opt.option("Its GGUF file. Default: the package's.", metavar="FILE")
+        Path | None,
+        opt.option("Its GGUF file. Default: the package's.", metavar="FILE", parser=expanded),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -32,8 +33,8 @@ def smollm2(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    if gguf is not None and not gguf.is_file():
-        raise UserError(f"{gguf} is not there: name a GGUF file of SmolLM2-135M-Instruct")
+    if gguf is not None and not (gguf.is_file() and is_gguf(gguf)):
+        raise UserError(f"{gguf} is not a GGUF file: name SmolLM2-135M-Instruct's")
     write_smollm2(folder, dtype, gguf)
     size = sum(file.stat().st_size for file in folder.iterdir())
     found = {"folder": str(folder), "dtype": dtype.value, "bytes": size}
@@ -57,6 +58,12 @@ def write_smollm2(folder: Path, dtype: str = "float32", gguf: Path | None = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder
+
+
+def is_gguf(file: Path) -> bool:
+    """Return whether a file begins as GGUF files do."""
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
 
 
 def packaged() -> Path:

@@ -173,9 +173,11 @@ def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
     fifth = max(1, tune.step // 5)
     on_gpu = tune.model.device.type == "cuda"
     memory = {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
+    shares = [round(share, 5) for share in tune.terms.get("memory", [])]
     return (
         asdict(tune.settings)
         | memory
+        | ({"memory": shares} if shares else {})
         | {
             "steps": tune.step,
             "data": [file.name for file in data],
@@ -184,7 +186,6 @@ def tuned_record(tune: FineTune, data: Sequence[Path]) -> dict[str, Any]:
             "loss_last_fifth": round(sum(tune.losses[-fifth:]) / fifth, 4),
             "losses": [round(loss, 4) for loss in tune.losses],
             "divergences": [round(each, 5) for each in tune.terms.get("divergence", [])],
-            "memory": [round(share, 5) for share in tune.terms.get("memory", [])],
             "learned": learned_summary(tune.model),
         }
     )

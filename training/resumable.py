@@ -206,6 +206,8 @@ class Resumable(ABC):
         for name, parameter in self.trained.items():
             parameter.data.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        if "terms" not in state:
+            raise UserError(f"{self.folder} holds an older version's unfinished run: delete it")
         self.terms, self.seconds = state["terms"], state["seconds"]
 
     def save(self) -> None:

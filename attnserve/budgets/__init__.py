@@ -9,5 +9,6 @@ from typing import Literal
 
 Search = Literal["greedy", "threshold", "none"]
 """How budgets are searched (`attnserve.budgets.search`); none: they are the same in all layers."""
-MOST_GREEDY = 8
-"""Layers of which a greedy search takes minutes; of 30 it takes days."""
+GREEDY_LAYERS = 8
+GREEDY_LENGTH = 2048
+"""Up to here a greedy search is the default; of 30 layers it takes days."""

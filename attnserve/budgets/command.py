@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from attnserve.budgets import MOST_GREEDY, Search
+from attnserve.budgets import GREEDY_LAYERS, GREEDY_LENGTH, Search
 from attnserve.command import AsJson, main, needs
 from attnserve.errors import UserError
 from attnserve.evaluation.arguments import Books, CheckpointFolder, Texts
@@ -43,7 +43,9 @@ def budgets(
     length: Annotated[
         int | None, Option(min=1, help="Tokens of a sequence. Default: the training length.")
     ] = None,
-    step: Annotated[int, Option(min=1, help="Tokens that a layer gives up at a time.")] = 4,
+    step: Annotated[
+        int, Option(min=1, help="Tokens that a layer gives up at a time, of greedy.")
+    ] = 4,
     sequences: Annotated[
         int, Option(min=1, help="Sequences of the validation text, for the search.")
     ] = 16,
@@ -64,7 +66,8 @@ def budgets(
         Option(
             help="How: greedy, layer by layer; threshold, all layers keep what is masked by less "
             "than the same amount; none, the same budget in all layers, of --uniform. "
-            f"Default: greedy up to {MOST_GREEDY} layers, else threshold.",
+            f"Default: greedy up to {GREEDY_LAYERS} layers and {GREEDY_LENGTH} tokens, else "
+            "threshold.",
             show_default=False,
         ),
     ] = None,
@@ -94,7 +97,8 @@ def budgets(
     On the validation text, it starts from full budgets and shrinks again and again the layer whose
     shrinking moves the loss least, until the loss is that of the reference checkpoint, or
     --max-loss, and likewise for --rise. With many layers that would take days: there it looks for
-    the lowest threshold such that every layer may forget what is masked by more (--search). On the
+    the lowest threshold, of a list in which each is 1.4 times the one before, such that every layer
+    may forget what is masked by more (--search). On the
     test text, it compares perplexity and memory with random eviction and with keeping the first
     and the most recent tokens on the same checkpoint, and with StreamingLLM and H2O on the
     reference. Where there is no reference, --rise and --max-loss are all targets, and the

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from hf_attn import VariantLlamaForCausalLM
 Budgets = tuple[int, ...]  # tokens that each layer keeps
 Losses = list[float]  # each sequence's mean loss in nats per token
 
+QUIETLY: dict[str, Any] = {"leave": False, "disable": None}  # no bar for a file, or afterwards
 BATCH_SCORES = 2**21  # a layer holds a few matrices of this many numbers, or of one sequence's
 
 
@@ -87,7 +89,7 @@ class Forward:
     def __call__(self, text: Text, budgets: Sequence[int], rule: str) -> Losses:
         """Return each sequence's loss with these budgets, one a layer."""
         hidden = self.embed(text.rows[:, :-1])
-        for index, budget in enumerate(tqdm(budgets, desc=rule, unit="layer", leave=False)):
+        for index, budget in enumerate(tqdm(budgets, desc=rule, unit="layer", **QUIETLY)):
             hidden = self.layer(index, hidden, budget, rule)
         return self.losses(hidden, text.rows[:, 1:])
 
@@ -99,7 +101,7 @@ class Forward:
         hidden = self.embed(text.rows[:, :-1])
         limits = [round(threshold * 2**FRACTION_BITS) for threshold in thresholds]
         most = torch.zeros(len(limits), self.layers, dtype=torch.int64)
-        for index in tqdm(range(self.layers), desc="thresholds", unit="layer", leave=False):
+        for index in tqdm(range(self.layers), desc="thresholds", unit="layer", **QUIETLY):
             for _, part in self._batches(hidden):
                 *_, accumulated = self._attended(index, part)
                 assert accumulated is not None

@@ -64,8 +64,8 @@ class Found:
     # By how much the reference's is above it, sequence by sequence; None: there is no reference.
     allowance: Estimate | None
     targets: list[Target]  # what was searched for, the main one first
-    # Budgets on the way, with the rise of the loss over the unpruned model's on the sequences
-    # that the search looks at.
+    # Budgets on the way, with the rise of the loss over the unpruned model's: of a greedy search on
+    # the sequences that it looks at, else on the judged ones.
     path: list[tuple[Budgets, float]]
     rows: list[Row]  # the comparison on the test text
 

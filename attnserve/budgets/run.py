@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from attnserve import machine
-from attnserve.budgets import MOST_GREEDY, Search
+from attnserve.budgets import GREEDY_LAYERS, GREEDY_LENGTH, Search
 from attnserve.budgets.model import Budgets, Forward, Measured
 from attnserve.budgets.result import Found, compare
 from attnserve.budgets.search import Target, Validation, by_thresholds, equal, find, higher
@@ -79,7 +79,9 @@ def run(
         raise UserError("there is no target: give --rise or --max-loss")
     length = len(parts.test.sequences[0])
     budgets = sorted((one for one in uniform if one < length), reverse=True)
-    search = search or ("greedy" if model.layers <= MOST_GREEDY else "threshold")
+    if search is None:
+        few = model.layers <= GREEDY_LAYERS and length <= GREEDY_LENGTH
+        search = "greedy" if few else "threshold"
     if search == "none":
         targets, path = equal(validation, limits, budgets)
     else:

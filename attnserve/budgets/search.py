@@ -1,7 +1,8 @@
 """Two searches for budgets, with several limits each, judged on more text than they look at.
 
 By thresholds: each layer keeps what is masked by less than one threshold, the same in all layers,
-of which the lowest is found for each limit. A few evaluations, however many layers there are.
+of which the lowest of `THRESHOLDS` is found for each limit. A few evaluations, however many layers
+there are.
 
 Greedy: again and again, shrink the layer whose shrinking moves the loss least. As many evaluations
 a step as there are layers.
@@ -28,7 +29,7 @@ from attnserve.evaluation.intervals import Estimate, mean_interval
 
 RULE = "selective"
 FREE = 1e-4  # nats per token that a larger step may cost
-THRESHOLDS = tuple(2 ** (half / 2) for half in range(-6, 19))  # 1/8 to 512, in units of scores
+THRESHOLDS = tuple(2 ** (half / 2) for half in range(-20, 19))  # 2^-10 to 2^9, in units of scores
 BEYOND = 0.05  # nats per token by which the path goes on behind the last target, for the curve
 
 
@@ -188,44 +189,48 @@ def find(
 def by_thresholds(
     validation: Validation, limits: Sequence[tuple[str, float]]
 ) -> tuple[list[Target], dict[Budgets, float]]:
-    """Return what `find` does, of budgets by `THRESHOLDS`."""
-    looked_at = validation.looked_at
+    """Return what `find` does, of budgets by `THRESHOLDS`, all judged on the same sequences."""
+    looked_at, judged = validation.looked_at, validation.judged
+    unpruned, rises = validation.unpruned.value, {judged.full: 0.0}
+
+    def rise_of(budgets: Budgets) -> float:
+        if budgets not in rises:
+            rises[budgets] = float(np.mean(judged.losses(RULE, budgets))) - unpruned
+            mean = sum(budgets) / len(budgets)
+            print(f"{mean:.1f} tokens a layer: {rises[budgets]:+.4f} nats", file=sys.stderr)
+        return rises[budgets]
+
     needed = looked_at.forward.needed(looked_at.text, THRESHOLDS)
     tried = sorted({*needed, looked_at.full}, key=sum)
-    return smallest(validation, limits, tried)
+
+    def smallest(limit: float) -> Budgets | None:
+        place = bisect_left(tried, True, key=lambda budgets: rise_of(budgets) <= limit - unpruned)
+        return tried[place] if place < len(tried) else None
+
+    targets = []
+    for name, limit in limits:
+        found = smallest(limit)
+        best = found or judged.full
+        targets.append(Target(name, limit, list(best), unpruned + rises[best], found is not None))
+    smallest(max(limit for _, limit in limits) + BEYOND)  # for the curve
+    return targets, rises
 
 
 def equal(
     validation: Validation, limits: Sequence[tuple[str, float]], sizes: Collection[int]
 ) -> tuple[list[Target], dict[Budgets, float]]:
-    """Return what `find` does, of budgets that are the same in all layers: `sizes`, and the whole
-    length."""
-    full = validation.judged.full
-    return smallest(validation, limits, [*((size,) * len(full) for size in sorted(sizes)), full])
-
-
-def smallest(
-    validation: Validation, limits: Sequence[tuple[str, float]], tried: Sequence[Budgets]
-) -> tuple[list[Target], dict[Budgets, float]]:
-    """Return for each limit the first budgets within it, of some in the order of their losses, the
-    highest first; and the rise of the loss of each that was measured. All are judged on the same
-    sequences."""
+    """Return what `find` does, without a search: of budgets that are equal in all layers, `sizes`
+    and the whole length, the smallest within each limit. All are judged on the same sequences."""
     judged, unpruned = validation.judged, validation.unpruned.value
-    losses = {judged.full: unpruned}
-
-    def loss_of(budgets: Budgets) -> float:
-        if budgets not in losses:
-            losses[budgets] = float(np.mean(judged.losses(RULE, budgets)))
-            each = sum(budgets) / len(budgets)
-            print(f"{each:.1f} tokens a layer: {losses[budgets]:.4f} nats", file=sys.stderr)
-        return losses[budgets]
-
+    layers = len(judged.full)
+    tried = [judged.full, *((size,) * layers for size in sizes)]
+    losses = {budgets: float(np.mean(judged.losses(RULE, budgets))) for budgets in tried}
     targets = []
-    for name, limit in [*limits, ("", max(limit for _, limit in limits) + BEYOND)]:
-        place = bisect_left(tried, True, key=lambda budgets: loss_of(budgets) <= limit)
-        best = tried[min(place, len(tried) - 1)]
-        targets.append(Target(name, limit, list(best), loss_of(best), place < len(tried)))
-    return targets[:-1], {budgets: loss - unpruned for budgets, loss in losses.items()}
+    for name, limit in limits:
+        within = [budgets for budgets, loss in losses.items() if loss <= limit]
+        best = min(within, key=sum, default=judged.full)
+        targets.append(Target(name, limit, list(best), losses[best], bool(within)))
+    return targets, {budgets: loss - unpruned for budgets, loss in losses.items()}
 
 
 def higher(loss: float, percent: float) -> float:

@@ -224,11 +224,13 @@ def sweep(c: Comparison) -> None:
 def prune(c: Comparison) -> None:
     """Find out how little KV cache the prunable variants need, by length."""
     for own in (one for one in c.converted if get_variant(one.variant).prunable):
+        fitting = [length for length in Effort().pruning if length <= c.context]
+        wanted = {one for one in c.effort.pruning if one <= c.context} or {*fitting[-1:]}
         for length in sorted({*Effort().pruning, *c.effort.pruning}):
             what = f"budgets of {own.name} at {length} tokens"
             if length > c.context:
                 c.left_out.append(f"{what}: the training length is {c.context}")
-            elif length not in c.effort.pruning:
+            elif length not in wanted:
                 c.left_out.append(f"{what}: not with --quick")
             else:
                 c.attempt(what, partial(_prune, c, own, length, what))
