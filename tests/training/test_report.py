@@ -131,6 +131,7 @@ class World:
             "checkpoint": f"selective{trained}",
             "reference": f"softmax{trained}",
             "length": length,
+            "search": "greedy",
         }
         sequences = {"search": 2, "judged": 20, "test": 2}
         target = Target("softmax", 4.05, [16] * 4, 4.02, True)
