@@ -98,11 +98,10 @@ def budgets(
     shrinking moves the loss least, until the loss is that of the reference checkpoint, or
     --max-loss, and likewise for --rise. With many layers that would take days: there it looks for
     the lowest threshold, of a list in which each is 1.4 times the one before, such that every layer
-    may forget what is masked by more (--search). On the
-    test text, it compares perplexity and memory with random eviction and with keeping the first
-    and the most recent tokens on the same checkpoint, and with StreamingLLM and H2O on the
-    reference. Where there is no reference, --rise and --max-loss are all targets, and the
-    checkpoint is compared with itself only.
+    may forget what is masked by more (--search). On the test text, it compares perplexity and
+    memory with random eviction and with keeping the first and the most recent tokens on the same
+    checkpoint, and with StreamingLLM and H2O on the reference. Where there is no reference, --rise
+    and --max-loss are all targets, and the checkpoint is compared with itself only.
 
     The text is --text, of which the first half is for the search and the second for the test, else
     the two held-out novels, which --books names or `attnserve books` has fetched, else text that

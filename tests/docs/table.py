@@ -539,8 +539,10 @@ RULES: dict[str, Rule] = {
         long=True,
     ),
     "python -m training.convert smollm2 smollm2-selective --variant selective --train all "
-    "--minutes 38 --data chats.jsonl prose.txt --distill 1 --learning-rate 2e-4 --precision bf16 "
-    "--compile --sequence 2048 --memory-loss 0.5": Elsewhere("tests/training/test_convert.py"),
+    "--minutes 38 --data chats.jsonl chats.jsonl prose.txt --distill 1 --learning-rate 2e-4 "
+    "--precision bf16 --compile --sequence 2048 --memory-loss 0.5": Elsewhere(
+        "tests/training/test_convert.py"
+    ),
     "attnserve budgets smollm2-selective --reference smollm2 --text unseen.txt --length 2048 "
     "--sequences 2 --judge 4 --test-sequences 4 --uniform 128 --uniform 512 --rise 1 "
     "--rise 3": Elsewhere("tests/training/test_budgets.py"),

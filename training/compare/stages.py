@@ -223,9 +223,9 @@ def sweep(c: Comparison) -> None:
 
 def prune(c: Comparison) -> None:
     """Find out how little KV cache the prunable variants need, by length."""
+    fitting = [length for length in Effort().pruning if length <= c.context]
+    wanted = {length for length in c.effort.pruning if length <= c.context} or {*fitting[-1:]}
     for own in (one for one in c.converted if get_variant(one.variant).prunable):
-        fitting = [length for length in Effort().pruning if length <= c.context]
-        wanted = {one for one in c.effort.pruning if one <= c.context} or {*fitting[-1:]}
         for length in sorted({*Effort().pruning, *c.effort.pruning}):
             what = f"budgets of {own.name} at {length} tokens"
             if length > c.context:
